@@ -1,0 +1,62 @@
+"""Everything that distriray raises on purpose, in one hierarchy."""
+
+
+class DistrirayError(Exception):
+    """Base of every error below."""
+
+
+class UnsupportedModel(DistrirayError, TypeError):
+    """The pipeline or one of its layers cannot be parallelized; the message names what can."""
+
+
+class InvalidRequest(DistrirayError, ValueError):
+    """A request that cannot be served as it stands; `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type["InvalidRequest"], tuple[str, str | None]]:
+        return type(self), (str(self), self.param)
+
+
+class ModelNotFound(DistrirayError, FileNotFoundError):
+    """No model of that name; the message says what was looked for and where."""
+
+
+class NotEnoughDevices(DistrirayError, RuntimeError):
+    """The machine or cluster has fewer devices than were asked for."""
+
+
+class QueueFull(DistrirayError, RuntimeError):
+    """The queue is at its bound; `retry_after_s` is the predicted wait in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type["QueueFull"], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after_s)
+
+
+class DeadlineUnmet(DistrirayError, RuntimeError):
+    """The deadline cannot be met; `possible_s` is the time that could be, in seconds from now."""
+
+    def __init__(self, message: str, possible_s: float | None = None) -> None:
+        super().__init__(message)
+        self.possible_s = possible_s
+
+    def __reduce__(self) -> tuple[type["DeadlineUnmet"], tuple[str, float | None]]:
+        return type(self), (str(self), self.possible_s)
+
+
+class GangBroken(DistrirayError, RuntimeError):
+    """A peer died, hung or left; the communicator is unusable and a new one must be made."""
+
+
+class GangMismatch(DistrirayError, ValueError):
+    """The ranks of a gang were called with different inputs."""
+
+
+class GenerationCancelled(DistrirayError, RuntimeError):
+    """The request was cancelled; every rank of the gang left after the same step."""
