@@ -1,0 +1,108 @@
+"""Leases of aligned blocks of workers: a gang of size g starts at a multiple of g.
+
+Aligned blocks of sizes that divide one another either contain each other or are disjoint (the buddy scheme
+of Knowlton, CACM 1965), so the blocks of a host are few, known in advance, and rarely fragment it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..errors import DistrirayError
+
+
+class InvalidGangSizes(DistrirayError, ValueError):
+    """Gang sizes that do not nest, or a size that the pool does not lend."""
+
+
+class WorkersUnavailable(DistrirayError, ValueError):
+    """Workers that were to be taken or given back are not in the state for it."""
+
+
+def check_gang_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """`sizes` as a tuple; raises InvalidGangSizes unless ascending and each divides the next."""
+    if not sizes or sizes[0] < 1 or any(b <= a or b % a for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise InvalidGangSizes(
+            f"gang sizes {list(sizes)} do not nest; use ascending sizes where each divides the next, "
+            "such as 1, 2, 4, 8"
+        )
+    return tuple(sizes)
+
+
+def aligned_blocks(worker_count: int, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Every block a host of `worker_count` workers can lend, largest first."""
+    return tuple(
+        tuple(range(start, start + size))
+        for size in reversed(check_gang_sizes(sizes))
+        for start in range(0, worker_count - size + 1, size)
+    )
+
+
+class BuddyAllocator:
+    """Which workers are free, and leases of aligned blocks of them.
+
+    A lease takes the lowest block of its size out of the smallest free space that holds one, so that large
+    blocks stay whole as long as possible.
+
+    Args:
+        workers: ids of the healthy workers, any subset of 0 … n-1.
+        gang_sizes: the sizes that can be leased, ascending, each dividing the next.
+    """
+
+    def __init__(self, workers: Iterable[int], gang_sizes: Sequence[int]) -> None:
+        self.gang_sizes = check_gang_sizes(gang_sizes)
+        self._healthy = set(workers)
+        self._free = set(self._healthy)
+
+    @property
+    def free(self) -> frozenset[int]:
+        """Workers that are healthy and not leased."""
+        return frozenset(self._free)
+
+    def lease(self, size: int) -> tuple[int, ...] | None:
+        """Take a free aligned block of `size`, or None when there is none."""
+        if size not in self.gang_sizes:
+            raise InvalidGangSizes(f"gang size {size} is not one of {list(self.gang_sizes)}")
+        starts = [w for w in self._free if w % size == 0 and self._whole(w, size)]
+        if not starts:
+            return None
+        start = min(starts, key=lambda w: (self._space(w, size), w))
+        block = tuple(range(start, start + size))
+        self._free.difference_update(block)
+        return block
+
+    def take(self, block: Iterable[int]) -> None:
+        """Lease these very workers; raises WorkersUnavailable when one is leased or dead."""
+        wanted = set(block)
+        if missing := wanted - self._free:
+            raise WorkersUnavailable(f"workers {sorted(missing)} are leased or dead")
+        self._free -= wanted
+
+    def release(self, block: Iterable[int]) -> None:
+        """Give leased workers back. One that died meanwhile stays out until `restore`."""
+        returned = set(block)
+        if twice := returned & self._free:
+            raise WorkersUnavailable(f"workers {sorted(twice)} are not leased and cannot be given back")
+        self._free |= returned & self._healthy
+
+    def remove(self, worker: int) -> None:
+        """Take a dead worker out, leased or not."""
+        self._healthy.discard(worker)
+        self._free.discard(worker)
+
+    def restore(self, worker: int) -> None:
+        """Put a repaired worker back, free. Release the lease it died in first."""
+        if worker in self._healthy:
+            raise WorkersUnavailable(f"worker {worker} is healthy and cannot be restored")
+        self._healthy.add(worker)
+        self._free.add(worker)
+
+    def _whole(self, start: int, size: int) -> bool:
+        return all(w in self._free for w in range(start, start + size))
+
+    def _space(self, start: int, size: int) -> int:
+        """Size of the largest free aligned block around this one."""
+        for larger in reversed(self.gang_sizes):
+            if larger >= size and self._whole(start - start % larger, larger):
+                return larger
+        return size

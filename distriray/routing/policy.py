@@ -1,0 +1,153 @@
+"""What a host policy sees and answers: pure data, the same in a host and in the simulator.
+
+How a host uses it. After every arrival, completion and yield, and at most every `review_s` while steps go
+by, it builds a `HostView`, asks `policy.plan(view, model)` and carries out `moves(view, plan)`: it asks the
+requests in `Moves.yields` to leave after the step they are in, and starts those in `Moves.starts` at once.
+What the plan wants on workers that are not free yet simply comes up again in the plan made when they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from .buddy import BuddyAllocator
+from .latency import LatencyModel
+
+Workers = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """One unfinished request as its host knows it. Times are seconds on the host's clock.
+
+    Attributes:
+        height, width: of the image, in pixels.
+        batch: images denoised together.
+        steps_done: of `steps_total`, at the last step boundary that the host heard of (an estimate will do).
+        deadline_s: absolute time by which it should be finished, or None.
+        priority: larger is more important; each unit doubles its share.
+        gang_size: the size its owner fixed, or None where the policy chooses.
+        max_gang: the largest gang its image can be cut into (it has at least that many rows of the latent).
+        workers: those it holds now, rank 0 first, also while it is about to yield; None while it waits.
+        prepared: prompt encoding is behind it.
+        pinned: it holds workers and cannot yield any more (it decodes).
+    """
+
+    id: str
+    height: int
+    width: int
+    batch: int
+    steps_total: int
+    steps_done: int
+    arrival_s: float
+    deadline_s: float | None = None
+    priority: int = 0
+    gang_size: int | None = None
+    max_gang: int | None = None
+    workers: Workers | None = None
+    prepared: bool = False
+    pinned: bool = False
+
+    def allows(self, size: int) -> bool:
+        """Whether this request may run on a gang of `size`."""
+        if self.gang_size is not None:
+            return size == self.gang_size
+        return self.max_gang is None or size <= self.max_gang
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """One host at one moment.
+
+    Attributes:
+        now_s: the host's clock.
+        workers: ids of the healthy workers, out of 0 … n-1 (a gang is aligned by these ids).
+        gang_sizes: what the pool allows, ascending, each dividing the next.
+        requests: every unfinished request, waiting or running, in order of arrival.
+    """
+
+    now_s: float
+    workers: Workers
+    gang_sizes: tuple[int, ...]
+    requests: tuple[RequestView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which request should run on which workers; whoever is not in it should wait.
+
+    `assignments` maps a request's id to aligned workers, rank 0 first; no worker appears twice.
+    """
+
+    assignments: Mapping[str, Workers]
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What to do now: who is asked to yield at its next step boundary, and who starts on free workers."""
+
+    yields: tuple[str, ...]
+    starts: Mapping[str, Workers]
+
+
+class HostPolicy(Protocol):
+    """Decides which of a host's requests run, and on which workers."""
+
+    def plan(self, view: HostView, model: LatencyModel) -> Plan:
+        """The assignment to aim for, as a pure function of its arguments."""
+        ...
+
+
+def moves(view: HostView, plan: Plan) -> Moves:
+    """The steps from what runs in `view` towards `plan` that can be taken at once."""
+    held = {w for r in view.requests if r.workers for w in r.workers}
+    yields: list[str] = []
+    starts: dict[str, Workers] = {}
+    for request in view.requests:
+        target = plan.assignments.get(request.id)
+        if request.workers is None:
+            if target is not None and held.isdisjoint(target):
+                starts[request.id] = target
+        elif target != request.workers and not request.pinned:
+            yields.append(request.id)
+    return Moves(tuple(yields), starts)
+
+
+def remaining_s(request: RequestView, size: int, model: LatencyModel) -> float:
+    """Predicted seconds until `request` is finished if it starts or goes on with a gang of `size`.
+
+    Going on with the gang it has costs nothing extra; anything else costs a regrouping.
+    """
+    shape = (request.height, request.width, request.batch)
+    left = request.steps_total - request.steps_done
+    seconds = left * model.step_s(size, *shape) + model.decode_s(size, *shape)
+    if not request.prepared:
+        seconds += model.prepare_s(size, *shape)
+    if request.workers is None or len(request.workers) != size:
+        seconds += model.regroup_s(size, *shape)
+    return seconds
+
+
+class EarliestDeadlineFirst:
+    """Earliest deadline first, then arrival, each on the largest free gang; nobody who runs is disturbed."""
+
+    def plan(self, view: HostView, model: LatencyModel) -> Plan:
+        blocks = BuddyAllocator(view.workers, view.gang_sizes)
+        assignments: dict[str, Workers] = {}
+        for request in view.requests:
+            if request.workers is not None:
+                blocks.take(request.workers)
+                assignments[request.id] = request.workers
+        waiting = [r for r in view.requests if r.workers is None]
+        for request in sorted(waiting, key=lambda r: (_or_never(r.deadline_s), r.arrival_s, r.id)):
+            for size in reversed(view.gang_sizes):
+                if request.allows(size) and (block := blocks.lease(size)) is not None:
+                    assignments[request.id] = block
+                    break
+        return Plan(assignments)
+
+
+def _or_never(deadline_s: float | None) -> float:
+    return float("inf") if deadline_s is None else deadline_s
