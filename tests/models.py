@@ -1,0 +1,158 @@
+"""Tiny diffusion pipelines with seeded random weights: the layouts of SDXL and SD 1.5, nothing to download.
+
+Weights are drawn so that every layer matters: normal with variance 1/fan-in, biases and norm gains that
+differ from channel to channel. An error of one layer therefore shows in the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+TEXT_WIDTH = 16
+NOISE_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Overwrite every parameter with values that depend only on `seed` and the module's layout."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                noise = noise * parameter[0].numel() ** -0.5
+            elif name.endswith("weight"):
+                noise = 1 + 0.2 * noise
+            else:
+                noise = 0.2 * noise
+            parameter.copy_(noise)
+
+
+def ready(module: Module, seed: int) -> Module:
+    randomize(module, seed)
+    return module.eval().requires_grad_(False)
+
+
+def tiny_sdxl_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
+    """SDXL's layout: three levels, attention on the lower two, linear projections, text-time embedding."""
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (1, 2, 4),
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+        "cross_attention_dim": 2 * TEXT_WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH,
+    }
+    return ready(UNet2DConditionModel(**{**settings, **config}), seed)
+
+
+def tiny_sd15_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
+    """SD 1.5's layout: four levels, attention on the upper three, convolutional projections."""
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32, 32, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+        "cross_attention_dim": TEXT_WIDTH,
+    }
+    return ready(UNet2DConditionModel(**{**settings, **config}), seed)
+
+
+def tiny_vae(seed: int = 0, **config: Any) -> AutoencoderKL:
+    """Eight pixels to a latent row, as in Stable Diffusion."""
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 128,
+        "scaling_factor": 0.13025,
+        "force_upcast": False,
+    }
+    return ready(AutoencoderKL(**{**settings, **config}), seed)
+
+
+def tiny_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """One token a byte, no merges."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=77)
+
+
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_sdxl(seed: int = 0, *, force_zeros: bool = True, **unet: Any) -> StableDiffusionXLPipeline:
+    """A whole SDXL pipeline in float32 on the CPU; `unet` overrides entries of the U-Net's config."""
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_vae(seed),
+        text_encoder=ready(CLIPTextModel(text_config(tokenizer)), seed + 1),
+        text_encoder_2=ready(CLIPTextModelWithProjection(text_config(tokenizer_2)), seed + 2),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=tiny_sdxl_unet(seed + 3, **unet),
+        scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE),
+        force_zeros_for_empty_prompt=force_zeros,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd15(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
+    """A whole SD 1.5 pipeline in float32 on the CPU; `unet` overrides entries of the U-Net's config."""
+    tokenizer = tiny_tokenizer()
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(seed, scaling_factor=0.18215),
+        text_encoder=ready(CLIPTextModel(text_config(tokenizer)), seed + 1),
+        tokenizer=tokenizer,
+        unet=tiny_sd15_unet(seed + 3, **unet),
+        scheduler=DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
