@@ -1,0 +1,48 @@
+"""Displaced patch parallelism for diffusion models, served by elastic gangs of workers on Ray.
+
+Importing this package is light: torch, diffusers and Ray are loaded with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ParallelConfig as ParallelConfig
+    from .config import Prediction as Prediction
+    from .denoise import Denoiser as Denoiser
+    from .denoise import DenoiseState as DenoiseState
+    from .gang import Host as Host
+    from .gang import HostConfig as HostConfig
+    from .parallel import parallelize as parallelize
+    from .requests import GenerationRequest as GenerationRequest
+    from .requests import GenerationResult as GenerationResult
+    from .requests import Limits as Limits
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DenoiseState": "denoise",
+    "Denoiser": "denoise",
+    "GenerationRequest": "requests",
+    "GenerationResult": "requests",
+    "Host": "gang",
+    "HostConfig": "gang",
+    "Limits": "requests",
+    "ParallelConfig": "config",
+    "Prediction": "config",
+    "parallelize": "parallel",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
