@@ -1,19 +1,28 @@
-"""How long a step takes: a measured profile, corrected by what is observed since."""
+"""How long a request takes on a gang: a measured profile, corrected by what is observed since."""
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Shape = tuple[int, int, int]
+Points = Sequence[tuple[float, float]]
+
+MEASURED_ERROR = 0.05  # relative, of a case that the profile holds and nobody has observed since
+ERROR_PER_DOUBLING = 0.15  # relative, for each factor of two away from the nearest measured case
+MIN_OBSERVATIONS = 3  # the smallest number whose median one outlier cannot move
+SHARED_WEIGHT = 3  # how many own observations outweigh what the other cases say
 
 
 class Entry(BaseModel):
@@ -29,8 +38,8 @@ class Entry(BaseModel):
     height: Count
     width: Count
     batch: Count = 1
-    step_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    sync_step_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    step_s: PositiveSeconds
+    sync_step_s: PositiveSeconds | None = None
     prepare_s: Seconds = 0.0
     decode_s: Seconds = 0.0
 
@@ -38,7 +47,8 @@ class Entry(BaseModel):
 class Profile(BaseModel):
     """What a host measures at start and keeps by model, device and version.
 
-    `regroup_s` is the time from a yield to the first step in another gang, without the synchronous step.
+    `regroup_s` is the time from a yield to the first step elsewhere, without what its synchronous step
+    costs; `warmup_steps` is how many steps of every image are synchronous.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +58,13 @@ class Profile(BaseModel):
     version: str
     entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
     regroup_s: Seconds = 0.0
+    warmup_steps: Count = 1
+
+    @staticmethod
+    def path(folder: Path | str, model: str, device: str, version: str) -> Path:
+        """Where the profile of this model, device and version is kept in `folder`."""
+        name = "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part) for part in (model, device, version))
+        return Path(folder) / f"{name}.json"
 
     @classmethod
     def load(cls, path: Path | str) -> Profile:
@@ -71,53 +88,145 @@ class Estimate:
     error: float
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What one case takes, in seconds; `error` is relative and holds for all of them."""
+
+    step_s: float
+    sync_step_s: float
+    prepare_s: float
+    decode_s: float
+    error: float
+
+
 class LatencyModel:
     """Seconds for every (gang size, height, width, batch), measured or not.
 
-    Between measured sizes times are interpolated on logarithmic scales of the work (pixels) and of the gang;
-    beyond them the last slope goes on. `observe` corrects every later answer.
+    Between measured cases times are interpolated on logarithmic scales of the pixels, the batch and the
+    gang; beyond them the last slope goes on, but no gang is taken to speed up more than it has members, and
+    a batch costs at most its size. `observe` corrects every later answer.
 
     Args:
         profile: the measurements to start from.
-        window: how many observations of one case count; their median is the correction, so that fewer
-            than half of them can be outliers.
+        window: how many observations of one case count. Their median is the correction, so that fewer than
+            half of them may be outliers, and a lasting change is believed after half of them.
     """
 
-    def __init__(self, profile: Profile, window: int = 31) -> None:
+    def __init__(self, profile: Profile, window: int = 15) -> None:
         self.profile = profile
         self._window = window
-        self._by_gang: dict[int, list[Entry]] = {}
-        for entry in sorted(profile.entries, key=lambda e: (e.gang, e.height * e.width, e.batch)):
-            self._by_gang.setdefault(entry.gang, []).append(entry)
         self._observed: dict[tuple[int, int, int, int], deque[float]] = {}
-        self._recent: deque[float] = deque(maxlen=4 * window)
-        self._cache: dict[tuple[str, int, int, int, int], float] = {}
-        self._error_cache: dict[tuple[int, int, int, int], float] = {}
+        self._shared: deque[float] = deque(maxlen=window)
+        self._times: dict[tuple[int, int, int, int], Times] = {}
+
+    def times(self, gang: int, height: int, width: int, batch: int) -> Times:
+        """All that is known of one case."""
+        key = (gang, height, width, batch)
+        known = self._times.get(key)
+        if known is None:
+            known = self._times[key] = self._predict(*key)
+        return known
 
     def step_s(self, gang: int, height: int, width: int, batch: int) -> float:
         """One displaced step, in seconds."""
-        raise NotImplementedError
-
-    def sync_step_s(self, gang: int, height: int, width: int, batch: int) -> float:
-        """One synchronous step, in seconds."""
-        raise NotImplementedError
-
-    def prepare_s(self, gang: int, height: int, width: int, batch: int) -> float:
-        """Everything before the first step, in seconds."""
-        raise NotImplementedError
-
-    def decode_s(self, gang: int, height: int, width: int, batch: int) -> float:
-        """Everything after the last step, in seconds."""
-        raise NotImplementedError
-
-    def regroup_s(self, gang: int, height: int, width: int, batch: int) -> float:
-        """What starting in another gang costs: forming it, and the extra of its one synchronous step."""
-        raise NotImplementedError
+        return self.times(gang, height, width, batch).step_s
 
     def estimate(self, gang: int, height: int, width: int, batch: int) -> Estimate:
-        """One displaced step and how sure the model is of it."""
-        raise NotImplementedError
+        """One displaced step, and how sure the model is of it."""
+        times = self.times(gang, height, width, batch)
+        return Estimate(times.step_s, times.error)
+
+    def run_s(
+        self, gang: int, height: int, width: int, batch: int, steps_done: int, steps_total: int
+    ) -> float:
+        """From `steps_done` to the decoded image in one gang, in seconds; from 0 it includes prepare."""
+        times = self.times(gang, height, width, batch)
+        left = steps_total - steps_done
+        slow = min(max(0, self.profile.warmup_steps - steps_done), left)
+        seconds = slow * times.sync_step_s + (left - slow) * times.step_s + times.decode_s
+        return seconds if steps_done else seconds + times.prepare_s
+
+    def regroup_s(self, gang: int, height: int, width: int, batch: int) -> float:
+        """What going on in another gang costs, in seconds: the move, and its first step being synchronous."""
+        times = self.times(gang, height, width, batch)
+        return self.profile.regroup_s + max(0.0, times.sync_step_s - times.step_s)
 
     def observe(self, gang: int, height: int, width: int, batch: int, step_s: float) -> None:
-        """Learn from one segment: its mean seconds per displaced step."""
-        raise NotImplementedError
+        """Learn from one segment: its mean seconds per displaced step, which must be positive."""
+        key = (gang, height, width, batch)
+        ratio = math.log(step_s / self._from_profile(lambda e: e.step_s, *key))
+        self._observed.setdefault(key, deque(maxlen=self._window)).append(ratio)
+        self._shared.append(ratio)
+        self._times.clear()
+
+    def _predict(self, gang: int, height: int, width: int, batch: int) -> Times:
+        key = (gang, height, width, batch)
+        correction, error = self._correction(key)
+        fields: tuple[Callable[[Entry], float], ...] = (
+            lambda e: e.step_s,
+            lambda e: e.sync_step_s or e.step_s,
+            lambda e: e.prepare_s,
+            lambda e: e.decode_s,
+        )
+        step, sync, prepare, decode = (self._from_profile(field, *key) * correction for field in fields)
+        return Times(step, sync, prepare, decode, error)
+
+    def _correction(self, key: tuple[int, int, int, int]) -> tuple[float, float]:
+        """What observations multiply the profile by, and the relative error that remains."""
+        own = self._observed.get(key, ())
+        shared = statistics.median(self._shared) if len(self._shared) >= MIN_OBSERVATIONS else 0.0
+        if len(own) < MIN_OBSERVATIONS:
+            return math.exp(shared), MEASURED_ERROR + ERROR_PER_DOUBLING * self._distance(*key)
+        middle = statistics.median(own)
+        spread = 1.4826 * statistics.median(abs(ratio - middle) for ratio in own)  # a robust deviation
+        share = len(own) / (len(own) + SHARED_WEIGHT)
+        return math.exp(share * middle + (1 - share) * shared), max(spread, MEASURED_ERROR / 2)
+
+    def _distance(self, gang: int, height: int, width: int, batch: int) -> float:
+        """Doublings between a case and the nearest one in the profile."""
+        return min(
+            abs(math.log2(gang / e.gang))
+            + abs(math.log2(height * width / (e.height * e.width)))
+            + abs(math.log2(batch / e.batch))
+            for e in self.profile.entries
+        )
+
+    def _from_profile(
+        self, field: Callable[[Entry], float], gang: int, height: int, width: int, batch: int
+    ) -> float:
+        """One field of one case, interpolated over pixels, then batch, then gang."""
+        by_gang: dict[int, dict[int, dict[int, float]]] = {}
+        for e in self.profile.entries:
+            if (e.gang, e.height, e.width, e.batch) == (gang, height, width, batch):
+                return field(e)
+            by_gang.setdefault(e.gang, {}).setdefault(e.batch, {})[e.height * e.width] = field(e)
+        gang_points = []
+        for size, by_batch in by_gang.items():
+            batch_points = [
+                (math.log(count), _on_line(_logs(by_pixels), math.log(height * width), 0.0, math.inf, 1.0))
+                for count, by_pixels in by_batch.items()
+            ]
+            value = _on_line(sorted(batch_points), math.log(batch), 0.0, 1.0, 1.0)
+            gang_points.append((math.log(size), value))
+        larger = math.log(gang) > max(x for x, _ in gang_points)
+        return math.exp(_on_line(sorted(gang_points), math.log(gang), -1.0, 0.0, 0.0 if larger else -1.0))
+
+
+def _logs(values: dict[int, float]) -> list[tuple[float, float]]:
+    """As points on logarithmic scales, ascending; nothing is faster than a microsecond."""
+    return sorted((math.log(x), math.log(max(y, 1e-6))) for x, y in values.items())
+
+
+def _on_line(points: Points, x: float, low: float, high: float, single: float) -> float:
+    """The value at `x` of the line through `points`.
+
+    Beyond its ends the last slope goes on, kept within `low` … `high`; one point alone has slope `single`.
+    """
+    if len(points) == 1:
+        return points[0][1] + single * (x - points[0][0])
+    (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if x <= pair[1][0]), points[-2:])
+    slope = (y1 - y0) / (x1 - x0)
+    if x0 <= x <= x1:
+        return y0 + slope * (x - x0)
+    near_x, near_y = (x0, y0) if x < x0 else (x1, y1)
+    return near_y + min(max(slope, low), high) * (x - near_x)

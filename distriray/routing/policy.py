@@ -30,8 +30,8 @@ class RequestView:
         priority: larger is more important; each unit doubles its share.
         gang_size: the size its owner fixed, or None where the policy chooses.
         max_gang: the largest gang its image can be cut into (it has at least that many rows of the latent).
-        workers: those it holds now, rank 0 first, also while it is about to yield; None while it waits.
-        prepared: prompt encoding is behind it.
+        workers: those it holds now, all healthy, rank 0 first, also while it is about to yield; None while
+            it waits.
         pinned: it holds workers and cannot yield any more (it decodes).
     """
 
@@ -47,7 +47,6 @@ class RequestView:
     gang_size: int | None = None
     max_gang: int | None = None
     workers: Workers | None = None
-    prepared: bool = False
     pinned: bool = False
 
     def allows(self, size: int) -> bool:
@@ -95,6 +94,11 @@ class Moves:
 class HostPolicy(Protocol):
     """Decides which of a host's requests run, and on which workers."""
 
+    @property
+    def review_s(self) -> float | None:
+        """Ask again at step boundaries at most this often, in seconds; None: only when something happens."""
+        ...
+
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """The assignment to aim for, as a pure function of its arguments."""
         ...
@@ -121,17 +125,16 @@ def remaining_s(request: RequestView, size: int, model: LatencyModel) -> float:
     Going on with the gang it has costs nothing extra; anything else costs a regrouping.
     """
     shape = (request.height, request.width, request.batch)
-    left = request.steps_total - request.steps_done
-    seconds = left * model.step_s(size, *shape) + model.decode_s(size, *shape)
-    if not request.prepared:
-        seconds += model.prepare_s(size, *shape)
-    if request.workers is None or len(request.workers) != size:
+    seconds = model.run_s(size, *shape, request.steps_done, request.steps_total)
+    if request.steps_done and (request.workers is None or len(request.workers) != size):
         seconds += model.regroup_s(size, *shape)
     return seconds
 
 
 class EarliestDeadlineFirst:
     """Earliest deadline first, then arrival, each on the largest free gang; nobody who runs is disturbed."""
+
+    review_s: float | None = None
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         blocks = BuddyAllocator(view.workers, view.gang_sizes)

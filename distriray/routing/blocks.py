@@ -1,0 +1,63 @@
+"""From gang sizes to aligned workers, moving as few requests as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .buddy import BuddyAllocator
+from .policy import HostView, RequestView, Workers
+
+
+def place(view: HostView, sizes: Mapping[str, int]) -> dict[str, Workers]:
+    """Workers for each request in `sizes`, which is in order of importance.
+
+    Who keeps its size keeps its workers if the rest fits around it; otherwise all but pinned requests are
+    packed anew, the largest first. Dead workers may break a block that the sizes count on: then the largest
+    allowed gang that there is takes its place.
+    """
+    chosen = {r.id: r for r in view.requests if r.id in sizes}
+    wanted = [(chosen[name], size) for name, size in sizes.items() if name in chosen]
+    stay = [r for r, size in wanted if r.workers is not None and len(r.workers) == size]
+    pinned = [r for r in view.requests if r.pinned and r.workers is not None]
+    return _pack(view, wanted, [*pinned, *(r for r in stay if not r.pinned)], False) or _pack(
+        view, wanted, pinned, True
+    )
+
+
+def _pack(
+    view: HostView, wanted: list[tuple[RequestView, int]], fixed: list[RequestView], settle: bool
+) -> dict[str, Workers]:
+    """Everyone in `fixed` where it is and the others around them, largest first; {} if one does not fit.
+
+    With `settle`, one that does not fit gets a smaller gang, or waits.
+    """
+    blocks = BuddyAllocator(view.workers, view.gang_sizes)
+    result: dict[str, Workers] = {}
+    for request in fixed:
+        if request.workers is not None:
+            blocks.take(request.workers)
+            result[request.id] = request.workers
+    for request, size in sorted(wanted, key=lambda pair: -pair[1]):
+        if request.id in result:
+            continue
+        block = _near(blocks, request, size) or blocks.lease(size)
+        if block is None and not settle:
+            return {}
+        if block is None:
+            smaller = [s for s in reversed(view.gang_sizes) if s < size and request.allows(s)]
+            block = next((b for s in smaller if (b := blocks.lease(s)) is not None), None)
+        if block is not None:
+            result[request.id] = block
+    return result
+
+
+def _near(blocks: BuddyAllocator, request: RequestView, size: int) -> Workers | None:
+    """A free block within or around the workers that the request has."""
+    if request.workers is None:
+        return None
+    start = request.workers[0] - request.workers[0] % size
+    block = tuple(range(start, start + size))
+    if not blocks.free.issuperset(block):
+        return None
+    blocks.take(block)
+    return block
