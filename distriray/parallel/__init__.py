@@ -1,0 +1,6 @@
+"""Displaced patch parallelism for diffusers' U-Nets: plain torch, no Ray."""
+
+from distriray.parallel.engine import Engine, StepStatistics
+from distriray.parallel.parallelize import engine_of, parallelize
+
+__all__ = ["Engine", "StepStatistics", "engine_of", "parallelize"]

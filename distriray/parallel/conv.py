@@ -1,0 +1,86 @@
+"""Convolutions whose input rows are spread over the gang."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from torch import nn
+
+from distriray.errors import UnsupportedModel
+from distriray.parallel.partition import Window
+
+if TYPE_CHECKING:
+    from distriray.parallel.engine import Engine
+
+
+class PatchConv2d(nn.Conv2d):
+    """`nn.Conv2d` on one rank's rows, with the halo rows of its peers (Li et al. 2024, section 4.2).
+
+    Shares the original's parameters under the same names: a convolution becomes one by changing its class.
+    Input and output are (batch, channels, own rows, columns). Without an active exchange it is `nn.Conv2d`.
+    """
+
+    engine: Engine | None = None
+    row_padding: tuple[int, int] | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        exchange = None if self.engine is None else self.engine.exchange
+        if exchange is None or self.kernel_size[0] == self.stride[0] == 1:
+            return super().forward(input)
+        pieces = exchange.halos(input, self.window)
+        columns = int(self.padding[1])
+        return F.conv2d(
+            torch.cat(pieces, 2),
+            self.weight,
+            self.bias,
+            self.stride,
+            (0, columns),
+            self.dilation,
+            self.groups,
+        )
+
+    @property
+    def window(self) -> Window:
+        rows = int(self.padding[0])
+        return Window(self.kernel_size[0], self.stride[0], self.dilation[0], self.row_padding or (rows, rows))
+
+
+class PatchDownsample2D(Downsample2D):
+    """diffusers' downsampling without padding, which pads the right and the bottom edge by hand.
+
+    Only the columns are padded here; the row below belongs to the next rank, so the convolution asks for it.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        engine = self.conv.engine
+        if engine is None or engine.exchange is None:
+            return super().forward(hidden_states)
+        return self.conv(F.pad(hidden_states, (0, 1)))
+
+
+def patch_conv(module: nn.Conv2d, engine: Engine) -> None:
+    """Turn `module` into a `PatchConv2d` of `engine`, in place.
+
+    Raises:
+        UnsupportedModel: padding by name or other than zeros, or a stride that is not 1 or 2.
+    """
+    if isinstance(module.padding, str) or module.padding_mode != "zeros" or module.stride[0] not in (1, 2):
+        raise UnsupportedModel(
+            f"{module} cannot be cut into patches: padding must be a number of zeros and the stride 1 or 2"
+        )
+    if type(module) is nn.Conv2d:
+        module.__class__ = PatchConv2d
+    assert isinstance(module, PatchConv2d)
+    module.engine = engine
+
+
+def patch_downsample(module: Downsample2D) -> None:
+    """Let the convolution of a `Downsample2D` that pads by hand ask its neighbour for the row below."""
+    if module.use_conv and module.padding == 0 and isinstance(module.conv, PatchConv2d):
+        if module.norm is not None:
+            raise UnsupportedModel(f"{module} normalizes and pads by hand, which no supported U-Net does")
+        module.__class__ = PatchDownsample2D
+        module.conv.row_padding = (0, 1)

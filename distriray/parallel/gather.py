@@ -1,0 +1,105 @@
+"""What all ranks of a gang tell one another: the noise of every step, and that they do the same."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from distriray.collective.base import Communicator
+from distriray.errors import GangMismatch
+from distriray.parallel.partition import Partition
+
+_HEADER = 16  # bytes: yield, cancel and drift as float32, and padding
+
+
+class Gather:
+    """The synchronous gather of the predicted noise, with each rank's flags on board.
+
+    Args:
+        communicator: the whole gang, over all halves of the batch.
+        partition: the rows of the ranks that share one half.
+        shape: of the whole noise, (batch, channels, rows, columns).
+        dtype: of the noise.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        partition: Partition,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.wait_s = 0.0
+        self._communicator = communicator
+        batch, channels, _, columns = shape
+        ranks, self._rank = communicator.world_size, communicator.rank
+        part_batch = batch * partition.world_size // ranks
+        self._places: list[tuple[slice, slice]] = []
+        self._messages: list[torch.Tensor] = []
+        self._noises: list[torch.Tensor] = []
+        for rank in range(ranks):
+            half, part = divmod(rank, partition.world_size)
+            rows = slice(*partition.rows(part))
+            noise_shape = (part_batch, channels, rows.stop - rows.start, columns)
+            size = part_batch * channels * noise_shape[2] * columns * dtype.itemsize
+            message = torch.zeros(_HEADER + size, dtype=torch.uint8, device=communicator.device)
+            self._places.append((slice(half * part_batch, (half + 1) * part_batch), rows))
+            self._messages.append(message)
+            self._noises.append(message[_HEADER:].view(dtype).view(noise_shape))
+
+    def __call__(
+        self, noise: torch.Tensor, asked: tuple[bool, ...], drift: float
+    ) -> tuple[torch.Tensor, tuple[bool, bool], float]:
+        """The whole noise, whether any rank asked to yield or to cancel, and the largest drift."""
+        own = self._messages[self._rank]
+        header = torch.tensor([*map(float, asked), drift, 0.0], dtype=torch.float32)
+        own[:_HEADER].view(torch.float32).copy_(header)
+        self._noises[self._rank].copy_(noise)
+        peers = [rank for rank in range(self._communicator.world_size) if rank != self._rank]
+        started = time.perf_counter()
+        self._communicator.exchange(
+            dict.fromkeys(peers, own), {peer: self._messages[peer] for peer in peers}
+        ).wait()
+        self.wait_s = time.perf_counter() - started
+        whole = noise.new_empty(self.shape)
+        for (batch, rows), part in zip(self._places, self._noises, strict=True):
+            whole[batch, :, rows] = part
+        headers = torch.stack([message[:_HEADER].view(torch.float32) for message in self._messages])
+        yielding, cancelled, drift, _ = headers.max(0).values.tolist()
+        return whole, (bool(yielding), bool(cancelled)), drift
+
+
+def check_same_image(
+    communicator: Communicator, sample: torch.Tensor, timestep: float, text: torch.Tensor, step: int
+) -> None:
+    """Compare what the ranks were called with, before anything of a size that depends on it is sent.
+
+    Latents and text are compared by their sums, with the tolerance that different devices need.
+
+    Raises:
+        GangMismatch: on every rank, naming what differs and the values.
+    """
+    shape = [*sample.shape, *text.shape[:2], step]
+    fingerprint = [*map(float, shape), timestep, float(sample.double().sum()), float(text.double().sum())]
+    mine = torch.tensor(fingerprint, dtype=torch.float64, device=communicator.device)
+    theirs = {r: torch.empty_like(mine) for r in range(communicator.world_size) if r != communicator.rank}
+    communicator.exchange(dict.fromkeys(theirs, mine), theirs).wait()
+    names = ["batch", "channels", "rows", "columns", "text batch", "text tokens", "step", "timestep"]
+    tolerances = [0.0] * len(names) + [1e-3 * float(sample.double().abs().sum()) + 1e-6] * 1
+    tolerances += [1e-3 * float(text.double().abs().sum()) + 1e-6]
+    for rank, other in theirs.items():
+        for name, a, b, tolerance in zip(
+            [*names, "sum of the latents", "sum of the prompt embeddings"],
+            fingerprint,
+            other.tolist(),
+            tolerances,
+            strict=True,
+        ):
+            if not abs(a - b) <= tolerance:
+                raise GangMismatch(
+                    f"rank {communicator.rank} and rank {rank} were called with different inputs: "
+                    f"{name} {a:g} and {b:g}; give all ranks the same arguments and equally seeded generators"
+                )

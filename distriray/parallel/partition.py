@@ -1,0 +1,129 @@
+"""Which rows of every feature map each rank owns, and which rows of its peers a convolution needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from distriray.errors import InvalidRequest, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves over rows."""
+
+    kernel: int
+    stride: int
+    dilation: int
+    padding: tuple[int, int]
+
+    @property
+    def reach(self) -> int:
+        """Rows from the first to the last tap, both counted."""
+        return self.dilation * (self.kernel - 1) + 1
+
+
+@dataclass(frozen=True)
+class Halo:
+    """The rows around one rank's patch that a convolution reads, at one level.
+
+    Attributes:
+        zeros: rows of padding (above, below) that lie outside the image.
+        receive: rows that come from each peer; a lower rank's go above the patch, a higher rank's below.
+        send: for each peer, the rows [start, stop) of the own patch that it needs.
+    """
+
+    zeros: tuple[int, int]
+    receive: dict[int, int]
+    send: dict[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Contiguous row ranges of a latent of `height` by `width` over `world_size` ranks.
+
+    Rows are dealt in units of `2 ** levels`, so that a boundary is a boundary at every scale of a U-Net
+    with that many downsamplings. Level 0 is the latent; level l has `ceil(height / 2**l)` rows. The first
+    ranks get one unit more where they do not divide; the last unit may be partial.
+
+    Raises:
+        InvalidRequest: fewer units than ranks.
+    """
+
+    height: int
+    width: int
+    levels: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.units < self.world_size:
+            smallest = (self.world_size - 1) * 2**self.levels + 1
+            raise InvalidRequest(
+                f"a latent of {self.height} rows is too small for {self.world_size} patches of this model; "
+                f"the smallest that works has {smallest} rows",
+                param="height",
+            )
+
+    @property
+    def units(self) -> int:
+        return -(-self.height // 2**self.levels)
+
+    @cached_property
+    def _unit_bounds(self) -> tuple[int, ...]:
+        each, extra = divmod(self.units, self.world_size)
+        return tuple(rank * each + min(rank, extra) for rank in range(self.world_size + 1))
+
+    def shape(self, level: int) -> tuple[int, int]:
+        """Rows and columns of the whole feature map at `level`."""
+        return -(-self.height // 2**level), -(-self.width // 2**level)
+
+    def rows(self, rank: int, level: int = 0) -> tuple[int, int]:
+        """The rows [start, stop) that `rank` owns at `level`."""
+        scale, height = 2 ** (self.levels - level), self.shape(level)[0]
+        return self._unit_bounds[rank] * scale, min(self._unit_bounds[rank + 1] * scale, height)
+
+    @cache  # noqa: B019 - a partition lives as long as the engine keeps its shape
+    def level_of(self, rank: int, size: tuple[int, ...]) -> int:
+        """The level at which `rank`'s patch has `size`: (rows, columns), or (tokens,)."""
+        for level in range(self.levels + 1):
+            start, stop = self.rows(rank, level)
+            columns = self.shape(level)[1]
+            if size in ((stop - start, columns), ((stop - start) * columns,)):
+                return level
+        raise UnsupportedModel(f"a feature map of {size} rows and columns is no level of {self}")
+
+    @cache  # noqa: B019
+    def halo(self, rank: int, level: int, window: Window) -> Halo:
+        """What `rank` exchanges for a convolution with `window` whose input is at `level`."""
+        needs = [self._needed(peer, level, window) for peer in range(self.world_size)]
+        height = self.shape(level)[0]
+        first, last = self.rows(rank, level)
+        receive: dict[int, int] = {}
+        send: dict[int, tuple[int, int]] = {}
+        for peer in range(self.world_size):
+            if peer == rank:
+                continue
+            start, stop = _overlap(needs[rank], self.rows(peer, level))
+            if start < stop:
+                receive[peer] = stop - start
+            start, stop = _overlap(needs[peer], (first, last))
+            if start < stop:
+                send[peer] = (start - first, stop - first)
+        return Halo((max(0, -needs[rank][0]), max(0, needs[rank][1] - height)), receive, send)
+
+    def _needed(self, rank: int, level: int, window: Window) -> tuple[int, int]:
+        """Input rows [start, stop) of the output that `rank` owns; outside the image they are padding."""
+        height = self.shape(level)[0]
+        output_level = level + window.stride.bit_length() - 1
+        outputs = (height + sum(window.padding) - window.reach) // window.stride + 1
+        if output_level > self.levels or outputs != self.shape(output_level)[0]:
+            raise UnsupportedModel(
+                f"{window} turns {height} rows into {outputs}, which is no level of this U-Net's partition"
+            )
+        start, stop = self.rows(rank, output_level)
+        top = window.padding[0]
+        return start * window.stride - top, (stop - 1) * window.stride - top + window.reach
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return max(a[0], b[0]), min(a[1], b[1])

@@ -1,0 +1,90 @@
+"""Which pipelines, layers and inputs the patch-parallel U-Net takes; the rest is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+from distriray.errors import UnsupportedModel
+
+PIPELINES = "pipelines around a UNet2DConditionModel: Stable Diffusion 1.x, 2.x and XL"
+BLOCKS = {
+    "DownBlock2D",
+    "CrossAttnDownBlock2D",
+    "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+}
+ADDED_EMBEDDINGS = {None, "text", "text_time"}
+
+
+def unet_of(pipeline: Any) -> UNet2DConditionModel:
+    """The pipeline's U-Net, if patch parallelism knows it.
+
+    Raises:
+        UnsupportedModel: another network, or a block that is not of Stable Diffusion's U-Nets.
+    """
+    unet = pipeline if isinstance(pipeline, UNet2DConditionModel) else getattr(pipeline, "unet", None)
+    if not isinstance(unet, UNet2DConditionModel):
+        network = type(unet if unet is not None else getattr(pipeline, "transformer", pipeline)).__name__
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} denoises with {network}; supported are {PIPELINES}"
+        )
+    blocks = [*unet.down_blocks, *([unet.mid_block] if unet.mid_block is not None else []), *unet.up_blocks]
+    foreign = sorted({type(block).__name__ for block in blocks} - BLOCKS)
+    if foreign:
+        raise UnsupportedModel(
+            f"U-Net blocks {', '.join(foreign)}; supported are {', '.join(sorted(BLOCKS))}"
+        )
+    if unet.config.addition_embed_type not in ADDED_EMBEDDINGS:
+        raise UnsupportedModel(
+            f"addition_embed_type {unet.config.addition_embed_type!r}; supported are text, text_time"
+        )
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.ConvTranspose2d | nn.AvgPool2d | nn.BatchNorm2d):
+            raise UnsupportedModel(
+                f"layer {name} is a {type(module).__name__}, which is not cut into patches"
+            )
+        if type(module).__name__ in ("GatedSelfAttentionDense", "DualTransformer2DModel"):
+            raise UnsupportedModel(f"layer {name} is a {type(module).__name__} (GLIGEN, dual attention)")
+    return unet
+
+
+def check_self_attention(name: str, attn: Attention) -> None:
+    """Raise `UnsupportedModel` where self-attention does more than keys and values of the same tokens."""
+    if not isinstance(attn.processor, AttnProcessor | AttnProcessor2_0):
+        raise UnsupportedModel(
+            f"{name} uses {type(attn.processor).__name__}; patch parallelism brings its own self-attention: "
+            "undo attention slicing, xFormers, PAG or fused projections first"
+        )
+    for extra in ("group_norm", "spatial_norm", "norm_q", "norm_k"):
+        if getattr(attn, extra, None) is not None:
+            raise UnsupportedModel(f"{name} has a {extra}, which no supported U-Net has")
+    if attn.residual_connection or attn.rescale_output_factor != 1.0 or attn.added_kv_proj_dim is not None:
+        raise UnsupportedModel(f"{name} is not the self-attention of a supported U-Net")
+
+
+def check_layers(unet: UNet2DConditionModel) -> None:
+    """Raise `UnsupportedModel` where something was switched on that looks at the whole image."""
+    for name, block in unet.up_blocks.named_children():
+        if getattr(block, "s1", None):
+            raise UnsupportedModel(
+                f"up block {name} uses FreeU, a filter over the whole image; call disable_freeu()"
+            )
+
+
+def check_inputs(attention_mask: object, cross_attention_kwargs: dict[str, Any] | None) -> None:
+    """Raise `UnsupportedModel` for an input of the U-Net that patches cannot honour."""
+    if attention_mask is not None:
+        raise UnsupportedModel(
+            "attention_mask is over the tokens of the whole image and is not cut into patches"
+        )
+    foreign = sorted(set(cross_attention_kwargs or ()) - {"scale"})
+    if foreign:
+        raise UnsupportedModel(
+            f"cross_attention_kwargs {', '.join(foreign)}; with patches only 'scale' (LoRA) works"
+        )
