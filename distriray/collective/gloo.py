@@ -1,0 +1,178 @@
+"""Exchange over TCP between processes with CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
+
+from distriray.collective.messages import as_messages
+from distriray.collective.subgroup import Subgroup
+from distriray.errors import GangBroken
+
+
+class Transfer(NamedTuple):
+    peer: int
+    what: str
+    work: torch.distributed.Work
+
+
+class GlooWork:
+    """One group of transfers in flight. Holds its tensors until they have arrived."""
+
+    def __init__(self, owner: GlooCommunicator, transfers: list[Transfer]) -> None:
+        self._owner = owner
+        self._transfers = transfers
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + self._owner.timeout_s
+        for transfer in self._transfers:
+            self._owner.finish(transfer, deadline)
+        self._transfers.clear()
+
+
+class GlooCommunicator:
+    """A gang over gloo's TCP transport, beside any number of others in the same process.
+
+    It uses `ProcessGroupGloo` directly, so there is no global process group, and point-to-point transfers
+    only, which gloo runs in one thread of its own per communicator (a second one, for collectives, idles).
+    A wait blocks on a condition variable: it costs neither CPU nor latency.
+
+    The constructor returns once all ranks are connected with each other; after that the store is not used.
+
+    Args:
+        store: where the ranks find each other; it must be fresh (a `PrefixStore` with a name of its own).
+        host: address of this rank's network interface, which its peers can reach.
+        timeout_s: how long connecting, and later each wait, may take.
+
+    Raises:
+        GangBroken: not all ranks arrived within `timeout_s`.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float = 30.0) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device("cpu")
+        self.timeout_s = timeout_s
+        self._bytes_sent = 0
+        self._sent = [0] * world_size
+        self._received = [0] * world_size
+        self._failure: str | None = None
+        self._failing = threading.Lock()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timedelta(seconds=timeout_s)
+        options._threads = 1
+        options._devices = [_device(host)]
+        try:
+            self._group: Any = ProcessGroupGloo(store, rank, world_size, options)
+        except RuntimeError as error:
+            raise GangBroken(f"rank {rank} could not connect to its gang of {world_size}: {error}") from error
+        self._greet()
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes_sent
+
+    @property
+    def broken(self) -> bool:
+        return self._failure is not None
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> GlooWork:
+        incoming = as_messages(receives, self.rank, self.world_size, self.device)
+        outgoing = as_messages(sends, self.rank, self.world_size, self.device)
+        group = self._group
+        if self._failure is not None or group is None:
+            raise GangBroken(self._failure)
+        transfers: list[Transfer] = []
+        peer = self.rank
+        try:
+            for peer, message in incoming:
+                tag = _tag(self._received[peer], message.numel())
+                transfers.append(Transfer(peer, "receiving from", group.recv([message], peer, tag)))
+                self._received[peer] += 1
+            for peer, message in outgoing:
+                tag = _tag(self._sent[peer], message.numel())
+                transfers.append(Transfer(peer, "sending to", group.send([message], peer, tag)))
+                self._sent[peer] += 1
+                self._bytes_sent += message.numel()
+        except RuntimeError as error:
+            raise self._broken_by(f"rank {peer} died or left: {error}") from error
+        return GlooWork(self, transfers)
+
+    def finish(self, transfer: Transfer, deadline: float) -> None:
+        """Wait for one transfer of a group until `deadline` on the monotonic clock."""
+        if self._failure is not None:
+            raise GangBroken(self._failure)
+        remaining_s = max(deadline - time.monotonic(), 0.001)
+        try:
+            transfer.work.wait(timedelta(seconds=remaining_s))
+        except RuntimeError as error:
+            if time.monotonic() >= deadline:
+                cause = (
+                    f"rank {transfer.peer} did not answer within {self.timeout_s:g} s ({transfer.what} it)"
+                )
+            else:
+                cause = f"rank {transfer.peer} died or left ({transfer.what} it): {error}"
+            raise self._broken_by(cause) from error
+
+    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
+        return Subgroup(self, ranks)
+
+    def abort(self) -> None:
+        self._broken_by("the communicator was aborted on this rank")
+
+    def close(self) -> None:
+        self._broken_by("the communicator was closed on this rank")
+
+    def _broken_by(self, cause: str) -> GangBroken:
+        """Remember the first cause, cut every connection, and return the error that says why."""
+        with self._failing:
+            if self._failure is None:
+                self._failure = cause
+            group, self._group = self._group, None
+        if group is not None:
+            _cut(group)
+        return GangBroken(self._failure)
+
+    def _greet(self) -> None:
+        """Exchange one byte with everybody: afterwards nobody is still connecting."""
+        others = [peer for peer in range(self.world_size) if peer != self.rank]
+        hello = torch.ones(1, dtype=torch.uint8)
+        self.exchange(dict.fromkeys(others, hello), {peer: hello.clone() for peer in others}).wait()
+        self._bytes_sent = 0
+
+
+def _tag(count: int, nbytes: int) -> int:
+    """The 31-bit tag of a pair's `count`-th message.
+
+    It holds the size too: a peer with another size in mind then times out, where gloo, given a message
+    longer than its buffer, would end the process.
+    """
+    return (count & 0x3FFF) << 17 | nbytes % 0x1FFFF
+
+
+def _cut(group: Any) -> None:
+    """Close all connections of a group and wake the threads that wait for them.
+
+    `ProcessGroupGloo.abort` and `shutdown` do neither (torch 2.13). A transfer that times out does both: gloo
+    then closes every pair of its context. So start one that nobody answers.
+    """
+    never = torch.empty(1, dtype=torch.uint8)
+    for peer in range(group.size()):
+        if peer != group.rank():
+            with contextlib.suppress(RuntimeError):
+                group.recv([never], peer, 0x7FFFFFFF).wait(timedelta(milliseconds=1))
+
+
+def _device(host: str) -> ProcessGroupGloo.Device:
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if interfaces:
+        return ProcessGroupGloo.create_device(interface=interfaces.split(",")[0])
+    return ProcessGroupGloo.create_device(hostname=host)

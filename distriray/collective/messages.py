@@ -1,0 +1,34 @@
+"""What every backend does with the tensors of one exchange before they travel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+def as_messages(
+    tensors: Mapping[int, torch.Tensor], rank: int, world_size: int, device: torch.device
+) -> list[tuple[int, torch.Tensor]]:
+    """The tensors that have bytes to move, as flat `uint8` views beside their peer, in the mapping's order.
+
+    Raises:
+        ValueError: a peer is no other rank of the gang, or a tensor is not contiguous or not on `device`.
+    """
+    messages = []
+    for peer, tensor in tensors.items():
+        if not 0 <= peer < world_size or peer == rank:
+            others = [other for other in range(world_size) if other != rank]
+            raise ValueError(f"rank {rank} cannot exchange with rank {peer}; its peers are {others}")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"the tensor for rank {peer} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is "
+                "not contiguous; pass tensor.contiguous(), or receive into a contiguous buffer"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"the tensor for rank {peer} is on {tensor.device}, the communicator on {device}"
+            )
+        if tensor.numel():
+            messages.append((peer, tensor.detach().reshape(-1).view(torch.uint8)))
+    return messages

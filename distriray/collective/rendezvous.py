@@ -1,0 +1,123 @@
+"""How the ranks of a gang find each other."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from distriray.collective.base import Communicator
+from distriray.collective.gloo import GlooCommunicator
+from distriray.collective.local import LocalCommunicator
+from distriray.errors import GangBroken, GangMismatch
+
+Backend = Literal["local", "gloo", "nccl"]
+
+
+def connect(
+    backend: Backend,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    address: str | None = None,
+    store: Store | None = None,
+    timeout_s: float = 30.0,
+    device: torch.device | str | None = None,
+    name: str = "gang",
+) -> Communicator:
+    """Join the gang `name` as `rank` and return once all of its ranks have joined.
+
+    Args:
+        backend: `local` (one rank, any device), `gloo` (CPU tensors over TCP) or `nccl` (CUDA tensors).
+        rank: this process's place in the gang, from 0.
+        world_size: the number of ranks.
+        address: `host:port` where rank 0 serves a store that the others join, or where one is served already.
+        store: an existing store, in place of `address`.
+        timeout_s: how long joining may take, and later each wait.
+        device: of the tensors; the CPU, or for `nccl` the current CUDA device, unless given.
+        name: tells gangs that share a store apart. A name serves once: gang and generation both belong in it.
+
+    Raises:
+        GangBroken: not all ranks arrived within `timeout_s`.
+        GangMismatch: the ranks disagree on the world size, or two claim the same rank.
+        ValueError: an argument is out of range or missing.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not within a gang of {world_size}")
+    if backend == "local":
+        if world_size != 1:
+            raise ValueError(f"backend 'local' is for one rank, not {world_size}; use 'gloo' or 'nccl'")
+        return LocalCommunicator(device or "cpu")
+    if store is None:
+        store = _store(address, rank, timeout_s)
+    gang = PrefixStore(name, store)
+    _enroll(gang, name, rank, world_size)
+    try:
+        if backend == "gloo":
+            if torch.device(device or "cpu").type != "cpu":
+                raise ValueError(f"backend 'gloo' moves CPU tensors, not {device}; use 'nccl'")
+            return GlooCommunicator(gang, rank, world_size, _interface_towards(store), timeout_s)
+        raise ValueError(f"no backend {backend!r}; there are 'local', 'gloo' and 'nccl'")
+    except GangBroken as error:
+        absent = [peer for peer in range(world_size) if not gang.check([f"rank {peer}"])]
+        if absent:
+            raise GangBroken(
+                f"ranks {absent} of gang {name!r} did not join within {timeout_s:g} s"
+            ) from error
+        raise
+
+
+def _store(address: str | None, rank: int, timeout_s: float) -> Store:
+    if address is None:
+        raise ValueError("pass an address ('host:port', where rank 0 serves a store) or a store")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"address {address!r} is not 'host:port'")
+    timeout = timedelta(seconds=timeout_s)
+    if rank == 0:
+        try:
+            return TCPStore(
+                host.strip("[]"),
+                int(port),
+                is_master=True,
+                timeout=timeout,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except torch.distributed.DistNetworkError:
+            pass  # somebody serves there already, torchrun's agent for one: join as the others do
+    try:
+        return TCPStore(host.strip("[]"), int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+    except torch.distributed.DistError as error:
+        raise GangBroken(f"no store answers at {address}: is rank 0 running there?") from error
+
+
+def _enroll(gang: Store, name: str, rank: int, world_size: int) -> None:
+    agreed = int(gang.compare_set("world size", "", str(world_size)))
+    if agreed != world_size:
+        raise GangMismatch(f"rank {rank} expects {world_size} ranks in gang {name!r}, its peers {agreed}")
+    if gang.add(f"rank {rank}", 1) > 1:
+        raise GangMismatch(
+            f"rank {rank} of gang {name!r} is taken; give every process a rank, every gang a name"
+        )
+
+
+def _interface_towards(store: Store) -> str:
+    """The address of the interface from which this machine reaches the store, where peers reach us too."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        return "127.0.0.1"
+    for family, kind, protocol, _, target in socket.getaddrinfo(
+        store.host, store.port, type=socket.SOCK_DGRAM
+    ):
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(target)  # sends nothing: only asks for the route
+            except OSError:
+                continue
+            return str(probe.getsockname()[0])
+    raise GangBroken(f"no route to the store at {store.host}:{store.port}; set GLOO_SOCKET_IFNAME")
