@@ -1,240 +1,80 @@
-"""What a policy would do: hosts, gangs and requests, event by event.
+"""What a policy would do: a stream of requests through simulated hosts.
 
-A request yields only at the end of a step, going on in another gang costs the profile's `regroup_s` and one
-synchronous step, and a gang that decodes cannot be disturbed. Memory grows with what is waiting, not with
-what has been.
+Deterministic for a seed. Memory grows with what is waiting, not with what has been.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from itertools import count
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from .latency import LatencyModel
-from .policy import HostPolicy, HostView, RequestView, Workers, moves
+from .policy import HostPolicy, RequestView
 from .report import Report
+from .router import HostState, publish, route
+from .simulated_host import Clock, SimulatedHost
 from .workload import Arrival
-
-Event = tuple[float, int, Callable[[], None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """What is simulated: `hosts` times `workers`, lent as `gang_sizes`.
 
-    `noise` is the relative spread (lognormal) of a segment's speed about the model's.
+    Attributes:
+        routers: requests come to each of them in turn; none knows what the others sent.
+        publish_s: how often hosts tell the routers their state.
+        max_waiting: a host's bound on its queue.
+        refuse: whether a request is refused whose deadline no host can meet.
+        noise: relative spread (lognormal) of a segment's speed about the truth.
     """
 
     hosts: int = 1
     workers: int = 8
     gang_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    routers: int = 1
+    publish_s: float = 0.2
+    max_waiting: int = 100_000
+    refuse: bool = False
     noise: float = 0.0
 
 
-class Clock:
-    """Simulated time and what is to happen in it."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._order = count()
-        self._events: list[Event] = []
-
-    def at(self, time_s: float, action: Callable[[], None]) -> None:
-        """Do `action` at `time_s`; equal times go in the order of asking."""
-        heappush(self._events, (time_s, next(self._order), action))
-
-    def run(self) -> None:
-        """Until nothing is left to happen."""
-        while self._events:
-            self.now_s, _, action = heappop(self._events)
-            action()
-
-
-@dataclass(slots=True)
-class _Segment:
-    """A run of steps in one gang: when it began, and when each step ends."""
-
-    workers: Workers
-    began_s: float
-    first_s: float  # the first step begins
-    slow: int  # so many synchronous steps
-    sync_step_s: float
-    step_s: float
-    ends: int = 0  # the steps after which it leaves
-
-    def boundary_s(self, steps: int) -> float:
-        """The end of its step number `steps`."""
-        return (
-            self.first_s + min(steps, self.slow) * self.sync_step_s + max(0, steps - self.slow) * self.step_s
-        )
-
-    def steps_by(self, time_s: float) -> int:
-        """Steps finished by `time_s`."""
-        slow_end = self.boundary_s(self.slow)
-        if time_s < slow_end:
-            return max(0, int((time_s - self.first_s) / self.sync_step_s + 1e-9))
-        return min(self.ends, self.slow + int((time_s - slow_end) / self.step_s + 1e-9))
-
-
-@dataclass(slots=True)
-class _Live:
-    """A request that is not finished."""
-
-    view: RequestView  # as of its last segment
-    segment: _Segment | None = None
-    version: int = 0
-    yielding: bool = False
-
-
-class SimulatedHost:
-    """One host: it keeps requests, asks its policy, and does what real workers would.
-
-    Args:
-        model: what the policy believes. Segments teach it unless it is `truth` itself.
-        truth: how long things take.
-    """
+class _Frontend:
+    """The routers, the hosts behind them and the state between."""
 
     def __init__(
-        self,
-        clock: Clock,
-        policy: HostPolicy,
-        fleet: Fleet,
-        model: LatencyModel,
-        truth: LatencyModel,
-        report: Report,
-        draw: random.Random,
-    ) -> None:
-        self.clock, self.policy, self.fleet = clock, policy, fleet
-        self.model, self.truth, self.report, self.draw = model, truth, report, draw
-        self.live: dict[str, _Live] = {}
-        self._decisions = 0
+        self, clock: Clock, hosts: list[SimulatedHost], fleet: Fleet, model: LatencyModel, seed: int
+    ):
+        self.clock, self.hosts, self.fleet, self.model = clock, hosts, fleet, model
+        self.draws = [random.Random(f"{seed} {i}") for i in range(fleet.routers)]
+        self.states: list[list[HostState]] = [[] for _ in range(fleet.routers)]
+        self.open = True
+        if len(hosts) > 1 or fleet.refuse:
+            self._publish()
 
-    def submit(self, request: RequestView) -> None:
-        """A request arrives."""
-        self.live[request.id] = _Live(request)
-        self.decide()
-
-    def view(self) -> HostView:
-        """What the policy may know now."""
-        return HostView(
-            self.clock.now_s,
-            tuple(range(self.fleet.workers)),
-            self.fleet.gang_sizes,
-            tuple(self._seen(live) for live in self.live.values()),
-        )
-
-    def decide(self) -> None:
-        """Ask the policy, carry out what it says, and look again in a while."""
-        self._decisions += 1
-        if not self.live:
+    def send(self, request: RequestView, report: Report) -> None:
+        """Give a request to a host, or refuse it."""
+        if len(self.hosts) == 1 and not self.fleet.refuse:
+            self.hosts[0].submit(request)
             return
-        view = self.view()
-        todo = moves(view, self.policy.plan(view, self.model))
-        for name in todo.yields:
-            self._ask_to_yield(self.live[name])
-        for name, workers in todo.starts.items():
-            self._start(self.live[name], workers)
-        if self.policy.review_s is not None:
-            decision = self._decisions
-            self.clock.at(self.clock.now_s + self.policy.review_s, lambda: self._review(decision))
-
-    def _review(self, decision: int) -> None:
-        if decision == self._decisions:
-            self.decide()
-
-    def _seen(self, live: _Live) -> RequestView:
-        segment, view = live.segment, live.view
-        if segment is None:
-            return view
-        steps = segment.steps_by(self.clock.now_s)
-        pinned = view.steps_done + steps >= view.steps_total
-        return _with(view, view.steps_done + steps, segment.workers, pinned)
-
-    def _start(self, live: _Live, workers: Workers) -> None:
-        now, view = self.clock.now_s, live.view
-        times = self.truth.times(len(workers), view.height, view.width, view.batch)
-        noise = math.exp(self.draw.gauss(0.0, self.fleet.noise)) if self.fleet.noise else 1.0
-        left = view.steps_total - view.steps_done
-        warm = self.truth.profile.warmup_steps - view.steps_done
-        slow = min(left, max(warm, 1 if view.steps_done else 0))
-        before = self.truth.profile.regroup_s if view.steps_done else times.prepare_s
-        live.segment = _Segment(
-            workers, now, now + before * noise, slow, times.sync_step_s * noise, times.step_s * noise, left
-        )
-        self.report.regroupings += view.steps_done > 0
-        self._schedule_end(live)
-
-    def _ask_to_yield(self, live: _Live) -> None:
-        segment = live.segment
-        if segment is None or live.yielding:
+        router = report.arrived % self.fleet.routers
+        states = self.states[router]
+        chosen = route(states, request, self.clock.now_s, self.model, self.draws[router])
+        if chosen.state is None or (self.fleet.refuse and not chosen.meets):
+            report.refused += 1
             return
-        live.yielding = True
-        done = segment.steps_by(self.clock.now_s)
-        at_boundary = done > 0 and segment.boundary_s(done) >= self.clock.now_s - 1e-9
-        if (steps := max(1, done if at_boundary else done + 1)) < segment.ends:
-            segment.ends = steps
-            self._schedule_end(live)
+        index = int(chosen.state.host)
+        states[index] = chosen.state
+        self.hosts[index].submit(request)
 
-    def _schedule_end(self, live: _Live) -> None:
-        assert live.segment is not None
-        live.version += 1
-        version = live.version
-        self.clock.at(live.segment.boundary_s(live.segment.ends), lambda: self._end_of_steps(live, version))
-
-    def _end_of_steps(self, live: _Live, version: int) -> None:
-        segment, view = live.segment, live.view
-        if version != live.version or segment is None:
-            return
-        if self.model is not self.truth:
-            shape = (view.height, view.width, view.batch)
-            self.model.observe(len(segment.workers), *shape, segment.step_s)
-        if view.steps_done + segment.ends < view.steps_total:
-            self._let_go(live, segment)
-            live.view = _with(view, view.steps_done + segment.ends, None, False)
-            self.decide()
-            return
-        decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
-        if decode > 0:
-            self.clock.at(self.clock.now_s + decode, lambda: self._finish(live, segment))
-        else:
-            self._finish(live, segment)
-
-    def _finish(self, live: _Live, segment: _Segment) -> None:
-        now, view, report = self.clock.now_s, live.view, self.report
-        self._let_go(live, segment)
-        del self.live[view.id]
-        report.latency.add(now - view.arrival_s)
-        report.span_s = now
-        report.met += view.deadline_s is not None and now <= view.deadline_s + 1e-9
-        self.decide()
-
-    def _let_go(self, live: _Live, segment: _Segment) -> None:
-        self.report.worker_seconds += len(segment.workers) * (self.clock.now_s - segment.began_s)
-        live.segment, live.yielding = None, False
-        live.version += 1
-
-
-def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: bool) -> RequestView:
-    """`dataclasses.replace`, which is too slow here."""
-    return RequestView(
-        view.id,
-        view.height,
-        view.width,
-        view.batch,
-        view.steps_total,
-        steps_done,
-        view.arrival_s,
-        view.deadline_s,
-        view.priority,
-        view.gang_size,
-        view.max_gang,
-        workers,
-        pinned,
-    )
+    def _publish(self) -> None:
+        fresh = [
+            publish(str(i), host.view(), self.model, self.fleet.max_waiting)
+            for i, host in enumerate(self.hosts)
+        ]
+        self.states = [list(fresh) for _ in self.states]
+        if self.open or any(host.live for host in self.hosts):
+            self.clock.at(self.clock.now_s + self.fleet.publish_s, self._publish)
 
 
 def simulate(
@@ -250,48 +90,52 @@ def simulate(
     Args:
         policy: of every host.
         truth: how long things take.
-        model: what the hosts believe; None: the truth.
+        model: what hosts and routers believe, and correct by what they see; None: the truth.
     """
     fleet = fleet or Fleet()
     clock, draw = Clock(), random.Random(seed)
     report = Report(fleet.hosts * fleet.workers)
+    believed = model or truth
     hosts = [
-        SimulatedHost(clock, policy, fleet, model or truth, truth, report, draw) for _ in range(fleet.hosts)
+        SimulatedHost(
+            clock, policy, fleet.workers, fleet.gang_sizes, believed, truth, report, draw, fleet.noise
+        )
+        for _ in range(fleet.hosts)
     ]
-    stream = iter(arrivals)
-    _next_arrival(clock, stream, hosts, report)
+    frontend = _Frontend(clock, hosts, fleet, believed, seed)
+    _await_next(clock, iter(arrivals), frontend, report)
     clock.run()
     return report
 
 
-def _next_arrival(
-    clock: Clock, stream: Iterator[Arrival], hosts: Sequence[SimulatedHost], report: Report
-) -> None:
+def _await_next(clock: Clock, stream: Iterator[Arrival], frontend: _Frontend, report: Report) -> None:
+    """Only one request to come is ever held, however long the stream."""
     arrival = next(stream, None)
     if arrival is None:
+        frontend.open = False
         return
 
     def arrive() -> None:
         report.arrived += 1
         report.with_deadline += arrival.deadline_s is not None
-        hosts[0].submit(request_of(arrival, str(report.arrived)))
-        _next_arrival(clock, stream, hosts, report)
+        frontend.send(_request(arrival, str(report.arrived)), report)
+        _await_next(clock, stream, frontend, report)
 
     clock.at(arrival.at_s, arrive)
 
 
-def request_of(arrival: Arrival, name: str) -> RequestView:
+def _request(arrival: Arrival, name: str) -> RequestView:
     """An arrival as its host sees it."""
     return RequestView(
-        name,
-        arrival.height,
-        arrival.width,
-        arrival.batch,
-        arrival.steps,
-        0,
-        arrival.at_s,
-        None if arrival.deadline_s is None else arrival.at_s + arrival.deadline_s,
-        arrival.priority,
-        arrival.gang_size,
-        arrival.max_gang,
+        id=name,
+        height=arrival.height,
+        width=arrival.width,
+        batch=arrival.batch,
+        steps_total=arrival.steps,
+        steps_done=0,
+        arrival_s=arrival.at_s,
+        deadline_s=None if arrival.deadline_s is None else arrival.at_s + arrival.deadline_s,
+        priority=arrival.priority,
+        gang_size=arrival.gang_size,
+        max_gang=arrival.max_gang,
     )

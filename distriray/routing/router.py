@@ -1,0 +1,186 @@
+"""Which host a request goes to, from what the hosts published a moment ago.
+
+A host publishes how many of its workers are free over the time ahead. A router pours the request into each
+host's free time and takes the host where it would be done first. Hosts that are as good within what the
+model and the age of the state leave uncertain are drawn from evenly, so that several routers that look at
+the same state do not all run to the same host.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from heapq import nsmallest
+from math import inf
+
+from .elastic import jobs_of
+from .latency import LatencyModel
+from .policy import HostView, RequestView
+from .timeline import Job, Run, Timeline
+
+Steps = tuple[tuple[float, int], ...]
+PUBLISHED_JOBS = 24  # poured one by one; what is behind them counts as work
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What a host publishes after each decision. Times are seconds on a clock that the fleet shares.
+
+    Attributes:
+        firm: free workers over time, as (from, how many), beside requests whose deadlines can be met.
+        full: the same beside everything it has.
+        backlog_s: seconds of all its workers that stand before a new request and are not in `full`.
+        waiting, max_waiting: its queue, and the bound at which it takes no more.
+        gang_sizes: those that its healthy workers can form.
+    """
+
+    host: str
+    published_s: float
+    workers: int
+    gang_sizes: tuple[int, ...]
+    firm: Steps
+    full: Steps
+    backlog_s: float = 0.0
+    waiting: int = 0
+    max_waiting: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes.
+
+    Attributes:
+        host: None when every queue is full or no host can form a gang for it.
+        finish_s: when it would be done there; with no host, when a place in a queue may come free.
+        meets: whether that is by its deadline, within what the model is sure of.
+        state: the chosen host's state with the request in it, for the router to go on with until the host
+            publishes again.
+    """
+
+    host: str | None
+    finish_s: float
+    meets: bool
+    state: HostState | None = None
+
+
+def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1000) -> HostState:
+    """A host's state, predicted from everything it has."""
+    now, workers = view.now_s, len(view.workers)
+    jobs = jobs_of(view, model)
+    firm, full = Timeline(now, workers), Timeline(now, workers)
+    hopeful = [j for j in jobs if now + j.soonest_s() <= j.deadline_s < inf]
+    names = {j.id for j in hopeful}
+    rest = [j for j in jobs if j.id not in names]
+    first = nsmallest(PUBLISHED_JOBS, hopeful, key=lambda j: (not j.size, j.deadline_s, j.arrival_s))
+    for job in first:
+        run = _fit(firm, job) or _quickest(firm, job)
+        if run is not None:
+            firm.take(run)
+            full.take(run)
+    room = max(0, PUBLISHED_JOBS - len(first))
+    second = nsmallest(room, rest, key=lambda j: (not j.size, j.arrival_s))
+    for job in second:
+        run = full.pour(job, job.size or job.sizes[0])
+        if run is not None:
+            full.take(run)
+    poured = {j.id for j in (*first, *second)}
+    behind = sum(j.least_worker_seconds() for j in jobs if j.id not in poured)
+    waiting = sum(r.workers is None for r in view.requests)
+    sizes = _sizes_there(view)
+    return HostState(
+        host, now, workers, sizes, _steps(firm), _steps(full), behind / max(1, workers), waiting, max_waiting
+    )
+
+
+def route(
+    states: Sequence[HostState],
+    request: RequestView,
+    now_s: float,
+    model: LatencyModel,
+    draw: random.Random,
+    caution: float = 1.0,
+) -> Route:
+    """Choose a host for a request that has just come.
+
+    Args:
+        states: one of each host, as old as they are.
+        draw: where ties are drawn from; seeded, it always chooses the same.
+        caution: how many of the model's errors two predictions may lie apart and count as equal.
+    """
+    options: list[tuple[float, HostState, Run, Job]] = []
+    for state in states:
+        if state.waiting >= state.max_waiting:
+            continue
+        jobs = jobs_of(HostView(now_s, tuple(range(state.workers)), state.gang_sizes, (request,)), model)
+        if not jobs:
+            continue
+        urgent = request.deadline_s is not None
+        timeline = _timeline(state.firm if urgent else state.full, now_s)
+        run = _quickest(timeline, jobs[0])
+        if run is not None:
+            delay = 0.0 if urgent else state.backlog_s
+            options.append((run.end_s + delay, state, run, jobs[0]))
+    if not options:
+        return Route(None, now_s + min((_drain_s(state) for state in states), default=inf), False)
+    best = min(end for end, *_ in options)
+    error = model.estimate(1, request.height, request.width, request.batch).error
+
+    def near(end: float, state: HostState) -> bool:
+        return end - best <= caution * error * (best - now_s) + max(0.0, now_s - state.published_s)
+
+    end, state, run, job = draw.choice([option for option in options if near(option[0], option[1])])
+    meets = request.deadline_s is None or best - caution * error * (best - now_s) <= request.deadline_s
+    firm, full = _timeline(state.firm, now_s), _timeline(state.full, now_s)
+    if request.deadline_s is not None:
+        run = _fit(firm, job) or run
+        firm.take(run)
+    full.take(run)
+    after = replace(state, firm=_steps(firm), full=_steps(full), waiting=state.waiting + 1)
+    return Route(state.host, end, meets, after)
+
+
+def _fit(timeline: Timeline, job: Job) -> Run | None:
+    """On the smallest gang that meets its deadline."""
+    for size in job.sizes:
+        run = timeline.pour(job, size)
+        if run is not None and run.end_s <= job.deadline_s:
+            return run
+    return None
+
+
+def _quickest(timeline: Timeline, job: Job) -> Run | None:
+    """On as many workers as it can use."""
+    runs = [run for size in job.sizes if (run := timeline.pour(job, size)) is not None]
+    return min(runs, key=lambda run: run.end_s, default=None)
+
+
+def _steps(timeline: Timeline) -> Steps:
+    return tuple(zip(timeline.starts, (max(0, free) for free in timeline.free), strict=True))
+
+
+def _timeline(steps: Steps, now_s: float) -> Timeline:
+    """The free workers that `steps` say there are from `now_s` on."""
+    timeline = Timeline(now_s, 0)
+    timeline.free[0] = next((free for start, free in reversed(steps) if start <= now_s), steps[0][1])
+    for start, free in steps:
+        if start > now_s:
+            timeline.starts.append(start)
+            timeline.free.append(free)
+    return timeline
+
+
+def _sizes_there(view: HostView) -> tuple[int, ...]:
+    """The gang sizes of which at least one block is healthy."""
+    healthy = set(view.workers)
+    return tuple(
+        size
+        for size in view.gang_sizes
+        if any(healthy.issuperset(range(w, w + size)) for w in healthy if w % size == 0)
+    )
+
+
+def _drain_s(state: HostState) -> float:
+    """About when a full queue has a place: its work over its length."""
+    last = max(0.0, state.full[-1][0] - state.published_s) + state.backlog_s
+    return max(0.1, last / max(1, state.waiting))

@@ -1,0 +1,228 @@
+"""A host that only pretends to have workers: its gangs and requests, event by event.
+
+A request yields only at the end of a step, going on in another gang costs the profile's `regroup_s` and one
+synchronous step, and a gang that decodes cannot be disturbed. Memory grows with what is waiting, not with
+what has been.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+
+from .latency import LatencyModel
+from .policy import HostPolicy, HostView, RequestView, Workers, moves
+from .report import Report
+
+Event = tuple[float, int, Callable[[], None]]
+
+
+class Clock:
+    """Simulated time and what is to happen in it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._order = count()
+        self._events: list[Event] = []
+
+    def at(self, time_s: float, action: Callable[[], None]) -> None:
+        """Do `action` at `time_s`; equal times go in the order of asking."""
+        heappush(self._events, (time_s, next(self._order), action))
+
+    def run(self) -> None:
+        """Until nothing is left to happen."""
+        while self._events:
+            self.now_s, _, action = heappop(self._events)
+            action()
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A run of steps in one gang: when it began, and when each step ends."""
+
+    workers: Workers
+    began_s: float
+    first_s: float  # the first step begins
+    slow: int  # so many synchronous steps
+    sync_step_s: float
+    step_s: float
+    ends: int = 0  # the steps after which it leaves
+
+    def boundary_s(self, steps: int) -> float:
+        """The end of its step number `steps`."""
+        return (
+            self.first_s + min(steps, self.slow) * self.sync_step_s + max(0, steps - self.slow) * self.step_s
+        )
+
+    def steps_by(self, time_s: float) -> int:
+        """Steps finished by `time_s`."""
+        slow_end = self.boundary_s(self.slow)
+        if time_s < slow_end:
+            return max(0, int((time_s - self.first_s) / self.sync_step_s + 1e-9))
+        return min(self.ends, self.slow + int((time_s - slow_end) / self.step_s + 1e-9))
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that is not finished."""
+
+    view: RequestView  # as of its last segment
+    segment: _Segment | None = None
+    version: int = 0
+    yielding: bool = False
+
+
+class SimulatedHost:
+    """One host: it keeps requests, asks its policy, and does what real workers would.
+
+    Args:
+        workers, gang_sizes: how many it has, and how it may lend them.
+        model: what the policy believes. Segments teach it unless it is `truth` itself.
+        truth: how long things take.
+        noise: relative spread (lognormal) of a segment's speed about the truth.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        policy: HostPolicy,
+        workers: int,
+        gang_sizes: tuple[int, ...],
+        model: LatencyModel,
+        truth: LatencyModel,
+        report: Report,
+        draw: random.Random,
+        noise: float = 0.0,
+    ) -> None:
+        self.clock, self.policy, self.noise = clock, policy, noise
+        self.workers, self.gang_sizes = tuple(range(workers)), gang_sizes
+        self.model, self.truth, self.report, self.draw = model, truth, report, draw
+        self.live: dict[str, _Live] = {}
+        self._decisions = 0
+
+    def submit(self, request: RequestView) -> None:
+        """A request arrives."""
+        self.live[request.id] = _Live(request)
+        self.decide()
+
+    def view(self) -> HostView:
+        """What the policy may know now."""
+        return HostView(
+            self.clock.now_s,
+            self.workers,
+            self.gang_sizes,
+            tuple(self._seen(live) for live in self.live.values()),
+        )
+
+    def decide(self) -> None:
+        """Ask the policy, carry out what it says, and look again in a while."""
+        self._decisions += 1
+        if not self.live:
+            return
+        view = self.view()
+        todo = moves(view, self.policy.plan(view, self.model))
+        for name in todo.yields:
+            self._ask_to_yield(self.live[name])
+        for name, workers in todo.starts.items():
+            self._start(self.live[name], workers)
+        if self.policy.review_s is not None:
+            decision = self._decisions
+            self.clock.at(self.clock.now_s + self.policy.review_s, lambda: self._review(decision))
+
+    def _review(self, decision: int) -> None:
+        if decision == self._decisions:
+            self.decide()
+
+    def _seen(self, live: _Live) -> RequestView:
+        segment, view = live.segment, live.view
+        if segment is None:
+            return view
+        steps = segment.steps_by(self.clock.now_s)
+        pinned = view.steps_done + steps >= view.steps_total
+        return _with(view, view.steps_done + steps, segment.workers, pinned)
+
+    def _start(self, live: _Live, workers: Workers) -> None:
+        now, view = self.clock.now_s, live.view
+        times = self.truth.times(len(workers), view.height, view.width, view.batch)
+        noise = math.exp(self.draw.gauss(0.0, self.noise)) if self.noise else 1.0
+        left = view.steps_total - view.steps_done
+        warm = self.truth.profile.warmup_steps - view.steps_done
+        slow = min(left, max(warm, 1 if view.steps_done else 0))
+        before = self.truth.profile.regroup_s if view.steps_done else times.prepare_s
+        live.segment = _Segment(
+            workers, now, now + before * noise, slow, times.sync_step_s * noise, times.step_s * noise, left
+        )
+        self.report.regroupings += view.steps_done > 0
+        self._schedule_end(live)
+
+    def _ask_to_yield(self, live: _Live) -> None:
+        segment = live.segment
+        if segment is None or live.yielding:
+            return
+        live.yielding = True
+        done = segment.steps_by(self.clock.now_s)
+        at_boundary = done > 0 and segment.boundary_s(done) >= self.clock.now_s - 1e-9
+        if (steps := max(1, done if at_boundary else done + 1)) < segment.ends:
+            segment.ends = steps
+            self._schedule_end(live)
+
+    def _schedule_end(self, live: _Live) -> None:
+        assert live.segment is not None
+        live.version += 1
+        version = live.version
+        self.clock.at(live.segment.boundary_s(live.segment.ends), lambda: self._end_of_steps(live, version))
+
+    def _end_of_steps(self, live: _Live, version: int) -> None:
+        segment, view = live.segment, live.view
+        if version != live.version or segment is None:
+            return
+        if self.model is not self.truth:
+            shape = (view.height, view.width, view.batch)
+            self.model.observe(len(segment.workers), *shape, segment.step_s)
+        if view.steps_done + segment.ends < view.steps_total:
+            self._let_go(live, segment)
+            live.view = _with(view, view.steps_done + segment.ends, None, False)
+            self.decide()
+            return
+        decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
+        if decode > 0:
+            self.clock.at(self.clock.now_s + decode, lambda: self._finish(live, segment))
+        else:
+            self._finish(live, segment)
+
+    def _finish(self, live: _Live, segment: _Segment) -> None:
+        now, view, report = self.clock.now_s, live.view, self.report
+        self._let_go(live, segment)
+        del self.live[view.id]
+        report.latency.add(now - view.arrival_s)
+        report.span_s = now
+        report.met += view.deadline_s is not None and now <= view.deadline_s + 1e-9
+        self.decide()
+
+    def _let_go(self, live: _Live, segment: _Segment) -> None:
+        self.report.worker_seconds += len(segment.workers) * (self.clock.now_s - segment.began_s)
+        live.segment, live.yielding = None, False
+        live.version += 1
+
+
+def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: bool) -> RequestView:
+    """`dataclasses.replace`, which is too slow here."""
+    return RequestView(
+        view.id,
+        view.height,
+        view.width,
+        view.batch,
+        view.steps_total,
+        steps_done,
+        view.arrival_s,
+        view.deadline_s,
+        view.priority,
+        view.gang_size,
+        view.max_gang,
+        workers,
+        pinned,
+    )
