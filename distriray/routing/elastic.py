@@ -227,7 +227,17 @@ def jobs_of(view: HostView, model: LatencyModel) -> list[Job]:
     jobs = []
     for r in view.requests:
         size = len(r.workers) if r.workers else 0
-        key = (r.height, r.width, r.batch, r.steps_done, r.steps_total, r.gang_size, r.max_gang, size)
+        key = (
+            r.height,
+            r.width,
+            r.batch,
+            r.steps_done,
+            r.steps_total,
+            r.gang_size,
+            r.max_gang,
+            r.prepared,
+            size,
+        )
         costs = known.get(key)
         if costs is None:
             costs = known[key] = _costs(r, size, there, model)
@@ -245,7 +255,7 @@ def _costs(
     sizes: list[int] = []
     left: list[float] = []
     for s in there:
-        seconds = model.run_s(s, *shape, r.steps_done, r.steps_total)
+        seconds = model.run_s(s, *shape, r.steps_done, r.steps_total, r.prepared)
         if s == size or (r.allows(s) and not (left and seconds >= left[-1])):
             sizes.append(s)
             left.append(max(seconds, 1e-6))

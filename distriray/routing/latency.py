@@ -137,14 +137,24 @@ class LatencyModel:
         return Estimate(times.step_s, times.error)
 
     def run_s(
-        self, gang: int, height: int, width: int, batch: int, steps_done: int, steps_total: int
+        self,
+        gang: int,
+        height: int,
+        width: int,
+        batch: int,
+        steps_done: int,
+        steps_total: int,
+        prepared: bool = False,
     ) -> float:
-        """From `steps_done` to the decoded image in one gang, in seconds; from 0 it includes prepare."""
+        """From `steps_done` to the decoded image in one gang, in seconds.
+
+        Includes what comes before the first step unless that is `prepared`.
+        """
         times = self.times(gang, height, width, batch)
         left = steps_total - steps_done
         slow = min(max(0, self.profile.warmup_steps - steps_done), left)
         seconds = slow * times.sync_step_s + (left - slow) * times.step_s + times.decode_s
-        return seconds if steps_done else seconds + times.prepare_s
+        return seconds if steps_done or prepared else seconds + times.prepare_s
 
     def regroup_s(self, gang: int, height: int, width: int, batch: int) -> float:
         """What going on in another gang costs, in seconds: the move, and its first step being synchronous."""

@@ -32,6 +32,7 @@ class RequestView:
         max_gang: the largest gang its image can be cut into (it has at least that many rows of the latent).
         workers: those it holds now, all healthy, rank 0 first, also while it is about to yield; None while
             it waits.
+        prepared: its prompt is encoded; always so once it has done a step.
         pinned: it holds workers and cannot yield any more (it decodes).
     """
 
@@ -47,6 +48,7 @@ class RequestView:
     gang_size: int | None = None
     max_gang: int | None = None
     workers: Workers | None = None
+    prepared: bool = False
     pinned: bool = False
 
     def allows(self, size: int) -> bool:
@@ -125,7 +127,7 @@ def remaining_s(request: RequestView, size: int, model: LatencyModel) -> float:
     Going on with the gang it has costs nothing extra; anything else costs a regrouping.
     """
     shape = (request.height, request.width, request.batch)
-    seconds = model.run_s(size, *shape, request.steps_done, request.steps_total)
+    seconds = model.run_s(size, *shape, request.steps_done, request.steps_total, request.prepared)
     if request.steps_done and (request.workers is None or len(request.workers) != size):
         seconds += model.regroup_s(size, *shape)
     return seconds

@@ -224,5 +224,6 @@ def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: b
         view.gang_size,
         view.max_gang,
         workers,
+        steps_done > 0,
         pinned,
     )

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .latency import Entry, Profile
+from .latency import Entry, LatencyModel, Profile
 
 
 class Arrival(BaseModel):
@@ -88,6 +88,14 @@ def read_trace(path: Path | str) -> Iterator[Arrival]:
         for line in lines:
             if line.strip():
                 yield Arrival.model_validate(json.loads(line))
+
+
+def kinds_of(profile: Profile, steps: int = 50, slack: float = 1.2) -> tuple[Kind, ...]:
+    """One kind for each size in a profile; base deadlines are `slack` times the fastest gang's time."""
+    model = LatencyModel(profile)
+    gangs = sorted({entry.gang for entry in profile.entries})
+    sizes = sorted({(e.height, e.width) for e in profile.entries}, key=lambda size: (size[0] * size[1], size))
+    return tuple(Kind(h, w, slack * min(model.run_s(g, h, w, 1, 0, steps) for g in gangs)) for h, w in sizes)
 
 
 TRIAL_SECONDS: Mapping[int, Mapping[int, float]] = {

@@ -1,0 +1,113 @@
+"""The latency model: what was measured, what lies between, and what is seen later."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from distriray.routing.latency import Entry, LatencyModel, Profile
+
+
+def entry(gang, side, step_s, batch=1, **more):
+    return Entry(gang=gang, height=side, width=side, batch=batch, step_s=step_s, **more)
+
+
+def profile(*entries, **more):
+    return Profile(model="m", device="d", version="1", entries=entries, **more)
+
+
+FOUR = profile(entry(1, 512, 0.1), entry(1, 1024, 0.4), entry(4, 512, 0.05), entry(4, 1024, 0.1))
+
+
+def test_measured_cases_are_answered_as_measured():
+    model = LatencyModel(FOUR)
+    assert [model.step_s(g, s, s, 1) for g in (1, 4) for s in (512, 1024)] == [0.1, 0.4, 0.05, 0.1]
+
+
+def test_between_measured_sizes_times_follow_the_power_law():
+    model = LatencyModel(FOUR)
+    assert model.step_s(1, 512, 1024, 1) == pytest.approx(0.2)
+    assert model.step_s(2, 1024, 1024, 1) == pytest.approx(0.2)
+
+
+def test_beyond_the_profile_the_last_slope_goes_on_but_no_gang_is_superlinear():
+    model = LatencyModel(FOUR)
+    assert model.step_s(1, 2048, 2048, 1) == pytest.approx(1.6)
+    assert model.step_s(8, 1024, 1024, 1) >= 0.1 / 2
+    assert model.step_s(1, 1024, 1024, 4) == pytest.approx(4 * 0.4)
+
+
+@given(st.integers(1, 16), st.integers(64, 4096), st.integers(64, 4096), st.integers(1, 16))
+def test_every_case_has_a_positive_time_and_no_time_falls_with_the_size(gang, height, width, batch):
+    model = LatencyModel(FOUR)
+    assert (
+        0 < model.step_s(gang, height, width, batch) <= model.step_s(gang, height + 64, width, batch) * 1.0001
+    )
+    assert model.step_s(gang, height, width, batch) <= model.step_s(gang, height, width, batch + 1) * 1.0001
+
+
+def test_it_is_less_sure_the_further_a_case_is_from_any_measured_one():
+    model = LatencyModel(FOUR)
+    errors = [model.estimate(1, side, side, 1).error for side in (1024, 1448, 2048, 4096)]
+    assert errors == sorted(errors) and errors[0] < errors[1] < errors[-1]
+
+
+def test_a_third_of_wild_outliers_hardly_moves_it():
+    model, draw = LatencyModel(FOUR), random.Random(0)
+    for i in range(60):
+        model.observe(1, 512, 512, 1, (5.0 if i % 3 == 0 else 0.12) * draw.uniform(0.99, 1.01))
+    assert model.step_s(1, 512, 512, 1) == pytest.approx(0.12, rel=0.06)
+
+
+def test_a_lasting_change_is_believed():
+    model = LatencyModel(FOUR)
+    for _ in range(15):
+        model.observe(1, 512, 512, 1, 0.1)
+    for _ in range(15):
+        model.observe(1, 512, 512, 1, 0.2)
+    assert model.step_s(1, 512, 512, 1) == pytest.approx(0.2, rel=0.02)
+
+
+def test_what_is_observed_of_one_case_corrects_the_others_until_they_are_observed():
+    model = LatencyModel(FOUR)
+    for _ in range(20):
+        model.observe(1, 512, 512, 1, 0.13)
+    assert model.step_s(4, 1024, 1024, 1) == pytest.approx(0.13, rel=0.01)
+    for _ in range(12):
+        model.observe(4, 1024, 1024, 1, 0.1)
+    assert model.step_s(4, 1024, 1024, 1) == pytest.approx(0.1, rel=0.05)
+
+
+def test_observing_makes_it_surer():
+    model = LatencyModel(FOUR)
+    before = model.estimate(2, 768, 768, 1).error
+    for _ in range(5):
+        model.observe(2, 768, 768, 1, 0.15)
+    assert model.estimate(2, 768, 768, 1).error < before
+
+
+def test_run_counts_prepare_warmup_and_decode():
+    model = LatencyModel(
+        profile(
+            entry(2, 512, 0.1, sync_step_s=0.3, prepare_s=1.0, decode_s=0.5), regroup_s=0.05, warmup_steps=2
+        )
+    )
+    assert model.run_s(2, 512, 512, 1, 0, 10) == pytest.approx(1.0 + 2 * 0.3 + 8 * 0.1 + 0.5)
+    assert model.run_s(2, 512, 512, 1, 5, 10) == pytest.approx(5 * 0.1 + 0.5)
+    assert model.regroup_s(2, 512, 512, 1) == pytest.approx(0.05 + 0.2)
+
+
+def test_a_profile_comes_back_from_disk_as_it_was(tmp_path):
+    path = Profile.path(tmp_path, "builtin:landscapes", "NVIDIA H200", "0.1.0")
+    FOUR.save(path)
+    assert Profile.load(path) == FOUR
+    assert [p.name for p in tmp_path.iterdir()] == ["builtin-landscapes--NVIDIA-H200--0.1.0.json"]
+
+
+def test_a_profile_with_an_impossible_time_is_refused(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(FOUR.model_dump_json().replace("0.05", "-0.05"))
+    with pytest.raises(ValidationError, match="step_s"):
+        Profile.load(path)

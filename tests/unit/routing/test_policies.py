@@ -1,0 +1,208 @@
+"""What every host policy keeps to, and what the elastic one is for."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distriray.routing.baselines import FixedSize, Leases, SizePerShape
+from distriray.routing.buddy import aligned_blocks
+from distriray.routing.elastic import Elastic, ElasticConfig
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import EarliestDeadlineFirst, HostView, Plan, RequestView, moves
+from distriray.routing.workload import TRIAL_KINDS, trial_profile
+
+MODEL = LatencyModel(trial_profile())
+SIDES = (512, 1024, 1536, 2048)
+PER_SHAPE = {(side, side, 1): gang for side, gang in zip(SIDES, (2, 4, 8, 8), strict=True)}
+POLICIES = [
+    Elastic(),
+    EarliestDeadlineFirst(),
+    Leases(),
+    Leases(late_last=True),
+    FixedSize(2),
+    SizePerShape(PER_SHAPE, backfill=True),
+]
+SIZES = (1, 2, 4, 8)
+
+
+def request(name, side=1024, done=0, arrival=0.0, deadline=None, **more):
+    return RequestView(name, side, side, 1, 50, done, arrival, deadline, **more)
+
+
+def host(*requests, now=0.0, workers=8, sizes=SIZES):
+    return HostView(now, tuple(range(workers)), sizes, tuple(requests))
+
+
+def widths(plan):
+    return {name: len(workers) for name, workers in plan.assignments.items()}
+
+
+def carried_out(view, plan):
+    """The view once everything that `plan` says has happened, at the same moment."""
+    return replace(
+        view, requests=tuple(replace(r, workers=plan.assignments.get(r.id)) for r in view.requests)
+    )
+
+
+@st.composite
+def views(draw, dead=True, fixed=True):
+    now = 100.0
+    requests = []
+    for i in range(draw(st.integers(0, 14))):
+        slack = draw(st.none() | st.floats(-50.0, 30.0))
+        requests.append(
+            request(
+                str(i),
+                draw(st.sampled_from(SIDES)),
+                draw(st.integers(0, 49)),
+                draw(st.floats(0.0, now)),
+                None if slack is None else now + slack,
+                priority=draw(st.integers(-1, 2)),
+                gang_size=draw(st.sampled_from([None, None, None, *SIZES])) if fixed else None,
+                max_gang=draw(st.sampled_from([None, None, 1, 2, 4])) if fixed else None,
+            )
+        )
+    broken = draw(st.sets(st.integers(0, 7), max_size=3)) if dead else set()
+    view = HostView(now, tuple(sorted(set(range(8)) - broken)), SIZES, tuple(requests))
+    running = (
+        Elastic().plan(view, MODEL) if draw(st.booleans()) else EarliestDeadlineFirst().plan(view, MODEL)
+    )
+    keep = draw(st.sets(st.sampled_from([r.id for r in requests]))) if requests else set()
+    held = {name: workers for name, workers in running.assignments.items() if name in keep}
+    pinned = draw(st.sets(st.sampled_from(sorted(held)), max_size=2)) if held else set()
+    return replace(
+        view,
+        requests=tuple(replace(r, workers=held.get(r.id), pinned=r.id in pinned) for r in requests),
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+@settings(max_examples=120, deadline=None)
+@given(view=views())
+def test_no_worker_twice_and_gangs_aligned_healthy_and_allowed(policy, view):
+    plan = policy.plan(view, MODEL)
+    used = [w for workers in plan.assignments.values() for w in workers]
+    assert len(used) == len(set(used)) and set(used) <= set(view.workers)
+    by_id = {r.id: r for r in view.requests}
+    for name, workers in plan.assignments.items():
+        assert workers in aligned_blocks(8, SIZES)
+        if isinstance(policy, Elastic | EarliestDeadlineFirst):
+            assert by_id[name].allows(len(workers)) or by_id[name].workers == workers
+    for r in view.requests:
+        if r.pinned:
+            assert plan.assignments[r.id] == r.workers
+
+
+@settings(max_examples=300, deadline=None)
+@given(view=views())
+def test_no_regrouping_when_nothing_changed(view):
+    first = Elastic().plan(view, MODEL)
+    settled = carried_out(view, first)
+    second = Elastic().plan(settled, MODEL)
+    for r in settled.requests:
+        if r.workers is not None:
+            assert second.assignments.get(r.id) == r.workers
+
+
+@settings(max_examples=200, deadline=None)
+@given(view=views(dead=False, fixed=False))
+def test_somebody_runs_on_every_host_with_requests(view):
+    plan = Elastic().plan(view, MODEL)
+    assert bool(plan.assignments) == bool(view.requests)
+    if len(view.requests) >= 8 and not any(r.pinned for r in view.requests):
+        assert sum(widths(plan).values()) == 8
+
+
+@given(view=views())
+def test_moves_never_start_on_workers_that_somebody_holds(view):
+    plan = Elastic().plan(view, MODEL)
+    todo = moves(view, plan)
+    held = {w for r in view.requests if r.workers for w in r.workers}
+    for workers in todo.starts.values():
+        assert held.isdisjoint(workers)
+    pinned = {r.id for r in view.requests if r.pinned}
+    assert pinned.isdisjoint(todo.yields)
+
+
+def test_the_smallest_gang_that_meets_the_deadline_when_others_wait():
+    waiting = [request(str(i), 2048) for i in range(8)]
+    plan = Elastic().plan(host(request("due", 1024, deadline=2.1), *waiting), MODEL)
+    assert widths(plan)["due"] == 2
+
+
+def test_idle_workers_grow_only_the_gangs_that_gain():
+    assert widths(Elastic().plan(host(request("large", 2048)), MODEL)) == {"large": 8}
+    assert widths(Elastic().plan(host(request("small", 512)), MODEL)) == {"small": 2}
+
+
+def test_growth_must_repay_the_regrouping():
+    slow = LatencyModel(trial_profile(regroup_s=5.0))
+    running = request("a", 2048, done=40, workers=(0, 1), prepared=True)
+    assert widths(Elastic().plan(host(running), slow)) == {"a": 2}
+    assert widths(Elastic().plan(host(running), MODEL)) == {"a": 8}
+
+
+def test_what_cannot_be_met_gives_way_to_what_can():
+    late = request("late", 2048, done=5, deadline=-1.0, arrival=-5.0, workers=tuple(range(8)))
+    due = request("due", 1536, deadline=2.1)
+    assert widths(Elastic().plan(host(late, due), MODEL)) == {"due": 8}
+
+
+def test_a_deadline_that_needs_a_second_gang_later_is_met_by_growing():
+    first = request("first", 1024, deadline=1.9)
+    second = request("second", 1536, deadline=2.6)
+    assert widths(Elastic().plan(host(first, second), MODEL)) == {"first": 4, "second": 4}
+
+
+def test_a_fixed_gang_size_is_kept():
+    plan = Elastic().plan(host(request("a", 2048, gang_size=2), request("b", 512, gang_size=4)), MODEL)
+    assert widths(plan) == {"a": 2, "b": 4}
+
+
+def test_running_gangs_are_left_alone_when_an_arrival_fits_beside_them():
+    running = request("a", 2048, done=10, deadline=8.0, workers=(4, 5, 6, 7), prepared=True)
+    plan = Elastic().plan(host(running, request("b", 1024, deadline=1.7)), MODEL)
+    assert plan.assignments["a"] == (4, 5, 6, 7) and plan.assignments["b"] == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("waited", "first"), [(10.0, "high"), (12.0, "low")])
+def test_two_steps_of_priority_weigh_as_much_as_four_times_the_response_ratio(waited, first):
+    low = [request(f"low {i}", arrival=0.0) for i in range(8)]
+    high = [request(f"high {i}", arrival=waited, priority=2) for i in range(8)]
+    plan = Elastic().plan(host(*low, *high, now=waited), MODEL)
+    assert len(plan.assignments) == 8
+    assert all(name.startswith(first) for name in plan.assignments)
+
+
+def test_the_oldest_request_passed_over_too_long_comes_first():
+    config = ElasticConfig(patience_s=20.0)
+    old = request("old", 2048, arrival=0.0, priority=-5)
+    rush = [
+        request(f"r{i}", kind.height, arrival=30.0, deadline=30.0 + 1.5 * kind.deadline_s)
+        for i, kind in enumerate(TRIAL_KINDS * 3)
+    ]
+    assert "old" in Elastic(config).plan(host(old, *rush, now=30.0), MODEL).assignments
+    assert "old" not in Elastic(config).plan(host(old, *rush, now=19.0), MODEL).assignments
+
+
+def test_dead_workers_leave_smaller_gangs():
+    view = HostView(0.0, (1, 2, 3, 4, 6, 7), SIZES, (request("a", 2048), request("b", 2048)))
+    plan = Elastic().plan(view, MODEL)
+    assert widths(plan) == {"a": 2, "b": 2}
+
+
+def test_earliest_deadline_first_takes_the_largest_free_gang():
+    view = host(request("b", deadline=9.0), request("a", deadline=5.0, max_gang=4), request("c"))
+    assert widths(EarliestDeadlineFirst().plan(view, MODEL)) == {"a": 4, "b": 4}
+
+
+def test_fixed_size_does_not_overtake():
+    running = request("r", workers=(0, 1, 2, 3))
+    view = host(running, request("a", arrival=1.0), request("b", arrival=2.0))
+    assert widths(FixedSize(4).plan(view, MODEL)) == {"r": 4, "a": 4}
+
+
+def test_an_empty_plan_for_an_empty_host():
+    assert Elastic().plan(host(), MODEL) == Plan({})

@@ -1,0 +1,105 @@
+"""The router: the best host, evenly among equals, and an honest no."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import HostView, RequestView
+from distriray.routing.router import publish, route
+from distriray.routing.workload import trial_profile
+
+MODEL = LatencyModel(trial_profile())
+SIZES = (1, 2, 4, 8)
+
+
+def request(name="new", side=1024, deadline=None, arrival=0.0, **more):
+    return RequestView(name, side, side, 1, 50, 0, arrival, deadline, **more)
+
+
+def state(name, *requests, now=0.0, workers=8, **more):
+    return publish(name, HostView(now, tuple(range(workers)), SIZES, requests), MODEL, **more)
+
+
+def busy(name, deadline=18.1, **more):
+    queue = (request(f"{name} {i}", 2048, deadline=deadline, workers=(i,)) for i in range(8))
+    return state(name, *queue, **more)
+
+
+def test_the_host_where_it_is_done_first():
+    for seed in range(20):
+        chosen = route([busy("a"), state("b"), busy("c")], request(), 0.0, MODEL, random.Random(seed))
+        assert chosen.host == "b"
+    assert chosen.finish_s == pytest.approx(3.5 / 2.73, rel=0.02)
+
+
+def test_routers_that_see_the_same_state_spread_evenly():
+    states = [state(str(i)) for i in range(4)]
+    hosts = Counter(route(states, request(), 0.0, MODEL, random.Random(seed)).host for seed in range(2000))
+    assert len(hosts) == 4 and max(hosts.values()) < 1.2 * min(hosts.values())
+
+
+def test_the_same_seed_chooses_the_same_host():
+    states = [state(str(i)) for i in range(4)]
+    chosen = [route(states, request(), 0.0, MODEL, random.Random(7)).host for _ in range(5)]
+    assert len(set(chosen)) == 1
+
+
+def test_one_router_fills_hosts_evenly_between_two_publications():
+    states, draw = {str(i): state(str(i)) for i in range(4)}, random.Random(0)
+    for i in range(8):
+        chosen = route(list(states.values()), request(str(i), 2048, deadline=9.0), 0.0, MODEL, draw)
+        states[chosen.host] = chosen.state
+    assert {s.waiting for s in states.values()} <= {1, 2, 3}
+
+
+def test_what_no_host_can_meet_comes_with_the_time_that_could():
+    chosen = route([busy("a"), busy("b")], request(deadline=1.0), 0.0, MODEL, random.Random(0))
+    assert not chosen.meets
+    assert chosen.finish_s == pytest.approx(18.0 + 3.5 / 2.73, rel=0.1)
+
+
+def test_a_deadline_goes_before_what_has_none_and_may_be_met_on_a_full_host():
+    idle_work = state("a", *(request(str(i), 2048) for i in range(50)))
+    assert not route([idle_work], request(), 0.0, MODEL, random.Random(0)).finish_s < 20
+    late = state("b", *(request(str(i), 2048, arrival=-9.0, deadline=-1.0) for i in range(50)))
+    assert route([late], request(deadline=2.0), 0.0, MODEL, random.Random(0)).meets
+
+
+def test_full_queues_say_when_to_come_back():
+    full = busy("a", max_waiting=0)
+    chosen = route([full], request(), 0.0, MODEL, random.Random(0))
+    assert chosen.host is None and 0 < chosen.finish_s < 60
+
+
+def test_a_host_without_a_gang_for_it_is_passed_over():
+    small = state("small", workers=2)
+    chosen = route([small, busy("large")], request(gang_size=4), 0.0, MODEL, random.Random(0))
+    assert chosen.host == "large"
+    assert route([small], request(gang_size=4), 0.0, MODEL, random.Random(0)).host is None
+
+
+def test_old_state_is_trusted_less():
+    states = [state("a"), replace(busy("b"), published_s=0.0)]
+    hosts = {route(states, request(), 60.0, MODEL, random.Random(seed)).host for seed in range(40)}
+    assert hosts == {"a", "b"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([512, 1024, 2048]), st.none() | st.floats(-5, 30)), max_size=40),
+    st.sets(st.integers(0, 7), max_size=6),
+    st.none() | st.floats(0.5, 20.0),
+)
+def test_any_state_gives_a_route_with_a_finite_time(queue, broken, deadline):
+    healthy = tuple(sorted(set(range(8)) - broken))
+    requests = tuple(request(str(i), side, due) for i, (side, due) in enumerate(queue))
+    published = publish("a", HostView(0.0, healthy, SIZES, requests), MODEL)
+    chosen = route([published], request(deadline=deadline), 0.3, MODEL, random.Random(0))
+    assert chosen.host == "a"
+    assert 0.3 < chosen.finish_s < 2000
+    assert all(free >= 0 for _, free in chosen.state.firm + chosen.state.full)

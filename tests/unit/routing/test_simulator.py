@@ -1,0 +1,198 @@
+"""The simulator against arithmetic, and the policies against each other in it."""
+
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distriray.routing.baselines import FixedSize, Leases
+from distriray.routing.elastic import Elastic, ElasticConfig
+from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.policy import EarliestDeadlineFirst, Plan
+from distriray.routing.report import Quantiles
+from distriray.routing.simulate import main
+from distriray.routing.simulator import Fleet, simulate
+from distriray.routing.workload import SKEWED_KINDS, TRIAL_KINDS, Arrival, Workload, read_trace, trial_profile
+
+MODEL = LatencyModel(trial_profile())
+EXACT = LatencyModel(
+    Profile(
+        model="m",
+        device="d",
+        version="1",
+        regroup_s=0.5,
+        entries=tuple(
+            Entry(
+                gang=gang,
+                height=64,
+                width=64,
+                step_s=1.0 / gang,
+                sync_step_s=2.0 / gang,
+                prepare_s=3.0,
+                decode_s=4.0,
+            )
+            for gang in (1, 2)
+        ),
+    )
+)
+
+
+class Scripted:
+    """Both workers for the first request until another comes, then one each to the end."""
+
+    review_s = None
+
+    def plan(self, view, model):
+        names = [r.id for r in view.requests]
+        if len(names) == 1:
+            return Plan({names[0]: view.requests[0].workers or (0, 1)})
+        return Plan({names[0]: (0,), names[1]: (1,)})
+
+
+def arrival(at, **more):
+    return Arrival(at_s=at, height=64, width=64, steps=10, **more)
+
+
+def test_one_request_takes_prepare_a_synchronous_step_the_others_and_decode():
+    report = simulate([arrival(1.0)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,)))
+    assert report.latency.mean == pytest.approx(3.0 + 1.0 + 9 * 0.5 + 4.0)
+    assert report.worker_seconds == pytest.approx(2 * report.latency.mean)
+
+
+def test_a_regrouping_waits_for_the_step_and_costs_the_move_and_a_synchronous_step():
+    report = simulate([arrival(0.0), arrival(4.7)], Scripted(), EXACT, Fleet(workers=2, gang_sizes=(1, 2)))
+    # 3 prepare, steps end at 4 (synchronous), 4.5, 5: it yields at 5 with 3 done. The other has 4.7 … 5 to
+    # wait. On one worker: 0.5 move, 2 synchronous, 6 more, 4 decode: done at 17.5. The other has 3 + 2 + 9
+    # + 4 to go: done at 23.
+    assert report.latency.total == pytest.approx(17.5 + (23.0 - 4.7), abs=0.01)
+    assert report.regroupings == 1
+    assert report.worker_seconds == pytest.approx(2 * 5.0 + 12.5 + 18.0)
+
+
+def test_a_deadline_met_to_the_second_counts():
+    met = [
+        simulate([arrival(0.0, deadline_s=d)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,))).met
+        for d in (12.49, 12.5)
+    ]
+    assert met == [0, 1]
+
+
+def test_the_same_seed_gives_the_same_report():
+    rows = [
+        simulate(Workload(TRIAL_KINDS, 0.7).arrivals(80, 3), Elastic(), MODEL, Fleet(noise=0.1), seed=5).row()
+        for _ in range(2)
+    ]
+    assert rows[0] == rows[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rate=st.floats(0.2, 3.0),
+    burst=st.sampled_from([1, 7, 20]),
+    workers=st.sampled_from([1, 2, 4, 8]),
+    noise=st.sampled_from([0.0, 0.3]),
+)
+def test_every_request_ends(seed, rate, burst, workers, noise):
+    workload = Workload(TRIAL_KINDS, rate, 1.5, burst, steps=10)
+    for policy in (Elastic(), EarliestDeadlineFirst(), Leases()):
+        fleet = Fleet(workers=workers, gang_sizes=(1, 2, 4, 8)[: workers.bit_length()], noise=noise)
+        report = simulate(workload.arrivals(40, seed), policy, MODEL, fleet, seed)
+        assert report.latency.count == report.arrived == 40
+        assert report.worker_seconds <= report.span_s * workers + 1e-6
+
+
+def test_nobody_starves_under_endless_load_of_higher_priority():
+    def stream():
+        yield Arrival(at_s=0.0, height=512, width=512, priority=-9)
+        for i in range(120):  # twice what the host can do, and always more important
+            yield Arrival(at_s=0.1 + 0.5 * i, height=2048, width=2048, deadline_s=4.0, priority=9)
+
+    ends = {}
+
+    class Watched(Elastic):
+        def plan(self, view, model):
+            ends.update({r.id: view.now_s for r in view.requests})
+            return super().plan(view, model)
+
+    simulate(stream(), Watched(ElasticConfig(patience_s=30.0)), MODEL)
+    assert ends["1"] < 30.0 + 5.0
+
+
+@pytest.mark.parametrize("kinds", [TRIAL_KINDS, SKEWED_KINDS])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_elastic_beats_the_best_fixed_size_by_25_points_and_leases_by_15(kinds, scale):
+    workload = Workload(kinds, 0.6, scale)
+
+    def met(policy):
+        return simulate(workload.arrivals(250, 1), policy, MODEL).row()["deadlines met %"]
+
+    ours = met(Elastic())
+    assert ours >= max(met(FixedSize(size)) for size in (1, 2, 4, 8)) + 25
+    assert ours >= met(Leases()) + 15
+
+
+def test_at_low_load_an_image_costs_no_more_than_with_the_best_fixed_size():
+    workload = Workload(TRIAL_KINDS, 0.1, 1.0)
+    rows = {size: simulate(workload.arrivals(150, 1), FixedSize(size), MODEL).row() for size in (1, 2, 4, 8)}
+    best = max(rows.values(), key=lambda row: row["deadlines met %"])
+    ours = simulate(workload.arrivals(150, 1), Elastic(), MODEL).row()
+    assert ours["GPU-s/image"] <= best["GPU-s/image"]
+    assert ours["deadlines met %"] >= best["deadlines met %"]
+
+
+def test_memory_does_not_grow_with_what_has_been():
+    def peak(count):
+        tracemalloc.start()
+        simulate(Workload(TRIAL_KINDS, 0.2).arrivals(count, 1), FixedSize(4), MODEL)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak(50)
+    assert peak(4000) < 1.5 * peak(500)
+
+
+@given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=200), st.sampled_from([0.5, 0.95, 0.99]))
+def test_quantiles_are_right_to_one_percent(values, share):
+    quantiles = Quantiles()
+    for value in values:
+        quantiles.add(value)
+    exact = sorted(values)[max(0, -(-round(share * 1000) * len(values) // 1000) - 1)]
+    assert quantiles.at(share) == pytest.approx(exact, rel=0.011)
+
+
+def test_several_hosts_share_the_load_through_routers_with_old_state():
+    workload = Workload(TRIAL_KINDS, 2.0, 1.5)
+    fleet = Fleet(hosts=4, routers=3, publish_s=0.5)
+    report = simulate(workload.arrivals(300, 1), Elastic(), MODEL, fleet)
+    assert report.latency.count == 300
+    assert report.row()["deadlines met %"] > 75
+
+
+def test_refusing_keeps_latencies_short():
+    workload = Workload(TRIAL_KINDS, 1.5, 1.2)
+    report = simulate(workload.arrivals(200, 1), Elastic(), MODEL, Fleet(refuse=True))
+    assert report.refused > 20
+    assert report.latency.count == 200 - report.refused
+    assert report.latency.at(0.99) < 20
+
+
+def test_a_trace_file_is_read_line_by_line(tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(arrival(float(i), deadline_s=30.0).model_dump_json() + "\n" for i in range(3)))
+    assert [a.at_s for a in read_trace(path)] == [0.0, 1.0, 2.0]
+    profile = tmp_path / "profile.json"
+    EXACT.profile.save(profile)
+    arguments = f"--trace {path} --profile {profile} --workers 2 --gang-sizes 1 2 --policies elastic"
+    assert main(arguments.split()) == 0
+    assert "| elastic | 100.0 |" in capsys.readouterr().out
+
+
+def test_the_command_prints_a_table_and_writes_a_plot(tmp_path, capsys):
+    picture = tmp_path / "p.png"
+    arguments = f"--workloads uniform --rates 0.2 --scales 1 --requests 10 --seeds 2 --plot {picture}"
+    assert main(arguments.split()) == 0
+    assert "| uniform | 0.2 | 1.0 | elastic |" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
