@@ -1,0 +1,206 @@
+"""The command line: `distriray generate`."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+from PIL import Image
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import __version__
+from .config import ExchangeMode, ParallelConfig
+from .errors import DistrirayError, InvalidRequest
+from .models import ModelSpec
+from .requests import GenerationRequest, GenerationResult, invalid_request
+
+if TYPE_CHECKING:
+    from .gang import BlockingHost
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+notes = Console(stderr=True, highlight=False)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """One image, many devices: diffusion models on gangs of workers."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[
+        Path, typer.Option(help="Where to; several images get -1, -2, … before the suffix.")
+    ] = Path("out.png"),
+    gang_size: Annotated[int, typer.Option(min=1, help="Workers that draw it together.")] = 1,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own unless given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own unless given.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
+    seed: Annotated[int | None, typer.Option(help="Of the first image; drawn unless given.")] = None,
+    num_images: Annotated[int, typer.Option(help="Images, made together.")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="The model's own unless given.")] = None,
+    model: Annotated[
+        str, typer.Option(help="builtin:…, a folder, or a Hugging Face id.")
+    ] = "builtin:landscapes",
+    revision: Annotated[str | None, typer.Option(help="Of a Hugging Face model.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
+    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
+    exchange: Annotated[ExchangeMode, typer.Option(help="What the gang exchanges.")] = "displaced",
+    warmup_steps: Annotated[str, typer.Option(help="Synchronous steps at the start, or auto.")] = "4",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster; else start one here.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs of a Ray started here.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Draw it with one worker too, and compare.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Draw a picture with a gang of workers."""
+    with _errors_as_messages():
+        request = GenerationRequest(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=secrets.randbelow(2**32) if seed is None else seed,
+            num_images=num_images,
+            scheduler=scheduler,
+            gang_size=gang_size,
+        )
+        parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
+        spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype)
+        _check_out(out)
+        from .gang import HostConfig, open_host
+
+        config = HostConfig(
+            model=spec,
+            workers=gang_size,
+            gang_sizes=tuple(sorted({1, gang_size} if compare else {gang_size})),
+            device=device,
+            parallel=parallel,
+        )
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            TimeElapsedColumn(),
+            console=notes,
+            transient=True,
+        ) as bar:
+            start = bar.add_task(f"starting {gang_size} worker{'s' * (gang_size > 1)}", total=None)
+            with open_host(config, address=address, cpus=cpus) as host:
+                bar.remove_task(start)
+                alone = _compare(host, request, bar) if compare and gang_size > 1 else None
+                result = _draw(host, request, bar)
+        paths = _save(result, out)
+        _tell(result, paths, alone, as_json)
+
+
+def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
+    from .gang.events import Finished, Step
+
+    task = bar.add_task(f"gang of {request.gang_size}", total=request.num_inference_steps)
+    for event in host.stream(request):
+        if isinstance(event, Step):
+            bar.update(task, completed=event.step)
+        elif isinstance(event, Finished):
+            bar.remove_task(task)
+            return event.result
+    raise AssertionError("a stream ends with its result or raises")
+
+
+def _compare(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
+    """The same picture by one worker, after a few steps that warm both up."""
+    few = {"num_inference_steps": min(2, request.num_inference_steps)}
+    for size in (1, request.gang_size):
+        host.generate(request.model_copy(update={**few, "id": f"warm-up {size}", "gang_size": size}))
+    return _draw(host, request.model_copy(update={"id": "alone", "gang_size": 1}), bar)
+
+
+def _check_out(out: Path) -> None:
+    Image.init()
+    if out.suffix.lower() not in Image.EXTENSION or Image.EXTENSION[out.suffix.lower()] not in Image.SAVE:
+        raise InvalidRequest(
+            f"--out {out}: {out.suffix or 'no suffix'!r} is no image format; use .png", "out"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _save(result: GenerationResult, out: Path) -> list[Path]:
+    if len(result.images) == 1:
+        paths = [out]
+    else:
+        paths = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result.images))]
+    for image, path in zip(result.images, paths, strict=True):
+        image.save(path)
+    return paths
+
+
+def _tell(result: GenerationResult, paths: list[Path], alone: GenerationResult | None, as_json: bool) -> None:
+    seconds = result.timings.total_s
+    speedup = alone.timings.total_s / seconds if alone else None
+    if as_json:
+        report = {**result.summary(), "paths": [str(path.absolute()) for path in paths]}
+        if alone is not None:
+            report |= {"speedup": speedup, "alone": alone.summary()}
+        print(json.dumps(report))
+        return
+    for path, seed in zip(paths, result.seeds, strict=True):
+        print(f"{path.absolute()}  (seed {seed})")
+    times = result.timings
+    print(
+        f"{seconds:.2f} s by a gang of {result.gang_size}: prepare {times.prepare_s:.2f}, "
+        f"{result.segments[-1].last_step} steps {times.denoise_s:.2f}, decode {times.decode_s:.2f}"
+    )
+    if alone is not None:
+        print(
+            f"{alone.timings.total_s:.2f} s by one worker; the gang of {result.gang_size} is {speedup:.2f}x as fast"
+        )
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """Errors on purpose become one line and an exit status; an interrupt or SIGTERM ends what was started."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except ValidationError as error:
+        _fail(str(invalid_request(error)), 2)
+    except InvalidRequest as error:
+        _fail(str(error), 2)
+    except (DistrirayError, ConnectionError) as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"distriray: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """The `distriray` command."""
+    app()

@@ -1,0 +1,29 @@
+"""Gangs on Ray: workers that hold a pipeline each, and hosts that lend gangs out of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .blocking import BlockingHost as BlockingHost
+    from .blocking import open_host as open_host
+    from .config import HostConfig as HostConfig
+    from .host import Host as Host
+    from .status import HostStatus as HostStatus
+
+_HOMES = {
+    "BlockingHost": "blocking",
+    "Host": "host",
+    "HostConfig": "config",
+    "HostStatus": "status",
+    "open_host": "blocking",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

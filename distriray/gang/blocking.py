@@ -1,0 +1,127 @@
+"""A host for scripts: the same verbs without asyncio, and a Ray of its own where none runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import ray
+
+from ..errors import NotEnoughDevices
+from ..requests import GenerationRequest, GenerationResult
+from ..routing.policy import HostPolicy
+from .config import HostConfig
+from .events import Event
+from .host import Host
+from .status import HostStatus
+
+T = TypeVar("T")
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+class BlockingHost:
+    """A host on an event loop in a thread of its own; every call may come from any thread."""
+
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+        self.host, self._loop = host, loop
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        """As `Host.generate`."""
+        return self._do(self.host.generate(request))
+
+    def stream(self, request: GenerationRequest) -> Iterator[Event]:
+        """As `Host.stream`; leaving the loop over it cancels the request."""
+        events = self.host.stream(request)
+        try:
+            while True:
+                try:
+                    yield self._do(anext(events))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._do(events.aclose())
+
+    def cancel(self, request_id: str) -> bool:
+        """As `Host.cancel`."""
+        return self._do(self.host.cancel(request_id))
+
+    def status(self) -> HostStatus:
+        """As `Host.status`."""
+
+        async def ask() -> HostStatus:
+            return self.host.status()
+
+        return self._do(ask())
+
+    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+@contextmanager
+def open_host(
+    config: HostConfig,
+    *,
+    policy: HostPolicy | None = None,
+    address: str | None = None,
+    cpus: int | None = None,
+) -> Iterator[BlockingHost]:
+    """A host that ends with the block, together with everything it started.
+
+    Args:
+        address: of a running Ray cluster; without one a local Ray is started, unless this process has one.
+        cpus: logical CPUs that a local Ray has; None is as many as the machine has cores.
+
+    Raises:
+        NotEnoughDevices, ModelNotFound, UnsupportedModel: the host cannot be started.
+        ConnectionError: no Ray at `address`.
+    """
+    started = not ray.is_initialized()
+    if started:
+        _start_ray(address, cpus)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="distriray-host", daemon=True)
+    thread.start()
+    try:
+        starting = asyncio.run_coroutine_threadsafe(Host.start(config, policy), loop)
+        try:
+            host = starting.result()
+        except KeyboardInterrupt:
+            starting.cancel()
+            raise
+        try:
+            yield BlockingHost(host, loop)
+        finally:
+            asyncio.run_coroutine_threadsafe(host.close(), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        if started:
+            ray.shutdown()
+
+
+def _start_ray(address: str | None, cpus: int | None) -> None:
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is not None:
+        ray.init(address=address, **quiet)
+        return
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus or len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+    except (OSError, ValueError) as error:
+        raise NotEnoughDevices(f"Ray does not start on this machine: {error}") from error

@@ -1,0 +1,70 @@
+"""How a host is built: one frozen, validated configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..collective.rendezvous import Backend
+from ..config import ParallelConfig
+from ..models import ModelSpec
+from ..requests import Limits
+from ..routing.buddy import check_gang_sizes
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class HostConfig(BaseModel):
+    """One host: how many workers, with which model, and which gangs it lends.
+
+    Attributes:
+        workers: processes, each with one device and one copy of the model.
+        gang_sizes: what it lends, ascending, each dividing the next; None is every power of two that fits.
+        device: of each worker; `auto` is `cuda` where the cluster has enough GPUs, else `cpu`.
+        cpus_per_worker: what Ray reserves for each worker, in logical CPUs.
+        strategy: of the placement group: all workers on one node, or not.
+        max_queue: requests that may wait; beyond them `QueueFull`.
+        timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
+        silence_s: after which a worker that answers no control call is replaced.
+        start_timeout_s: for resources to come free, and for the model to load.
+        max_attempts: gangs that may break under one request before it fails.
+        profile: a latency profile to start from; None is a rough guess, corrected by what is observed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelSpec = ModelSpec()
+    workers: Count = 1
+    gang_sizes: tuple[Count, ...] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
+    strategy: Literal["STRICT_PACK", "PACK", "SPREAD"] = "STRICT_PACK"
+    parallel: ParallelConfig = ParallelConfig()
+    limits: Limits = Limits()
+    max_queue: Count = 64
+    timeout_s: Seconds = 30.0
+    silence_s: Seconds = 30.0
+    start_timeout_s: Seconds = 600.0
+    max_attempts: Count = 3
+    profile: Path | None = None
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if check_gang_sizes(self.sizes)[-1] > self.workers:
+            raise ValueError(f"gang_sizes {list(self.sizes)} exceed the {self.workers} workers of the host")
+        return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of the gangs that the host lends."""
+        return self.gang_sizes or tuple(2**i for i in range(self.workers.bit_length()))
+
+
+def backend_of(device: str, world_size: int) -> Backend:
+    """The collective that moves tensors of `device` among `world_size` ranks."""
+    if world_size == 1:
+        return "local"
+    return "nccl" if device == "cuda" else "gloo"

@@ -1,0 +1,126 @@
+"""One accepted request on its way through a host."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Collection
+
+from ..requests import GenerationRequest, GenerationResult, Segment, Timings
+from ..routing.policy import RequestView
+from .events import Event
+from .messages import Outcome
+
+
+class Job:
+    """A request between submission and its one end. Times are on the monotonic clock.
+
+    Attributes:
+        step: steps that are done, as far as the host has heard.
+        workers: the gang it holds now, rank 0 first; None while it waits.
+        holders: workers that hold its state at `step`; meaningful while it waits.
+        serial: of its running segment.
+        breaking: its gang broke and is being cleared up; no policy sees it meanwhile.
+        previews: pictures shown so far, the last one of step `shown`.
+    """
+
+    def __init__(self, request: GenerationRequest, max_gang: int) -> None:
+        self.request = request
+        self.max_gang = max_gang
+        self.arrival = time.monotonic()
+        self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
+        self.ended.add_done_callback(_retrieve)
+        self.step = 0
+        self.prepared = False
+        self.workers: tuple[int, ...] | None = None
+        self.holders: set[int] = set()
+        self.ever_held: set[int] = set()
+        self.serial = -1
+        self.yielding = False
+        self.cancelled = False
+        self.breaking = False
+        self.breaks = 0
+        self.segments: list[Segment] = []
+        self.previews = 0
+        self.shown = 0
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self._started: float | None = None
+        self._prepare_s = self._denoise_s = self._decode_s = 0.0
+
+    @property
+    def deadline(self) -> float | None:
+        return None if self.request.deadline_s is None else self.arrival + self.request.deadline_s
+
+    def view(self) -> RequestView:
+        """What a policy sees of it."""
+        request = self.request
+        assert request.height is not None and request.width is not None
+        return RequestView(
+            id=request.id,
+            height=request.height,
+            width=request.width,
+            batch=request.num_images,
+            steps_total=request.num_inference_steps,
+            steps_done=self.step,
+            arrival_s=self.arrival,
+            deadline_s=self.deadline,
+            priority=request.priority,
+            gang_size=None if request.gang_size == "auto" else request.gang_size,
+            max_gang=self.max_gang,
+            workers=self.workers,
+            pinned=self.workers is not None and self.step >= request.num_inference_steps,
+        )
+
+    def tell(self, event: Event) -> None:
+        """Let whoever streams it hear `event`."""
+        self.events.put_nowait(event)
+
+    def begin(self, workers: tuple[int, ...], serial: int) -> None:
+        """A gang takes it up."""
+        self._started = self._started or time.monotonic()
+        self.workers, self.serial, self.yielding = workers, serial, False
+        self.ever_held.update(workers)
+
+    def account(self, outcomes: Collection[Outcome], first: int, seconds: float) -> None:
+        """Add a segment that began at step `first`; `outcomes` are its survivors'."""
+        assert self.workers is not None
+        last = max(outcome.step for outcome in outcomes)
+        self.segments.append(Segment(workers=self.workers, first_step=first, last_step=last, seconds=seconds))
+        self._prepare_s += max(outcome.prepare_s for outcome in outcomes)
+        self._denoise_s += max(sum(outcome.fresh_s) + sum(outcome.stale_s) for outcome in outcomes)
+        self._decode_s += max(outcome.decode_s for outcome in outcomes)
+
+    def result(self, model: str, outcome: Outcome) -> GenerationResult:
+        """What its owner gets."""
+        request, now = self.request, time.monotonic()
+        assert request.height is not None and request.width is not None
+        assert outcome.images is not None and self._started is not None
+        return GenerationResult(
+            id=request.id,
+            model=model,
+            height=request.height,
+            width=request.width,
+            seeds=request.seeds,
+            timings=Timings(
+                queued_s=self._started - self.arrival,
+                prepare_s=self._prepare_s,
+                denoise_s=self._denoise_s,
+                decode_s=self._decode_s,
+                total_s=now - self.arrival,
+            ),
+            segments=self.segments,
+            repairs=self.breaks,
+            images=outcome.images,
+        )
+
+
+def typical_step_s(outcome: Outcome) -> float | None:
+    """The median seconds of a displaced step, if there was one."""
+    return statistics.median(outcome.stale_s) if outcome.stale_s else None
+
+
+def _retrieve(ended: asyncio.Future[GenerationResult]) -> None:
+    """Nobody need wait for a request to end; then its error is no fault of the program."""
+    if not ended.cancelled():
+        ended.exception()

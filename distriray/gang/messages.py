@@ -1,0 +1,95 @@
+"""What a host and its workers say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from PIL import Image
+
+from ..config import ParallelConfig
+from ..requests import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A communicator to make: this worker is `rank` among `world_size`. A `name` serves once."""
+
+    group: tuple[int, ...]
+    name: str
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Go on with `request` at `step`, as a rank of the gang of communicator `link`, until done or asked.
+
+    `serial` numbers a host's segments, so that a wish never reaches another one.
+    """
+
+    serial: int
+    request: GenerationRequest
+    step: int
+    link: str
+    rank: int
+    parallel: ParallelConfig
+    preview_steps: frozenset[int] = frozenset()
+
+
+class Wish(StrEnum):
+    """What a running segment may be asked for."""
+
+    YIELD = "yield"
+    CANCEL = "cancel"
+
+
+class Ending(StrEnum):
+    """How a segment ended on one rank."""
+
+    DONE = "done"
+    YIELDED = "yielded"
+    CANCELLED = "cancelled"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one rank has to say of a segment; it holds the request's state at `step`.
+
+    `fresh_s` and `stale_s` are the seconds of each synchronous and each displaced step.
+    """
+
+    ending: Ending
+    step: int
+    prepare_s: float = 0.0
+    fresh_s: tuple[float, ...] = ()
+    stale_s: tuple[float, ...] = ()
+    decode_s: float = 0.0
+    bytes_sent: int = 0
+    previews: tuple[tuple[int, Image.Image], ...] = ()
+    images: list[Image.Image] | None = None
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far rank 0 of a segment is, with all previews that it made: (step, picture)."""
+
+    step: int
+    ended: bool
+    previews: tuple[tuple[int, Image.Image], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker reports once its weights are loaded; memory in bytes."""
+
+    pid: int
+    node: str
+    device: str
+    model: str
+    default_size: tuple[int, int]
+    levels: int
+    load_s: float
+    memory: int

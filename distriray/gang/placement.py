@@ -1,0 +1,97 @@
+"""Where a host's workers go: one bundle each, in a placement group of their own or in the replica's."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..errors import NotEnoughDevices
+from .config import HostConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A placement group whose bundles from `first` on hold one worker each."""
+
+    group: PlacementGroup
+    first: int
+    owned: bool
+    device: str
+    cpus_per_worker: float
+
+    @classmethod
+    async def make(cls, config: HostConfig) -> Placement:
+        """The group of the Serve replica or actor that this is called in, else a new one.
+
+        Raises:
+            NotEnoughDevices: the cluster or the group has too little for `config`.
+        """
+        device = resolve_device(config)
+        current = ray.util.get_current_placement_group()
+        if current is not None:
+            if current.bundle_count < config.workers + 1:
+                raise NotEnoughDevices(
+                    f"the placement group has {current.bundle_count} bundles; a host of {config.workers} "
+                    f"workers needs {config.workers + 1}, the first one for itself"
+                )
+            return cls(current, 1, False, device, config.cpus_per_worker)
+        bundle = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if device == "cuda" else {})}
+        _check_room(config, bundle)
+        group = placement_group([bundle] * config.workers, strategy=config.strategy)
+        try:
+            await asyncio.wait_for(_as_awaitable(group.ready()), config.start_timeout_s)
+        except TimeoutError:
+            remove_placement_group(group)
+            raise NotEnoughDevices(
+                f"no node had {config.workers} times {bundle} free within {config.start_timeout_s:g} s"
+            ) from None
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        return cls(group, 0, True, device, config.cpus_per_worker)
+
+    def options(self, index: int) -> dict[str, Any]:
+        """Ray's options for the actor of worker `index`."""
+        return {
+            "num_cpus": self.cpus_per_worker,
+            "num_gpus": 1 if self.device == "cuda" else 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.first + index),
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"} if self.device == "cpu" else {}},
+            "max_restarts": 0,
+            "max_concurrency": 1000,
+        }
+
+    def release(self) -> None:
+        """Give the bundles back, if they were reserved here."""
+        if self.owned:
+            remove_placement_group(self.group)
+
+
+async def _as_awaitable(ref: Any) -> Any:
+    return await ref
+
+
+def resolve_device(config: HostConfig) -> str:
+    """The kind of device that `config` means on this cluster."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0.0) >= config.workers else "cpu"
+
+
+def _check_room(config: HostConfig, bundle: dict[str, float]) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if config.strategy != "STRICT_PACK":
+        nodes = [{kind: sum(node.get(kind, 0.0) for node in nodes) for kind in bundle}]
+    for kind, each in bundle.items():
+        most, needed = max(node.get(kind, 0.0) for node in nodes), each * config.workers
+        if most < needed:
+            where = "one node" if config.strategy == "STRICT_PACK" else "the cluster"
+            raise NotEnoughDevices(
+                f"{config.workers} workers need {needed:g} {kind}s on {where}, and the largest has {most:g}; "
+                f"use at most {int(most // each)} workers"
+            )

@@ -1,0 +1,139 @@
+"""The Ray actor around a stage: it computes in one thread and answers control calls all the while."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import ray
+import torch
+from torch.distributed import TCPStore
+
+from ..models import ModelSpec
+from .messages import Link, Order, Outcome, Progress, Wish, WorkerFacts
+from .stage import Stage
+
+T = TypeVar("T")
+
+
+class Worker:
+    """One process with one device and one full copy of the model.
+
+    Every method is a coroutine of the actor's event loop. `run` occupies a thread of its own and no other
+    call does, so a worker answers while it computes; forming gangs has a thread of its own too, so that the
+    gangs of others can be repaired meanwhile.
+    """
+
+    def __init__(self, spec: ModelSpec, device: str, store: tuple[str, int], timeout_s: float) -> None:
+        self._spec, self._timeout_s, self._address = spec, timeout_s, store
+        self._device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+        self._compute = ThreadPoolExecutor(1, "compute", initializer=self._one_thread)
+        self._linking = ThreadPoolExecutor(1, "link")
+        self._news = asyncio.Event()
+        self._stage: Stage | None = None
+
+    async def load(self) -> WorkerFacts:
+        """Load the weights; raises ModelNotFound, UnsupportedModel."""
+        began = time.perf_counter()
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(self._news.set)
+
+        def make() -> Stage:
+            _quiet()
+            host, port = self._address
+            store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+            return Stage(
+                self._spec,
+                self._device,
+                store,
+                self._timeout_s,
+                tell,
+            )
+
+        stage = await loop.run_in_executor(self._compute, make)
+        self._stage = stage
+        unet, scale = stage.pipeline.unet, stage.pipeline.vae_scale_factor
+        sample = unet.config.sample_size
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return WorkerFacts(
+            pid=os.getpid(),
+            node=ray.get_runtime_context().get_node_id(),
+            device=str(self._device),
+            model=self._spec.name,
+            default_size=(height * scale, width * scale),
+            levels=len(unet.down_blocks) - 1,
+            load_s=time.perf_counter() - began,
+            memory=self._memory(),
+        )
+
+    async def link(self, links: Sequence[Link]) -> None:
+        """Join these gangs, in this order; raises GangBroken."""
+        await asyncio.get_running_loop().run_in_executor(self._linking, self.stage.link, links)
+
+    async def run(self, order: Order, blob: bytes | None) -> Outcome:
+        """One segment, as in `Stage.run`."""
+        return await asyncio.get_running_loop().run_in_executor(self._compute, self.stage.run, order, blob)
+
+    async def watch(self, serial: int, seen: int) -> Progress:
+        """Wait until segment `serial` is beyond step `seen` or over."""
+        while True:
+            self._news.clear()
+            progress = self.stage.progress(serial)
+            if progress.ended or progress.step > seen:
+                return progress
+            await self._news.wait()
+
+    async def ask(self, serial: int, wish: Wish) -> None:
+        """Let a segment leave after the step it is in."""
+        self.stage.ask(serial, wish)
+
+    async def export(self, request_id: str) -> bytes:
+        """A request's state, for a worker that lacks it."""
+        return await asyncio.to_thread(self.stage.export, request_id)
+
+    async def forget(self, request_ids: Sequence[str]) -> None:
+        """Drop the states of requests that are over."""
+        self.stage.forget(request_ids)
+
+    async def ping(self) -> tuple[int, int]:
+        """Alive: bytes of memory, and how many states are held."""
+        return self._memory(), self.stage.held if self._stage else 0
+
+    async def attend(self) -> None:
+        """Never returns: whoever waits for it hears at once when this process dies."""
+        await asyncio.Event().wait()
+
+    @property
+    def stage(self) -> Stage:
+        if self._stage is None:
+            raise RuntimeError("the worker has no model yet; call load first")
+        return self._stage
+
+    def _memory(self) -> int:
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self._device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _one_thread(self) -> None:
+        if self._device.type == "cpu":
+            torch.set_num_threads(1)
+        else:
+            torch.cuda.set_device(self._device)
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and notices out of the driver's terminal."""
+    import diffusers
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
