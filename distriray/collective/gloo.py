@@ -66,6 +66,7 @@ class GlooCommunicator:
         self._received = [0] * world_size
         self._failure: str | None = None
         self._failing = threading.Lock()
+        self._store: Store | None = store  # rank 0 may be the one that serves it: to be kept until closed
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = 1
@@ -114,7 +115,7 @@ class GlooCommunicator:
         try:
             transfer.work.wait(timedelta(seconds=remaining_s))
         except RuntimeError as error:
-            if time.monotonic() >= deadline:
+            if time.monotonic() > deadline - 0.01:  # gloo counts in whole milliseconds
                 cause = (
                     f"rank {transfer.peer} did not answer within {self.timeout_s:g} s ({transfer.what} it)"
                 )
@@ -130,6 +131,7 @@ class GlooCommunicator:
 
     def close(self) -> None:
         self._broken_by("the communicator was closed on this rank")
+        self._store = None
 
     def _broken_by(self, cause: str) -> GangBroken:
         """Remember the first cause, cut every connection, and return the error that says why."""

@@ -40,6 +40,9 @@ def connect(
         device: of the tensors; the CPU, or for `nccl` the current CUDA device, unless given.
         name: tells gangs that share a store apart. A name serves once: gang and generation both belong in it.
 
+    A store that rank 0 serves at `address` lives until its last communicator there is closed. To join again
+    at the same address after a failure, rank 0 connects under the new name first and then closes the old one.
+
     Raises:
         GangBroken: not all ranks arrived within `timeout_s`.
         GangMismatch: the ranks disagree on the world size, or two claim the same rank.

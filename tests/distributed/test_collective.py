@@ -1,0 +1,481 @@
+"""What every communicator promises, asked of each backend with real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from distriray.collective import Communicator, connect
+from distriray.errors import GangBroken, GangMismatch
+from tests.distributed.harness import Ranks, run_ranks
+
+pytestmark = pytest.mark.distributed
+
+DTYPES = [
+    *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64),
+]
+ENOUGH_GPUS = torch.cuda.is_available() and torch.cuda.device_count() >= 2
+NCCL = pytest.param(
+    "nccl",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not ENOUGH_GPUS, reason="needs two NVIDIA GPUs and CuPy")],
+)
+_names = count()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    """The address of a store that outlives every rank."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield f"127.0.0.1:{store.port}"
+
+
+@pytest.fixture
+def gang(served: str) -> dict[str, Any]:
+    return {"address": served, "name": f"gang-{next(_names)}", "timeout_s": 20.0}
+
+
+def size(backend: str) -> int:
+    return {"local": 1, "gloo": 3}.get(backend) or min(torch.cuda.device_count(), 4)
+
+
+every_backend = pytest.mark.parametrize("backend", ["local", "gloo", NCCL])
+with_peers = pytest.mark.parametrize("backend", ["gloo", NCCL])
+
+
+def join(backend: str, rank: int, world_size: int, gang: dict[str, Any], **changes: Any) -> Communicator:
+    device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+    return connect(backend, rank=rank, world_size=world_size, device=device, **{**gang, **changes})
+
+
+def others(communicator: Communicator) -> list[int]:
+    return [peer for peer in range(communicator.world_size) if peer != communicator.rank]
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def failure_of(verb: Any) -> tuple[str, float]:
+    """The message of the `GangBroken` that `verb()` ends with, and after how many seconds."""
+    start = time.monotonic()
+    try:
+        verb()
+    except GangBroken as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("it did not fail")
+
+
+def pattern(sender: int, receiver: int, index: int, length: int, **like: Any) -> torch.Tensor:
+    return torch.arange(length, **like) + 1000 * index + 100 * sender + 10 * receiver
+
+
+# ------------------------------------------------------------------------------------------ what arrives
+
+
+def _many_in_flight(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
+    communicator = join(backend, rank, world_size, gang)
+    assert isinstance(communicator, Communicator)
+    assert (communicator.rank, communicator.world_size, communicator.broken) == (rank, world_size, False)
+    like = {"dtype": torch.int64, "device": communicator.device}
+    works, received, nbytes = [], [], 0
+    for index in range(60):
+        lengths = {peer: 1 + (7 * index + 3 * rank + 5 * peer) % 50 for peer in others(communicator)}
+        sends = {peer: pattern(rank, peer, index, length, **like) for peer, length in lengths.items()}
+        coming = {peer: 1 + (7 * index + 3 * peer + 5 * rank) % 50 for peer in others(communicator)}
+        receives = {peer: torch.zeros(length, **like) for peer, length in coming.items()}
+        works.append(communicator.exchange(sends, receives))
+        received.append(receives)
+        nbytes += sum(8 * length for length in lengths.values())
+    for work in reversed(works):
+        work.wait()
+        work.wait()  # waiting again changes nothing
+    for index, receives in enumerate(received):
+        for peer, tensor in receives.items():
+            assert torch.equal(tensor, pattern(peer, rank, index, len(tensor), **like)), (index, peer)
+    assert communicator.bytes_sent == nbytes
+    communicator.close()
+    communicator.close()
+    assert communicator.broken
+
+
+@every_backend
+def test_many_messages_of_different_sizes_arrive_in_order_and_are_counted(backend: str, gang) -> None:
+    run_ranks(_many_in_flight, size(backend), backend, gang)
+
+
+def _all_dtypes(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
+    communicator = join(backend, rank, world_size, gang)
+    peers, device = others(communicator), communicator.device
+    for dtype in DTYPES:
+        for shape in [(), (3, 5), (2, 0, 4), (1,)]:
+            values = torch.arange(torch.Size(shape).numel(), device=device).reshape(shape)
+            sends = dict.fromkeys(peers, (values + rank).to(dtype))
+            receives = {peer: torch.zeros(shape, dtype=dtype, device=device) for peer in peers}
+            communicator.exchange(sends, receives).wait()
+            for peer, tensor in receives.items():
+                assert torch.equal(tensor, (values + peer).to(dtype)), (dtype, shape)
+
+
+@every_backend
+def test_every_dtype_and_shape_arrives_bit_by_bit(backend: str, gang) -> None:
+    run_ranks(_all_dtypes, size(backend), backend, gang)
+
+
+def _one_way_and_empty(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
+    communicator = join(backend, rank, world_size, gang)
+    device = communicator.device
+    communicator.exchange({}, {}).wait()
+    empty = torch.empty(0, 4, device=device)
+    communicator.exchange(dict.fromkeys(others(communicator), empty), {}).wait()  # nobody expects it either
+    assert communicator.bytes_sent == 0
+    if world_size == 1:
+        return
+    right, left = (rank + 1) % world_size, (rank - 1) % world_size
+    big = torch.full((2_000_000,), float(rank), device=device)
+    taken = torch.empty_like(big)
+    work = communicator.exchange({right: big}, {left: taken})
+    after = communicator.exchange({right: empty}, {left: empty})
+    work.wait()
+    big.fill_(-1)  # a sent tensor may be overwritten once the work was waited for
+    after.wait()
+    assert taken.eq(left).all()
+    assert communicator.bytes_sent == 8_000_000
+
+
+@every_backend
+def test_transfers_may_be_one_way_large_or_empty(backend: str, gang) -> None:
+    run_ranks(_one_way_and_empty, size(backend), backend, gang)
+
+
+# ------------------------------------------------------------------------- sub-groups and several gangs
+
+
+def _views(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
+    communicator = join(backend, rank, world_size, gang)
+    backwards = communicator.subgroup(list(reversed(range(world_size))))
+    assert isinstance(backwards, Communicator)
+    assert (backwards.rank, backwards.world_size) == (world_size - 1 - rank, world_size)
+    views = [communicator, backwards, backwards.subgroup(range(world_size))]
+    names = [range(world_size), range(world_size)[::-1], range(world_size)[::-1]]
+    if rank < 2 <= world_size:
+        views.append(communicator.subgroup([1, 0]))
+        names.append(range(2)[::-1])
+    works, expected = [], []
+    for index in range(12):  # interleaved, all in flight: a view shares its parent's order
+        for view, ranks in zip(views[index % 2 :], names[index % 2 :], strict=True):
+            receives = {peer: torch.zeros(4, device=view.device) for peer in others(view)}
+            sends = {
+                peer: torch.full((4,), 100.0 * index + 10 * rank + ranks[peer], device=view.device)
+                for peer in others(view)
+            }
+            works.append(view.exchange(sends, receives))
+            expected += [
+                (tensor, 100.0 * index + 10 * ranks[peer] + rank) for peer, tensor in receives.items()
+            ]
+    for work in works:
+        work.wait()
+    for tensor, value in expected:
+        assert tensor.eq(value).all()
+    alone = communicator.subgroup([rank])
+    alone.exchange({}, {}).wait()
+    assert alone.bytes_sent == communicator.bytes_sent
+    alone.close()
+    assert not communicator.broken
+    for ranks in (
+        [],
+        [rank, rank],
+        [rank, world_size],
+        [other for other in range(world_size) if other != rank],
+    ):
+        with pytest.raises(ValueError):
+            communicator.subgroup(ranks)
+    with pytest.raises(ValueError):
+        alone.exchange({1: torch.zeros(1)}, {})
+    communicator.exchange({}, {}).wait()
+    if world_size > 1:  # nobody breaks the parent while others still use it
+        token = torch.zeros(1, device=communicator.device)
+        communicator.exchange(
+            dict.fromkeys(others(communicator), token), {peer: token.clone() for peer in others(communicator)}
+        ).wait()
+    alone.abort()
+    assert communicator.broken and backwards.broken
+
+
+@every_backend
+def test_subgroups_are_views_that_mix_with_their_parent(backend: str, gang) -> None:
+    run_ranks(_views, size(backend), backend, gang)
+
+
+def _crossed(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
+    members = {"all": [0, 1, 2], "ends": [2, 0], "upper": [1, 2], "lower": [1, 0]}
+    mine: dict[str, Communicator] = {}
+    for name, ranks in members.items():
+        if rank in ranks:
+            own = {**gang, "name": f"{gang['name']}/{name}"}
+            mine[name] = join(backend, ranks.index(rank), len(ranks), own)
+    works, expected = [], []
+    for index in range(5):
+        # each process starts its gangs in another order: separate communicators owe each other none
+        for name in sorted(mine, reverse=rank == 1):
+            communicator, ranks = mine[name], members[name]
+            value = 100.0 * index + len(name)
+            receives = {peer: torch.zeros(3) for peer in others(communicator)}
+            sends = {peer: torch.full((3,), value + 10 * rank) for peer in others(communicator)}
+            works.append(communicator.exchange(sends, receives))
+            expected += [(tensor, value + 10 * ranks[peer]) for peer, tensor in receives.items()]
+    for work in works:
+        work.wait()
+    for tensor, value in expected:
+        assert tensor.eq(value).all()
+    before = len(os.listdir("/proc/self/task"))
+    for communicator in mine.values():
+        communicator.close()
+    assert len(os.listdir("/proc/self/task")) < before
+
+
+def test_one_process_belongs_to_several_gangs_under_different_ranks(gang) -> None:
+    run_ranks(_crossed, 3, "gloo", gang)
+
+
+# ---------------------------------------------------------------------------------------------- failure
+
+
+def _aborted(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> tuple[str, float]:
+    communicator = join(backend, rank, world_size, gang)
+    never = {peer: torch.zeros(1, device=communicator.device) for peer in others(communicator)}
+    work = communicator.exchange({}, never)
+    if rank == 0:
+        threading.Timer(0.5, communicator.abort).start()
+
+    def wait() -> None:
+        work.wait()
+        while backend == "nccl" and not communicator.broken:  # its waits do not block the host
+            time.sleep(0.01)
+        work.wait()
+
+    failure = failure_of(wait)
+    assert communicator.broken
+    for verb in (work.wait, lambda: communicator.exchange({}, {}), lambda: communicator.exchange({}, never)):
+        assert failure_of(verb)[1] < 0.1
+    communicator.abort()
+    communicator.close()
+    return failure
+
+
+@with_peers
+def test_abort_wakes_the_waiting_thread_and_the_peers(backend: str, gang) -> None:
+    first, *rest = run_ranks(_aborted, size(backend), backend, gang)
+    assert "aborted" in first[0] and 0.4 < first[1] < 1.5
+    for message, seconds in rest:
+        assert "rank 0" in message and seconds < 2.5
+
+
+def _exchanging(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> Any:
+    """Exchange until it fails; then the survivors, renamed, meet in a new gang."""
+    communicator = join(backend, rank, world_size, gang)
+    peers = others(communicator)
+    token = torch.full((50_000,), float(rank), device=communicator.device)
+
+    def forever() -> None:
+        while True:
+            works = [
+                communicator.exchange(
+                    dict.fromkeys(peers, token), {peer: torch.empty_like(token) for peer in peers}
+                )
+                for _ in range(2)
+            ]
+            for work in works:
+                work.wait()
+            time.sleep(0.005)
+
+    yield "connected"
+    message, _ = failure_of(forever)
+    assert communicator.broken
+    yield time.monotonic(), message
+    survivors = list(range(world_size - 1))
+    again = join(
+        backend,
+        survivors.index(rank),
+        len(survivors),
+        {**gang, "name": gang["name"] + "/next", "timeout_s": 20},
+    )
+    heard = {peer: torch.empty(1, device=again.device) for peer in others(again)}
+    again.exchange(
+        dict.fromkeys(heard, torch.full((1,), float(again.rank), device=again.device)), heard
+    ).wait()
+    communicator.close()
+    assert all(tensor.item() == peer for peer, tensor in heard.items())
+    again.close()
+    return True
+
+
+@with_peers
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_survivors_of_a_dead_or_hung_peer_notice_and_meet_again(backend: str, end: str, gang) -> None:
+    world_size = max(size(backend), 3)
+    bound_s = 5.0 if end == "kill" else 2.0 + 1.5
+    gang["timeout_s"] = 20.0 if end == "kill" else 2.0
+    with Ranks(_exchanging, world_size, backend, gang) as ranks:
+        for rank in range(world_size):
+            assert ranks.milestone(rank) == "connected"
+        time.sleep(0.2)
+        lost, survivors = world_size - 1, list(range(world_size - 1))
+        ended = time.monotonic()
+        (ranks.kill if end == "kill" else ranks.stop)(lost)
+        failures = [ranks.milestone(rank) for rank in survivors]
+        for noticed, _ in failures:
+            assert noticed - ended < bound_s
+        assert any(f"rank {lost} " in message for _, message in failures), failures
+        outcomes = ranks.join(ranks=survivors)
+        assert all(outcome.value is True for outcome in outcomes), outcomes
+
+
+def _served_by_rank_0(rank: int, world_size: int, gang: dict[str, Any]) -> Any:
+    communicator = join("gloo", rank, world_size, gang)
+    yield "connected"
+    received = {peer: torch.zeros(1) for peer in others(communicator)}
+    return failure_of(communicator.exchange({}, received).wait)
+
+
+def test_the_death_of_the_rank_that_serves_the_store_is_noticed_too() -> None:
+    gang = {"address": free_address(), "timeout_s": 20.0}
+    with Ranks(_served_by_rank_0, 3, gang) as ranks:
+        for rank in range(3):
+            ranks.milestone(rank)
+        ranks.kill(0)
+        for outcome in ranks.join(ranks=[1, 2]):
+            assert outcome.value is not None, outcome.error
+            message, seconds = outcome.value
+            assert "rank 0 died or left" in message and seconds < 5
+
+
+def _generations(rank: int, world_size: int, gang: dict[str, Any]) -> None:
+    """The last message is not lost when its sender leaves at once; the same address serves generations."""
+    old = None
+    for generation in range(15):
+        communicator = join("gloo", rank, world_size, {**gang, "name": f"generation-{generation}"})
+        if old is not None:
+            old.close()
+        if rank == 0:
+            communicator.exchange({1: torch.full((30_000,), 7.0)}, {}).wait()
+        else:
+            received = torch.zeros(30_000)
+            time.sleep(0.002)
+            communicator.exchange({}, {0: received}).wait()
+            assert received.eq(7).all()
+        old = communicator
+        if generation % 2:
+            communicator.abort()
+
+
+def test_leaving_early_loses_nothing_and_generations_share_an_address() -> None:
+    run_ranks(_generations, 2, {"address": free_address(), "timeout_s": 20.0})
+
+
+# -------------------------------------------------------------------------------------------- mismatches
+
+
+def _refused(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
+    communicator = join(backend, rank, world_size, gang)
+    one = torch.zeros(4, 4, device=communicator.device)
+    for peer in (rank, world_size, -1):
+        with pytest.raises(ValueError, match=f"rank {rank} cannot exchange with rank {peer}"):
+            communicator.exchange({peer: one}, {})
+        with pytest.raises(ValueError, match=f"rank {rank} cannot exchange with rank {peer}"):
+            communicator.exchange({}, {peer: one})
+    for peer in others(communicator)[:1]:
+        with pytest.raises(ValueError, match="not contiguous"):
+            communicator.exchange({peer: one.T[1:]}, {})
+        with pytest.raises(ValueError, match="meta"):
+            communicator.exchange({}, {peer: one.to("meta")})
+    assert not communicator.broken and communicator.bytes_sent == 0
+
+
+@every_backend
+def test_wrong_peers_and_tensors_are_refused_without_breaking_the_gang(backend: str, gang) -> None:
+    run_ranks(_refused, size(backend), backend, gang)
+
+
+def _sizes_disagree(rank: int, world_size: int, gang: dict[str, Any]) -> str:
+    communicator = join("gloo", rank, world_size, gang)
+    work = (
+        communicator.exchange({1: torch.zeros(100)}, {})
+        if rank == 0
+        else communicator.exchange({}, {0: torch.zeros(50)})
+    )
+    return failure_of(work.wait)[0]
+
+
+def test_peers_that_disagree_on_a_size_fail_but_live(gang) -> None:
+    gang["timeout_s"] = 1.5
+    messages = run_ranks(_sizes_disagree, 2, gang)
+    assert any("did not answer within 1.5 s" in message for message in messages)
+
+
+def test_what_the_ranks_must_agree_on_is_checked_when_they_join(served: str, gang) -> None:
+    with pytest.raises(GangBroken, match=r"ranks \[1\] of gang .* did not join within 0.3 s"):
+        join("gloo", 0, 2, gang, timeout_s=0.3)
+    with pytest.raises(GangMismatch, match="rank 0 of gang .* is taken"):
+        join("gloo", 0, 2, gang)
+    with pytest.raises(GangMismatch, match="expects 3 ranks in gang .*, its peers 2"):
+        join("gloo", 1, 3, gang)
+    with pytest.raises(ValueError, match="rank 2 is not within a gang of 2"):
+        join("gloo", 2, 2, gang)
+    with pytest.raises(ValueError, match="'local' is for one rank"):
+        connect("local", world_size=2)
+    with pytest.raises(ValueError, match="'local', 'gloo' and 'nccl'"):
+        join("mpi", 0, 1, gang, name="backend")
+    with pytest.raises(ValueError, match="not 'host:port'"):
+        join("gloo", 0, 1, gang, address="localhost")
+    with pytest.raises(ValueError, match="pass an address"):
+        connect("gloo", rank=0, world_size=2)
+    with pytest.raises(ValueError, match="CPU tensors"):
+        connect("gloo", address=served, device="cuda:0", name="device")
+    with pytest.raises(GangBroken, match="no store answers"):
+        join("gloo", 1, 2, gang, address=free_address(), timeout_s=0.5)
+
+
+def test_an_existing_store_serves_many_gangs(served: str) -> None:
+    host, port = served.split(":")
+    store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
+    first = connect("gloo", store=store, name="one of many")
+    second = connect("gloo", store=store, name="another of many")
+    first.close()
+    second.exchange({}, {}).wait()
+    second.close()
+
+
+# -------------------------------------------------------------------------------------------- torchrun
+
+
+def test_it_runs_under_torchrun() -> None:
+    address = free_address()
+    host, port = address.split(":")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-addr", host, "--master-port", port, "-m", "tests.distributed.under_torchrun"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, free_address()], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
+        "rank 0 heard 1 at an address of its own",
+        "rank 0 heard 1 at the agent's address",
+        "rank 1 heard 0 at an address of its own",
+        "rank 1 heard 0 at the agent's address",
+    ]
