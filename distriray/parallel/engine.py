@@ -83,8 +83,10 @@ class Engine:
     # What a user or a worker calls
 
     def bind(self, communicator: Communicator, config: ParallelConfig) -> None:
-        """Join another gang: what was exchanged in the last one is dropped."""
+        """Join another gang: what was exchanged in the last one is dropped, and what was asked of it."""
         self._drop_exchanges()
+        with self._lock:
+            self._asked = [False, False]
         self.communicator = communicator
         self.config = config
         self.generation += 1
