@@ -1,1 +1,1 @@
-"""What is measured: each module is a command that prints a table."""
+"""What is measured, each module a command that prints a table."""

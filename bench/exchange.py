@@ -1,0 +1,125 @@
+"""What one denoising step costs with and without the exchange: `python -m bench.exchange`.
+
+Two ranks, patches only (no splitting of the guidance batch), one torch thread per rank. All modes are timed
+in turn within one run, several rounds, so that a machine whose speed drifts shifts them alike; ratios are
+medians of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench.ranks import run_ranks
+from bench.report import Report
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect
+from distriray.landscapes import MODEL_DIR
+from distriray.parallel import engine_of
+
+MODES = ("one rank", "none", "displaced", "sync")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One round of one mode: seconds of a step (median), those spent waiting, and bytes a rank sends."""
+
+    step_s: float
+    wait_s: float
+    bytes_sent: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps a round")
+    parser.add_argument("--json", help="also write the table to this file")
+    arguments = parser.parse_args()
+    rounds = run_ranks(arguments.ranks, measure, arguments.size, arguments.rounds, arguments.steps)[0]
+
+    report = Report(
+        f"bench.exchange: one step of builtin:landscapes at {arguments.size}x{arguments.size} with guidance, "
+        f"{arguments.ranks} ranks, one thread each, patches only",
+        columns=("mode", "s/step", "waiting", "sent/step", "faster than one rank", "of none"),
+        seed=0,
+        settings=vars(arguments),
+    )
+    for mode in MODES:
+        timings = [timing[mode] for timing in rounds]
+        step_s = median(t.step_s for t in timings)
+        report.add(
+            mode,
+            f"{step_s:.4f}",
+            f"{median(t.wait_s / t.step_s for t in timings):.1%}",
+            f"{timings[-1].bytes_sent / 2**20:.2f} MiB",
+            f"{median(t['one rank'].step_s / t[mode].step_s for t in rounds):.2f}x",
+            f"{median(t[mode].step_s / t['none'].step_s for t in rounds):.3f}x",
+        )
+    report.print()
+    if arguments.json:
+        report.write(arguments.json)
+
+
+def measure(communicator: Communicator, size: int, rounds: int, steps: int) -> list[dict[str, Timing]]:
+    """Time every mode `rounds` times."""
+    unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet", variant=None).float().eval()
+    timings = []
+    for _ in range(rounds):
+        timings.append({mode: _time_mode(unet, communicator, mode, size, steps) for mode in MODES})
+    return timings
+
+
+def _time_mode(
+    unet: UNet2DConditionModel, communicator: Communicator, mode: str, size: int, steps: int
+) -> Timing:
+    if mode == "one rank":
+        _barrier(communicator)  # the other ranks wait, without computing, for this one
+        if communicator.rank:
+            _barrier(communicator)
+            return Timing(0.0, 0.0, 0)
+        parallelize(unet, connect("local"))
+    else:
+        config = ParallelConfig(exchange=mode, warmup_steps=1, cfg_parallel=False)  # type: ignore[arg-type]
+        parallelize(unet, communicator, config)
+    engine = engine_of(unet)
+    assert engine is not None
+    inputs = unet_inputs(unet, size)
+    statistics = []
+    for step in range(steps + 2):
+        unet(timestep=900 - step, **inputs)
+        statistics.append(engine.statistics)
+    if mode == "one rank":
+        _barrier(communicator)
+    kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one
+    return Timing(median(s.seconds for s in kept), median(s.wait_s for s in kept), kept[-1].bytes_sent)
+
+
+def unet_inputs(unet: UNet2DConditionModel, size: int) -> dict[str, object]:
+    """Seeded inputs of one guided step at `size` pixels: a batch of two."""
+    generator = torch.Generator().manual_seed(0)
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {
+        "sample": torch.randn((2, config.in_channels, size // 8, size // 8), generator=generator),
+        "encoder_hidden_states": torch.randn((2, 77, config.cross_attention_dim), generator=generator),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn((2, pooled), generator=generator),
+            "time_ids": torch.tensor([[size, size, 0, 0, size, size]] * 2, dtype=torch.float32),
+        },
+    }
+
+
+def _barrier(communicator: Communicator) -> None:
+    others = [rank for rank in range(communicator.world_size) if rank != communicator.rank]
+    token = torch.zeros(1)
+    communicator.exchange(dict.fromkeys(others, token), {rank: torch.empty(1) for rank in others}).wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""What a gang honours of a pipeline's features, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    ControlNetModel,
+    DiTTransformer2DModel,
+    StableDiffusionXLControlNetPipeline,
+)
+from PIL import Image
+
+from bench.ranks import run_ranks
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect
+from distriray.errors import GangMismatch, GenerationCancelled, InvalidRequest, UnsupportedModel
+from distriray.parallel import engine_of
+from tests.distributed.cases import Case, alone, call
+from tests.models import randomize, tiny_sd15, tiny_sdxl
+
+pytestmark = pytest.mark.distributed
+
+SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
+DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+CASE = Case(scheduler="euler", steps=3, height=96, width=64)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+def single(feature: Any) -> Any:
+    return feature(connect("local"))
+
+
+# LoRA
+
+
+def _lora(communicator: Communicator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+    """Before, with and again without a LoRA on attention and convolutions, loaded after `parallelize`."""
+    from peft import LoraConfig
+
+    pipeline = tiny_sdxl()
+    names = list(pipeline.unet.state_dict())
+    parallelize(pipeline, communicator, SYNC)
+    same_names = names == list(pipeline.unet.state_dict())
+    before = call(pipeline, CASE)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in"]
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    adapters = [p for name, p in pipeline.unet.named_parameters() if "lora" in name]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    with_lora = call(pipeline, CASE)
+    pipeline.unet.disable_adapters()
+    return before, with_lora, call(pipeline, CASE), same_names
+
+
+def test_lora_loaded_later_works_as_on_one_device() -> None:
+    before, with_lora, disabled, same_names = run_ranks(2, _lora)[0]
+    _, expected, _, _ = single(_lora)
+    assert same_names
+    assert close(with_lora, expected) and not close(before, expected)
+    assert close(disabled, before)
+
+
+def _lora_displaced(communicator: Communicator) -> torch.Tensor:
+    """The same shape with other layers, in a mode that keeps buffers between images."""
+    from peft import LoraConfig
+
+    pipeline = parallelize(tiny_sdxl(), communicator, DISPLACED)
+    call(pipeline, CASE)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"]))  # initialised to change nothing
+    with_lora = call(pipeline, CASE)
+    pipeline.unet.disable_adapters()
+    assert torch.allclose(call(pipeline, CASE), with_lora, atol=1e-4)
+    return with_lora
+
+
+def test_layers_may_come_and_go_between_images() -> None:
+    assert run_ranks(2, _lora_displaced)[0].isfinite().all()
+
+
+# Other inputs of the U-Net
+
+
+def _variants(communicator: Communicator) -> dict[str, torch.Tensor]:
+    base = parallelize(tiny_sdxl(), communicator, SYNC)
+    picture = Image.linear_gradient("L").resize((64, 96)).convert("RGB")
+    mask = Image.new("L", (64, 96), 0)
+    mask.paste(255, (0, 0, 32, 96))
+    common: dict[str, Any] = {"output_type": "latent", "num_inference_steps": 4, "guidance_scale": 5.0}
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(1)
+
+    results = {
+        "image to image": AutoPipelineForImage2Image.from_pipe(base)(
+            "x", image=picture, strength=0.8, generator=generator(), **common
+        ).images,
+        "inpainting": AutoPipelineForInpainting.from_pipe(base)(
+            "x",
+            image=picture,
+            mask_image=mask,
+            height=96,
+            width=64,
+            strength=0.9,
+            generator=generator(),
+            **common,
+        ).images,
+        "guidance rescale": call(base, Case(**{**vars(CASE), "extra": {"guidance_rescale": 0.7}})),
+    }
+    controlnet = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 8, 8, 8))
+    randomize(controlnet, 5)
+    controlled = StableDiffusionXLControlNetPipeline(
+        **{k: v for k, v in base.components.items() if k not in ("image_encoder", "feature_extractor")},
+        controlnet=controlnet.eval(),
+        add_watermarker=False,
+    )
+    controlled.set_progress_bar_config(disable=True)
+    results["control net"] = controlled(
+        "x", image=Image.new("RGB", (64, 96), "red"), height=96, width=64, generator=generator(), **common
+    ).images
+    return results
+
+
+def test_pipelines_around_the_same_unet_equal_one_device() -> None:
+    together, expected = run_ranks(3, _variants)[0], single(_variants)
+    for name, latents in expected.items():
+        assert close(together[name], latents), name
+
+
+def _padless_downsampling(communicator: Communicator) -> torch.Tensor:
+    pipeline = parallelize(tiny_sd15(downsample_padding=0), communicator, SYNC)
+    return call(pipeline, Case("sd15", height=192, width=64, steps=3, scheduler="euler"))
+
+
+def test_downsampling_that_pads_by_hand_equals_one_device() -> None:
+    assert close(run_ranks(3, _padless_downsampling)[0], single(_padless_downsampling))
+
+
+def _direct(communicator: Communicator, **inputs: Any) -> torch.Tensor:
+    unet = parallelize(tiny_sdxl(class_embed_type="timestep").unet, communicator, SYNC)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn((2, 9, 32), generator=generator)
+    keep = torch.ones((2, 9))
+    keep[0, 4:] = 0
+    inputs = {"class_labels": torch.tensor([1.0, 2.0]), "encoder_attention_mask": keep, **inputs}
+    return unet(
+        torch.randn((2, 4, 12, 8), generator=generator),
+        torch.tensor([500, 500]),
+        text,
+        added_cond_kwargs={"text_embeds": torch.ones((2, 16)), "time_ids": torch.ones((2, 6))},
+        **inputs,
+    ).sample
+
+
+def test_text_masks_and_class_labels_equal_one_device() -> None:
+    assert close(run_ranks(2, _direct)[0], single(_direct))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [
+        ({"attention_mask": torch.ones((2, 96))}, "attention_mask"),
+        ({"cross_attention_kwargs": {"gligen": {}}}, "gligen"),
+        ({"cross_attention_kwargs": {"ip_adapter_masks": []}}, "ip_adapter_masks"),
+    ],
+)
+def test_inputs_that_patches_cannot_honour_are_refused_by_name(inputs: dict[str, Any], name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=name):
+        _direct(connect("local"), **inputs)
+
+
+def test_other_networks_are_refused_with_what_is_supported() -> None:
+    transformer = DiTTransformer2DModel(
+        num_layers=1, num_attention_heads=1, attention_head_dim=8, norm_num_groups=1
+    )
+    with pytest.raises(UnsupportedModel, match=r"DiTTransformer2DModel.*1\.x, 2\.x and XL"):
+        parallelize(transformer, connect("local"))
+
+
+def test_freeu_and_sliced_attention_are_refused_by_name() -> None:
+    pipeline = parallelize(tiny_sdxl(), connect("local"))
+    pipeline.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with pytest.raises(UnsupportedModel, match="FreeU"):
+        call(pipeline, CASE)
+    pipeline = tiny_sdxl()
+    pipeline.enable_attention_slicing(1)
+    parallelize(pipeline, connect("local"))
+    with pytest.raises(UnsupportedModel, match="SlicedAttnProcessor"):
+        call(pipeline, CASE)
+
+
+# Errors and flags
+
+
+def _raises(communicator: Communicator, config: dict[str, Any], case: Case) -> str:
+    pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(**config))
+    try:
+        call(pipeline, case)
+    except (InvalidRequest, GangMismatch) as error:
+        after = call(pipeline, CASE)  # the gang is as good as before
+        assert close(after, alone(CASE))
+        return str(error)
+    return ""
+
+
+def test_a_height_too_small_names_the_smallest() -> None:
+    sync = {"exchange": "sync", "cfg_parallel": False}
+    case = Case(height=64, width=64, steps=2, scheduler="euler")
+    message = run_ranks(3, _raises, sync, case)[0]
+    assert "8 rows is too small for 3 patches" in message and "smallest that works has 9 rows" in message
+
+
+def test_forced_guidance_halves_without_guidance_say_so() -> None:
+    case = Case(**{**vars(CASE), "guidance": 1.0})
+    assert "a batch of 1" in run_ranks(2, _raises, {"exchange": "sync", "cfg_parallel": True}, case)[0]
+
+
+def _different_seeds(communicator: Communicator) -> str:
+    pipeline = parallelize(tiny_sdxl(), communicator, SYNC)
+    generator = torch.Generator().manual_seed(communicator.rank)
+    try:
+        pipeline("x", height=96, width=64, num_inference_steps=2, generator=generator, output_type="latent")
+    except GangMismatch as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_differ_are_told_what_differs() -> None:
+    for message in run_ranks(2, _different_seeds):
+        assert "sum of the latents" in message and "equally seeded generator" in message
+
+
+def _unseeded(communicator: Communicator) -> torch.Tensor:
+    torch.manual_seed(100 + communicator.rank)
+    pipeline = parallelize(tiny_sdxl(), communicator, SYNC)
+    return pipeline("x", height=96, width=64, num_inference_steps=2, output_type="latent").images
+
+
+def test_calls_without_a_generator_draw_the_same_latents_everywhere() -> None:
+    one, other = run_ranks(2, _unseeded)
+    assert torch.equal(one, other)
+
+
+def _flags(communicator: Communicator) -> tuple[list[bool], int, bool]:
+    """The last rank asks to yield in step 1 and, in another image, to cancel in step 2."""
+    pipeline = parallelize(tiny_sdxl(), communicator, DISPLACED)
+    engine = engine_of(pipeline)
+    asks = communicator.rank == communicator.world_size - 1
+    seen: list[bool] = []
+
+    def yield_at_one(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(engine.yielding)
+        if step == 0 and asks:
+            engine.ask_yield()
+        return values
+
+    def cancel_at_two(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        if step == 1 and asks:
+            engine.ask_cancel()
+        return values
+
+    call(pipeline, Case(**{**vars(CASE), "extra": {"callback_on_step_end": yield_at_one}}))
+    steps: list[int] = []
+    cancelled = False
+    try:
+        call(pipeline, Case(**{**vars(CASE), "steps": 6, "extra": {"callback_on_step_end": cancel_at_two}}))
+    except GenerationCancelled:
+        cancelled = True
+    return seen, len(steps), cancelled
+
+
+def test_one_rank_asks_and_all_leave_after_the_same_step() -> None:
+    for ranks in (1, 3):
+        for outcome in run_ranks(ranks, _flags):
+            assert outcome == ([False, True, True], 2, True)

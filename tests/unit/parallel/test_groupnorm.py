@@ -1,0 +1,56 @@
+"""Group norm from the statistics of parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distriray.parallel.groupnorm import correct, group_statistics, merge
+
+
+def test_merged_statistics_equal_nn_group_norm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn((2, 8, 11, 5), generator=generator) * 3 + 100  # a large mean, uneven parts
+    parts = image.split([5, 4, 2], dim=2)
+    statistics = torch.stack([group_statistics(part, 4) for part in parts])
+    shares = torch.tensor([5 / 11, 4 / 11, 2 / 11]).view(-1, 1, 1)
+    mean, variance = merge(statistics, shares)
+    grouped = image.double().view(2, 4, -1)
+    torch.testing.assert_close(mean.double(), grouped.mean(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), grouped.var(-1, correction=0), rtol=1e-4, atol=0)
+    own = (grouped - mean.unsqueeze(-1)) * torch.rsqrt(variance.unsqueeze(-1) + 1e-5)
+    torch.testing.assert_close(own.view_as(image).float(), nn.GroupNorm(4, 8)(image), rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_of_half_precision_are_float32() -> None:
+    image = torch.full((1, 4, 64, 64), 10.0, dtype=torch.bfloat16)
+    statistics = group_statistics(image, 2)
+    assert statistics.dtype == torch.float32
+    torch.testing.assert_close(statistics, torch.tensor([[[10.0, 0.0], [10.0, 0.0]]]))
+
+
+def test_merged_variance_is_never_negative() -> None:
+    """Also of predictions, which may overshoot below zero."""
+    statistics = torch.tensor([[[[1.0, -0.5]]], [[[1.0, -0.1]]]])
+    _, variance = merge(statistics, torch.tensor([0.5, 0.5]).view(-1, 1, 1))
+    assert (variance >= 0).all()
+
+
+def test_correction_stays_finite_where_its_formula_is_negative() -> None:
+    """The own mean jumps from 0 to 10 with hardly any spread: E[x^2] - E[x]^2 of the shifted moments is < 0."""
+    stale = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 1.0]]]])
+    own = torch.tensor([[[10.0, 0.01]]])
+    shares = torch.tensor([0.9, 0.1]).view(-1, 1, 1)
+    stale[1, ..., 0] = 5.0
+    mean, variance = correct(stale, own, 0, shares)
+    moments = (shares * (stale[..., 1] + stale[..., 0] ** 2)).sum(0) + (0.01 + 100.0) - 1.0
+    assert float(moments - mean**2) < 0, "the case is not the one that the test is about"
+    assert float(variance) == torch.tensor(0.01)
+    assert torch.rsqrt(variance + 1e-5).isfinite().all()
+
+
+def test_correction_without_change_is_the_stale_whole() -> None:
+    stale = torch.tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]])
+    shares = torch.tensor([0.25, 0.75]).view(-1, 1, 1)
+    for corrected, merged in zip(correct(stale, stale[1], 1, shares), merge(stale, shares), strict=True):
+        torch.testing.assert_close(corrected, merged)
