@@ -169,9 +169,7 @@ def _tell(result: GenerationResult, paths: list[Path], alone: GenerationResult |
         f"{result.segments[-1].last_step} steps {times.denoise_s:.2f}, decode {times.decode_s:.2f}"
     )
     if alone is not None:
-        print(
-            f"{alone.timings.total_s:.2f} s by one worker; the gang of {result.gang_size} is {speedup:.2f}x as fast"
-        )
+        print(f"{alone.timings.total_s:.2f} s by one worker: the gang is {speedup:.2f} times as fast")
 
 
 @contextmanager

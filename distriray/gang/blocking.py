@@ -32,7 +32,7 @@ class BlockingHost:
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """As `Host.generate`."""
-        return self._do(self.host.generate(request))
+        return self.do(self.host.generate(request))
 
     def stream(self, request: GenerationRequest) -> Iterator[Event]:
         """As `Host.stream`; leaving the loop over it cancels the request."""
@@ -40,15 +40,15 @@ class BlockingHost:
         try:
             while True:
                 try:
-                    yield self._do(anext(events))
+                    yield self.do(anext(events))
                 except StopAsyncIteration:
                     return
         finally:
-            self._do(events.aclose())
+            self.do(events.aclose())
 
     def cancel(self, request_id: str) -> bool:
         """As `Host.cancel`."""
-        return self._do(self.host.cancel(request_id))
+        return self.do(self.host.cancel(request_id))
 
     def status(self) -> HostStatus:
         """As `Host.status`."""
@@ -56,9 +56,10 @@ class BlockingHost:
         async def ask() -> HostStatus:
             return self.host.status()
 
-        return self._do(ask())
+        return self.do(ask())
 
-    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the host's event loop; an interrupt cancels it."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

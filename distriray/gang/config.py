@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..collective.rendezvous import Backend
 from ..config import ParallelConfig
 from ..models import ModelSpec
 from ..requests import Limits
 from ..routing.buddy import check_gang_sizes
+
+if TYPE_CHECKING:
+    from ..collective.rendezvous import Backend
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]

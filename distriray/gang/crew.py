@@ -211,8 +211,10 @@ class Crew:
 
 
 def result_of(ref: Any) -> asyncio.Future[Any]:
-    """An object reference as a future of this event loop."""
-    return asyncio.wrap_future(ref.future())
+    """An object reference as a future of this event loop; nobody need wait for it."""
+    future = asyncio.wrap_future(ref.future())
+    future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return future
 
 
 async def _together(works: Iterable[Any]) -> None:

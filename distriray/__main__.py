@@ -1,0 +1,5 @@
+"""`python -m distriray` is the `distriray` command."""
+
+from .cli import main
+
+main()

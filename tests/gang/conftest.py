@@ -1,0 +1,55 @@
+"""One local Ray and one host of four CPU workers for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distriray.config import ParallelConfig
+from distriray.gang import BlockingHost, HostConfig, open_host
+from distriray.models import ModelSpec
+from distriray.requests import GenerationRequest
+from distriray.routing.policy import EarliestDeadlineFirst
+from tests.gang.policies import Changeable
+from tests.models import tiny_sdxl
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    tiny_sdxl().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_host(tiny_model: Path) -> Iterator[BlockingHost]:
+    config = HostConfig(
+        model=ModelSpec(name=str(tiny_model)),
+        workers=4,
+        device="cpu",
+        parallel=ParallelConfig(exchange="sync"),
+        max_queue=4,
+        timeout_s=20,
+    )
+    with open_host(config, policy=Changeable(), cpus=4) as host:
+        yield host
+
+
+@pytest.fixture
+def host(shared_host: BlockingHost) -> Iterator[BlockingHost]:
+    """The shared host, which every test must leave as it found it: idle and whole."""
+    yield shared_host
+    policy = shared_host.host.policy
+    assert isinstance(policy, Changeable)
+    policy.change(EarliestDeadlineFirst())
+    status = shared_host.status()
+    assert not status.running and not status.waiting
+    assert status.healthy and status.free_workers == 4
+
+
+def ask(**fields: object) -> GenerationRequest:
+    """A small, quick, reproducible request."""
+    defaults = {"prompt": "a lake", "height": 128, "width": 128, "seed": 7, "num_inference_steps": 6}
+    return GenerationRequest.parse({**defaults, **fields})

@@ -1,0 +1,65 @@
+"""Host policies that tests script."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from distriray.routing.buddy import BuddyAllocator
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import EarliestDeadlineFirst, HostPolicy, HostView, Plan, Workers
+
+
+class Changeable:
+    """Another policy, which may be changed while the host runs."""
+
+    def __init__(self) -> None:
+        self.inner: HostPolicy = EarliestDeadlineFirst()
+        self.leases: list[tuple[str, Workers]] = []
+
+    def change(self, inner: HostPolicy) -> None:
+        self.inner = inner
+
+    @property
+    def review_s(self) -> float | None:
+        return self.inner.review_s
+
+    def plan(self, view: HostView, model: LatencyModel) -> Plan:
+        held = [w for request in view.requests for w in request.workers or ()]
+        assert len(held) == len(set(held)), f"a worker is in two gangs: {view}"
+        return self.inner.plan(view, model)
+
+
+class Script:
+    """The only request moves on to the next gang whenever it has made so many steps more."""
+
+    review_s = 0.01
+
+    def __init__(self, gangs: Sequence[Workers], every: int) -> None:
+        self.gangs, self.every = gangs, every
+
+    def plan(self, view: HostView, model: LatencyModel) -> Plan:
+        (request,) = view.requests
+        return Plan({request.id: self.gangs[min(request.steps_done // self.every, len(self.gangs) - 1)]})
+
+
+class Shuffle:
+    """Requests stay, leave or change their gang at random."""
+
+    review_s = 0.05
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+
+    def plan(self, view: HostView, model: LatencyModel) -> Plan:
+        blocks = BuddyAllocator(view.workers, view.gang_sizes)
+        assignments: dict[str, Workers] = {}
+        for request in view.requests:
+            if request.workers is not None and (request.pinned or self.draw.random() < 0.8):
+                blocks.take(request.workers)
+                assignments[request.id] = request.workers
+        for request in view.requests:
+            sizes = [size for size in view.gang_sizes if request.allows(size)]
+            if request.id not in assignments and (block := blocks.lease(self.draw.choice(sizes))):
+                assignments[request.id] = block
+        return Plan(assignments)

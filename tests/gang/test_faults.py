@@ -1,0 +1,205 @@
+"""Workers and drivers that die; 60 random requests with pauses, cancellations and a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distriray.errors import DistrirayError, GenerationCancelled, QueueFull
+from distriray.gang import BlockingHost
+from distriray.requests import GenerationRequest, GenerationResult
+from tests.gang.conftest import ask
+from tests.gang.policies import Script, Shuffle
+from tests.gang.test_host import difference
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+async def whole(host: BlockingHost) -> None:
+    """Wait until all workers are healthy and free."""
+    while host.host.status().free_workers < 4:
+        await asyncio.sleep(0.05)
+
+
+async def kill_one_at(host: BlockingHost, request_id: str, step: int, rank: int) -> int:
+    """`kill -9` the worker of `rank` once `request_id` has done `step` steps; its index."""
+    while True:
+        running = {request.id: request for request in host.host.status().running}
+        if request_id in running and running[request_id].step >= step:
+            workers = running[request_id].workers
+            assert workers is not None
+            os.kill(host.host.status().workers[workers[rank]].pid, signal.SIGKILL)
+            return workers[rank]
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_costs_neither_the_picture_nor_the_steps_done(host: BlockingHost, rank: int) -> None:
+    steps = 60
+    alone = host.generate(ask(gang_size=1, num_inference_steps=steps))
+    host.host.policy.change(Script([(0, 1), (0, 1, 2, 3)][:1], every=steps))  # type: ignore[attr-defined]
+    repairs = len(host.status().repairs)
+
+    async def scene() -> tuple[int, GenerationResult]:
+        task = asyncio.ensure_future(host.host.generate(ask(id="hurt", num_inference_steps=steps)))
+        killed = await kill_one_at(host, "hurt", 10, rank)
+        survivor = 1 - rank
+        host.host.policy.change(Script([(survivor,)], every=steps))  # type: ignore[attr-defined]
+        result = await task
+        await whole(host)
+        return killed, result
+
+    killed, result = host.do(scene())
+    assert result.repairs == 1
+    assert [len(segment.workers) for segment in result.segments] == [2, 1]
+    assert result.segments[1].first_step == result.segments[0].last_step >= 10
+    assert difference(result, alone) <= 1
+    status = host.status()
+    assert [repair.worker for repair in status.repairs[repairs:]] == [killed]
+    assert host.generate(ask(gang_size=4)).segments[0].workers == (0, 1, 2, 3)
+
+
+def test_a_lone_worker_that_dies_costs_its_steps_but_not_the_request(host: BlockingHost) -> None:
+    async def scene() -> GenerationResult:
+        task = asyncio.ensure_future(host.host.generate(ask(id="lone", gang_size=1, num_inference_steps=60)))
+        await kill_one_at(host, "lone", 5, 0)
+        result = await task
+        await whole(host)
+        return result
+
+    result = host.do(scene())
+    assert result.repairs == 1 and result.segments[-1].first_step == 0
+
+
+def test_every_random_request_ends_once_and_the_host_ends_as_it_began(host: BlockingHost) -> None:
+    draw = random.Random(5)
+    host.host.policy.change(Shuffle(seed=5))  # type: ignore[attr-defined]
+    count = 60
+
+    async def one(request: GenerationRequest) -> str:
+        try:
+            result = await host.host.generate(request)
+        except DistrirayError as error:
+            return type(error).__name__
+        assert sum(segment.steps for segment in result.segments) >= request.num_inference_steps
+        assert result.segments[-1].last_step == request.num_inference_steps
+        return "result"
+
+    async def scene() -> list[str]:
+        tasks = []
+        for index in range(count):
+            request = ask(
+                id=f"random-{index}",
+                seed=index,
+                num_inference_steps=draw.randint(2, 12),
+                gang_size=draw.choice(["auto", 1, 2, 4]),
+            )
+            tasks.append(asyncio.ensure_future(one(request)))
+            await asyncio.sleep(draw.uniform(0.0, 0.4))
+            if draw.random() < 0.1:
+                await host.host.cancel(f"random-{draw.randint(0, index)}")
+            if index == count // 2:
+                pid = host.host.status().workers[draw.randrange(4)].pid
+                os.kill(pid, signal.SIGKILL)
+        ends = await asyncio.gather(*tasks)
+        await whole(host)
+        return ends
+
+    ends = host.do(scene())
+    allowed = {"result", GenerationCancelled.__name__, QueueFull.__name__}
+    assert len(ends) == count and set(ends) <= allowed
+    assert ends.count("result") > 0
+
+
+DRIVER = """
+import sys
+from distriray.gang import HostConfig, open_host
+from distriray.requests import GenerationRequest
+config = HostConfig(model={"name": sys.argv[1]}, workers=2, device="cpu")
+with open_host(config, cpus=2) as host:
+    print(*[worker.pid for worker in host.status().workers], flush=True)
+    host.generate(GenerationRequest(prompt="x", gang_size=2, num_inference_steps=200))
+"""
+
+
+def test_nothing_outlives_a_killed_driver(tiny_model: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tiny_model)], stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    workers = {int(pid) for pid in driver.stdout.readline().split()}
+    started = {child.pid: child for child in psutil.Process(driver.pid).children(recursive=True)}
+    assert len(workers) == 2 and workers <= started.keys()
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(started.values(), timeout=10)
+    assert not alive
+
+
+def test_an_interrupted_command_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lake.png"
+    arguments = [
+        "generate",
+        "x",
+        "--gang-size",
+        "2",
+        "--steps",
+        "200",
+        "--model",
+        str(tiny_model),
+        "--cpus",
+        "2",
+    ]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "distriray", *arguments, "--out", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    me = psutil.Process(command.pid)
+    deadline = time.monotonic() + 120
+    while (
+        not any("ray::Worker.run" in "".join(p.cmdline()) for p in _alive(me)) and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    started = me.children(recursive=True)
+    assert started
+    command.send_signal(signal.SIGINT)
+    _, told = command.communicate(timeout=60)
+    assert command.returncode == 130 and told.strip().endswith("interrupted")
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive and not out.exists()
+
+
+def test_one_command_draws_a_picture_and_says_how(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new folder" / "lake.png"
+    arguments = ["generate", "a lake", "--gang-size", "2", "--steps", "3", "--num-images", "2", "--seed", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distriray", *arguments, "--model", str(tiny_model), "--out", str(out)]
+        + ["--cpus", "2", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = json.loads(done.stdout)
+    assert told["gang_size"] == 2 and told["seeds"] == [3, 4]
+    assert told["paths"] == [str(out.with_stem("lake-1")), str(out.with_stem("lake-2"))]
+    assert all(Path(path).stat().st_size > 0 for path in told["paths"])
+
+
+def _alive(process: psutil.Process) -> list[psutil.Process]:
+    children = []
+    for child in process.children(recursive=True):
+        try:
+            child.cmdline()
+        except psutil.Error:
+            continue
+        children.append(child)
+    return children

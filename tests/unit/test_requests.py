@@ -1,0 +1,76 @@
+"""Requests say what is wrong with them, and settle what they leave open."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distriray.errors import InvalidRequest
+from distriray.requests import GenerationRequest, Limits
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"prompt": "x", "height": 500}, "height", "height 500 is not a multiple of 8; use 496 or 504"),
+        ({"prompt": "x", "width": 4}, "width", "width 4 is not a multiple of 8; use 8"),
+        ({"prompt": "x", "num_images": 0}, "num_images", "greater than or equal to 1"),
+        ({"prompt": "x", "gang_size": "two"}, "gang_size", "'two'"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale", "finite"),
+        ({"prompt": "x", "steps": 3}, "steps", "there is no field 'steps'"),
+        ({}, "prompt", "prompt is missing"),
+    ],
+)
+def test_an_invalid_field_is_named_with_its_value(fields: dict[str, Any], param: str, says: str) -> None:
+    for make in (lambda: GenerationRequest(**fields), lambda: GenerationRequest.parse(fields)):
+        with pytest.raises(InvalidRequest, match=says) as refused:
+            make()
+        assert refused.value.param == param
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_sizes_are_multiples_of_eight_or_refused(height: int, width: int) -> None:
+    fields = {"prompt": "x", "height": height, "width": width}
+    if height % 8 or width % 8:
+        with pytest.raises(InvalidRequest):
+            GenerationRequest.parse(fields)
+    else:
+        assert GenerationRequest.parse(fields).height == height
+
+
+@given(st.integers(1, 200), st.integers(0, 8))
+def test_previews_fall_between_the_first_and_the_last_step(steps: int, previews: int) -> None:
+    chosen = GenerationRequest(prompt="x", num_inference_steps=steps, previews=previews).preview_steps()
+    assert all(0 < step < steps for step in chosen) and len(chosen) <= previews
+    if steps > previews:
+        assert len(chosen) == previews
+
+
+def test_what_is_left_open_is_settled_once() -> None:
+    request = GenerationRequest(prompt="x", num_images=3, width=64).settled(256, 512)
+    assert (request.height, request.width) == (256, 64)
+    assert request.seeds == [request.seed, request.seed + 1, request.seed + 2]  # type: ignore[operator]
+    assert request.settled(8, 8) == request
+    assert pickle.loads(pickle.dumps(request)) == request
+    assert GenerationRequest.parse(request.model_dump_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_inference_steps": 51}, "num_inference_steps 51 is above the limit of 50"),
+        ({"num_images": 3}, "num_images 3 is above the limit of 2"),
+        ({"height": 32}, "height 32 is below the limit of 64"),
+        ({"height": 512, "width": 512}, "more than the limit of 100000 pixels"),
+        ({"prompt": "x" * 11}, "prompt has 11 characters; the limit is 10"),
+    ],
+)
+def test_limits_are_in_the_refusal(fields: dict[str, Any], says: str) -> None:
+    limits = Limits(max_steps=50, max_images=2, max_pixels=100_000, max_prompt_chars=10)
+    limits.check(GenerationRequest(prompt="x", num_inference_steps=50, num_images=2, height=256))
+    with pytest.raises(InvalidRequest, match=says):
+        limits.check(GenerationRequest.parse({"prompt": "x", **fields}))
