@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroupGloo, Store
 
 from distriray.collective.messages import as_messages
 from distriray.collective.subgroup import Subgroup
@@ -104,7 +104,7 @@ class GlooCommunicator:
                 self._sent[peer] += 1
                 self._bytes_sent += message.numel()
         except RuntimeError as error:
-            raise self._broken_by(f"rank {peer} died or left: {error}") from error
+            raise self._broken_by(f"rank {peer} died or left ({_reason(error)})") from error
         return GlooWork(self, transfers)
 
     def finish(self, transfer: Transfer, deadline: float) -> None:
@@ -120,7 +120,7 @@ class GlooCommunicator:
                     f"rank {transfer.peer} did not answer within {self.timeout_s:g} s ({transfer.what} it)"
                 )
             else:
-                cause = f"rank {transfer.peer} died or left ({transfer.what} it): {error}"
+                cause = f"rank {transfer.peer} died or left ({transfer.what} it: {_reason(error)})"
             raise self._broken_by(cause) from error
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
@@ -158,6 +158,11 @@ def _tag(count: int, nbytes: int) -> int:
     longer than its buffer, would end the process.
     """
     return (count & 0x3FFF) << 17 | nbytes % 0x1FFFF
+
+
+def _reason(error: RuntimeError) -> str:
+    """Gloo's message without its place in gloo's source and the advice that follows."""
+    return str(error).split("] ", 1)[-1].split(". ")[0]
 
 
 def _cut(group: Any) -> None:

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 
 import torch
 
+Message = tuple[int, torch.Tensor]
+"""A peer, and the bytes that go to it or come from it."""
+
 
 def as_messages(
     tensors: Mapping[int, torch.Tensor], rank: int, world_size: int, device: torch.device
-) -> list[tuple[int, torch.Tensor]]:
+) -> list[Message]:
     """The tensors that have bytes to move, as flat `uint8` views beside their peer, in the mapping's order.
 
     Raises:
         ValueError: a peer is no other rank of the gang, or a tensor is not contiguous or not on `device`.
     """
-    messages = []
+    messages: list[Message] = []
     for peer, tensor in tensors.items():
         if not 0 <= peer < world_size or peer == rank:
             others = [other for other in range(world_size) if other != rank]

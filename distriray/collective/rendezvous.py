@@ -7,11 +7,12 @@ from datetime import timedelta
 from typing import Literal
 
 import torch
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from distriray.collective.base import Communicator
 from distriray.collective.gloo import GlooCommunicator
 from distriray.collective.local import LocalCommunicator
+from distriray.collective.nccl import NcclCommunicator, load_nccl
 from distriray.errors import GangBroken, GangMismatch
 
 Backend = Literal["local", "gloo", "nccl"]
@@ -46,6 +47,7 @@ def connect(
     Raises:
         GangBroken: not all ranks arrived within `timeout_s`.
         GangMismatch: the ranks disagree on the world size, or two claim the same rank.
+        ModuleNotFoundError: `nccl` without CuPy.
         ValueError: an argument is out of range or missing.
     """
     if not 0 <= rank < world_size:
@@ -54,16 +56,18 @@ def connect(
         if world_size != 1:
             raise ValueError(f"backend 'local' is for one rank, not {world_size}; use 'gloo' or 'nccl'")
         return LocalCommunicator(device or "cpu")
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(f"no backend {backend!r}; there are 'local', 'gloo' and 'nccl'")
+    if backend == "gloo" and torch.device(device or "cpu").type != "cpu":
+        raise ValueError(f"backend 'gloo' moves CPU tensors, not {device}; use 'nccl'")
+    if backend == "nccl":
+        load_nccl()
     if store is None:
         store = _store(address, rank, timeout_s)
     gang = PrefixStore(name, store)
     _enroll(gang, name, rank, world_size)
     try:
-        if backend == "gloo":
-            if torch.device(device or "cpu").type != "cpu":
-                raise ValueError(f"backend 'gloo' moves CPU tensors, not {device}; use 'nccl'")
-            return GlooCommunicator(gang, rank, world_size, _interface_towards(store), timeout_s)
-        raise ValueError(f"no backend {backend!r}; there are 'local', 'gloo' and 'nccl'")
+        gloo = GlooCommunicator(gang, rank, world_size, _interface_towards(store), timeout_s)
     except GangBroken as error:
         absent = [peer for peer in range(world_size) if not gang.check([f"rank {peer}"])]
         if absent:
@@ -71,6 +75,9 @@ def connect(
                 f"ranks {absent} of gang {name!r} did not join within {timeout_s:g} s"
             ) from error
         raise
+    if backend == "gloo":
+        return gloo
+    return NcclCommunicator(gloo, device or "cuda", timeout_s)
 
 
 def _store(address: str | None, rank: int, timeout_s: float) -> Store:

@@ -1,0 +1,274 @@
+"""Exchange between NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distriray.collective.gloo import GlooCommunicator
+from distriray.collective.lifeline import Lifeline
+from distriray.collective.messages import Message, as_messages
+from distriray.collective.subgroup import Subgroup
+from distriray.errors import GangBroken
+
+WATCH_INTERVAL_S = 0.05
+FAREWELL_S = 5.0
+
+
+class NcclWork:
+    """One group of transfers on the communicator's stream.
+
+    `wait` orders the current stream behind it and returns. A failure that comes later shows in `broken` and
+    in every later call: whoever brings received values to the host asks `broken` before trusting them.
+    """
+
+    def __init__(self, owner: NcclCommunicator, peers: list[int]) -> None:
+        self._owner = owner
+        self.peers = peers
+        self.begun = torch.cuda.Event()
+        self.done = torch.cuda.Event()
+        self.begun_at: float | None = None
+
+    def wait(self) -> None:
+        self._owner.check()
+        torch.cuda.current_stream(self._owner.device).wait_event(self.done)
+
+
+class NcclCommunicator:
+    """A gang over NCCL, on a stream of its own, beside any number of others in the same process.
+
+    NCCL reports neither a dead nor a hung peer: its kernels spin for ever. So a watchdog thread aborts the
+    communicator when a transfer outlasts `timeout_s`, counted from when the stream reaches it, or when NCCL
+    reports an error, and a `Lifeline` aborts it as soon as a peer's process dies.
+
+    Args:
+        control: a gloo communicator of the same ranks, for no other use.
+        device: this rank's GPU; no two ranks may share one.
+        timeout_s: how long starting, and later each transfer, may take.
+
+    Raises:
+        ModuleNotFoundError: CuPy with NCCL is not installed.
+        GangBroken: NCCL could not connect the ranks within `timeout_s`.
+    """
+
+    def __init__(
+        self, control: GlooCommunicator, device: torch.device | str = "cuda", timeout_s: float = 30.0
+    ) -> None:
+        self._nccl = load_nccl()
+        device = torch.device(device)
+        self.device = torch.device(
+            "cuda", torch.cuda.current_device() if device.index is None else device.index
+        )
+        self.rank = control.rank
+        self.world_size = control.world_size
+        self._timeout_s = timeout_s
+        self._bytes_sent = 0
+        self._failure: str | None = None
+        self._failing = threading.Lock()
+        self._calling = threading.Lock()
+        self._called: tuple[float, list[int]] | None = None
+        self._pending: deque[NcclWork] = deque()
+        self._stream = torch.cuda.Stream(self.device)
+        self._closing = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="distriray-nccl-watchdog", daemon=True)
+        try:
+            self._communicator = self._start(self._agree_on_identity(control))
+        except GangBroken:
+            control.close()
+            raise
+        self._lifeline = Lifeline(control, self._fail)
+        self._lifeline.watch()
+        self._watchdog.start()
+        self._greet()
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes_sent
+
+    @property
+    def broken(self) -> bool:
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Raise `GangBroken` if the communicator is broken."""
+        if self._failure is not None:
+            raise GangBroken(self._failure)
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> NcclWork:
+        incoming = as_messages(receives, self.rank, self.world_size, self.device)
+        outgoing = as_messages(sends, self.rank, self.world_size, self.device)
+        work = NcclWork(self, sorted({*receives, *sends}))
+        stream = self._stream
+        cause = None
+        with self._calling, torch.cuda.device(self.device):
+            self.check()
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            work.begun.record(stream)
+            self._called = time.monotonic(), work.peers
+            try:
+                self._enqueue(incoming, outgoing)
+            except Exception as error:  # CuPy raises KeyError for the error codes that it does not know
+                cause = f"NCCL failed between rank {self.rank} and ranks {work.peers}: {error!r}"
+            self._called = None
+            work.done.record(stream)
+        if cause is not None:
+            raise self._fail(cause)
+        for _, data in (*incoming, *outgoing):
+            data.record_stream(stream)  # the allocator must not give it away while the stream uses it
+        self._bytes_sent += sum(data.numel() for _, data in outgoing)
+        self._pending.append(work)
+        return work
+
+    def _enqueue(self, incoming: list[Message], outgoing: list[Message]) -> None:
+        """One group, so that sends and receives progress together and cannot wait for each other."""
+        kind, stream = self._nccl.NCCL_UINT8, self._stream.cuda_stream
+        self._nccl.groupStart()
+        try:
+            for peer, data in incoming:
+                self._communicator.recv(data.data_ptr(), data.numel(), kind, peer, stream)
+            for peer, data in outgoing:
+                self._communicator.send(data.data_ptr(), data.numel(), kind, peer, stream)
+        finally:
+            self._nccl.groupEnd()
+
+    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
+        return Subgroup(self, ranks)
+
+    def abort(self) -> None:
+        self._fail("the communicator was aborted on this rank")
+
+    def close(self) -> None:
+        """Finish what is in flight, wait up to five seconds for the peers to be done too, and release."""
+        if not self.broken:
+            with contextlib.suppress(GangBroken):
+                self._await(self._stream.query, self._timeout_s, "finish what is in flight")
+                self._lifeline.part(FAREWELL_S)
+        self._fail("the communicator was closed on this rank")
+        self._closing.set()
+        if threading.current_thread() is not self._watchdog:
+            self._watchdog.join()
+
+    def _agree_on_identity(self, control: GlooCommunicator) -> bytes:
+        """NCCL's unique id, made by rank 0."""
+        if self.rank == 0:
+            identity = torch.tensor(
+                [number & 0xFF for number in self._nccl.get_unique_id()], dtype=torch.uint8
+            )
+            control.exchange(dict.fromkeys(range(1, self.world_size), identity), {}).wait()
+        else:
+            identity = torch.empty(128, dtype=torch.uint8)
+            control.exchange({}, {0: identity}).wait()
+        return bytes(identity.tolist())
+
+    def _start(self, identity: bytes) -> Any:
+        """Join the ranks in a thread, since NCCL itself would wait for a lost peer without end."""
+        result: list[Any] = []
+
+        def start() -> None:
+            try:
+                torch.cuda.set_device(self.device)
+                result.append(self._nccl.NcclCommunicator(self.world_size, _for_cupy(identity), self.rank))
+            except Exception as error:
+                result.append(error)
+
+        thread = threading.Thread(target=start, name="distriray-nccl-start", daemon=True)
+        thread.start()
+        thread.join(self._timeout_s)
+        if not result:
+            raise GangBroken(f"NCCL could not connect {self.world_size} ranks within {self._timeout_s:g} s")
+        if isinstance(result[0], Exception):
+            raise GangBroken(f"NCCL could not connect {self.world_size} ranks: {result[0]!r}") from result[0]
+        return result[0]
+
+    def _greet(self) -> None:
+        """Exchange one byte with everybody: NCCL connects each pair at its first transfer."""
+        others = [peer for peer in range(self.world_size) if peer != self.rank]
+        hello = torch.ones(1, dtype=torch.uint8, device=self.device)
+        try:
+            work = self.exchange(dict.fromkeys(others, hello), {peer: hello.clone() for peer in others})
+            self._await(work.done.query, self._timeout_s, "exchange the first byte")
+        except GangBroken:
+            self.close()
+            raise
+        self._bytes_sent = 0
+
+    def _await(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            self.check()
+            if time.monotonic() > deadline:
+                raise self._fail(f"rank {self.rank} could not {what} within {timeout_s:g} s")
+            time.sleep(0.001)
+
+    def _fail(self, cause: str) -> GangBroken:
+        """Remember the first cause, abort, and return the error that says why."""
+        with self._failing:
+            first = self._failure is None
+            if first:
+                self._failure = cause
+        if first:
+            self._lifeline.cut()
+            # A call that hangs inside NCCL holds the lock, and only the abort frees it.
+            locked = self._calling.acquire(timeout=0.5)
+            try:
+                with torch.cuda.device(self.device):
+                    self._communicator.abort()
+            finally:
+                if locked:
+                    self._calling.release()
+        return GangBroken(self._failure)
+
+    def _watch(self) -> None:
+        while not self.broken and not self._closing.wait(WATCH_INTERVAL_S):
+            cause = self._complaint()
+            if cause is not None:
+                self._fail(cause)
+
+    def _complaint(self) -> str | None:
+        now = time.monotonic()
+        called = self._called
+        if called is not None and now - called[0] > self._timeout_s:
+            return f"ranks {called[1]} did not connect within {self._timeout_s:g} s"
+        try:
+            while self._pending and self._pending[0].done.query():
+                self._pending.popleft()
+            if self._pending and self._pending[0].begun.query():
+                oldest = self._pending[0]
+                oldest.begun_at = oldest.begun_at or now
+                if now - oldest.begun_at > self._timeout_s:
+                    return f"a transfer with ranks {oldest.peers} did not end within {self._timeout_s:g} s"
+            if self._calling.acquire(blocking=False):
+                try:
+                    self._communicator.check_async_error()
+                finally:
+                    self._calling.release()
+        except Exception as error:
+            return f"rank {self.rank} failed while it exchanged with its gang: {error!r}"
+        return None
+
+
+def _for_cupy(identity: bytes) -> bytes | tuple[int, ...]:
+    """CuPy 14 takes the id as bytes, CuPy 13 as a tuple of signed characters."""
+    import cupy
+
+    return identity if int(cupy.__version__.split(".")[0]) >= 14 else struct.unpack("128b", identity)
+
+
+def load_nccl() -> Any:
+    """CuPy's NCCL module, or the error that says what to install."""
+    try:
+        from cupy.cuda import nccl
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "backend 'nccl' needs CuPy with NCCL; install 'distriray[cuda12]' or 'distriray[cuda13]'"
+        ) from error
+    if not getattr(nccl, "available", False):
+        raise ModuleNotFoundError("CuPy is installed but finds no NCCL; install 'nvidia-nccl-cu12'")
+    return nccl
