@@ -11,13 +11,12 @@ to the gangs that gain most.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import nsmallest
 from math import inf
 
 from .blocks import place
-from .buddy import aligned_blocks
+from .jobs import Scene, scene_of
 from .latency import LatencyModel
-from .policy import HostView, Plan, RequestView
+from .policy import HostView, Plan
 from .timeline import Job, Run, Timeline
 
 
@@ -31,6 +30,7 @@ class ElasticConfig:
             deadline, before it gets its smallest gang ahead of all others, the oldest first.
         planned: at most so many deadlines are planned for, the earliest first.
         exchanges: at most so many orders are tried beyond the first two.
+        caution: how many of the latency model's errors a gang should leave until the deadline.
         growth: seconds that a larger gang must save for each worker-second it costs more.
         thrift: met deadlines that a worker-second is worth, beyond what the request costs anyway.
         worth: met deadlines that a regrouping must win.
@@ -39,12 +39,13 @@ class ElasticConfig:
 
     review_s: float = 0.25
     patience_s: float = 60.0
-    planned: int = 16
-    exchanges: int = 6
+    planned: int = 12
+    exchanges: int = 4
+    caution: float = 0.5
     growth: float = 0.2
-    thrift: float = 0.01
+    thrift: float = 0.03
     worth: float = 0.05
-    gain: float = 1.15
+    gain: float = 1.3
 
 
 @dataclass(slots=True)
@@ -53,21 +54,6 @@ class _Outlook:
 
     value: float
     runs: dict[str, Run]
-
-
-@dataclass(frozen=True, slots=True)
-class _Scene:
-    """The jobs of one decision, each in one of the three lists, with what comes first in front."""
-
-    now_s: float
-    workers: int
-    forced: list[Job]  # keep their gang, or get their smallest, whatever comes
-    planned: list[Job]  # have a deadline that can be met
-    others: list[Job]
-
-    @property
-    def all(self) -> list[Job]:
-        return [*self.forced, *self.planned, *self.others]
 
 
 class Elastic:
@@ -83,7 +69,7 @@ class Elastic:
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""
-        scene = self._scene(view, jobs_of(view, model))
+        scene = scene_of(view, model, self.config.planned, self.config.patience_s)
         best = self._search(scene)
         sizes = self._fill(scene, best, {})
         if all(j.size for j in scene.forced):
@@ -94,48 +80,28 @@ class Elastic:
                 sizes = same
         return Plan(place(view, sizes))
 
-    def _scene(self, view: HostView, jobs: list[Job]) -> _Scene:
-        now, config = view.now_s, self.config
-        hopeful = [j for j in jobs if not j.pinned and now + j.soonest_s() <= j.deadline_s < inf]
-        planned = nsmallest(config.planned, hopeful, key=lambda j: (j.deadline_s, j.arrival_s, j.id))
-        chosen = {j.id for j in planned}
-        forced = [j for j in jobs if j.pinned]
-        others = [j for j in jobs if not j.pinned and j.id not in chosen]
-        passed = [j for j in others if now - j.since_s() > config.patience_s]
-        if passed:
-            forced.append(min(passed, key=lambda j: (j.arrival_s, j.id)))
-            others.remove(forced[-1])
-        # More than one for each worker cannot run.
-        others = nsmallest(
-            len(view.workers), others, key=lambda j: (-j.response_ratio(now), j.arrival_s, j.id)
-        )
-        return _Scene(now, len(view.workers), forced, planned, others)
-
-    def _search(self, scene: _Scene) -> _Outlook:
-        """The best of a bounded number of orders."""
-        order, best = scene.planned, self._try(scene, scene.planned)
+    def _search(self, scene: Scene) -> _Outlook:
+        """The best of a bounded number of orders: due first, cheap first, and those with one job moved."""
+        best_order, best = scene.planned, self._try(scene, scene.planned)
+        if len(best.runs) == len(scene.planned):
+            return best
         cheap = sorted(scene.planned, key=lambda j: (j.least_worker_seconds() / j.weight, j.id))
-        trials = [cheap]
-        trials += [
-            [j, *(k for k in order if k is not j)]
-            for j in cheap[: self.config.exchanges]
-            if j.id not in best.runs
-        ]
-        trials += [
-            [*(k for k in order if k is not j), j]
-            for j in cheap[-self.config.exchanges :]
-            if j.id in best.runs
-        ]
-        for trial in trials:
-            if len(best.runs) == len(scene.planned):
-                break
-            outlook = self._try(scene, trial)
+        moves: list[tuple[list[Job], list[Job]]] = [(cheap, [])]
+        moves += [([job], []) for job in cheap if job.id not in best.runs][: self.config.exchanges]
+        moves += [([], [job]) for job in reversed(cheap) if job.id in best.runs][: self.config.exchanges]
+        for front, back in moves:
+            moved = {job.id for job in (*front, *back)}
+            order = [*front, *(job for job in best_order if job.id not in moved), *back]
+            outlook = self._try(scene, order)
             if outlook.value > best.value:
-                best = outlook
+                best_order, best = order, outlook
         return best
 
-    def _try(self, scene: _Scene, order: list[Job], calm: bool = False) -> _Outlook:
+    def _try(self, scene: Scene, order: list[Job], calm: bool = False) -> _Outlook:
         """Pour jobs in this order, each on the smallest gang that meets its deadline; leave out the rest.
+
+        A gang that meets it with no more room than the model may err is taken only where no larger one
+        leaves more.
 
         When `calm`, everyone who runs keeps its gang until the first of them is done.
         """
@@ -154,19 +120,25 @@ class Elastic:
         outlook = _Outlook(0.0, {})
         for job in order:
             hold = until if job.size else -inf
+            found: Run | None = None
             for at, size in enumerate(job.sizes):
                 if now + job.left_s[at] > job.deadline_s and size != job.size:
                     continue
                 run = timeline.pour(job, size, hold)
-                if run is not None and run.end_s <= job.deadline_s:
-                    timeline.take(run, hold)
-                    outlook.runs[job.id] = run
-                    extra = run.worker_seconds - job.worker_seconds(0)
-                    outlook.value += job.weight * (1.0 - self.config.thrift * extra)
+                if run is None:
+                    continue
+                found = found or run
+                if run.end_s + self.config.caution * job.error * job.left_s[at] <= job.deadline_s:
+                    found = run
                     break
+            if found is not None:
+                timeline.take(found, hold)
+                outlook.runs[job.id] = found
+                extra = found.worker_seconds - job.worker_seconds(0)
+                outlook.value += job.weight * (1.0 - self.config.thrift * extra)
         return outlook
 
-    def _fill(self, scene: _Scene, outlook: _Outlook, held: dict[str, int]) -> dict[str, int]:
+    def _fill(self, scene: Scene, outlook: _Outlook, held: dict[str, int]) -> dict[str, int]:
         """Gang sizes for now: those held, what the outlook starts with, and all that idle workers can do."""
         sizes = dict(held)
         idle = scene.workers - sum(held.values())
@@ -208,57 +180,10 @@ class Elastic:
             sizes[job.id] = size
 
 
-def _pace(scene: _Scene, sizes: dict[str, int]) -> float:
+def _pace(scene: Scene, sizes: dict[str, int]) -> float:
     """Work done each second, in worker-seconds of the smallest gangs."""
     return sum(
         j.worker_seconds(0) / j.left_s[j.index(sizes[j.id])]
         for j in scene.all
         if j.id in sizes and j.left_s[0] > 0
     )
-
-
-def jobs_of(view: HostView, model: LatencyModel) -> list[Job]:
-    """The requests that may run on this host's healthy workers, as the planner sees them."""
-    healthy = set(view.workers)
-    blocks = aligned_blocks(max(healthy, default=-1) + 1, view.gang_sizes)
-    whole = {len(block) for block in blocks if healthy.issuperset(block)}
-    there = tuple(s for s in view.gang_sizes if s in whole)
-    known: dict[tuple[object, ...], tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]] = {}
-    jobs = []
-    for r in view.requests:
-        size = len(r.workers) if r.workers else 0
-        key = (
-            r.height,
-            r.width,
-            r.batch,
-            r.steps_done,
-            r.steps_total,
-            r.gang_size,
-            r.max_gang,
-            r.prepared,
-            size,
-        )
-        costs = known.get(key)
-        if costs is None:
-            costs = known[key] = _costs(r, size, there, model)
-        if costs[0]:
-            deadline = inf if r.deadline_s is None else r.deadline_s
-            jobs.append(Job(r.id, *costs, size, deadline, 2.0**r.priority, r.arrival_s, r.pinned))
-    return jobs
-
-
-def _costs(
-    r: RequestView, size: int, there: tuple[int, ...], model: LatencyModel
-) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
-    """Gangs worth having, ascending, with the seconds left on each and those of a regrouping to it."""
-    shape = (r.height, r.width, r.batch)
-    sizes: list[int] = []
-    left: list[float] = []
-    for s in there:
-        seconds = model.run_s(s, *shape, r.steps_done, r.steps_total, r.prepared)
-        if s == size or (r.allows(s) and not (left and seconds >= left[-1])):
-            sizes.append(s)
-            left.append(max(seconds, 1e-6))
-    moved = bool(r.steps_done or size)
-    regroup = tuple(model.regroup_s(s, *shape) if moved else 0.0 for s in sizes)
-    return tuple(sizes), tuple(left), regroup

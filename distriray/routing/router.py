@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from heapq import nsmallest
 from math import inf
 
-from .elastic import jobs_of
+from .jobs import costs_by_request, job_of
 from .latency import LatencyModel
 from .policy import HostView, RequestView
 from .timeline import Job, Run, Timeline
@@ -67,11 +67,17 @@ class Route:
 def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1000) -> HostState:
     """A host's state, predicted from everything it has."""
     now, workers = view.now_s, len(view.workers)
-    jobs = jobs_of(view, model)
+    costs_of = costs_by_request(view, model)
+    known = [(r, costs) for r in view.requests if (costs := costs_of(r)).sizes]
     firm, full = Timeline(now, workers), Timeline(now, workers)
-    hopeful = [j for j in jobs if now + j.soonest_s() <= j.deadline_s < inf]
-    names = {j.id for j in hopeful}
-    rest = [j for j in jobs if j.id not in names]
+    hopeful: list[Job] = []
+    rest: list[Job] = []
+    for r, costs in known:
+        job = job_of(r, costs)
+        if now + costs.soonest_s <= job.deadline_s < inf:
+            hopeful.append(job)
+        else:  # late, or without a deadline: it ends when it ends
+            rest.append(replace(job, deadline_s=inf))
     first = nsmallest(PUBLISHED_JOBS, hopeful, key=lambda j: (not j.size, j.deadline_s, j.arrival_s))
     for job in first:
         run = _fit(firm, job) or _quickest(firm, job)
@@ -85,7 +91,7 @@ def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1
         if run is not None:
             full.take(run)
     poured = {j.id for j in (*first, *second)}
-    behind = sum(j.least_worker_seconds() for j in jobs if j.id not in poured)
+    behind = sum(costs.work for r, costs in known if r.id not in poured)
     waiting = sum(r.workers is None for r in view.requests)
     sizes = _sizes_there(view)
     return HostState(
@@ -112,15 +118,17 @@ def route(
     for state in states:
         if state.waiting >= state.max_waiting:
             continue
-        jobs = jobs_of(HostView(now_s, tuple(range(state.workers)), state.gang_sizes, (request,)), model)
-        if not jobs:
+        empty = HostView(now_s, tuple(range(state.workers)), state.gang_sizes, (request,))
+        costs = costs_by_request(empty, model)(request)
+        if not costs.sizes:
             continue
+        job = job_of(request, costs)
         urgent = request.deadline_s is not None
         timeline = _timeline(state.firm if urgent else state.full, now_s)
-        run = _quickest(timeline, jobs[0])
+        run = _quickest(timeline, job)
         if run is not None:
             delay = 0.0 if urgent else state.backlog_s
-            options.append((run.end_s + delay, state, run, jobs[0]))
+            options.append((run.end_s + delay, state, run, job))
     if not options:
         return Route(None, now_s + min((_drain_s(state) for state in states), default=inf), False)
     best = min(end for end, *_ in options)
@@ -144,13 +152,14 @@ def _fit(timeline: Timeline, job: Job) -> Run | None:
     """On the smallest gang that meets its deadline."""
     for size in job.sizes:
         run = timeline.pour(job, size)
-        if run is not None and run.end_s <= job.deadline_s:
+        if run is not None:
             return run
     return None
 
 
 def _quickest(timeline: Timeline, job: Job) -> Run | None:
-    """On as many workers as it can use."""
+    """On as many workers as it can use, whether in time or not."""
+    job = replace(job, deadline_s=inf)
     runs = [run for size in job.sizes if (run := timeline.pour(job, size)) is not None]
     return min(runs, key=lambda run: run.end_s, default=None)
 

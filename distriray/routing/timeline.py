@@ -15,6 +15,7 @@ class Job:
         sizes: gangs it may have, ascending.
         left_s: seconds to its end on each of `sizes`, without regrouping.
         regroup_s: what a change to each of `sizes` costs, in seconds.
+        error: relative, of all these times.
         size: of the gang it has, 0 while it waits.
         deadline_s: absolute; infinite when there is none.
         weight: what meeting the deadline is worth.
@@ -24,6 +25,7 @@ class Job:
     sizes: tuple[int, ...]
     left_s: tuple[float, ...]
     regroup_s: tuple[float, ...]
+    error: float
     size: int
     deadline_s: float
     weight: float
@@ -47,19 +49,6 @@ class Job:
         change = 0.0 if self.sizes[index] == self.size else self.regroup_s[index]
         return self.left_s[index] + change
 
-    def soonest_s(self) -> float:
-        """Seconds to its end if it had all the workers it can use."""
-        return min(self.alone_s(index) for index in range(len(self.sizes)))
-
-    def since_s(self) -> float:
-        """When it began to be passed over: at its deadline, or at its arrival if it has none."""
-        return self.arrival_s if self.deadline_s == inf else self.deadline_s
-
-    def response_ratio(self, now_s: float) -> float:
-        """Weighted (wait + work) / work (Brinch Hansen, 1971), doubled while it runs so that it goes on."""
-        work = self.least_worker_seconds()
-        return self.weight * (now_s - self.arrival_s + work) / work * (2.0 if self.size else 1.0)
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -82,7 +71,7 @@ class Timeline:
         """How `job` would run, from now on, always on the largest gang up to `cap` that is free.
 
         It grows only where that repays the regrouping. Until `hold_until` it keeps the gang it has, whose
-        workers must not count as free. None when it would never end.
+        workers must not count as free. None when it would not end by its deadline.
         """
         starts, free = self.starts, self.free
         size = job.size
@@ -91,9 +80,12 @@ class Timeline:
         used = 0.0
         spans: list[tuple[float, float, int]] = []
         last = len(starts) - 1
+        due, fastest = job.deadline_s, min(job.left_s)
         for i, start in enumerate(starts):
             end = starts[i + 1] if i < last else inf
             while start < end:
+                if start + left * fastest > due:
+                    return None
                 if start < hold_until:
                     at, until = job.index(size), min(end, hold_until)
                 else:
@@ -109,6 +101,8 @@ class Timeline:
                     size, debt = job.sizes[at], job.regroup_s[at]
                 need = debt + left * job.left_s[at]
                 if start + need <= until:
+                    if start + need > due:
+                        return None
                     spans.append((start, start + need, size))
                     first = spans[0][2] if spans[0][0] == starts[0] else 0
                     return Run(first, start + need, used + size * need, tuple(spans))

@@ -181,7 +181,7 @@ def test_refusing_keeps_latencies_short():
 
 def test_a_trace_file_is_read_line_by_line(tmp_path, capsys):
     path = tmp_path / "trace.jsonl"
-    path.write_text("".join(arrival(float(i), deadline_s=30.0).model_dump_json() + "\n" for i in range(3)))
+    path.write_text("".join(arrival(float(i), deadline_s=60.0).model_dump_json() + "\n" for i in range(3)))
     assert [a.at_s for a in read_trace(path)] == [0.0, 1.0, 2.0]
     profile = tmp_path / "profile.json"
     EXACT.profile.save(profile)
