@@ -17,7 +17,8 @@ class Job:
     """A request between submission and its one end. Times are on the monotonic clock.
 
     Attributes:
-        step: steps that are done, as far as the host has heard.
+        step: steps that are done of `num_steps`, as far as the host has heard (second order
+            schedulers take more steps than were asked for).
         workers: the gang it holds now, rank 0 first; None while it waits.
         holders: workers that hold its state at `step`; meaningful while it waits.
         serial: of its running segment.
@@ -31,7 +32,7 @@ class Job:
         self.arrival = time.monotonic()
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(_retrieve)
-        self.step = 0
+        self.step, self.num_steps = 0, request.num_inference_steps
         self.prepared = False
         self.workers: tuple[int, ...] | None = None
         self.holders: set[int] = set()
@@ -61,7 +62,7 @@ class Job:
             height=request.height,
             width=request.width,
             batch=request.num_images,
-            steps_total=request.num_inference_steps,
+            steps_total=self.num_steps,
             steps_done=self.step,
             arrival_s=self.arrival,
             deadline_s=self.deadline,
@@ -69,7 +70,7 @@ class Job:
             gang_size=None if request.gang_size == "auto" else request.gang_size,
             max_gang=self.max_gang,
             workers=self.workers,
-            pinned=self.workers is not None and self.step >= request.num_inference_steps,
+            pinned=self.workers is not None and self.step >= self.num_steps,
         )
 
     def tell(self, event: Event) -> None:

@@ -62,6 +62,7 @@ class Outcome:
 
     ending: Ending
     step: int
+    num_steps: int
     prepare_s: float = 0.0
     fresh_s: tuple[float, ...] = ()
     stale_s: tuple[float, ...] = ()
@@ -77,6 +78,7 @@ class Progress:
     """How far rank 0 of a segment is, with all previews that it made: (step, picture)."""
 
     step: int
+    num_steps: int
     ended: bool
     previews: tuple[tuple[int, Image.Image], ...] = ()
 

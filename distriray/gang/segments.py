@@ -43,16 +43,10 @@ class Verdict:
     @property
     def broken(self) -> bool:
         """Whether the gang's communicator is unusable."""
-        alike = self.error is None or isinstance(self.error, InvalidRequest | UnsupportedModel)
-        return not alike or bool(self.lost) or any(o.ending is Ending.BROKEN for o in self.outcomes.values())
-
-    def all(self, ending: Ending) -> bool:
-        """Whether every rank came back, and with this ending."""
-        return (
-            not self.lost
-            and self.error is None
-            and all(outcome.ending is ending for outcome in self.outcomes.values())
-        )
+        if self.error is not None:
+            return not isinstance(self.error, InvalidRequest | UnsupportedModel)
+        endings = {outcome.ending for outcome in self.outcomes.values()}
+        return bool(self.lost) or not endings or Ending.BROKEN in endings
 
 
 async def run_segment(
@@ -116,9 +110,8 @@ async def _come_back(crew: Crew, running: dict[asyncio.Future[Outcome], int], gr
         if not done:
             for future in pending:
                 crew.lose(running[future], f"did not leave its broken gang within {grace_s:g} s")
-    return Verdict(
-        dict(sorted(outcomes.items(), key=lambda o: list(running.values()).index(o[0]))), tuple(lost), error
-    )
+    by_rank = {worker: outcomes[worker] for worker in running.values() if worker in outcomes}
+    return Verdict(by_rank, tuple(lost), error)
 
 
 async def _follow(handle: Any, job: Job, on_progress: Callable[[Job, Progress], None]) -> None:

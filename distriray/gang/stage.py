@@ -52,7 +52,7 @@ class Stage:
         self._running: int | None = None
         self._stepping = False
         self._ended = -1
-        self._step = 0
+        self._step = self._num_steps = 0
         self._previews: list[tuple[int, Any]] = []
         self._join(Link((), "alone", 0, 1))
         parallelize(self.pipeline, self._communicators["alone"])
@@ -98,8 +98,8 @@ class Stage:
         """How far segment `serial` is."""
         with self._lock:
             if serial != self._running:
-                return Progress(0, serial <= self._ended)
-            return Progress(self._step, False, tuple(self._previews))
+                return Progress(0, 0, serial <= self._ended)
+            return Progress(self._step, self._num_steps, False, tuple(self._previews))
 
     def export(self, request_id: str) -> bytes:
         """The state of a request that this worker holds and does not work on."""
@@ -168,6 +168,7 @@ class Stage:
         return Outcome(
             ending,
             state.step,
+            state.num_steps,
             prepare_s,
             tuple(fresh),
             tuple(stale),
@@ -202,7 +203,7 @@ class Stage:
         if state.step in order.preview_steps:
             preview = self._denoiser.preview(state)
         with self._lock:
-            self._step = state.step
+            self._step, self._num_steps = state.step, state.num_steps
             if preview is not None:
                 self._previews.append((state.step, preview))
         self._on_progress()
@@ -221,7 +222,7 @@ class Stage:
         if held is not None and held.step == order.step:
             return held
         if blob is not None:
-            state = DenoiseState.from_bytes(blob)
+            state = DenoiseState.from_bytes(blob).to(self.device)
         elif order.step == 0:
             state = self._denoiser.prepare(
                 prompt=request.prompt,

@@ -41,12 +41,16 @@ def shared_host(tiny_model: Path) -> Iterator[BlockingHost]:
 def host(shared_host: BlockingHost) -> Iterator[BlockingHost]:
     """The shared host, which every test must leave as it found it: idle and whole."""
     yield shared_host
-    policy = shared_host.host.policy
-    assert isinstance(policy, Changeable)
-    policy.change(EarliestDeadlineFirst())
+    policy_of(shared_host).change(EarliestDeadlineFirst())
     status = shared_host.status()
     assert not status.running and not status.waiting
     assert status.healthy and status.free_workers == 4
+
+
+def policy_of(host: BlockingHost) -> Changeable:
+    policy = host.host._dispatcher.policy
+    assert isinstance(policy, Changeable)
+    return policy
 
 
 def ask(**fields: object) -> GenerationRequest:

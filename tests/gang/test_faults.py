@@ -18,7 +18,8 @@ import pytest
 from distriray.errors import DistrirayError, GenerationCancelled, QueueFull
 from distriray.gang import BlockingHost
 from distriray.requests import GenerationRequest, GenerationResult
-from tests.gang.conftest import ask
+from distriray.routing.policy import EarliestDeadlineFirst
+from tests.gang.conftest import ask, policy_of
 from tests.gang.policies import Script, Shuffle
 from tests.gang.test_host import difference
 
@@ -47,14 +48,14 @@ async def kill_one_at(host: BlockingHost, request_id: str, step: int, rank: int)
 def test_a_killed_worker_costs_neither_the_picture_nor_the_steps_done(host: BlockingHost, rank: int) -> None:
     steps = 60
     alone = host.generate(ask(gang_size=1, num_inference_steps=steps))
-    host.host.policy.change(Script([(0, 1), (0, 1, 2, 3)][:1], every=steps))  # type: ignore[attr-defined]
+    policy_of(host).change(Script([(0, 1)], every=steps))
     repairs = len(host.status().repairs)
 
     async def scene() -> tuple[int, GenerationResult]:
         task = asyncio.ensure_future(host.host.generate(ask(id="hurt", num_inference_steps=steps)))
         killed = await kill_one_at(host, "hurt", 10, rank)
         survivor = 1 - rank
-        host.host.policy.change(Script([(survivor,)], every=steps))  # type: ignore[attr-defined]
+        policy_of(host).change(Script([(survivor,)], every=steps))
         result = await task
         await whole(host)
         return killed, result
@@ -66,6 +67,7 @@ def test_a_killed_worker_costs_neither_the_picture_nor_the_steps_done(host: Bloc
     assert difference(result, alone) <= 1
     status = host.status()
     assert [repair.worker for repair in status.repairs[repairs:]] == [killed]
+    policy_of(host).change(EarliestDeadlineFirst())
     assert host.generate(ask(gang_size=4)).segments[0].workers == (0, 1, 2, 3)
 
 
@@ -83,7 +85,7 @@ def test_a_lone_worker_that_dies_costs_its_steps_but_not_the_request(host: Block
 
 def test_every_random_request_ends_once_and_the_host_ends_as_it_began(host: BlockingHost) -> None:
     draw = random.Random(5)
-    host.host.policy.change(Shuffle(seed=5))  # type: ignore[attr-defined]
+    policy_of(host).change(Shuffle(seed=5))
     count = 60
 
     async def one(request: GenerationRequest) -> str:

@@ -12,7 +12,7 @@ from distriray.errors import GenerationCancelled, InvalidRequest, QueueFull
 from distriray.gang import BlockingHost
 from distriray.gang.events import Finished, Preview, Queued, Regrouped, Started, Step
 from distriray.requests import GenerationResult
-from tests.gang.conftest import ask
+from tests.gang.conftest import ask, policy_of
 from tests.gang.policies import Script
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -54,7 +54,7 @@ def test_regrouping_2_4_1_2_mid_image_changes_nothing_in_sync_mode(
     host: BlockingHost, alone: GenerationResult
 ) -> None:
     gangs = [(0, 1), (0, 1, 2, 3), (2,), (2, 3)]
-    host.host.policy.change(Script(gangs, every=4))  # type: ignore[attr-defined]
+    policy_of(host).change(Script(gangs, every=4))
     result = host.generate(ask(num_inference_steps=16))
     assert [segment.workers for segment in result.segments] == gangs
     assert [segment.first_step for segment in result.segments][1:] == [
@@ -64,7 +64,7 @@ def test_regrouping_2_4_1_2_mid_image_changes_nothing_in_sync_mode(
 
 
 def test_a_stream_tells_what_happens_in_order(host: BlockingHost) -> None:
-    host.host.policy.change(Script([(0,), (0, 1)], every=6))  # type: ignore[attr-defined]
+    policy_of(host).change(Script([(0,), (0, 1)], every=6))
     events = list(host.stream(ask(num_inference_steps=12, previews=3)))
     kinds = [type(event) for event in events]
     assert kinds[:2] == [Queued, Started] and kinds[-1] is Finished
@@ -175,7 +175,7 @@ def test_a_worker_holds_no_state_of_finished_requests(host: BlockingHost) -> Non
     host.generate(ask(gang_size=4))
 
     async def held() -> int:
-        handles = host.host._crew.handles.values()
+        handles = host.host._dispatcher.crew.handles.values()
         return sum([(await handle.ping.remote())[1] for handle in handles])
 
     assert host.do(held()) == 0

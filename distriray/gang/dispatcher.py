@@ -1,0 +1,301 @@
+"""What a host does all day: accept requests, ask its policy who runs where, see each to its one end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from PIL import Image
+
+from ..errors import GangBroken, GenerationCancelled, InvalidRequest, QueueFull
+from ..requests import MULTIPLE_OF, GenerationRequest, GenerationResult
+from ..routing.buddy import BuddyAllocator
+from ..routing.latency import LatencyModel
+from ..routing.policy import HostPolicy, HostView, Workers, moves
+from .config import HostConfig
+from .crew import Crew
+from .events import Preview, Queued, Regrouped, Repaired, Started, Step
+from .job import Job, typical_step_s
+from .messages import Progress, Wish, WorkerFacts
+from .placement import Placement
+from .profile import starting_profile
+from .segments import Verdict, run_segment
+
+
+class Dispatcher:
+    """The unfinished requests of one host and its workers. All methods belong to one event loop.
+
+    Attributes:
+        jobs: unfinished requests by id, in order of arrival.
+        blocks: which workers are free; a gang's lease is taken before it is sent off and given back after.
+        latency: what the policy believes of the workers' speed; every segment corrects it.
+        fault: the policy's or the host's own error, after which nothing is right any more.
+    """
+
+    facts: WorkerFacts
+    latency: LatencyModel
+
+    def __init__(self, config: HostConfig, placement: Placement, policy: HostPolicy) -> None:
+        self.config, self.policy = config, policy
+        self.crew = Crew(config, placement, self._worker_lost, self._worker_ready)
+        self.blocks = BuddyAllocator((), config.sizes)
+        self.jobs: dict[str, Job] = {}
+        self.fault: BaseException | None = None
+        self._serials = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._late: set[int] = set()
+        self._review: asyncio.TimerHandle | None = None
+        self._waking = False
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        """Bring the workers up; raises as `Crew.start`."""
+        await self.crew.start()
+        self.facts = self.crew.facts[0]
+        self.latency = LatencyModel(starting_profile(self.config, self.facts))
+        for index in range(self.config.workers):
+            self.blocks.restore(index)
+
+    async def close(self) -> None:
+        """Cancel what is unfinished and end the workers. Idempotent."""
+        self._closed = True
+        if self._review is not None:
+            self._review.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in list(self.jobs.values()):
+            self._end(job, GenerationCancelled(f"request {job.request.id}: the host was closed"))
+        await self.crew.close()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the host can serve."""
+        return self.fault is None and self.crew.failure is None and not self._closed
+
+    def view(self) -> HostView:
+        """What a policy, or a router, may know now."""
+        breaking = {w for job in self.jobs.values() if job.breaking for w in job.workers or ()}
+        return HostView(
+            now_s=time.monotonic(),
+            workers=tuple(sorted(self.crew.healthy - breaking)),
+            gang_sizes=self.config.sizes,
+            requests=tuple(job.view() for job in self.jobs.values() if not job.breaking),
+        )
+
+    def work_s(self) -> float:
+        """Predicted seconds until everything accepted is finished, were it spread evenly."""
+        return sum(self._worker_seconds(job) for job in self.jobs.values()) / self.config.workers
+
+    # Accepting
+
+    def accept(self, request: GenerationRequest) -> Job:
+        """Check a request and queue it.
+
+        Raises:
+            InvalidRequest, QueueFull; GenerationCancelled once the host is closed.
+        """
+        if self._closed:
+            raise GenerationCancelled("the host is closed")
+        request = request.settled(*self.facts.default_size)
+        self.config.limits.check(request)
+        if request.id in self.jobs:
+            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
+        assert request.height is not None
+        rows = request.height // MULTIPLE_OF
+        max_gang = max(1, -(-rows // 2**self.facts.levels))
+        if request.gang_size != "auto":
+            if request.gang_size not in self.config.sizes:
+                raise InvalidRequest(
+                    f"gang_size {request.gang_size} is not lent here; use one of {list(self.config.sizes)}",
+                    "gang_size",
+                )
+            if request.gang_size > max_gang:
+                raise InvalidRequest(
+                    f"height {request.height} is too small for a gang of {request.gang_size}; "
+                    f"use at most {max_gang}",
+                    "gang_size",
+                )
+        waiting = [job for job in self.jobs.values() if job.workers is None]
+        if len(waiting) >= self.config.max_queue:
+            raise QueueFull(
+                f"{len(waiting)} requests wait, which is the limit; try again in {self.work_s():.1f} s",
+                max(0.1, self.work_s()),
+            )
+        job = Job(request, max_gang)
+        job.tell(Queued(request.id, len(waiting), self.work_s() if waiting else 0.0))
+        self.jobs[request.id] = job
+        self._wake()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Stop a request after the step it is in; nothing happens if it is over."""
+        if job.ended.done() or job.cancelled:
+            return
+        job.cancelled = True
+        if job.workers is None:
+            self._end(job, GenerationCancelled(f"request {job.request.id} was cancelled at step {job.step}"))
+        else:
+            self._ask(job, Wish.CANCEL)
+
+    # Deciding
+
+    def _wake(self) -> None:
+        """Decide as soon as what happens now is over; call when anything that a policy sees has changed."""
+        if not self._waking and not self._closed:
+            self._waking = True
+            self._loop.call_soon(self._decide)
+
+    def _decide(self) -> None:
+        self._waking = False
+        if self._review is not None:
+            self._review.cancel()
+            self._review = None
+        view = self.view()
+        if self._closed or not view.requests:
+            return
+        try:
+            todo = moves(view, self.policy.plan(view, self.latency))
+        except Exception as error:
+            self._fail(error)
+            return
+        for name in todo.yields:
+            job = self.jobs[name]
+            if not job.yielding and not job.cancelled:
+                job.yielding = True
+                self._ask(job, Wish.YIELD)
+        for name, workers in todo.starts.items():
+            self.blocks.take(workers)
+            job = self.jobs[name]
+            job.begin(workers, next(self._serials))
+            self._spawn(self._work(job))
+        if self.policy.review_s is not None:
+            self._review = self._loop.call_later(self.policy.review_s, self._decide)
+
+    def _worker_lost(self, index: int) -> None:
+        self.blocks.remove(index)
+        for job in self.jobs.values():
+            job.holders.discard(index)
+            job.breaking |= index in (job.workers or ())
+        self._wake()
+
+    def _worker_ready(self, index: int) -> None:
+        if any(index in (job.workers or ()) for job in self.jobs.values()):
+            self._late.add(index)  # its gang is still being cleared up
+        else:
+            self.blocks.restore(index)
+            self._wake()
+
+    def _ask(self, job: Job, wish: Wish) -> None:
+        for index in job.workers or ():
+            if index in self.crew.handles:
+                self.crew.handles[index].ask.remote(job.serial, wish)
+
+    # Working
+
+    async def _work(self, job: Job) -> None:
+        """One gang works on one request until it is done, yields, is cancelled or breaks."""
+        workers, request, began = job.workers, job.request, time.monotonic()
+        assert workers is not None
+        if not job.holders:
+            job.step, job.prepared = 0, False
+        first = job.step
+        if job.segments:
+            job.tell(Regrouped(request.id, workers, first))
+        else:
+            job.tell(Started(request.id, workers))
+        verdict = await run_segment(self.crew, self.config, job, self._heard)
+        if verdict.outcomes:
+            job.account(verdict.outcomes.values(), first, time.monotonic() - began)
+            for step, image in next(iter(verdict.outcomes.values())).previews:
+                self._show(job, step, image)
+        job.step, job.prepared = verdict.step, bool(verdict.outcomes)
+        alive = self.crew.handles.keys()
+        job.holders = {w for w, o in verdict.outcomes.items() if o.step == job.step and w in alive}
+        job.workers, job.breaking = None, False
+        self.blocks.release(workers)
+        for index in self._late.intersection(workers):
+            self._late.discard(index)
+            self.blocks.restore(index)
+        if verdict.broken and len(workers) > 1 and alive >= set(workers) and not verdict.lost:
+            self.crew.relink(workers)
+        self._conclude(job, workers, verdict)
+        self._wake()
+
+    def _conclude(self, job: Job, workers: Workers, verdict: Verdict) -> None:
+        request = job.request
+        for outcome in verdict.outcomes.values():
+            if (step_s := typical_step_s(outcome)) is not None:
+                shape = (job.view().height, job.view().width, request.num_images)
+                self.latency.observe(len(workers), *shape, step_s)
+                break
+        if verdict.finished is not None:
+            self._end(job, job.result(self.config.model.name, verdict.finished))
+        elif verdict.error is not None:
+            self._end(job, verdict.error)
+        elif job.cancelled:
+            self._end(job, GenerationCancelled(f"request {request.id} was cancelled at step {job.step}"))
+        elif verdict.broken:
+            job.breaks += 1
+            if job.breaks >= self.config.max_attempts:
+                causes = {o.cause for o in verdict.outcomes.values() if o.cause} or {f"lost {verdict.lost}"}
+                message = f"request {request.id}: {job.breaks} gangs broke under it: {'; '.join(causes)}"
+                self._end(job, GangBroken(message))
+            else:
+                job.tell(Repaired(request.id, verdict.lost, job.step))
+
+    def _end(self, job: Job, end: GenerationResult | BaseException) -> None:
+        """The one place where a request ends."""
+        if self.jobs.pop(job.request.id, None) is None:
+            return
+        if isinstance(end, GenerationResult):
+            job.ended.set_result(end)
+        else:
+            job.ended.set_exception(end)
+        for index in job.ever_held:
+            if index in self.crew.handles:
+                self.crew.handles[index].forget.remote([job.request.id])
+
+    def _heard(self, job: Job, progress: Progress) -> None:
+        request = job.request
+        job.step, job.num_steps = progress.step, progress.num_steps
+        job.prepared |= progress.step > 0
+        for step, image in progress.previews:
+            self._show(job, step, image)
+        seconds = time.monotonic() - job.arrival
+        size = len(job.workers or ())
+        job.tell(Step(request.id, job.step, job.num_steps, size, seconds))
+
+    def _show(self, job: Job, step: int, image: Image.Image) -> None:
+        if step > job.shown:
+            job.tell(Preview(job.request.id, step, job.previews, image))
+            job.shown, job.previews = step, job.previews + 1
+
+    def _worker_seconds(self, job: Job) -> float:
+        view = job.view()
+        return min(
+            size
+            * self.latency.run_s(size, view.height, view.width, view.batch, view.steps_done, view.steps_total)
+            for size in self.config.sizes
+            if view.allows(size)
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """The policy or the host itself has a bug: nobody waits for ever, and no health check passes."""
+        self.fault = error
+        for job in list(self.jobs.values()):
+            self._end(job, error)
