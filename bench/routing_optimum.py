@@ -50,7 +50,7 @@ def most_deadlines(
         matrix[r, r] = 1.0  # finished only if all of it is done
     for column, (r, t, g) in enumerate(columns, n):
         a = arrivals[r]
-        one_gang = model.run_s(g, a.height, a.width, a.batch, 0, a.steps)
+        one_gang = model.times(g, a.height, a.width, a.batch).run_s(0, a.steps)
         matrix[r, column] = -1.0 / one_gang
         matrix[n + time_rows[r, t], column] = 1.0  # one gang at a time
         matrix[n + len(time_rows) + t, column] = g  # no more workers than there are

@@ -9,7 +9,7 @@ from math import inf, ldexp
 from typing import NamedTuple
 
 from .buddy import aligned_blocks
-from .latency import LatencyModel
+from .latency import LatencyModel, Times
 from .policy import HostView, RequestView
 from .timeline import Job
 
@@ -27,17 +27,8 @@ class Costs(NamedTuple):
     work: float  # worker-seconds on the gang that wastes least
 
 
-class _Ranked(NamedTuple):
-    """A request and its place: by rank, then arrival, then id."""
-
-    rank: float
-    arrival_s: float
-    id: str
-    request: RequestView
-    costs: Costs
-
-    def job(self) -> Job:
-        return job_of(self.request, self.costs)
+Ranked = tuple[float, float, str, RequestView, Costs]
+"""A request behind its rank, arrival and id, by which it is compared; ids differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +61,9 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
     """
     now, costs_of = view.now_s, costs_by_request(view, model)
     forced: list[Job] = []
-    hopeful: list[_Ranked] = []
-    rest: list[_Ranked] = []
-    passed: _Ranked | None = None
+    hopeful: list[Ranked] = []
+    rest: list[Ranked] = []
+    passed: list[Ranked] = []
     for r in view.requests:
         costs = costs_of(r)
         due = r.deadline_s
@@ -81,32 +72,32 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
         if r.pinned:
             forced.append(job_of(r, costs))
         elif due is not None and now + costs.soonest_s <= due + TOLERANCE_S:
-            hopeful.append(_Ranked(due, r.arrival_s, r.id, r, costs))
+            hopeful.append((due, r.arrival_s, r.id, r, costs))
         else:
             ratio = ldexp(1.0 + (now - r.arrival_s) / costs.work, r.priority + (r.workers is not None))
-            rest.append(entry := _Ranked(-ratio, r.arrival_s, r.id, r, costs))
-            if now - (r.arrival_s if due is None else due) > patience_s and (
-                passed is None or entry[1:3] < passed[1:3]
-            ):
-                passed = entry
-    soonest = nsmallest(planned + len(view.workers), hopeful, key=_place)
+            rest.append((-ratio, r.arrival_s, r.id, r, costs))
+            if now - (r.arrival_s if due is None else due) > patience_s:
+                passed.append(rest[-1])
+    soonest = nsmallest(planned + len(view.workers), hopeful)
     chosen = soonest[:planned]
     if len(hopeful) > planned:  # later deadlines take what is left over, before those that have none
-        last = _place(chosen[-1])
-        later = [e for e in hopeful if e.request.workers is not None and _place(e) > last]
-        later += [e for e in soonest[planned:] if e.request.workers is None]
-        rest += [e._replace(rank=-inf) for e in later]
-    if passed is not None:
-        forced.append(passed.job())
-        rest.remove(passed)
-    waiting = (e for e in rest if e.request.workers is None)
-    running = [e for e in rest if e.request.workers is not None]
-    others = sorted(running + nsmallest(len(view.workers), waiting, key=_place), key=_place)
-    return Scene(now, len(view.workers), forced, [e.job() for e in chosen], [e.job() for e in others])
-
-
-def _place(entry: _Ranked) -> tuple[float, float, str]:
-    return entry[:3]
+        later = [e for e in hopeful if e[3].workers is not None and e > chosen[-1]]
+        later += [e for e in soonest[planned:] if e[3].workers is None]
+        rest += [(-inf, *e[1:]) for e in later]
+    if passed:
+        oldest = min(passed, key=lambda e: e[1:3])
+        forced.append(job_of(*oldest[3:]))
+        rest.remove(oldest)
+    running = [e for e in rest if e[3].workers is not None]
+    waiting = nsmallest(len(view.workers), (e for e in rest if e[3].workers is None))
+    others = sorted(running + waiting)
+    return Scene(
+        now,
+        len(view.workers),
+        forced,
+        [job_of(*e[3:]) for e in chosen],
+        [job_of(*e[3:]) for e in others],
+    )
 
 
 def job_of(r: RequestView, costs: Costs) -> Job:
@@ -131,46 +122,41 @@ def costs_by_request(view: HostView, model: LatencyModel) -> Callable[[RequestVi
     blocks = aligned_blocks(max(healthy, default=-1) + 1, view.gang_sizes)
     whole = {len(block) for block in blocks if healthy.issuperset(block)}
     there = tuple(size for size in view.gang_sizes if size in whole)
+    gangs: dict[tuple[int, int, int], list[tuple[int, Times]]] = {}
     known: dict[tuple[object, ...], Costs] = {}
 
     def costs_of(r: RequestView) -> Costs:
         size = len(r.workers) if r.workers else 0
-        key = (
-            r.height,
-            r.width,
-            r.batch,
-            r.steps_done,
-            r.steps_total,
-            r.gang_size,
-            r.max_gang,
-            r.prepared,
-            size,
-        )
+        shape = (r.height, r.width, r.batch)
+        key = (shape, r.steps_done, r.steps_total, r.gang_size, r.max_gang, r.prepared, size)
         costs = known.get(key)
         if costs is None:
-            costs = known[key] = _costs(r, size, there, model)
+            if shape not in gangs:
+                gangs[shape] = [(s, model.times(s, *shape)) for s in there]
+            costs = known[key] = _costs(r, size, gangs[shape])
         return costs
 
     return costs_of
 
 
-def _costs(r: RequestView, size: int, there: tuple[int, ...], model: LatencyModel) -> Costs:
+def _costs(r: RequestView, size: int, gangs: list[tuple[int, Times]]) -> Costs:
     """Of the gangs worth having: the one it has, and those that no smaller one equals."""
-    shape = (r.height, r.width, r.batch)
     sizes: list[int] = []
     left: list[float] = []
-    for s in there:
+    regroup: list[float] = []
+    soonest = work = inf
+    error = 0.0
+    moved = bool(r.steps_done or size)
+    for s, times in gangs:
         if s != size and not r.allows(s):
             continue
-        seconds = max(1e-6, model.run_s(s, *shape, r.steps_done, r.steps_total, r.prepared))
+        seconds = max(1e-6, times.run_s(r.steps_done, r.steps_total, r.prepared))
         if s == size or not left or seconds < left[-1]:
+            change = times.regroup_s if moved else 0.0
             sizes.append(s)
             left.append(seconds)
-    if not sizes:
-        return Costs((), (), (), 0.0, inf, inf)
-    moved = bool(r.steps_done or size)
-    regroup = [model.regroup_s(s, *shape) if moved else 0.0 for s in sizes]
-    soonest = min(t + (0.0 if s == size else c) for s, t, c in zip(sizes, left, regroup, strict=True))
-    work = min(s * t for s, t in zip(sizes, left, strict=True))
-    error = model.estimate(sizes[-1], *shape).error
+            regroup.append(change)
+            soonest = min(soonest, seconds if s == size else seconds + change)
+            work = min(work, s * seconds)
+            error = times.error
     return Costs(tuple(sizes), tuple(left), tuple(regroup), error, soonest, work)

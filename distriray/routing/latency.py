@@ -90,13 +90,31 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What one case takes, in seconds; `error` is relative and holds for all of them."""
+    """What one case takes, in seconds; `error` is relative and holds for all of them.
+
+    `regroup_s` is what going on in this gang costs a request that was in another: the move, and its first
+    step being synchronous.
+    """
 
     step_s: float
     sync_step_s: float
     prepare_s: float
     decode_s: float
+    regroup_s: float
+    warmup_steps: int
     error: float
+
+    def run_s(self, steps_done: int, steps_total: int, prepared: bool = False) -> float:
+        """From `steps_done` to the decoded image in this gang, in seconds.
+
+        Includes what comes before the first step unless that is `prepared`.
+        """
+        left = steps_total - steps_done
+        seconds = left * self.step_s + self.decode_s
+        if steps_done < self.warmup_steps:
+            slow = min(self.warmup_steps - steps_done, left)
+            seconds += slow * (self.sync_step_s - self.step_s)
+        return seconds if steps_done or prepared else seconds + self.prepare_s
 
 
 class LatencyModel:
@@ -146,20 +164,8 @@ class LatencyModel:
         steps_total: int,
         prepared: bool = False,
     ) -> float:
-        """From `steps_done` to the decoded image in one gang, in seconds.
-
-        Includes what comes before the first step unless that is `prepared`.
-        """
-        times = self.times(gang, height, width, batch)
-        left = steps_total - steps_done
-        slow = min(max(0, self.profile.warmup_steps - steps_done), left)
-        seconds = slow * times.sync_step_s + (left - slow) * times.step_s + times.decode_s
-        return seconds if steps_done or prepared else seconds + times.prepare_s
-
-    def regroup_s(self, gang: int, height: int, width: int, batch: int) -> float:
-        """What going on in another gang costs, in seconds: the move, and its first step being synchronous."""
-        times = self.times(gang, height, width, batch)
-        return self.profile.regroup_s + max(0.0, times.sync_step_s - times.step_s)
+        """`Times.run_s` of one case."""
+        return self.times(gang, height, width, batch).run_s(steps_done, steps_total, prepared)
 
     def observe(self, gang: int, height: int, width: int, batch: int, step_s: float) -> None:
         """Learn from one segment: its mean seconds per displaced step, which must be positive."""
@@ -179,7 +185,8 @@ class LatencyModel:
             lambda e: e.decode_s,
         )
         step, sync, prepare, decode = (self._from_profile(field, *key) * correction for field in fields)
-        return Times(step, sync, prepare, decode, error)
+        regroup = self.profile.regroup_s + max(0.0, sync - step)
+        return Times(step, sync, prepare, decode, regroup, self.profile.warmup_steps, error)
 
     def _correction(self, key: tuple[int, int, int, int]) -> tuple[float, float]:
         """What observations multiply the profile by, and the relative error that remains."""

@@ -126,10 +126,10 @@ def remaining_s(request: RequestView, size: int, model: LatencyModel) -> float:
 
     Going on with the gang it has costs nothing extra; anything else costs a regrouping.
     """
-    shape = (request.height, request.width, request.batch)
-    seconds = model.run_s(size, *shape, request.steps_done, request.steps_total, request.prepared)
+    times = model.times(size, request.height, request.width, request.batch)
+    seconds = times.run_s(request.steps_done, request.steps_total, request.prepared)
     if request.steps_done and (request.workers is None or len(request.workers) != size):
-        seconds += model.regroup_s(size, *shape)
+        seconds += times.regroup_s
     return seconds
 
 

@@ -71,7 +71,9 @@ def policies(case: Case) -> dict[str, Callable[[], HostPolicy]]:
 def _smallest_in_time(case: Case, kind: Kind) -> int:
     """The smallest gang that meets a kind's deadline without waiting, or else the fastest."""
     workload = case.workload
-    seconds = {g: case.model.run_s(g, kind.height, kind.width, 1, 0, workload.steps) for g in case.gang_sizes}
+    seconds = {
+        g: case.model.times(g, kind.height, kind.width, 1).run_s(0, workload.steps) for g in case.gang_sizes
+    }
     limit = workload.scale * (kind.deadline_s or 0.0)
     return next((g for g in case.gang_sizes if seconds[g] <= limit), min(seconds, key=seconds.__getitem__))
 

@@ -95,7 +95,9 @@ def kinds_of(profile: Profile, steps: int = 50, slack: float = 1.2) -> tuple[Kin
     model = LatencyModel(profile)
     gangs = sorted({entry.gang for entry in profile.entries})
     sizes = sorted({(e.height, e.width) for e in profile.entries}, key=lambda size: (size[0] * size[1], size))
-    return tuple(Kind(h, w, slack * min(model.run_s(g, h, w, 1, 0, steps) for g in gangs)) for h, w in sizes)
+    return tuple(
+        Kind(h, w, slack * min(model.times(g, h, w, 1).run_s(0, steps) for g in gangs)) for h, w in sizes
+    )
 
 
 TRIAL_SECONDS: Mapping[int, Mapping[int, float]] = {

@@ -94,9 +94,11 @@ def test_run_counts_prepare_warmup_and_decode():
             entry(2, 512, 0.1, sync_step_s=0.3, prepare_s=1.0, decode_s=0.5), regroup_s=0.05, warmup_steps=2
         )
     )
-    assert model.run_s(2, 512, 512, 1, 0, 10) == pytest.approx(1.0 + 2 * 0.3 + 8 * 0.1 + 0.5)
-    assert model.run_s(2, 512, 512, 1, 5, 10) == pytest.approx(5 * 0.1 + 0.5)
-    assert model.regroup_s(2, 512, 512, 1) == pytest.approx(0.05 + 0.2)
+    times = model.times(2, 512, 512, 1)
+    assert times.run_s(0, 10, prepared=True) == pytest.approx(2 * 0.3 + 8 * 0.1 + 0.5)
+    assert times.run_s(0, 10) == pytest.approx(1.0 + 2 * 0.3 + 8 * 0.1 + 0.5)
+    assert times.run_s(5, 10) == pytest.approx(5 * 0.1 + 0.5)
+    assert times.regroup_s == pytest.approx(0.05 + 0.2)
 
 
 def test_a_profile_comes_back_from_disk_as_it_was(tmp_path):

@@ -79,7 +79,7 @@ def views(draw, dead=True, fixed=True):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(view=views())
 def test_no_worker_twice_and_gangs_aligned_healthy_and_allowed(policy, view):
     plan = policy.plan(view, MODEL)
@@ -95,7 +95,7 @@ def test_no_worker_twice_and_gangs_aligned_healthy_and_allowed(policy, view):
             assert plan.assignments[r.id] == r.workers
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(view=views())
 def test_no_regrouping_when_nothing_changed(view):
     first = Elastic().plan(view, MODEL)
