@@ -407,6 +407,9 @@ def _on_a_lifeline(rank: int, world_size: int, gang: dict[str, Any]) -> Any:
         time.sleep(0.1 * rank)  # farewells need not come at the same time
         lifeline.part(5.0)
         time.sleep(0.1)
+    elif gang["name"].endswith("giving up") and rank == 0:
+        lifeline.cut()
+        time.sleep(0.1)
     else:
         lost.wait(10.0)
     return losses
@@ -415,6 +418,8 @@ def _on_a_lifeline(rank: int, world_size: int, gang: dict[str, Any]) -> Any:
 def test_a_lifeline_tells_death_from_farewell(gang) -> None:
     with Ranks(_on_a_lifeline, 4, {**gang, "name": gang["name"] + "/parting"}) as ranks:
         assert [outcome.value for outcome in ranks.join()] == [[], [], [], []]
+    with Ranks(_on_a_lifeline, 3, {**gang, "name": gang["name"] + "/giving up"}) as ranks:
+        assert [len(outcome.value) for outcome in ranks.join()] == [0, 1, 1]
     with Ranks(_on_a_lifeline, 4, gang) as ranks:
         for rank in range(4):
             ranks.milestone(rank)
@@ -502,6 +507,21 @@ def test_an_existing_store_serves_many_gangs(served: str) -> None:
     first.close()
     second.exchange({}, {}).wait()
     second.close()
+
+
+def test_rank_0_serves_the_store_until_it_closes_even_when_broken() -> None:
+    address = free_address()
+    host, port = address.split(":")
+
+    def visit() -> TCPStore:
+        return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=0.5))
+
+    communicator = connect("gloo", address=address)
+    communicator.abort()
+    assert visit().check(["absent"]) is False
+    communicator.close()
+    with pytest.raises(torch.distributed.DistError):
+        visit()
 
 
 # -------------------------------------------------------------------------------------------- torchrun
