@@ -175,7 +175,10 @@ class Limits(BaseModel):
 
 
 class Segment(BaseModel):
-    """Steps `first_step` to `last_step` (the latter not included) by one gang, rank 0 first."""
+    """Steps `first_step` to `last_step` (the latter not included) by one gang, rank 0 first.
+
+    `fresh_step_s` and `stale_step_s` are the median seconds of a synchronous and of a displaced step.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -183,6 +186,8 @@ class Segment(BaseModel):
     first_step: int
     last_step: int
     seconds: float
+    fresh_step_s: float | None = None
+    stale_step_s: float | None = None
 
     @property
     def steps(self) -> int:
@@ -190,7 +195,7 @@ class Segment(BaseModel):
 
 
 class Timings(BaseModel):
-    """Seconds of each phase. `total_s` is from submission to result; `waiting_s` is what no phase explains."""
+    """Seconds of each phase; `total_s` is from submission to result."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -202,6 +207,7 @@ class Timings(BaseModel):
 
     @property
     def waiting_s(self) -> float:
+        """What no phase explains: forming gangs, waiting between them, sending results."""
         return max(0.0, self.total_s - self.queued_s - self.prepare_s - self.denoise_s - self.decode_s)
 
 

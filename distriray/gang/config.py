@@ -33,7 +33,10 @@ class HostConfig(BaseModel):
         silence_s: after which a worker that answers no control call is replaced.
         start_timeout_s: for resources to come free, and for the model to load.
         max_attempts: gangs that may break under one request before it fails.
-        profile: a latency profile to start from; None is a rough guess, corrected by what is observed.
+        policy: who decides which request runs where: `earliest_deadline` gives each the largest free gang,
+            `elastic` plans ahead and regroups.
+        profiles: folder of latency profiles; a host that finds none of its model, device and version there
+            measures one at start. None starts from a guess. What is observed corrects either.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +54,8 @@ class HostConfig(BaseModel):
     silence_s: Seconds = 30.0
     start_timeout_s: Seconds = 600.0
     max_attempts: Count = 3
-    profile: Path | None = None
+    policy: Literal["earliest_deadline", "elastic"] = "earliest_deadline"
+    profiles: Path | None = None
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

@@ -11,17 +11,17 @@ from typing import Any
 from PIL import Image
 
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, QueueFull
-from ..requests import MULTIPLE_OF, GenerationRequest, GenerationResult
+from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import BuddyAllocator
 from ..routing.latency import LatencyModel
-from ..routing.policy import HostPolicy, HostView, Workers, moves
+from ..routing.policy import HostPolicy, HostView, moves
 from .config import HostConfig
 from .crew import Crew
 from .events import Preview, Queued, Regrouped, Repaired, Started, Step
-from .job import Job, typical_step_s
+from .job import Job
 from .messages import Progress, Wish, WorkerFacts
 from .placement import Placement
-from .profile import starting_profile
+from .profile import guessed_profile
 from .segments import Verdict, run_segment
 
 
@@ -56,7 +56,7 @@ class Dispatcher:
         """Bring the workers up; raises as `Crew.start`."""
         await self.crew.start()
         self.facts = self.crew.facts[0]
-        self.latency = LatencyModel(starting_profile(self.config, self.facts))
+        self.latency = LatencyModel(guessed_profile(self.config, self.facts))
         for index in range(self.config.workers):
             self.blocks.restore(index)
 
@@ -106,8 +106,7 @@ class Dispatcher:
         if request.id in self.jobs:
             raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
         assert request.height is not None
-        rows = request.height // MULTIPLE_OF
-        max_gang = max(1, -(-rows // 2**self.facts.levels))
+        max_gang = self.facts.max_gang(request.height)
         if request.gang_size != "auto":
             if request.gang_size not in self.config.sizes:
                 raise InvalidRequest(
@@ -211,6 +210,9 @@ class Dispatcher:
         verdict = await run_segment(self.crew, self.config, job, self._heard)
         if verdict.outcomes:
             job.account(verdict.outcomes.values(), first, time.monotonic() - began)
+            if (step_s := job.segments[-1].stale_step_s) is not None:
+                view = job.view()
+                self.latency.observe(len(workers), view.height, view.width, view.batch, step_s)
             for step, image in next(iter(verdict.outcomes.values())).previews:
                 self._show(job, step, image)
         job.step, job.prepared = verdict.step, bool(verdict.outcomes)
@@ -223,16 +225,11 @@ class Dispatcher:
             self.blocks.restore(index)
         if verdict.broken and len(workers) > 1 and alive >= set(workers) and not verdict.lost:
             self.crew.relink(workers)
-        self._conclude(job, workers, verdict)
+        self._conclude(job, verdict)
         self._wake()
 
-    def _conclude(self, job: Job, workers: Workers, verdict: Verdict) -> None:
+    def _conclude(self, job: Job, verdict: Verdict) -> None:
         request = job.request
-        for outcome in verdict.outcomes.values():
-            if (step_s := typical_step_s(outcome)) is not None:
-                shape = (job.view().height, job.view().width, request.num_images)
-                self.latency.observe(len(workers), *shape, step_s)
-                break
         if verdict.finished is not None:
             self._end(job, job.result(self.config.model.name, verdict.finished))
         elif verdict.error is not None:
@@ -277,9 +274,9 @@ class Dispatcher:
 
     def _worker_seconds(self, job: Job) -> float:
         view = job.view()
+        shape, steps = (view.height, view.width, view.batch), (view.steps_done, view.steps_total)
         return min(
-            size
-            * self.latency.run_s(size, view.height, view.width, view.batch, view.steps_done, view.steps_total)
+            size * self.latency.run_s(size, *shape, *steps, view.prepared)
             for size in self.config.sizes
             if view.allows(size)
         )

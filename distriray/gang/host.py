@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import GangBroken
 from ..requests import GenerationRequest, GenerationResult
-from ..routing.latency import LatencyModel
+from ..routing.elastic import Elastic
+from ..routing.latency import LatencyModel, Profile
 from ..routing.policy import EarliestDeadlineFirst, HostPolicy, HostView
 from .config import HostConfig
 from .dispatcher import Dispatcher
 from .events import Event, Finished
+from .messages import WorkerFacts
 from .placement import Placement
+from .profile import measure
 from .status import HostStatus, RepairStatus, RequestStatus, WorkerStatus
 
 
@@ -35,19 +40,29 @@ class Host:
         """Reserve the bundles, start and load the workers, form every gang once.
 
         Args:
-            policy: decides which request runs where; the default is the earliest deadline first.
+            policy: decides which request runs where, in place of the configuration's.
 
         Raises:
             NotEnoughDevices: the cluster is too small.
             ModelNotFound, UnsupportedModel: the model cannot be loaded or cannot be cut into patches.
         """
-        host = cls(config, await Placement.make(config), policy or EarliestDeadlineFirst())
+        host = cls(config, await Placement.make(config), policy or _policy_of(config))
         try:
             await host._dispatcher.start()
+            if config.profiles is not None:
+                await host._learn(config.profiles)
         except BaseException:
             await host.close()
             raise
         return host
+
+    async def _learn(self, folder: Path) -> None:
+        """Start from the profile kept in `folder`; measure and keep one if there is none."""
+        facts = self._dispatcher.facts
+        path = Profile.path(folder, facts.model, facts.device_name, __version__)
+        if not path.exists():
+            (await measure(self)).save(path)
+        self._dispatcher.latency = LatencyModel(Profile.load(path))
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Make the images of `request`. Cancelling this coroutine cancels the request.
@@ -136,6 +151,11 @@ class Host:
         )
 
     @property
+    def facts(self) -> WorkerFacts:
+        """What the first worker reported of its model and device."""
+        return self._dispatcher.facts
+
+    @property
     def latency(self) -> LatencyModel:
         """What the host believes of its speed."""
         return self._dispatcher.latency
@@ -166,3 +186,7 @@ class Host:
             self._closed = True
             await self._dispatcher.close()
             self._placement.release()
+
+
+def _policy_of(config: HostConfig) -> HostPolicy:
+    return Elastic() if config.policy == "elastic" else EarliestDeadlineFirst()

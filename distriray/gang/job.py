@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from ..requests import GenerationRequest, GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
@@ -70,6 +70,7 @@ class Job:
             gang_size=None if request.gang_size == "auto" else request.gang_size,
             max_gang=self.max_gang,
             workers=self.workers,
+            prepared=self.prepared,
             pinned=self.workers is not None and self.step >= self.num_steps,
         )
 
@@ -87,7 +88,16 @@ class Job:
         """Add a segment that began at step `first`; `outcomes` are its survivors'."""
         assert self.workers is not None
         last = max(outcome.step for outcome in outcomes)
-        self.segments.append(Segment(workers=self.workers, first_step=first, last_step=last, seconds=seconds))
+        self.segments.append(
+            Segment(
+                workers=self.workers,
+                first_step=first,
+                last_step=last,
+                seconds=seconds,
+                fresh_step_s=_median(step for outcome in outcomes for step in outcome.fresh_s),
+                stale_step_s=_median(step for outcome in outcomes for step in outcome.stale_s),
+            )
+        )
         self._prepare_s += max(outcome.prepare_s for outcome in outcomes)
         self._denoise_s += max(sum(outcome.fresh_s) + sum(outcome.stale_s) for outcome in outcomes)
         self._decode_s += max(outcome.decode_s for outcome in outcomes)
@@ -116,9 +126,9 @@ class Job:
         )
 
 
-def typical_step_s(outcome: Outcome) -> float | None:
-    """The median seconds of a displaced step, if there was one."""
-    return statistics.median(outcome.stale_s) if outcome.stale_s else None
+def _median(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.median(known) if known else None
 
 
 def _retrieve(ended: asyncio.Future[GenerationResult]) -> None:

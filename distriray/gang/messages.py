@@ -8,7 +8,7 @@ from enum import StrEnum
 from PIL import Image
 
 from ..config import ParallelConfig
-from ..requests import GenerationRequest
+from ..requests import MULTIPLE_OF, GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,13 @@ class WorkerFacts:
     pid: int
     node: str
     device: str
+    device_name: str
     model: str
     default_size: tuple[int, int]
     levels: int
     load_s: float
     memory: int
+
+    def max_gang(self, height: int) -> int:
+        """The largest gang among which an image of `height` pixels can be cut: one unit of rows each."""
+        return max(1, -(-height // (MULTIPLE_OF * 2**self.levels)))

@@ -66,6 +66,7 @@ class Worker:
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
             device=str(self._device),
+            device_name=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
             model=self._spec.name,
             default_size=(height * scale, width * scale),
             levels=len(unet.down_blocks) - 1,

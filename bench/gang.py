@@ -1,0 +1,148 @@
+"""What gangs on Ray cost: `python -m bench.gang`.
+
+Starting a host; forming a gang on it (send-off and return, without preparing, stepping and decoding);
+regrouping an image 2 -> 4 -> 1 -> 2 between its steps; losing a worker to `kill -9` in mid-image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from bench.report import Report
+from distriray import GenerationRequest, GenerationResult, HostConfig, ParallelConfig
+from distriray.gang import BlockingHost, open_host
+from distriray.models import ModelSpec
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import HostView, Plan, Workers
+
+COLUMNS = ("what", "value")
+GANGS: list[Workers] = [(0, 1), (0, 1, 2, 3), (2,), (2, 3)]
+
+
+@dataclass
+class Script:
+    """The only request moves on to the next gang whenever it has made `every` steps more."""
+
+    gangs: list[Workers]
+    every: int = 1
+    review_s: float | None = 0.005
+
+    def plan(self, view: HostView, model: LatencyModel) -> Plan:
+        (request,) = view.requests
+        gang = self.gangs[min(request.steps_done // self.every, len(self.gangs) - 1)]
+        return Plan({request.id: gang} if set(gang) <= set(view.workers) else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="builtin:landscapes")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side (default 256)")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="write the table here, too")
+    options = parser.parse_args()
+
+    settings = {"model": options.model, "size": options.size, "steps": options.steps}
+    report = Report("gangs on Ray, 4 CPU workers", COLUMNS, seed=1, settings=settings)
+    policy = Script([(0,)])
+    config = HostConfig(
+        model=ModelSpec(name=options.model),
+        workers=4,
+        device="cpu",
+        parallel=ParallelConfig(exchange="sync"),
+    )
+    began = time.perf_counter()
+    with open_host(config, policy=policy, cpus=4) as host:
+        status = host.status()
+        report.add("host and Ray started, s", f"{time.perf_counter() - began:.1f}")
+        report.add("model loaded, s, slowest worker", f"{max(w.load_s for w in status.workers):.1f}")
+        report.add("memory of a worker, MB", f"{max(w.memory for w in status.workers) / 1e6:.0f}")
+
+        def draw(gangs: list[Workers], steps: int = options.steps, every: int = 1) -> GenerationResult:
+            policy.gangs, policy.every = gangs, every
+            request = GenerationRequest(
+                prompt="a lake at dusk, snowy mountains",
+                height=options.size,
+                width=options.size,
+                num_inference_steps=steps,
+                seed=1,
+            )
+            return host.generate(request)
+
+        for gang in GANGS:
+            draw([gang], steps=2)
+        for gang in GANGS[:2] + [(2,)]:
+            seconds = [_overhead(draw([gang], steps=1)) for _ in range(options.rounds)]
+            report.add(f"forming a gang of {len(gang)}, ms", f"{1e3 * median(seconds):.1f}")
+        alone = draw([(0,)])
+        moved = [draw(GANGS, every=options.steps // 4) for _ in range(options.rounds)]
+        assert all([s.workers for s in result.segments] == GANGS for result in moved)
+        report.add(
+            "one regrouping, ms, beside its synchronous step",
+            f"{1e3 * median(_overhead(r) / len(r.segments) for r in moved):.1f}",
+        )
+        report.add(
+            "largest difference of a colour, 2 -> 4 -> 1 -> 2 against one worker, of 255",
+            str(max(_difference(alone, result) for result in moved)),
+        )
+        _kill(host, policy, options, report)
+    report.print()
+    if options.json:
+        report.write(options.json)
+
+
+def _kill(host: BlockingHost, policy: Script, options: argparse.Namespace, report: Report) -> None:
+    """`kill -9` of rank 1 of 4 in mid-image; it goes on with the two that are aligned and alive."""
+    half = options.steps // 2
+    request = GenerationRequest(
+        prompt="x",
+        id="hurt",
+        height=options.size,
+        width=options.size,
+        seed=1,
+        num_inference_steps=options.steps,
+    )
+
+    async def scene() -> tuple[GenerationResult, float, float]:
+        policy.gangs = [(0, 1, 2, 3)]
+        task = asyncio.ensure_future(host.host.generate(request))
+        while not (running := host.host.status().running) or running[0].step < half:
+            await asyncio.sleep(0.005)
+        policy.gangs = [(2, 3)]
+        killed = time.monotonic()
+        os.kill(host.host.status().workers[1].pid, signal.SIGKILL)
+        while not (running := host.host.status().running) or running[0].workers != (2, 3):
+            await asyncio.sleep(0.001)
+        resumed = time.monotonic() - killed
+        result = await task
+        while host.host.status().free_workers < 4:
+            await asyncio.sleep(0.05)
+        return result, resumed, host.host.status().repairs[-1].seconds
+
+    result, resumed, repaired = host.do(scene())
+    first, second = result.segments
+    report.add("killed worker: steps kept of those done", f"{second.first_step} of {first.last_step}")
+    report.add("killed worker: goes on with two others after, ms", f"{1e3 * resumed:.0f}")
+    report.add("killed worker: replaced and in every gang after, s", f"{repaired:.1f}")
+
+
+def _overhead(result: GenerationResult) -> float:
+    """Seconds that are neither waiting in the queue nor preparing, stepping or decoding."""
+    return result.timings.waiting_s
+
+
+def _difference(one: GenerationResult, other: GenerationResult) -> int:
+    pair = [np.asarray(result.images[0], dtype=int) for result in (one, other)]
+    return int(np.abs(pair[0] - pair[1]).max())
+
+
+if __name__ == "__main__":
+    main()
