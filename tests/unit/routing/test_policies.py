@@ -106,6 +106,26 @@ def test_no_regrouping_when_nothing_changed(view):
             assert second.assignments.get(r.id) == r.workers
 
 
+@settings(max_examples=150, deadline=None)
+@given(view=views(), share=st.floats(0.05, 0.9))
+def test_no_regrouping_while_steps_go_by_and_nobody_comes_or_ends(view, share):
+    policy = Elastic(ElasticConfig(patience_s=1e9))
+    view = replace(view, requests=tuple(replace(r, deadline_s=None, pinned=False) for r in view.requests))
+    settled = carried_out(view, policy.plan(view, MODEL))
+    running = [r for r in settled.requests if r.workers]
+    ends = [MODEL.run_s(len(r.workers), r.height, r.width, 1, r.steps_done, 50) for r in running]
+    later = share * min(ends, default=1.0)
+    requests = []
+    for r in settled.requests:
+        step_s = MODEL.step_s(len(r.workers or (0,)), r.height, r.width, 1)
+        requests.append(
+            replace(r, steps_done=r.steps_done + int(later / step_s) if r.workers else r.steps_done)
+        )
+    settled = replace(settled, now_s=view.now_s + later, requests=tuple(requests))
+    plan = policy.plan(settled, MODEL)
+    assert {r.id: r.workers for r in running} == {r.id: plan.assignments.get(r.id) for r in running}
+
+
 @settings(max_examples=200, deadline=None)
 @given(view=views(dead=False, fixed=False))
 def test_somebody_runs_on_every_host_with_requests(view):
