@@ -179,7 +179,10 @@ def _cut(group: Any) -> None:
 
 
 def _device(host: str) -> ProcessGroupGloo.Device:
-    interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    if interfaces:
-        return ProcessGroupGloo.create_device(interface=interfaces.split(",")[0])
-    return ProcessGroupGloo.create_device(hostname=host)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if not interface:
+        return ProcessGroupGloo.create_device(hostname=host)
+    try:
+        return ProcessGroupGloo.create_device(interface=interface)
+    except RuntimeError as error:
+        raise ValueError(f"GLOO_SOCKET_IFNAME names {interface!r}, which has no address here") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import signal
 import time
 import traceback
@@ -101,7 +102,7 @@ class Ranks:
         for connection in ready:
             rank = self._connections.index(connection)
             try:
-                kind, content = connection.recv()
+                kind, content = pickle.loads(connection.recv_bytes())
             except EOFError:
                 self._processes[rank].join()
                 self._outcomes[rank] = Outcome(error=f"ended with exit code {self._processes[rank].exitcode}")
@@ -131,15 +132,20 @@ def _run(
         value = function(rank, world_size, *args)
         if inspect.isgenerator(value):
             value = _milestones(value, connection)
-        outcome = Outcome(value=value)
+        message = _packed("outcome", Outcome(value=value))
     except BaseException:
-        outcome = Outcome(error=traceback.format_exc())
-    connection.send(("outcome", outcome))
+        message = _packed("outcome", Outcome(error=traceback.format_exc()))
+    connection.send_bytes(message)
 
 
 def _milestones(generator: Any, connection: Connection) -> Any:
     while True:
         try:
-            connection.send(("milestone", next(generator)))
+            connection.send_bytes(_packed("milestone", next(generator)))
         except StopIteration as end:
             return end.value
+
+
+def _packed(kind: str, content: Any) -> bytes:
+    """Plain pickle copies tensors; the pipe's own would share their memory, which ends with the process."""
+    return pickle.dumps((kind, content))

@@ -470,7 +470,7 @@ def test_peers_that_disagree_on_a_size_fail_but_live(gang) -> None:
     assert any("did not answer within 1.5 s" in message for message in messages)
 
 
-def test_what_the_ranks_must_agree_on_is_checked_when_they_join(served: str, gang) -> None:
+def test_what_the_ranks_must_agree_on_is_checked_when_they_join(served: str, gang, monkeypatch) -> None:
     with pytest.raises(GangBroken, match=r"ranks \[1\] of gang .* did not join within 0.3 s"):
         join("gloo", 0, 2, gang, timeout_s=0.3)
     with pytest.raises(GangMismatch, match="rank 0 of gang .* is taken"):
@@ -489,6 +489,9 @@ def test_what_the_ranks_must_agree_on_is_checked_when_they_join(served: str, gan
         connect("gloo", rank=0, world_size=2)
     with pytest.raises(ValueError, match="CPU tensors"):
         connect("gloo", address=served, device="cuda:0", name="device")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME names 'nowhere0'"):
+        join("gloo", 0, 1, gang, name="interface")
     with pytest.raises(GangBroken, match="no store answers"):
         join("gloo", 1, 2, gang, address=free_address(), timeout_s=0.5)
 
