@@ -141,6 +141,7 @@ class Exchange:
             everyone = self._gather_statistics(own)
             self._leave(slot, bucket, {rank: everyone[rank] for rank in range(len(everyone))})
             return merge(everyone, shares)
+        assert bucket is not None
         everyone = bucket.statistics(self._index)
         if self.config.group_norm == "corrected":
             merged = correct(everyone, own, self.rank, shares)
@@ -165,6 +166,7 @@ class Exchange:
         )
         bucket = self._enter(slot)
         if self.displacing:
+            assert bucket is not None
             received = bucket.halos(self._index)
             bucket.set_halos(self._index, sends)
             self._leave(slot, bucket)
@@ -197,6 +199,7 @@ class Exchange:
         bucket = self._enter(slot)
         own = torch.stack([key.transpose(0, 1), value.transpose(0, 1)], 1)
         if self.displacing:
+            assert bucket is not None
             everyone = bucket.keys_values(self._index)
             bucket.set_keys_values(self._index, own)
             self._leave(slot, bucket)

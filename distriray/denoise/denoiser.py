@@ -1,0 +1,213 @@
+"""Drives a pipeline one step at a time."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from PIL import Image
+
+from distriray.denoise.blocks import DECODE, make_components, make_tasks, set_guidance
+from distriray.denoise.schedulers import make_scheduler
+from distriray.denoise.state import DenoiseState
+from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.parallel import engine_of
+
+PREVIEW_LATENT_SIDE = 16  # latent rows or columns of a preview's longer side
+
+
+class Denoiser:
+    """prepare, step x n, decode for a Stable Diffusion XL pipeline, parallelized or not.
+
+    The steps are diffusers' modular blocks; the models are the pipeline's own. One thread uses a denoiser at
+    a time, for any number of states in any order.
+
+    Args:
+        pipeline: a `StableDiffusionXLPipeline` or one made from it.
+
+    Raises:
+        UnsupportedModel: the pipeline has not SDXL's two text encoders and text-time conditioning.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        components = getattr(pipeline, "components", {})
+        if components.get("text_encoder_2") is None or components.get("unet") is None:
+            raise UnsupportedModel(
+                f"{type(pipeline).__name__} cannot be denoised step by step; Stable Diffusion XL can"
+            )
+        self._pipeline = pipeline
+        self._components = make_components(pipeline)
+        self._tasks = make_tasks()
+        self._decode = DECODE()
+        self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
+        self._last_at = (-1, -1)  # where that left it, and by which gang
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        *,
+        prompt: str,
+        seeds: list[int],
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        scheduler: str | None = None,
+        image: Image.Image | None = None,
+        mask_image: Image.Image | None = None,
+        strength: float = 0.3,
+    ) -> DenoiseState:
+        """Encode the prompt and draw the noise: the state before the first step.
+
+        Args:
+            seeds: one an image; image `i` of any batch is the image of its seed alone.
+            height, width: pixels, multiples of 8; the model's own size if left out.
+            guidance_scale: 1 or less turns guidance off.
+            scheduler: a name among `SCHEDULERS`; the model's own if left out.
+            image: starts from this picture (image to image), or fills in where `mask_image` is white.
+            strength: share of the steps that are done on `image`, above 0 and at most 1.
+
+        Raises:
+            InvalidRequest: a value is out of range; `param` names it.
+        """
+        if not seeds:
+            raise InvalidRequest("give at least one seed", "seed")
+        if mask_image is not None and image is None:
+            raise InvalidRequest("a mask_image needs an image", "image")
+        if not 0.0 < strength <= 1.0:
+            raise InvalidRequest(f"strength {strength} is not above 0 and at most 1", "strength")
+        task = "text-to-image" if image is None else "image-to-image" if mask_image is None else "inpainting"
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        components = self._components
+        components.scheduler = make_scheduler(self._pipeline.scheduler, scheduler)
+        set_guidance(components, guidance_scale, guidance_rescale)
+        pixels = components.vae_scale_factor * components.default_sample_size
+        height, width = height or pixels, width or pixels
+
+        state = PipelineState()
+        for name, value in {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": len(seeds),
+            "generator": generators,
+            "image": image if image is None else image.convert("RGB"),
+            "mask_image": mask_image,
+            "strength": strength,
+        }.items():
+            state.set(name, value)
+        for block in self._tasks[task].before:
+            _, state = block(components, state)
+        loop = self._tasks[task].loop
+        conditioning = tuple(dict.fromkeys(state.kwargs_mapping.get("denoiser_input_fields", ())))
+        kept = ({p.name for p in loop.inputs} | set(conditioning)) - {"generator", None}
+        values = {name: value for name, value in state.values.items() if name in kept and value is not None}
+        if not len(values["timesteps"]):
+            raise InvalidRequest(
+                f"strength {strength} of {num_inference_steps} steps leaves none to do", "strength"
+            )
+        return DenoiseState(
+            task=task,
+            values=values,
+            conditioning=conditioning,
+            scheduler=components.scheduler,
+            generators=generators,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            height=height,
+            width=width,
+        )
+
+    @torch.no_grad()
+    def step(self, state: DenoiseState) -> None:
+        """Do the next step of `state`, in place; if it raises, the state is as it was.
+
+        Raises:
+            GenerationCancelled, GangBroken: from the gang.
+            ValueError: the state is done.
+        """
+        if state.done:
+            raise ValueError(f"all {state.num_steps} steps are done")
+        task, components = self._tasks[state.task], self._components
+        components.scheduler = state.scheduler
+        set_guidance(components, state.guidance_scale, state.guidance_rescale)
+        self._follow(state, task)
+        pipeline_state = PipelineState()
+        for name, value in state.values.items():
+            pipeline_state.set(name, value, "denoiser_input_fields" if name in state.conditioning else None)
+        pipeline_state.set("generator", state.generators)
+        block_state = task.loop.get_block_state(pipeline_state)
+        try:
+            timestep = state.values["timesteps"][state.step]
+            before = block_state.latents
+            _, block_state = task.loop.loop_step(components, block_state, i=state.step, t=timestep)
+        except BaseException:
+            self._last = None
+            raise
+        state.estimate = _predicted_original(state.scheduler, before, block_state.noise_pred, timestep)
+        state.values["latents"] = block_state.latents
+        state.step += 1
+        self._last, self._last_at = weakref.ref(state), (state.step, self._gang)
+
+    @torch.no_grad()
+    def decode(self, state: DenoiseState) -> list[Image.Image]:
+        """The pictures of the latents as they are."""
+        # A VAE decoder that is itself patch-parallel belongs here.
+        pipeline_state = PipelineState()
+        pipeline_state.set("latents", state.latents.to(self._components.vae.dtype))
+        pipeline_state.set("output_type", "pil")
+        _, pipeline_state = self._decode(self._components, pipeline_state)
+        images: list[Image.Image] = pipeline_state.get("images")
+        return images
+
+    @torch.no_grad()
+    def preview(self, state: DenoiseState) -> Image.Image:
+        """A small picture of the first image as it is predicted to become, at most 128 pixels a side."""
+        latents = (state.latents if state.estimate is None else state.estimate)[:1]
+        scale = PREVIEW_LATENT_SIDE / max(latents.shape[2:])
+        if scale < 1.0:
+            latents = F.interpolate(latents.float(), scale_factor=scale, mode="area").to(latents.dtype)
+        small = PipelineState()
+        small.set("latents", latents.to(self._components.vae.dtype))
+        small.set("output_type", "pil")
+        _, small = self._decode(self._components, small)
+        preview: Image.Image = small.get("images")[0]
+        return preview
+
+    @property
+    def _gang(self) -> int:
+        engine = engine_of(self._pipeline)
+        return -1 if engine is None else engine.generation
+
+    def _follow(self, state: DenoiseState, task: Any) -> None:
+        """If this is not the step after the last one here: tell the engine, and forget that one's prompt."""
+        same = self._last is not None and self._last() is state
+        if same and self._last_at == (state.step, self._gang):
+            return
+        engine = engine_of(self._pipeline)
+        if engine is not None:
+            engine.restart(state.step)
+        task.denoiser.batched = None
+
+
+def _predicted_original(
+    scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """x0 of the noisy latents by the network's prediction, in float32 (Song et al. 2021, equation 12)."""
+    alpha = float(scheduler.alphas_cumprod[int(timestep.long())])
+    x, noise = latents.float(), noise.float()
+    if float(scheduler.init_noise_sigma) != 1.0:  # latents of these schedulers grow with sigma
+        x = x * alpha**0.5
+    kind = scheduler.config.prediction_type
+    if kind == "v_prediction":
+        return alpha**0.5 * x - (1 - alpha) ** 0.5 * noise
+    if kind == "epsilon":
+        return (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    return noise

@@ -1,0 +1,70 @@
+"""Schedulers by name: what may be asked for, and what a saved state may bring back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from distriray.errors import InvalidRequest
+
+
+class SchedulerChoice(NamedTuple):
+    kind: type[Any]
+    options: dict[str, Any]
+
+
+# The SDE solvers with Brownian noise are left out: they draw from a tree that is no part of a state.
+SCHEDULERS: dict[str, SchedulerChoice] = {
+    "ddim": SchedulerChoice(DDIMScheduler, {"clip_sample": False}),
+    "dpmpp-2m": SchedulerChoice(DPMSolverMultistepScheduler, {}),
+    "dpmpp-2m-karras": SchedulerChoice(DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp-2s": SchedulerChoice(DPMSolverSinglestepScheduler, {}),
+    "euler": SchedulerChoice(EulerDiscreteScheduler, {}),
+    "euler-ancestral": SchedulerChoice(EulerAncestralDiscreteScheduler, {}),
+    "heun": SchedulerChoice(HeunDiscreteScheduler, {}),
+    "lcm": SchedulerChoice(LCMScheduler, {}),
+    "lms": SchedulerChoice(LMSDiscreteScheduler, {}),
+    "pndm": SchedulerChoice(PNDMScheduler, {"skip_prk_steps": True}),
+    "unipc": SchedulerChoice(UniPCMultistepScheduler, {}),
+}
+_CLASSES = {choice.kind.__name__: choice.kind for choice in SCHEDULERS.values()}
+
+
+def make_scheduler(model_scheduler: SchedulerMixin, name: str | None) -> Any:
+    """A scheduler of a request's own, with the model's noise schedule.
+
+    Raises:
+        InvalidRequest: there is no scheduler of that name, or the model's own cannot be part of a state.
+    """
+    config = dict(model_scheduler.config)
+    if name is not None:
+        if name not in SCHEDULERS:
+            raise InvalidRequest(
+                f"no scheduler {name!r}; there are {', '.join(sorted(SCHEDULERS))}", "scheduler"
+            )
+        kind, options = SCHEDULERS[name]
+        return kind.from_config(config, **options)
+    return scheduler_class(type(model_scheduler).__name__).from_config(config)
+
+
+def scheduler_class(name: str) -> type[Any]:
+    """The class of that name, if a state may hold one; raises InvalidRequest."""
+    if name not in _CLASSES:
+        raise InvalidRequest(
+            f"scheduler {name} cannot be part of a state; pass one by name: {', '.join(sorted(SCHEDULERS))}",
+            "scheduler",
+        )
+    return _CLASSES[name]

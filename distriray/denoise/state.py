@@ -1,0 +1,190 @@
+"""What a request is between two steps, as an object and as bytes."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from distriray.denoise.schedulers import scheduler_class
+from distriray.errors import InvalidRequest
+
+_VERSION = 1
+_FORMAT = "distriray.DenoiseState"
+
+
+@dataclass(eq=False)
+class DenoiseState:
+    """A request after `step` of `num_steps` steps. Every rank of its gang holds all of it.
+
+    Attributes:
+        values: what the pipeline's blocks hand on: `latents` (batch, channels, height / 8, width / 8),
+            `timesteps`, embeddings, for inpainting mask and image latents.
+        conditioning: names in `values` of the denoiser's conditional inputs.
+        scheduler: the request's own scheduler, whose memory is part of the state.
+        generators: one CPU generator an image.
+        estimate: the picture so far, predicted from the last step's noise; not part of the bytes.
+    """
+
+    task: str
+    values: dict[str, Any]
+    conditioning: tuple[str, ...]
+    scheduler: Any
+    generators: list[torch.Generator]
+    guidance_scale: float
+    guidance_rescale: float
+    height: int
+    width: int
+    step: int = 0
+    estimate: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def latents(self) -> torch.Tensor:
+        latents: torch.Tensor = self.values["latents"]
+        return latents
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return len(self.generators)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all; a second-order scheduler's stages count one each."""
+        return len(self.values["timesteps"])
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.num_steps
+
+    def to_bytes(self) -> bytes:
+        """Safetensors with a JSON header; no code, no pickle.
+
+        Raises:
+            TypeError: the scheduler remembers something that is neither a tensor nor a plain value.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        memory = {k: v for k, v in vars(self.scheduler).items() if k != "_internal_dict"}
+        header = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "task": self.task,
+            "values": _pack(self.values, "values", tensors),
+            "conditioning": list(self.conditioning),
+            "scheduler": type(self.scheduler).__name__,
+            "scheduler_config": _pack(_config_of(self.scheduler), "config", tensors),
+            "scheduler_memory": _pack(memory, "scheduler", tensors),
+            "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "height": self.height,
+            "width": self.width,
+            "step": self.step,
+            "images": self.batch,
+        }
+        for index, generator in enumerate(self.generators):
+            tensors[f"generator/{index}"] = generator.get_state()
+        return save(tensors, {"state": json.dumps(header)})
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> DenoiseState:
+        """The state that `to_bytes` wrote, on the CPU.
+
+        Raises:
+            InvalidRequest: not such bytes, of another version, or with a scheduler that is not known here.
+        """
+        try:
+            tensors = load(blob)
+            header = json.loads(_metadata(blob)["state"])
+            if header["format"] != _FORMAT or header["version"] != _VERSION:
+                raise InvalidRequest(
+                    f"a state of version {header['version']}; this release reads version {_VERSION}"
+                )
+            scheduler = scheduler_class(header["scheduler"]).from_config(
+                _unpack(header["scheduler_config"], tensors)
+            )
+            vars(scheduler).update(_unpack(header["scheduler_memory"], tensors))
+            generators = []
+            for index in range(header["images"]):
+                generator = torch.Generator()
+                generator.set_state(tensors[f"generator/{index}"])
+                generators.append(generator)
+            return cls(
+                task=header["task"],
+                values=_unpack(header["values"], tensors),
+                conditioning=tuple(header["conditioning"]),
+                scheduler=scheduler,
+                generators=generators,
+                guidance_scale=header["guidance_scale"],
+                guidance_rescale=header["guidance_rescale"],
+                height=header["height"],
+                width=header["width"],
+                step=header["step"],
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, InvalidRequest):
+                raise
+            raise InvalidRequest(
+                f"these bytes are not a saved state: {type(error).__name__}: {error}"
+            ) from error
+
+    def to(self, device: torch.device | str) -> DenoiseState:
+        """This state with its tensors on `device`; the scheduler keeps its tables where it wants them."""
+        self.values = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.values.items()}
+        for name, value in vars(self.scheduler).items():
+            if isinstance(value, list | deque):
+                moved = [v.to(device) if isinstance(v, torch.Tensor) and v.ndim == 4 else v for v in value]
+                setattr(self.scheduler, name, type(value)(moved))
+            elif isinstance(value, torch.Tensor) and (value.ndim == 4 or name == "timesteps"):
+                setattr(self.scheduler, name, value.to(device))
+        return self
+
+
+def _config_of(scheduler: Any) -> dict[str, Any]:
+    return {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+
+
+def _metadata(blob: bytes) -> dict[str, str]:
+    """The metadata of safetensors bytes: a JSON header behind its own length."""
+    length = int.from_bytes(blob[:8], "little")
+    metadata: dict[str, str] = json.loads(blob[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, with its tensors put into `tensors` under names that begin with `name`."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        tensors[name] = torch.from_numpy(value.copy())
+        return {"array": name}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {"dict": {key: _pack(item, f"{name}/{key}", tensors) for key, item in value.items()}}
+    for kind in (list, tuple, deque):
+        if isinstance(value, kind):
+            items = [_pack(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+            return {kind.__name__: items}
+    raise TypeError(f"{name} is a {type(value).__name__}, which cannot be saved")
+
+
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in content.items()}
+    return {"list": list, "tuple": tuple, "deque": deque}[kind](_unpack(item, tensors) for item in content)
