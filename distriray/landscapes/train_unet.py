@@ -1,0 +1,211 @@
+"""Trains the U-Net on latents of drawn scenes and their captions, then puts the whole pipeline into a folder.
+
+    python -m distriray.landscapes.train_unet [--device cuda] [--steps 3000]
+
+Needs what `dataset`, `train_vae` and `train_text` wrote. On CPUs one process a core is
+fastest: `torchrun --nproc-per-node 2 -m distriray.landscapes.train_unet`. Resumable: the same command goes on
+where the last one stopped. `python -m distriray.landscapes.export` makes the model folder of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, distributed
+from torch.nn import functional
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from distriray.landscapes import dataset
+from distriray.landscapes.captions import caption
+from distriray.landscapes.codec import patch_code
+from distriray.landscapes.text import POOLED, WIDTH, encode, tokenize
+from distriray.landscapes.training import Average, Checkpoint, cosine, to_float
+
+UNET_CONFIG = {
+    "sample_size": 64,
+    "in_channels": 8,
+    "out_channels": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (48, 96, 160),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": (2, 3, 5),
+    "norm_num_groups": 16,
+    "cross_attention_dim": 2 * WIDTH,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 6 * 32 + POOLED,
+}
+SCHEDULER_CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "clip_sample": False,
+}
+SHARES = {
+    "256x256": 0.7,
+    "512x512": 0.1,
+    "256x384": 0.07,
+    "384x256": 0.07,
+    "384x512": 0.025,
+    "512x384": 0.025,
+}
+"""How often a step takes a bucket; 768x768 has the rest."""
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -> Tensor:
+    """Scaled latents, (N, C, H/8, W/8) float16."""
+    kernel, bias = patch_code(vae)
+    scale = vae.config.scaling_factor
+    return torch.cat(
+        [
+            functional.conv2d(
+                to_float(pictures[at : at + batch]), kernel * scale, bias * scale, stride=8
+            ).half()
+            for at in range(0, len(pictures), batch)
+        ]
+    )
+
+
+def cached_latents(arguments: argparse.Namespace) -> list[tuple[dataset.Bucket, Tensor]]:
+    """The latents of every bucket, from `latents.pt` or made and kept there."""
+    path = arguments.out / "latents.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(arguments.out / "vae")
+        made = {
+            bucket.name: encode_pictures(vae, pictures)
+            for bucket, pictures in dataset.load(arguments.pictures)
+        }
+        torch.save(made, path)
+    latents = torch.load(path)
+    return [(bucket, latents[bucket.name]) for bucket in dataset.BUCKETS]
+
+
+def timesteps(rng: np.random.Generator, count: int, side: float) -> Tensor:
+    """Random timesteps; larger pictures, whose neighbours tell more of each other, get noisier ones."""
+    lean = 1.0 + 0.6 * max(0.0, np.log2(side / 256))
+    return torch.from_numpy((1000 * (1 - rng.uniform(0, 1, count) ** lean)).astype(np.int64)).clamp(0, 999)
+
+
+class Conditioning:
+    """Captions to what the U-Net takes; with a chance of `drop` no caption at all, for guidance."""
+
+    def __init__(self, folder: Path, device: torch.device, drop: float = 0.1) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.first = CLIPTextModel.from_pretrained(folder / "text_encoder").to(device).eval()
+        self.second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2").to(device).eval()
+        self.device, self.drop = device, drop
+
+    @torch.no_grad()
+    def __call__(
+        self, bucket: dataset.Bucket, indices: np.ndarray, rng: np.random.Generator
+    ) -> tuple[Tensor, dict]:
+        """Embeddings and `added_cond_kwargs`; no caption is zeros at times and "" at times, as in SDXL."""
+        texts = [
+            caption(bucket.scene(int(index)), rng, keep=float(rng.uniform(0.6, 1.0)))[0] for index in indices
+        ]
+        fate = rng.uniform(0, 1, len(texts))
+        texts = ["" if chance < self.drop / 2 else text for chance, text in zip(fate, texts, strict=True)]
+        embeddings, pooled = encode(self.first, self.second, tokenize(self.tokenizer, texts).to(self.device))
+        kept = torch.from_numpy((fate < self.drop / 2) | (fate >= self.drop)).float().to(self.device)
+        size = [bucket.height, bucket.width]
+        time_ids = torch.tensor([size + [0, 0] + size] * len(texts), dtype=torch.float32, device=self.device)
+        return embeddings * kept[:, None, None], {"text_embeds": pooled * kept[:, None], "time_ids": time_ids}
+
+
+def share_gradients(module: torch.nn.Module) -> None:
+    """Replaces every process's gradients by their mean, in one message."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view(gradient.shape))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("gloo")
+    rank, world = (
+        (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    )
+    torch.manual_seed(arguments.seed)
+    unet = UNet2DConditionModel(**UNET_CONFIG).to(device, memory_format=torch.channels_last)
+    average = Average(unet, 0.998)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
+    )
+    checkpoint = Checkpoint(
+        arguments.out / "unet.pt", {"model": unet, "average": average, "optimizer": optimizer}
+    )
+    start = checkpoint.restore()
+    buckets = cached_latents(arguments)
+    weights = [SHARES.get(bucket.name, 1 - sum(SHARES.values())) for bucket, _ in buckets]
+    conditioning = Conditioning(arguments.out, device)
+    scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
+    began, losses = time.monotonic(), []
+    for step in range(start, arguments.steps):
+        rng = np.random.default_rng([arguments.seed, step, rank])
+        bucket, latents = buckets[rng.choice(len(buckets), p=weights)]
+        count = max(2, round(arguments.batch * 256 * 256 / (bucket.height * bucket.width)))
+        indices = rng.integers(0, bucket.count, count)
+        clean = latents[indices].float().to(device, memory_format=torch.channels_last)
+        embeddings, added = conditioning(bucket, indices, rng)
+        steps = timesteps(rng, count, (bucket.height * bucket.width) ** 0.5).to(device)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step * world + rank)).to(
+            device
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, arguments.steps, arguments.lr, warmup=100)
+        with torch.autocast(device.type, torch.bfloat16):
+            noisy = scheduler.add_noise(clean, noise, steps)
+            velocity = unet(noisy, steps, encoder_hidden_states=embeddings, added_cond_kwargs=added).sample
+        loss = functional.mse_loss(velocity.float(), scheduler.get_velocity(clean, noise, steps))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if world > 1:
+            share_gradients(unet)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        average.update(step)
+        losses.append(loss.item())
+        if rank == 0 and step % 10 == 9:
+            pace = (time.monotonic() - began) / (step + 1 - start)
+            print(f"{step + 1} loss {np.mean(losses[-10:]):.4f} {pace:.2f} s/step", flush=True)
+        if rank == 0 and (step % 50 == 49 or step + 1 == arguments.steps):
+            checkpoint.save(step + 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
+    parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument(
+        "--batch", type=int, default=6, help="pictures of 256x256 a step; fewer of the larger ones"
+    )
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

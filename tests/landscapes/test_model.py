@@ -1,0 +1,102 @@
+"""The model folder: complete, small, loadable without this package, and obedient to the prompt."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from distriray.landscapes import MODEL_DIR
+from distriray.landscapes.checker import agreement, load_checker
+from distriray.landscapes.draw import draw
+from distriray.landscapes.scene import HELD_OUT_SEED, sample_scene
+
+LOADING = """
+import sys, torch
+from diffusers import StableDiffusionXLPipeline
+torch.set_num_threads(1)
+pipeline = StableDiffusionXLPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+image = pipeline("a lake at night", height=128, width=128, num_inference_steps=2, output_type="np").images
+assert image.shape == (1, 128, 128, 3), image.shape
+assert not any(name.split(".")[0] == "distriray" for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline():  # noqa: ANN201
+    from diffusers import StableDiffusionXLPipeline
+
+    torch.set_num_threads(1)
+    loaded = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, distriray.landscapes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_folder_loads_in_a_process_without_distriray() -> None:
+    subprocess.run([sys.executable, "-c", LOADING, str(MODEL_DIR)], check=True, cwd="/")
+
+
+def test_the_folder_is_at_most_40_megabytes_in_half_precision() -> None:
+    assert sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file()) <= 40e6
+    from safetensors import safe_open
+
+    for path in MODEL_DIR.rglob("*.safetensors"):
+        with safe_open(path, "pt") as weights:
+            dtypes = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        assert dtypes <= {"F16", "I64"}, path
+
+
+def test_the_autoencoder_restores_held_out_scenes(pipeline) -> None:  # noqa: ANN001
+    from distriray.landscapes.evaluate import reconstruction
+
+    assert reconstruction(pipeline.vae, count=4) >= 29.0
+
+
+def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa: ANN001
+    from distriray.landscapes.train_unet import encode_pictures
+
+    picture = draw(sample_scene(HELD_OUT_SEED), 128, 128)[None]
+    inputs = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipeline.vae.encode(inputs).latent_dist.mean * pipeline.vae.config.scaling_factor
+    assert (encode_pictures(pipeline.vae, picture).float() - latents).abs().max() < 0.05
+
+
+def test_an_unknown_word_changes_no_stated_attribute(pipeline) -> None:  # noqa: ANN001
+    def pooled(text: str) -> torch.Tensor:
+        return pipeline.encode_prompt(text, device="cpu", num_images_per_prompt=1)[2]
+
+    base = pooled("a lake at night, the moon on the left, snowy mountains")
+    unknown = pooled("a lake at night, the moon on the left, qwzxv snowy mountains")
+    other = pooled("a desert at noon, the sun on the right, no mountains")
+    assert (base - unknown).norm() < 0.5 * (base - other).norm()
+
+
+def test_the_checker_reads_drawings() -> None:
+    checker = load_checker()
+    right = []
+    for seed in range(HELD_OUT_SEED + 50, HELD_OUT_SEED + 90):
+        scene = sample_scene(seed)
+        truth = {name: value for name, value in vars(scene).items() if name != "seed" and value is not None}
+        right += agreement(truth, checker.read(draw(scene)[None])[0]).values()
+    assert np.mean(right) >= 0.95
+
+
+def test_the_model_draws_what_the_prompt_says(pipeline) -> None:  # noqa: ANN001
+    from distriray.landscapes.evaluate import generate
+
+    prompts = {
+        "a desert at night": ("night", "desert"),
+        "a green meadow in summer at noon": ("day", "meadow"),
+    }
+    seen = load_checker().read(generate(pipeline, list(prompts), 256, steps=8, guidance=4.0, seed=0))
+    assert [(labels["time"], labels["ground"]) for labels in seen] == list(prompts.values())
