@@ -27,7 +27,8 @@ class ElasticConfig:
     Attributes:
         review_s: decide anew at step boundaries at most this often.
         patience_s: how long a request may be passed over, after its arrival or, if it has one, its
-            deadline, before it gets its smallest gang ahead of all others, the oldest first.
+            deadline, before it has a turn: of every `turn_s` seconds a `share` goes to such requests, the
+            oldest first, each on its smallest gang.
         planned: at most so many deadlines are planned for, the earliest first.
         exchanges: at most so many orders are tried beyond the first two.
         caution: how many of the latency model's errors a gang should leave until the deadline.
@@ -39,6 +40,8 @@ class ElasticConfig:
 
     review_s: float = 0.25
     patience_s: float = 60.0
+    turn_s: float = 60.0
+    share: float = 0.125
     planned: int = 12
     exchanges: int = 4
     caution: float = 0.5
@@ -69,7 +72,9 @@ class Elastic:
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""
-        scene = scene_of(view, model, self.config.planned, self.config.patience_s)
+        config = self.config
+        turn = view.now_s % config.turn_s < config.share * config.turn_s
+        scene = scene_of(view, model, config.planned, config.patience_s, turn)
         best = self._search(scene)
         sizes = self._fill(scene, best, {})
         if all(j.size for j in scene.forced):

@@ -53,11 +53,12 @@ class Scene:
         return [*self.forced, *self.planned, *self.others]
 
 
-def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: float) -> Scene:
+def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: float, turn: bool) -> Scene:
     """The jobs that matter now: pinned or passed over, due soonest, and first by response ratio.
 
     The response ratio is (wait + work) / work (Brinch Hansen, 1971), doubled for each unit of priority and
-    for those that run, so that they go on. Of those passed over for `patience_s` the oldest is forced.
+    for those that run, so that they go on. When it is the `turn` of those passed over for `patience_s`, they
+    are forced, the oldest first, as many as there are workers for.
     """
     now, costs_of = view.now_s, costs_by_request(view, model)
     forced: list[Job] = []
@@ -76,7 +77,7 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
         else:
             ratio = ldexp(1.0 + (now - r.arrival_s) / costs.work, r.priority + (r.workers is not None))
             rest.append((-ratio, r.arrival_s, r.id, r, costs))
-            if now - (r.arrival_s if due is None else due) > patience_s:
+            if turn and now - (r.arrival_s if due is None else due) > patience_s:
                 passed.append(rest[-1])
     soonest = nsmallest(planned + len(view.workers), hopeful)
     chosen = soonest[:planned]
@@ -84,10 +85,12 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
         later = [e for e in hopeful if e[3].workers is not None and e > chosen[-1]]
         later += [e for e in soonest[planned:] if e[3].workers is None]
         rest += [(-inf, *e[1:]) for e in later]
-    if passed:
-        oldest = min(passed, key=lambda e: e[1:3])
-        forced.append(job_of(*oldest[3:]))
-        rest.remove(oldest)
+    room = len(view.workers)
+    for e in nsmallest(room, passed, key=lambda e: e[1:3]):
+        if e[4].sizes[0] <= room:
+            room -= e[4].sizes[0]
+            forced.append(job_of(e[3], e[4]))
+            rest.remove(e)
     running = [e for e in rest if e[3].workers is not None]
     waiting = nsmallest(len(view.workers), (e for e in rest if e[3].workers is None))
     others = sorted(running + waiting)
@@ -95,13 +98,13 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
         now,
         len(view.workers),
         forced,
-        [job_of(*e[3:]) for e in chosen],
+        [job_of(*e[3:], e[0] + TOLERANCE_S) for e in chosen],
         [job_of(*e[3:]) for e in others],
     )
 
 
-def job_of(r: RequestView, costs: Costs) -> Job:
-    """A request as the planner sees it."""
+def job_of(r: RequestView, costs: Costs, due: float = inf) -> Job:
+    """A request as the planner sees it, to be finished by `due`."""
     return Job(
         r.id,
         costs.sizes,
@@ -109,7 +112,7 @@ def job_of(r: RequestView, costs: Costs) -> Job:
         costs.regroup_s,
         costs.error,
         len(r.workers) if r.workers else 0,
-        inf if r.deadline_s is None else r.deadline_s + TOLERANCE_S,
+        due,
         ldexp(1.0, r.priority),
         r.arrival_s,
         r.pinned,

@@ -73,11 +73,10 @@ def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1
     hopeful: list[Job] = []
     rest: list[Job] = []
     for r, costs in known:
-        job = job_of(r, costs)
-        if now + costs.soonest_s <= job.deadline_s < inf:
-            hopeful.append(job)
+        if r.deadline_s is not None and now + costs.soonest_s <= r.deadline_s:
+            hopeful.append(job_of(r, costs, r.deadline_s))
         else:  # late, or without a deadline: it ends when it ends
-            rest.append(replace(job, deadline_s=inf))
+            rest.append(job_of(r, costs))
     first = nsmallest(PUBLISHED_JOBS, hopeful, key=lambda j: (not j.size, j.deadline_s, j.arrival_s))
     for job in first:
         run = _fit(firm, job) or _quickest(firm, job)
@@ -122,8 +121,8 @@ def route(
         costs = costs_by_request(empty, model)(request)
         if not costs.sizes:
             continue
-        job = job_of(request, costs)
         urgent = request.deadline_s is not None
+        job = job_of(request, costs, inf if request.deadline_s is None else request.deadline_s)
         timeline = _timeline(state.firm if urgent else state.full, now_s)
         run = _quickest(timeline, job)
         if run is not None:

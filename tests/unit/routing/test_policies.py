@@ -196,15 +196,18 @@ def test_two_steps_of_priority_weigh_as_much_as_four_times_the_response_ratio(wa
     assert all(name.startswith(first) for name in plan.assignments)
 
 
-def test_the_oldest_request_passed_over_too_long_comes_first():
-    config = ElasticConfig(patience_s=20.0)
-    old = request("old", 2048, arrival=0.0, priority=-5)
+@pytest.mark.parametrize(("now", "runs"), [(122.0, True), (135.0, False), (62.0, False)])
+def test_the_oldest_request_passed_over_too_long_has_its_turn(now, runs):
+    """A turn is the first eighth of every minute, for those passed over for a minute."""
+    old = request("old", 2048, arrival=10.0, priority=-5)
     rush = [
-        request(f"r{i}", kind.height, arrival=30.0, deadline=30.0 + 1.5 * kind.deadline_s)
-        for i, kind in enumerate(TRIAL_KINDS * 3)
+        request(f"r{i}", k.height, arrival=now, deadline=now + 1.5 * (k.deadline_s or 0.0))
+        for i, k in enumerate(TRIAL_KINDS * 3)
     ]
-    assert "old" in Elastic(config).plan(host(old, *rush, now=30.0), MODEL).assignments
-    assert "old" not in Elastic(config).plan(host(old, *rush, now=19.0), MODEL).assignments
+    plan = Elastic(ElasticConfig(patience_s=60.0, turn_s=60.0, share=0.125)).plan(
+        host(old, *rush, now=now), MODEL
+    )
+    assert ("old" in plan.assignments) == runs
 
 
 def test_dead_workers_leave_smaller_gangs():
