@@ -65,15 +65,16 @@ def connect(
     if store is None:
         store = _store(address, rank, timeout_s)
     gang = PrefixStore(name, store)
-    _enroll(gang, name, rank, world_size)
     try:
+        _enroll(gang, name, rank, world_size)
         gloo = GlooCommunicator(gang, rank, world_size, _interface_towards(store), timeout_s)
+    except torch.distributed.DistError as error:
+        raise GangBroken(f"the store where gang {name!r} meets does not answer: {error}") from error
     except GangBroken as error:
-        absent = [peer for peer in range(world_size) if not gang.check([f"rank {peer}"])]
+        absent = _absent(gang, world_size)
         if absent:
-            raise GangBroken(
-                f"ranks {absent} of gang {name!r} did not join within {timeout_s:g} s"
-            ) from error
+            late = f"ranks {absent} of gang {name!r} did not join within {timeout_s:g} s"
+            raise GangBroken(late) from error
         raise
     if backend == "gloo":
         return gloo
@@ -113,6 +114,13 @@ def _enroll(gang: Store, name: str, rank: int, world_size: int) -> None:
         raise GangMismatch(
             f"rank {rank} of gang {name!r} is taken; give every process a rank, every gang a name"
         )
+
+
+def _absent(gang: Store, world_size: int) -> list[int]:
+    try:
+        return [rank for rank in range(world_size) if not gang.check([f"rank {rank}"])]
+    except torch.distributed.DistError:
+        return []  # the store is gone: nobody knows
 
 
 def _interface_towards(store: Store) -> str:

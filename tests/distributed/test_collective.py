@@ -502,6 +502,14 @@ def test_nccl_without_cupy_says_what_to_install(gang) -> None:
         connect("nccl", rank=0, world_size=2, **gang)
 
 
+def test_a_store_that_is_gone_is_a_broken_gang() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=1))
+    del server
+    with pytest.raises(GangBroken, match="the store where gang 'lost' meets does not answer"):
+        connect("gloo", rank=1, world_size=2, store=store, timeout_s=1, name="lost")
+
+
 def test_an_existing_store_serves_many_gangs(served: str) -> None:
     host, port = served.split(":")
     store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=5))
