@@ -136,7 +136,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             panel.set(title=f"{workload}, deadlines × {scale:g}", xlabel="requests/s", ylim=(0, 100))
             panel.grid(alpha=0.3)
         across[0].set_ylabel("deadlines met, %")
-    panels[0][-1].legend(fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
