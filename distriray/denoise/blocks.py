@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipelineBlocks
-from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLInputStep
+from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
+    StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep,
+    StableDiffusionXLImg2ImgSetTimestepsStep,
+    StableDiffusionXLInpaintPrepareLatentsStep,
+    StableDiffusionXLInputStep,
+)
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
     StableDiffusionXLDenoiseStep,
@@ -22,8 +27,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
     StableDiffusionXLAutoBlocks,
     StableDiffusionXLBeforeDenoiseStep,
     StableDiffusionXLImg2ImgBeforeDenoiseStep,
-    StableDiffusionXLInpaintBeforeDenoiseStep,
 )
+from diffusers.utils.torch_utils import randn_tensor
 
 
 class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
@@ -40,7 +45,7 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
     @torch.no_grad()
     def __call__(self, components: Any, block_state: BlockState, i: int, t: torch.Tensor) -> tuple[Any, Any]:
         guider = components.guider
-        # Of all stages: a second-order scheduler has two a step, and the guider stops after the last it knows.
+        # Count stages, of which a second-order scheduler has two a step: past the last, the guider stops.
         guider.set_state(step=i, num_inference_steps=len(block_state.timesteps), timestep=t)
         names = {
             "prompt_embeds": "prompt_embeds",
@@ -69,6 +74,42 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
         return components, block_state
 
 
+class InpaintVaeEncoder(StableDiffusionXLInpaintVaeEncoderStep):
+    """Leaves the masked picture as it is: it is encoded after the noise is drawn, as the pipeline does it."""
+
+    # The inpainting block's own reads `self.vae`, which it has not, where a VAE has latent means.
+    _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
+
+    def prepare_mask_latents(
+        self, components: Any, mask: torch.Tensor, masked_image: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return mask, masked_image
+
+
+class InpaintPrepareLatents(StableDiffusionXLInpaintPrepareLatentsStep):
+    """Draws in the order of the ordinary pipeline, so that a seed gives the same picture."""
+
+    def prepare_mask_latents(
+        self,
+        components: Any,
+        mask: torch.Tensor,
+        masked_image: torch.Tensor | None,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: list[torch.Generator],
+    ) -> Any:
+        if masked_image is None:  # a network of four channels; the pipeline encodes it for nothing
+            scale = components.vae_scale_factor
+            shape = (batch_size, components.num_channels_latents, height // scale, width // scale)
+            randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return super().prepare_mask_latents(
+            components, mask, masked_image, batch_size, height, width, dtype, device, generator
+        )
+
+
 class Task:
     """The blocks of one task: what comes before the loop, and the loop."""
 
@@ -78,12 +119,18 @@ class Task:
         self.denoiser = BatchedDenoiser()
         loop.sub_blocks["denoiser"] = self.denoiser
 
+    def step(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> Any:
+        """One turn of the loop. diffusers' `loop_step` would log every cancellation as an error."""
+        for block in self.loop.sub_blocks.values():
+            _, block_state = block(components, block_state, i=i, t=t)
+        return block_state
+
 
 def make_tasks() -> dict[str, Task]:
     """Text to image, image to image and inpainting."""
 
-    def before(encode: list[Any], prepare: Any) -> list[Any]:
-        return [StableDiffusionXLTextEncoderStep(), *encode, StableDiffusionXLInputStep(), prepare]
+    def before(encode: list[Any], *prepare: Any) -> list[Any]:
+        return [StableDiffusionXLTextEncoderStep(), *encode, StableDiffusionXLInputStep(), *prepare]
 
     return {
         "text-to-image": Task(
@@ -94,7 +141,12 @@ def make_tasks() -> dict[str, Task]:
             StableDiffusionXLDenoiseStep(),
         ),
         "inpainting": Task(
-            before([StableDiffusionXLInpaintVaeEncoderStep()], StableDiffusionXLInpaintBeforeDenoiseStep()),
+            before(
+                [InpaintVaeEncoder()],
+                StableDiffusionXLImg2ImgSetTimestepsStep(),
+                InpaintPrepareLatents(),
+                StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep(),
+            ),
             StableDiffusionXLInpaintDenoiseStep(),
         ),
     }
@@ -106,16 +158,19 @@ def make_components(pipeline: Any) -> Any:
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler")
     components.update_components(**{name: pipeline.components[name] for name in names})
     components.register_to_config(
-        force_zeros_for_empty_prompt=pipeline.config.get("force_zeros_for_empty_prompt", True)
+        force_zeros_for_empty_prompt=pipeline.config.get("force_zeros_for_empty_prompt", True),
+        requires_aesthetics_score=pipeline.config.get("requires_aesthetics_score", False),
     )
     return components
 
 
 def set_guidance(components: Any, scale: float, rescale: float) -> None:
-    """Classifier-free guidance of that scale; off at 1 and below."""
+    """Classifier-free guidance of that scale; off at 1 and below, and for networks that take it as input."""
     guider = components.guider
-    guider.guidance_scale, guider.guidance_rescale = scale, rescale if scale > 1.0 else 0.0
-    if scale > 1.0:
+    on = scale > 1.0 and components.unet.config.time_cond_proj_dim is None
+    guider.guidance_scale, guider.guidance_rescale = scale, rescale if on else 0.0
+    guider.set_state(step=0, num_inference_steps=1, timestep=None)  # what the last request left there
+    if on:
         guider.enable()
     else:
         guider.disable()

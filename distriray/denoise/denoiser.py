@@ -77,6 +77,10 @@ class Denoiser:
         """
         if not seeds:
             raise InvalidRequest("give at least one seed", "seed")
+        if num_inference_steps < 1:
+            raise InvalidRequest(
+                f"num_inference_steps {num_inference_steps} is not at least 1", "num_inference_steps"
+            )
         if mask_image is not None and image is None:
             raise InvalidRequest("a mask_image needs an image", "image")
         if not 0.0 < strength <= 1.0:
@@ -87,7 +91,12 @@ class Denoiser:
         components.scheduler = make_scheduler(self._pipeline.scheduler, scheduler)
         set_guidance(components, guidance_scale, guidance_rescale)
         pixels = components.vae_scale_factor * components.default_sample_size
-        height, width = height or pixels, width or pixels
+        height = pixels if height is None else height
+        width = pixels if width is None else width
+        multiple = components.vae_scale_factor
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % multiple:
+                raise InvalidRequest(f"{name} {size} is not a multiple of {multiple}", name)
 
         state = PipelineState()
         for name, value in {
@@ -98,8 +107,9 @@ class Denoiser:
             "num_inference_steps": num_inference_steps,
             "num_images_per_prompt": len(seeds),
             "generator": generators,
-            "image": image if image is None else image.convert("RGB"),
-            "mask_image": mask_image,
+            # One each, so that every image is drawn with its own generator.
+            "image": None if image is None else [image.convert("RGB")] * len(seeds),
+            "mask_image": None if mask_image is None else [mask_image] * len(seeds),
             "strength": strength,
         }.items():
             state.set(name, value)
@@ -144,13 +154,10 @@ class Denoiser:
             pipeline_state.set(name, value, "denoiser_input_fields" if name in state.conditioning else None)
         pipeline_state.set("generator", state.generators)
         block_state = task.loop.get_block_state(pipeline_state)
-        try:
-            timestep = state.values["timesteps"][state.step]
-            before = block_state.latents
-            _, block_state = task.loop.loop_step(components, block_state, i=state.step, t=timestep)
-        except BaseException:
-            self._last = None
-            raise
+        timestep, before = state.values["timesteps"][state.step], block_state.latents
+        self._last = None
+        with state.unchanged_on_error():
+            block_state = task.step(components, block_state, i=state.step, t=timestep)
         state.estimate = _predicted_original(state.scheduler, before, block_state.noise_pred, timestep)
         state.values["latents"] = block_state.latents
         state.step += 1
@@ -187,11 +194,11 @@ class Denoiser:
         return -1 if engine is None else engine.generation
 
     def _follow(self, state: DenoiseState, task: Any) -> None:
-        """If this is not the step after the last one here: tell the engine, and forget that one's prompt."""
-        same = self._last is not None and self._last() is state
-        if same and self._last_at == (state.step, self._gang):
-            return
+        """If this does not go straight on from the last step here: tell the engine, forget that prompt."""
         engine = engine_of(self._pipeline)
+        same = self._last is not None and self._last() is state and self._last_at == (state.step, self._gang)
+        if same and not (engine is not None and engine.yielding):
+            return
         if engine is not None:
             engine.restart(state.step)
         task.denoiser.batched = None

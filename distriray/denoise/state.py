@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +18,9 @@ from safetensors.torch import load, save
 from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
 
-_VERSION = 1
-_FORMAT = "distriray.DenoiseState"
+_MAGIC = b"distriray state "
+_VERSION = b"1\n"
+_DIGEST_SIZE = 16
 
 
 @dataclass(eq=False)
@@ -64,7 +68,7 @@ class DenoiseState:
         return self.step >= self.num_steps
 
     def to_bytes(self) -> bytes:
-        """Safetensors with a JSON header; no code, no pickle.
+        """Version, checksum, and safetensors with a JSON header; no code, no pickle.
 
         Raises:
             TypeError: the scheduler remembers something that is neither a tensor nor a plain value.
@@ -72,8 +76,6 @@ class DenoiseState:
         tensors: dict[str, torch.Tensor] = {}
         memory = {k: v for k, v in vars(self.scheduler).items() if k != "_internal_dict"}
         header = {
-            "format": _FORMAT,
-            "version": _VERSION,
             "task": self.task,
             "values": _pack(self.values, "values", tensors),
             "conditioning": list(self.conditioning),
@@ -89,26 +91,25 @@ class DenoiseState:
         }
         for index, generator in enumerate(self.generators):
             tensors[f"generator/{index}"] = generator.get_state()
-        return save(tensors, {"state": json.dumps(header)})
+        content = save(tensors, {"state": json.dumps(header)})
+        return _MAGIC + _VERSION + _digest(content) + content
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> DenoiseState:
         """The state that `to_bytes` wrote, on the CPU.
 
         Raises:
-            InvalidRequest: not such bytes, of another version, or with a scheduler that is not known here.
+            InvalidRequest: not such bytes, damaged, of another version, or with a scheduler that is not known
+                here or remembers other things than this release's.
         """
+        content = _checked(blob)
         try:
-            tensors = load(blob)
-            header = json.loads(_metadata(blob)["state"])
-            if header["format"] != _FORMAT or header["version"] != _VERSION:
-                raise InvalidRequest(
-                    f"a state of version {header['version']}; this release reads version {_VERSION}"
-                )
+            tensors = load(content)
+            header = json.loads(_metadata(content)["state"])
             scheduler = scheduler_class(header["scheduler"]).from_config(
                 _unpack(header["scheduler_config"], tensors)
             )
-            vars(scheduler).update(_unpack(header["scheduler_memory"], tensors))
+            _remember(scheduler, _unpack(header["scheduler_memory"], tensors))
             generators = []
             for index in range(header["images"]):
                 generator = torch.Generator()
@@ -133,6 +134,23 @@ class DenoiseState:
                 f"these bytes are not a saved state: {type(error).__name__}: {error}"
             ) from error
 
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Put the scheduler's memory and the generators back if the block raises.
+
+        Schedulers replace the tensors they remember, and write into lists; so lists are what is copied.
+        """
+        memory = {k: v.copy() if isinstance(v, list | deque) else v for k, v in vars(self.scheduler).items()}
+        drawn = [generator.get_state() for generator in self.generators]
+        try:
+            yield
+        except BaseException:
+            vars(self.scheduler).clear()
+            vars(self.scheduler).update(memory)
+            for generator, before in zip(self.generators, drawn, strict=True):
+                generator.set_state(before)
+            raise
+
     def to(self, device: torch.device | str) -> DenoiseState:
         """This state with its tensors on `device`; the scheduler keeps its tables where it wants them."""
         self.values = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.values.items()}
@@ -143,6 +161,36 @@ class DenoiseState:
             elif isinstance(value, torch.Tensor) and (value.ndim == 4 or name == "timesteps"):
                 setattr(self.scheduler, name, value.to(device))
         return self
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_SIZE).digest()
+
+
+def _checked(blob: bytes) -> bytes:
+    """The content of saved bytes; raises InvalidRequest."""
+    if not blob.startswith(_MAGIC):
+        raise InvalidRequest("these bytes are not a saved state")
+    version, _, rest = blob[len(_MAGIC) :].partition(b"\n")
+    if version + b"\n" != _VERSION:
+        raise InvalidRequest(
+            f"a state of version {version[:20]!r}; this release reads version {_VERSION.strip()!r}"
+        )
+    digest, content = rest[:_DIGEST_SIZE], rest[_DIGEST_SIZE:]
+    if _digest(content) != digest:
+        raise InvalidRequest("the saved state is damaged: its checksum does not match")
+    return content
+
+
+def _remember(scheduler: Any, memory: dict[str, Any]) -> None:
+    """Give a fresh scheduler the attributes of the saved one, which must be of the same release."""
+    lost = vars(scheduler).keys() - memory.keys() - {"_internal_dict"}
+    foreign = {name for name in memory if name.startswith("__") or hasattr(type(scheduler), name)}
+    if lost or foreign:
+        raise InvalidRequest(
+            f"the saved {type(scheduler).__name__} differs from this diffusers' in {sorted(lost | foreign)}"
+        )
+    vars(scheduler).update(memory)
 
 
 def _config_of(scheduler: Any) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
@@ -12,7 +16,7 @@ from PIL import Image
 from distriray import parallelize
 from distriray.collective import connect
 from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
-from distriray.errors import GenerationCancelled, InvalidRequest, UnsupportedModel
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from tests.models import tiny_sd15, tiny_sdxl
 
@@ -106,27 +110,36 @@ def test_image_to_image_equals_the_ordinary_pipeline(pipeline: Any, denoiser: De
     torch.testing.assert_close(finish(denoiser, state), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_inpainting_keeps_what_the_mask_leaves_also_through_bytes(pipeline: Any, denoiser: Denoiser) -> None:
-    """The modular blocks draw the picture's and the noise's randomness in another order than the ordinary
-    pipeline does, so that only the kept part can be compared with it."""
-    mask = Image.new("L", (96, 64), 0)
-    mask.paste(255, (0, 0, 48, 64))
-    other = AutoPipelineForInpainting.from_pipe(pipeline)
+MASK = Image.new("L", (96, 64), 0)
+MASK.paste(255, (0, 0, 48, 64))
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp-2m", "euler-ancestral", "heun"])
+def test_inpainting_equals_the_ordinary_pipeline_also_through_bytes(channels: int, scheduler: str) -> None:
+    pipeline = tiny_sdxl(in_channels=channels)
+    denoiser, other = Denoiser(pipeline), AutoPipelineForInpainting.from_pipe(pipeline)
+    kind, options = SCHEDULERS[scheduler]
+    other.scheduler = kind.from_config(pipeline.scheduler.config, **options)
+    other.set_progress_bar_config(disable=True)
     expected = other(
-        "x", mask_image=mask, generator=generators([1]), output_type="latent", **SIZE, **ON_PICTURE
+        "x", mask_image=MASK, generator=generators([1]), output_type="latent", **SIZE, **ON_PICTURE
     ).images
-    state = denoiser.prepare(prompt="x", seeds=[1], mask_image=mask, **SIZE, **ON_PICTURE)
+    state = denoiser.prepare(
+        prompt="x", seeds=[1], mask_image=MASK, scheduler=scheduler, **SIZE, **ON_PICTURE
+    )
     denoiser.step(state)
     carried = DenoiseState.from_bytes(state.to_bytes())
     latents = finish(denoiser, state)
     assert torch.equal(finish(denoiser, carried), latents)
-    torch.testing.assert_close(latents[..., 6:], expected[..., 6:], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(latents[..., :6], state.values["image_latents"][..., :6], atol=0.1)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser) -> None:
-    together = denoiser.prepare(prompt="a lake", seeds=[1, 2, 3], num_inference_steps=3, **SIZE)
-    alone = denoiser.prepare(prompt="a lake", seeds=[2], num_inference_steps=3, **SIZE)
+@pytest.mark.parametrize("call", [{}, {"image": PICTURE}, {"image": PICTURE, "mask_image": MASK}])
+def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
+    call = {"num_inference_steps": 3, "strength": 0.8, "scheduler": "euler-ancestral", **SIZE, **call}
+    together = denoiser.prepare(prompt="a lake", seeds=[1, 2, 3], **call)
+    alone = denoiser.prepare(prompt="a lake", seeds=[2], **call)
     torch.testing.assert_close(finish(denoiser, together)[1:2], finish(denoiser, alone), rtol=1e-4, atol=1e-4)
 
 
@@ -169,14 +182,100 @@ def test_pictures_and_previews(denoiser: Denoiser) -> None:
         denoiser.step(state)
 
 
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("part", ["unet", "scheduler"])
+def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str, part: str) -> None:
+    state = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=4, scheduler=scheduler, **SIZE)
+    unet = denoiser._components.unet
+    for done in range(state.num_steps):
+        owner, name = (unet, "forward") if part == "unet" else (state.scheduler, "step")
+        work = getattr(owner, name)
+
+        def fail(*inputs: Any, work: Any = work, **options: Any) -> None:
+            work(*inputs, **options)
+            raise GangBroken("at the very end")
+
+        before = state.to_bytes()
+        setattr(owner, name, fail)
+        try:
+            with pytest.raises(GangBroken):
+                denoiser.step(state)
+        finally:
+            vars(owner).pop(name, None)
+        assert state.step == done
+        assert state.to_bytes() == before
+        denoiser.step(state)
+
+
+def signed(blob: bytes, old: bytes, new: bytes) -> bytes:
+    """Those bytes with something replaced, and a checksum that agrees."""
+    content = blob.split(b"\n", 1)[1][16:]
+    assert old in content and len(old) == len(new)
+    content = content.replace(old, new)
+    return blob.split(b"\n", 1)[0] + b"\n" + hashlib.blake2b(content, digest_size=16).digest() + content
+
+
 def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
     blob = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=2, **SIZE).to_bytes()
-    foreign = blob.replace(b"EulerDiscreteScheduler", b"EulerDiscreteSchedulex")
-    newer = blob.replace(b'version\\": 1', b'version\\": 9')
-    assert foreign != blob != newer
-    for broken in (b"", b"nonsense", blob[:-10], blob[: len(blob) // 2], foreign, newer):
-        with pytest.raises(InvalidRequest):
+    assert DenoiseState.from_bytes(signed(blob, b"a", b"a")).step == 0
+    flipped = [bytearray(blob) for _ in range(4)]
+    for copy, place in zip(flipped, (20, 40, len(blob) // 2, len(blob) - 1), strict=True):
+        copy[place] ^= 1
+    for broken in (b"", b"nonsense", blob[:30], blob[:-10], blob[: len(blob) // 2], *map(bytes, flipped)):
+        with pytest.raises(InvalidRequest, match=r"damaged|not a saved state"):
             DenoiseState.from_bytes(broken)
+    for forged, complaint in (
+        (blob.replace(b"state 1", b"state 9", 1), "version"),
+        (signed(blob, b"EulerDiscreteScheduler", b"EulerDiscreteSchedulex"), "EulerDiscreteSchedulex cannot"),
+        (signed(blob, b'\\"_begin_index\\"', b'\\"scale_noises\\"'), "differs"),
+        (signed(blob, b'\\"_begin_index\\"', b'\\"add_noise\\"   '), "differs"),
+        (signed(blob, b'\\"task\\"', b'\\"tusk\\"'), "KeyError"),
+    ):
+        with pytest.raises(InvalidRequest, match=complaint):
+            DenoiseState.from_bytes(forged)
+
+
+def test_what_cannot_be_saved_is_an_error(denoiser: Denoiser) -> None:
+    state = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=2, **SIZE)
+    state.scheduler.memo = [print]
+    with pytest.raises(TypeError, match="scheduler/memo/0 is a builtin_function"):
+        state.to_bytes()
+
+
+def test_another_process_goes_on_with_the_same_bits(denoiser: Denoiser, tmp_path: Path) -> None:
+    expected = {}
+    for scheduler in SCHEDULERS:
+        state = denoiser.prepare(prompt="x", seeds=[1, 2], num_inference_steps=4, scheduler=scheduler, **SIZE)
+        while not state.done:
+            (tmp_path / f"{scheduler} {state.step}").write_bytes(state.to_bytes())
+            denoiser.step(state)
+        expected[scheduler] = state.latents
+    context = get_context("spawn")
+    with context.Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        finals = pool.apply(finish_saved, (tmp_path,))
+    for name, latents in finals.items():
+        assert np.array_equal(latents, expected[name.split()[0]].numpy()), name
+    assert len(finals) >= 4 * len(SCHEDULERS)
+
+
+def finish_saved(folder: Path) -> dict[str, np.ndarray]:
+    denoiser = Denoiser(tiny_sdxl())
+    return {
+        file.name: finish(denoiser, DenoiseState.from_bytes(file.read_bytes())).numpy()
+        for file in folder.iterdir()
+    }
+
+
+def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
+    pipeline = parallelize(tiny_sdxl(), connect("local"))
+    denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+    assert engine is not None
+    state = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=4, **SIZE)
+    engine.ask_yield()
+    denoiser.step(state)
+    assert engine.yielding
+    denoiser.step(state)
+    assert not engine.yielding
 
 
 @pytest.mark.parametrize(
@@ -186,6 +285,9 @@ def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
         ({"scheduler": "magic"}, "scheduler"),
         ({"mask_image": Image.new("L", (96, 64))}, "image"),
         ({"strength": 0.0}, "strength"),
+        ({"height": 60}, "height"),
+        ({"width": 0, "height": 8}, "width"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"image": Image.new("RGB", (96, 64)), "strength": 0.1, "num_inference_steps": 2}, "strength"),
     ],
 )
