@@ -18,15 +18,20 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["distriray.parallel", "diffusers.pipelines.stable_diffusion_xl"])
 
 
+def free_address() -> str:
+    """`host:port` on this machine where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(communicator, *arguments)` of every rank, in the order of ranks.
 
     Raises:
         RuntimeError: a rank failed; the message holds its traceback. The others are ended.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     ranks = []
     for rank in range(world_size):
         here, there = _CONTEXT.Pipe(duplex=False)

@@ -43,7 +43,9 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
         self.batched: dict[str, torch.Tensor] | None = None
 
     @torch.no_grad()
-    def __call__(self, components: Any, block_state: BlockState, i: int, t: torch.Tensor) -> tuple[Any, Any]:
+    def __call__(
+        self, components: Any, block_state: BlockState, i: int, t: torch.Tensor
+    ) -> tuple[Any, BlockState]:
         guider = components.guider
         # Count stages, of which a second-order scheduler has two a step: past the last, the guider stops.
         guider.set_state(step=i, num_inference_steps=len(block_state.timesteps), timestep=t)
