@@ -41,8 +41,7 @@ def start_linear(vae: AutoencoderKL, pictures: Tensor) -> None:
     """
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
+            _clear(module.conv2)
     quarter, _, _ = principal(to_blocks(to_blocks(pictures)), 32)
     eighth = functional.conv2d(to_blocks(to_blocks(pictures)), quarter[:, :, None, None])
     latent_channels = vae.config.latent_channels
@@ -74,7 +73,7 @@ def start_linear(vae: AutoencoderKL, pictures: Tensor) -> None:
 
     for convolution in _decoder_chain(vae):
         nn.init.xavier_normal_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+        _bias(convolution).zero_()
 
 
 @torch.no_grad()
@@ -88,10 +87,16 @@ def patch_code(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     return (answers[1:] - answers[0]).T.reshape(-1, 3, 8, 8), answers[0]
 
 
+@torch.no_grad()
 def _clear(*convolutions: nn.Conv2d) -> None:
     for convolution in convolutions:
-        nn.init.zeros_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+        convolution.weight.zero_()
+        _bias(convolution).zero_()
+
+
+def _bias(convolution: nn.Conv2d) -> Tensor:
+    assert convolution.bias is not None
+    return convolution.bias
 
 
 @torch.no_grad()
@@ -100,9 +105,10 @@ def _pass_norm(before: nn.Conv2d, norm: nn.GroupNorm, after: nn.Conv2d, count: i
     width = norm.num_channels // norm.num_groups
     before.weight[:count, :count, 0, 0] = torch.eye(count)
     before.weight[count : 2 * count] = -before.weight[:count]
-    before.bias[count : 2 * count] = -before.bias[:count]
+    bias = _bias(before)
+    bias[count : 2 * count] = -bias[:count]
     for group in range(norm.num_groups):
-        before.bias[(group + 1) * width - 2], before.bias[(group + 1) * width - 1] = CONSTANT, -CONSTANT
+        bias[(group + 1) * width - 2], bias[(group + 1) * width - 1] = CONSTANT, -CONSTANT
     norm.weight.fill_(CONSTANT * (2 / width) ** 0.5)
     norm.bias.zero_()
     _clear(after)

@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distriray.landscapes.scene import Scene
-from distriray.landscapes.trees import draw_trees
-
-Field = NDArray[np.float32]
+from distriray.landscapes.trees import Field, draw_trees, rgb
 
 SKY = {
     "day": ((0.25, 0.50, 0.82), (0.50, 0.72, 0.92), (0.80, 0.90, 0.96)),
@@ -50,7 +48,7 @@ def noise(rng: np.random.Generator, y: Field, x: Field, cell: float, stretch: fl
     return (weights(y / cell) @ grid @ weights(x / (cell * stretch)).T) * 1.4
 
 
-def mix(below: Field, above: Field | tuple, alpha: Field) -> Field:
+def mix(below: Field, above: Field | tuple[float, ...], alpha: Field) -> Field:
     """`above` laid over `below`, (H, W, 3), where alpha, (H, W) or (H, 1), is 1."""
     return below + alpha[..., None] * (np.asarray(above, np.float32) - below)
 
@@ -158,8 +156,8 @@ def _mountains(
     if scene.mountains == "hills" and scene.season:
         base = {
             "summer": base,
-            "autumn": np.float32((0.52, 0.40, 0.22)),
-            "winter": np.float32((0.74, 0.79, 0.86)),
+            "autumn": rgb((0.52, 0.40, 0.22)),
+            "winter": rgb((0.74, 0.79, 0.86)),
         }[scene.season]
     depth = y[:, None] - ridge[None]
     texture = noise(rng, y, x, 0.03, 1.0)
@@ -175,8 +173,8 @@ def _mountains(
             line = 0.115 + 0.025 * noise(rng, np.zeros(1, np.float32), x, 0.02) + 0.012 * texture
             tall = np.clip((horizon - ridge - 0.06) / 0.12, 0, 1.1)[None]
             snow = _edge(line * tall - depth, 0.006)
-            white = np.float32((0.97, 0.98, 1.0)) * (0.80 + 0.28 * lit)[..., None]
-            white = white / np.float32(LIGHT[scene.time]) ** 0.5  # snow keeps more of its own white than rock
+            white = rgb((0.97, 0.98, 1.0)) * (0.80 + 0.28 * lit)[..., None]
+            white = white / rgb(LIGHT[scene.time]) ** 0.5  # snow keeps more of its own white than rock
             colour = mix(colour, white, snow)
     colour = colour * np.asarray(LIGHT[scene.time], np.float32)
     distance = np.clip((horizon - ridge.mean()) / 0.3, 0.12, 0.5) * 0.7
@@ -205,7 +203,7 @@ def _ground(
         row, part = rows.astype(np.intp), rows - rows.astype(np.intp)
         columns = np.arange(len(x))[None]
         mirror = picture[row, columns] * (1 - part[..., None]) + picture[row + 1, columns] * part[..., None]
-        mirror = mirror * (0.86 - 0.14 * near[:, None, None]) + np.float32((0.01, 0.03, 0.06)) * light
+        mirror = mirror * (0.86 - 0.14 * near[:, None, None]) + rgb((0.01, 0.03, 0.06)) * light
         if scene.body == "present":
             path = np.exp(-(((x[None] - sun[0]) / (0.03 + 0.05 * near[:, None])) ** 2))
             glitter = np.clip(0.35 + 0.5 * noise(rng, y, x, 0.012, 4.0), 0, 1) * path
@@ -222,13 +220,12 @@ def _ground(
 def _soil(scene: Scene, rng: np.random.Generator, y: Field, x: Field, near: Field, light: Field) -> Field:
     if scene.ground == "desert":
         dunes = np.sin(6 * noise(rng, y, x, 0.16, 3.0) + 30 * near[:, None] ** 0.7)
-        colour = np.float32(SAND) * (0.93 + 0.09 * dunes)[..., None]
+        colour = rgb(SAND) * (0.93 + 0.09 * dunes)[..., None]
     else:
         rolling, grain = noise(rng, y, x, 0.09, 3.0), noise(rng, y, x, 0.02, 1.8)
         strength = 0.4 if scene.season == "winter" else 1.0
         colour = (
-            np.float32(SOIL[scene.season or "summer"])
-            * (1 + strength * (0.08 * rolling + 0.05 * grain))[..., None]
+            rgb(SOIL[scene.season or "summer"]) * (1 + strength * (0.08 * rolling + 0.05 * grain))[..., None]
         )
     return colour * (1.06 - 0.3 * near)[:, None, None] * light
 

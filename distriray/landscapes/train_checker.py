@@ -46,11 +46,12 @@ def train(arguments: argparse.Namespace) -> None:
         indices = np.sort(rng.integers(0, bucket.count, arguments.batch))
         labels = torch.tensor([bucket.scene(int(index)).labels() for index in indices])
         logits = checker(blur_some(to_input(pictures[indices]), rng))
-        loss = sum(
+        losses = [
             functional.cross_entropy(block, target, ignore_index=-1)
             for block, target in zip(logits, labels.unbind(1), strict=True)
             if (target >= 0).any()
-        )
+        ]
+        loss = torch.stack(losses).sum()
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, arguments.steps, arguments.lr, warmup=50)
         optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distriray.landscapes.scene import HELD_OUT_SEED
 from distriray.landscapes.text import (
@@ -56,7 +57,12 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def _accuracy(tokenizer, first, second, heads) -> str:  # noqa: ANN001
+def _accuracy(
+    tokenizer: CLIPTokenizer,
+    first: CLIPTextModel,
+    second: CLIPTextModelWithProjection,
+    heads: AttributeHeads,
+) -> str:
     texts, labels = sample_captions(0, 256, first_scene=HELD_OUT_SEED)
     ids = tokenize(tokenizer, texts)
     scores = []

@@ -35,8 +35,8 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        mine, theirs = list(self.model.parameters()), list(self.source.parameters())
-        torch._foreach_lerp_(mine, [parameter.detach() for parameter in theirs], weight)
+        mine = [parameter.data for parameter in self.model.parameters()]
+        torch._foreach_lerp_(mine, [parameter.data for parameter in self.source.parameters()], weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.state_dict()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from distriray.landscapes.scene import Scene
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
 
 LEAVES = {
     ("pine", "summer"): (0.10, 0.34, 0.20),
@@ -18,6 +20,11 @@ LEAVES = {
     ("broadleaf", "winter"): (0.66, 0.70, 0.78),
 }
 TRUNK = (0.28, 0.19, 0.13)
+
+
+def rgb(colour: tuple[float, ...]) -> Field:
+    """A colour as (3,) float32."""
+    return np.asarray(colour, np.float32)
 
 
 def draw_trees(
@@ -77,10 +84,10 @@ def _tree(
         alpha = np.clip(inside / (2 * softness) + 0.5, 0, 1)[..., None]
         patch = patch + alpha * (colour - patch)
 
-    leaf = np.float32(LEAVES[scene.tree_kind or "pine", scene.season or "summer"])
+    leaf = rgb(LEAVES[scene.tree_kind or "pine", scene.season or "summer"])
     toward = np.sign(sun_x - centre)
     lay(patch * 0.72, 1 - np.hypot(across / 0.34, up / 0.05), 0.3)
-    lay(np.float32(TRUNK) * light, np.minimum(0.035 - np.abs(across), np.minimum(up, 0.5 - up)))
+    lay(rgb(TRUNK) * light, np.minimum(0.035 - np.abs(across), np.minimum(up, 0.5 - up)))
     if scene.tree_kind == "broadleaf":
         for middle, level, size in (
             (0.0, 0.66, 0.30),
@@ -97,5 +104,5 @@ def _tree(
             lit = np.clip(0.85 + 1.1 * toward * across + 0.5 * (up - start), 0.5, 1.35)[..., None]
             lay(leaf * light * lit, np.minimum(skirt, up - start))
             if scene.season == "winter":
-                lay(np.float32((0.95, 0.97, 1.0)) * light, np.minimum(skirt, up - end + 0.22) - 0.01, 0.03)
+                lay(rgb((0.95, 0.97, 1.0)) * light, np.minimum(skirt, up - end + 0.22) - 0.01, 0.03)
     picture[rows, columns] = patch
