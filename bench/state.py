@@ -1,0 +1,70 @@
+"""How large a state between two steps is, and what saving and restoring it takes: `python -m bench.state`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from bench.report import Report
+from distriray.denoise import Denoiser, DenoiseState
+from distriray.landscapes import MODEL_DIR
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="pixels of a side")
+    parser.add_argument("--schedulers", nargs="+", default=["ddim", "dpmpp-2m", "unipc"])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", help="also write the table to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR, torch_dtype=torch.float32)
+    denoiser = Denoiser(pipeline)
+    report = Report(
+        "bench.state: builtin:landscapes in float32, one image with guidance, after two steps",
+        columns=("size", "scheduler", "KiB", "save ms", "restore ms", "step ms", "restore of a step"),
+        seed=1,
+        settings=vars(arguments),
+    )
+    for size in arguments.sizes:
+        for scheduler in arguments.schedulers:
+            state = denoiser.prepare(
+                prompt="a lake at dusk, snowy mountains",
+                seeds=[1],
+                height=size,
+                width=size,
+                num_inference_steps=25,
+                scheduler=scheduler,
+            )
+            denoiser.step(state)
+            started = time.perf_counter()
+            denoiser.step(state)
+            step_ms = 1000 * (time.perf_counter() - started)
+            saves, restores = [], []
+            for _ in range(arguments.repeats):
+                started = time.perf_counter()
+                blob = state.to_bytes()
+                saves.append(1000 * (time.perf_counter() - started))
+                started = time.perf_counter()
+                DenoiseState.from_bytes(blob)
+                restores.append(1000 * (time.perf_counter() - started))
+            report.add(
+                f"{size}x{size}",
+                scheduler,
+                f"{len(blob) / 1024:.0f}",
+                f"{median(saves):.2f}",
+                f"{median(restores):.2f}",
+                f"{step_ms:.0f}",
+                f"{median(restores) / step_ms:.1%}",
+            )
+    report.print()
+    if arguments.json:
+        report.write(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
