@@ -182,7 +182,7 @@ def _trees(scene: Scene, said: Labels, told: Told, say: Say) -> list[str]:
         return []
     if scene.trees == "none":
         return [say(NO_TREES)]
-    kind = f"{say(KIND[scene.tree_kind or "pine"])} " if told("tree_kind") else ""
+    kind = say(KIND[scene.tree_kind or "pine"]) + " " if told("tree_kind") else ""
     return [f"{say(COUNT[scene.trees])} {kind}{'tree' if scene.trees == 'one' else 'trees'}"]
 
 
