@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import sys
@@ -86,6 +87,7 @@ def generate(
         parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
         spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype)
         _check_out(out)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it talks while it is imported
         from .gang import HostConfig, open_host
 
         config = HostConfig(
@@ -98,7 +100,6 @@ def generate(
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
             TimeElapsedColumn(),
             console=notes,
             transient=True,
@@ -118,7 +119,8 @@ def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> Gene
     task = bar.add_task(f"gang of {request.gang_size}", total=request.num_inference_steps)
     for event in host.stream(request):
         if isinstance(event, Step):
-            bar.update(task, completed=event.step)
+            said = f"gang of {event.gang_size}, step {event.step} of {event.num_steps}"
+            bar.update(task, completed=event.step, total=event.num_steps, description=said)
         elif isinstance(event, Finished):
             bar.remove_task(task)
             return event.result

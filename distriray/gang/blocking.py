@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import subprocess
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import ray
 from ..errors import NotEnoughDevices
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.policy import HostPolicy
+from . import guard
 from .config import HostConfig
 from .events import Event
 from .host import Host
@@ -87,8 +89,7 @@ def open_host(
         ConnectionError: no Ray at `address`.
     """
     started = not ray.is_initialized()
-    if started:
-        _start_ray(address, cpus)
+    watchman = _start_ray(address, cpus) if started else None
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="distriray-host", daemon=True)
     thread.start()
@@ -109,13 +110,16 @@ def open_host(
         loop.close()
         if started:
             ray.shutdown()
+        if watchman is not None:
+            watchman.communicate()
 
 
-def _start_ray(address: str | None, cpus: int | None) -> None:
+def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] | None:
+    """Join the cluster at `address`, or start one here and return its guard."""
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is not None:
         ray.init(address=address, **quiet)
-        return
+        return None
     try:
         ray.init(
             address="local",
@@ -126,3 +130,4 @@ def _start_ray(address: str | None, cpus: int | None) -> None:
         )
     except (OSError, ValueError) as error:
         raise NotEnoughDevices(f"Ray does not start on this machine: {error}") from error
+    return guard.start()

@@ -90,11 +90,13 @@ class Host:
             while not (job.ended.done() and events.empty()):
                 news = asyncio.ensure_future(events.get())
                 watched: list[asyncio.Future[Any]] = [news, job.ended]
-                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-                if news.done():
+                try:
+                    await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not news.done():
+                        news.cancel()
+                if news.done() and not news.cancelled():
                     yield news.result()
-                else:
-                    news.cancel()
             yield Finished(job.request.id, job.ended.result())
         finally:
             self._dispatcher.cancel(job)

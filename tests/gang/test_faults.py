@@ -1,4 +1,4 @@
-"""Workers and drivers that die; 60 random requests with pauses, cancellations and a kill."""
+"""Workers and drivers that die; 200 random requests with pauses, cancellations and a kill."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_lone_worker_that_dies_costs_its_steps_but_not_the_request(host: Block
 def test_every_random_request_ends_once_and_the_host_ends_as_it_began(host: BlockingHost) -> None:
     draw = random.Random(5)
     policy_of(host).change(Shuffle(seed=5))
-    count = 60
+    count = 200
 
     async def one(request: GenerationRequest) -> str:
         try:
@@ -107,10 +107,10 @@ def test_every_random_request_ends_once_and_the_host_ends_as_it_began(host: Bloc
                 gang_size=draw.choice(["auto", 1, 2, 4]),
             )
             tasks.append(asyncio.ensure_future(one(request)))
-            await asyncio.sleep(draw.uniform(0.0, 0.4))
+            await asyncio.sleep(draw.uniform(0.0, 0.2))
             if draw.random() < 0.1:
                 await host.host.cancel(f"random-{draw.randint(0, index)}")
-            if index == count // 2:
+            if index in (60, 140):
                 pid = host.host.status().workers[draw.randrange(4)].pid
                 os.kill(pid, signal.SIGKILL)
         ends = await asyncio.gather(*tasks)

@@ -1,0 +1,48 @@
+"""Ends what a local Ray leaves behind when its driver is killed.
+
+Ray ends its own processes when their driver dies, but in Ray 2.60 two agents wait a minute for the head
+that died with them. This process waits for the end of its standard input, which comes with the driver's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+
+import psutil
+
+GRACE_S = 3.0
+
+
+def start() -> subprocess.Popen[str]:
+    """Guard all processes that descend from this one now; close `stdin` to let the guard go."""
+    started = [(child.pid, child.create_time()) for child in psutil.Process().children(recursive=True)]
+    guard = subprocess.Popen(
+        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert guard.stdin is not None
+    guard.stdin.write(json.dumps(started) + "\n")
+    guard.stdin.flush()
+    return guard
+
+
+def main() -> None:
+    """Wait for the driver's end, give what it started a moment to go, and end the rest."""
+    started = json.loads(sys.stdin.readline())
+    sys.stdin.read()
+    left = []
+    for pid, created in started:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == created:
+                left.append(process)
+    _, left = psutil.wait_procs(left, timeout=GRACE_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+if __name__ == "__main__":
+    main()
