@@ -65,8 +65,8 @@ def locate(spec: ModelSpec) -> Path:
         return _pipeline_folder(local, name)
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ModelNotFound(
-            f"no model {name!r}: there is no folder {local.absolute()}, and it is not a Hugging Face id such as "
-            "stabilityai/stable-diffusion-xl-base-1.0; the built-in model is builtin:landscapes"
+            f"no model {name!r}: there is no folder {local.absolute()}, and it is not a Hugging Face id such "
+            "as stabilityai/stable-diffusion-xl-base-1.0; the built-in model is builtin:landscapes"
         )
     return _from_hub(spec, local)
 

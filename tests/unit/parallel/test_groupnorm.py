@@ -37,7 +37,7 @@ def test_merged_variance_is_never_negative() -> None:
 
 
 def test_correction_stays_finite_where_its_formula_is_negative() -> None:
-    """The own mean jumps from 0 to 10 with hardly any spread: E[x^2] - E[x]^2 of the shifted moments is < 0."""
+    """The own mean jumps from 0 to 10 with hardly any spread: E[x^2] - E[x]^2, shifted, is < 0."""
     stale = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 1.0]]]])
     own = torch.tensor([[[10.0, 0.01]]])
     shares = torch.tensor([0.9, 0.1]).view(-1, 1, 1)
