@@ -123,11 +123,14 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def tiny_sdxl(seed: int = 0, *, force_zeros: bool = True, **unet: Any) -> StableDiffusionXLPipeline:
+def tiny_sdxl(
+    seed: int = 0, *, force_zeros: bool = True, latent_channels: int = 4, **unet: Any
+) -> StableDiffusionXLPipeline:
     """A whole SDXL pipeline in float32 on the CPU; `unet` overrides entries of the U-Net's config."""
+    unet = {"in_channels": latent_channels, "out_channels": latent_channels, **unet}
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
     pipeline = StableDiffusionXLPipeline(
-        vae=tiny_vae(seed),
+        vae=tiny_vae(seed, latent_channels=latent_channels),
         text_encoder=ready(CLIPTextModel(text_config(tokenizer)), seed + 1),
         text_encoder_2=ready(CLIPTextModelWithProjection(text_config(tokenizer_2)), seed + 2),
         tokenizer=tokenizer,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep,
+    StableDiffusionXLImg2ImgPrepareLatentsStep,
     StableDiffusionXLImg2ImgSetTimestepsStep,
     StableDiffusionXLInpaintPrepareLatentsStep,
     StableDiffusionXLInputStep,
@@ -26,8 +27,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
     StableDiffusionXLAutoBlocks,
     StableDiffusionXLBeforeDenoiseStep,
-    StableDiffusionXLImg2ImgBeforeDenoiseStep,
 )
+from diffusers.modular_pipelines.stable_diffusion_xl.modular_pipeline import StableDiffusionXLModularPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -76,6 +77,26 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
         return components, block_state
 
 
+class Components(StableDiffusionXLModularPipeline):
+    """Says 4 for every network that takes latents alone, which is what the inpainting blocks ask for."""
+
+    @property
+    def num_channels_unet(self) -> int:
+        channels: int = self.unet.config.in_channels
+        return 4 if channels == self.num_channels_latents else channels
+
+
+class PrepareLatents(StableDiffusionXLImg2ImgPrepareLatentsStep):
+    """Noise on the picture's latents, however many channels those have; diffusers' block takes only four."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        latents, generator = state.get("image_latents"), state.get("generator")
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        state.set("latents", components.scheduler.add_noise(latents, noise, state.get("latent_timestep")))
+        return components, state
+
+
 class InpaintVaeEncoder(StableDiffusionXLInpaintVaeEncoderStep):
     """Leaves the masked picture as it is: it is encoded after the noise is drawn, as the pipeline does it."""
 
@@ -90,6 +111,29 @@ class InpaintVaeEncoder(StableDiffusionXLInpaintVaeEncoderStep):
 
 class InpaintPrepareLatents(StableDiffusionXLInpaintPrepareLatentsStep):
     """Draws in the order of the ordinary pipeline, so that a seed gives the same picture."""
+
+    def prepare_latents_inpaint(
+        self,
+        components: Any,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: list[torch.Generator],
+        latents: None,
+        *,
+        image: torch.Tensor,
+        timestep: torch.Tensor,
+        is_strength_max: bool,
+        add_noise: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scheduler = components.scheduler
+        noise = randn_tensor(image.shape, generator=generator, device=image.device, dtype=image.dtype)
+        if is_strength_max:
+            return noise * scheduler.init_noise_sigma, noise, image
+        return scheduler.add_noise(image, noise, timestep), noise, image
 
     def prepare_mask_latents(
         self,
@@ -139,7 +183,12 @@ def make_tasks() -> dict[str, Task]:
             before([], StableDiffusionXLBeforeDenoiseStep()), StableDiffusionXLDenoiseStep()
         ),
         "image-to-image": Task(
-            before([StableDiffusionXLVaeEncoderStep()], StableDiffusionXLImg2ImgBeforeDenoiseStep()),
+            before(
+                [StableDiffusionXLVaeEncoderStep()],
+                StableDiffusionXLImg2ImgSetTimestepsStep(),
+                PrepareLatents(),
+                StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep(),
+            ),
             StableDiffusionXLDenoiseStep(),
         ),
         "inpainting": Task(
@@ -156,7 +205,7 @@ def make_tasks() -> dict[str, Task]:
 
 def make_components(pipeline: Any) -> Any:
     """What the blocks read their models from: the pipeline's own, not copied."""
-    components = StableDiffusionXLAutoBlocks().init_pipeline()
+    components = Components(blocks=StableDiffusionXLAutoBlocks())
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler")
     components.update_components(**{name: pipeline.components[name] for name in names})
     components.register_to_config(

@@ -118,7 +118,8 @@ class Denoiser:
         loop = self._tasks[task].loop
         conditioning = tuple(dict.fromkeys(state.kwargs_mapping.get("denoiser_input_fields", ())))
         kept = ({p.name for p in loop.inputs} | set(conditioning)) - {"generator", None}
-        values = {name: value for name, value in state.values.items() if name in kept and value is not None}
+        values = {name: _settled(value) for name, value in state.values.items() if name in kept}
+        values = {name: value for name, value in values.items() if value is not None}
         if not len(values["timesteps"]):
             raise InvalidRequest(
                 f"strength {strength} of {num_inference_steps} steps leaves none to do", "strength"
@@ -159,7 +160,7 @@ class Denoiser:
         with state.unchanged_on_error():
             block_state = task.step(components, block_state, i=state.step, t=timestep)
         state.estimate = _predicted_original(state.scheduler, before, block_state.noise_pred, timestep)
-        state.values["latents"] = block_state.latents
+        state.values["latents"] = _settled(block_state.latents)
         state.step += 1
         self._last, self._last_at = weakref.ref(state), (state.step, self._gang)
 
@@ -202,6 +203,11 @@ class Denoiser:
         if engine is not None:
             engine.restart(state.step)
         task.denoiser.batched = None
+
+
+def _settled(value: Any) -> Any:
+    """A tensor in the memory layout that it comes back in from bytes: other layouts round differently."""
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def _predicted_original(

@@ -104,7 +104,8 @@ class DenoiseState:
         """
         content = _checked(blob)
         try:
-            tensors = load(content)
+            # Copies: what is loaded are views of `content`, which nobody may write to, at any alignment.
+            tensors = {name: tensor.clone() for name, tensor in load(content).items()}
             header = json.loads(_metadata(content)["state"])
             scheduler = scheduler_class(header["scheduler"]).from_config(
                 _unpack(header["scheduler_config"], tensors)

@@ -103,8 +103,11 @@ ON_PICTURE: dict[str, Any] = {
 }
 
 
-def test_image_to_image_equals_the_ordinary_pipeline(pipeline: Any, denoiser: Denoiser) -> None:
-    other = AutoPipelineForImage2Image.from_pipe(pipeline)
+@pytest.mark.parametrize("channels", [4, 8])
+def test_image_to_image_equals_the_ordinary_pipeline(channels: int) -> None:
+    pipeline = tiny_sdxl(latent_channels=channels)
+    denoiser, other = Denoiser(pipeline), AutoPipelineForImage2Image.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
     expected = other("x", generator=generators([1]), output_type="latent", **ON_PICTURE).images
     state = denoiser.prepare(prompt="x", seeds=[1], **SIZE, **ON_PICTURE)
     torch.testing.assert_close(finish(denoiser, state), expected, rtol=1e-4, atol=1e-4)
@@ -133,6 +136,16 @@ def test_inpainting_equals_the_ordinary_pipeline_also_through_bytes(channels: in
     latents = finish(denoiser, state)
     assert torch.equal(finish(denoiser, carried), latents)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting_keeps_the_rest_with_latents_of_any_width(strength: float) -> None:
+    denoiser = Denoiser(tiny_sdxl(latent_channels=8))  # which the ordinary inpainting pipeline refuses
+    call = {**ON_PICTURE, **SIZE, "strength": strength}
+    state = denoiser.prepare(prompt="x", seeds=[1], mask_image=MASK, **call)
+    latents, kept = finish(denoiser, state), state.values["image_latents"]
+    assert torch.equal(latents[..., 6:], kept[..., 6:])
+    assert not torch.allclose(latents[..., :6], kept[..., :6], atol=0.1)
 
 
 @pytest.mark.parametrize("call", [{}, {"image": PICTURE}, {"image": PICTURE, "mask_image": MASK}])
