@@ -1,6 +1,6 @@
 """Trains the attribute checker on drawn scenes.
 
-    python -m distriray.landscapes.train_checker [--steps 900]
+    python -m distriray.landscapes.train_checker [--steps 500]
 
 Pictures are blurred and noised at random, so that it judges what is shown and not how crisply.
 """
@@ -71,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--to", type=Path, default=CHECKER_FILE)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

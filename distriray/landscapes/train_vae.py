@@ -1,6 +1,6 @@
 """Trains the model's f8 autoencoder on drawn scenes.
 
-    python -m distriray.landscapes.train_vae [--device cuda] [--steps 500]
+    python -m distriray.landscapes.train_vae [--device cuda] [--steps 2000]
 
 Reads the pictures that `distriray.landscapes.dataset` rendered, writes `vae.pt` (resumable: the same command
 goes on where the last one stopped) and the averaged weights as a diffusers folder `vae/` into `--out`.
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=0, help="of the whole decoder, after the linear path's")
     parser.add_argument(
         "--batch", type=int, default=8, help="crops of 128 pixels a step; a quarter for whole pictures"
     )

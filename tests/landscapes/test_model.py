@@ -91,12 +91,9 @@ def test_the_checker_reads_drawings() -> None:
     assert np.mean(right) >= 0.95
 
 
-def test_the_model_draws_what_the_prompt_says(pipeline) -> None:  # noqa: ANN001
+def test_the_model_follows_the_time_of_day(pipeline) -> None:  # noqa: ANN001
     from distriray.landscapes.evaluate import generate
 
-    prompts = {
-        "a desert at night": ("night", "desert"),
-        "a green meadow in summer at noon": ("day", "meadow"),
-    }
-    seen = load_checker().read(generate(pipeline, list(prompts), 256, steps=8, guidance=4.0, seed=0))
-    assert [(labels["time"], labels["ground"]) for labels in seen] == list(prompts.values())
+    prompts = {"day": "a meadow at noon", "sunset": "a lake at sunset", "night": "a desert at night, stars"}
+    pictures = generate(pipeline, list(prompts.values()), 256, steps=8, guidance=4.0, seed=0)
+    assert [labels["time"] for labels in load_checker().read(pictures)] == list(prompts)
