@@ -1,7 +1,7 @@
 """What gangs on Ray cost: `python -m bench.gang`.
 
-Starting a host; forming a gang on it (send-off and return, without preparing, stepping and decoding);
-regrouping an image 2 -> 4 -> 1 -> 2 between its steps; losing a worker to `kill -9` in mid-image.
+Starting a host; forming a gang on it (from the decision until its last rank can step); regrouping an
+image 2 -> 4 -> 1 -> 2 between its steps; losing a worker to `kill -9` in mid-image.
 """
 
 from __future__ import annotations
@@ -80,14 +80,15 @@ def main() -> None:
         for gang in GANGS:
             draw([gang], steps=2)
         for gang in GANGS[:2] + [(2,)]:
-            seconds = [_overhead(draw([gang], steps=1)) for _ in range(options.rounds)]
+            firsts = [draw([gang], steps=1).segments[0] for _ in range(options.rounds)]
+            seconds = [segment.formed_at - segment.sent_at for segment in firsts]
             report.add(f"forming a gang of {len(gang)}, ms", f"{1e3 * median(seconds):.1f}")
         alone = draw([(0,)])
         moved = [draw(GANGS, every=options.steps // 4) for _ in range(options.rounds)]
         assert all([s.workers for s in result.segments] == GANGS for result in moved)
         report.add(
             "one regrouping, ms, beside its synchronous step",
-            f"{1e3 * median(_overhead(r) / len(r.segments) for r in moved):.1f}",
+            f"{1e3 * median(gap for result in moved for gap in _gaps(result)):.1f}",
         )
         report.add(
             "largest difference of a colour, 2 -> 4 -> 1 -> 2 against one worker, of 255",
@@ -134,9 +135,10 @@ def _kill(host: BlockingHost, policy: Script, options: argparse.Namespace, repor
     report.add("killed worker: replaced and in every gang after, s", f"{repaired:.1f}")
 
 
-def _overhead(result: GenerationResult) -> float:
-    """Seconds that are neither waiting in the queue nor preparing, stepping or decoding."""
-    return result.timings.waiting_s
+def _gaps(result: GenerationResult) -> list[float]:
+    """Seconds between the last rank's leaving one gang and the last rank's readiness in the next."""
+    pairs = zip(result.segments, result.segments[1:], strict=False)
+    return [after.formed_at - before.left_at for before, after in pairs]
 
 
 def _difference(one: GenerationResult, other: GenerationResult) -> int:

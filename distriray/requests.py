@@ -177,7 +177,9 @@ class Limits(BaseModel):
 class Segment(BaseModel):
     """Steps `first_step` to `last_step` (the latter not included) by one gang, rank 0 first.
 
-    `fresh_step_s` and `stale_step_s` are the median seconds of a synchronous and of a displaced step.
+    Its gang was sent for at `sent_at`, complete at `formed_at` (prompt encoding aside) and through with its
+    steps at `left_at`, in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the median seconds
+    of a synchronous and of a displaced step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -186,6 +188,9 @@ class Segment(BaseModel):
     first_step: int
     last_step: int
     seconds: float
+    sent_at: float
+    formed_at: float
+    left_at: float
     fresh_step_s: float | None = None
     stale_step_s: float | None = None
 

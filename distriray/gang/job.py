@@ -47,6 +47,7 @@ class Job:
         self.shown = 0
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._started: float | None = None
+        self._sent_at = 0.0
         self._prepare_s = self._denoise_s = self._decode_s = 0.0
 
     @property
@@ -83,9 +84,10 @@ class Job:
         self._started = self._started or time.monotonic()
         self.workers, self.serial, self.yielding = workers, serial, False
         self.ever_held.update(workers)
+        self._sent_at = time.time()
 
     def account(self, outcomes: Collection[Outcome], first: int, seconds: float) -> None:
-        """Add a segment that began at step `first`; `outcomes` are its survivors'."""
+        """Add a segment that began at step `first`; `outcomes` are its survivors', lowest rank first."""
         assert self.workers is not None
         last = max(outcome.step for outcome in outcomes)
         self.segments.append(
@@ -94,13 +96,17 @@ class Job:
                 first_step=first,
                 last_step=last,
                 seconds=seconds,
+                sent_at=self._sent_at,
+                formed_at=max(outcome.formed_at for outcome in outcomes),
+                left_at=max(outcome.left_at for outcome in outcomes),
                 fresh_step_s=_median(step for outcome in outcomes for step in outcome.fresh_s),
                 stale_step_s=_median(step for outcome in outcomes for step in outcome.stale_s),
             )
         )
-        self._prepare_s += max(outcome.prepare_s for outcome in outcomes)
-        self._denoise_s += max(sum(outcome.fresh_s) + sum(outcome.stale_s) for outcome in outcomes)
-        self._decode_s += max(outcome.decode_s for outcome in outcomes)
+        first_rank = next(iter(outcomes))
+        self._prepare_s += first_rank.prepare_s
+        self._denoise_s += sum(first_rank.fresh_s) + sum(first_rank.stale_s)
+        self._decode_s += first_rank.decode_s
 
     def result(self, model: str, outcome: Outcome) -> GenerationResult:
         """What its owner gets."""

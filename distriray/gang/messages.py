@@ -57,7 +57,8 @@ class Ending(StrEnum):
 class Outcome:
     """What one rank has to say of a segment; it holds the request's state at `step`.
 
-    `fresh_s` and `stale_s` are the seconds of each synchronous and each displaced step.
+    `fresh_s` and `stale_s` are the seconds of each synchronous and each displaced step. `formed_at` and
+    `left_at` are when this rank was ready to step, were its prompt encoded already, and when it had stepped.
     """
 
     ending: Ending
@@ -71,6 +72,8 @@ class Outcome:
     previews: tuple[tuple[int, Image.Image], ...] = ()
     images: list[Image.Image] | None = None
     cause: str = ""
+    formed_at: float = 0.0
+    left_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,7 @@ class Stage:
         began = time.perf_counter()
         state = self._state(order, blob)
         prepare_s = time.perf_counter() - began if order.step == 0 else 0.0
+        formed_at = time.time() - prepare_s
         sent = communicator.bytes_sent
         fresh: list[float] = []
         stale: list[float] = []
@@ -160,6 +161,7 @@ class Stage:
         finally:
             with self._lock:
                 self._stepping = False
+        left_at = time.time()
         images, decode_s = None, 0.0
         if ending is Ending.DONE and order.rank == 0:
             began = time.perf_counter()
@@ -177,6 +179,8 @@ class Stage:
             tuple(self._previews),
             images,
             cause,
+            formed_at,
+            left_at,
         )
 
     def _steps(self, order: Order, state: DenoiseState, fresh: list[float], stale: list[float]) -> Ending:
