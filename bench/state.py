@@ -1,4 +1,6 @@
-"""How large a state between two steps is, and what saving and restoring it takes: `python -m bench.state`."""
+"""How large a state between two steps is, and what saving, restoring and previewing it takes:
+`python -m bench.state`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,17 @@ def main() -> None:
     denoiser = Denoiser(pipeline)
     report = Report(
         "bench.state: builtin:landscapes in float32, one image with guidance, after two steps",
-        columns=("size", "scheduler", "KiB", "save ms", "restore ms", "step ms", "restore of a step"),
+        columns=(
+            "size",
+            "scheduler",
+            "KiB",
+            "save ms",
+            "restore ms",
+            "step ms",
+            "restore of a step",
+            "preview ms",
+            "preview of an image",
+        ),
         seed=1,
         settings=vars(arguments),
     )
@@ -44,7 +56,7 @@ def main() -> None:
             started = time.perf_counter()
             denoiser.step(state)
             step_ms = 1000 * (time.perf_counter() - started)
-            saves, restores = [], []
+            saves, restores, previews = [], [], []
             for _ in range(arguments.repeats):
                 started = time.perf_counter()
                 blob = state.to_bytes()
@@ -52,6 +64,9 @@ def main() -> None:
                 started = time.perf_counter()
                 DenoiseState.from_bytes(blob)
                 restores.append(1000 * (time.perf_counter() - started))
+                started = time.perf_counter()
+                denoiser.preview(state)
+                previews.append(1000 * (time.perf_counter() - started))
             report.add(
                 f"{size}x{size}",
                 scheduler,
@@ -60,6 +75,8 @@ def main() -> None:
                 f"{median(restores):.2f}",
                 f"{step_ms:.0f}",
                 f"{median(restores) / step_ms:.1%}",
+                f"{median(previews):.0f}",
+                f"{median(previews) / (step_ms * state.num_steps):.2%}",
             )
     report.print()
     if arguments.json:
