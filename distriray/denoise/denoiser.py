@@ -16,7 +16,7 @@ from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 
-PREVIEW_LATENT_SIDE = 16  # latent rows or columns of a preview's longer side
+PREVIEW_SCALE, PREVIEW_LATENT_SIDE = 0.25, 16  # of the picture, but at most so many latent rows and columns
 
 
 class Denoiser:
@@ -177,11 +177,11 @@ class Denoiser:
 
     @torch.no_grad()
     def preview(self, state: DenoiseState) -> Image.Image:
-        """A small picture of the first image as it is predicted to become, at most 128 pixels a side."""
+        """The first image as it is predicted to become, at a quarter of its size, 128 pixels at most."""
         latents = (state.latents if state.estimate is None else state.estimate)[:1]
-        scale = PREVIEW_LATENT_SIDE / max(latents.shape[2:])
-        if scale < 1.0:
-            latents = F.interpolate(latents.float(), scale_factor=scale, mode="area").to(latents.dtype)
+        scale = min(PREVIEW_SCALE, PREVIEW_LATENT_SIDE / max(latents.shape[2:]))
+        sides = [max(1, round(scale * side)) for side in latents.shape[2:]]
+        latents = F.interpolate(latents.float(), size=sides, mode="area")
         small = PipelineState()
         small.set("latents", latents.to(self._components.vae.dtype))
         small.set("output_type", "pil")
