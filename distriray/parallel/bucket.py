@@ -180,7 +180,7 @@ class Bucket:
                     found[peer] = (start, shape)
                     used[peer] = start + prod(shape) * itemsize
             places.append(place)
-        width = -(-max(*self._sent, *self._taken, self._statistics_size) // _ALIGN) * _ALIGN
+        width = -(-max(*self._sent, *self._taken, self._statistics_size, _ALIGN) // _ALIGN) * _ALIGN
 
         def rows() -> torch.Tensor:
             return torch.zeros((ranks, width), dtype=torch.uint8, device=device)

@@ -24,41 +24,35 @@ class PatchConv2d(nn.Conv2d):
     """
 
     engine: Engine | None = None
-    row_padding: tuple[int, int] | None = None
+    pads_end: bool = False  # one row below and one column to the right, instead of its own padding
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         exchange = None if self.engine is None else self.engine.exchange
         if exchange is None or self.kernel_size[0] == self.stride[0] == 1:
             return super().forward(input)
-        pieces = exchange.halos(input, self.window)
+        whole = torch.cat(exchange.halos(input, self.window), 2)
+        if self.pads_end:
+            whole = F.pad(whole, (0, 1))
         columns = int(self.padding[1])
-        return F.conv2d(
-            torch.cat(pieces, 2),
-            self.weight,
-            self.bias,
-            self.stride,
-            (0, columns),
-            self.dilation,
-            self.groups,
-        )
+        return F.conv2d(whole, self.weight, self.bias, self.stride, (0, columns), self.dilation, self.groups)
 
     @property
     def window(self) -> Window:
-        rows = int(self.padding[0])
-        return Window(self.kernel_size[0], self.stride[0], self.dilation[0], self.row_padding or (rows, rows))
+        rows = (0, 1) if self.pads_end else (int(self.padding[0]),) * 2
+        return Window(self.kernel_size[0], self.stride[0], self.dilation[0], rows)
 
 
 class PatchDownsample2D(Downsample2D):
     """diffusers' downsampling without padding, which pads the right and the bottom edge by hand.
 
-    Only the columns are padded here; the row below belongs to the next rank, so the convolution asks for it.
+    The row below a patch belongs to the next rank, so the convolution asks for it and pads the image's edges.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         engine = self.conv.engine
         if engine is None or engine.exchange is None:
             return super().forward(hidden_states)
-        return self.conv(F.pad(hidden_states, (0, 1)))
+        return self.conv(hidden_states)
 
 
 def patch_conv(module: nn.Conv2d, engine: Engine) -> None:
@@ -83,4 +77,4 @@ def patch_downsample(module: Downsample2D) -> None:
         if module.norm is not None:
             raise UnsupportedModel(f"{module} normalizes and pads by hand, which no supported U-Net does")
         module.__class__ = PatchDownsample2D
-        module.conv.row_padding = (0, 1)
+        module.conv.pads_end = True

@@ -65,6 +65,7 @@ class Exchange:
         self._bucket_of: list[Bucket] = []
         self._recorded: list[dict[int, torch.Tensor]] | None = None
         self._seen: list[Slot] = []
+        self._complete: Bucket | None = None
         self._index = 0
         self._history = 0
         self._measure = False
@@ -82,6 +83,7 @@ class Exchange:
         """Start a step: synchronous, or displaced (which needs a step before it)."""
         self.displacing = displace
         self.wait_s = 0.0
+        self._complete = None
         self._index = 0
         self._measure = measure_drift
         self._change = [0.0, 0.0]
@@ -91,6 +93,7 @@ class Exchange:
 
     def end(self) -> None:
         """Finish a step; the first one of a shape lays the buffers out."""
+        self._launch_complete()
         if self._buckets and self._index < len(self._slots):
             self._record_anew()
         if self._recorded is not None:
@@ -217,6 +220,7 @@ class Exchange:
 
     def _enter(self, slot: Slot) -> Bucket | None:
         """The bucket of the next slot, ready to be read; None while the slots are being recorded."""
+        self._launch_complete()
         if self._buckets and (self._index >= len(self._slots) or self._slots[self._index] != slot):
             self._record_anew()
         if self._recorded is not None:
@@ -237,7 +241,7 @@ class Exchange:
     def _leave(
         self, slot: Slot, bucket: Bucket | None, everyone: dict[int, torch.Tensor] | None = None
     ) -> None:
-        """End a slot: store what a synchronous one received, send the bucket a displaced one completes."""
+        """End a slot: store what a synchronous one received, note the bucket a displaced one completes."""
         if self._recorded is not None:
             assert everyone is not None
             self._recorded.append(everyone)
@@ -247,8 +251,17 @@ class Exchange:
                     self._add_drift(slot, bucket, everyone)
                 bucket.store(self._index, everyone)
             if self.displacing and self._index == bucket.last:
-                bucket.launch()
+                self._complete = bucket
         self._index += 1
+
+    def _launch_complete(self) -> None:
+        """Send the bucket whose last slot is over.
+
+        Not earlier: its messages are received into the buffers that this slot's layer was still reading.
+        """
+        if self._complete is not None:
+            self._complete.launch()
+            self._complete = None
 
     def _record_anew(self) -> None:
         """Give up the layout, keeping what this step has moved: the layers are not those it was made for.
