@@ -31,16 +31,23 @@ class Changeable:
 
 
 class Script:
-    """The only request moves on to the next gang whenever it has made so many steps more."""
+    """The only request moves on to the next gang whenever it was seen to make so many steps in one."""
 
     review_s = 0.01
 
     def __init__(self, gangs: Sequence[Workers], every: int) -> None:
         self.gangs, self.every = gangs, every
+        self.at = 0
+        self.since: int | None = None
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         (request,) = view.requests
-        return Plan({request.id: self.gangs[min(request.steps_done // self.every, len(self.gangs) - 1)]})
+        if request.workers == self.gangs[self.at]:
+            if self.since is None:
+                self.since = request.steps_done
+            elif request.steps_done - self.since >= self.every and self.at + 1 < len(self.gangs):
+                self.at, self.since = self.at + 1, None
+        return Plan({request.id: self.gangs[self.at]})
 
 
 class Shuffle:

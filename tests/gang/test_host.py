@@ -51,11 +51,13 @@ def test_every_image_of_a_batch_is_its_seeds_own(host: BlockingHost, alone: Gene
 
 
 def test_regrouping_2_4_1_2_mid_image_changes_nothing_in_sync_mode(
-    host: BlockingHost, alone: GenerationResult
+    host: BlockingHost,
 ) -> None:
+    steps = 80  # enough for every move to arrive before the picture is done
+    alone = host.generate(ask(gang_size=1, num_inference_steps=steps))
     gangs = [(0, 1), (0, 1, 2, 3), (2,), (2, 3)]
     policy_of(host).change(Script(gangs, every=4))
-    result = host.generate(ask(num_inference_steps=16))
+    result = host.generate(ask(num_inference_steps=steps))
     assert [segment.workers for segment in result.segments] == gangs
     assert [segment.first_step for segment in result.segments][1:] == [
         segment.last_step for segment in result.segments
@@ -65,12 +67,12 @@ def test_regrouping_2_4_1_2_mid_image_changes_nothing_in_sync_mode(
 
 def test_a_stream_tells_what_happens_in_order(host: BlockingHost) -> None:
     policy_of(host).change(Script([(0,), (0, 1)], every=6))
-    events = list(host.stream(ask(num_inference_steps=12, previews=3)))
+    events = list(host.stream(ask(num_inference_steps=60, previews=3)))
     kinds = [type(event) for event in events]
     assert kinds[:2] == [Queued, Started] and kinds[-1] is Finished
     assert kinds.count(Regrouped) == 1
     previews = [event for event in events if isinstance(event, Preview)]
-    assert [preview.step for preview in previews] == [3, 6, 9]
+    assert [preview.step for preview in previews] == [15, 30, 45]
     assert [preview.index for preview in previews] == [0, 1, 2]
     assert all(isinstance(preview.image, Image.Image) for preview in previews)
     steps = [event.step for event in events if isinstance(event, Step)]
