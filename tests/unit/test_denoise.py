@@ -250,8 +250,8 @@ def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
 
 def test_what_cannot_be_saved_is_an_error(denoiser: Denoiser) -> None:
     state = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=2, **SIZE)
-    state.scheduler.memo = [print]
-    with pytest.raises(TypeError, match="scheduler/memo/0 is a .*function"):
+    state.scheduler.memo = [len]  # print is replaced where Ray runs
+    with pytest.raises(TypeError, match="scheduler/memo/0 is a builtin_function"):
         state.to_bytes()
 
 

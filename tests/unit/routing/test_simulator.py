@@ -150,10 +150,11 @@ def _peak(count):
     return tracemalloc.get_traced_memory()[1]
 
 
+@pytest.mark.xfail(strict=True, reason="peak memory is 53 kB at 500 requests and 197 kB at 4,000: it grows")
 def test_memory_does_not_grow_with_what_has_been():
     """In a process of its own: another thread's allocations would count too."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as process:
-        assert process.apply(_peak, (16_000,)) < 2.5 * process.apply(_peak, (4000,))  # stored, it would be 4
+        assert process.apply(_peak, (4000,)) < 1.5 * process.apply(_peak, (500,))
 
 
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=200), st.sampled_from([0.5, 0.95, 0.99]))
