@@ -185,7 +185,14 @@ class Crew:
     async def _watch(self, index: int, handle: Any) -> None:
         """Hear of the death of a worker at once, and of its silence in time."""
         death = result_of(handle.attend.remote())
-        cause = "died"
+        try:
+            cause = await self._cause_of_death(index, handle, death)
+        finally:
+            death.cancel()
+        if self.handles.get(index) is handle:
+            self.lose(index, cause)
+
+    async def _cause_of_death(self, index: int, handle: Any, death: asyncio.Future[Any]) -> str:
         while not death.done():
             await asyncio.wait([death], timeout=HEARTBEAT_S)
             if not death.done():
@@ -194,15 +201,10 @@ class Crew:
                         result_of(handle.ping.remote()), self.config.silence_s
                     )
                 except TimeoutError:
-                    cause = f"answered nothing for {self.config.silence_s:g} s"
-                    break
+                    return f"answered nothing for {self.config.silence_s:g} s"
                 except RayActorError:
-                    break
-        if death.done() and death.exception() is None:
-            cause = "left"
-        death.cancel()
-        if self.handles.get(index) is handle:
-            self.lose(index, cause)
+                    return "died"
+        return "left" if death.exception() is None else "died"
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
