@@ -1,13 +1,15 @@
 """What gangs on Ray cost: `python -m bench.gang`.
 
 Starting a host; forming a gang on it (from the decision until its last rank can step); regrouping an
-image 2 -> 4 -> 1 -> 2 between its steps; losing a worker to `kill -9` in mid-image.
+image 2 -> 4 -> 1 -> 2 between its steps; how far the pictures of gangs are from one worker's; losing a
+worker to `kill -9` in mid-image.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import signal
 import time
@@ -24,6 +26,11 @@ from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import HostView, Plan, Workers
 
 COLUMNS = ("what", "value")
+PICTURES = [
+    ParallelConfig(exchange=exchange, cfg_parallel=cfg_parallel)
+    for exchange in ("sync", "displaced", "none")
+    for cfg_parallel in (True, False)
+]
 GANGS: list[Workers] = [(0, 1), (0, 1, 2, 3), (2,), (2, 3)]
 
 
@@ -66,7 +73,12 @@ def main() -> None:
         report.add("model loaded, s, slowest worker", f"{max(w.load_s for w in status.workers):.1f}")
         report.add("memory of a worker, MB", f"{max(w.memory for w in status.workers) / 1e6:.0f}")
 
-        def draw(gangs: list[Workers], steps: int = options.steps, every: int = 1) -> GenerationResult:
+        def draw(
+            gangs: list[Workers],
+            steps: int = options.steps,
+            every: int = 1,
+            parallel: ParallelConfig | None = None,
+        ) -> GenerationResult:
             policy.gangs, policy.every = gangs, every
             request = GenerationRequest(
                 prompt="a lake at dusk, snowy mountains",
@@ -74,6 +86,7 @@ def main() -> None:
                 width=options.size,
                 num_inference_steps=steps,
                 seed=1,
+                parallel=parallel,
             )
             return host.generate(request)
 
@@ -94,6 +107,14 @@ def main() -> None:
             "largest difference of a colour, 2 -> 4 -> 1 -> 2 against one worker, of 255",
             str(max(_difference(alone, result) for result in moved)),
         )
+        for parallel in PICTURES:
+            for gang in GANGS[:2]:
+                result = draw([gang], parallel=parallel)
+                report.add(
+                    f"{parallel.exchange}, {'guidance split' if parallel.cfg_parallel else 'patches only'}, "
+                    f"{len(gang)} workers: PSNR against one worker, dB, and largest difference of 255",
+                    f"{_psnr(alone, result):.1f}, {_difference(alone, result)}",
+                )
         _kill(host, policy, options, report)
     report.print()
     if options.json:
@@ -144,6 +165,12 @@ def _gaps(result: GenerationResult) -> list[float]:
 def _difference(one: GenerationResult, other: GenerationResult) -> int:
     pair = [np.asarray(result.images[0], dtype=int) for result in (one, other)]
     return int(np.abs(pair[0] - pair[1]).max())
+
+
+def _psnr(one: GenerationResult, other: GenerationResult) -> float:
+    pair = [np.asarray(result.images[0], dtype=float) for result in (one, other)]
+    error = float(np.square(pair[0] - pair[1]).mean())
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 if __name__ == "__main__":
