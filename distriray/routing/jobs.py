@@ -124,7 +124,7 @@ def costs_by_request(view: HostView, model: LatencyModel) -> Callable[[RequestVi
     healthy = set(view.workers)
     blocks = aligned_blocks(max(healthy, default=-1) + 1, view.gang_sizes)
     whole = {len(block) for block in blocks if healthy.issuperset(block)}
-    there = tuple(size for size in view.gang_sizes if size in whole)
+    there = [size for size in view.gang_sizes if size in whole]
     gangs: dict[tuple[int, int, int], list[tuple[int, Times]]] = {}
     known: dict[tuple[object, ...], Costs] = {}
 

@@ -111,12 +111,10 @@ class SimulatedHost:
 
     def view(self) -> HostView:
         """What the policy may know now."""
-        return HostView(
-            self.clock.now_s,
-            self.workers,
-            self.gang_sizes,
-            tuple(self._seen(live) for live in self.live.values()),
-        )
+        # by way of a list: CPython makes a tuple of a generator by cutting a longer one, and every cut one that
+        # is freed goes to a free list from which none is taken, so that memory would grow
+        seen = [self._seen(live) for live in self.live.values()]
+        return HostView(self.clock.now_s, self.workers, self.gang_sizes, tuple(seen))
 
     def decide(self) -> None:
         """Ask the policy, carry out what it says, and look again in a while."""
