@@ -1,0 +1,1 @@
+"""OpenAI's Images API over any service that draws: FastAPI, no Ray."""

@@ -1,0 +1,83 @@
+"""What the HTTP layer needs of whoever makes the images."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from distriray.gang.events import Event
+from distriray.gang.status import HostStatus
+from distriray.requests import GenerationRequest, GenerationResult, Limits, Seconds
+
+
+class ModelCard(BaseModel):
+    """One model that can be asked for.
+
+    Attributes:
+        created: when it was first served, in seconds since the epoch.
+        default_size: (height, width) in pixels of a request that names none.
+        limits: what a request of this model may ask for.
+        gang_sizes: all that the model's pools lend, ascending.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    created: int
+    owned_by: str = "distriray"
+    default_size: tuple[int, int]
+    limits: Limits = Limits()
+    gang_sizes: tuple[int, ...] = (1,)
+
+
+class PoolReport(BaseModel):
+    """The hosts of one pool that are up; `predicted_wait_s` is how long a request that came now would wait
+    for a gang, in seconds, or None while no host is up."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    predicted_wait_s: Seconds | None
+    hosts: dict[str, HostStatus]
+
+
+class Fleet(BaseModel):
+    """Every pool by name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pools: dict[str, PoolReport]
+
+
+class Service(Protocol):
+    """Makes images. Every method raises errors of `distriray.errors`, unwrapped."""
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """The images of `request`. Cancelling this coroutine stops the gang after the step it is in.
+
+        Raises:
+            InvalidRequest, ModelNotFound, QueueFull, DeadlineUnmet: at once.
+            GenerationCancelled, GangBroken, NotEnoughDevices: it cannot be finished.
+        """
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """What happens to `request`, ending with `Finished`; closing the generator cancels it.
+
+        The first event comes at once, or a refusal instead of it. Raises as `generate` does.
+        """
+        ...
+
+    def models(self) -> list[ModelCard]:
+        """What can be asked for; the first is drawn by whoever names none."""
+        ...
+
+    async def fleet(self) -> Fleet:
+        """Hosts, gangs, queues and predicted waits, as they are now."""
+        ...
+
+    async def check_health(self) -> None:
+        """Return if a request that came now could be served; raises a DistrirayError that says why not."""
+        ...
