@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -15,11 +16,14 @@ from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import BuddyAllocator
 from ..routing.latency import LatencyModel
 from ..routing.policy import HostPolicy, HostView, moves
+from ..routing.router import backlog_s, predicted_s
+from .admission import admit
 from .config import HostConfig
 from .crew import Crew
 from .events import Preview, Queued, Regrouped, Repaired, Started, Step
 from .job import Job
 from .messages import Progress, Wish, WorkerFacts
+from .metrics import HostMetrics
 from .placement import Placement
 from .profile import guessed_profile
 from .segments import Verdict, run_segment
@@ -32,6 +36,7 @@ class Dispatcher:
         jobs: unfinished requests by id, in order of arrival.
         blocks: which workers are free; a gang's lease is taken before it is sent off and given back after.
         latency: what the policy believes of the workers' speed; every segment corrects it.
+        metrics: what an operator is told.
         fault: the policy's or the host's own error, after which nothing is right any more.
     """
 
@@ -43,6 +48,7 @@ class Dispatcher:
         self.crew = Crew(config, placement, self._worker_lost, self._worker_ready)
         self.blocks = BuddyAllocator((), config.sizes)
         self.jobs: dict[str, Job] = {}
+        self.metrics = HostMetrics(config.model.name, placement.group.id.hex()[:8])
         self.fault: BaseException | None = None
         self._serials = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -88,8 +94,9 @@ class Dispatcher:
         )
 
     def work_s(self) -> float:
-        """Predicted seconds until everything accepted is finished, were it spread evenly."""
-        return sum(self._worker_seconds(job) for job in self.jobs.values()) / self.config.workers
+        """Predicted seconds until everything accepted is finished, were it spread evenly over all workers."""
+        everyone = tuple(range(self.config.workers))
+        return backlog_s(replace(self.view(), workers=everyone), self.latency)
 
     # Accepting
 
@@ -101,31 +108,18 @@ class Dispatcher:
         """
         if self._closed:
             raise GenerationCancelled("the host is closed")
-        request = request.settled(*self.facts.default_size)
-        self.config.limits.check(request)
+        request, max_gang = admit(request, self.config, self.facts)
         if request.id in self.jobs:
             raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
-        assert request.height is not None
-        max_gang = self.facts.max_gang(request.height)
-        if request.gang_size != "auto":
-            if request.gang_size not in self.config.sizes:
-                raise InvalidRequest(
-                    f"gang_size {request.gang_size} is not lent here; use one of {list(self.config.sizes)}",
-                    "gang_size",
-                )
-            if request.gang_size > max_gang:
-                raise InvalidRequest(
-                    f"height {request.height} is too small for a gang of {request.gang_size}; "
-                    f"use at most {max_gang}",
-                    "gang_size",
-                )
         waiting = [job for job in self.jobs.values() if job.workers is None]
         if len(waiting) >= self.config.max_queue:
+            self.metrics.refused()
             raise QueueFull(
                 f"{len(waiting)} requests wait, which is the limit; try again in {self.work_s():.1f} s",
                 max(0.1, self.work_s()),
             )
         job = Job(request, max_gang)
+        job.predicted_s = predicted_s(self.view(), job.view(), self.latency)
         job.tell(Queued(request.id, len(waiting), self.work_s() if waiting else 0.0))
         self.jobs[request.id] = job
         self._wake()
@@ -154,8 +148,11 @@ class Dispatcher:
         if self._review is not None:
             self._review.cancel()
             self._review = None
+        if self._closed:
+            return
+        self._tell_levels()
         view = self.view()
-        if self._closed or not view.requests:
+        if not view.requests:
             return
         try:
             todo = moves(view, self.policy.plan(view, self.latency))
@@ -174,6 +171,18 @@ class Dispatcher:
             self._spawn(self._work(job))
         if self.policy.review_s is not None:
             self._review = self._loop.call_later(self.policy.review_s, self._decide)
+
+    def _tell_levels(self) -> None:
+        running = [job for job in self.jobs.values() if job.workers]
+        self.metrics.level(
+            waiting=len(self.jobs) - len(running),
+            running=len(running),
+            free=len(self.blocks.free),
+            busy=sum(len(job.workers or ()) for job in running),
+            down=self.config.workers - len(self.crew.healthy),
+            repairs=len(self.crew.repairs),
+            backlog_s=self.work_s(),
+        )
 
     def _worker_lost(self, index: int) -> None:
         self.blocks.remove(index)
@@ -210,6 +219,7 @@ class Dispatcher:
         verdict = await run_segment(self.crew, self.config, job, self._heard)
         if verdict.outcomes:
             job.account(verdict.outcomes.values(), first, time.monotonic() - began)
+            self.metrics.segment(job, verdict.outcomes.values())
             if (step_s := job.segments[-1].stale_step_s) is not None:
                 view = job.view()
                 self.latency.observe(len(workers), view.height, view.width, view.batch, step_s)
@@ -238,6 +248,7 @@ class Dispatcher:
             self._end(job, GenerationCancelled(f"request {request.id} was cancelled at step {job.step}"))
         elif verdict.broken:
             job.breaks += 1
+            self.metrics.gang_broke()
             if job.breaks >= self.config.max_attempts:
                 causes = {o.cause for o in verdict.outcomes.values() if o.cause} or {f"lost {verdict.lost}"}
                 message = f"request {request.id}: {job.breaks} gangs broke under it: {'; '.join(causes)}"
@@ -249,6 +260,8 @@ class Dispatcher:
         """The one place where a request ends."""
         if self.jobs.pop(job.request.id, None) is None:
             return
+        self.metrics.ended(job, end)
+        self._wake()
         if isinstance(end, GenerationResult):
             job.ended.set_result(end)
         else:
@@ -271,15 +284,6 @@ class Dispatcher:
         if step > job.shown:
             job.tell(Preview(job.request.id, step, job.previews, image))
             job.shown, job.previews = step, job.previews + 1
-
-    def _worker_seconds(self, job: Job) -> float:
-        view = job.view()
-        shape, steps = (view.height, view.width, view.batch), (view.steps_done, view.steps_total)
-        return min(
-            size * self.latency.run_s(size, *shape, *steps, view.prepared)
-            for size in self.config.sizes
-            if view.allows(size)
-        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

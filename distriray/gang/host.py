@@ -150,6 +150,9 @@ class Host:
                 RepairStatus(worker=r.worker, cause=r.cause, seconds=r.seconds)
                 for r in dispatcher.crew.repairs
             ],
+            outcomes=dict(dispatcher.metrics.outcomes),
+            regroupings=dispatcher.metrics.regroupings,
+            predictions=dispatcher.metrics.predictions(),
         )
 
     @property

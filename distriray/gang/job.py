@@ -22,6 +22,7 @@ class Job:
         workers: the gang it holds now, rank 0 first; None while it waits.
         holders: workers that hold its state at `step`; meaningful while it waits.
         serial: of its running segment.
+        predicted_s: seconds to the result, as predicted when it was accepted.
         breaking: its gang broke and is being cleared up; no policy sees it meanwhile.
         previews: pictures shown so far, the last one of step `shown`.
     """
@@ -32,6 +33,7 @@ class Job:
         self.arrival = time.monotonic()
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(_retrieve)
+        self.predicted_s = 0.0
         self.step, self.num_steps = 0, request.num_inference_steps
         self.prepared = False
         self.workers: tuple[int, ...] | None = None

@@ -39,9 +39,22 @@ class RepairStatus(_Report):
     seconds: float
 
 
+class PredictionStatus(_Report):
+    """Of `count` finished requests: actual seconds over those predicted at acceptance, as quantiles.
+
+    None while none is finished; 1 is exact, 2 took twice as long as predicted.
+    """
+
+    count: int
+    ratio_p10: float | None = None
+    ratio_p50: float | None = None
+    ratio_p90: float | None = None
+
+
 class HostStatus(_Report):
     """One host at one moment. `work_s` is the predicted time until all it has accepted is finished, in
-    seconds; `free_workers` are healthy and in no gang."""
+    seconds; `free_workers` are healthy and in no gang. `outcomes` counts the requests that ended as finished,
+    cancelled, failed or refused, since the host started, and `regroupings` how often one changed its gang."""
 
     model: str
     device: str
@@ -55,3 +68,6 @@ class HostStatus(_Report):
     max_queue: int
     work_s: float
     repairs: list[RepairStatus]
+    outcomes: dict[str, int]
+    regroupings: int
+    predictions: PredictionStatus

@@ -147,6 +147,20 @@ def route(
     return Route(state.host, end, meets, after)
 
 
+def predicted_s(view: HostView, request: RequestView, model: LatencyModel) -> float:
+    """Seconds until a request that comes now would be done on this host; infinite without a gang for it."""
+    state = publish("", view, model, max_waiting=len(view.requests) + 1)
+    found = route([state], request, view.now_s, model, random.Random(0))
+    return inf if found.host is None else found.finish_s - view.now_s
+
+
+def backlog_s(view: HostView, model: LatencyModel) -> float:
+    """Seconds until everything in `view` would be done, were it spread evenly over its workers."""
+    costs_of = costs_by_request(view, model)
+    work = sum(costs.work for r in view.requests if (costs := costs_of(r)).sizes)
+    return work / max(1, len(view.workers))
+
+
 def _fit(timeline: Timeline, job: Job) -> Run | None:
     """On the smallest gang that meets its deadline."""
     for size in job.sizes:

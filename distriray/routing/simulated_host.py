@@ -111,8 +111,8 @@ class SimulatedHost:
 
     def view(self) -> HostView:
         """What the policy may know now."""
-        # by way of a list: CPython makes a tuple of a generator by cutting a longer one, and every cut one that
-        # is freed goes to a free list from which none is taken, so that memory would grow
+        # by way of a list: CPython makes a tuple of a generator by cutting a longer one, and every cut one
+        # that is freed goes to a free list from which none is taken, so that memory would grow
         seen = [self._seen(live) for live in self.live.values()]
         return HostView(self.clock.now_s, self.workers, self.gang_sizes, tuple(seen))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import HostView, RequestView
-from distriray.routing.router import publish, route
+from distriray.routing.router import backlog_s, predicted_s, publish, route
 from distriray.routing.workload import trial_profile
 
 MODEL = LatencyModel(trial_profile())
@@ -103,3 +103,17 @@ def test_any_state_gives_a_route_with_a_finite_time(queue, broken, deadline):
     assert chosen.host == "a"
     assert 0.3 < chosen.finish_s < 2000
     assert all(free >= 0 for _, free in chosen.state.firm + chosen.state.full)
+
+
+def test_what_a_host_predicts_for_a_new_request_counts_what_it_has():
+    idle = HostView(0.0, tuple(range(8)), SIZES, ())
+    full = replace(idle, requests=tuple(request(str(i), 2048, workers=(i,)) for i in range(8)))
+    assert predicted_s(idle, request(), MODEL) == pytest.approx(3.5 / 2.73, rel=0.02)
+    assert predicted_s(full, request(), MODEL) == pytest.approx(18.0 + 3.5 / 2.73, rel=0.02)
+    assert predicted_s(replace(idle, workers=()), request(), MODEL) == float("inf")
+
+
+def test_the_backlog_is_the_work_over_the_workers():
+    view = HostView(0.0, tuple(range(8)), SIZES, tuple(request(str(i), 2048) for i in range(4)))
+    assert backlog_s(view, MODEL) == pytest.approx(4 * 18.0 / 8, rel=0.02)
+    assert backlog_s(replace(view, requests=()), MODEL) == 0.0
