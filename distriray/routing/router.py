@@ -115,7 +115,7 @@ def route(
     """
     options: list[tuple[float, HostState, Run, Job]] = []
     for state in states:
-        if state.waiting >= state.max_waiting:
+        if state.waiting >= state.max_waiting or not state.gang_sizes:
             continue
         empty = HostView(now_s, tuple(range(state.workers)), state.gang_sizes, (request,))
         costs = costs_by_request(empty, model)(request)
