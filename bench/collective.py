@@ -29,9 +29,7 @@ def main() -> None:
     report = Report("Exchange between two ranks over gloo", columns, seed=0, settings=vars(arguments))
     for row in run_ranks(2, measure, arguments.repeats)[0]:
         report.add(*row)
-    report.print()
-    if arguments.json:
-        report.write(arguments.json)
+    report.publish(arguments.json)
 
 
 def measure(communicator: Communicator, repeats: int) -> list[tuple[str, ...]]:

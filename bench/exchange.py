@@ -61,9 +61,7 @@ def main() -> None:
             f"{median(t['one rank'].step_s / t[mode].step_s for t in rounds):.2f}x",
             f"{median(t[mode].step_s / t['none'].step_s for t in rounds):.3f}x",
         )
-    report.print()
-    if arguments.json:
-        report.write(arguments.json)
+    report.publish(arguments.json)
 
 
 def measure(communicator: Communicator, size: int, rounds: int, steps: int) -> list[dict[str, Timing]]:

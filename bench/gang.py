@@ -116,9 +116,7 @@ def main() -> None:
                     f"{_psnr(alone, result):.1f}, {_difference(alone, result)}",
                 )
         _kill(host, policy, options, report)
-    report.print()
-    if options.json:
-        report.write(options.json)
+    report.publish(options.json)
 
 
 def _kill(host: BlockingHost, policy: Script, options: argparse.Namespace, report: Report) -> None:

@@ -30,6 +30,12 @@ class Report:
         assert len(cells) == len(self.columns)
         self.rows.append(cells)
 
+    def publish(self, path: str | Path | None) -> None:
+        """Print the table; write it to `path` too, if there is one."""
+        self.print()
+        if path is not None:
+            self.write(path)
+
     def print(self) -> None:
         """The table, aligned, to standard output."""
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]

@@ -78,9 +78,7 @@ def main() -> None:
                 f"{median(previews):.0f}",
                 f"{median(previews) / (step_ms * state.num_steps):.2%}",
             )
-    report.print()
-    if arguments.json:
-        report.write(arguments.json)
+    report.publish(arguments.json)
 
 
 if __name__ == "__main__":
