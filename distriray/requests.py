@@ -23,6 +23,7 @@ class GenerationRequest(BaseModel):
     """One batch of images of one prompt.
 
     Attributes:
+        model: which of the models that are served; None is the only or the default one.
         height, width: in pixels, multiples of 8; None is the model's own size.
         seed: of the first image; image `i` has `seed + i`. None draws one.
         scheduler: a name among `distriray.denoise.SCHEDULERS`; None is the model's own.
@@ -40,6 +41,7 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
+    model: str | None = None
     negative_prompt: str | None = None
     height: Count | None = None
     width: Count | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import GangBroken, GenerationCancelled, InvalidRequest, QueueFull
+from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import BuddyAllocator
 from ..routing.latency import LatencyModel
@@ -104,10 +104,12 @@ class Dispatcher:
         """Check a request and queue it.
 
         Raises:
-            InvalidRequest, QueueFull; GenerationCancelled once the host is closed.
+            InvalidRequest, ModelNotFound, QueueFull; GenerationCancelled once the host is closed.
         """
         if self._closed:
             raise GenerationCancelled("the host is closed")
+        if request.model not in (None, self.config.model.name):
+            raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
         request, max_gang = admit(request, self.config, self.facts)
         if request.id in self.jobs:
             raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
