@@ -71,7 +71,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Draw a picture with a gang of workers."""
-    with _errors_as_messages():
+    with errors_as_messages():
         request = GenerationRequest(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -175,7 +175,7 @@ def _tell(result: GenerationResult, paths: list[Path], alone: GenerationResult |
 
 
 @contextmanager
-def _errors_as_messages() -> Iterator[None]:
+def errors_as_messages() -> Iterator[None]:
     """Errors on purpose become one line and an exit status; an interrupt or SIGTERM ends what was started."""
 
     def interrupt(*_: object) -> NoReturn:

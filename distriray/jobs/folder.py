@@ -1,0 +1,140 @@
+"""Where a job keeps what it made, so that it can be killed at any moment and go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import InvalidRequest
+from ..requests import GenerationResult
+from .prompts import BadLine, Prompt
+
+
+class Folder:
+    """`images/`, `manifest.jsonl` with a line for each image, `errors.jsonl` and `summary.json`.
+
+    An image gets its name only when all of it is on disk, and its manifest line after that; a prompt is made
+    when the manifest has a line for each of its images and the images are there. Methods may be called from
+    any thread. A context manager; one process at a time can have a folder open.
+
+    Raises:
+        InvalidRequest: another process has it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.images = path / "images"
+        self.manifest = path / "manifest.jsonl"
+        self.errors = path / "errors.jsonl"
+        self.summary = path / "summary.json"
+        self._writing = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self.images.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise InvalidRequest(
+                f"another job is writing to {self.path}; wait for it or use another --out"
+            ) from None
+        for unfinished in self.path.glob("**/.*.part"):
+            unfinished.unlink()
+        self.made = self._tidy_manifest()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _tidy_manifest(self) -> set[str]:
+        """The prompts that were made; whatever the manifest has of others is taken out of it."""
+        lines: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        before = self.manifest.read_bytes() if self.manifest.exists() else b""
+        for text in before.splitlines():
+            try:
+                entry = json.loads(text)
+            except ValueError:  # the line that was being written when the job was killed
+                continue
+            lines[entry["prompt_id"]][entry["index"]] = entry
+        whole = {
+            prompt: entries
+            for prompt, entries in lines.items()
+            if all(len(entries) == e["of"] and (self.path / e["file"]).is_file() for e in entries.values())
+        }
+        after = b"".join(_line(entry) for entries in whole.values() for entry in entries.values())
+        if after != before:
+            _replace(self.manifest, after)
+        return set(whole)
+
+    def keep(self, prompt: Prompt, result: GenerationResult) -> None:
+        """Write the images of a prompt, then their manifest lines."""
+        facts = result.summary()
+        seeds = facts.pop("seeds")
+        lines = b""
+        for index, (image, seed) in enumerate(zip(result.images, seeds, strict=True)):
+            path = self.images / f"{prompt.id}_{index}.png"
+            part = path.with_name(f".{path.name}.part")
+            with part.open("wb") as file:
+                image.save(file, format="PNG")
+                _flush(file)
+            part.replace(path)
+            lines += _line(
+                {
+                    "prompt_id": prompt.id,
+                    "line": prompt.line,
+                    "index": index,
+                    "of": len(seeds),
+                    "file": str(path.relative_to(self.path)),
+                    "seed": seed,
+                    **{name: facts[name] for name in ("model", "height", "width", "gang_size", "timings")},
+                }
+            )
+        self._append(self.manifest, lines)
+        with self._writing:
+            self.made.add(prompt.id)
+
+    def begin_errors(self, bad: Iterable[BadLine]) -> None:
+        """Start the list of what went wrong in this run, with the lines that cannot be made."""
+        _replace(self.errors, b"".join(_line(_error(b.line, b.message, b.param)) for b in bad))
+
+    def fail(self, prompt: Prompt, error: Exception) -> None:
+        """Note that a prompt was not made; the next run tries it again."""
+        param = error.param if isinstance(error, InvalidRequest) else None
+        self._append(self.errors, _line(_error(prompt.line, f"{type(error).__name__}: {error}", param)))
+
+    def write_summary(self, facts: Mapping[str, Any]) -> None:
+        """How this run ended."""
+        _replace(self.summary, (json.dumps(facts, indent=2) + "\n").encode())
+
+    def _append(self, path: Path, lines: bytes) -> None:
+        with self._writing, path.open("ab") as file:
+            file.write(lines)
+            _flush(file)
+
+
+def _error(line: int, message: str, param: str | None) -> dict[str, Any]:
+    return {"line": line, "error": message, "param": param}
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        _flush(file)
+    part.replace(path)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,166 @@
+"""`python -m distriray.jobs.generate prompts.jsonl --out DIR`: many prompts, every one made exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..cli import errors_as_messages
+from ..errors import DistrirayError, InvalidRequest
+from ..models import ModelSpec
+from ..requests import GenerationResult, Limits
+from .folder import Folder
+from .makers import own_hosts, running_app
+from .prompts import BadLine, Prompt, read_prompts
+from .run import Maker, Run
+
+ALL_MADE, SOME_MISSING, STOPPED = 0, 1, 130
+"""Exit codes. Something is missing after bad lines, failures, or when nothing could be started."""
+
+IN_A_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+notes = Console(stderr=True, highlight=False)
+
+
+def generate(
+    prompts: Annotated[Path, typer.Argument(help="JSON lines of GenerationRequest fields.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for images/, manifest.jsonl, errors.jsonl, summary.json.")
+    ],
+    app: Annotated[
+        str | None, typer.Option(help="Send them to this running Serve application; else start hosts.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Of the hosts started here [default: builtin:landscapes], or of the app."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Of each host started here.")] = 1,
+    hosts: Annotated[int, typer.Option(min=1, help="To start here; each sits on one node.")] = 1,
+    gang_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Gangs that hosts lend; repeatable [default: 1].")
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Prompts under way at each host, or at the app.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Join this Ray cluster; else start one here.")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs of a Ray started here.")] = None,
+) -> None:
+    """Make every prompt of a file once. Run again, it makes what is missing.
+
+    The first Ctrl-C or SIGTERM lets what is under way finish; the second one does not.
+    """
+    began = time.monotonic()
+    with errors_as_messages():
+        if IN_A_RAY_JOB in os.environ and not out.is_absolute():
+            raise InvalidRequest(
+                f"--out {out} lies in the job's upload, which Ray deletes; use an absolute path", "out"
+            )
+        spec = ModelSpec(name=model) if model else ModelSpec()
+        limits = None if app else Limits()
+        good, bad = _read(prompts, model if app else spec.name, limits)
+        with Folder(out) as folder:
+            folder.begin_errors(bad)
+            before = sum(prompt.id in folder.made for prompt in good)
+            run = None
+            if before < len(good):
+                if app:
+                    makers = running_app(app, address=address)
+                    each = in_flight or 8
+                else:
+                    from ..gang import HostConfig
+
+                    sizes = tuple(sorted(set(gang_size or [1])))
+                    config = HostConfig(model=spec, workers=workers, gang_sizes=sizes, device=device)
+                    makers = own_hosts(config, hosts, address=address, cpus=cpus)
+                    each = in_flight or workers // sizes[0] + 1
+                run = _finish(good, folder, makers, each, before)
+            facts = {
+                "prompts": len(good),
+                "bad_lines": len(bad),
+                "made_before": before,
+                "made": run.completed if run else 0,
+                "failed": run.failed if run else 0,
+                "stopped": run.stopped if run else False,
+                "seconds": round(time.monotonic() - began, 2),
+            }
+            folder.write_summary(facts)
+    print(json.dumps(facts))
+    raise typer.Exit(_exit_code(facts))
+
+
+def _read(path: Path, model: str | None, limits: Limits | None) -> tuple[list[Prompt], list[BadLine]]:
+    try:
+        return read_prompts(path, model=model, limits=limits)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}", "prompts") from error
+
+
+def _finish(
+    prompts: list[Prompt],
+    folder: Folder,
+    makers: AbstractContextManager[list[Maker]],
+    in_flight: int,
+    before: int,
+) -> Run:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("starting", total=len(prompts), completed=before)
+
+        def tell(prompt: Prompt, end: GenerationResult | DistrirayError) -> None:
+            bar.advance(task)
+            if isinstance(end, DistrirayError):
+                notes.print(f"line {prompt.line}: {end}", markup=False)
+            elif not notes.is_terminal:
+                done = before + run.completed + run.failed
+                notes.print(f"{done} of {len(prompts)}: line {prompt.line}, {end.timings.total_s:.1f} s")
+
+        with makers as started:
+            run = Run(prompts, folder, started, in_flight=in_flight, tell=tell)
+            bar.update(task, description="drawing")
+            with _signals_stop(run):
+                run.finish()
+    return run
+
+
+@contextmanager
+def _signals_stop(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the run instead of the program."""
+
+    def stop(*_: object) -> None:
+        run.stop()
+
+    former = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for kind, handler in former.items():
+            signal.signal(kind, handler)
+
+
+def _exit_code(facts: dict[str, int | float | bool]) -> int:
+    if facts["stopped"]:
+        return STOPPED
+    return SOME_MISSING if facts["bad_lines"] or facts["failed"] else ALL_MADE
+
+
+def main() -> None:
+    """The command."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(generate)
+    command()
+
+
+if __name__ == "__main__":
+    main()

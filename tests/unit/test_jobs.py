@@ -1,0 +1,230 @@
+"""Jobs, with a maker that draws at once: what is read, what is kept, and what happens to trouble."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, QueueFull
+from distriray.jobs.folder import Folder
+from distriray.jobs.prompts import read_prompts
+from distriray.jobs.run import Run
+from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+
+PROMPTS = """\
+{"prompt": "a lake"}
+{"prompt": "a lake", "num_images": 2}
+no JSON
+
+{"prompt": "a lake", "height": 500}
+{ "prompt":   "a lake" }
+{"prompt": "a moor", "seed": 5, "id": "mine"}
+{"prompt": "a moor", "colour": "red"}
+"""
+
+
+class Painter:
+    """Answers with plain pictures, unless `trouble` raises."""
+
+    def __init__(self, trouble: Callable[[GenerationRequest], None] = lambda _: None) -> None:
+        self.trouble = trouble
+        self.asked: list[str] = []
+        self.cancelled: list[str] = []
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        self.asked.append(request.id)
+        self.trouble(request)
+        return GenerationResult(
+            id=request.id,
+            model=request.model or "default",
+            height=8,
+            width=8,
+            seeds=request.seeds,
+            timings=Timings(queued_s=0, prepare_s=0, denoise_s=0, decode_s=0, total_s=0),
+            segments=[
+                Segment(workers=(0,), first_step=0, last_step=1, seconds=0, sent_at=0, formed_at=0, left_at=0)
+            ],
+            images=[Image.new("RGB", (8, 8)) for _ in request.seeds],
+        )
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(PROMPTS)
+    return path
+
+
+def run(file: Path, out: Path, painter: Painter, in_flight: int = 2) -> Run:
+    good, bad = read_prompts(file)
+    with Folder(out) as folder:
+        folder.begin_errors(bad)
+        work = Run(good, folder, [painter], in_flight=in_flight)
+        work.finish()
+    return work
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_bad_lines_are_named_and_the_others_read(file: Path) -> None:
+    good, bad = read_prompts(file)
+    assert [prompt.line for prompt in good] == [1, 2, 6, 7]
+    assert [(line.line, line.param) for line in bad] == [(3, None), (5, "height"), (8, "colour")]
+    assert "496 or 504" in bad[1].message
+
+
+def test_a_line_beyond_the_limits_is_a_bad_one(file: Path) -> None:
+    _, bad = read_prompts(file, limits=Limits(max_images=1))
+    assert (2, "num_images") in [(line.line, line.param) for line in bad]
+
+
+def test_equal_lines_are_prompts_of_their_own(file: Path) -> None:
+    good, _ = read_prompts(file)
+    assert good[2].id == f"{good[0].id}-2"
+    assert good[0].request.seed != good[2].request.seed
+
+
+def test_ids_and_seeds_stay_when_lines_move(file: Path) -> None:
+    before = {(prompt.id, prompt.request.seed) for prompt in read_prompts(file)[0]}
+    file.write_text("\n".join(reversed(PROMPTS.splitlines())))
+    assert {(prompt.id, prompt.request.seed) for prompt in read_prompts(file)[0]} == before
+
+
+def test_another_model_is_another_prompt(file: Path) -> None:
+    one, other = ({prompt.id for prompt in read_prompts(file, model=name)[0]} for name in ("a", "b"))
+    assert not one & other
+
+
+def test_every_image_has_a_file_and_a_line(file: Path, tmp_path: Path) -> None:
+    work = run(file, tmp_path / "out", Painter())
+    assert (work.completed, work.failed) == (4, 0)
+    manifest = lines(tmp_path / "out" / "manifest.jsonl")
+    assert sorted((entry["line"], entry["index"]) for entry in manifest) == [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (6, 0),
+        (7, 0),
+    ]
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out" / "images").iterdir()}
+    assert files == {entry["file"] for entry in manifest}
+    assert [entry["line"] for entry in lines(tmp_path / "out" / "errors.jsonl")] == [3, 5, 8]
+
+
+def test_a_second_run_makes_nothing(file: Path, tmp_path: Path) -> None:
+    run(file, tmp_path / "out", Painter())
+    painter = Painter()
+    run(file, tmp_path / "out", painter)
+    assert painter.asked == []
+
+
+@pytest.mark.parametrize("kept", range(0, 1200, 37))
+def test_a_manifest_cut_anywhere_costs_only_what_it_lost(file: Path, tmp_path: Path, kept: int) -> None:
+    out = tmp_path / "out"
+    run(file, out, Painter())
+    whole = lines(out / "manifest.jsonl")
+    (out / "manifest.jsonl").write_bytes((out / "manifest.jsonl").read_bytes()[:kept])
+    run(file, out, Painter())
+    again = lines(out / "manifest.jsonl")
+    assert sorted(map(str, again)) == sorted(map(str, whole))
+
+
+def test_an_image_that_was_deleted_is_made_again(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(file, out, Painter())
+    second = [entry for entry in lines(out / "manifest.jsonl") if entry["line"] == 2]
+    (out / str(second[1]["file"])).unlink()
+    painter = Painter()
+    run(file, out, painter)
+    assert painter.asked == [second[0]["prompt_id"]]
+    assert len(lines(out / "manifest.jsonl")) == 5
+
+
+def test_pictures_that_were_being_written_are_cleared_away(file: Path, tmp_path: Path) -> None:
+    images = tmp_path / "out" / "images"
+    images.mkdir(parents=True)
+    (images / ".half.png.part").write_bytes(b"\x89PNG")
+    run(file, tmp_path / "out", Painter())
+    assert all(path.suffix == ".png" for path in images.iterdir())
+
+
+def test_a_prompt_that_fails_is_reported_and_tried_again_by_the_next_run(file: Path, tmp_path: Path) -> None:
+    def break_moors(request: GenerationRequest) -> None:
+        if request.prompt == "a moor":
+            raise GangBroken("three times")
+
+    out = tmp_path / "out"
+    work = run(file, out, Painter(break_moors))
+    assert (work.completed, work.failed) == (3, 1)
+    assert lines(out / "errors.jsonl")[-1] == {
+        "line": 7,
+        "error": "GangBroken: three times",
+        "param": None,
+    }
+    assert run(file, out, Painter()).completed == 1
+    assert [entry["line"] for entry in lines(out / "errors.jsonl")] == [3, 5, 8]
+
+
+def test_full_queues_are_waited_for(file: Path, tmp_path: Path) -> None:
+    refusals = iter([True, True])
+
+    def refuse_twice(_: GenerationRequest) -> None:
+        if next(refusals, False):
+            raise QueueFull("full", retry_after_s=0.01)
+
+    work = run(file, tmp_path / "out", Painter(refuse_twice))
+    assert (work.completed, work.failed) == (4, 0)
+
+
+def test_what_no_prompt_is_to_blame_for_ends_the_run(file: Path, tmp_path: Path) -> None:
+    def vanish(_: GenerationRequest) -> None:
+        raise ConnectionError("the service is gone")
+
+    painter = Painter(vanish)
+    with pytest.raises(ConnectionError):
+        run(file, tmp_path / "out", painter, in_flight=1)
+    assert len(painter.asked) == 1
+
+
+def test_a_stop_finishes_what_is_under_way_and_a_second_one_cancels_it(file: Path, tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(_: GenerationRequest) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        if painter.cancelled:
+            raise GenerationCancelled("asked to")
+
+    painter = Painter(wait)
+    good, _ = read_prompts(file)
+    with Folder(tmp_path / "out") as folder:
+        for cancels in (0, 1):
+            begun.clear()
+            go_on.clear()
+            work = Run(good, folder, [painter], in_flight=1)
+            thread = threading.Thread(target=work.finish)
+            thread.start()
+            assert begun.wait(20)
+            for _ in range(1 + cancels):
+                work.stop()
+            while len(painter.cancelled) < cancels:
+                pass
+            go_on.set()
+            thread.join(20)
+            assert (work.completed, work.failed, work.stopped) == (1 - cancels, 0, True)
+    assert len(painter.asked) == 2
+
+
+def test_two_jobs_cannot_share_a_folder(tmp_path: Path) -> None:
+    with Folder(tmp_path), pytest.raises(InvalidRequest, match="another job"), Folder(tmp_path):
+        pass
