@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
+LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy"})
+"""What may change while a host runs."""
+
 
 class HostConfig(BaseModel):
     """One host: how many workers, with which model, and which gangs it lends.

@@ -14,12 +14,13 @@ from ..requests import GenerationRequest, GenerationResult
 from ..routing.elastic import Elastic
 from ..routing.latency import LatencyModel, Profile
 from ..routing.policy import EarliestDeadlineFirst, HostPolicy, HostView
-from .config import HostConfig
+from .config import LIVE_FIELDS, HostConfig
+from .crew import result_of
 from .dispatcher import Dispatcher
 from .events import Event, Finished
 from .messages import WorkerFacts
 from .placement import Placement
-from .profile import measure
+from .profile import device_of, measure
 from .status import HostStatus, RepairStatus, RequestStatus, WorkerStatus
 
 
@@ -59,9 +60,10 @@ class Host:
     async def _learn(self, folder: Path) -> None:
         """Start from the profile kept in `folder`; measure and keep one if there is none."""
         facts = self._dispatcher.facts
-        path = Profile.path(folder, facts.model, facts.device_name, __version__)
+        path = Profile.path(folder, facts.model, device_of(self.config, facts), __version__)
         if not path.exists():
             (await measure(self)).save(path)
+            self._dispatcher.metrics.begin()
         self._dispatcher.latency = LatencyModel(Profile.load(path))
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
@@ -172,6 +174,31 @@ class Host:
     def work_s(self) -> float:
         """Predicted seconds until everything accepted is finished, were it spread evenly."""
         return self._dispatcher.work_s()
+
+    def configure(self, config: HostConfig) -> None:
+        """Go on with another configuration: from the next request, segment and decision on it counts.
+
+        Raises:
+            ValueError: it differs in a field that cannot change while the host runs.
+        """
+        fixed = [
+            field
+            for field in HostConfig.model_fields
+            if field not in LIVE_FIELDS and getattr(config, field) != getattr(self.config, field)
+        ]
+        if fixed:
+            raise ValueError(f"{fixed} cannot change while a host runs; {sorted(LIVE_FIELDS)} can")
+        if config.policy != self.config.policy:
+            self._dispatcher.policy = _policy_of(config)
+        self.config = self._dispatcher.config = config
+
+    async def ping(self, timeout_s: float = 5.0) -> int:
+        """How many workers answer within `timeout_s`."""
+        answers = [result_of(handle.ping.remote()) for handle in self._dispatcher.crew.handles.values()]
+        if not answers:
+            return 0
+        done, _ = await asyncio.wait(answers, timeout=timeout_s)
+        return sum(answer.exception() is None for answer in done)
 
     async def check_health(self) -> None:
         """Return if the host can serve.

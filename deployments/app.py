@@ -1,0 +1,70 @@
+"""From a configuration to a Serve application: `serve run` with `import_path: deployments.app:build_app`."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from distriray.gang.placement import resolve_device
+
+from .autoscaling import QueuedWork
+from .config import AppConfig, PoolConfig
+from .directed import Directed
+from .pool import Pool
+from .router import Router
+
+REQUESTS_PER_REPLICA = 4096  # hosts bound their queues themselves; Serve's bound must never come first
+
+
+def build_app(args: AppConfig) -> Application:
+    """The service that `args` describe: one deployment a pool, and the router in front of them."""
+    pools = [pool.model_copy(update={"device": resolve_device(pool.host)}) for pool in args.pools]
+    args = args.model_copy(update={"pools": tuple(pools)})
+    router = args.router
+    return (
+        serve.deployment(Router)
+        .options(
+            name="Router",
+            autoscaling_config=AutoscalingConfig(
+                min_replicas=router.min_replicas,
+                max_replicas=router.max_replicas,
+                target_ongoing_requests=router.target_requests,
+            ),
+            max_ongoing_requests=REQUESTS_PER_REPLICA,
+            ray_actor_options={"num_cpus": router.cpus},
+            graceful_shutdown_timeout_s=router.drain_s,
+        )
+        .bind(
+            args,
+            {pool.name: serve.deployment(Pool).options(**pool_options(pool)).bind(pool) for pool in pools},
+        )
+    )
+
+
+def pool_options(pool: PoolConfig) -> dict[str, Any]:
+    """Serve's options for the deployment of a pool, whose device must not be `auto`."""
+    worker = {"CPU": pool.cpus_per_worker, **({"GPU": 1.0} if pool.device == "cuda" else {})}
+    options: dict[str, Any] = {
+        "name": pool.name,
+        "ray_actor_options": {"num_cpus": pool.cpus_per_host},
+        "placement_group_bundles": [{"CPU": pool.cpus_per_host}] + [worker] * pool.workers,
+        "placement_group_strategy": pool.strategy,
+        "max_ongoing_requests": REQUESTS_PER_REPLICA,
+        "graceful_shutdown_timeout_s": pool.drain_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "health_check_period_s": pool.health_period_s,
+        "request_router_config": RequestRouterConfig(request_router_class=Directed),
+        "user_config": {},
+    }
+    if pool.min_hosts == pool.max_hosts:
+        return {**options, "num_replicas": pool.min_hosts}
+    scaling = AutoscalingConfig(
+        min_replicas=pool.min_hosts,
+        max_replicas=pool.max_hosts,
+        look_back_period_s=pool.look_back_s,
+        upscale_delay_s=pool.scale_up_after_s,
+        downscale_delay_s=pool.scale_down_after_s,
+        policy={"policy_function": QueuedWork, "policy_kwargs": {"target_s": pool.target_work_s}},
+    )
+    return {**options, "autoscaling_config": scaling}

@@ -1,0 +1,154 @@
+"""What `build_app` takes: models, pools of hosts, the router and the HTTP interface."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from distriray.gang.config import LIVE_FIELDS, Count, HostConfig, Seconds
+from distriray.models import ModelSpec
+from distriray.requests import Limits
+
+from .http.config import HttpConfig
+
+Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Model = Annotated[
+    ModelSpec, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+]
+
+
+class PoolConfig(HostConfig):
+    """Hosts that are alike, and how many of them there are: one Serve deployment.
+
+    Attributes:
+        name: of the pool and its deployment.
+        model: a name such as `builtin:landscapes`, or all fields of a `ModelSpec`.
+        min_hosts: kept at all times; with 0 the pool costs nothing while nobody asks for it.
+        max_hosts: started at most.
+        target_work_s: seconds of accepted work that a host should have before it; hosts are added above and
+            taken away below.
+        look_back_s: work is averaged over this time before hosts are added or taken away.
+        scale_up_after_s: how long more hosts must be wanted before they are started.
+        scale_down_after_s: how long fewer must do before one is stopped, the last one included.
+        cpus_per_host: what Ray reserves for the host itself, in logical CPUs; its workers come on top.
+        drain_s: a host that is stopped may go on this long with what it has accepted.
+        health_period_s: between two health checks of a host.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,60}$")]
+    model: Model = ModelSpec()
+    min_hosts: Annotated[int, Field(ge=0)] = 1
+    max_hosts: Count = 1
+    target_work_s: Seconds = 30.0
+    look_back_s: Seconds = 20.0
+    scale_up_after_s: Share = 5.0
+    scale_down_after_s: Share = 300.0
+    cpus_per_host: Share = 0.1
+    drain_s: Seconds = 120.0
+    health_period_s: Seconds = 10.0
+
+    @model_validator(mode="after")
+    def _check_hosts(self) -> Self:
+        if self.max_hosts < self.min_hosts:
+            raise ValueError(
+                f"pool {self.name}: max_hosts {self.max_hosts} is below min_hosts {self.min_hosts}; "
+                f"use at least {self.min_hosts}"
+            )
+        return self
+
+    @property
+    def host(self) -> HostConfig:
+        """What each host of the pool is started with."""
+        return HostConfig(**{field: getattr(self, field) for field in HostConfig.model_fields})
+
+    def changed(self, live: dict[str, Any]) -> PoolConfig:
+        """This pool with other values of `LIVE_FIELDS`, which Serve's `user_config` may name.
+
+        Raises:
+            ValueError: a field cannot be changed while hosts run, or has a bad value.
+        """
+        if fixed := sorted(live.keys() - LIVE_FIELDS):
+            raise ValueError(
+                f"user_config of pool {self.name} names {fixed}, which hosts cannot change while they run; "
+                f"it may name {sorted(LIVE_FIELDS)}. Change the rest in the application's args"
+            )
+        return PoolConfig.model_validate({**self.model_dump(mode="json"), **live})
+
+
+class RouterConfig(BaseModel):
+    """The replicas that take requests and send each to a host.
+
+    Attributes:
+        min_replicas: kept at all times.
+        max_replicas: started at most.
+        target_requests: unfinished requests that one replica should have; more are started above it.
+        cpus: what Ray reserves for each replica, in logical CPUs.
+        refresh_s: what is known of the hosts may be this old when a request is sent off.
+        caution: how many of the latency model's errors two hosts' predictions may lie apart and count as
+            equal, and by how many a deadline must be missed to be refused.
+        max_attempts: hosts that may die or refuse under one request before it fails.
+        drain_s: a replica that is stopped may go on this long with the requests it has.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_replicas: Count = 1
+    max_replicas: Count = 4
+    target_requests: Count = 64
+    cpus: Share = 0.1
+    refresh_s: Share = 0.25
+    caution: Share = 1.0
+    max_attempts: Count = 3
+    drain_s: Seconds = 300.0
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}; "
+                f"use at least {self.min_replicas}"
+            )
+        return self
+
+
+class AppConfig(BaseModel):
+    """The whole service.
+
+    Attributes:
+        model: of pools that name none.
+        limits: of pools that set none.
+        pools: at least one, each name once; the first one's model is drawn by whoever names none.
+        router: the replicas that take requests.
+        http: keys and bounds of the HTTP interface.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Model = ModelSpec()
+    limits: Limits = Limits()
+    pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)]
+    router: RouterConfig = RouterConfig()
+    http: HttpConfig = HttpConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hand_down(cls, data: Any) -> Any:
+        """Give the pools what they leave to the service."""
+        if not isinstance(data, dict) or not isinstance(data.get("pools"), list | tuple):
+            return data
+        common = {field: data[field] for field in ("model", "limits") if field in data}
+        pools = [{**common, **pool} if isinstance(pool, dict) else pool for pool in data["pools"]]
+        return {**data, "pools": pools}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [pool.name for pool in self.pools]
+        if double := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"pools {double} are there more than once; give each pool a name of its own")
+        return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of all models, the default one first."""
+        return tuple(dict.fromkeys(pool.model.name for pool in self.pools))

@@ -1,0 +1,246 @@
+"""The service itself, as HTTP and handles see it: each request goes to the host that has it done first."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from distriray.errors import (
+    DeadlineUnmet,
+    GangBroken,
+    InvalidRequest,
+    ModelNotFound,
+    NotEnoughDevices,
+    QueueFull,
+)
+from distriray.gang.admission import admit
+from distriray.gang.events import Event, Preview, Queued, Step
+from distriray.requests import GenerationRequest, GenerationResult
+from distriray.routing.policy import RequestView
+
+from .config import AppConfig
+from .http.service import Fleet, ModelCard, PoolReport
+from .link import PoolLink
+from .models import size_of
+from .state import choose, wait_s
+
+
+@dataclass
+class Trip:
+    """A request on its way, which may take more than one attempt.
+
+    `step` and `previews` are what a stream has shown of it, so that another attempt does not show it again.
+    """
+
+    request: GenerationRequest
+    began_s: float = field(default_factory=time.monotonic)
+    attempts: int = 0
+    step: int = 0
+    previews: int = 0
+
+    def shows(self, event: Event) -> bool:
+        """Whether `event` is news to whoever listens."""
+        match event:
+            case Queued():
+                return self.attempts == 0
+            case Step(step=step):
+                new, self.step = step > self.step, max(step, self.step)
+                return new
+            case Preview(index=index):
+                new, self.previews = index >= self.previews, max(index + 1, self.previews)
+                return new
+            case _:
+                return True
+
+
+class Front:
+    """What `deployments.http.service.Service` asks for, over any number of pools."""
+
+    def __init__(self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random) -> None:
+        self._config, self._draw = config, draw
+        refresh_s = config.router.refresh_s
+        self._links = [PoolLink(pool, pools[pool.name], refresh_s) for pool in config.pools]
+        self._sizes = {pool.model.name: size_of(pool.model) for pool in config.pools}
+        self._created = int(time.time())
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """The images of `request`. Cancelling this coroutine cancels the request."""
+        trip = Trip(request)
+        while True:
+            link, host, asked = await self._place(trip)
+            try:
+                return await link.generate(host, asked)
+            except (QueueFull, RayActorError) as error:
+                self._again(trip, link, host, error)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """What happens to `request`, ending with `Finished`. Closing the generator cancels it."""
+        trip = Trip(request)
+        while True:
+            link, host, asked = await self._place(trip)
+            try:
+                async with aclosing(link.stream(host, asked)) as events:
+                    async for event in events:
+                        if trip.shows(event):
+                            yield event
+                return
+            except (QueueFull, RayActorError) as error:
+                self._again(trip, link, host, error)
+
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a request, wherever it is; whether there was one."""
+        answers = [await link.everyone("cancel", request_id) for link in self._links]
+        return any(any(answer or ()) for answer in answers)
+
+    def models(self) -> list[ModelCard]:
+        """Every model whose default size is known: from its folder, or from the first host that had it."""
+        cards = []
+        for name in self._config.models:
+            links = [link for link in self._links if link.config.model.name == name]
+            seen = next((link.state.facts.default_size for link in links if link.state.facts), None)
+            size = seen or self._sizes[name]
+            if size is not None:
+                cards.append(
+                    ModelCard(
+                        id=name,
+                        created=self._created,
+                        default_size=size,
+                        limits=links[0].state.config.limits,
+                        gang_sizes=tuple(sorted({size for link in links for size in link.config.sizes})),
+                    )
+                )
+        return cards
+
+    async def fleet(self) -> Fleet:
+        """Hosts, gangs, queues and predicted waits, as they are now."""
+        pools = {}
+        for link in self._links:
+            await link.refresh()
+            hosts = dict(await link.everyone("status") or ())
+            wait = wait_s(list(link.state.hosts.values()), time.monotonic())
+            pools[link.config.name] = PoolReport(
+                model=link.config.model.name, predicted_wait_s=wait, hosts=hosts
+            )
+        return Fleet(pools=pools)
+
+    async def check_health(self) -> None:
+        """Ask the workers. Returns if every model has one that answers, or a pool that starts when asked.
+
+        Raises:
+            GangBroken: hosts are up and none of their workers answers.
+            NotEnoughDevices: no host is up.
+        """
+        for name in self._config.models:
+            links = [link for link in self._links if link.config.model.name == name]
+            answers = [answer for link in links for answer in await link.everyone("ping") or ()]
+            if any(answers) or any(link.config.min_hosts == 0 and not link.state.hosts for link in links):
+                continue
+            if answers:
+                raise GangBroken(f"no worker of the {len(answers)} hosts of {name!r} answers")
+            raise NotEnoughDevices(f"no host of {name!r} is up; `serve status` says what they wait for")
+
+    async def _place(self, trip: Trip) -> tuple[PoolLink, str | None, GenerationRequest]:
+        """Where to send a request now, and the request as it is to be sent.
+
+        Raises:
+            ModelNotFound, InvalidRequest, QueueFull, DeadlineUnmet: nowhere.
+        """
+        links = self._links_of(trip.request.model)
+        for link in links:
+            await link.refresh()
+        now = time.monotonic()
+        request, left_s = trip.request, None
+        if request.deadline_s is not None:
+            left_s = request.deadline_s - (now - trip.began_s)
+            request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})
+        fitting: list[tuple[PoolLink, GenerationRequest, RequestView | None]] = []
+        unfit: InvalidRequest | None = None
+        for link in links:
+            try:
+                fitting.append((link, *_view_of(request, link, now, left_s)))
+            except InvalidRequest as error:
+                unfit = unfit or error
+        if not fitting:
+            assert unfit is not None
+            raise unfit
+        up = [(link, asked, view) for link, asked, view in fitting if link.state.hosts and view is not None]
+        chosen = choose(
+            [link.state for link, *_ in up],
+            [view for *_, view in up],
+            now,
+            self._draw,
+            self._config.router.caution,
+        )
+        if chosen is not None and chosen[1].host is not None and chosen[1].meets:
+            link, asked, view = up[chosen[0]]
+            link.state.send(chosen[1], view, now)
+            return link, chosen[1].host, asked
+        down = [(link, asked) for link, asked, _ in fitting if not link.state.hosts]
+        for link, asked in down:
+            if link.undirected < link.config.max_queue:
+                return link, None, asked
+        finish_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
+        if chosen is not None and chosen[1].host is not None:
+            raise DeadlineUnmet(
+                f"deadline_s {trip.request.deadline_s:g} cannot be met; {finish_s:.1f} s from now could be",
+                finish_s,
+            )
+        retry_s = min(max(0.1, finish_s), 3600.0)
+        raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)
+
+    def _again(self, trip: Trip, link: PoolLink, host: str | None, error: QueueFull | RayActorError) -> None:
+        """A host refused a request or died under it: try another, unless that was tried often enough."""
+        if host is not None:
+            (link.state.refused if isinstance(error, QueueFull) else link.state.lost)(host)
+        trip.attempts += 1
+        if trip.attempts >= self._config.router.max_attempts:
+            if isinstance(error, QueueFull):
+                raise error
+            raise GangBroken(
+                f"request {trip.request.id}: {trip.attempts} hosts died under it: {error}"
+            ) from error
+
+    def _links_of(self, model: str | None) -> list[PoolLink]:
+        name = self._config.models[0] if model is None else model
+        links = [link for link in self._links if link.config.model.name == name]
+        if not links:
+            raise ModelNotFound(f"no model {name!r}; there is {', '.join(map(repr, self._config.models))}")
+        return links
+
+
+def _view_of(
+    request: GenerationRequest, link: PoolLink, now_s: float, left_s: float | None
+) -> tuple[GenerationRequest, RequestView | None]:
+    """The request as the pool's hosts would take it on, and as routing sees it.
+
+    While no host of the pool was ever seen, only what its configuration says can be checked.
+
+    Raises:
+        InvalidRequest: the pool cannot serve it.
+    """
+    config, facts = link.state.config, link.state.facts
+    if facts is None:
+        config.limits.check(request)
+        return request, None
+    settled, max_gang = admit(request, config, facts)
+    assert settled.height is not None and settled.width is not None
+    view = RequestView(
+        id=settled.id,
+        height=settled.height,
+        width=settled.width,
+        batch=settled.num_images,
+        steps_total=settled.num_inference_steps,
+        steps_done=0,
+        arrival_s=now_s,
+        deadline_s=None if left_s is None else now_s + left_s,
+        priority=settled.priority,
+        gang_size=None if settled.gang_size == "auto" else settled.gang_size,
+        max_gang=max_gang,
+    )
+    return settled, view

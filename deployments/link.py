@@ -1,0 +1,111 @@
+"""A router's way to one pool: what it knows of the hosts, and calls to them through Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from distriray.errors import DistrirayError
+from distriray.gang.events import Event
+from distriray.requests import GenerationRequest, GenerationResult
+
+from .config import PoolConfig
+from .state import HostReport, PoolState
+
+ANSWER_S = 5.0  # a host that says nothing for so long is left to Serve's health check
+PATIENCE_S = 0.2  # a request does not wait longer than this for news of hosts that are known already
+
+
+class PoolLink:
+    """One pool, as one router replica reaches it.
+
+    Attributes:
+        state: what is known of its hosts.
+        undirected: requests under way that no host was chosen for, because there was none.
+    """
+
+    def __init__(self, config: PoolConfig, handle: DeploymentHandle, refresh_s: float) -> None:
+        self.config = config
+        self.state = PoolState(config.host)
+        self.undirected = 0
+        self._handle, self._streaming = handle, handle.options(stream=True)
+        self._refresh_s = refresh_s
+        self._asked_s = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    async def refresh(self) -> None:
+        """Ask the hosts how they are, unless they were asked a moment ago."""
+        if self._asking is None or self._asking.done():
+            if time.monotonic() - self._asked_s < self._refresh_s:
+                return
+            self._asking = asyncio.ensure_future(self._ask())
+        await asyncio.wait([self._asking], timeout=PATIENCE_S if self.state.hosts else None)
+
+    async def _ask(self) -> None:
+        asked_s = time.monotonic()
+        answers = await self.everyone("report")
+        self._asked_s = asked_s
+        if answers is not None:
+            self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
+
+    async def everyone(self, method: str, *args: Any) -> list[Any] | None:
+        """The answers of all hosts that Serve would send a request to; None if one was silent."""
+        try:
+            answers = await self._handle.broadcast(method, *args).results_async(
+                timeout_s=ANSWER_S, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            return []
+        except TimeoutError:
+            return None
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    async def generate(self, host: str | None, request: GenerationRequest) -> GenerationResult:
+        """Let `host` make the images, or any host where it is None. Cancelling cancels the request.
+
+        Raises:
+            RayActorError: the host died.
+            DistrirayError: as `Host.generate`.
+        """
+        self.undirected += host is None
+        response = self._handle.generate.remote(host, request)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayTaskError as error:
+            raise own_error(error) from None
+        finally:
+            self.undirected -= host is None
+
+    async def stream(self, host: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """What happens to `request` on `host`; closing the generator cancels it. Raises as `generate`."""
+        self.undirected += host is None
+        waits = host is None
+        events = self._streaming.stream.remote(host, request)
+        over = False
+        try:
+            async for event in events:
+                self.undirected -= waits
+                waits = False
+                yield event
+            over = True
+        except RayTaskError as error:
+            over = True
+            raise own_error(error) from None
+        finally:
+            self.undirected -= waits
+            if not over:
+                events.cancel()
+
+
+def own_error(error: RayTaskError) -> BaseException:
+    """What was raised on the other side of a call, where it is an error of distriray's."""
+    return error.cause if isinstance(error.cause, DistrirayError) else error

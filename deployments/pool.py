@@ -1,0 +1,80 @@
+"""A pool: each replica is one host, with workers in the replica's own placement group."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+
+from distriray.gang import Host, HostStatus
+from distriray.gang.events import Event
+from distriray.requests import GenerationRequest, GenerationResult
+from distriray.routing.router import publish
+
+from .autoscaling import WORK_S
+from .config import PoolConfig
+from .state import HostReport, shifted
+
+
+class Pool:
+    """One host of a pool. `target` is for `Directed`, which has acted on it before a call gets here."""
+
+    def __init__(self, config: PoolConfig) -> None:
+        self._config = config
+        self._name: str = serve.get_replica_context().replica_id.unique_id
+        self._started: Host | None = None
+
+    @property
+    def _host(self) -> Host:
+        assert self._started is not None, "Serve calls reconfigure before anything else"
+        return self._started
+
+    async def reconfigure(self, live: dict[str, Any]) -> None:
+        """Take Serve's `user_config` over: start the host with it, or let requests that run go on."""
+        config = self._config.changed(live).host
+        if self._started is None:
+            self._started = await Host.start(config)
+        else:
+            self._started.configure(config)
+
+    async def generate(self, target: str | None, request: GenerationRequest) -> GenerationResult:
+        """As `Host.generate`."""
+        return await self._host.generate(request)
+
+    async def stream(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """As `Host.stream`."""
+        async with aclosing(self._host.stream(request)) as events:
+            async for event in events:
+                yield event
+
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a request after the step it is in; whether there was one."""
+        return await self._host.cancel(request_id)
+
+    async def report(self) -> HostReport:
+        """What routers decide by."""
+        host, view = self._host, self._host.view()
+        state = publish(self._name, view, host.latency, host.config.max_queue)
+        return HostReport(shifted(state, -view.now_s), host.latency, host.facts, host.config)
+
+    async def status(self) -> tuple[str, HostStatus]:
+        """The host's name and what it is doing."""
+        return self._name, self._host.status()
+
+    async def ping(self) -> int:
+        """How many workers answer."""
+        return await self._host.ping()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `QueuedWork`."""
+        return {WORK_S: self._host.work_s()}
+
+    async def check_health(self) -> None:
+        """For Serve, which replaces a replica whose check fails."""
+        await self._host.check_health()
+
+    async def __del__(self) -> None:
+        if self._started is not None:
+            await self._started.close()

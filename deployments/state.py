@@ -1,0 +1,146 @@
+"""What a router believes of a pool: the hosts' reports, and what it has sent to them since."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import WorkerFacts
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import RequestView
+from distriray.routing.router import HostState, Route, route
+
+REMEMBERED = 256  # requests sent to one host between two of its reports
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """One host's answer to a router. Times in `state` count from the moment of the report, so that machines
+    need not agree on a clock."""
+
+    state: HostState
+    latency: LatencyModel
+    facts: WorkerFacts
+    config: HostConfig
+
+
+def shifted(state: HostState, by_s: float) -> HostState:
+    """`state` on a clock that shows `by_s` more."""
+    return replace(
+        state,
+        published_s=state.published_s + by_s,
+        firm=tuple((start + by_s, free) for start, free in state.firm),
+        full=tuple((start + by_s, free) for start, free in state.full),
+    )
+
+
+def wait_s(states: Sequence[HostState], now_s: float) -> float | None:
+    """Predicted seconds until a worker is free for a request that comes now; None without a host."""
+    waits = [
+        state.backlog_s + next((start for start, free in state.full if free > 0), state.full[-1][0]) - now_s
+        for state in states
+    ]
+    return max(0.0, min(waits)) if waits else None
+
+
+class PoolState:
+    """The hosts of one pool as one router sees them. Times are on the router's clock, in seconds.
+
+    Attributes:
+        hosts: by name; without those that are stopping.
+        facts: of the pool's workers, also while it has no host; None before the first report.
+        config: the hosts' configuration, as it was last reported.
+    """
+
+    def __init__(self, config: HostConfig) -> None:
+        self.config = config
+        self.hosts: dict[str, HostState] = {}
+        self.facts: WorkerFacts | None = None
+        self._latency: LatencyModel | None = None
+        self._sent: dict[str, deque[tuple[float, RequestView]]] = {}
+
+    def learn(self, reports: Sequence[HostReport], asked_s: float) -> None:
+        """Take over what the hosts say that there are; the question was put at `asked_s`.
+
+        What was sent to a host after that may not be in its report, so it is added again.
+        """
+        self.hosts = {}
+        for report in reports:
+            state = shifted(report.state, asked_s)
+            self.hosts[state.host] = state
+            self.facts, self._latency, self.config = report.facts, report.latency, report.config
+        sent, self._sent = self._sent, {}
+        for host, requests in sent.items():
+            for sent_s, view in requests:
+                if host in self.hosts and sent_s > asked_s:
+                    self.send(self._route([self.hosts[host]], view, sent_s), view, sent_s)
+
+    def route(self, view: RequestView, now_s: float, draw: random.Random, caution: float = 1.0) -> Route:
+        """The best host for a request. A pool without hosts has none."""
+        return self._route(list(self.hosts.values()), view, now_s, draw, caution)
+
+    def send(self, chosen: Route, view: RequestView, now_s: float) -> None:
+        """The request goes where `chosen` says: count on it until the host's next report."""
+        if chosen.host is not None and chosen.state is not None:
+            self.hosts[chosen.host] = chosen.state
+            self._sent.setdefault(chosen.host, deque(maxlen=REMEMBERED)).append((now_s, view))
+
+    def refused(self, host: str) -> None:
+        """The host's queue is full: it gets nothing until its next report."""
+        if host in self.hosts:
+            state = self.hosts[host]
+            self.hosts[host] = replace(state, waiting=max(state.waiting, state.max_waiting))
+
+    def lost(self, host: str) -> None:
+        """The host is dead: it gets nothing unless it reports again."""
+        self.hosts.pop(host, None)
+
+    def error(self, view: RequestView) -> float:
+        """The relative error to expect of predictions for such a request."""
+        if self._latency is None:
+            return 0.0
+        return self._latency.estimate(1, view.height, view.width, view.batch).error
+
+    def _route(
+        self,
+        states: Sequence[HostState],
+        view: RequestView,
+        now_s: float,
+        draw: random.Random | None = None,
+        caution: float = 1.0,
+    ) -> Route:
+        if self._latency is None:
+            return Route(None, now_s, False)
+        return route(states, view, now_s, self._latency, draw or random.Random(0), caution)
+
+
+def choose(
+    pools: Sequence[PoolState],
+    views: Sequence[RequestView],
+    now_s: float,
+    draw: random.Random,
+    caution: float = 1.0,
+) -> tuple[int, Route] | None:
+    """The pool, by index, and the host where a request would be done first.
+
+    `views` are the request as each pool sees it. Pools that are as good within the error of the prediction
+    are drawn from by their number of hosts. A route without a host says when a queue may have a place; None
+    means that no pool has a host.
+    """
+    routes = [
+        (index, pool.route(view, now_s, draw, caution))
+        for index, (pool, view) in enumerate(zip(pools, views, strict=True))
+        if pool.hosts
+    ]
+    if not routes:
+        return None
+    open_ = [(index, r) for index, r in routes if r.host is not None]
+    if not open_:
+        return min(routes, key=lambda option: option[1].finish_s)
+    best_index, best = min(open_, key=lambda option: (not option[1].meets, option[1].finish_s))
+    slack = caution * pools[best_index].error(views[best_index]) * (best.finish_s - now_s)
+    near = [o for o in open_ if o[1].meets == best.meets and o[1].finish_s - best.finish_s <= slack]
+    return draw.choices(near, weights=[len(pools[index].hosts) for index, _ in near])[0]
