@@ -1,0 +1,96 @@
+"""Who is answered: holders of a key, or this machine alone."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from .config import HttpConfig
+from .errors import Refusal
+
+_PROXIED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+
+_bearer = HTTPBearer(auto_error=False, description="A key of the service: `Authorization: Bearer KEY`.")
+_Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+
+
+def guard(config: HttpConfig) -> Callable[..., Any]:
+    """A dependency that raises Refusal (401) for whoever may not ask.
+
+    Raises:
+        ValueError, OSError: as `HttpConfig.keys`.
+    """
+    keys = config.keys()
+    return _holders_of(keys) if keys else _this_machine(config)
+
+
+def _holders_of(keys: list[str]) -> Callable[..., Any]:
+    digests = [_digest(key.encode()) for key in keys]
+
+    async def holders_of_a_key(credentials: _Credentials) -> None:
+        headers = {"WWW-Authenticate": "Bearer"}
+        if credentials is None:
+            message = "a key is needed; send it as the header Authorization: Bearer KEY"
+            raise Refusal(401, "missing_api_key", message, headers=headers)
+        # Headers are read as latin-1. Digests are compared, and all of them: time tells nothing of a key.
+        given = _digest(credentials.credentials.encode("latin-1", "replace"))
+        matches = [hmac.compare_digest(given, digest) for digest in digests]
+        if True not in matches:
+            raise Refusal(401, "invalid_api_key", "this key is not one of the service's", headers=headers)
+
+    return holders_of_a_key
+
+
+def _this_machine(config: HttpConfig) -> Callable[..., Any]:
+    mend = f"set the environment variable {config.keys_env} or keys_file, then send a key"
+
+    async def this_machine(request: Request) -> None:
+        # A proxy on this machine looks like a client on it, and so does a web page that rebinds its name.
+        client = request.client.host if request.client else None
+        named = _host_name(request.headers.get("host", ""))
+        proxied = next((name for name in _PROXIED if name in request.headers), None)
+        if proxied is not None:
+            reason = f"this request came through a proxy (header {proxied})"
+        elif not _is_loopback(client):
+            reason = f"{client or 'an unknown address'} is another machine"
+        elif not _is_loopback(named):
+            reason = f"this request names the host {named or 'wrongly'}"
+        else:
+            return
+        message = (
+            f"without keys only clients on this machine are answered, at localhost, and {reason}; {mend}"
+        )
+        raise Refusal(401, "keys_not_configured", message, headers={"WWW-Authenticate": "Bearer"})
+
+    return this_machine
+
+
+def _host_name(header: str) -> str | None:
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host is None:
+        return False
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

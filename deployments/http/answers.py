@@ -1,0 +1,111 @@
+"""Results and events as bytes to send. Pictures take milliseconds to encode: call these in a thread."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from distriray.gang.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
+from distriray.requests import GenerationResult
+
+from .encode import data_url, encode
+from .errors import Refusal
+from .images import (
+    CompletedEvent,
+    DrawnImage,
+    ImageRequest,
+    ImagesResponse,
+    PartialImageEvent,
+    ProgressEvent,
+)
+
+
+def images_response(asked: ImageRequest, result: GenerationResult) -> bytes:
+    """The body of the answer: JSON of ImagesResponse."""
+    encoded = [encode(image, asked.format, asked.compression) for image in result.images]
+    if asked.response_format == "url":
+        data = [
+            DrawnImage(url=data_url(text, asked.format), seed=seed)
+            for text, seed in zip(encoded, result.seeds, strict=True)
+        ]
+    else:
+        data = [
+            DrawnImage(b64_json=text, seed=seed) for text, seed in zip(encoded, result.seeds, strict=True)
+        ]
+    response = ImagesResponse(created=_now(), data=data, **_about(asked, result))
+    return response.model_dump_json(exclude_none=True).encode()
+
+
+def event_frame(asked: ImageRequest, event: Event) -> bytes:
+    """`event` as a server-sent event; empty for what was not asked for."""
+    match event:
+        case Preview():
+            width, height = event.image.size
+            return _frame(
+                PartialImageEvent(
+                    partial_image_index=event.index,
+                    b64_json=encode(event.image, asked.format, asked.compression),
+                    created_at=_now(),
+                    output_format=asked.format,
+                    size=f"{width}x{height}",
+                    step=event.step,
+                )
+            )
+        case Finished(result=result):
+            return _frame(
+                CompletedEvent(
+                    b64_json=encode(result.images[0], asked.format, asked.compression),
+                    seed=result.seeds[0],
+                    created_at=_now(),
+                    **_about(asked, result),
+                )
+            )
+        case _ if not asked.progress:
+            return b""
+        case Queued():
+            wait = event.predicted_wait_s
+            return _progress(state="queued", position=event.position, predicted_wait_s=wait)
+        case Started():
+            return _progress(state="started", gang_size=len(event.workers), step=0)
+        case Step():
+            return _progress(
+                state="running", step=event.step, num_steps=event.num_steps, gang_size=event.gang_size
+            )
+        case Regrouped():
+            return _progress(state="regrouped", gang_size=len(event.workers), step=event.step)
+        case Repaired():
+            return _progress(state="repaired", step=event.step)
+
+
+def error_frame(refusal: Refusal) -> bytes:
+    """What ends a stream that cannot be finished."""
+    return _sse("error", json.dumps({"type": "error", **refusal.body()}))
+
+
+def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
+    return {
+        "id": result.id,
+        "model": result.model,
+        "output_format": asked.format,
+        "size": f"{result.width}x{result.height}",
+        "gang_size": result.gang_size,
+        "repairs": result.repairs,
+        "timings": result.timings,
+    }
+
+
+def _progress(**fields: Any) -> bytes:
+    return _frame(ProgressEvent(created_at=_now(), **fields))
+
+
+def _frame(event: PartialImageEvent | ProgressEvent | CompletedEvent) -> bytes:
+    return _sse(event.type, event.model_dump_json(exclude_none=True))
+
+
+def _sse(name: str, data: str) -> bytes:
+    return f"event: {name}\ndata: {data}\n\n".encode()
+
+
+def _now() -> int:
+    return int(time.time())

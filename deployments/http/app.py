@@ -1,0 +1,188 @@
+"""The application: OpenAI's Images API over a service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from secrets import token_hex
+from typing import Any, Literal
+
+from fastapi import Depends, FastAPI, Request, Response
+from pydantic import BaseModel
+
+from distriray.errors import DistrirayError
+from distriray.gang.events import Event
+from distriray.requests import Limits
+
+from .access import guard
+from .answers import error_frame, event_frame, images_response
+from .body import read_body
+from .config import HttpConfig
+from .envelope import Envelope
+from .errors import Refusal, answer_errors, refusal_of
+from .images import ImageRequest
+from .leaving import EventStream, unless_left
+from .openapi import describe_images, document, errors
+from .service import Fleet, ModelCard, Service
+
+
+class Model(BaseModel):
+    """A model; beside OpenAI's fields its own size (`WxH`), its limits and the gangs that can draw it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    default_size: str
+    limits: Limits
+    gang_sizes: tuple[int, ...]
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """A request that came now could be served."""
+
+    status: Literal["ok"] = "ok"
+
+
+def build_http(service: Service, config: HttpConfig) -> FastAPI:
+    """OpenAI's Images API over `service`.
+
+    Raises:
+        ValueError, OSError: the keys cannot be had; see `HttpConfig.keys`.
+    """
+    app = FastAPI(redirect_slashes=False, redoc_url=None)
+    app.openapi = document(app, service)  # type: ignore[method-assign]
+    app.add_middleware(Envelope)
+    answer_errors(app)
+    allowed = Depends(guard(config))
+
+    @app.post(
+        "/v1/images/generations",
+        dependencies=[allowed],
+        response_class=Response,
+        responses=errors(400, 401, 404, 413, 429, 500, 503),
+        openapi_extra=describe_images(),
+        summary="Draw images of a prompt",
+        tags=["images"],
+    )
+    async def generate_images(request: Request) -> Response:
+        asked = ImageRequest.parse(await read_body(request, config.max_body_bytes))
+        _note(request, asked, config)
+        # The suffix keeps two requests apart to which a client gave the same id.
+        name = f"{request.state.request_id}-{token_hex(4)}"
+        generation = asked.generation(_card(service, asked.model), name)
+        ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s
+        if not asked.stream:
+            result = await unless_left(request, _until(ends_at, service.generate(generation)))
+            body = await asyncio.to_thread(images_response, asked, result)
+            return Response(body, media_type="application/json")
+        events = service.stream(generation)
+        try:
+            first = await unless_left(request, _until(ends_at, anext(events)))
+        except BaseException:
+            await events.aclose()
+            raise
+        return EventStream(_frames(request, asked, first, events, ends_at), events)
+
+    @app.get(
+        "/v1/models",
+        dependencies=[allowed],
+        responses=errors(401, 500),
+        summary="All models",
+        tags=["models"],
+    )
+    async def list_models() -> ModelList:
+        return ModelList(data=[_model(card) for card in service.models()])
+
+    @app.get(
+        "/v1/models/{model:path}",
+        dependencies=[allowed],
+        responses=errors(401, 404, 500),
+        summary="One model",
+        tags=["models"],
+    )
+    async def retrieve_model(model: str) -> Model:
+        return _model(_card(service, model))
+
+    @app.get(
+        "/v1/fleet",
+        dependencies=[allowed],
+        responses=errors(401, 500, 503),
+        summary="Hosts, gangs, queues and predicted waits",
+        tags=["fleet"],
+    )
+    async def get_fleet() -> Fleet:
+        return await service.fleet()
+
+    @app.get("/healthz", responses=errors(503), summary="Whether a request could be served", tags=["fleet"])
+    async def get_health() -> Health:
+        try:
+            await service.check_health()
+        except DistrirayError as error:
+            raise Refusal(503, "unavailable", str(error)) from error
+        return Health()
+
+    return app
+
+
+async def _frames(
+    request: Request,
+    asked: ImageRequest,
+    first: Event,
+    events: AsyncGenerator[Event, None],
+    ends_at: float | None,
+) -> AsyncGenerator[bytes, None]:
+    event: Event | None = first
+    try:
+        while event is not None:
+            yield await asyncio.to_thread(event_frame, asked, event)
+            event = await unless_left(request, _until(ends_at, anext(events, None)))
+    except Exception as error:
+        refusal = refusal_of(error)
+        request.state.noted["code"] = refusal.code
+        yield error_frame(refusal)
+
+
+async def _until(ends_at: float | None, work: Any) -> Any:
+    left_s = None if ends_at is None else ends_at - time.monotonic()
+    async with asyncio.timeout(left_s):
+        return await work
+
+
+def _card(service: Service, model: str | None) -> ModelCard:
+    cards = service.models()
+    for card in cards:
+        if model in (None, card.id):
+            return card
+    names = ", ".join(card.id for card in cards)
+    raise Refusal(
+        404, "model_not_found", f"there is no model {str(model)[:200]!r}; there are {names}", "model"
+    )
+
+
+def _model(card: ModelCard) -> Model:
+    height, width = card.default_size
+    return Model(
+        id=card.id,
+        created=card.created,
+        owned_by=card.owned_by,
+        default_size=f"{width}x{height}",
+        limits=card.limits,
+        gang_sizes=card.gang_sizes,
+    )
+
+
+def _note(request: Request, asked: ImageRequest, config: HttpConfig) -> None:
+    noted = request.state.noted
+    if asked.user is not None:
+        noted["user"] = ascii(asked.user)
+    if config.log_prompts:
+        noted["prompt"] = ascii(asked.prompt)

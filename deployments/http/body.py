@@ -1,0 +1,37 @@
+"""Reading a body, no further than allowed."""
+
+from __future__ import annotations
+
+from email.message import Message
+
+from fastapi import Request
+
+from .errors import Refusal
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The JSON text that a client sends, declared in length or in chunks.
+
+    Raises:
+        Refusal: 413 beyond `limit` bytes, 400 if it is not said to be JSON.
+        ClientDisconnect: the client left.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise _too_large(limit)
+    content_type = Message()
+    content_type["content-type"] = request.headers.get("content-type", "")
+    if content_type.get_content_type() != "application/json":
+        given = request.headers.get("content-type", "none")[:100]
+        message = f"the content type is {given}; send JSON, with Content-Type: application/json"
+        raise Refusal(400, "unsupported_content_type", message)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, "body_too_large", f"the body is longer than {limit} bytes")

@@ -1,0 +1,50 @@
+"""What the HTTP layer lets in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from distriray.requests import Count
+
+
+class HttpConfig(BaseModel):
+    """Keys, bounds and what is written down.
+
+    Attributes:
+        keys_env: the environment variable that holds bearer keys, separated by commas or blanks.
+        keys_file: a file with a bearer key a line; lines that begin with # are comments. With no key in
+            either place only clients on this machine are answered.
+        max_body_bytes: the longest request body that is read.
+        timeout_s: after so many seconds a request is given up and its gang freed; None waits for ever.
+        log_prompts: whether prompts are written to the log.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys_env: str = "DISTRIRAY_API_KEYS"
+    keys_file: Path | None = None
+    max_body_bytes: Count = 256 * 1024
+    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = 600.0
+    log_prompts: bool = False
+
+    def keys(self) -> list[str]:
+        """Every key of the environment and of the file.
+
+        Raises:
+            ValueError: the file holds no key, so that a mistake in it does not lock nothing.
+            OSError: the file cannot be read.
+        """
+        keys = os.environ.get(self.keys_env, "").replace(",", " ").split()
+        if self.keys_file is not None:
+            lines = [line.strip() for line in self.keys_file.read_text().splitlines()]
+            in_file = [line for line in lines if line and not line.startswith("#")]
+            if not in_file:
+                raise ValueError(
+                    f"keys_file {self.keys_file} holds no key; write one a line, or leave it out"
+                )
+            keys += in_file
+        return keys

@@ -1,0 +1,163 @@
+"""Every error as OpenAI's error object."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from distriray.errors import (
+    DeadlineUnmet,
+    DistrirayError,
+    GangBroken,
+    GenerationCancelled,
+    InvalidRequest,
+    ModelNotFound,
+    NotEnoughDevices,
+    QueueFull,
+)
+from distriray.requests import invalid_request
+
+PARAMS = {"num_images": "n", "previews": "partial_images", "height": "size", "width": "size"}
+"""What fields of a GenerationRequest are called over HTTP, where that differs."""
+
+CLIENT_LEFT = 499
+"""The status of a request whose client did not wait; nobody receives it, logs show it."""
+
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+_LONGEST_PARAM, _LONGEST_MESSAGE = 100, 500
+
+
+class ErrorObject(BaseModel):
+    """What went wrong; `code` is stable, `param` is the field at fault, `possible_s` comes with
+    `deadline_unmet`: the seconds in which it could be done."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    possible_s: float | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorObject
+
+
+class Refusal(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+        possible_s: float | None = None,
+    ) -> None:
+        super().__init__(message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}...")
+        self.status, self.code, self.headers = status, code, headers
+        self.param = param and param[:_LONGEST_PARAM]
+        self.possible_s = possible_s
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object, ready for JSON."""
+        kind = "invalid_request_error" if self.status < 429 else "rate_limit_error"
+        error = ErrorObject(
+            message=str(self),
+            type=kind if self.status < 500 else "server_error",
+            param=self.param,
+            code=self.code,
+            possible_s=self.possible_s,
+        )
+        unset = {"possible_s"} if self.possible_s is None else None
+        return {"error": error.model_dump(exclude=unset)}
+
+    def response(self) -> Response:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """How `error`, whatever it is, is answered. What is not meant for clients stays out of the message."""
+    if isinstance(error, Refusal):
+        return error
+    cause = getattr(error, "cause", None)  # an error that crossed Ray is a RayTaskError around the original
+    if isinstance(cause, Exception) and cause is not error:
+        return refusal_of(cause)
+    match error:
+        case InvalidRequest():
+            message = re.sub(r"\b(num_images|previews)\b", lambda name: PARAMS[name[0]], str(error))
+            return Refusal(400, "invalid_value", message, PARAMS.get(error.param or "", error.param))
+        case ModelNotFound():
+            return Refusal(404, "model_not_found", str(error), "model")
+        case QueueFull():
+            seconds = min(max(error.retry_after_s, 0.0), 3600.0)
+            return Refusal(
+                429, "queue_full", str(error), headers={"Retry-After": str(max(1, math.ceil(seconds)))}
+            )
+        case DeadlineUnmet():
+            possible = error.possible_s
+            if possible is not None and not math.isfinite(possible):
+                possible = None
+            # The same deadline would fail again, so clients that retry a 429 by themselves are told not to.
+            headers = {"X-Should-Retry": "false"}
+            return Refusal(429, "deadline_unmet", str(error), "deadline_s", headers, possible)
+        case GenerationCancelled():
+            return Refusal(503, "cancelled", str(error))
+        case NotEnoughDevices():
+            return Refusal(503, "unavailable", str(error))
+        case GangBroken():
+            return Refusal(500, "gang_broken", str(error))
+        case TimeoutError():
+            return Refusal(503, "timeout", "the image was not finished in the time that a request may take")
+        case DistrirayError():
+            return Refusal(500, "internal_error", str(error))
+    return Refusal(
+        500, "internal_error", f"the service failed with a {type(error).__name__}; its log says more"
+    )
+
+
+def refusal_of_fields(error: ValidationError) -> Refusal:
+    """The first thing that is wrong with a body."""
+    found = error.errors(include_url=False, include_input=False)[0]
+    if found["type"] == "json_invalid":
+        return Refusal(400, "invalid_json", f"the body cannot be read: {found['msg']}")
+    first = invalid_request(error)
+    return Refusal(400, _CODES.get(found["type"], "invalid_value"), str(first), first.param)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Let `app` answer every error that a handler or the router raises."""
+
+    async def refused(_: Request, error: Exception) -> Response:
+        return refusal_of(error).response()
+
+    async def by_router(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        where = f"{request.method} {request.url.path}"
+        if error.status_code == 404:
+            refusal = Refusal(404, "unknown_url", f"there is no {where}; /docs lists what there is")
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            refusal = Refusal(405, "method_not_allowed", f"there is no {where}; use {allowed}")
+        else:
+            refusal = Refusal(error.status_code, "invalid_value", str(error.detail))
+        refusal.headers = dict(error.headers or {})
+        return refusal.response()
+
+    async def left(_: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT)
+
+    app.add_exception_handler(DistrirayError, refused)
+    app.add_exception_handler(Refusal, refused)
+    app.add_exception_handler(TimeoutError, refused)
+    app.add_exception_handler(HTTPException, by_router)
+    app.add_exception_handler(ClientDisconnect, left)

@@ -1,0 +1,281 @@
+"""The request and the answers of POST /v1/images/generations, in OpenAI's words."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from distriray.errors import InvalidRequest
+from distriray.requests import Count, GenerationRequest, Timings
+
+from .encode import FULL_QUALITY, OutputFormat
+from .errors import Refusal, refusal_of_fields
+from .service import ModelCard
+
+SchedulerName = Literal[
+    "ddim",
+    "dpmpp-2m",
+    "dpmpp-2m-karras",
+    "dpmpp-2s",
+    "euler",
+    "euler-ancestral",
+    "heun",
+    "lcm",
+    "lms",
+    "pndm",
+    "unipc",
+]
+"""The names of `distriray.denoise.SCHEDULERS`, without importing diffusers into every router."""
+
+
+def _rule(when: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    return {"if": {"required": list(when), "properties": when}, "then": {"properties": then}}
+
+
+# What one field demands of another, for readers of the document; `_check_together` is what enforces it.
+_RULES: list[JsonValue] = [
+    _rule(
+        {"stream": {"const": True}},
+        {"n": {"enum": [1, None]}, "response_format": {"enum": ["b64_json", None]}},
+    ),
+    {
+        "if": {"not": {"required": ["stream"], "properties": {"stream": {"const": True}}}},
+        "then": {"properties": {"partial_images": {"enum": [0, None]}, "progress": {"enum": [False, None]}}},
+    },
+    {
+        "if": {
+            "not": {
+                "required": ["output_format"],
+                "properties": {"output_format": {"enum": ["jpeg", "webp"]}},
+            }
+        },
+        "then": {"properties": {"output_compression": {"enum": [FULL_QUALITY, None]}}},
+    },
+]
+
+
+class ImageRequest(BaseModel):
+    """What to draw. Absent fields and null mean the default; a field that is not here is refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "allOf": _RULES,
+            "examples": [{"prompt": "a lake at dusk, snowy mountains", "size": "256x256", "seed": 1}],
+        },
+    )
+
+    prompt: Annotated[str, Field(min_length=1, description="What the picture shows.")]
+    model: Annotated[str | None, Field(description="One of /v1/models; by default the first.")] = None
+    n: Annotated[Count | None, Field(description="How many images; 1 by default and when streaming.")] = None
+    size: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
+            description="Width x height in pixels, multiples of 8; `auto`, the default, is the model's own.",
+        ),
+    ] = None
+    response_format: Annotated[
+        Literal["b64_json", "url"] | None,
+        Field(description="`url` gives a data: URL, which is the picture itself. `b64_json` by default."),
+    ] = None
+    output_format: Annotated[OutputFormat | None, Field(description="`png` by default.")] = None
+    output_compression: Annotated[
+        int | None,
+        Field(ge=0, le=100, description="Quality of jpeg and webp; 100, the best, by default and for png."),
+    ] = None
+    quality: Annotated[Literal["auto"] | None, Field(description="Use num_inference_steps instead.")] = None
+    background: Annotated[Literal["auto", "opaque"] | None, Field(description="Every picture is opaque.")] = (
+        None
+    )
+    user: Annotated[
+        str | None, Field(max_length=256, description="Your name for who asks; written to the log.")
+    ] = None
+    stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
+    partial_images: Annotated[
+        int | None, Field(ge=0, description="Previews to stream, evenly spread over the steps; 0 by default.")
+    ] = None
+    progress: Annotated[
+        bool | None, Field(description="Stream `image_generation.progress` events as well; false by default.")
+    ] = None
+    negative_prompt: Annotated[str | None, Field(description="What the picture must not show.")] = None
+    seed: Annotated[
+        int | None,
+        Field(ge=0, lt=2**63, description="Of the first image; image i has seed + i. Drawn by default."),
+    ] = None
+    num_inference_steps: Annotated[
+        Count | None,
+        Field(description=f"{GenerationRequest.model_fields['num_inference_steps'].default} by default."),
+    ] = None
+    guidance_scale: Annotated[
+        float | None,
+        Field(
+            ge=0.0,
+            allow_inf_nan=False,
+            description=f"{GenerationRequest.model_fields['guidance_scale'].default} by default.",
+        ),
+    ] = None
+    scheduler: Annotated[SchedulerName | None, Field(description="By default the model's own.")] = None
+    gang_size: Annotated[
+        Count | Literal["auto"] | None,
+        Field(description="Workers to use; `auto`, the default, lets the fleet choose."),
+    ] = None
+    deadline_s: Annotated[
+        float | None,
+        Field(
+            gt=0.0, allow_inf_nan=False, description="Refuse at once what cannot be done in so many seconds."
+        ),
+    ] = None
+
+    @classmethod
+    def parse(cls, body: bytes) -> ImageRequest:
+        """The request in a JSON text; raises Refusal (400)."""
+        try:
+            request = cls.model_validate_json(body)
+        except ValidationError as error:
+            raise refusal_of_fields(error) from None
+        request._check_together()
+        return request
+
+    def _check_together(self) -> None:
+        if self.stream and (self.n or 1) > 1:
+            raise Refusal(400, "invalid_value", f"n {self.n}: streaming makes one image; leave n out", "n")
+        if self.stream and self.response_format == "url":
+            message = "response_format 'url': events carry b64_json; leave response_format out"
+            raise Refusal(400, "invalid_value", message, "response_format")
+        if self.partial_images and not self.stream:
+            message = f"partial_images {self.partial_images}: only a stream carries them; set stream to true"
+            raise Refusal(400, "invalid_value", message, "partial_images")
+        if self.progress and not self.stream:
+            message = "progress true: only a stream carries it; set stream to true"
+            raise Refusal(400, "invalid_value", message, "progress")
+        if self.format == "png" and self.compression < FULL_QUALITY:
+            message = (
+                f"output_compression {self.compression}: png loses nothing; "
+                "leave it out, or set output_format to jpeg or webp"
+            )
+            raise Refusal(400, "invalid_value", message, "output_compression")
+
+    @property
+    def format(self) -> OutputFormat:
+        return self.output_format or "png"
+
+    @property
+    def compression(self) -> int:
+        return FULL_QUALITY if self.output_compression is None else self.output_compression
+
+    def generation(self, card: ModelCard, request_id: str) -> GenerationRequest:
+        """The same in distriray's words, within what `card` allows; raises InvalidRequest."""
+        width = height = None
+        if self.size not in (None, "auto"):
+            width, height = map(int, self.size.split("x"))
+        fields = {
+            "model": card.id,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "height": height,
+            "width": width,
+            "num_images": self.n,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "scheduler": self.scheduler,
+            "gang_size": self.gang_size,
+            "deadline_s": self.deadline_s,
+            "previews": self.partial_images,
+            "id": request_id,
+        }
+        request = GenerationRequest.parse(
+            {name: value for name, value in fields.items() if value is not None}
+        )
+        card.limits.check(request)
+        if request.gang_size != "auto" and request.gang_size not in card.gang_sizes:
+            message = f"gang_size {request.gang_size} is not lent here; use one of {list(card.gang_sizes)}"
+            raise InvalidRequest(message, "gang_size")
+        return request
+
+
+class DrawnImage(BaseModel):
+    """One image: `b64_json`, or with `response_format: url` a data: URL, and the seed that makes it again."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class _Answer(BaseModel):
+    id: str
+    model: str
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    size: str
+    gang_size: int
+    repairs: int
+    timings: Timings
+
+
+class ImagesResponse(_Answer):
+    """The images, how they were made and how many seconds each phase took."""
+
+    created: int
+    data: list[DrawnImage]
+
+
+class _Tokens(BaseModel):
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class _Usage(BaseModel):
+    """OpenAI's completed event has it; no tokens are counted here."""
+
+    input_tokens: int = 0
+    input_tokens_details: _Tokens = _Tokens()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class PartialImageEvent(BaseModel):
+    """A small picture of the image after `step`; `size` is this picture's."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
+    b64_json: str
+    background: Literal["opaque"] = "opaque"
+    created_at: int
+    output_format: OutputFormat
+    quality: Literal["auto"] = "auto"
+    size: str
+    step: int
+
+
+class ProgressEvent(BaseModel):
+    """What happens to the request; fields that do not belong to `state` are left out.
+
+    `queued`: `position` requests ahead, `predicted_wait_s` seconds to wait. `started`, `regrouped`: a gang of
+    `gang_size` goes on from `step`. `repaired`: a worker was lost, another gang goes on from `step`.
+    `running`: `step` of `num_steps` are done.
+    """
+
+    type: Literal["image_generation.progress"] = "image_generation.progress"
+    created_at: int
+    state: Literal["queued", "started", "running", "regrouped", "repaired"]
+    position: int | None = None
+    predicted_wait_s: float | None = None
+    step: int | None = None
+    num_steps: int | None = None
+    gang_size: int | None = None
+
+
+class CompletedEvent(_Answer):
+    """The image, and what ImagesResponse says of it."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    seed: int
+    created_at: int
+    quality: Literal["auto"] = "auto"
+    usage: _Usage = _Usage()

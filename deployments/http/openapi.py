@@ -1,0 +1,136 @@
+"""The OpenAPI document, with the limits of the models that are served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from distriray import __version__
+from distriray.requests import MULTIPLE_OF
+
+from .errors import ErrorResponse
+from .images import CompletedEvent, ImageRequest, ImagesResponse, PartialImageEvent, ProgressEvent
+from .service import ModelCard, Service
+
+_BODIES: tuple[type[BaseModel], ...] = (
+    ImageRequest,
+    ImagesResponse,
+    PartialImageEvent,
+    ProgressEvent,
+    CompletedEvent,
+    ErrorResponse,
+)
+_REASONS = {
+    400: "A field, or the body, cannot be served as it is",
+    401: "No key, a wrong key, or no keys configured and the client is on another machine",
+    404: "No such model",
+    413: "The body is too long",
+    429: "The queue is full, or the deadline cannot be met",
+    500: "The service failed",
+    503: "No host can serve now",
+}
+_REF = "#/components/schemas/"
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route documents of its errors."""
+    return {status: {"model": ErrorResponse, "description": _REASONS[status]} for status in statuses}
+
+
+def describe_images() -> dict[str, Any]:
+    """The body and the two kinds of success of POST /v1/images/generations, whose body is read by hand:
+    the framework's parser accepts NaN and coerces."""
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"{_REF}ImageRequest"}}},
+        },
+        "responses": {
+            "200": {
+                "description": "The images; with `stream: true` events whose data is one of "
+                "PartialImageEvent, ProgressEvent, CompletedEvent and, named `error`, ErrorResponse",
+                "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
+                "content": {
+                    "application/json": {"schema": {"$ref": f"{_REF}ImagesResponse"}},
+                    "text/event-stream": {"schema": {"type": "string"}},
+                },
+            },
+            "429": {
+                "headers": {
+                    "Retry-After": {
+                        "description": "Seconds until the queue has room; not with `deadline_unmet`",
+                        "schema": {"type": "integer"},
+                    }
+                }
+            },
+        },
+    }
+
+
+def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
+    """What `app.openapi` shall be: always of the models that are served now."""
+
+    def openapi() -> dict[str, Any]:
+        document = get_openapi(
+            title="distriray",
+            version=__version__,
+            summary="Images by gangs of workers, with OpenAI's Images API",
+            routes=app.routes,
+        )
+        schemas = document["components"]["schemas"]
+        for body in _BODIES:
+            own = body.model_json_schema(ref_template=f"{_REF}{{model}}")
+            schemas.update(own.pop("$defs", {}))
+            schemas[body.__name__] = own
+        _limit(schemas["ImageRequest"]["properties"], service.models())
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        return document
+
+    return openapi
+
+
+def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
+    """Write into the fields what at least one model accepts."""
+    if not cards:
+        return
+    limits = [card.limits for card in cards]
+    prompt_chars = max(each.max_prompt_chars for each in limits)
+    side = sides_pattern(min(each.min_side for each in limits), max(each.max_side for each in limits))
+    bounds: dict[str, dict[str, Any]] = {
+        "prompt": {"maxLength": prompt_chars},
+        "negative_prompt": {"maxLength": prompt_chars},
+        "model": {"enum": [card.id for card in cards]},
+        "n": {"maximum": max(each.max_images for each in limits)},
+        "size": {"pattern": f"^(auto|{side}x{side})$"},
+        "partial_images": {"maximum": max(each.max_previews for each in limits)},
+        "num_inference_steps": {"maximum": max(each.max_steps for each in limits)},
+        "guidance_scale": {"maximum": max(each.max_guidance_scale for each in limits)},
+        "gang_size": {"enum": sorted({size for card in cards for size in card.gang_sizes})},
+    }
+    for name, bound in bounds.items():
+        field = fields[name]
+        (field["anyOf"][0] if "anyOf" in field else field).update(bound)
+
+
+def sides_pattern(smallest: int, largest: int) -> str:
+    """A regular expression of the multiples of 8 from `smallest` to `largest`, in decimals.
+
+    Numbers that end in the same two digits share what comes before them.
+    """
+    first = -(-smallest // MULTIPLE_OF) * MULTIPLE_OF
+    endings: dict[int, list[str]] = {}
+    for side in range(first, largest + 1, MULTIPLE_OF):
+        endings.setdefault(side // 100, []).append(f"{side % 100:02}" if side >= 100 else str(side))
+    heads: dict[str, list[str]] = {}
+    for head, ends in endings.items():
+        heads.setdefault("|".join(ends), []).append(str(head) if head else "")
+    alternatives = [f"({'|'.join(before)})({after})" for after, before in heads.items()]
+    return f"({'|'.join(alternatives)})"

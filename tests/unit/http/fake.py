@@ -1,0 +1,115 @@
+"""A service that draws grey pictures, as slowly as a test asks, and remembers what became of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from deployments.http import Fleet, ModelCard, PoolReport
+from distriray.errors import DistrirayError
+from distriray.gang.events import Event, Finished, Preview, Queued, Started, Step
+from distriray.gang.status import HostStatus, PredictionStatus, WorkerStatus
+from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+
+LIMITS = Limits(max_side=256, max_pixels=256 * 256, max_steps=50, max_images=4, max_previews=3)
+CARDS = [
+    ModelCard(id="builtin:landscapes", created=1, default_size=(64, 96), limits=LIMITS, gang_sizes=(1, 2)),
+    ModelCard(id="some/other", created=2, default_size=(128, 128), limits=LIMITS),
+]
+
+
+@dataclass
+class FakeService:
+    """`refusal` is raised at once, `failure` after the first preview; `pace_s` is slept for each step."""
+
+    refusal: Exception | None = None
+    failure: Exception | None = None
+    illness: DistrirayError | None = None
+    pace_s: float = 0.0
+    asked: list[GenerationRequest] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        async for event in self.stream(request):
+            if isinstance(event, Finished):
+                return event.result
+        raise AssertionError("a stream ends with Finished")
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        self.asked.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        card = next(card for card in CARDS if card.id == request.model)
+        request = request.settled(*card.default_size)
+        outcome = "cancelled"
+        try:
+            yield Queued(request.id, 0, 0.0)
+            yield Started(request.id, (0, 1))
+            for step in range(1, request.num_inference_steps + 1):
+                await asyncio.sleep(self.pace_s)
+                yield Step(request.id, step, request.num_inference_steps, 2, 0.1)
+                if step in request.preview_steps():
+                    index = sorted(request.preview_steps()).index(step)
+                    yield Preview(request.id, step, index, Image.new("RGB", (8, 12), (step, 0, 0)))
+                    if self.failure is not None:
+                        raise self.failure
+            outcome = "finished"
+            yield Finished(request.id, result_of(request))
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # a real service tells its host, and must get to it
+            raise
+        finally:
+            self.ended.append(outcome)
+
+    def models(self) -> list[ModelCard]:
+        return CARDS
+
+    async def fleet(self) -> Fleet:
+        worker = WorkerStatus(index=0, healthy=True, pid=1, device="cpu", load_s=1.0, memory=1, request=None)
+        host = HostStatus(
+            model=CARDS[0].id,
+            device="cpu",
+            healthy=True,
+            gang_sizes=(1, 2),
+            default_size=(64, 96),
+            workers=[worker],
+            free_workers=1,
+            running=[],
+            waiting=[],
+            max_queue=8,
+            work_s=0.0,
+            repairs=[],
+            outcomes={},
+            regroupings=0,
+            predictions=PredictionStatus(count=0),
+        )
+        pool = PoolReport(model=CARDS[0].id, predicted_wait_s=0.5, hosts={"a": host})
+        return Fleet(pools={"pool": pool})
+
+    async def check_health(self) -> None:
+        if self.illness is not None:
+            raise self.illness
+
+
+def result_of(request: GenerationRequest) -> GenerationResult:
+    """A grey picture for each seed."""
+    assert request.height is not None and request.width is not None and request.model is not None
+    steps = request.num_inference_steps
+    segment = Segment(
+        workers=(0, 1), first_step=0, last_step=steps, seconds=1.0, sent_at=0, formed_at=0, left_at=1
+    )
+    return GenerationResult(
+        id=request.id,
+        model=request.model,
+        height=request.height,
+        width=request.width,
+        seeds=request.seeds,
+        timings=Timings(queued_s=0.0, prepare_s=0.1, denoise_s=1.0, decode_s=0.1, total_s=1.25),
+        segments=[segment],
+        images=[
+            Image.new("RGB", (request.width, request.height), (i, i, i)) for i in range(request.num_images)
+        ],
+    )
