@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Points = Sequence[tuple[float, float]]
 
@@ -26,10 +27,11 @@ SHARED_WEIGHT = 3  # how many own observations outweigh what the other cases say
 
 
 class Entry(BaseModel):
-    """One measured case: `height` and `width` in pixels, times in seconds (medians).
+    """One measured case: `height` and `width` in pixels, times in seconds (medians), while all are busy.
 
     `step_s` is a displaced step and `sync_step_s` a synchronous one, such as the first after a regrouping;
-    None means that it takes as long. `prepare_s` and `decode_s` are what comes before and after the steps.
+    None means that it takes as long. `prepare_s` and `decode_s` are what comes before and after the steps;
+    the former includes sending the gang off and the result back.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +50,9 @@ class Profile(BaseModel):
     """What a host measures at start and keeps by model, device and version.
 
     `regroup_s` is the time from a yield to the first step elsewhere, without what its synchronous step
-    costs; `warmup_steps` is how many steps of every image are synchronous.
+    costs; `warmup_steps` is how many steps of every image are synchronous. `crowding` has, for some numbers
+    of busy workers, the share of the time that a step takes which it takes when all are: below 1 where
+    workers share cores or memory, and empty where they share nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +63,7 @@ class Profile(BaseModel):
     entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
     regroup_s: Seconds = 0.0
     warmup_steps: Count = 1
+    crowding: tuple[tuple[Count, Share], ...] = ()
 
     @staticmethod
     def path(folder: Path | str, model: str, device: str, version: str) -> Path:
@@ -167,8 +172,15 @@ class LatencyModel:
         """`Times.run_s` of one case."""
         return self.times(gang, height, width, batch).run_s(steps_done, steps_total, prepared)
 
+    def pace(self, busy: int) -> float:
+        """The share of all these times that things take while only `busy` workers are at work."""
+        points = [(math.log(count), math.log(share)) for count, share in sorted(self.profile.crowding)]
+        if not points or busy < 1:
+            return 1.0
+        return math.exp(_on_line(points, math.log(busy), 0.0, 0.0, 0.0))
+
     def observe(self, gang: int, height: int, width: int, batch: int, step_s: float) -> None:
-        """Learn from one segment: its mean seconds per displaced step, which must be positive."""
+        """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive."""
         key = (gang, height, width, batch)
         ratio = math.log(step_s / self._from_profile(lambda e: e.step_s, *key))
         self._observed.setdefault(key, deque(maxlen=self._window)).append(ratio)

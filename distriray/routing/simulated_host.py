@@ -1,8 +1,8 @@
 """A host that only pretends to have workers: its gangs and requests, event by event.
 
 A request yields only at the end of a step, going on in another gang costs the profile's `regroup_s` and one
-synchronous step, and a gang that decodes cannot be disturbed. Memory grows with what is waiting, not with
-what has been.
+synchronous step, a gang that decodes cannot be disturbed, and everything is as slow as the busy workers make
+it. Memory grows with what is waiting, not with what has been.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from .latency import LatencyModel
+from .pace import HostTime
 from .policy import HostPolicy, HostView, RequestView, Workers, moves
 from .report import Report
 
@@ -42,15 +43,17 @@ class Clock:
 
 @dataclass(slots=True)
 class _Segment:
-    """A run of steps in one gang: when it began, and when each step ends."""
+    """A run of steps in one gang: when it began, and when each step ends, in the host's own time."""
 
     workers: Workers
-    began_s: float
+    began_s: float  # on the clock
     first_s: float  # the first step begins
     slow: int  # so many synchronous steps
     sync_step_s: float
     step_s: float
     ends: int = 0  # the steps after which it leaves
+    next_s: float = 0.0  # when `then` is to happen
+    then: Callable[[], None] = lambda: None
 
     def boundary_s(self, steps: int) -> float:
         """The end of its step number `steps`."""
@@ -102,6 +105,8 @@ class SimulatedHost:
         self.workers, self.gang_sizes = tuple(range(workers)), gang_sizes
         self.model, self.truth, self.report, self.draw = model, truth, report, draw
         self.live: dict[str, _Live] = {}
+        self.time = HostTime()
+        self._busy = 0
         self._decisions = 0
 
     def submit(self, request: RequestView) -> None:
@@ -139,7 +144,7 @@ class SimulatedHost:
         segment, view = live.segment, live.view
         if segment is None:
             return view
-        steps = segment.steps_by(self.clock.now_s)
+        steps = segment.steps_by(self.time.at(self.clock.now_s))
         pinned = view.steps_done + steps >= view.steps_total
         return _with(view, view.steps_done + steps, segment.workers, pinned)
 
@@ -151,33 +156,47 @@ class SimulatedHost:
         warm = self.truth.profile.warmup_steps - view.steps_done
         slow = min(left, max(warm, 1 if view.steps_done else 0))
         before = self.truth.profile.regroup_s if view.steps_done else times.prepare_s
+        first = self.time.at(now) + before * noise
         live.segment = _Segment(
-            workers, now, now + before * noise, slow, times.sync_step_s * noise, times.step_s * noise, left
+            workers, now, first, slow, times.sync_step_s * noise, times.step_s * noise, left
         )
         self.report.regroupings += view.steps_done > 0
-        self._schedule_end(live)
+        self._step_on(live, live.segment)
+        self._keep_pace(len(workers))
 
     def _ask_to_yield(self, live: _Live) -> None:
         segment = live.segment
         if segment is None or live.yielding:
             return
         live.yielding = True
-        done = segment.steps_by(self.clock.now_s)
-        at_boundary = done > 0 and segment.boundary_s(done) >= self.clock.now_s - 1e-9
+        now = self.time.at(self.clock.now_s)
+        done = segment.steps_by(now)
+        at_boundary = done > 0 and segment.boundary_s(done) >= now - 1e-9
         if (steps := max(1, done if at_boundary else done + 1)) < segment.ends:
             segment.ends = steps
-            self._schedule_end(live)
+            self._step_on(live, segment)
 
-    def _schedule_end(self, live: _Live) -> None:
-        assert live.segment is not None
+    def _step_on(self, live: _Live, segment: _Segment) -> None:
+        end = segment.boundary_s(segment.ends)
+        self._schedule(live, segment, end, lambda: self._end_of_steps(live, segment))
+
+    def _schedule(self, live: _Live, segment: _Segment, host_s: float, then: Callable[[], None]) -> None:
+        """Do `then` when it is `host_s` for the host, in place of what was scheduled."""
         live.version += 1
         version = live.version
-        self.clock.at(live.segment.boundary_s(live.segment.ends), lambda: self._end_of_steps(live, version))
+        segment.next_s, segment.then = host_s, then
+        self.clock.at(self.time.when(host_s), lambda: then() if version == live.version else None)
 
-    def _end_of_steps(self, live: _Live, version: int) -> None:
-        segment, view = live.segment, live.view
-        if version != live.version or segment is None:
-            return
+    def _keep_pace(self, more: int) -> None:
+        """So many more workers are busy, and everyone is as fast as that allows from now on."""
+        self._busy += more
+        if self.time.change(self.truth.pace(self._busy), self.clock.now_s):
+            for live in self.live.values():
+                if live.segment is not None:
+                    self._schedule(live, live.segment, live.segment.next_s, live.segment.then)
+
+    def _end_of_steps(self, live: _Live, segment: _Segment) -> None:
+        view = live.view
         if self.model is not self.truth:
             shape = (view.height, view.width, view.batch)
             self.model.observe(len(segment.workers), *shape, segment.step_s)
@@ -188,7 +207,8 @@ class SimulatedHost:
             return
         decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
         if decode > 0:
-            self.clock.at(self.clock.now_s + decode, lambda: self._finish(live, segment))
+            done = self.time.at(self.clock.now_s) + decode
+            self._schedule(live, segment, done, lambda: self._finish(live, segment))
         else:
             self._finish(live, segment)
 
@@ -205,6 +225,7 @@ class SimulatedHost:
         self.report.worker_seconds += len(segment.workers) * (self.clock.now_s - segment.began_s)
         live.segment, live.yielding = None, False
         live.version += 1
+        self._keep_pace(-len(segment.workers))
 
 
 def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: bool) -> RequestView:

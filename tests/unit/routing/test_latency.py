@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.pace import HostTime
 
 
 def entry(gang, side, step_s, batch=1, **more):
@@ -113,3 +114,20 @@ def test_a_profile_with_an_impossible_time_is_refused(tmp_path):
     path.write_text(FOUR.model_dump_json().replace("0.05", "-0.05"))
     with pytest.raises(ValidationError, match="step_s"):
         Profile.load(path)
+
+
+def test_few_busy_workers_are_faster_where_they_share_cores_and_not_elsewhere():
+    crowded = LatencyModel(profile(entry(1, 512, 0.1), crowding=((1, 0.5), (4, 1.0))))
+    assert [crowded.pace(busy) for busy in (1, 2, 4, 8)] == pytest.approx([0.5, 0.5**0.5, 1.0, 1.0])
+    assert [LatencyModel(FOUR).pace(busy) for busy in (1, 8)] == [1.0, 1.0]
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 5.0), st.floats(0.1, 2.0)), max_size=8), st.floats(0.0, 5.0))
+def test_a_hosts_own_time_runs_through_changes_of_pace_and_back(changes, later):
+    time, now, own = HostTime(), 0.0, 0.0
+    for after, pace in changes:
+        own += after / time.pace
+        now += after
+        time.change(pace, now)
+    assert time.at(now) == pytest.approx(own)
+    assert time.when(time.at(now + later)) == pytest.approx(now + later)

@@ -71,6 +71,15 @@ def test_a_regrouping_waits_for_the_step_and_costs_the_move_and_a_synchronous_st
     assert report.worker_seconds == pytest.approx(2 * 5.0 + 12.5 + 18.0)
 
 
+def test_workers_that_share_cores_slow_each_other_down():
+    shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": ((1, 0.5), (2, 1.0))}))
+    report = simulate([arrival(0.0), arrival(4.0)], FixedSize(1), shared, Fleet(workers=2, gang_sizes=(1,)))
+    # an image is 3 + 2 + 9 + 4 = 18 at full house. The first has 8 behind it at 4, twice as fast as that,
+    # and is done at 14; the other has 10 behind it then, and the last 8 take 4.
+    assert report.latency.total == pytest.approx(14.0 + 14.0)
+    assert report.span_s == pytest.approx(18.0)
+
+
 def test_a_deadline_met_to_the_second_counts():
     met = [
         simulate([arrival(0.0, deadline_s=d)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,))).met
