@@ -15,6 +15,7 @@ from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFo
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import BuddyAllocator
 from ..routing.latency import LatencyModel
+from ..routing.pace import HostTime
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
 from .admission import admit
@@ -50,6 +51,7 @@ class Dispatcher:
         self.jobs: dict[str, Job] = {}
         self.metrics = HostMetrics(config.model.name, placement.group.id.hex()[:8])
         self.fault: BaseException | None = None
+        self._time = HostTime(time.monotonic())
         self._serials = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._late: set[int] = set()
@@ -171,6 +173,7 @@ class Dispatcher:
             job = self.jobs[name]
             job.begin(workers, next(self._serials))
             self._spawn(self._work(job))
+        self._keep_pace()
         if self.policy.review_s is not None:
             self._review = self._loop.call_later(self.policy.review_s, self._decide)
 
@@ -185,6 +188,10 @@ class Dispatcher:
             repairs=len(self.crew.repairs),
             backlog_s=self.work_s(),
         )
+
+    def _keep_pace(self) -> None:
+        busy = sum(len(job.workers or ()) for job in self.jobs.values())
+        self._time.change(self.latency.pace(busy), time.monotonic())
 
     def _worker_lost(self, index: int) -> None:
         self.blocks.remove(index)
@@ -210,6 +217,7 @@ class Dispatcher:
     async def _work(self, job: Job) -> None:
         """One gang works on one request until it is done, yields, is cancelled or breaks."""
         workers, request, began = job.workers, job.request, time.monotonic()
+        began_host = self._time.at(began)
         assert workers is not None
         if not job.holders:
             job.step, job.prepared = 0, False
@@ -220,11 +228,12 @@ class Dispatcher:
             job.tell(Started(request.id, workers))
         verdict = await run_segment(self.crew, self.config, job, self._heard)
         if verdict.outcomes:
-            job.account(verdict.outcomes.values(), first, time.monotonic() - began)
+            now = time.monotonic()
+            job.account(verdict.outcomes.values(), first, now - began)
             self.metrics.segment(job, verdict.outcomes.values())
             if (step_s := job.segments[-1].stale_step_s) is not None:
-                view = job.view()
-                self.latency.observe(len(workers), view.height, view.width, view.batch, step_s)
+                view, full = job.view(), (self._time.at(now) - began_host) / (now - began)
+                self.latency.observe(len(workers), view.height, view.width, view.batch, step_s * full)
             for step, image in next(iter(verdict.outcomes.values())).previews:
                 self._show(job, step, image)
         job.step, job.prepared = verdict.step, bool(verdict.outcomes)
@@ -232,6 +241,7 @@ class Dispatcher:
         job.holders = {w for w, o in verdict.outcomes.items() if o.step == job.step and w in alive}
         job.workers, job.breaking = None, False
         self.blocks.release(workers)
+        self._keep_pace()
         for index in self._late.intersection(workers):
             self._late.discard(index)
             self.blocks.restore(index)

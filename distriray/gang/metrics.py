@@ -101,10 +101,14 @@ class HostMetrics:
     def __init__(self, model: str, host: str) -> None:
         tags = {"model": model, "host": host}
         self._metrics = {name: _make(name, spec).set_default_tags(tags) for name, spec in METRICS.items()}
+        self._repairs = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget, for the host's status, what there was: nobody asked for the requests of a profile."""
         self._ratios = Quantiles()
         self.outcomes: Tally[str] = Tally()
         self.regroupings = 0
-        self._repairs = 0
 
     def refused(self) -> None:
         """A request was turned away."""
