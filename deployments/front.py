@@ -35,12 +35,14 @@ from .state import choose, wait_s
 class Trip:
     """A request on its way, which may take more than one attempt.
 
-    `step` and `previews` are what a stream has shown of it, so that another attempt does not show it again.
+    `queued`, `step` and `previews` are what a stream has shown of it, so that another attempt does not show
+    it again.
     """
 
     request: GenerationRequest
     began_s: float = field(default_factory=time.monotonic)
     attempts: int = 0
+    queued: bool = False
     step: int = 0
     previews: int = 0
 
@@ -48,7 +50,8 @@ class Trip:
         """Whether `event` is news to whoever listens."""
         match event:
             case Queued():
-                return self.attempts == 0
+                new, self.queued = not self.queued, True
+                return new
             case Step(step=step):
                 new, self.step = step > self.step, max(step, self.step)
                 return new
@@ -177,21 +180,22 @@ class Front:
             self._draw,
             self._config.router.caution,
         )
-        if chosen is not None and chosen[1].host is not None and chosen[1].meets:
+        if chosen is not None and chosen[1].host is not None:
             link, asked, view = up[chosen[0]]
+            if not chosen[1].meets:
+                possible_s = chosen[1].finish_s - now
+                raise DeadlineUnmet(
+                    f"deadline_s {trip.request.deadline_s:g} cannot be met; {possible_s:.1f} could be",
+                    possible_s,
+                )
             link.state.send(chosen[1], view, now)
             return link, chosen[1].host, asked
         down = [(link, asked) for link, asked, _ in fitting if not link.state.hosts]
         for link, asked in down:
             if link.undirected < link.config.max_queue:
                 return link, None, asked
-        finish_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
-        if chosen is not None and chosen[1].host is not None:
-            raise DeadlineUnmet(
-                f"deadline_s {trip.request.deadline_s:g} cannot be met; {finish_s:.1f} s from now could be",
-                finish_s,
-            )
-        retry_s = min(max(0.1, finish_s), 3600.0)
+        retry_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
+        retry_s = min(max(0.1, retry_s), 3600.0)
         raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)
 
     def _again(self, trip: Trip, link: PoolLink, host: str | None, error: QueueFull | RayActorError) -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .client import Client as Client
     from .config import ParallelConfig as ParallelConfig
     from .config import Prediction as Prediction
     from .denoise import Denoiser as Denoiser
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Client": "client",
     "DenoiseState": "denoise",
     "Denoiser": "denoise",
     "GenerationRequest": "requests",

@@ -1,0 +1,90 @@
+"""Bad configurations are refused with what to do, and the examples are good ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deployments.app import pool_options
+from deployments.config import AppConfig, PoolConfig
+from distriray.requests import Limits
+
+ROOT = Path(__file__).parents[3]
+
+
+def config_of(path: str) -> AppConfig:
+    applications = yaml.safe_load((ROOT / path).read_text())["applications"]
+    assert applications[0]["import_path"] == "deployments.app:build_app"
+    return AppConfig.model_validate(applications[0]["args"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"pools": []}, "at least 1 item"),
+        ({"pools": [{"name": "a"}, {"name": "a"}]}, "more than once"),
+        ({"pools": [{"name": "a", "min_hosts": 3, "max_hosts": 2}]}, "use at least 3"),
+        ({"pools": [{"name": "a", "workers": 2, "gang_sizes": [1, 4]}]}, "exceed the 2 workers"),
+        ({"pools": [{"name": "a", "wokers": 2}]}, "wokers"),
+        ({"pools": [{"name": "a/b"}]}, "pattern"),
+        ({"pools": [{"name": "a"}], "router": {"min_replicas": 5}}, "use at least 5"),
+        ({"pools": [{"name": "a"}], "colour": "red"}, "colour"),
+    ],
+)
+def test_a_bad_configuration_is_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AppConfig.model_validate(args)
+
+
+def test_pools_take_what_they_leave_out_from_the_service() -> None:
+    config = AppConfig.model_validate(
+        {
+            "model": "here/one",
+            "limits": {"max_steps": 7},
+            "pools": [{"name": "a"}, {"name": "b", "model": "here/two", "limits": {"max_steps": 8}}],
+        }
+    )
+    assert [pool.model.name for pool in config.pools] == ["here/one", "here/two"] == list(config.models)
+    assert [pool.limits.max_steps for pool in config.pools] == [7, 8]
+
+
+def test_user_config_changes_what_hosts_can_change_and_nothing_else() -> None:
+    pool = PoolConfig(name="a", workers=2, limits=Limits(max_steps=9))
+    changed = pool.changed({"max_queue": 3, "parallel": {"exchange": "sync"}})
+    assert (changed.max_queue, changed.parallel.exchange, changed.limits.max_steps) == (3, "sync", 9)
+    assert pool.changed({}) == pool
+    with pytest.raises(ValueError, match="workers"):
+        pool.changed({"workers": 3})
+    with pytest.raises(ValueError, match="max_queue"):
+        pool.changed({"max_queue": 0})
+
+
+def test_a_pool_reserves_a_bundle_for_the_host_and_one_for_each_worker() -> None:
+    options = pool_options(PoolConfig(name="a", workers=2, device="cuda", strategy="PACK"))
+    gpu = {"CPU": 1.0, "GPU": 1.0}
+    assert options["placement_group_bundles"] == [{"CPU": 0.1}, gpu, gpu]
+    assert options["placement_group_strategy"] == "PACK"
+    assert options["num_replicas"] == 1
+    scaled = pool_options(PoolConfig(name="a", device="cpu", min_hosts=0, max_hosts=3))
+    assert scaled["autoscaling_config"].max_replicas == 3 and "num_replicas" not in scaled
+
+
+def test_the_service_of_the_readme_needs_two_cores() -> None:
+    (pool,) = config_of("serve_config.yaml").pools
+    bundles = pool_options(pool)["placement_group_bundles"]
+    router = config_of("serve_config.yaml").router
+    assert pool.workers == 2 and pool.device == "cpu" and pool.policy == "elastic"
+    assert sum(bundle["CPU"] for bundle in bundles) * pool.max_hosts + router.cpus <= 2
+    assert not any("GPU" in bundle for bundle in bundles)
+
+
+def test_the_examples_are_four_fixed_pools_and_one_elastic_one() -> None:
+    fixed = config_of("docs/examples/four_pools.yaml").pools
+    assert [(pool.workers, pool.host.sizes) for pool in fixed] == [(n, (n,)) for n in (1, 2, 4, 8)]
+    assert len({pool.model for pool in fixed}) == 1
+    (elastic,) = config_of("docs/examples/elastic_pool.yaml").pools
+    assert elastic.workers == 8 and elastic.host.sizes == (1, 2, 4, 8) and elastic.policy == "elastic"

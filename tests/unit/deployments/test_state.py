@@ -1,0 +1,131 @@
+"""What a router believes of hosts, and what several routers do that believe the same."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from deployments.state import HostReport, PoolState, choose, shifted, wait_s
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import WorkerFacts
+from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.policy import HostView, RequestView
+from distriray.routing.router import publish
+
+FACTS = WorkerFacts(
+    pid=1, node="n", device="cpu", device_name="cpu", model="m",
+    default_size=(512, 512), levels=2, load_s=0.0, memory=0,
+)  # fmt: skip
+
+
+def model(step_s: float = 1.0) -> LatencyModel:
+    entry = Entry(gang=1, height=512, width=512, step_s=step_s)
+    return LatencyModel(Profile(model="m", device="cpu", version="0", entries=(entry,)))
+
+
+def ask(name: str, now_s: float, deadline_s: float | None = None, steps: int = 10) -> RequestView:
+    return RequestView(name, 512, 512, 1, steps, 0, now_s, deadline_s)
+
+
+def report(host: str, *running: RequestView, max_queue: int = 8, step_s: float = 1.0) -> HostReport:
+    """A host of one worker, as it reports itself, with requests in its queue."""
+    view = HostView(100.0, (0,), (1,), running)
+    state = publish(host, view, model(step_s), max_queue)
+    return HostReport(shifted(state, -100.0), model(step_s), FACTS, HostConfig())
+
+
+def pool(*reports: HostReport, asked_s: float = 0.0) -> PoolState:
+    state = PoolState(HostConfig())
+    state.learn(reports, asked_s)
+    return state
+
+
+def test_a_report_is_read_on_the_routers_own_clock() -> None:
+    state = pool(report("a", ask("r", 100.0)), asked_s=5000.0)
+    route = state.route(ask("new", 5000.0), 5000.0, random.Random(0))
+    assert route.host == "a" and route.finish_s == pytest.approx(5020.0)
+
+
+def test_a_request_goes_where_it_is_done_first() -> None:
+    state = pool(report("busy", ask("r", 100.0)), report("free"))
+    assert {state.route(ask("n", 0.0), 0.0, random.Random(i)).host for i in range(20)} == {"free"}
+
+
+def test_what_was_just_sent_counts_before_the_host_reports_it() -> None:
+    state, draw = pool(report("a"), report("b")), random.Random(0)
+    for name in ("one", "two"):
+        view = ask(name, 0.0)
+        state.send(state.route(view, 0.0, draw), view, 0.0)
+    assert {host.waiting for host in state.hosts.values()} == {1}
+
+
+def test_what_was_sent_after_the_question_is_added_to_the_answer() -> None:
+    state, view = pool(report("a")), ask("late", 2.0)
+    state.send(state.route(view, 2.0, random.Random(0)), view, 2.0)
+    state.learn([report("a")], asked_s=1.0)
+    assert state.hosts["a"].waiting == 1
+    state.learn([report("a")], asked_s=3.0)
+    assert state.hosts["a"].waiting == 0
+
+
+def test_routers_that_see_the_same_state_spread_evenly() -> None:
+    hosts = [report(name) for name in "abcd"]
+    counts: Counter[str | None] = Counter()
+    for seed in range(400):  # each a router of its own
+        counts[pool(*hosts).route(ask("n", 0.0), 0.0, random.Random(seed)).host] += 1
+    assert all(70 <= count <= 130 for count in counts.values()) and len(counts) == 4
+
+
+def test_the_faster_pool_is_chosen_and_equal_ones_share_by_their_hosts() -> None:
+    slow, fast = pool(report("s", step_s=2.0)), pool(report("f"))
+    chosen = choose([slow, fast], [ask("n", 0.0)] * 2, 0.0, random.Random(0))
+    assert chosen is not None and chosen[0] == 1
+    one, three = pool(report("a")), pool(report("b"), report("c"), report("d"))
+    counts = Counter(
+        picked[0]
+        for seed in range(400)
+        if (picked := choose([one, three], [ask("n", 0.0)] * 2, 0.0, random.Random(seed)))
+    )
+    assert 70 <= counts[0] <= 130
+
+
+def test_a_pool_that_meets_the_deadline_goes_before_one_that_does_not() -> None:
+    full_of_work = pool(report("a", *(ask(f"r{i}", 100.0, 110.0 + 10 * i) for i in range(3))))
+    free = pool(report("b", step_s=2.0))
+    view = ask("n", 0.0, deadline_s=25.0)
+    chosen = choose([full_of_work, free], [view, view], 0.0, random.Random(0))
+    assert chosen is not None and (chosen[0], chosen[1].meets) == (1, True)
+
+
+def test_a_deadline_that_no_host_meets_is_known_with_the_time_that_could_be() -> None:
+    view = ask("n", 0.0, deadline_s=5.0)
+    chosen = choose([pool(report("a"))], [view], 0.0, random.Random(0))
+    assert chosen is not None and not chosen[1].meets and chosen[1].finish_s == pytest.approx(10.0)
+
+
+def test_full_queues_take_nothing_and_say_when() -> None:
+    waiting = [ask(f"r{i}", 100.0) for i in range(2)]
+    chosen = choose([pool(report("a", *waiting, max_queue=2))], [ask("n", 0.0)], 0.0, random.Random(0))
+    assert chosen is not None and chosen[1].host is None and 0 < chosen[1].finish_s <= 20.0
+
+
+def test_a_host_that_refused_or_died_gets_nothing_until_it_reports() -> None:
+    state, view = pool(report("a"), report("b")), ask("n", 0.0)
+    state.refused("a")
+    state.lost("b")
+    assert state.route(view, 0.0, random.Random(0)).host is None
+    state.learn([report("a"), report("b")], asked_s=1.0)
+    assert state.route(view, 1.0, random.Random(0)).host is not None
+
+
+def test_no_host_means_no_choice_and_no_wait() -> None:
+    assert choose([pool()], [ask("n", 0.0)], 0.0, random.Random(0)) is None
+    assert wait_s([], 0.0) is None
+
+
+def test_the_wait_is_until_a_worker_is_free() -> None:
+    busy = pool(report("a", ask("r", 100.0)))
+    assert wait_s(list(busy.hosts.values()), 0.0) == pytest.approx(10.0)
+    assert wait_s(list(pool(report("a")).hosts.values()), 0.0) == 0.0
