@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -35,8 +36,8 @@ from .state import choose, wait_s
 class Trip:
     """A request on its way, which may take more than one attempt.
 
-    `queued`, `step` and `previews` are what a stream has shown of it, so that another attempt does not show
-    it again.
+    It has a seed from the first attempt on. `queued`, `step` and `previews` are what a stream has shown of
+    it, so that another attempt does not show it again.
     """
 
     request: GenerationRequest
@@ -45,6 +46,10 @@ class Trip:
     queued: bool = False
     step: int = 0
     previews: int = 0
+
+    def __post_init__(self) -> None:
+        if self.request.seed is None:
+            self.request = self.request.model_copy(update={"seed": secrets.randbelow(2**32)})
 
     def shows(self, event: Event) -> bool:
         """Whether `event` is news to whoever listens."""
