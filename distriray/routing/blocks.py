@@ -13,15 +13,17 @@ def place(view: HostView, sizes: Mapping[str, int]) -> dict[str, Workers]:
 
     Who keeps its size keeps its workers if the rest fits around it; otherwise all but pinned requests are
     packed anew, the largest first. Dead workers may break a block that the sizes count on: then the largest
-    allowed gang that there is takes its place.
+    allowed gang that there is takes its place, and nobody moves for it unless somebody would have to wait.
     """
     chosen = {r.id: r for r in view.requests if r.id in sizes}
     wanted = [(chosen[name], size) for name, size in sizes.items() if name in chosen]
-    stay = [r for r, size in wanted if r.workers is not None and len(r.workers) == size]
     pinned = [r for r in view.requests if r.pinned and r.workers is not None]
-    return _pack(view, wanted, [*pinned, *(r for r in stay if not r.pinned)], False) or _pack(
-        view, wanted, pinned, True
-    )
+    stay = [r for r, size in wanted if r.workers is not None and len(r.workers) == size and not r.pinned]
+    as_wanted = _pack(view, wanted, [*pinned, *stay], False) or _pack(view, wanted, pinned, False)
+    if as_wanted:
+        return as_wanted
+    calm = _pack(view, wanted, [*pinned, *stay], True)
+    return calm if calm.keys() >= chosen.keys() else _pack(view, wanted, pinned, True)
 
 
 def _pack(
@@ -45,7 +47,7 @@ def _pack(
             return {}
         if block is None:
             smaller = [s for s in reversed(view.gang_sizes) if s < size and request.allows(s)]
-            block = next((b for s in smaller if (b := blocks.lease(s)) is not None), None)
+            block = next((b for s in smaller if (b := _near(blocks, request, s) or blocks.lease(s))), None)
         if block is not None:
             result[request.id] = block
     return result

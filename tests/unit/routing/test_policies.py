@@ -126,6 +126,13 @@ def test_no_regrouping_while_steps_go_by_and_nobody_comes_or_ends(view, share):
     assert {r.id: r.workers for r in running} == {r.id: plan.assignments.get(r.id) for r in running}
 
 
+def test_two_gangs_do_not_swap_for_a_block_that_a_dead_worker_broke():
+    gangs = {"a": (6, 7), "b": (1,), "c": (4, 5)}
+    running = [request(name, 512, done=20, workers=workers) for name, workers in gangs.items()]
+    view = replace(host(*running), workers=(1, 3, 4, 5, 6, 7))  # as many as three gangs of 2 have
+    assert Elastic().plan(view, MODEL).assignments == gangs
+
+
 @settings(max_examples=200, deadline=None)
 @given(view=views(dead=False, fixed=False))
 def test_somebody_runs_on_every_host_with_requests(view):
