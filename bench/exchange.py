@@ -67,6 +67,7 @@ def main() -> None:
 def measure(communicator: Communicator, size: int, rounds: int, steps: int) -> list[dict[str, Timing]]:
     """Time every mode `rounds` times."""
     unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet").float().eval()
+    parallelize(unet, connect("local"))  # on every rank: only a first call swaps anything itself
     timings = []
     for _ in range(rounds):
         timings.append({mode: _time_mode(unet, communicator, mode, size, steps) for mode in MODES})
