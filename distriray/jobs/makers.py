@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..requests import GenerationRequest, GenerationResult
 from .run import Maker
 
 if TYPE_CHECKING:
@@ -40,38 +39,15 @@ def running_app(name: str, *, address: str | None) -> Iterator[list[Maker]]:
         ConnectionError: no cluster there, or no such application on it.
     """
     import ray
-    from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=address or "auto", log_to_driver=False)
+    from ..client import Client
+
+    joined = ray.is_initialized()
     try:
-        try:
-            yield [_App(serve.get_app_handle(name))]
-        except RayServeException as error:
-            raise ConnectionError(f"no Serve application {name!r} here; `serve status` lists them") from error
+        yield [Client.connect(name, address or "auto")]
+    except RayServeException as error:
+        raise ConnectionError(f"Serve application {name!r} cannot be used: {error}") from error
     finally:
-        if started:
+        if not joined:
             ray.shutdown()
-
-
-class _App:
-    """A Serve handle with the verbs of a maker."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._responses: dict[str, Any] = {}
-
-    def generate(self, request: GenerationRequest) -> GenerationResult:
-        response = self._responses[request.id] = self._handle.generate.remote(request)
-        try:
-            result = response.result()
-            assert isinstance(result, GenerationResult)
-            return result
-        finally:
-            del self._responses[request.id]
-
-    def cancel(self, request_id: str) -> None:
-        if request_id in self._responses:
-            self._responses[request_id].cancel()

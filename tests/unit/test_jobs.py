@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, QueueFull
 from distriray.jobs.folder import Folder
+from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
@@ -228,3 +230,37 @@ def test_a_stop_finishes_what_is_under_way_and_a_second_one_cancels_it(file: Pat
 def test_two_jobs_cannot_share_a_folder(tmp_path: Path) -> None:
     with Folder(tmp_path), pytest.raises(InvalidRequest, match="another job"), Folder(tmp_path):
         pass
+
+
+def command(*arguments: str) -> int | str | None:
+    """The exit code of the command line, run in this process."""
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["generate", *arguments])
+        main()
+    return end.value.code
+
+
+def test_a_ray_job_refuses_to_write_where_ray_deletes(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    monkeypatch.chdir(tmp_path)
+    assert command(str(file), "--out", "out") == 2
+    assert "absolute path" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_bad_lines_alone_start_nothing_and_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text("nothing\n")
+    assert command(str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (told["prompts"], told["bad_lines"], told["made"]) == (0, 1, 0)
+
+
+def test_a_file_that_is_not_there_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")) == 2
+    assert "No such file" in capsys.readouterr().err
