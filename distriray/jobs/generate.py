@@ -41,12 +41,12 @@ def generate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Of the hosts started here [default: builtin:landscapes], or of the app."),
+        typer.Option(help="Of the app, or of the hosts started here: builtin:landscapes unless given."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Of each host started here.")] = 1,
     hosts: Annotated[int, typer.Option(min=1, help="To start here; each sits on one node.")] = 1,
     gang_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Gangs that hosts lend; repeatable [default: 1].")
+        list[int] | None, typer.Option(min=1, help="Gangs that hosts lend; repeatable, 1 unless given.")
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     in_flight: Annotated[

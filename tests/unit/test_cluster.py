@@ -88,8 +88,16 @@ def test_pods_outlast_the_requests_they_serve() -> None:
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > pool.drain_s
 
 
-def test_the_service_of_the_readme_is_one_that_we_can_build() -> None:
-    assert app_of((ROOT / "serve_config.yaml").read_text()).models == ("builtin:landscapes",)
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("serve_config.yaml", "builtin:landscapes"),
+        ("docs/examples/elastic_pool.yaml", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("docs/examples/four_pools.yaml", "stabilityai/stable-diffusion-xl-base-1.0"),
+    ],
+)
+def test_every_example_of_a_service_is_one_that_we_can_build(path: str, model: str) -> None:
+    assert app_of((ROOT / path).read_text()).models == (model,)
 
 
 def test_ray_up_takes_the_machines() -> None:
