@@ -14,8 +14,6 @@ from PIL import Image
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import BuddyAllocator
-from ..routing.latency import LatencyModel
-from ..routing.pace import HostTime
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
 from .admission import admit
@@ -28,6 +26,7 @@ from .metrics import HostMetrics
 from .placement import Placement
 from .profile import guessed_profile
 from .segments import Verdict, run_segment
+from .speed import Speed
 
 
 class Dispatcher:
@@ -36,13 +35,13 @@ class Dispatcher:
     Attributes:
         jobs: unfinished requests by id, in order of arrival.
         blocks: which workers are free; a gang's lease is taken before it is sent off and given back after.
-        latency: what the policy believes of the workers' speed; every segment corrects it.
+        speed: what the policy believes of the workers' speed; every segment corrects it.
         metrics: what an operator is told.
         fault: the policy's or the host's own error, after which nothing is right any more.
     """
 
     facts: WorkerFacts
-    latency: LatencyModel
+    speed: Speed
 
     def __init__(self, config: HostConfig, placement: Placement, policy: HostPolicy) -> None:
         self.config, self.policy = config, policy
@@ -51,7 +50,6 @@ class Dispatcher:
         self.jobs: dict[str, Job] = {}
         self.metrics = HostMetrics(config.model.name, placement.group.id.hex()[:8])
         self.fault: BaseException | None = None
-        self._time = HostTime(time.monotonic())
         self._serials = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._late: set[int] = set()
@@ -64,7 +62,7 @@ class Dispatcher:
         """Bring the workers up; raises as `Crew.start`."""
         await self.crew.start()
         self.facts = self.crew.facts[0]
-        self.latency = LatencyModel(guessed_profile(self.config, self.facts))
+        self.speed = Speed(guessed_profile(self.config, self.facts))
         for index in range(self.config.workers):
             self.blocks.restore(index)
 
@@ -98,7 +96,7 @@ class Dispatcher:
     def work_s(self) -> float:
         """Predicted seconds until everything accepted is finished, were it spread evenly over all workers."""
         everyone = tuple(range(self.config.workers))
-        return backlog_s(replace(self.view(), workers=everyone), self.latency)
+        return backlog_s(replace(self.view(), workers=everyone), self.speed.model)
 
     # Accepting
 
@@ -123,7 +121,7 @@ class Dispatcher:
                 max(0.1, self.work_s()),
             )
         job = Job(request, max_gang)
-        job.predicted_s = predicted_s(self.view(), job.view(), self.latency)
+        job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
         job.tell(Queued(request.id, len(waiting), self.work_s() if waiting else 0.0))
         self.jobs[request.id] = job
         self._wake()
@@ -159,7 +157,7 @@ class Dispatcher:
         if not view.requests:
             return
         try:
-            todo = moves(view, self.policy.plan(view, self.latency))
+            todo = moves(view, self.policy.plan(view, self.speed.model))
         except Exception as error:
             self._fail(error)
             return
@@ -173,25 +171,25 @@ class Dispatcher:
             job = self.jobs[name]
             job.begin(workers, next(self._serials))
             self._spawn(self._work(job))
-        self._keep_pace()
+        if todo.starts:
+            self._tell_levels()
         if self.policy.review_s is not None:
             self._review = self._loop.call_later(self.policy.review_s, self._decide)
 
     def _tell_levels(self) -> None:
+        """After any change of who runs: to the operator, and to what learns from it."""
         running = [job for job in self.jobs.values() if job.workers]
+        busy = sum(len(job.workers or ()) for job in running)
+        self.speed.busy(busy)
         self.metrics.level(
             waiting=len(self.jobs) - len(running),
             running=len(running),
             free=len(self.blocks.free),
-            busy=sum(len(job.workers or ()) for job in running),
+            busy=busy,
             down=self.config.workers - len(self.crew.healthy),
             repairs=len(self.crew.repairs),
             backlog_s=self.work_s(),
         )
-
-    def _keep_pace(self) -> None:
-        busy = sum(len(job.workers or ()) for job in self.jobs.values())
-        self._time.change(self.latency.pace(busy), time.monotonic())
 
     def _worker_lost(self, index: int) -> None:
         self.blocks.remove(index)
@@ -216,8 +214,7 @@ class Dispatcher:
 
     async def _work(self, job: Job) -> None:
         """One gang works on one request until it is done, yields, is cancelled or breaks."""
-        workers, request, began = job.workers, job.request, time.monotonic()
-        began_host = self._time.at(began)
+        workers, request, began = job.workers, job.request, self.speed.now()
         assert workers is not None
         if not job.holders:
             job.step, job.prepared = 0, False
@@ -228,12 +225,9 @@ class Dispatcher:
             job.tell(Started(request.id, workers))
         verdict = await run_segment(self.crew, self.config, job, self._heard)
         if verdict.outcomes:
-            now = time.monotonic()
-            job.account(verdict.outcomes.values(), first, now - began)
+            job.account(verdict.outcomes.values(), first, time.monotonic() - began.clock_s)
             self.metrics.segment(job, verdict.outcomes.values())
-            if (step_s := job.segments[-1].stale_step_s) is not None:
-                view, full = job.view(), (self._time.at(now) - began_host) / (now - began)
-                self.latency.observe(len(workers), view.height, view.width, view.batch, step_s * full)
+            self.speed.learn(job, began)
             for step, image in next(iter(verdict.outcomes.values())).previews:
                 self._show(job, step, image)
         job.step, job.prepared = verdict.step, bool(verdict.outcomes)
@@ -241,7 +235,6 @@ class Dispatcher:
         job.holders = {w for w, o in verdict.outcomes.items() if o.step == job.step and w in alive}
         job.workers, job.breaking = None, False
         self.blocks.release(workers)
-        self._keep_pace()
         for index in self._late.intersection(workers):
             self._late.discard(index)
             self.blocks.restore(index)

@@ -21,6 +21,7 @@ from .events import Event, Finished
 from .messages import WorkerFacts
 from .placement import Placement
 from .profile import device_of, measure
+from .speed import Speed
 from .status import HostStatus, RepairStatus, RequestStatus, WorkerStatus
 
 
@@ -64,7 +65,7 @@ class Host:
         if not path.exists():
             (await measure(self)).save(path)
             self._dispatcher.metrics.begin()
-        self._dispatcher.latency = LatencyModel(Profile.load(path))
+        self._dispatcher.speed = Speed(Profile.load(path))
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Make the images of `request`. Cancelling this coroutine cancels the request.
@@ -165,7 +166,7 @@ class Host:
     @property
     def latency(self) -> LatencyModel:
         """What the host believes of its speed."""
-        return self._dispatcher.latency
+        return self._dispatcher.speed.model
 
     def view(self) -> HostView:
         """What a policy or a router may know now."""

@@ -1,0 +1,45 @@
+"""What a host believes of its speed, and what every segment teaches it."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from ..routing.latency import LatencyModel, Profile
+from ..routing.pace import HostTime
+from .job import Job
+
+
+class Moment(NamedTuple):
+    """The same moment on the monotonic clock and in the host's own time (`HostTime`), in seconds."""
+
+    clock_s: float
+    host_s: float
+
+
+class Speed:
+    """A latency model with the host's own time, which is told how many workers are busy."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.model = LatencyModel(profile)
+        self._time = HostTime(time.monotonic())
+
+    def now(self) -> Moment:
+        clock_s = time.monotonic()
+        return Moment(clock_s, self._time.at(clock_s))
+
+    def busy(self, workers: int) -> None:
+        """From now on so many workers are at work."""
+        self._time.change(self.model.pace(workers), time.monotonic())
+
+    def learn(self, job: Job, began: Moment) -> None:
+        """From the last segment of `job`, which began then and has just ended."""
+        segment, view, now = job.segments[-1], job.view(), self.now()
+        case = (len(segment.workers), view.height, view.width, view.batch)
+        step_s = segment.stale_step_s
+        if step_s is None and segment.fresh_step_s is not None:  # a lone worker has no other
+            times = self.model.times(*case)
+            step_s = segment.fresh_step_s * times.step_s / times.sync_step_s
+        if step_s is not None:
+            full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
+            self.model.observe(*case, step_s * full)
