@@ -33,7 +33,7 @@ def shared_host(tiny_model: Path) -> Iterator[BlockingHost]:
         max_queue=4,
         timeout_s=20,
     )
-    with open_host(config, policy=Changeable(), cpus=4) as host:
+    with open_host(config, policy=Changeable(), cpus=5) as host:  # one more for the hosts of single tests
         yield host
 
 
