@@ -36,8 +36,8 @@ class HostConfig(BaseModel):
         silence_s: after which a worker that answers no control call is replaced.
         start_timeout_s: for resources to come free, and for the model to load.
         max_attempts: gangs that may break under one request before it fails.
-        policy: who decides which request runs where: `earliest_deadline` gives each the largest free gang,
-            `elastic` plans ahead and regroups.
+        policy: who decides which request runs where: `elastic` plans ahead and regroups,
+            `earliest_deadline` gives each the largest free gang and disturbs nobody.
         profiles: folder of latency profiles; a host that finds none of its model, device and version there
             measures one at start. None starts from a guess. What is observed corrects either.
     """
@@ -57,7 +57,7 @@ class HostConfig(BaseModel):
     silence_s: Seconds = 30.0
     start_timeout_s: Seconds = 600.0
     max_attempts: Count = 3
-    policy: Literal["earliest_deadline", "elastic"] = "earliest_deadline"
+    policy: Literal["earliest_deadline", "elastic"] = "elastic"
     profiles: Path | None = None
 
     @model_validator(mode="after")
