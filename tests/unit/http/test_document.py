@@ -1,0 +1,95 @@
+"""The OpenAPI document says what the service does, and says it of the models that it has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deployments.http
+from deployments.http import HttpConfig, build_http
+from deployments.http.errors import ErrorResponse, refusal_of
+from deployments.http.images import ImageRequest, SchedulerName
+from deployments.http.openapi import sides_pattern
+from distriray.errors import QueueFull
+from tests.unit.http.fake import CARDS, FakeService
+
+DOCS = Path(deployments.http.__file__).parents[2] / "docs" / "http.md"
+SOURCES = Path(deployments.http.__file__).parent.glob("*.py")
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 1200), st.integers(1, 3000))
+def test_the_pattern_of_sides_is_the_multiples_of_eight_between_the_limits(
+    smallest: int, largest: int
+) -> None:
+    if not range(-(-smallest // 8) * 8, largest + 1, 8):
+        return
+    pattern = re.compile(sides_pattern(smallest, largest))
+    matching = [side for side in range(3200) if pattern.fullmatch(str(side))]
+    assert matching == [side for side in range(smallest, largest + 1) if side % 8 == 0]
+
+
+def test_the_document_has_the_limits_of_the_models() -> None:
+    fields = build_http(FakeService(), HttpConfig()).openapi()["components"]["schemas"]["ImageRequest"][
+        "properties"
+    ]
+    assert fields["prompt"]["maxLength"] == 4000
+    assert fields["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 4}
+    assert fields["model"]["anyOf"][0]["enum"] == [card.id for card in CARDS]
+    size = re.compile(fields["size"]["anyOf"][0]["pattern"])
+    assert size.match("256x64") and size.match("auto")
+    assert not size.match("264x64") and not size.match("100x64")
+
+
+def test_the_document_has_no_validation_error_of_the_framework(http: httpx.Client) -> None:
+    text = http.get("/openapi.json").text
+    assert "HTTPValidationError" not in text and '"422"' not in text
+
+
+def test_a_key_is_in_the_document_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEYS", "secret")
+    for config, needed in [(HttpConfig(keys_env="SOME_KEYS"), True), (HttpConfig(keys_env="NO_KEYS"), False)]:
+        paths = build_http(FakeService(), config).openapi()["paths"]
+        assert ("security" in paths["/v1/images/generations"]["post"]) is needed
+        assert "security" not in paths["/healthz"]["get"]
+
+
+def test_schedulers_are_those_of_the_denoiser() -> None:
+    from distriray.denoise.schedulers import SCHEDULERS
+
+    assert list(SchedulerName.__args__) == sorted(SCHEDULERS)  # type: ignore[attr-defined]
+
+
+def test_the_page_names_every_field_and_every_code() -> None:
+    page = DOCS.read_text()
+    codes = {code for file in SOURCES for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', file.read_text())}
+    codes |= {"missing_required_parameter", "unknown_parameter"}
+    assert len(codes) > 15
+    for name in codes | set(ImageRequest.model_fields):
+        assert f"`{name}`" in page, name
+
+
+def test_an_error_that_crossed_ray_is_answered_as_the_original() -> None:
+    class RayTaskError(QueueFull):
+        """As Ray makes them: of both types, with the original in `cause` and a traceback as its text."""
+
+        cause = QueueFull("8 requests wait", 5.0)
+
+    refusal = refusal_of(RayTaskError("Traceback ... secret path"))
+    assert (refusal.status, refusal.code, refusal.headers) == (429, "queue_full", {"Retry-After": "5"})
+    assert str(refusal) == "8 requests wait"
+
+
+def test_a_bug_is_answered_without_its_text(http: httpx.Client, service: FakeService) -> None:
+    service.refusal = KeyError("secret")
+    try:
+        response = http.post("/v1/images/generations", json={"prompt": "a lake"})
+    finally:
+        service.refusal = None
+    assert response.status_code == 500 and "secret" not in response.text
+    assert ErrorResponse.model_validate(response.json()).error.code == "internal_error"
