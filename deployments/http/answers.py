@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -14,10 +13,12 @@ from .errors import Refusal
 from .images import (
     CompletedEvent,
     DrawnImage,
+    ErrorEvent,
     ImageRequest,
     ImagesResponse,
     PartialImageEvent,
     ProgressEvent,
+    StreamEvent,
 )
 
 
@@ -80,7 +81,7 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
 
 def error_frame(refusal: Refusal) -> bytes:
     """What ends a stream that cannot be finished."""
-    return _sse("error", json.dumps({"type": "error", **refusal.body()}))
+    return _frame(ErrorEvent(error=refusal.error))
 
 
 def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
@@ -99,12 +100,10 @@ def _progress(**fields: Any) -> bytes:
     return _frame(ProgressEvent(created_at=_now(), **fields))
 
 
-def _frame(event: PartialImageEvent | ProgressEvent | CompletedEvent) -> bytes:
-    return _sse(event.type, event.model_dump_json(exclude_none=True))
-
-
-def _sse(name: str, data: str) -> bytes:
-    return f"event: {name}\ndata: {data}\n\n".encode()
+def _frame(event: StreamEvent) -> bytes:
+    # An error's `param` is null where there is none; the other events leave out what they do not have.
+    data = event.model_dump_json(exclude_none=not isinstance(event, ErrorEvent))
+    return f"event: {event.type}\ndata: {data}\n\n".encode()
 
 
 def _now() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -36,13 +36,20 @@ _LONGEST_PARAM, _LONGEST_MESSAGE = 100, 500
 
 class ErrorObject(BaseModel):
     """What went wrong; `code` is stable, `param` is the field at fault, `possible_s` comes with
-    `deadline_unmet`: the seconds in which it could be done."""
+    `deadline_unmet` only: the seconds in which it could be done."""
 
     message: str
     type: str
     param: str | None
     code: str
     possible_s: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if self.possible_s is None:
+            del fields["possible_s"]
+        return fields
 
 
 class ErrorResponse(BaseModel):
@@ -68,21 +75,19 @@ class Refusal(Exception):
         self.param = param and param[:_LONGEST_PARAM]
         self.possible_s = possible_s
 
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object, ready for JSON."""
+    @property
+    def error(self) -> ErrorObject:
         kind = "invalid_request_error" if self.status < 429 else "rate_limit_error"
-        error = ErrorObject(
+        return ErrorObject(
             message=str(self),
             type=kind if self.status < 500 else "server_error",
             param=self.param,
             code=self.code,
             possible_s=self.possible_s,
         )
-        unset = {"possible_s"} if self.possible_s is None else None
-        return {"error": error.model_dump(exclude=unset)}
 
     def response(self) -> Response:
-        return JSONResponse(self.body(), self.status, self.headers)
+        return JSONResponse(ErrorResponse(error=self.error).model_dump(), self.status, self.headers)
 
 
 def refusal_of(error: Exception) -> Refusal:

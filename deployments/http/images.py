@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from distriray.errors import InvalidRequest
-from distriray.requests import Count, GenerationRequest, Timings
+from distriray.requests import GenerationRequest, Timings
 
 from .encode import FULL_QUALITY, OutputFormat
-from .errors import Refusal, refusal_of_fields
+from .errors import ErrorResponse, Refusal, refusal_of_fields
 from .service import ModelCard
 
 SchedulerName = Literal[
@@ -27,6 +27,18 @@ SchedulerName = Literal[
     "unipc",
 ]
 """The names of `distriray.denoise.SCHEDULERS`, without importing diffusers into every router."""
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# To JSON Schema, and to clients in languages with one kind of number, 3.0 is an integer.
+WHOLE = BeforeValidator(_whole)
+Positive = Annotated[int, Field(ge=1), WHOLE]
+NotNegative = Annotated[int, Field(ge=0), WHOLE]
+Percent = Annotated[int, Field(ge=0, le=100), WHOLE]
+Seed = Annotated[int, Field(ge=0, lt=2**63), WHOLE]
 
 
 def _rule(when: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +82,9 @@ class ImageRequest(BaseModel):
 
     prompt: Annotated[str, Field(min_length=1, description="What the picture shows.")]
     model: Annotated[str | None, Field(description="One of /v1/models; by default the first.")] = None
-    n: Annotated[Count | None, Field(description="How many images; 1 by default and when streaming.")] = None
+    n: Annotated[Positive | None, Field(description="How many images; 1 by default and when streaming.")] = (
+        None
+    )
     size: Annotated[
         str | None,
         Field(
@@ -84,8 +98,8 @@ class ImageRequest(BaseModel):
     ] = None
     output_format: Annotated[OutputFormat | None, Field(description="`png` by default.")] = None
     output_compression: Annotated[
-        int | None,
-        Field(ge=0, le=100, description="Quality of jpeg and webp; 100, the best, by default and for png."),
+        Percent | None,
+        Field(description="Quality of jpeg and webp; 100, the best, by default and for png."),
     ] = None
     quality: Annotated[Literal["auto"] | None, Field(description="Use num_inference_steps instead.")] = None
     background: Annotated[Literal["auto", "opaque"] | None, Field(description="Every picture is opaque.")] = (
@@ -96,18 +110,19 @@ class ImageRequest(BaseModel):
     ] = None
     stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
     partial_images: Annotated[
-        int | None, Field(ge=0, description="Previews to stream, evenly spread over the steps; 0 by default.")
+        NotNegative | None,
+        Field(description="Previews to stream, evenly spread over the steps; 0 by default."),
     ] = None
     progress: Annotated[
         bool | None, Field(description="Stream `image_generation.progress` events as well; false by default.")
     ] = None
     negative_prompt: Annotated[str | None, Field(description="What the picture must not show.")] = None
     seed: Annotated[
-        int | None,
-        Field(ge=0, lt=2**63, description="Of the first image; image i has seed + i. Drawn by default."),
+        Seed | None,
+        Field(description="Of the first image; image i has seed + i. Drawn by default."),
     ] = None
     num_inference_steps: Annotated[
-        Count | None,
+        Positive | None,
         Field(description=f"{GenerationRequest.model_fields['num_inference_steps'].default} by default."),
     ] = None
     guidance_scale: Annotated[
@@ -120,7 +135,7 @@ class ImageRequest(BaseModel):
     ] = None
     scheduler: Annotated[SchedulerName | None, Field(description="By default the model's own.")] = None
     gang_size: Annotated[
-        Count | Literal["auto"] | None,
+        Positive | Literal["auto"] | None,
         Field(description="Workers to use; `auto`, the default, lets the fleet choose."),
     ] = None
     deadline_s: Annotated[
@@ -279,3 +294,12 @@ class CompletedEvent(_Answer):
     created_at: int
     quality: Literal["auto"] = "auto"
     usage: _Usage = _Usage()
+
+
+class ErrorEvent(ErrorResponse):
+    """Why the stream ends without an image."""
+
+    type: Literal["error"] = "error"
+
+
+StreamEvent = PartialImageEvent | ProgressEvent | CompletedEvent | ErrorEvent

@@ -13,17 +13,11 @@ from distriray import __version__
 from distriray.requests import MULTIPLE_OF
 
 from .errors import ErrorResponse
-from .images import CompletedEvent, ImageRequest, ImagesResponse, PartialImageEvent, ProgressEvent
+from .images import CompletedEvent, ErrorEvent, ImageRequest, ImagesResponse, PartialImageEvent, ProgressEvent
 from .service import ModelCard, Service
 
-_BODIES: tuple[type[BaseModel], ...] = (
-    ImageRequest,
-    ImagesResponse,
-    PartialImageEvent,
-    ProgressEvent,
-    CompletedEvent,
-    ErrorResponse,
-)
+_EVENTS: tuple[type[BaseModel], ...] = (PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent)
+_BODIES: tuple[type[BaseModel], ...] = (ImageRequest, ImagesResponse, ErrorResponse, *_EVENTS)
 _REASONS = {
     400: "A field, or the body, cannot be served as it is",
     401: "No key, a wrong key, or no keys configured and the client is on another machine",
@@ -34,6 +28,18 @@ _REASONS = {
     503: "No host can serve now",
 }
 _REF = "#/components/schemas/"
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": [event.model_fields["type"].default for event in _EVENTS]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"oneOf": [{"$ref": f"{_REF}{event.__name__}"} for event in _EVENTS]},
+        },
+    },
+}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -51,12 +57,11 @@ def describe_images() -> dict[str, Any]:
         },
         "responses": {
             "200": {
-                "description": "The images; with `stream: true` events whose data is one of "
-                "PartialImageEvent, ProgressEvent, CompletedEvent and, named `error`, ErrorResponse",
+                "description": "The images; with `stream: true` server-sent events",
                 "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
                 "content": {
                     "application/json": {"schema": {"$ref": f"{_REF}ImagesResponse"}},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {"itemSchema": _EVENT},
                 },
             },
             "429": {

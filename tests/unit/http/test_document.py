@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
 from pathlib import Path
+from typing import get_args
 
 import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import deployments.http
 from deployments.http import HttpConfig, build_http
@@ -16,9 +20,12 @@ from deployments.http.errors import ErrorResponse, refusal_of
 from deployments.http.images import ImageRequest, SchedulerName
 from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
+from tests.unit.http.conformance import schemathesis
+from tests.unit.http.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService
 
-DOCS = Path(deployments.http.__file__).parents[2] / "docs" / "http.md"
+ROOT = Path(deployments.http.__file__).parents[2]
+DOCS = ROOT / "docs" / "http.md"
 SOURCES = Path(deployments.http.__file__).parent.glob("*.py")
 
 
@@ -60,9 +67,15 @@ def test_a_key_is_in_the_document_where_one_is_needed(monkeypatch: pytest.Monkey
 
 
 def test_schedulers_are_those_of_the_denoiser() -> None:
-    from distriray.denoise.schedulers import SCHEDULERS
-
-    assert list(SchedulerName.__args__) == sorted(SCHEDULERS)  # type: ignore[attr-defined]
+    source = ast.parse(
+        (ROOT / "distriray" / "denoise" / "schedulers.py").read_text()
+    )  # importing takes seconds
+    table = next(
+        node for node in source.body if isinstance(node, ast.AnnAssign) and "SCHEDULERS" in ast.dump(node)
+    )
+    assert isinstance(table.value, ast.Dict)
+    names = [ast.literal_eval(key) for key in table.value.keys if key is not None]
+    assert len(names) > 5 and sorted(names) == list(get_args(SchedulerName))
 
 
 def test_the_page_names_every_field_and_every_code() -> None:
@@ -93,3 +106,29 @@ def test_a_bug_is_answered_without_its_text(http: httpx.Client, service: FakeSer
         service.refusal = None
     assert response.status_code == 500 and "secret" not in response.text
     assert ErrorResponse.model_validate(response.json()).error.code == "internal_error"
+
+
+def test_schemathesis_finds_no_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEYS", "secret")
+    service = FakeService()
+    with serving(service, HttpConfig(keys_env="SOME_KEYS")) as url:
+        assert "No issues found" in schemathesis(url, "secret", examples=20, folder=tmp_path)
+    assert service.asked, "not one valid request was tried"
+
+
+def test_the_commands_of_the_page_run_as_printed(url: str, tmp_path: Path) -> None:
+    commands = re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    printed = []
+    for command in commands:
+        here = command.replace("http://localhost:8000", url)
+        assert here != command
+        done = subprocess.run(
+            ["bash", "-c", f"set -e -o pipefail\n{here}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and not done.stderr, done
+        printed.append(done.stdout)
+    assert Image.open(tmp_path / "lake.png").size == (96, 64)
+    drawn, streamed, refused, models, fleet, health = printed
+    assert '"seed": 1' in drawn and "predicted_wait_s" in fleet and health == '{"status":"ok"}'
+    assert streamed.count("event: image_generation.partial_image") == 2 and "completed" in streamed
+    assert "use 496 or 504" in refused and "builtin:landscapes" in models

@@ -1,0 +1,20 @@
+"""What schemathesis finds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def schemathesis(url: str, key: str, examples: int, folder: Path) -> str:
+    """Compare a running service with the document it serves: every check, valid and invalid data.
+
+    Returns what it prints; raises AssertionError if it finds anything.
+    """
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color"]
+    options = ["-n", str(examples), "--seed", "1", "--phases", "examples,coverage,fuzzing", "--checks", "all"]
+    quiet = ["--suppress-health-check", "all", "-H", f"Authorization: Bearer {key}"]
+    done = subprocess.run([*command, *options, *quiet], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
