@@ -1,0 +1,189 @@
+"""What is compared: one factor at a time around a base point, and the crosses that defaults need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from distriray.config import ExchangeMode, GroupNormMode, ParallelConfig, Prediction
+
+PATCHES = (2, 4, 8)
+SCHEDULERS = ("ddim", "euler", "dpmpp-2m")
+STEPS = (10, 20, 50)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to make the pictures. One patch is a single device: the model as diffusers runs it."""
+
+    patches: int = 4
+    steps: int = 20
+    scheduler: str = "ddim"
+    exchange: ExchangeMode = "displaced"
+    warmup: int | Literal["auto"] = 4
+    group_norm: GroupNormMode = "stale"
+    statistics: float = 0.0
+    halos: float = 0.0
+    keys_values: float = 0.0
+    cfg_parallel: bool = False
+
+    @property
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(
+            exchange=self.exchange,
+            warmup_steps=self.warmup,
+            group_norm=self.group_norm,
+            prediction=Prediction(statistics=self.statistics, halos=self.halos, keys_values=self.keys_values),
+            cfg_parallel=self.cfg_parallel,
+        )
+
+    @property
+    def ranks(self) -> int:
+        return self.patches * (2 if self.cfg_parallel else 1)
+
+    @property
+    def alone(self) -> Setting:
+        """The same picture by one device."""
+        return Setting(patches=1, steps=self.steps, scheduler=self.scheduler)
+
+    @property
+    def plain(self) -> Setting:
+        """The base method with as many patches and steps: stale group norm, warm-up 4, no prediction."""
+        return Setting(patches=self.patches, steps=self.steps, scheduler=self.scheduler)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a call makes one picture, because the engine decides something for each call."""
+        return self.warmup == "auto"
+
+    @property
+    def method(self) -> str:
+        """The exchange in words, without patches, steps and scheduler."""
+        if self.patches == 1:
+            return "one device"
+        words: list[str] = [self.exchange]
+        if self.exchange == "displaced":
+            words += [f"warm-up {self.warmup}", self.group_norm]
+            weights = {
+                "statistics": self.statistics,
+                "halos": self.halos,
+                "keys and values": self.keys_values,
+            }
+            words += [f"{kind} {weight:g}" for kind, weight in weights.items() if weight]
+        if self.cfg_parallel:
+            words.append("guidance split")
+        return ", ".join(words)
+
+    @property
+    def name(self) -> str:
+        """Unique among settings, and fit for a file name."""
+        where = f"{self.patches} patches, {self.steps} steps {self.scheduler}, {self.method}"
+        return where.replace(", ", "_").replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings that answer one question, on the first `count` prompts."""
+
+    title: str
+    settings: tuple[Setting, ...]
+    count: int
+
+
+Rows = Callable[[Setting], tuple[Setting, ...]]
+
+
+BASE = Setting()
+PREDICTIONS: tuple[dict[str, float], ...] = (
+    {"statistics": 0.5},
+    {"halos": 0.5},
+    {"keys_values": 0.5},
+    {"statistics": 0.5, "halos": 0.5},
+    {"statistics": 0.5, "halos": 0.5, "keys_values": 0.5},
+)
+WEIGHTS: tuple[dict[str, float], ...] = (
+    {"statistics": 0.25},
+    {"statistics": 0.75},
+    {"statistics": 1.0},
+    {"halos": 0.25},
+    {"halos": 1.0},
+)
+METHODS: tuple[Setting, ...] = (BASE, replace(BASE, group_norm="corrected"), replace(BASE, statistics=0.5))
+
+
+def sections(full: int, half: int, few: int) -> list[Section]:
+    """All that is measured, the most important first: on `full`, `half` or `few` prompts.
+
+    Every row of the table says on how many.
+    """
+    eight = replace(BASE, patches=8)
+    return [
+        Section("one device", (BASE.alone,), full),
+        Section("exchange", (replace(BASE, exchange="none"), BASE), full),
+        *_columns("exchange", half, lambda base: (replace(base, exchange="none"), base), (2, 8)),
+        *_columns("exchange", few, lambda base: (replace(base, exchange="sync"),), PATCHES),
+        *_columns("warm-up", full, _warmups, (4,)),
+        Section("group norm", (BASE, replace(BASE, group_norm="corrected")), full),
+        Section("prediction", _predictions(BASE, PREDICTIONS[:1]), full),
+        *_columns("group norm", half, _group_norms, (4, 8)),
+        *_columns("prediction", half, lambda base: _predictions(base, PREDICTIONS), (4, 8)),
+        *_columns("warm-up", half, _warmups, (8,)),
+        *_columns("automatic warm-up", few, lambda base: (replace(base, warmup="auto"),), (4, 8)),
+        Section("guidance split", (replace(BASE, cfg_parallel=True),), few),
+        Section("steps", tuple(_crosses(PATCHES, STEPS, ("ddim",))), few),
+        Section("schedulers", tuple(_crosses(PATCHES, (20,), SCHEDULERS)), few),
+        *_columns("weights", few, lambda base: _predictions(base, WEIGHTS), (8, 4)),
+        Section("steps and schedulers", tuple(_crosses((8,), (10, 50), SCHEDULERS[1:])), few),
+        *_columns(
+            "automatic warm-up",
+            few,
+            lambda base: tuple(replace(base, warmup="auto", steps=steps) for steps in (10, 50)),
+            (4,),
+        ),
+        Section("warm-up of few steps", tuple(replace(eight, steps=10, warmup=n) for n in (1, 2)), few),
+    ]
+
+
+def quick(count: int) -> list[Section]:
+    """A trial of the command: one row of each kind."""
+    few_steps = replace(BASE, steps=5, warmup=1)
+    methods = (
+        replace(few_steps, exchange="none"),
+        few_steps,
+        replace(few_steps, group_norm="corrected"),
+        replace(few_steps, statistics=0.5),
+        replace(few_steps, exchange="sync"),
+    )
+    return [
+        Section("one device", (few_steps.alone,), count),
+        Section("exchange", methods, count),
+        Section("automatic warm-up", (replace(few_steps, warmup="auto"),), count),
+    ]
+
+
+def _columns(title: str, count: int, rows: Rows, patches: Iterable[int]) -> Iterator[Section]:
+    for number in patches:
+        yield Section(title, rows(replace(BASE, patches=number)), count)
+
+
+def _warmups(base: Setting) -> tuple[Setting, ...]:
+    return tuple(replace(base, warmup=steps) for steps in (0, 1, 2, 4, 8))
+
+
+def _group_norms(base: Setting) -> tuple[Setting, ...]:
+    kinds: tuple[GroupNormMode, ...] = ("stale", "corrected", "fresh", "local")
+    return tuple(replace(base, group_norm=kind) for kind in kinds)
+
+
+def _predictions(base: Setting, weights: tuple[dict[str, float], ...]) -> tuple[Setting, ...]:
+    return tuple(Setting(patches=base.patches, **kinds) for kinds in weights)  # type: ignore[arg-type]
+
+
+def _crosses(patches: Iterable[int], steps: Iterable[int], schedulers: Iterable[str]) -> Iterator[Setting]:
+    steps, schedulers = tuple(steps), tuple(schedulers)
+    for number in patches:
+        for count in steps:
+            for scheduler in schedulers:
+                for method in METHODS:
+                    yield replace(method, patches=number, steps=count, scheduler=scheduler)

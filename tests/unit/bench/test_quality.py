@@ -1,0 +1,179 @@
+"""What the comparison of pictures measures, and how it is planned and kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.quality.design import BASE, Section, sections
+from bench.quality.judges import (
+    IDENTICAL_DB,
+    LandscapeJudge,
+    MissingExtra,
+    alike,
+    differences,
+    frechet_distance,
+)
+from bench.quality.painter import Painter
+from bench.quality.photos import PhotoJudge
+from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
+from bench.quality.table import Table
+from bench.quality.work import Album, Plan, Unit
+from distriray.landscapes.draw import draw
+from distriray.landscapes.scene import sample_scene
+from distriray.models import ModelSpec
+from tests.models import tiny_sdxl
+
+DRAWN = np.stack([draw(sample_scene(seed), 64, 64) for seed in range(3)])
+
+
+def shifted(pictures: np.ndarray, by: int) -> np.ndarray:
+    return np.where(pictures > 127, pictures - by, pictures + by).astype(np.uint8)
+
+
+def test_psnr_is_that_of_eight_bit_pictures() -> None:
+    assert differences(DRAWN, DRAWN)["psnr"].tolist() == [IDENTICAL_DB] * 3
+    off_by_four = differences(shifted(DRAWN, 4), DRAWN)
+    assert off_by_four["psnr"] == pytest.approx(20 * np.log10(255 / 4), abs=1e-3)
+    assert (off_by_four["ssim"] < 1).all()
+
+
+def test_a_difference_is_visible_where_a_person_sees_it() -> None:
+    grey = np.full((1, 64, 64, 3), 128, np.uint8)
+    spot = grey.copy()
+    spot[:, :16, :16] += 40
+    assert differences(grey + 1, grey)["visible"] == [0.0]
+    assert differences(spot, grey)["visible"] == pytest.approx([1 / 16])
+    assert not alike(differences(spot, grey)).any() and alike(differences(grey + 1, grey)).all()
+
+
+def test_frechet_distance_of_a_shift_is_its_square() -> None:
+    features = np.random.default_rng(0).normal(size=(500, 4))
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(features + [3, 0, 0, 4], features) == pytest.approx(25)
+    assert frechet_distance(2 * features, features) > 1
+
+
+def test_checker_feature_distance_grows_with_the_difference() -> None:
+    judge, prompts = LandscapeJudge(64, drawings=4), landscape_prompts(3, 0)
+    same, near, far = (
+        judge.measure(pictures, DRAWN, prompts)["distance"]
+        for pictures in (DRAWN, shifted(DRAWN, 6), DRAWN[[1, 2, 0]])
+    )
+    assert (same == 0).all() and (near > 0).all() and (near < far).all()
+
+
+def test_prompt_accuracy_counts_what_the_caption_states() -> None:
+    judge = LandscapeJudge(256, drawings=4)
+    scene = sample_scene(5)
+    picture = draw(scene, 256, 256)[None]
+    wrong = "night" if scene.time != "night" else "day"
+    for time, right in ((scene.time, 1), (wrong, 0)):
+        measures = judge.measure(picture, picture, [Prompt("", 0, {"time": time})])
+        assert (measures["stated"], measures["right"]) == ([1], [right])
+
+
+def test_prompts_of_a_file_are_lines_or_the_first_caption_of_each_image(tmp_path: Path) -> None:
+    lines, coco = tmp_path / "prompts.txt", tmp_path / "captions.json"
+    lines.write_text("a lake\n\na hill\n")
+    captions = [(7, "a cat"), (7, "the cat"), (9, "a dog")]
+    coco.write_text(json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in captions]}))
+    assert [(p.text, p.seed) for p in read_prompts(lines, 2, 5)] == [("a lake", 5), ("a hill", 6)]
+    assert [p.text for p in read_prompts(coco, 2, 0)] == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match="holds 2 prompts, not 3"):
+        read_prompts(lines, 3, 0)
+
+
+def test_every_setting_is_planned_once_and_after_its_single_device() -> None:
+    every = sections(100, 40, 10)
+    plan = Plan(every, at_once=20)
+    units = list(plan)
+    assert len({(unit.setting.name, unit.start) for unit in units}) == len(units)
+    for section in every:
+        for setting in section.settings:
+            for wanted in (setting, setting.alone):
+                assert sum(unit.stop - unit.start for unit in plan.units(wanted)) >= section.count
+    first_gang = next(i for i, unit in enumerate(units) if unit.setting.patches > 1)
+    assert all(unit.setting.patches > 1 for unit in units[first_gang:])
+
+
+def test_an_album_gives_what_is_finished_up_to_the_first_gap(tmp_path: Path) -> None:
+    plan, album = Plan([Section("", (BASE,), 25)], at_once=10), Album(tmp_path)
+    first, _, third = units = plan.units(BASE)
+    assert album.read(units) == {}
+    for unit in (third, first):
+        album.keep(unit, {"psnr": np.arange(unit.start, unit.stop)})
+    assert [album.has(unit) for unit in units] == [True, False, True]
+    assert album.read(units)["psnr"].tolist() == list(range(10))
+
+
+def test_the_table_compares_each_picture_with_the_base_methods(tmp_path: Path) -> None:
+    better = replace(BASE, statistics=0.5)
+    section = Section("prediction", (BASE, better, replace(BASE, halos=0.5)), 2)
+    plan, album = Plan([section], at_once=2), Album(tmp_path)
+    for setting, psnr in ((BASE.alone, 100.0), (BASE, 40.0), (better, 42.0)):
+        values = {name: np.zeros(2) for name in ("ssim", "visible", "synchronous")}
+        album.keep(Unit(setting, 0, 2), {"psnr": psnr + np.array([-1.0, 1.0]), **values})
+    judge = SimpleNamespace(columns=("count",), summarize=lambda row, alone: (str(len(alone["psnr"])),))
+    report = Table(album, plan, judge).report("", [section], seed=0, settings={})  # type: ignore[arg-type]
+    rows = [dict(zip(report.columns, row, strict=True)) for row in report.rows]
+    assert [row["against base, dB"] for row in rows] == ["-", "+2.0 ± 0.0"], "what was not made is left out"
+    assert rows[1]["PSNR, dB"].startswith("42.0") and rows[1]["count"] == "2"
+
+
+def test_another_models_gang_paints_what_one_device_paints(tmp_path: Path) -> None:
+    tiny_sdxl().save_pretrained(tmp_path)
+    painter = Painter(ModelSpec(name=str(tmp_path)), "cpu", size=64, guidance_scale=3.0, at_once=2)
+    prompts = [Prompt(text, seed) for seed, text in enumerate(("a lake", "a hill", "a tree"))]
+    setting = replace(BASE, patches=2, steps=4, warmup=1)
+    alone = painter.paint(setting.alone, prompts)
+    sync = painter.paint(replace(setting, exchange="sync"), prompts)
+    displaced = painter.paint(setting, prompts)
+    assert np.abs(sync.latents - alone.latents).max() < 1e-3 * np.abs(alone.latents).max()
+    assert not np.allclose(displaced.latents, alone.latents, rtol=1e-3)
+    assert (displaced.synchronous_steps == 1).all() and (sync.synchronous_steps == 4).all()
+    assert painter.decode(alone.latents).shape[0] == 3
+
+
+def test_judging_photographs_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"torchvision, cleanfid.*pip install 'distriray\[quality\]'"):
+        PhotoJudge(None, "cpu")
+
+
+def test_photographs_are_judged_by_the_paper_s_measures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With stand-ins for the two networks: mean colours as Inception's features, L1 as LPIPS."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    fid, resize, package = ModuleType("cleanfid.fid"), ModuleType("cleanfid.resize"), ModuleType("cleanfid")
+    fid.build_feature_extractor = lambda *_, **__: None  # type: ignore[attr-defined]
+    fid.get_batch_features = lambda batch, *_: batch.float().mean((2, 3)).numpy()  # type: ignore[attr-defined]
+    fid.get_folder_features = lambda *_, **__: np.random.default_rng(0).normal(size=(9, 3))  # type: ignore[attr-defined]
+    resize.build_resizer = lambda mode: lambda picture: picture.astype(np.float32)  # type: ignore[attr-defined]
+    package.fid = fid  # type: ignore[attr-defined]
+    for module in (package, fid, resize):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class Lpips(torch.nn.Module):
+        def __init__(self, **_: object) -> None:
+            super().__init__()
+
+        def forward(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            return (ours - theirs).abs().mean()
+
+    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", Lpips)
+    judge = PhotoJudge(tmp_path, "cpu")
+    pictures = np.concatenate([DRAWN, DRAWN[:, ::-1]])
+    measures = judge.measure(pictures, shifted(pictures, 5), [Prompt("", seed) for seed in range(6)])
+    assert measures["lpips"] == pytest.approx(5 / 255, abs=1e-4)
+    lpips, reference, alone = judge.summarize(measures, measures)
+    assert (lpips, alone) == ("0.0196", "0.000") and float(reference) > 1
