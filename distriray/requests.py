@@ -180,7 +180,7 @@ class Segment(BaseModel):
     """Steps `first_step` to `last_step` (the latter not included) by one gang, rank 0 first.
 
     Its gang was sent for at `sent_at`, complete at `formed_at` (prompt encoding aside) and through with its
-    steps at `left_at`, in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the median seconds
+    steps at `left_at`, in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the mean seconds
     of a synchronous and of a displaced step.
     """
 

@@ -101,8 +101,8 @@ class Job:
                 sent_at=self._sent_at,
                 formed_at=max(outcome.formed_at for outcome in outcomes),
                 left_at=max(outcome.left_at for outcome in outcomes),
-                fresh_step_s=_median(step for outcome in outcomes for step in outcome.fresh_s),
-                stale_step_s=_median(step for outcome in outcomes for step in outcome.stale_s),
+                fresh_step_s=_mean(step for outcome in outcomes for step in outcome.fresh_s),
+                stale_step_s=_mean(step for outcome in outcomes for step in outcome.stale_s),
             )
         )
         first_rank = next(iter(outcomes))
@@ -134,9 +134,9 @@ class Job:
         )
 
 
-def _median(values: Iterable[float]) -> float | None:
+def _mean(values: Iterable[float]) -> float | None:
     known = list(values)
-    return statistics.median(known) if known else None
+    return statistics.fmean(known) if known else None
 
 
 def _retrieve(ended: asyncio.Future[GenerationResult]) -> None:

@@ -74,7 +74,7 @@ METRICS: Mapping[Name, Spec] = {
         "histogram", "of a request: queued, prepare, denoise, decode, waiting", ("phase",), SECONDS
     ),
     Name.STEP_SECONDS: Spec(
-        "histogram", "median step of a segment: fresh or stale", ("gang_size", "kind"), STEP_SECONDS
+        "histogram", "mean step of a segment: fresh or stale", ("gang_size", "kind"), STEP_SECONDS
     ),
     Name.PREDICTED_SECONDS: Spec("histogram", "to the images, as predicted at acceptance", (), SECONDS),
     Name.PREDICTION_RATIO: Spec("histogram", "actual seconds over those predicted at acceptance", (), RATIOS),

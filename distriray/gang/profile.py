@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from statistics import median
+from collections.abc import Sequence
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -35,56 +36,61 @@ def guessed_profile(config: HostConfig, facts: WorkerFacts) -> Profile:
 async def measure(host: Host) -> Profile:
     """Draw with gangs of every size, on a host that has nothing else to do.
 
-    As many gangs of a size draw at once as there is room for, as under load. How much faster a step is when
-    fewer workers are busy is found with gangs of the least size.
+    As under load, all workers are busy meanwhile: with gangs of the same size, and then with lone ones, which
+    do not wait for each other and so take more of what they share. How much faster a step is when fewer
+    workers are busy is found with gangs of the least size.
     """
     config, facts = host.config, host.facts
     least, steps = config.sizes[0], max(1, _warmup(config)) + MEASURED_STEPS
-    most = _gangs(config, least)
-    await _draw(host, least, most, 1)  # the first one warms up
+    most = config.workers // least
+    await _draw(host, [least] * most, 1)  # the first one warms up
     counts = sorted({*(2**i for i in range(most.bit_length())), most})
-    alone = {count: await _draw(host, least, count, steps) for count in counts}
+    alone = {count: await _draw(host, [least] * count, steps) for count in counts}
     crowded_s = _step_s(alone[most])
     crowding = tuple((least * n, _step_s(results) / crowded_s) for n, results in alone.items())
-    entries: list[Entry] = []
+    entries = [_entry(least, [alone[most]])]
     moves_s: list[float] = []
-    for size in config.sizes:
+    for size in config.sizes[1:]:
         if size > facts.max_gang(facts.default_size[0]):
             continue
-        if size > least:
-            await _draw(host, size, _gangs(config, size), 1)
-        results = alone[most] if size == least else await _draw(host, size, _gangs(config, size), steps)
-        entries.append(_entry(size, results))
-        moves_s += [result.timings.waiting_s for result in results]
+        crowds = [[size] * (config.workers // size)]
+        if config.workers - size >= least:
+            crowds.append([size] + [least] * ((config.workers - size) // least))
+        await _draw(host, crowds[0], 1)
+        runs = [await _draw(host, crowd, steps) for crowd in crowds]
+        entries.append(_entry(size, [[r for r in run if r.gang_size == size] for run in runs]))
+        moves_s += [result.timings.waiting_s for run in runs for result in run]
+    moves_s = moves_s or [result.timings.waiting_s for result in alone[most]]
     return _profile(config, facts, tuple(entries), median(moves_s), crowding)
 
 
-def _gangs(config: HostConfig, size: int) -> int:
-    """How many gangs of `size` draw at once."""
-    return min(config.workers // size, config.max_queue)
+async def _draw(host: Host, gangs: Sequence[int], steps: int) -> list[GenerationResult]:
+    """One image by a gang of each of these sizes, all at once, or as many as may wait."""
+    requests = [
+        GenerationRequest(
+            id=f"profile {i}", prompt="a lake", seed=0, num_inference_steps=steps, gang_size=size
+        )
+        for i, size in enumerate(gangs[: host.config.max_queue])
+    ]
+    return await asyncio.gather(*(host.generate(request) for request in requests))
 
 
-async def _draw(host: Host, size: int, count: int, steps: int) -> list[GenerationResult]:
-    request = GenerationRequest(prompt="a lake", seed=0, num_inference_steps=steps, gang_size=size)
-    alike = (request.model_copy(update={"id": f"profile {i}"}) for i in range(count))
-    return await asyncio.gather(*(host.generate(request) for request in alike))
-
-
-def _entry(size: int, results: list[GenerationResult]) -> Entry:
-    fresh = [s for r in results if (s := r.segments[-1].fresh_step_s) is not None]
+def _entry(size: int, runs: Sequence[Sequence[GenerationResult]]) -> Entry:
+    """The mean over runs of what is usual in each."""
+    fresh = [[s for r in run if (s := r.segments[-1].fresh_step_s) is not None] for run in runs]
     return Entry(
         gang=size,
-        height=results[0].height,
-        width=results[0].width,
-        step_s=_step_s(results),
-        sync_step_s=median(fresh) if fresh else None,
-        prepare_s=median(r.timings.prepare_s + r.timings.waiting_s for r in results),
-        decode_s=median(r.timings.decode_s for r in results),
+        height=runs[0][0].height,
+        width=runs[0][0].width,
+        step_s=fmean(_step_s(run) for run in runs),
+        sync_step_s=fmean(map(median, fresh)) if all(fresh) else None,
+        prepare_s=fmean(median(r.timings.prepare_s + r.timings.waiting_s for r in run) for run in runs),
+        decode_s=fmean(median(r.timings.decode_s for r in run) for run in runs),
     )
 
 
-def _step_s(results: list[GenerationResult]) -> float:
-    """Median seconds of a displaced step; of a synchronous one where there is no other."""
+def _step_s(results: Sequence[GenerationResult]) -> float:
+    """Seconds of a displaced step; of a synchronous one where there is no other."""
     last = [result.segments[-1] for result in results]
     return median(step_s for s in last if (step_s := s.stale_step_s or s.fresh_step_s) is not None)
 
