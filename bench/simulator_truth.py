@@ -9,28 +9,42 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from distriray.models import ModelSpec
+from distriray.requests import GenerationRequest, Segment
 from distriray.routing.elastic import Elastic
 from distriray.routing.latency import LatencyModel, Profile
 from distriray.routing.report import Report
 from distriray.routing.simulator import Fleet, simulate
 from distriray.routing.workload import Arrival
 
-Submit = Callable[[Arrival], Awaitable[None]]
+from .report import Report as Table
+
+Submit = Callable[[Arrival], Awaitable[Sequence[Segment]]]
 
 
 def trace(
-    count: int, model: LatencyModel, size: tuple[int, int], steps: int, workers: int, seed: int
+    count: int,
+    model: LatencyModel,
+    size: tuple[int, int],
+    steps: int,
+    workers: int,
+    seed: int,
+    load: float = 0.7,
 ) -> list[Arrival]:
-    """Requests of one size that keep a host about 70 % busy, due in 1 to 4 times what one worker takes."""
+    """Requests that keep such a share of a host busy, due in 0.4 to 1.5 times what one worker takes."""
     draw = random.Random(seed)
     alone = model.times(1, *size, 1).run_s(0, steps)
     at, arrivals = 0.0, []
     for _ in range(count):
-        at += draw.expovariate(0.7 * workers / alone)
+        at += draw.expovariate(load * workers / alone)
         height, width = size
-        deadline = alone * draw.uniform(1.0, 4.0)
+        deadline = alone * draw.uniform(0.4, 1.5)
         arrivals.append(Arrival(at_s=at, height=height, width=width, steps=steps, deadline_s=deadline))
     return arrivals
 
@@ -44,11 +58,13 @@ async def replay(arrivals: Sequence[Arrival], submit: Submit, workers: int) -> R
 
     async def one(arrival: Arrival) -> None:
         await asyncio.sleep(max(0.0, start + arrival.at_s - time.monotonic()))
-        await submit(arrival)
+        segments = await submit(arrival)
         took = time.monotonic() - start - arrival.at_s
         report.latency.add(took)
         report.met += arrival.deadline_s is not None and took <= arrival.deadline_s
         report.span_s = time.monotonic() - start
+        report.worker_seconds += sum(len(segment.workers) * segment.seconds for segment in segments)
+        report.regroupings += len(segments) - 1
 
     await asyncio.gather(*(one(arrival) for arrival in arrivals))
     return report
@@ -64,56 +80,108 @@ def compare(real: Report, simulated: Report) -> dict[str, float]:
         "real: mean s": a["mean s"],
         "simulated ": b["mean s"],
         "apart, %": 100.0 * abs(a["mean s"] - b["mean s"]) / a["mean s"],
+        "real: regroupings/image": a["regroupings/image"],
+        "simulated  ": b["regroupings/image"],
+        "real: utilisation %": a["utilisation %"],
+        "simulated   ": b["utilisation %"],
     }
 
 
-async def on_a_host(workers: int, count: int, steps: int, seed: int) -> dict[str, float]:
-    """Start a host of CPU workers with the elastic policy, profile it, and run the trace both ways."""
-    from distriray.gang import Host, HostConfig
-    from distriray.requests import GenerationRequest
+class Others:
+    """Cores that processes other than this one and its children keep busy, on average since the last look."""
 
+    def __init__(self) -> None:
+        self._last = self._seconds()
+
+    def cores(self) -> float:
+        last, self._last = self._last, self._seconds()
+        wall, busy, own = (now - then for now, then in zip(self._last, last, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        own = 0.0
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            with suppress(psutil.Error):  # it has just ended
+                own += sum(process.cpu_times()[:2])
+        return time.monotonic(), sum(times) - times.idle - times.iowait - times.guest - times.guest_nice, own
+
+
+def on_a_host(options: argparse.Namespace) -> tuple[Profile, list[dict[str, Any]], dict[str, Any]]:
+    """Profile a host of CPU workers with the elastic policy, and run a trace for each seed both ways."""
+    from distriray.gang import HostConfig, open_host
+
+    workers = options.workers
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        host = await Host.start(
-            HostConfig(
-                workers=workers, device="cpu", policy="elastic", profiles=Path(folder), max_queue=count
-            )
+        config = HostConfig(
+            model=ModelSpec(name=options.model),
+            workers=workers,
+            device="cpu",
+            policy="elastic",
+            profiles=Path(folder),
+            max_queue=options.requests,
         )
-        try:
+        others = Others()
+        with open_host(config, cpus=workers) as host:
+            disturbed = {"while the profile was measured": others.cores()}
             profile = Profile.load(next(Path(folder).glob("*.json")))
-            model = LatencyModel(profile)
             size = (profile.entries[0].height, profile.entries[0].width)
-            arrivals = trace(count, model, size, steps, workers, seed)
+            sizes = tuple(entry.gang for entry in profile.entries)
+            fleet = Fleet(workers=workers, gang_sizes=sizes)
 
-            async def submit(arrival: Arrival) -> None:
-                await host.generate(
-                    GenerationRequest(
-                        prompt="a lake",
-                        seed=0,
-                        height=arrival.height,
-                        width=arrival.width,
-                        num_inference_steps=arrival.steps,
-                        deadline_s=arrival.deadline_s,
-                    )
+            async def submit(arrival: Arrival) -> Sequence[Segment]:
+                request = GenerationRequest(
+                    prompt="a lake",
+                    seed=0,
+                    height=arrival.height,
+                    width=arrival.width,
+                    num_inference_steps=arrival.steps,
+                    deadline_s=arrival.deadline_s,
                 )
+                return (await host.host.generate(request)).segments
 
-            real = await replay(arrivals, submit, workers)
-        finally:
-            await host.close()
-    sizes = tuple(sorted({entry.gang for entry in profile.entries}))
-    return compare(real, simulate(arrivals, Elastic(), model, Fleet(workers=workers, gang_sizes=sizes)))
+            for seed in options.seeds:
+                model = LatencyModel(profile)
+                arrivals = trace(options.requests, model, size, options.steps, workers, seed, options.load)
+                others.cores()
+                real = host.do(replay(arrivals, submit, workers))
+                disturbed[f"while trace {seed} ran"] = others.cores()
+                truths = {"as measured at start": model, "as the trace corrected it": host.host.latency}
+                for name, truth in truths.items():
+                    row = compare(real, simulate(arrivals, Elastic(), truth, fleet))
+                    rows.append({"profile": name, "seed": seed, "requests": options.requests, **row})
+            told = {
+                "predictions at acceptance, actual over predicted": host.status().predictions.model_dump(),
+                "step_s learned": {gang: host.host.latency.step_s(gang, *size, 1) for gang in sizes},
+                "cores that other processes kept busy": disturbed,
+            }
+    return profile, rows, told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print how far the simulator is from a real host."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulator_truth", description=__doc__)
+    parser.add_argument("--model", default="builtin:landscapes")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--load", type=float, default=0.7, help="of what its workers can do one by one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    row = asyncio.run(on_a_host(options.workers, options.requests, options.steps, options.seed))
-    print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
-    print(f"| {' | '.join(f'{value:.3g}' for value in row.values())} |")
+    profile, rows, told = on_a_host(options)
+    settings = {
+        "command": "python -m bench.simulator_truth " + " ".join(arguments or sys.argv[1:]),
+        "load": options.load,
+        "profile": profile.model_dump(),
+        **told,
+    }
+    table = Table("a host and its simulation", tuple(rows[0]), seed=options.seeds[0], settings=settings)
+    for row in rows:
+        table.add(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+    table.publish(options.json)
     return 0
 
 

@@ -24,6 +24,7 @@ def test_a_host_as_fast_as_its_profile_agrees_and_a_slower_one_does_not(pace):
         async def submit(arrival):
             async with workers:
                 await asyncio.sleep(pace * 0.01 * arrival.steps)
+            return []
 
         return await replay(arrivals, submit, workers=2)
 
