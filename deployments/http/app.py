@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from distriray.errors import DistrirayError
 from distriray.gang.events import Event
@@ -19,12 +20,14 @@ from .access import guard
 from .answers import error_frame, event_frame, images_response
 from .body import read_body
 from .config import HttpConfig
-from .envelope import Envelope
+from .envelope import Envelope, log
 from .errors import Refusal, answer_errors, refusal_of
 from .images import ImageRequest
 from .leaving import EventStream, unless_left
 from .openapi import describe_images, document, errors
 from .service import Fleet, ModelCard, Service
+
+T = TypeVar("T")
 
 
 class Model(BaseModel):
@@ -143,15 +146,20 @@ async def _frames(
     event: Event | None = first
     try:
         while event is not None:
-            yield await asyncio.to_thread(event_frame, asked, event)
+            if frame := await asyncio.to_thread(event_frame, asked, event):
+                yield frame
             event = await unless_left(request, _until(ends_at, anext(events, None)))
+    except ClientDisconnect:
+        request.state.noted["code"] = "client_left"
     except Exception as error:
         refusal = refusal_of(error)
         request.state.noted["code"] = refusal.code
+        if refusal.code == "internal_error":
+            log.exception("request %s failed", request.state.request_id)
         yield error_frame(refusal)
 
 
-async def _until(ends_at: float | None, work: Any) -> Any:
+async def _until(ends_at: float | None, work: Awaitable[T]) -> T:
     left_s = None if ends_at is None else ends_at - time.monotonic()
     async with asyncio.timeout(left_s):
         return await work

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import refusal_of
 
-log = logging.getLogger("distriray.http")
+# Serve writes what is said under `ray.serve` to its replicas' logs; elsewhere this is a name like any other.
+log = logging.getLogger("ray.serve.distriray.http")
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

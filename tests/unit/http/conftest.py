@@ -14,6 +14,8 @@ import uvicorn
 from deployments.http import HttpConfig, build_http
 from tests.unit.http.fake import FakeService
 
+LOG = "ray.serve.distriray.http"
+
 
 @contextmanager
 def serving(service: FakeService, config: HttpConfig | None = None) -> Iterator[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from deployments.http import HttpConfig, build_http
 from distriray.errors import NotEnoughDevices
-from tests.unit.http.conftest import serving
+from tests.unit.http.conftest import LOG, serving
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import IMAGES
 
@@ -119,12 +119,12 @@ def test_health_and_documentation_need_no_key() -> None:
 
 
 def test_the_log_has_the_id_that_the_client_has_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "distriray.http")
+    caplog.set_level(logging.INFO, LOG)
     service = FakeService()
     with serving(service, NO_KEYS) as url:
         response = httpx.post(f"{url}{IMAGES}", json={"prompt": "a secret lake", "user": "me\nroot"})
         refused = httpx.post(f"{url}{IMAGES}", json={"prompt": "a secret lake", "n": 0})
-    lines = [record.getMessage() for record in caplog.records if record.name == "distriray.http"]
+    lines = [record.getMessage() for record in caplog.records if record.name == LOG]
     for line, answer in zip(lines, (response, refused), strict=True):
         assert f"request_id={answer.headers['X-Request-ID']}" in line
         assert f"status={answer.status_code}" in line and "secret" not in line
@@ -134,7 +134,7 @@ def test_the_log_has_the_id_that_the_client_has_and_no_prompt(caplog: pytest.Log
 
 
 def test_prompts_are_logged_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "distriray.http")
+    caplog.set_level(logging.INFO, LOG)
     with serving(FakeService(), NO_KEYS.model_copy(update={"log_prompts": True})) as url:
         httpx.post(f"{url}{IMAGES}", json={"prompt": "a lake"}, headers={"X-Request-ID": "mine"})
     assert "prompt='a lake'" in caplog.text and "request_id=mine" in caplog.text

@@ -108,6 +108,14 @@ def test_a_bug_is_answered_without_its_text(http: httpx.Client, service: FakeSer
     assert ErrorResponse.model_validate(response.json()).error.code == "internal_error"
 
 
+def test_a_bug_in_the_middle_of_a_stream_is_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(FakeService(failure=KeyError("secret"))) as url:
+        body = {"prompt": "a lake", "stream": True, "partial_images": 1}
+        response = httpx.post(f"{url}/v1/images/generations", json=body)
+    assert '"code":"internal_error"' in response.text and "secret" not in response.text
+    assert "secret" in caplog.text
+
+
 def test_schemathesis_finds_no_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEYS", "secret")
     service = FakeService()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import httpx
 import pytest
 
 from deployments.http import HttpConfig
-from tests.unit.http.conftest import serving
+from tests.unit.http.conftest import LOG, serving
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import IMAGES
 
@@ -33,7 +34,10 @@ def test_a_client_that_leaves_cancels_its_image() -> None:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("progress", [True, False])
-def test_a_client_that_leaves_its_stream_cancels_its_image(progress: bool) -> None:
+def test_a_client_that_leaves_its_stream_cancels_its_image(
+    progress: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOG)
     service = FakeService(pace_s=0.05 if progress else 60)
     with serving(service) as url, httpx.Client(base_url=url) as client:
         with client.stream("POST", IMAGES, json={**SLOW, "stream": True, "progress": progress}) as response:
@@ -41,6 +45,8 @@ def test_a_client_that_leaves_its_stream_cancels_its_image(progress: bool) -> No
             if progress:
                 assert "queued" in next(response.iter_text())
         until(lambda: service.ended == ["cancelled"])
+        until(lambda: "code=client_left" in caplog.text)
+    assert "failed" not in caplog.text
 
 
 @pytest.mark.timeout(20)
