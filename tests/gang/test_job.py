@@ -98,3 +98,42 @@ def test_a_job_that_is_terminated_finishes_what_is_under_way(
     assert job.returncode == 130 and summary["stopped"] and summary["failed"] == 0
     assert 5 <= summary["made"] == len(manifest(out)) < 40
     assert not list(out.glob("**/.*.part"))
+
+
+SUBMIT = """
+import sys, time, ray
+from distriray.gang import guard
+from ray.job_submission import JobStatus, JobSubmissionClient
+folder, *arguments = sys.argv[1:]
+context = ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+watchman = guard.start()
+try:
+    client = JobSubmissionClient(f"http://{context.dashboard_url}")
+    entrypoint = " ".join([sys.executable, "-m", "distriray.jobs.generate", *arguments])
+    job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.2)
+    print(client.get_job_status(job).value, client.get_job_logs(job), sep="\\n")
+finally:
+    ray.shutdown()
+    watchman.communicate()
+"""
+
+
+def submit(folder: Path, *arguments: str) -> list[str]:
+    """A Ray job with `folder` as its working directory; its final status and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SUBMIT, str(folder), *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_submitted_job_draws_on_the_cluster_it_was_submitted_to(tmp_path: Path, tiny_model: Path) -> None:
+    folder, out = tmp_path / "upload", tmp_path / "out"
+    folder.mkdir()
+    prompt = {"prompt": "a lake", "height": 64, "width": 64, "num_inference_steps": 2}
+    (folder / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    hosts = ["--model", str(tiny_model), "--device", "cpu"]
+    status, *told = submit(folder, "prompts.jsonl", "--out", str(out), *hosts)
+    assert status == "SUCCEEDED", told
+    assert len(manifest(out)) == 1

@@ -1,0 +1,44 @@
+"""A job that leaves the pictures to a running service."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distriray.client import Client
+from distriray.jobs.folder import Folder
+from distriray.jobs.makers import running_app
+from distriray.jobs.prompts import read_prompts
+from distriray.jobs.run import Run
+from distriray.requests import GenerationRequest
+
+from .conftest import APP
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_a_job_waits_where_the_queues_are_full_and_reports_what_the_service_refuses(
+    client: Client, ask: Callable[..., GenerationRequest], tmp_path: Path
+) -> None:
+    small = ask(num_inference_steps=2).model_dump(exclude={"id"}, mode="json")
+    lines = [json.dumps({**small, "seed": seed}) for seed in range(12)]
+    lines.insert(4, json.dumps({**small, "model": "nobody/knows"}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    prompts, bad = read_prompts(tmp_path / "prompts.jsonl")
+    assert len(prompts) == 13 and not bad
+    with running_app(APP, address=None) as makers, Folder(tmp_path / "out") as folder:
+        folder.begin_errors(bad)
+        run = Run(prompts, folder, makers, in_flight=8)  # its pool lends two gangs and lets two wait
+        run.finish()
+    assert (run.completed, run.failed) == (12, 1)
+    (error,) = map(json.loads, (tmp_path / "out" / "errors.jsonl").read_text().splitlines())
+    assert error["line"] == 5 and error["error"].startswith("ModelNotFound")
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 12
+
+
+def test_an_application_that_is_not_there_is_named(client: Client) -> None:
+    with pytest.raises(ConnectionError, match="nothing-here"), running_app("nothing-here", address=None):
+        pass
