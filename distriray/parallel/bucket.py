@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from itertools import accumulate
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
 from distriray.collective.base import Communicator, Work
 from distriray.config import Prediction
-
-if TYPE_CHECKING:
-    from distriray.parallel.exchange import Slot
+from distriray.parallel.slots import Slot
 
 _ALIGN = 16
 
@@ -70,7 +67,7 @@ class Bucket:
         slot = self._slots[index - self.first]
         if slot.kind == "statistics":
             return self.statistics(index)[self._rank]
-        return self._received_keys_values[index - self.first].split(slot.tokens)[self._rank]
+        return self._received_keys_values[index - self.first].split(slot.extents)[self._rank]
 
     def received(self, index: int) -> dict[int, torch.Tensor]:
         """What `store` stored for a slot."""
@@ -79,7 +76,7 @@ class Bucket:
             return dict(enumerate(self._received_statistics[index - self.first]))
         if slot.kind == "halos":
             return self._received_halos[index - self.first]
-        return dict(enumerate(self._received_keys_values[index - self.first].split(slot.tokens)))
+        return dict(enumerate(self._received_keys_values[index - self.first].split(slot.extents)))
 
     # Writing: what this rank sends
 
@@ -92,12 +89,12 @@ class Bucket:
         for peer, rows in sends.items():
             self._outbox_halos[index - self.first][peer].copy_(rows)
 
-    def set_keys_values(self, index: int, own: torch.Tensor) -> None:
+    def set_keys_values(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         at = index - self.first
-        tokens = self._slots[at].tokens
-        self._received_keys_values[at].split(tokens)[self._rank].copy_(own)
-        if self._keys_values[at] is not self._received_keys_values[at]:
-            self._keys_values[at].split(tokens)[self._rank].copy_(own)
+        received, values = self._received_keys_values[at], self._keys_values[at]
+        for buffer in (received,) if values is received else (received, values):
+            own = buffer.split(self._slots[at].extents)[self._rank]
+            own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
 
     def store(self, index: int, everyone: dict[int, torch.Tensor]) -> None:
         """Keep what a synchronous slot moved, for the next step."""
@@ -220,14 +217,14 @@ class Bucket:
         self._keys_values: list[torch.Tensor] = [torch.empty(0)] * len(self._slots)
         self._wide: list[tuple[tuple[int, ...], torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
         slots = [(at, s) for at, s in enumerate(self._slots) if s.kind == "keys_values"]
-        for tokens in dict.fromkeys(slot.tokens for _, slot in slots):
-            members = [(at, slot) for at, slot in slots if slot.tokens == tokens]
+        for tokens in dict.fromkeys(slot.extents for _, slot in slots):
+            members = [(at, slot) for at, slot in slots if slot.extents == tokens]
             widths = [prod(slot.send[0][1][1:]) for _, slot in members]
             offsets = [0, *accumulate(widths)]
 
             def buffer(like: Slot = members[0][1], width: int = offsets[-1]) -> torch.Tensor:
                 return torch.zeros(
-                    (sum(like.tokens), width), dtype=like.dtype, device=self._communicator.device
+                    (sum(like.extents), width), dtype=like.dtype, device=self._communicator.device
                 )
 
             received = buffer()

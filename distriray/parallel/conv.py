@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,13 +31,13 @@ class PatchConv2d(nn.Conv2d):
         exchange = None if self.engine is None else self.engine.exchange
         if exchange is None or self.kernel_size[0] == self.stride[0] == 1:
             return super().forward(input)
-        whole = torch.cat(exchange.halos(input, self.window), 2)
+        whole = exchange.padded(input, self.window)
         if self.pads_end:
             whole = F.pad(whole, (0, 1))
         columns = int(self.padding[1])
         return F.conv2d(whole, self.weight, self.bias, self.stride, (0, columns), self.dilation, self.groups)
 
-    @property
+    @cached_property
     def window(self) -> Window:
         rows = (0, 1) if self.pads_end else (int(self.padding[0]),) * 2
         return Window(self.kernel_size[0], self.stride[0], self.dilation[0], rows)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -21,26 +19,13 @@ from distriray.config import ParallelConfig
 from distriray.errors import GangBroken
 from distriray.parallel.bucket import Bucket
 from distriray.parallel.groupnorm import correct, merge
+from distriray.parallel.halos import PaddedPatch
 from distriray.parallel.partition import Partition, Window
+from distriray.parallel.slots import Slot, keys_values_slot, statistics_slot
 
 # Messages of a bucket have the time between its last slot and its first one, a step later, to arrive: the
 # more buckets, the nearer to a whole step, and the more messages.
 BUCKETS = 4
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One layer's place in the exchange: what it sends and receives, by peer.
-
-    `send` and `receive` map a peer to the shape of the message; `rows` is, for keys and values, the number of
-    tokens of every rank.
-    """
-
-    kind: Literal["statistics", "halos", "keys_values"]
-    send: tuple[tuple[int, tuple[int, ...]], ...]
-    receive: tuple[tuple[int, tuple[int, ...]], ...]
-    dtype: torch.dtype
-    tokens: tuple[int, ...] = ()
 
 
 class Exchange:
@@ -70,12 +55,14 @@ class Exchange:
         self._history = 0
         self._measure = False
         self._change = [0.0, 0.0]
-        self._shares: dict[int, torch.Tensor] = {}
+        self._shares: dict[tuple[int, ...], torch.Tensor] = {}
+        self._padded: dict[tuple[object, ...], PaddedPatch] = {}
 
     @property
     def buffer_bytes(self) -> int:
         """Memory held between steps."""
-        return sum(bucket.nbytes for bucket in self._buckets)
+        padded = sum(patch.whole.nbytes for patch in self._padded.values())
+        return padded + sum(bucket.nbytes for bucket in self._buckets)
 
     # A step
 
@@ -127,25 +114,26 @@ class Exchange:
 
     # The layers' calls
 
-    def statistics(self, own: torch.Tensor, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """Mean and variance of the whole image's groups from the own part's.
 
         Args:
             own: float32 (batch, groups, 2), mean and biased variance of this rank's rows.
             input: the feature map they belong to, (batch, channels, own rows, columns).
+
+        Returns:
+            float32 (batch, groups, 2).
         """
-        shares = self._row_shares(input)
+        slot = statistics_slot(self.partition, self.rank, input.shape, own.shape[1])
         if self.config.group_norm in ("fresh", "local"):  # nothing stale is ever read: no slot
-            return merge(self._gather_statistics(own), shares)
-        shape = tuple((peer, tuple(own.shape)) for peer in self.peers)
-        slot = Slot("statistics", shape, shape, torch.float32)
+            return merge(self._gather_statistics(own), self._shares_of(slot))
         bucket = self._enter(slot)
         if not self.displacing:
             everyone = self._gather_statistics(own)
-            self._leave(slot, bucket, {rank: everyone[rank] for rank in range(len(everyone))})
-            return merge(everyone, shares)
+            self._leave(slot, bucket, dict(enumerate(everyone)))
+            return merge(everyone, self._shares_of(slot))
         assert bucket is not None
-        everyone = bucket.statistics(self._index)
+        everyone, shares = bucket.statistics(self._index), self._shares_of(slot)
         if self.config.group_norm == "corrected":
             merged = correct(everyone, own, self.rank, shares)
             bucket.set_statistics(self._index, own)
@@ -155,64 +143,48 @@ class Exchange:
         self._leave(slot, bucket)
         return merged
 
-    def halos(self, input: torch.Tensor, window: Window) -> list[torch.Tensor]:
-        """The pieces, from top to bottom, that a convolution with `window` reads: halos, patch, padding."""
-        batch, channels, rows, columns = input.shape
-        level = self.partition.level_of(self.rank, (rows, columns))
-        halo = self.partition.halo(self.rank, level, window)
-        sends = {peer: input[:, :, start:stop] for peer, (start, stop) in halo.send.items()}
-        slot = Slot(
-            "halos",
-            tuple((peer, tuple(rows.shape)) for peer, rows in sends.items()),
-            tuple((peer, (batch, channels, count, columns)) for peer, count in halo.receive.items()),
-            input.dtype,
-        )
-        bucket = self._enter(slot)
+    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
+        """The rows that a convolution with `window` reads: halo or padding, the own rows, halo or padding.
+
+        Args:
+            input: the own rows, (batch, channels, own rows, columns).
+
+        Returns:
+            The same with more rows, in a buffer that every layer of this shape fills anew.
+        """
+        key = (input.shape, input.stride(), input.dtype, window)
+        patch = self._padded.get(key)
+        if patch is None:
+            patch = self._padded[key] = PaddedPatch(self.partition, self.rank, input, window)
+        bucket = self._enter(patch.slot)
+        sends = patch.sends(input)
         if self.displacing:
             assert bucket is not None
-            received = bucket.halos(self._index)
+            whole = patch.fill(input, bucket.halos(self._index))
             bucket.set_halos(self._index, sends)
-            self._leave(slot, bucket)
+            self._leave(patch.slot, bucket)
         else:
-            received = {peer: input.new_empty(shape) for peer, shape in slot.receive}
+            received = {peer: input.new_empty(shape) for peer, shape in patch.slot.receive}
             self._swap({peer: rows.contiguous() for peer, rows in sends.items()}, received)
-            self._leave(slot, bucket, received)
-        return [
-            *([input.new_zeros((batch, channels, halo.zeros[0], columns))] if halo.zeros[0] else ()),
-            *(received[peer] for peer in sorted(received) if peer < self.rank),
-            input,
-            *(received[peer] for peer in sorted(received) if peer > self.rank),
-            *([input.new_zeros((batch, channels, halo.zeros[1], columns))] if halo.zeros[1] else ()),
-        ]
+            whole = patch.fill(input, received)
+            self._leave(patch.slot, bucket, received)
+        return whole
 
     def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the whole image from the own tokens', each (batch, tokens, channels)."""
-        batch, own_tokens, channels = key.shape
-        level = self.partition.level_of(self.rank, (own_tokens,))
-        columns = self.partition.shape(level)[1]
-        bounds = [self.partition.rows(rank, level) for rank in range(self.communicator.world_size)]
-        tokens = tuple((stop - start) * columns for start, stop in bounds)
-        slot = Slot(
-            "keys_values",
-            tuple((peer, (own_tokens, 2, batch, channels)) for peer in self.peers),
-            tuple((peer, (tokens[peer], 2, batch, channels)) for peer in self.peers),
-            key.dtype,
-            tokens,
-        )
+        slot = keys_values_slot(self.partition, self.rank, key.shape, key.dtype)
         bucket = self._enter(slot)
-        own = torch.stack([key.transpose(0, 1), value.transpose(0, 1)], 1)
         if self.displacing:
             assert bucket is not None
             everyone = bucket.keys_values(self._index)
-            bucket.set_keys_values(self._index, own)
+            bucket.set_keys_values(self._index, key, value)
             self._leave(slot, bucket)
         else:
-            everyone = key.new_empty((sum(tokens), 2, batch, channels))
-            parts = dict(enumerate(everyone.split(tokens)))
-            parts[self.rank].copy_(own)
-            self._swap(
-                dict.fromkeys(self.peers, parts[self.rank]), {peer: parts[peer] for peer in self.peers}
-            )
+            everyone = key.new_empty((sum(slot.extents), *slot.send[0][1][1:]))
+            parts = dict(enumerate(everyone.split(slot.extents)))
+            own = parts[self.rank]
+            own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
+            self._swap(dict.fromkeys(self.peers, own), {peer: parts[peer] for peer in self.peers})
             self._leave(slot, bucket, parts)
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 
@@ -273,6 +245,7 @@ class Exchange:
         self._seen = self._slots[: self._index]
         self._recorded = [self._bucket_of[index].received(index) for index in range(self._index)]
         self._slots, self._buckets, self._bucket_of = [], [], []
+        self._padded.clear()
 
     def _swap(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> None:
         started = time.perf_counter()
@@ -286,16 +259,12 @@ class Exchange:
         self._swap(dict.fromkeys(self.peers, own), {peer: everyone[peer] for peer in self.peers})
         return everyone
 
-    def _row_shares(self, input: torch.Tensor) -> torch.Tensor:
-        level = self.partition.level_of(self.rank, tuple(input.shape[2:]))
-        if level not in self._shares:
-            height = self.partition.shape(level)[0]
-            rows = [self.partition.rows(rank, level) for rank in range(self.communicator.world_size)]
-            shares = [(stop - start) / height for start, stop in rows]
-            self._shares[level] = torch.tensor(shares, dtype=torch.float32, device=input.device).view(
-                -1, 1, 1
-            )
-        return self._shares[level]
+    def _shares_of(self, slot: Slot) -> torch.Tensor:
+        """Every rank's share of the rows, (ranks, 1, 1)."""
+        if slot.extents not in self._shares:
+            shares = torch.tensor(slot.shares, device=self.communicator.device)
+            self._shares[slot.extents] = shares.view(-1, 1, 1)
+        return self._shares[slot.extents]
 
     def _add_drift(self, slot: Slot, bucket: Bucket, everyone: dict[int, torch.Tensor]) -> None:
         has_attention = any(other.kind == "keys_values" for other in self._slots)

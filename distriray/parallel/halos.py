@@ -1,0 +1,53 @@
+"""The rows around a patch that a convolution reads."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from distriray.parallel.partition import Partition, Window
+from distriray.parallel.slots import Slot
+
+
+class PaddedPatch:
+    """A convolution's input between its halo rows, in a buffer that all layers of one shape fill in turn.
+
+    Args:
+        partition: who owns which rows.
+        rank: whose patch it is.
+        input: the own rows, (batch, channels, own rows, columns).
+        window: the convolution that reads them.
+    """
+
+    def __init__(self, partition: Partition, rank: int, input: torch.Tensor, window: Window) -> None:
+        batch, channels, rows, columns = input.shape
+        halo = partition.halo(rank, partition.level_of(rank, (rows, columns)), window)
+        counts = {**halo.receive, rank: rows}
+        heights = [halo.zeros[0], *(counts.get(peer, 0) for peer in range(partition.world_size))]
+        above = sum(heights[: rank + 1])
+        below = sum(heights[rank + 2 :]) + halo.zeros[1]
+        self.whole = F.pad(torch.zeros_like(input), (0, 0, above, below))  # keeps the memory format
+        self._rank = rank
+        self._rows = {
+            peer: self.whole[:, :, sum(heights[: peer + 1]) : sum(heights[: peer + 2])] for peer in counts
+        }
+        self._send = halo.send
+        self.slot = Slot(
+            "halos",
+            tuple(
+                (peer, (batch, channels, stop - start, columns)) for peer, (start, stop) in halo.send.items()
+            ),
+            tuple((peer, (batch, channels, count, columns)) for peer, count in halo.receive.items()),
+            input.dtype,
+        )
+
+    def sends(self, input: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The rows of `input` that each peer reads, as views."""
+        return {peer: input[:, :, start:stop] for peer, (start, stop) in self._send.items()}
+
+    def fill(self, input: torch.Tensor, received: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The own rows, those `received` of each peer, and zeros where the image ends."""
+        self._rows[self._rank].copy_(input)
+        for peer, rows in received.items():
+            self._rows[peer].copy_(rows)
+        return self.whole
