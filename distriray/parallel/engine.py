@@ -11,22 +11,17 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.downsampling import Downsample2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GenerationCancelled, InvalidRequest
-from distriray.parallel.attention import CachedCrossAttention, PatchSelfAttention
-from distriray.parallel.conv import patch_conv, patch_downsample
 from distriray.parallel.exchange import Exchange
 from distriray.parallel.gather import Gather, check_same_image
-from distriray.parallel.groupnorm import patch_group_norm
+from distriray.parallel.layers import adopt_layers
 from distriray.parallel.partition import Partition
-from distriray.parallel.supported import check_inputs, check_layers, check_self_attention
+from distriray.parallel.supported import check_inputs
 
 
 @dataclass(frozen=True)
@@ -213,7 +208,7 @@ class Engine:
     def _begin_image(self, sample: torch.Tensor, timestep: Any, text: torch.Tensor) -> None:
         if self.communicator.world_size > 1:
             check_same_image(self.communicator, sample, self._timestep, text, self._step)
-        if self._adopt_layers():
+        if adopt_layers(self._unet, self):
             self._drop_exchanges()
 
     def _share(self, sample: torch.Tensor) -> Share:
@@ -275,40 +270,7 @@ class Engine:
             raise GenerationCancelled(f"cancelled after step {self._step + 1}")
         return whole
 
-    # Layers and buffers
-
-    def _adopt_layers(self) -> bool:
-        """Make every layer patch-parallel that is not yet; whether there was one (a LoRA was loaded, say)."""
-        check_layers(self._unet)
-        adopted = False
-        for name, module in self._unet.named_modules():
-            if isinstance(module, nn.Conv2d) and getattr(module, "engine", None) is not self:
-                patch_conv(module, self)
-                adopted = True
-            elif type(module) is nn.GroupNorm:
-                patch_group_norm(module, self)
-                adopted = True
-            elif isinstance(module, Attention):
-                adopted |= self._adopt_attention(name, module)
-        for module in self._unet.modules():
-            if type(module) is Downsample2D:
-                patch_downsample(module)
-        return adopted
-
-    def _adopt_attention(self, name: str, attn: Attention) -> bool:
-        processor = attn.processor
-        if attn.is_cross_attention:
-            # Local as it stands: text or image-prompt tokens are on every rank. Only the default is cached.
-            unbound = isinstance(processor, CachedCrossAttention) and processor.engine is not self
-            if type(processor) not in (AttnProcessor, AttnProcessor2_0) and not unbound:
-                return False
-            attn.processor = CachedCrossAttention(self)
-        else:
-            if isinstance(processor, PatchSelfAttention) and processor.engine is self:
-                return False
-            check_self_attention(name, attn)
-            attn.processor = PatchSelfAttention(self)
-        return True
+    # Buffers
 
     def _evict(self) -> None:
         """Drop the shapes used longest ago until what is not in use fits the bound."""

@@ -1,0 +1,57 @@
+"""Replaces a U-Net's layers by patch-parallel ones, which share their parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from torch import nn
+
+from distriray.parallel.attention import CachedCrossAttention, PatchSelfAttention
+from distriray.parallel.conv import patch_conv, patch_downsample
+from distriray.parallel.groupnorm import patch_group_norm
+from distriray.parallel.supported import check_layers, check_self_attention
+
+if TYPE_CHECKING:
+    from distriray.parallel.engine import Engine
+
+
+def adopt_layers(unet: UNet2DConditionModel, engine: Engine) -> bool:
+    """Make every layer patch-parallel that is not yet; whether there was one (a LoRA was loaded, say).
+
+    Raises:
+        UnsupportedModel: a layer that cannot be cut into patches.
+    """
+    check_layers(unet)
+    adopted = False
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d) and getattr(module, "engine", None) is not engine:
+            patch_conv(module, engine)
+            adopted = True
+        elif type(module) is nn.GroupNorm:
+            patch_group_norm(module, engine)
+            adopted = True
+        elif isinstance(module, Attention):
+            adopted |= _adopt_attention(name, module, engine)
+    for module in unet.modules():
+        if type(module) is Downsample2D:
+            patch_downsample(module)
+    return adopted
+
+
+def _adopt_attention(name: str, attn: Attention, engine: Engine) -> bool:
+    processor = attn.processor
+    if attn.is_cross_attention:
+        # Local as it stands: text or image-prompt tokens are on every rank. Only the default is cached.
+        unbound = isinstance(processor, CachedCrossAttention) and processor.engine is not engine
+        if type(processor) not in (AttnProcessor, AttnProcessor2_0) and not unbound:
+            return False
+        attn.processor = CachedCrossAttention(engine)
+    else:
+        if isinstance(processor, PatchSelfAttention) and processor.engine is engine:
+            return False
+        check_self_attention(name, attn)
+        attn.processor = PatchSelfAttention(engine)
+    return True
