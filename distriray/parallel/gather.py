@@ -69,6 +69,7 @@ class Gather:
             whole[batch, :, rows] = part
         headers = torch.stack([message[:_HEADER].view(torch.float32) for message in self._messages])
         yielding, cancelled, drift, _ = headers.max(0).values.tolist()
+        _trust(self._communicator)
         return whole, (bool(yielding), bool(cancelled)), drift
 
 
@@ -81,20 +82,23 @@ def check_same_image(
 
     Raises:
         GangMismatch: on every rank, naming what differs and the values.
+        GangBroken: a peer died or hung meanwhile.
     """
     shape = [*sample.shape, *text.shape[:2], step]
     fingerprint = [*map(float, shape), timestep, float(sample.double().sum()), float(text.double().sum())]
     mine = torch.tensor(fingerprint, dtype=torch.float64, device=communicator.device)
     theirs = {r: torch.empty_like(mine) for r in range(communicator.world_size) if r != communicator.rank}
     communicator.exchange(dict.fromkeys(theirs, mine), theirs).wait()
+    received = {rank: other.tolist() for rank, other in theirs.items()}
+    _trust(communicator)
     names = ["batch", "channels", "rows", "columns", "text batch", "text tokens", "step", "timestep"]
     tolerances = [0.0] * len(names) + [1e-3 * float(sample.double().abs().sum()) + 1e-6] * 1
     tolerances += [1e-3 * float(text.double().abs().sum()) + 1e-6]
-    for rank, other in theirs.items():
+    for rank, other in received.items():
         for name, a, b, tolerance in zip(
             [*names, "sum of the latents", "sum of the prompt embeddings"],
             fingerprint,
-            other.tolist(),
+            other,
             tolerances,
             strict=True,
         ):
@@ -103,3 +107,12 @@ def check_same_image(
                     f"rank {communicator.rank} and rank {rank} were called with different inputs: "
                     f"{name} {a:g} and {b:g}; give all ranks the same arguments and equally seeded generators"
                 )
+
+
+def _trust(communicator: Communicator) -> None:
+    """Raise what broke the communicator, after received values came to the host.
+
+    On a GPU `wait` returns before the transfer is over. One that was aborted ends too, and leaves garbage.
+    """
+    if communicator.broken:
+        communicator.exchange({}, {})
