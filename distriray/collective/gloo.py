@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed import ProcessGroupGloo, Store
 
+from distriray.collective.backend import BackendCommunicator
 from distriray.collective.messages import as_messages
-from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
 
 
@@ -38,7 +37,7 @@ class GlooWork:
         self._transfers.clear()
 
 
-class GlooCommunicator:
+class GlooCommunicator(BackendCommunicator):
     """A gang over gloo's TCP transport, beside any number of others in the same process.
 
     It uses `ProcessGroupGloo` directly, so there is no global process group, and point-to-point transfers
@@ -57,15 +56,10 @@ class GlooCommunicator:
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float = 30.0) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.device = torch.device("cpu")
+        super().__init__(rank, world_size, torch.device("cpu"))
         self.timeout_s = timeout_s
-        self._bytes_sent = 0
         self._sent = [0] * world_size
         self._received = [0] * world_size
-        self._failure: str | None = None
-        self._failing = threading.Lock()
         self._store: Store | None = store  # rank 0 may be the one that serves it: to be kept until closed
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
@@ -77,20 +71,11 @@ class GlooCommunicator:
             raise GangBroken(f"rank {rank} could not connect to its gang of {world_size}: {error}") from error
         self._greet()
 
-    @property
-    def bytes_sent(self) -> int:
-        return self._bytes_sent
-
-    @property
-    def broken(self) -> bool:
-        return self._failure is not None
-
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> GlooWork:
         incoming = as_messages(receives, self.rank, self.world_size, self.device)
         outgoing = as_messages(sends, self.rank, self.world_size, self.device)
-        group = self._group
-        if self._failure is not None or group is None:
-            raise GangBroken(self._failure)
+        group = self._group  # before the check: whoever breaks the communicator drops it
+        self.check()
         transfers: list[Transfer] = []
         peer = self.rank
         try:
@@ -104,13 +89,12 @@ class GlooCommunicator:
                 self._sent[peer] += 1
                 self._bytes_sent += message.numel()
         except RuntimeError as error:
-            raise self._broken_by(f"rank {peer} died or left ({_reason(error)})") from error
+            raise self._fail(f"rank {peer} died or left ({_reason(error)})") from error
         return GlooWork(self, transfers)
 
     def finish(self, transfer: Transfer, deadline: float) -> None:
         """Wait for one transfer of a group until `deadline` on the monotonic clock."""
-        if self._failure is not None:
-            raise GangBroken(self._failure)
+        self.check()
         remaining_s = max(deadline - time.monotonic(), 0.001)
         try:
             transfer.work.wait(timedelta(seconds=remaining_s))
@@ -121,27 +105,15 @@ class GlooCommunicator:
                 )
             else:
                 cause = f"rank {transfer.peer} died or left ({transfer.what} it: {_reason(error)})"
-            raise self._broken_by(cause) from error
-
-    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
-        return Subgroup(self, ranks)
-
-    def abort(self) -> None:
-        self._broken_by("the communicator was aborted on this rank")
+            raise self._fail(cause) from error
 
     def close(self) -> None:
-        self._broken_by("the communicator was closed on this rank")
+        super().close()
         self._store = None
 
-    def _broken_by(self, cause: str) -> GangBroken:
-        """Remember the first cause, cut every connection, and return the error that says why."""
-        with self._failing:
-            if self._failure is None:
-                self._failure = cause
-            group, self._group = self._group, None
-        if group is not None:
-            _cut(group)
-        return GangBroken(self._failure)
+    def _release(self) -> None:
+        group, self._group = self._group, None
+        _cut(group)
 
     def _greet(self) -> None:
         """Exchange one byte with everybody: afterwards nobody is still connecting."""

@@ -7,15 +7,15 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from distriray.collective.backend import BackendCommunicator
 from distriray.collective.gloo import GlooCommunicator
 from distriray.collective.lifeline import Lifeline
 from distriray.collective.messages import Message, as_messages
-from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
 
 WATCH_INTERVAL_S = 0.05
@@ -41,7 +41,7 @@ class NcclWork:
         torch.cuda.current_stream(self._owner.device).wait_event(self.done)
 
 
-class NcclCommunicator:
+class NcclCommunicator(BackendCommunicator):
     """A gang over NCCL, on a stream of its own, beside any number of others in the same process.
 
     NCCL reports neither a dead nor a hung peer: its kernels spin for ever. So a watchdog thread aborts the
@@ -63,15 +63,9 @@ class NcclCommunicator:
     ) -> None:
         self._nccl = load_nccl()
         device = torch.device(device)
-        self.device = torch.device(
-            "cuda", torch.cuda.current_device() if device.index is None else device.index
-        )
-        self.rank = control.rank
-        self.world_size = control.world_size
+        index = torch.cuda.current_device() if device.index is None else device.index
+        super().__init__(control.rank, control.world_size, torch.device("cuda", index))
         self._timeout_s = timeout_s
-        self._bytes_sent = 0
-        self._failure: str | None = None
-        self._failing = threading.Lock()
         self._calling = threading.Lock()
         self._called: tuple[float, list[int]] | None = None
         self._pending: deque[NcclWork] = deque()
@@ -87,19 +81,6 @@ class NcclCommunicator:
         self._lifeline.watch()
         self._watchdog.start()
         self._greet()
-
-    @property
-    def bytes_sent(self) -> int:
-        return self._bytes_sent
-
-    @property
-    def broken(self) -> bool:
-        return self._failure is not None
-
-    def check(self) -> None:
-        """Raise `GangBroken` if the communicator is broken."""
-        if self._failure is not None:
-            raise GangBroken(self._failure)
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> NcclWork:
         incoming = as_messages(receives, self.rank, self.world_size, self.device)
@@ -138,19 +119,13 @@ class NcclCommunicator:
         finally:
             self._nccl.groupEnd()
 
-    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
-        return Subgroup(self, ranks)
-
-    def abort(self) -> None:
-        self._fail("the communicator was aborted on this rank")
-
     def close(self) -> None:
         """Finish what is in flight, wait up to five seconds for the peers to be done too, and release."""
         if not self.broken:
             with contextlib.suppress(GangBroken):
                 self._await(self._stream.query, self._timeout_s, "finish what is in flight")
                 self._lifeline.part(FAREWELL_S)
-        self._fail("the communicator was closed on this rank")
+        super().close()
         self._closing.set()
         if threading.current_thread() is not self._watchdog:
             self._watchdog.join()
@@ -207,23 +182,16 @@ class NcclCommunicator:
                 raise self._fail(f"rank {self.rank} could not {what} within {timeout_s:g} s")
             time.sleep(0.001)
 
-    def _fail(self, cause: str) -> GangBroken:
-        """Remember the first cause, abort, and return the error that says why."""
-        with self._failing:
-            first = self._failure is None
-            if first:
-                self._failure = cause
-        if first:
-            self._lifeline.cut()
-            # A call that hangs inside NCCL holds the lock, and only the abort frees it.
-            locked = self._calling.acquire(timeout=0.5)
-            try:
-                with torch.cuda.device(self.device):
-                    self._communicator.abort()
-            finally:
-                if locked:
-                    self._calling.release()
-        return GangBroken(self._failure)
+    def _release(self) -> None:
+        self._lifeline.cut()
+        # A call that hangs inside NCCL holds the lock, and only the abort frees it.
+        locked = self._calling.acquire(timeout=0.5)
+        try:
+            with torch.cuda.device(self.device):
+                self._communicator.abort()
+        finally:
+            if locked:
+                self._calling.release()
 
     def _watch(self) -> None:
         while not self.broken and not self._closing.wait(WATCH_INTERVAL_S):

@@ -1,0 +1,62 @@
+"""What every backend of the exchange holds: its place in the gang, what it sent, and why it broke."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from distriray.collective.base import Work
+from distriray.collective.subgroup import Subgroup
+from distriray.errors import GangBroken
+
+
+class BackendCommunicator:
+    """Base of the communicators that own connections; see `Communicator` for what each verb promises."""
+
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self._bytes_sent = 0
+        self._failure: str | None = None
+        self._failing = threading.Lock()
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes_sent
+
+    @property
+    def broken(self) -> bool:
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Raise `GangBroken` if the communicator is broken."""
+        if self._failure is not None:
+            raise GangBroken(self._failure)
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
+        raise NotImplementedError
+
+    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
+        return Subgroup(self, ranks)
+
+    def abort(self) -> None:
+        self._fail("the communicator was aborted on this rank")
+
+    def close(self) -> None:
+        self._fail("the communicator was closed on this rank")
+
+    def _fail(self, cause: str) -> GangBroken:
+        """Remember the first cause, let go of the connections once, and return the error that says why."""
+        with self._failing:
+            first = self._failure is None
+            if first:
+                self._failure = cause
+        if first:
+            self._release()
+        return GangBroken(self._failure)
+
+    def _release(self) -> None:
+        """Cut every connection, so that nobody goes on waiting for this rank."""
