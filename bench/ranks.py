@@ -1,21 +1,147 @@
-"""Run one function on several ranks, each a process with one torch thread, joined by gloo."""
+"""Run a function in N fresh processes, meddle with them, and collect what became of each."""
 
 from __future__ import annotations
 
-import multiprocessing
+import inspect
+import os
 import pickle
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from distriray.collective import Communicator, connect
+from distriray.collective import connect
 
-# One server imports the heavy packages once, and every rank is a fork of it.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["distriray.parallel", "diffusers.pipelines.stable_diffusion_xl"])
+# A server that has imported the heavy packages forks each rank: fresh processes without seconds of import.
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["distriray.parallel", "diffusers.pipelines.stable_diffusion_xl"])
+
+
+@dataclass
+class Outcome:
+    """What became of a rank: its return value, or the traceback of what it raised, or how it was ended."""
+
+    value: Any = None
+    error: str | None = None
+
+
+class Ranks:
+    """`function(rank, world_size, *args)` in `world_size` processes with one torch thread each.
+
+    The function is module-level. If it is a generator function, each `yield` is a milestone that a test can
+    await before it kills or stops a rank; what it returns is the rank's value. Leaving the `with` block ends
+    every process that is left.
+    """
+
+    def __init__(self, function: Callable[..., Any], world_size: int, *args: Any) -> None:
+        self._processes = []
+        self._connections: list[Connection] = []
+        self._outcomes: dict[int, Outcome] = {}
+        self._milestones: list[list[Any]] = [[] for _ in range(world_size)]
+        for rank in range(world_size):
+            here, there = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_run, args=(there, function, rank, world_size, args), daemon=True
+            )
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._connections.append(here)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def milestone(self, rank: int, timeout_s: float = 60.0) -> Any:
+        """The next value that `rank` yields."""
+        deadline = time.monotonic() + timeout_s
+        while not self._milestones[rank]:
+            if rank in self._outcomes:
+                raise AssertionError(f"rank {rank} ended before its milestone: {self._outcomes[rank]}")
+            self._listen(deadline, f"rank {rank} did not reach its milestone within {timeout_s:g} s")
+        return self._milestones[rank].pop(0)
+
+    def kill(self, rank: int) -> None:
+        """End a rank as a crash or the kernel would, without a chance to say goodbye."""
+        self._processes[rank].kill()
+
+    def stop(self, rank: int) -> None:
+        """Hang a rank: it keeps its connections and does nothing."""
+        pid = self._processes[rank].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+
+    def join(self, timeout_s: float = 60.0, ranks: list[int] | None = None) -> list[Outcome]:
+        """What became of the given ranks, or of all, in order; outlasting `timeout_s` fails the test."""
+        awaited = range(len(self._processes)) if ranks is None else ranks
+        deadline = time.monotonic() + timeout_s
+        while not self._outcomes.keys() >= set(awaited):
+            missing = sorted(set(awaited) - self._outcomes.keys())
+            self._listen(
+                deadline, f"ranks {missing} did not end within {timeout_s:g} s; others: {self._outcomes}"
+            )
+        return [self._outcomes[rank] for rank in awaited]
+
+    def _listen(self, deadline: float, complaint: str) -> None:
+        pending = [
+            self._connections[rank] for rank in range(len(self._processes)) if rank not in self._outcomes
+        ]
+        ready = wait(pending, max(deadline - time.monotonic(), 0))
+        if not ready:
+            raise AssertionError(complaint)
+        for rank, connection in enumerate(self._connections):
+            if connection not in ready:
+                continue
+            try:
+                kind, content = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                self._processes[rank].join()
+                self._outcomes[rank] = Outcome(error=f"ended with exit code {self._processes[rank].exitcode}")
+                continue
+            if kind == "milestone":
+                self._milestones[rank].append(content)
+            else:
+                self._outcomes[rank] = content
+
+
+def run_processes(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0
+) -> list[Any]:
+    """What `function(rank, world_size, *arguments)` returns on each rank, in the order of ranks.
+
+    Raises:
+        RuntimeError: a rank failed; the message holds its traceback.
+        AssertionError: a rank did not end within `timeout_s`. All others are ended.
+    """
+    with Ranks(function, world_size, *arguments) as ranks:
+        outcomes = ranks.join(timeout_s)
+    errors = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
+    if errors:
+        raise RuntimeError("\n".join(errors))
+    return [outcome.value for outcome in outcomes]
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 3600.0
+) -> list[Any]:
+    """`run_processes` of `function(communicator, *arguments)`, with a communicator that joins the ranks."""
+    address = free_address()
+    return run_processes(world_size, _joined, address, function, arguments, timeout_s=timeout_s)
 
 
 def free_address() -> str:
@@ -25,57 +151,36 @@ def free_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(communicator, *arguments)` of every rank, in the order of ranks.
-
-    Raises:
-        RuntimeError: a rank failed; the message holds its traceback. The others are ended.
-    """
-    address = free_address()
-    ranks = []
-    for rank in range(world_size):
-        here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(
-            target=_rank, args=(there, rank, world_size, address, function, arguments), daemon=True
-        )
-        process.start()
-        there.close()
-        ranks.append((process, here))
-    try:
-        results = []
-        for rank, (process, here) in enumerate(ranks):
-            try:
-                failed, result = pickle.loads(here.recv_bytes())
-            except EOFError:
-                process.join(5)
-                raise RuntimeError(f"rank {rank} ended with exit code {process.exitcode}") from None
-            if failed:
-                raise RuntimeError(f"rank {rank} failed:\n{result}")
-            results.append(result)
-        return results
-    finally:
-        for process, _ in ranks:
-            process.join(5)
-            process.kill()
+def _joined(
+    rank: int, world_size: int, address: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    backend: Any = "gloo" if world_size > 1 else "local"
+    communicator = connect(backend, rank=rank, world_size=world_size, address=address, timeout_s=120)
+    return function(communicator, *arguments)
 
 
-def _rank(
-    pipe: Any,
-    rank: int,
-    world_size: int,
-    address: str,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+def _run(
+    connection: Connection, function: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
     try:
-        communicator: Communicator = (
-            connect("gloo", rank=rank, world_size=world_size, address=address, timeout_s=120)
-            if world_size > 1
-            else connect("local")
-        )
-        outcome = (False, function(communicator, *arguments))
+        value = function(rank, world_size, *args)
+        if inspect.isgenerator(value):
+            value = _milestones(value, connection)
+        message = _packed("outcome", Outcome(value=value))
     except BaseException:
-        outcome = (True, traceback.format_exc())
-    # Plain pickle copies tensors; the pipe would share their memory, which ends with this process.
-    pipe.send_bytes(pickle.dumps(outcome))
+        message = _packed("outcome", Outcome(error=traceback.format_exc()))
+    connection.send_bytes(message)
+
+
+def _milestones(generator: Any, connection: Connection) -> Any:
+    while True:
+        try:
+            connection.send_bytes(_packed("milestone", next(generator)))
+        except StopIteration as end:
+            return end.value
+
+
+def _packed(kind: str, content: Any) -> bytes:
+    """Plain pickle copies tensors; the pipe's own would share their memory, which ends with the process."""
+    return pickle.dumps((kind, content))

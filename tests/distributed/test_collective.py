@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -19,10 +18,10 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from bench.ranks import Ranks, free_address, run_processes
 from distriray.collective import Communicator, connect
 from distriray.collective.lifeline import Lifeline
 from distriray.errors import GangBroken, GangMismatch
-from tests.distributed.harness import Ranks, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -66,12 +65,6 @@ def join(backend: str, rank: int, world_size: int, gang: dict[str, Any], **chang
 
 def others(communicator: Communicator) -> list[int]:
     return [peer for peer in range(communicator.world_size) if peer != communicator.rank]
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def failure_of(verb: Any) -> tuple[str, float]:
@@ -119,7 +112,7 @@ def _many_in_flight(rank: int, world_size: int, backend: str, gang: dict[str, An
 
 @every_backend
 def test_many_messages_of_different_sizes_arrive_in_order_and_are_counted(backend: str, gang) -> None:
-    run_ranks(_many_in_flight, size(backend), backend, gang)
+    run_processes(size(backend), _many_in_flight, backend, gang)
 
 
 def _all_dtypes(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
@@ -137,7 +130,7 @@ def _all_dtypes(rank: int, world_size: int, backend: str, gang: dict[str, Any]) 
 
 @every_backend
 def test_every_dtype_and_shape_arrives_bit_by_bit(backend: str, gang) -> None:
-    run_ranks(_all_dtypes, size(backend), backend, gang)
+    run_processes(size(backend), _all_dtypes, backend, gang)
 
 
 def _one_way_and_empty(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
@@ -163,7 +156,7 @@ def _one_way_and_empty(rank: int, world_size: int, backend: str, gang: dict[str,
 
 @every_backend
 def test_transfers_may_be_one_way_large_or_empty(backend: str, gang) -> None:
-    run_ranks(_one_way_and_empty, size(backend), backend, gang)
+    run_processes(size(backend), _one_way_and_empty, backend, gang)
 
 
 # ------------------------------------------------------------------------- sub-groups and several gangs
@@ -222,7 +215,7 @@ def _views(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> No
 
 @every_backend
 def test_subgroups_are_views_that_mix_with_their_parent(backend: str, gang) -> None:
-    run_ranks(_views, size(backend), backend, gang)
+    run_processes(size(backend), _views, backend, gang)
 
 
 def _crossed(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
@@ -253,7 +246,7 @@ def _crossed(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
 
 
 def test_one_process_belongs_to_several_gangs_under_different_ranks(gang) -> None:
-    run_ranks(_crossed, 3, "gloo", gang)
+    run_processes(3, _crossed, "gloo", gang)
 
 
 # ---------------------------------------------------------------------------------------------- failure
@@ -283,7 +276,7 @@ def _aborted(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
 
 @with_peers
 def test_abort_wakes_the_waiting_thread_and_the_peers(backend: str, gang) -> None:
-    first, *rest = run_ranks(_aborted, size(backend), backend, gang)
+    first, *rest = run_processes(size(backend), _aborted, backend, gang)
     assert "aborted" in first[0] and 0.4 < first[1] < 1.5
     for message, seconds in rest:
         assert ("rank 0 " in message or backend == "nccl") and seconds < 2.5
@@ -388,7 +381,7 @@ def _generations(rank: int, world_size: int, gang: dict[str, Any]) -> None:
 
 
 def test_leaving_early_loses_nothing_and_generations_share_an_address() -> None:
-    run_ranks(_generations, 2, {"address": free_address(), "timeout_s": 20.0})
+    run_processes(2, _generations, {"address": free_address(), "timeout_s": 20.0})
 
 
 def _on_a_lifeline(rank: int, world_size: int, gang: dict[str, Any]) -> Any:
@@ -451,7 +444,7 @@ def _refused(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
 
 @every_backend
 def test_wrong_peers_and_tensors_are_refused_without_breaking_the_gang(backend: str, gang) -> None:
-    run_ranks(_refused, size(backend), backend, gang)
+    run_processes(size(backend), _refused, backend, gang)
 
 
 def _sizes_disagree(rank: int, world_size: int, gang: dict[str, Any]) -> str:
@@ -466,7 +459,7 @@ def _sizes_disagree(rank: int, world_size: int, gang: dict[str, Any]) -> str:
 
 def test_peers_that_disagree_on_a_size_fail_but_live(gang) -> None:
     gang["timeout_s"] = 1.5
-    messages = run_ranks(_sizes_disagree, 2, gang)
+    messages = run_processes(2, _sizes_disagree, gang)
     assert any("did not answer within 1.5 s" in message for message in messages)
 
 

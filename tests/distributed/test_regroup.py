@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ranks import free_address
+from bench.ranks import Ranks, free_address, run_processes
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import GangBroken
 from distriray.parallel import engine_of
-from tests.distributed.harness import Ranks, run_ranks
 from tests.models import tiny_sdxl
 
 pytestmark = pytest.mark.distributed
@@ -89,7 +88,7 @@ def changing_gangs(
 
 def test_changing_gangs_in_sync_mode_equal_one_device() -> None:
     config = {"exchange": "sync", "cfg_parallel": False}
-    results = run_ranks(changing_gangs, 4, free_address(), config, timeout_s=170)[0]
+    results = run_processes(4, changing_gangs, free_address(), config, timeout_s=170)[0]
     for scheduler, (latents, _) in zip(SCHEDULERS, results, strict=True):
         reference = alone(scheduler)
         assert (latents - reference).abs().max() <= 1e-4 * reference.abs().max(), scheduler
@@ -97,7 +96,7 @@ def test_changing_gangs_in_sync_mode_equal_one_device() -> None:
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step() -> None:
     config = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": 1}
-    results = run_ranks(changing_gangs, 4, free_address(), config, timeout_s=170)[0]
+    results = run_processes(4, changing_gangs, free_address(), config, timeout_s=170)[0]
     for scheduler, (latents, fresh) in zip(SCHEDULERS, results, strict=True):
         assert fresh[:6] == [True, False, False, True, False, False], "each gang's first step, and no other"
         reference = alone(scheduler)
