@@ -136,6 +136,48 @@ def test_pipelines_around_the_same_unet_equal_one_device() -> None:
         assert close(together[name], latents), name
 
 
+def _image_prompts(communicator: Communicator, config: ParallelConfig) -> list[torch.Tensor]:
+    """Latents without, with and again without an IP-Adapter, loaded after `parallelize`."""
+    pipeline = parallelize(tiny_sdxl(), communicator, config)
+    generator = torch.Generator().manual_seed(4)
+
+    def weights(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    text_width, image_width = pipeline.unet.config.cross_attention_dim, 8
+    attentions = [name for name in pipeline.unet.attn_processors if "attn2" in name]
+    layers = {
+        f"{2 * i + 1}.{projection}.weight": weights(
+            pipeline.unet.get_submodule(name.removesuffix(".processor")).inner_dim, text_width
+        )
+        for i, name in enumerate(attentions)
+        for projection in ("to_k_ip", "to_v_ip")
+    }
+    tokens = {
+        "proj.weight": weights(4 * text_width, image_width),
+        "proj.bias": torch.zeros(4 * text_width),
+        "norm.weight": torch.ones(text_width),
+        "norm.bias": torch.zeros(text_width),
+    }
+    latents = [call(pipeline, CASE)]
+    pipeline.load_ip_adapter(
+        {"image_proj": tokens, "ip_adapter": layers}, subfolder="", weight_name="", image_encoder_folder=None
+    )
+    image = torch.randn((2, 1, image_width), generator=generator)  # unconditional and conditional
+    latents.append(call(pipeline, Case(**{**vars(CASE), "extra": {"ip_adapter_image_embeds": [image]}})))
+    pipeline.unload_ip_adapter()
+    return [*latents, call(pipeline, CASE)]
+
+
+def test_an_ip_adapter_loaded_later_works_as_on_one_device() -> None:
+    expected = single(lambda communicator: _image_prompts(communicator, SYNC))
+    assert not close(expected[1], expected[0]) and close(expected[2], expected[0])
+    halves = ParallelConfig(exchange="sync", cfg_parallel=True)
+    for config in (SYNC, halves):
+        for together, alone_ in zip(run_ranks(2, _image_prompts, config)[0], expected, strict=True):
+            assert close(together, alone_), config
+
+
 def _padless_downsampling(communicator: Communicator) -> torch.Tensor:
     pipeline = parallelize(tiny_sd15(downsample_padding=0), communicator, SYNC)
     return call(pipeline, Case("sd15", height=192, width=64, steps=3, scheduler="euler"))
