@@ -1,0 +1,68 @@
+"""Denoise one image with every process that `torchrun` starts; no Ray.
+
+    torchrun --nproc-per-node 2 examples/torchrun.py "a lake at dusk" --out lake.png
+
+On GPUs, one a process: `--backend nccl`. The model is the built-in one unless `--model` names a folder that a
+diffusers pipeline was saved to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import connect
+from distriray.landscapes import MODEL_DIR
+from distriray.parallel import engine_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--address", default="127.0.0.1:29400", help="host:port for the gang's own store")
+    parser.add_argument("--height", type=int, default=768)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path("image.png"))
+    arguments = parser.parse_args()
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if arguments.backend == "nccl" else "cpu"
+    communicator = connect(
+        arguments.backend,
+        rank=rank,
+        world_size=world_size,
+        address=arguments.address,
+        timeout_s=30,
+        device=device,
+    )
+    pipe = parallelize(
+        StableDiffusionXLPipeline.from_pretrained(arguments.model).to(device),
+        communicator,
+        ParallelConfig(exchange="displaced", warmup_steps=4),
+    )
+    image = pipe(
+        arguments.prompt,
+        height=arguments.height,
+        width=arguments.width,
+        num_inference_steps=arguments.steps,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0),  # every rank the same
+    ).images[0]
+    engine = engine_of(pipe)
+    assert engine is not None
+    if rank == 0:
+        image.save(arguments.out)
+        print(f"{arguments.out}: {world_size} ranks, {engine.statistics.seconds:.3f} s for the last step")
+    communicator.close()
+
+
+if __name__ == "__main__":
+    main()
