@@ -3,13 +3,18 @@
 Two ranks, patches only (no splitting of the guidance batch), one torch thread per rank. All modes are timed
 in turn within one run, several rounds, so that a machine whose speed drifts shifts them alike; ratios are
 medians of the rounds' ratios.
+
+`none` is the naive baseline: attention there reads the own keys only, so a part of what `displaced` costs
+more is arithmetic. `unsent` is `displaced` without its messages: the difference is what they cost.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,11 +22,13 @@ from diffusers import UNet2DConditionModel
 from bench.ranks import run_ranks
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.collective import Communicator, connect
+from distriray.collective import Communicator, Work, connect
+from distriray.collective.local import NothingInFlight
+from distriray.collective.subgroup import Subgroup
 from distriray.landscapes import MODEL_DIR
 from distriray.parallel import engine_of
 
-MODES = ("one rank", "none", "displaced", "sync")
+MODES = ("one rank", "none", "unsent", "displaced", "sync")
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,22 @@ class Timing:
     step_s: float
     wait_s: float
     bytes_sent: int
+
+
+class Mutable(Subgroup):
+    """A gang whose layers can be made to send nothing; the gather of the noise goes on."""
+
+    mute = False
+
+    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
+        return _Layers(self, ranks)
+
+
+class _Layers(Subgroup):
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
+        if isinstance(self._parent, Mutable) and self._parent.mute:
+            return NothingInFlight()
+        return super().exchange(sends, receives)
 
 
 def main() -> None:
@@ -84,8 +107,9 @@ def _time_mode(
             return Timing(0.0, 0.0, 0)
         parallelize(unet, connect("local"))
     else:
-        config = ParallelConfig(exchange=mode, warmup_steps=1, cfg_parallel=False)  # type: ignore[arg-type]
-        parallelize(unet, communicator, config)
+        exchange: Any = "displaced" if mode == "unsent" else mode
+        gang = Mutable(communicator, range(communicator.world_size))
+        parallelize(unet, gang, ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False))
     engine = engine_of(unet)
     assert engine is not None
     inputs = unet_inputs(unet, size)
@@ -93,6 +117,8 @@ def _time_mode(
     for step in range(steps + 2):
         unet(timestep=900 - step, **inputs)
         statistics.append(engine.statistics)
+        if mode == "unsent":
+            gang.mute = True
     if mode == "one rank":
         _barrier(communicator)
     kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one
