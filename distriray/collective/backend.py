@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
 
 
-class BackendCommunicator:
+class BackendCommunicator(ABC):
     """Base of the communicators that own connections; see `Communicator` for what each verb promises."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
@@ -36,8 +37,8 @@ class BackendCommunicator:
         if self._failure is not None:
             raise GangBroken(self._failure)
 
-    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
-        raise NotImplementedError
+    @abstractmethod
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work: ...
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)
@@ -58,5 +59,5 @@ class BackendCommunicator:
             self._release()
         return GangBroken(self._failure)
 
-    def _release(self) -> None:
+    def _release(self) -> None:  # noqa: B027 - a rank alone has no connections
         """Cut every connection, so that nobody goes on waiting for this rank."""
