@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 from distriray.errors import InvalidRequest, UnsupportedModel
 
@@ -82,7 +82,6 @@ class Partition:
         scale, height = 2 ** (self.levels - level), self.shape(level)[0]
         return self._unit_bounds[rank] * scale, min(self._unit_bounds[rank + 1] * scale, height)
 
-    @cache  # noqa: B019 - a partition lives as long as the engine keeps its shape
     def level_of(self, rank: int, size: tuple[int, ...]) -> int:
         """The level at which `rank`'s patch has `size`: (rows, columns), or (tokens,)."""
         for level in range(self.levels + 1):
@@ -92,7 +91,6 @@ class Partition:
                 return level
         raise UnsupportedModel(f"a feature map of {size} rows and columns is no level of {self}")
 
-    @cache  # noqa: B019
     def halo(self, rank: int, level: int, window: Window) -> Halo:
         """What `rank` exchanges for a convolution with `window` whose input is at `level`."""
         needs = [self._needed(peer, level, window) for peer in range(self.world_size)]
