@@ -107,8 +107,13 @@ class Front:
         return any(any(answer or ()) for answer in answers)
 
     def models(self) -> list[ModelCard]:
-        """Every model whose default size is known: from its folder, or from the first host that had it."""
+        """Every model whose default size is known: from its folder, or from the first host that had it.
+
+        Limits are as old as the hosts' last answers, and are asked for again; needs a running event loop.
+        """
         cards = []
+        for link in self._links:
+            link.renew()
         for name in self._config.models:
             links = [link for link in self._links if link.config.model.name == name]
             seen = next((link.state.facts.default_size for link in links if link.state.facts), None)

@@ -39,13 +39,17 @@ class PoolLink:
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
-    async def refresh(self) -> None:
-        """Ask the hosts how they are, unless they were asked a moment ago."""
-        if self._asking is None or self._asking.done():
-            if time.monotonic() - self._asked_s < self._refresh_s:
-                return
+    def renew(self) -> None:
+        """Begin to ask the hosts how they are, unless they were asked a moment ago."""
+        asking = self._asking is not None and not self._asking.done()
+        if not asking and time.monotonic() - self._asked_s >= self._refresh_s:
             self._asking = asyncio.ensure_future(self._ask())
-        await asyncio.wait([self._asking], timeout=PATIENCE_S if self.state.hosts else None)
+
+    async def refresh(self) -> None:
+        """Know how the hosts are, as they were a moment ago."""
+        self.renew()
+        if self._asking is not None and not self._asking.done():
+            await asyncio.wait([self._asking], timeout=PATIENCE_S if self.state.hosts else None)
 
     async def _ask(self) -> None:
         asked_s = time.monotonic()

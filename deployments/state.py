@@ -52,11 +52,11 @@ class PoolState:
     Attributes:
         hosts: by name; without those that are stopping.
         facts: of the pool's workers, also while it has no host; None before the first report.
-        config: the hosts' configuration, as it was last reported.
+        config: the hosts' configuration as they report it; without hosts, the one they start with.
     """
 
     def __init__(self, config: HostConfig) -> None:
-        self.config = config
+        self.config = self._initial = config
         self.hosts: dict[str, HostState] = {}
         self.facts: WorkerFacts | None = None
         self._latency: LatencyModel | None = None
@@ -67,7 +67,7 @@ class PoolState:
 
         What was sent to a host after that may not be in its report, so it is added again.
         """
-        self.hosts = {}
+        self.hosts, self.config = {}, self._initial
         for report in reports:
             state = shifted(report.state, asked_s)
             self.hosts[state.host] = state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.exceptions import ActorDiedError
 
 from deployments.config import AppConfig
 from deployments.front import Front
+from deployments.http.service import ModelCard
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
@@ -22,8 +24,9 @@ from distriray.errors import (
     NotEnoughDevices,
     QueueFull,
 )
+from distriray.gang.config import HostConfig
 from distriray.gang.events import Event, Finished, Preview, Queued, Step
-from distriray.requests import GenerationRequest, GenerationResult, Segment, Timings
+from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 
 from .test_state import ask as view_of
 from .test_state import report
@@ -37,6 +40,7 @@ class FakeHandle:
     def __init__(self, *hosts: str, waiting: int = 0) -> None:
         self.hosts = list(hosts)
         self.waiting = waiting
+        self.config = HostConfig()
         self.deeds: list[Deed] = []
         self.calls: list[tuple[str | None, GenerationRequest]] = []
         self.generate = SimpleNamespace(remote=self._generate)
@@ -47,8 +51,9 @@ class FakeHandle:
 
     def broadcast(self, method: str, *args: Any) -> Any:
         answers: dict[str, Callable[[str], Any]] = {
-            "report": lambda host: report(
-                host, *(view_of(f"r{i}", 100.0) for i in range(self.waiting)), max_queue=4
+            "report": lambda host: replace(
+                report(host, *(view_of(f"r{i}", 100.0) for i in range(self.waiting)), max_queue=4),
+                config=self.config,
             ),
             "ping": lambda host: 1 if self.waiting >= 0 else 0,
         }
@@ -233,5 +238,21 @@ def test_health_is_whether_workers_answer() -> None:
 
 
 def test_models_are_known_before_any_host_is_up() -> None:
-    (card,) = front(pool=FakeHandle()).models()
+    async def scene() -> list[ModelCard]:
+        return front(pool=FakeHandle()).models()
+
+    (card,) = asyncio.run(scene())
     assert card.id == "builtin:landscapes" and card.default_size == (512, 512)
+
+
+def test_models_follow_the_limits_that_hosts_have_now() -> None:
+    async def scene() -> list[int]:
+        service = front(pool=handle)
+        first = service.models()[0].limits.max_steps
+        while service.models()[0].limits.max_steps == first:
+            await asyncio.sleep(0)
+        return [first, service.models()[0].limits.max_steps]
+
+    handle = FakeHandle("a")
+    handle.config = HostConfig(limits=Limits(max_steps=3))
+    assert asyncio.run(scene()) == [200, 3]

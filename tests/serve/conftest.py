@@ -1,0 +1,136 @@
+"""One local Ray and one service with three small pools for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.http.service import PoolReport
+from distriray.client import Client
+from distriray.requests import GenerationRequest
+from tests.models import tiny_sdxl
+
+APP = "distriray"
+PORT = 8123
+HTTP = f"http://127.0.0.1:{PORT}"
+ENVIRONMENT = {
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class Service:
+    """The application under test, deployed as `serve deploy` does it."""
+
+    def __init__(self, models: dict[str, str]) -> None:
+        self.models = models
+        tiny = {"device": "cpu", "cpus_per_worker": 0.1, "parallel": {"exchange": "sync"}}
+        self.args: dict[str, Any] = {
+            "pools": [
+                {**tiny, "name": "pair", "model": models["pair"], "workers": 2, "max_queue": 2},
+                {**tiny, "name": "twins", "model": models["twins"], "min_hosts": 2, "max_hosts": 2},
+                {
+                    **tiny,
+                    "name": "elastic",
+                    "model": models["elastic"],
+                    "min_hosts": 0,
+                    "max_hosts": 2,
+                    "target_work_s": 5.0,
+                    "look_back_s": 1.0,
+                    "scale_up_after_s": 0.5,
+                    "scale_down_after_s": 3.0,
+                },
+            ],
+            "router": {"min_replicas": 2, "max_replicas": 2},
+        }
+
+    def deploy(self, **user_configs: dict[str, Any]) -> None:
+        """Apply the configuration, with these `user_config`s of pools."""
+        deployments = [{"name": name, "user_config": live} for name, live in user_configs.items()]
+        schema = {
+            "applications": [
+                {
+                    "name": APP,
+                    "route_prefix": "/",
+                    "import_path": "deployments.app:build_app",
+                    "args": self.args,
+                    "deployments": deployments,
+                }
+            ]
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(schema))
+
+    def running(self, deployment: str) -> int:
+        """How many replicas of a deployment run."""
+        states = serve.status().applications[APP].deployments[deployment].replica_states
+        return int(states.get("RUNNING", 0))
+
+    def is_up(self) -> bool:
+        status = serve.status().applications[APP]
+        assert status.status != "DEPLOY_FAILED", status
+        return bool(status.status == "RUNNING")
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_sdxl().save_pretrained(folder / "pair")
+    for name in ("twins", "elastic"):
+        (folder / name).symlink_to(folder / "pair")
+    patch = pytest.MonkeyPatch()
+    for name, value in ENVIRONMENT.items():
+        patch.setenv(name, value)
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2])]))
+    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        serve.start(http_options={"port": PORT})
+        service = Service({name: str(folder / name) for name in ("pair", "twins", "elastic")})
+        service.deploy()
+        until(service.is_up, 150)
+        yield service
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+        patch.undo()
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[Client]:
+    """The service, which every test must leave idle."""
+    client = Client.connect(APP)
+    yield client
+    until(lambda: all(idle(pool) for pool in client.fleet().pools.values()))
+
+
+def idle(pool: PoolReport) -> bool:
+    return not any(host.running or host.waiting for host in pool.hosts.values())
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Wait for `condition`; a test that waits in vain fails."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not so within {timeout_s} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def ask(service: Service) -> Callable[..., GenerationRequest]:
+    """A small request to a pool, by the pool's name."""
+
+    def make(pool: str = "pair", **fields: Any) -> GenerationRequest:
+        small = {"prompt": "a lake", "height": 128, "width": 128, "seed": 7, "num_inference_steps": 4}
+        return GenerationRequest.parse({**small, "model": service.models[pool], **fields})
+
+    return make

@@ -1,0 +1,101 @@
+"""Many replicas: two routers, hosts that come, go and die, and changes while requests run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import ray
+from ray import serve
+
+from distriray.client import Client
+from distriray.errors import InvalidRequest
+from distriray.requests import GenerationRequest
+
+from .conftest import APP, Service, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+Ask = Callable[..., GenerationRequest]
+
+
+def finished(client: Client, pool: str) -> dict[str, int]:
+    hosts = client.fleet().pools[pool].hosts
+    return {name: host.outcomes.get("finished", 0) for name, host in hosts.items()}
+
+
+def test_two_routers_share_two_hosts_evenly(service: Service, client: Client, ask: Ask) -> None:
+    assert service.running("Router") == 2 and service.running("twins") == 2
+    before, handle = finished(client, "twins"), serve.get_app_handle(APP)
+    responses = [handle.generate.remote(ask("twins", num_inference_steps=40)) for _ in range(16)]
+    assert len({response.result().id for response in responses}) == 16
+    shares = [after - before[name] for name, after in finished(client, "twins").items()]
+    assert sum(shares) == 16 and min(shares) >= 4
+
+
+def test_requests_of_a_host_that_dies_are_done_by_another(service: Service, client: Client, ask: Ask) -> None:
+    handle = serve.get_app_handle(APP)
+    responses = [handle.generate.remote(ask("twins", num_inference_steps=100)) for _ in range(4)]
+    until(lambda: all(host.running for host in client.fleet().pools["twins"].hosts.values()))
+    victim = next(iter(client.fleet().pools["twins"].hosts))
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::{APP}#twins#{victim}", namespace="serve"))
+    assert all(response.result().images for response in responses)
+    until(lambda: service.running("twins") == 2 and victim not in client.fleet().pools["twins"].hosts)
+    assert client.generate(ask("twins")).images
+
+
+def test_user_config_changes_running_hosts_and_no_request_fails(
+    service: Service, client: Client, ask: Ask
+) -> None:
+    def workers() -> set[int]:
+        hosts = client.fleet().pools["twins"].hosts.values()
+        return {worker.pid for host in hosts for worker in host.workers}
+
+    before, stop, made, failed = workers(), threading.Event(), [], []
+
+    def keep_asking() -> None:
+        mine = Client.connect(APP)
+        while not stop.is_set():
+            try:
+                made.append(mine.generate(ask("twins")).id)
+            except Exception as error:
+                failed.append(error)
+
+    def is_refused() -> bool:
+        try:
+            client.generate(ask("twins", num_inference_steps=6))
+        except InvalidRequest as error:
+            return "above the limit of 5" in str(error)
+        return False
+
+    askers = [threading.Thread(target=keep_asking) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        service.deploy(twins={"limits": {"max_steps": 5}})
+        until(is_refused)
+        until(service.is_up)
+        count = len(made)
+        until(lambda: len(made) > count + 4)
+        service.deploy()
+        until(lambda: not is_refused())
+        until(service.is_up)
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.join()
+    assert not failed and len(made) > 4
+    assert workers() == before, "a host was started anew"
+
+
+def test_a_pool_grows_from_nothing_with_its_work_and_back_while_others_stay(
+    service: Service, client: Client, ask: Ask
+) -> None:
+    until(lambda: service.running("elastic") == 0)
+    handle = serve.get_app_handle(APP)
+    responses = [handle.generate.remote(ask("elastic", num_inference_steps=200)) for _ in range(8)]
+    until(lambda: service.running("elastic") == 2, 90)
+    assert all(response.result().images for response in responses)
+    until(lambda: service.running("elastic") == 0, 90)
+    assert service.running("pair") == 1 and service.running("twins") == 2
+    assert not client.fleet().pools["elastic"].hosts

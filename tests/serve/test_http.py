@@ -1,0 +1,66 @@
+"""HTTP through Serve's proxy: a picture, an error, and a client that leaves."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+
+import httpx
+import pytest
+from PIL import Image
+
+from distriray.client import Client
+from distriray.gang.status import HostStatus
+from distriray.requests import GenerationRequest
+
+from .conftest import HTTP, Service, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def body(service: Service, **fields: object) -> dict[str, object]:
+    return {
+        "prompt": "a lake",
+        "model": service.models["pair"],
+        "size": "128x128",
+        "num_inference_steps": 4,
+        "response_format": "b64_json",
+        **fields,
+    }
+
+
+def test_http_draws_what_a_handle_draws(
+    service: Service, client: Client, ask: Callable[..., GenerationRequest]
+) -> None:
+    response = httpx.post(f"{HTTP}/v1/images/generations", json=body(service, seed=7), timeout=60)
+    assert response.status_code == 200, response.text
+    drawn = Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
+    assert drawn.convert("RGB").tobytes() == client.generate(ask(seed=7)).images[0].tobytes()
+
+
+def test_http_says_what_is_up(service: Service, client: Client) -> None:
+    assert httpx.get(f"{HTTP}/healthz", timeout=30).status_code == 200
+    models = httpx.get(f"{HTTP}/v1/models", timeout=30).json()["data"]
+    assert [model["id"] for model in models] == list(service.models.values())
+    pools = httpx.get(f"{HTTP}/v1/fleet", timeout=30).json()["pools"]
+    assert set(pools) == {"pair", "twins", "elastic"} and len(pools["twins"]["hosts"]) == 2
+
+
+def test_an_unknown_model_is_not_found(service: Service) -> None:
+    response = httpx.post(f"{HTTP}/v1/images/generations", json=body(service, model="none"), timeout=30)
+    assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_gang(service: Service, client: Client, stream: bool) -> None:
+    def host() -> HostStatus:
+        return next(iter(client.fleet().pools["pair"].hosts.values()))
+
+    cancelled = host().outcomes.get("cancelled", 0)
+    with httpx.Client(timeout=httpx.Timeout(60, read=1.0)) as http, pytest.raises(httpx.ReadTimeout):
+        request = body(service, num_inference_steps=200, stream=stream)
+        with http.stream("POST", f"{HTTP}/v1/images/generations", json=request) as response:
+            response.read()
+    until(lambda: host().outcomes.get("cancelled", 0) == cancelled + 1)
+    assert not host().running
