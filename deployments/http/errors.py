@@ -140,10 +140,12 @@ def refusal_of_fields(error: ValidationError) -> Refusal:
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Let `app` answer every error that a handler or the router raises."""
+    """Let `app` answer every error that a handler or the router raises, and its log line name the code."""
 
-    async def refused(_: Request, error: Exception) -> Response:
-        return refusal_of(error).response()
+    async def refused(request: Request, error: Exception) -> Response:
+        refusal = refusal_of(error)
+        request.state.noted["code"] = refusal.code
+        return refusal.response()
 
     async def by_router(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -156,9 +158,11 @@ def answer_errors(app: FastAPI) -> None:
         else:
             refusal = Refusal(error.status_code, "invalid_value", str(error.detail))
         refusal.headers = dict(error.headers or {})
+        request.state.noted["code"] = refusal.code
         return refusal.response()
 
-    async def left(_: Request, error: Exception) -> Response:
+    async def left(request: Request, error: Exception) -> Response:
+        request.state.noted["code"] = "client_left"
         return Response(status_code=CLIENT_LEFT)
 
     app.add_exception_handler(DistrirayError, refused)

@@ -14,7 +14,14 @@ def schemathesis(url: str, key: str, examples: int, folder: Path) -> str:
     """
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color"]
     options = ["-n", str(examples), "--seed", "1", "--phases", "examples,coverage,fuzzing", "--checks", "all"]
-    quiet = ["--suppress-health-check", "all", "-H", f"Authorization: Bearer {key}"]
+    quiet = [
+        "--suppress-health-check",
+        "all",
+        "--request-timeout",
+        "60",
+        "-H",
+        f"Authorization: Bearer {key}",
+    ]
     done = subprocess.run([*command, *options, *quiet], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

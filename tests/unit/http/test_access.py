@@ -128,7 +128,7 @@ def test_the_log_has_the_id_that_the_client_has_and_no_prompt(caplog: pytest.Log
     for line, answer in zip(lines, (response, refused), strict=True):
         assert f"request_id={answer.headers['X-Request-ID']}" in line
         assert f"status={answer.status_code}" in line and "secret" not in line
-    assert r"user='me\nroot'" in lines[0]
+    assert r"user='me\nroot'" in lines[0] and "code=invalid_value" in lines[1]
     assert service.asked[0].id.startswith(response.headers["X-Request-ID"])
     assert response.json()["id"] == service.asked[0].id
 

@@ -24,12 +24,14 @@ def until(claim: Callable[[], bool]) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_client_that_leaves_cancels_its_image() -> None:
+def test_a_client_that_leaves_cancels_its_image(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOG)
     service = FakeService(pace_s=60)
     with serving(service) as url:
         with httpx.Client(base_url=url, timeout=0.3) as client, pytest.raises(httpx.ReadTimeout):
             client.post(IMAGES, json=SLOW)
         until(lambda: service.ended == ["cancelled"])
+        until(lambda: "code=client_left" in caplog.text)
 
 
 @pytest.mark.timeout(20)

@@ -1,0 +1,85 @@
+"""A service with keys and tight limits answers as its document says, and nothing stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from deployments.http.errors import ErrorResponse
+from tests.unit.http.conformance import schemathesis
+from tests.unit.http.malformed import IMAGES, malformed
+
+from .conftest import HTTP, Service, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+KEY = {"Authorization": "Bearer right"}
+# Whatever is asked for within these is drawn in a moment.
+LIMITS = {"max_side": 128, "max_pixels": 128 * 128, "max_steps": 3, "max_images": 2, "max_previews": 2}
+
+
+@pytest.fixture(scope="module")
+def strict(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The first pool alone, with a key and `LIMITS`."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("right\n")
+    usual = service.args
+    service.args = {
+        **usual,
+        "pools": usual["pools"][:1],
+        "limits": LIMITS,
+        "http": {"keys_file": str(file)},
+    }
+    service.deploy()
+    until(lambda: service.is_up() and all(is_strict() for _ in range(8)), 200)
+    yield service
+    service.args = usual
+    service.deploy()
+    until(lambda: service.is_up() and all(is_open() for _ in range(8)), 200)
+
+
+def is_strict() -> bool:
+    response = httpx.get(f"{HTTP}/v1/models", headers=KEY, timeout=30)
+    if not response.is_success or is_open():
+        return False
+    return [model["limits"]["max_steps"] for model in response.json()["data"]] == [LIMITS["max_steps"]]
+
+
+def is_open() -> bool:
+    return httpx.get(f"{HTTP}/v1/models", timeout=30).is_success
+
+
+def draws(service: Service) -> bool:
+    body = {"prompt": "a lake", "size": "64x64", "num_inference_steps": 2, "model": service.models["pair"]}
+    return httpx.post(f"{HTTP}{IMAGES}", json=body, headers=KEY, timeout=60).is_success
+
+
+def test_the_openai_client_is_let_in_with_its_key_only(strict: Service) -> None:
+    with openai.OpenAI(base_url=f"{HTTP}/v1", api_key="right", max_retries=0) as client:
+        assert client.images.generate(
+            prompt="a lake", size="64x64", extra_body={"num_inference_steps": 2}
+        ).data
+    with openai.OpenAI(base_url=f"{HTTP}/v1", api_key="wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.images.generate(prompt="a lake")
+        assert refused.value.code == "invalid_api_key"
+
+
+def test_five_hundred_malformed_requests_are_each_refused_and_the_service_goes_on(strict: Service) -> None:
+    with httpx.Client(base_url=HTTP, headers=KEY, timeout=30) as http:
+        for number, request in enumerate(malformed(seed=66, count=500)):
+            response = request.send(http)
+            assert response.status_code == request.status, (number, request, response.text)
+            if request.method != "HEAD":
+                assert ErrorResponse.model_validate(response.json()).error.code
+    assert draws(strict)
+
+
+@pytest.mark.timeout(600)
+def test_schemathesis_finds_no_violation(strict: Service, tmp_path: Path) -> None:
+    assert "No issues found" in schemathesis(HTTP, "right", examples=10, folder=tmp_path)
+    assert draws(strict)
