@@ -104,7 +104,7 @@ class Front:
     async def cancel(self, request_id: str) -> bool:
         """Stop a request, wherever it is; whether there was one."""
         answers = [await link.everyone("cancel", request_id) for link in self._links]
-        return any(any(answer or ()) for answer in answers)
+        return any(any(answer) for answer in answers)
 
     def models(self) -> list[ModelCard]:
         """Every model whose default size is known: from its folder, or from the first host that had it.
@@ -134,8 +134,7 @@ class Front:
         """Hosts, gangs, queues and predicted waits, as they are now."""
         pools = {}
         for link in self._links:
-            await link.refresh()
-            hosts = dict(await link.everyone("status") or ())
+            hosts = dict(await link.everyone("status"))
             wait = wait_s(list(link.state.hosts.values()), time.monotonic())
             pools[link.config.name] = PoolReport(
                 model=link.config.model.name, predicted_wait_s=wait, hosts=hosts
@@ -151,7 +150,7 @@ class Front:
         """
         for name in self._config.models:
             links = [link for link in self._links if link.config.model.name == name]
-            answers = [answer for link in links for answer in await link.everyone("ping") or ()]
+            answers = [answer for link in links for answer in await link.everyone("ping")]
             if any(answers) or any(link.config.min_hosts == 0 and not link.state.hosts for link in links):
                 continue
             if answers:

@@ -52,23 +52,26 @@ class PoolLink:
             await asyncio.wait([self._asking], timeout=PATIENCE_S if self.state.hosts else None)
 
     async def _ask(self) -> None:
-        asked_s = time.monotonic()
-        answers = await self.everyone("report")
-        self._asked_s = asked_s
-        if answers is not None:
-            self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
-
-    async def everyone(self, method: str, *args: Any) -> list[Any] | None:
-        """The answers of all hosts that Serve would send a request to; None if one was silent."""
+        self._asked_s = asked_s = time.monotonic()
         try:
-            answers = await self._handle.broadcast(method, *args).results_async(
+            answers = await self._handle.broadcast("report", None).results_async(
                 timeout_s=ANSWER_S, return_exceptions=True
             )
         except DeploymentUnavailableError:
-            return []
-        except TimeoutError:
-            return None
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+            answers = []
+        except TimeoutError:  # one is silent, and the others' answers are lost with it
+            answers = await self._each("report")
+        self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
+
+    async def everyone(self, method: str, *args: Any) -> list[Any]:
+        """The answers of all hosts that Serve would send a request to and that answer."""
+        await self.refresh()
+        return [answer for answer in await self._each(method, *args) if not isinstance(answer, BaseException)]
+
+    async def _each(self, method: str, *args: Any) -> list[Any]:
+        call = getattr(self._handle, method)
+        answers = [asyncio.wait_for(call.remote(host, *args), ANSWER_S) for host in self.state.hosts]
+        return await asyncio.gather(*answers, return_exceptions=True)
 
     async def generate(self, host: str | None, request: GenerationRequest) -> GenerationResult:
         """Let `host` make the images, or any host where it is None. Cancelling cancels the request.

@@ -15,6 +15,7 @@ from distriray.routing.router import publish
 
 from .autoscaling import WORK_S
 from .config import PoolConfig
+from .link import ANSWER_S
 from .state import HostReport, shifted
 
 
@@ -49,23 +50,23 @@ class Pool:
             async for event in events:
                 yield event
 
-    async def cancel(self, request_id: str) -> bool:
+    async def cancel(self, target: str, request_id: str) -> bool:
         """Stop a request after the step it is in; whether there was one."""
         return await self._host.cancel(request_id)
 
-    async def report(self) -> HostReport:
+    async def report(self, target: str | None) -> HostReport:
         """What routers decide by."""
         host, view = self._host, self._host.view()
         state = publish(self._name, view, host.latency, host.config.max_queue)
         return HostReport(shifted(state, -view.now_s), host.latency, host.facts, host.config)
 
-    async def status(self) -> tuple[str, HostStatus]:
+    async def status(self, target: str) -> tuple[str, HostStatus]:
         """The host's name and what it is doing."""
         return self._name, self._host.status()
 
-    async def ping(self) -> int:
+    async def ping(self, target: str) -> int:
         """How many workers answer."""
-        return await self._host.ping()
+        return await self._host.ping(timeout_s=ANSWER_S / 2)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `QueuedWork`."""

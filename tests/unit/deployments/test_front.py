@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError
 from deployments.config import AppConfig
 from deployments.front import Front
 from deployments.http.service import ModelCard
+from deployments.state import HostReport
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
@@ -41,6 +42,10 @@ class FakeHandle:
         self.hosts = list(hosts)
         self.waiting = waiting
         self.config = HostConfig()
+        self.silent: set[str] = set()
+        self.workers = 1
+        self.report = SimpleNamespace(remote=self._tell)
+        self.ping = SimpleNamespace(remote=self._ping)
         self.deeds: list[Deed] = []
         self.calls: list[tuple[str | None, GenerationRequest]] = []
         self.generate = SimpleNamespace(remote=self._generate)
@@ -50,18 +55,26 @@ class FakeHandle:
         return self
 
     def broadcast(self, method: str, *args: Any) -> Any:
-        answers: dict[str, Callable[[str], Any]] = {
-            "report": lambda host: replace(
-                report(host, *(view_of(f"r{i}", 100.0) for i in range(self.waiting)), max_queue=4),
-                config=self.config,
-            ),
-            "ping": lambda host: 1 if self.waiting >= 0 else 0,
-        }
+        assert method == "report"
 
         async def results_async(**_: Any) -> list[Any]:
-            return [answers[method](host) for host in self.hosts]
+            if self.silent:
+                raise TimeoutError
+            return [self._report(host) for host in self.hosts]
 
         return SimpleNamespace(results_async=results_async)
+
+    def _report(self, host: str) -> HostReport:
+        requests = (view_of(f"r{i}", 100.0) for i in range(self.waiting))
+        return replace(report(host, *requests, max_queue=4), config=self.config)
+
+    async def _tell(self, host: str) -> HostReport:
+        if host in self.silent:
+            raise TimeoutError
+        return self._report(host)
+
+    async def _ping(self, host: str) -> int:
+        return self.workers
 
     def _do(self, host: str | None, request: GenerationRequest) -> Any:
         self.calls.append((host, request))
@@ -190,6 +203,21 @@ def test_a_stream_that_is_taken_over_shows_nothing_twice() -> None:
     assert isinstance(events[-1], Finished)
 
 
+def test_a_host_that_says_nothing_gets_nothing() -> None:
+    async def scene() -> None:
+        for _ in range(2):
+            await service.generate(request())
+        handle.calls.clear()
+        handle.silent = {"a"}
+        for _ in range(6):
+            await service.generate(request())
+
+    handle = FakeHandle("a", "b")
+    service = front(pool=handle, refresh_s=0.0)
+    asyncio.run(scene())
+    assert [host for host, _ in handle.calls] == ["b"] * 6
+
+
 def test_a_pool_without_hosts_is_woken_when_there_is_no_other() -> None:
     handle = FakeHandle()
     generate(front(pool=handle))
@@ -227,11 +255,10 @@ def test_what_no_pool_can_do_is_refused() -> None:
 def test_health_is_whether_workers_answer() -> None:
     asyncio.run(front(pool=FakeHandle("a")).check_health())
     asyncio.run(front(pool=FakeHandle()).check_health())  # it starts when asked
-    silent = FakeHandle("a", waiting=-1)
-    service = front(pool=silent)
-    asyncio.run(service._links[0].refresh())
+    broken = FakeHandle("a")
+    broken.workers = 0
     with pytest.raises(GangBroken, match="no worker"):
-        asyncio.run(service.check_health())
+        asyncio.run(front(pool=broken).check_health())
     config = AppConfig.model_validate({"pools": [{"name": "pool"}]})
     with pytest.raises(NotEnoughDevices, match="no host"):
         asyncio.run(Front(config, {"pool": FakeHandle()}, random.Random(0)).check_health())  # type: ignore[dict-item]
