@@ -31,6 +31,8 @@ from .link import PoolLink
 from .models import size_of
 from .state import choose, wait_s
 
+LONGEST_RETRY_S = 3600.0
+
 
 @dataclass
 class Trip:
@@ -171,16 +173,7 @@ class Front:
         if request.deadline_s is not None:
             left_s = request.deadline_s - (now - trip.began_s)
             request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})
-        fitting: list[tuple[PoolLink, GenerationRequest, RequestView | None]] = []
-        unfit: InvalidRequest | None = None
-        for link in links:
-            try:
-                fitting.append((link, *_view_of(request, link, now, left_s)))
-            except InvalidRequest as error:
-                unfit = unfit or error
-        if not fitting:
-            assert unfit is not None
-            raise unfit
+        fitting = _fitting(request, links, now, left_s)
         up = [(link, asked, view) for link, asked, view in fitting if link.state.hosts and view is not None]
         chosen = choose(
             [link.state for link, *_ in up],
@@ -192,10 +185,10 @@ class Front:
         if chosen is not None and chosen[1].host is not None:
             link, asked, view = up[chosen[0]]
             if not chosen[1].meets:
-                possible_s = chosen[1].finish_s - now
+                could_s = chosen[1].finish_s - now
                 raise DeadlineUnmet(
-                    f"deadline_s {trip.request.deadline_s:g} cannot be met; {possible_s:.1f} could be",
-                    possible_s,
+                    f"deadline_s {trip.request.deadline_s:g} cannot be met; {could_s:.1f} could be now",
+                    could_s,
                 )
             link.state.send(chosen[1], view, now)
             return link, chosen[1].host, asked
@@ -204,7 +197,7 @@ class Front:
             if link.undirected < link.config.max_queue:
                 return link, None, asked
         retry_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
-        retry_s = min(max(0.1, retry_s), 3600.0)
+        retry_s = min(max(0.1, retry_s), LONGEST_RETRY_S)
         raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)
 
     def _again(self, trip: Trip, link: PoolLink, host: str | None, error: QueueFull | RayActorError) -> None:
@@ -227,6 +220,26 @@ class Front:
         return links
 
 
+def _fitting(
+    request: GenerationRequest, links: list[PoolLink], now_s: float, left_s: float | None
+) -> list[tuple[PoolLink, GenerationRequest, RequestView | None]]:
+    """The pools that can serve a request, and the request as each of them would.
+
+    Raises:
+        InvalidRequest: there is none; what the first pool has against it.
+    """
+    fitting: list[tuple[PoolLink, GenerationRequest, RequestView | None]] = []
+    unfit: InvalidRequest | None = None
+    for link in links:
+        try:
+            fitting.append((link, *_view_of(request, link, now_s, left_s)))
+        except InvalidRequest as error:
+            unfit = unfit or error
+    if unfit is not None and not fitting:
+        raise unfit
+    return fitting
+
+
 def _view_of(
     request: GenerationRequest, link: PoolLink, now_s: float, left_s: float | None
 ) -> tuple[GenerationRequest, RequestView | None]:
@@ -240,6 +253,10 @@ def _view_of(
     config, facts = link.state.config, link.state.facts
     if facts is None:
         config.limits.check(request)
+        if request.gang_size != "auto" and request.gang_size not in config.sizes:
+            raise InvalidRequest(
+                f"gang_size {request.gang_size} is not lent; use one of {list(config.sizes)}", "gang_size"
+            )
         return request, None
     settled, max_gang = admit(request, config, facts)
     assert settled.height is not None and settled.width is not None

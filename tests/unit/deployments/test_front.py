@@ -252,6 +252,18 @@ def test_what_no_pool_can_do_is_refused() -> None:
         generate(service, gang_size=4)
 
 
+def test_a_gang_size_wakes_the_pool_that_lends_it() -> None:
+    pools = [{"name": f"gangs-of-{n}", "workers": n, "gang_sizes": [n], "min_hosts": 0} for n in (1, 2, 4)]
+    handles = {str(pool["name"]): FakeHandle() for pool in pools}
+    service = Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0))  # type: ignore[arg-type]
+    generate(service, gang_size=4)
+    assert {name: len(handle.calls) for name, handle in handles.items()} == {
+        "gangs-of-1": 0,
+        "gangs-of-2": 0,
+        "gangs-of-4": 1,
+    }
+
+
 def test_health_is_whether_workers_answer() -> None:
     asyncio.run(front(pool=FakeHandle("a")).check_health())
     asyncio.run(front(pool=FakeHandle()).check_health())  # it starts when asked
