@@ -179,13 +179,12 @@ class Dispatcher:
     def _tell_levels(self) -> None:
         """After any change of who runs: to the operator, and to what learns from it."""
         running = [job for job in self.jobs.values() if job.workers]
-        busy = sum(len(job.workers or ()) for job in running)
-        self.speed.busy(busy)
+        self.speed.busy(sum(1 if job.decoding else len(job.workers or ()) for job in running))
         self.metrics.level(
             waiting=len(self.jobs) - len(running),
             running=len(running),
             free=len(self.blocks.free),
-            busy=busy,
+            busy=sum(len(job.workers or ()) for job in running),
             down=self.config.workers - len(self.crew.healthy),
             repairs=len(self.crew.repairs),
             backlog_s=self.work_s(),
@@ -279,6 +278,8 @@ class Dispatcher:
         request = job.request
         job.step, job.num_steps = progress.step, progress.num_steps
         job.prepared |= progress.step > 0
+        if job.decoding:
+            self._tell_levels()
         for step, image in progress.previews:
             self._show(job, step, image)
         seconds = time.monotonic() - job.arrival

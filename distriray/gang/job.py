@@ -56,6 +56,11 @@ class Job:
     def deadline(self) -> float | None:
         return None if self.request.deadline_s is None else self.arrival + self.request.deadline_s
 
+    @property
+    def decoding(self) -> bool:
+        """It holds workers, of which one is at work, and makes no more steps."""
+        return self.workers is not None and self.step >= self.num_steps
+
     def view(self) -> RequestView:
         """What a policy sees of it."""
         request = self.request
@@ -74,7 +79,7 @@ class Job:
             max_gang=self.max_gang,
             workers=self.workers,
             prepared=self.prepared,
-            pinned=self.workers is not None and self.step >= self.num_steps,
+            pinned=self.decoding,
         )
 
     def tell(self, event: Event) -> None:

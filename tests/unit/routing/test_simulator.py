@@ -80,6 +80,17 @@ def test_workers_that_share_cores_slow_each_other_down():
     assert report.span_s == pytest.approx(18.0)
 
 
+def test_a_gang_that_decodes_leaves_cores_to_others():
+    crowding = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
+    shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": crowding}))
+    arrivals = [arrival(0.0, gang_size=2), arrival(0.0, gang_size=1)]
+    report = simulate(arrivals, EarliestDeadlineFirst(), shared, Fleet(workers=4, gang_sizes=(1, 2)))
+    # three workers step: the gang's 8.5 at full house take 6.375, and its 4 of decoding, measured beside one
+    # other gang that decodes, take 4 beside the lone worker. That has 18 at full house: 8.5 by then, 8 more
+    # while the other decodes, and the last 1.5 alone.
+    assert report.latency.total == pytest.approx(10.375 + 10.75)
+
+
 def test_a_deadline_met_to_the_second_counts():
     met = [
         simulate([arrival(0.0, deadline_s=d)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,))).met
