@@ -10,11 +10,11 @@ from distriray.requests import GenerationResult
 
 from .encode import data_url, encode
 from .errors import Refusal
-from .images import (
+from .images import ImageRequest
+from .responses import (
     CompletedEvent,
     DrawnImage,
     ErrorEvent,
-    ImageRequest,
     ImagesResponse,
     PartialImageEvent,
     ProgressEvent,

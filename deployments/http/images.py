@@ -1,4 +1,4 @@
-"""The request and the answers of POST /v1/images/generations, in OpenAI's words."""
+"""The request of POST /v1/images/generations, in OpenAI's words."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
 from distriray.errors import InvalidRequest
-from distriray.requests import GenerationRequest, Timings
+from distriray.requests import GenerationRequest
 
 from .encode import FULL_QUALITY, OutputFormat
-from .errors import ErrorResponse, Refusal, refusal_of_fields
+from .errors import Refusal, refusal_of_fields
 from .service import ModelCard
 
 SchedulerName = Literal[
@@ -211,95 +211,3 @@ class ImageRequest(BaseModel):
             message = f"gang_size {request.gang_size} is not lent here; use one of {list(card.gang_sizes)}"
             raise InvalidRequest(message, "gang_size")
         return request
-
-
-class DrawnImage(BaseModel):
-    """One image: `b64_json`, or with `response_format: url` a data: URL, and the seed that makes it again."""
-
-    b64_json: str | None = None
-    url: str | None = None
-    seed: int
-
-
-class _Answer(BaseModel):
-    id: str
-    model: str
-    background: Literal["opaque"] = "opaque"
-    output_format: OutputFormat
-    size: str
-    gang_size: int
-    repairs: int
-    timings: Timings
-
-
-class ImagesResponse(_Answer):
-    """The images, how they were made and how many seconds each phase took."""
-
-    created: int
-    data: list[DrawnImage]
-
-
-class _Tokens(BaseModel):
-    image_tokens: int = 0
-    text_tokens: int = 0
-
-
-class _Usage(BaseModel):
-    """OpenAI's completed event has it; no tokens are counted here."""
-
-    input_tokens: int = 0
-    input_tokens_details: _Tokens = _Tokens()
-    output_tokens: int = 0
-    total_tokens: int = 0
-
-
-class PartialImageEvent(BaseModel):
-    """A small picture of the image after `step`; `size` is this picture's."""
-
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
-    partial_image_index: int
-    b64_json: str
-    background: Literal["opaque"] = "opaque"
-    created_at: int
-    output_format: OutputFormat
-    quality: Literal["auto"] = "auto"
-    size: str
-    step: int
-
-
-class ProgressEvent(BaseModel):
-    """What happens to the request; fields that do not belong to `state` are left out.
-
-    `queued`: `position` requests ahead, `predicted_wait_s` seconds to wait. `started`, `regrouped`: a gang of
-    `gang_size` goes on from `step`. `repaired`: a worker was lost, another gang goes on from `step`.
-    `running`: `step` of `num_steps` are done.
-    """
-
-    type: Literal["image_generation.progress"] = "image_generation.progress"
-    created_at: int
-    state: Literal["queued", "started", "running", "regrouped", "repaired"]
-    position: int | None = None
-    predicted_wait_s: float | None = None
-    step: int | None = None
-    num_steps: int | None = None
-    gang_size: int | None = None
-
-
-class CompletedEvent(_Answer):
-    """The image, and what ImagesResponse says of it."""
-
-    type: Literal["image_generation.completed"] = "image_generation.completed"
-    b64_json: str
-    seed: int
-    created_at: int
-    quality: Literal["auto"] = "auto"
-    usage: _Usage = _Usage()
-
-
-class ErrorEvent(ErrorResponse):
-    """Why the stream ends without an image."""
-
-    type: Literal["error"] = "error"
-
-
-StreamEvent = PartialImageEvent | ProgressEvent | CompletedEvent | ErrorEvent

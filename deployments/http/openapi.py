@@ -13,7 +13,8 @@ from distriray import __version__
 from distriray.requests import MULTIPLE_OF
 
 from .errors import ErrorResponse
-from .images import CompletedEvent, ErrorEvent, ImageRequest, ImagesResponse, PartialImageEvent, ProgressEvent
+from .images import ImageRequest
+from .responses import CompletedEvent, ErrorEvent, ImagesResponse, PartialImageEvent, ProgressEvent
 from .service import ModelCard, Service
 
 _EVENTS: tuple[type[BaseModel], ...] = (PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent)
