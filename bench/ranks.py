@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from distriray.collective import connect
+from distriray.gang.config import backend_of
 
 # A server that has imported the heavy packages forks each rank: fresh processes without seconds of import.
 _context = get_context("forkserver")
@@ -137,11 +138,18 @@ def run_processes(
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 3600.0
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    device: str = "cpu",
+    timeout_s: float = 3600.0,
 ) -> list[Any]:
-    """`run_processes` of `function(communicator, *arguments)`, with a communicator that joins the ranks."""
+    """`run_processes` of `function(communicator, *arguments)`, with a communicator that joins the ranks.
+
+    On the device `cuda` rank i has GPU i.
+    """
     address = free_address()
-    return run_processes(world_size, _joined, address, function, arguments, timeout_s=timeout_s)
+    return run_processes(world_size, _joined, address, device, function, arguments, timeout_s=timeout_s)
 
 
 def free_address() -> str:
@@ -152,10 +160,24 @@ def free_address() -> str:
 
 
 def _joined(
-    rank: int, world_size: int, address: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    address: str,
+    device: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> Any:
-    backend: Any = "gloo" if world_size > 1 else "local"
-    communicator = connect(backend, rank=rank, world_size=world_size, address=address, timeout_s=120)
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    communicator = connect(
+        backend_of(place.type, world_size),
+        rank=rank,
+        world_size=world_size,
+        address=address,
+        timeout_s=120,
+        device=place,
+    )
     return function(communicator, *arguments)
 
 
