@@ -14,6 +14,8 @@ class Directed(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        if pending_request:  # else Serve asks again at once, and goes on asking, while no replica accepts
+            pending_request.routing_context.should_backoff = True
         target = pending_request.args[0] if pending_request and pending_request.args else None
         chosen = [replica for replica in candidate_replicas if replica.replica_id.unique_id == target]
         return [chosen or candidate_replicas]
