@@ -136,6 +136,7 @@ class Front:
         """Hosts, gangs, queues and predicted waits, as they are now."""
         pools = {}
         for link in self._links:
+            await link.refresh()
             hosts = dict(await link.everyone("status"))
             wait = wait_s(list(link.state.hosts.values()), time.monotonic())
             pools[link.config.name] = PoolReport(
@@ -151,7 +152,9 @@ class Front:
             NotEnoughDevices: no host is up.
         """
         for name in self._config.models:
-            links = [link for link in self._links if link.config.model.name == name]
+            links = self._links_of(name)
+            for link in links:
+                await link.refresh()
             answers = [answer for link in links for answer in await link.everyone("ping")]
             if any(answers) or any(link.config.min_hosts == 0 and not link.state.hosts for link in links):
                 continue
@@ -187,7 +190,7 @@ class Front:
             if not chosen[1].meets:
                 could_s = chosen[1].finish_s - now
                 raise DeadlineUnmet(
-                    f"deadline_s {trip.request.deadline_s:g} cannot be met; {could_s:.1f} could be now",
+                    f"deadline_s {trip.request.deadline_s:g} cannot be met; {could_s:.1f} could be met now",
                     could_s,
                 )
             link.state.send(chosen[1], view, now)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -19,6 +20,7 @@ from .config import PoolConfig
 from .state import HostReport, PoolState
 
 ANSWER_S = 5.0  # a host that says nothing for so long is left to Serve's health check
+ONE_ANSWER_S = 1.0
 PATIENCE_S = 0.2  # a request does not wait longer than this for news of hosts that are known already
 
 
@@ -53,25 +55,30 @@ class PoolLink:
 
     async def _ask(self) -> None:
         self._asked_s = asked_s = time.monotonic()
-        try:
-            answers = await self._handle.broadcast("report", None).results_async(
-                timeout_s=ANSWER_S, return_exceptions=True
-            )
-        except DeploymentUnavailableError:
-            answers = []
-        except TimeoutError:  # one is silent, and the others' answers are lost with it
-            answers = await self._each("report")
+        answers = await self.everyone("report")
         self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
 
     async def everyone(self, method: str, *args: Any) -> list[Any]:
         """The answers of all hosts that Serve would send a request to and that answer."""
-        await self.refresh()
-        return [answer for answer in await self._each(method, *args) if not isinstance(answer, BaseException)]
+        try:
+            answers = await self._handle.broadcast(method, None, *args).results_async(
+                timeout_s=ANSWER_S, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            return []
+        except TimeoutError:  # one is silent, and the others' answers are lost with it
+            return await self._each(method, *args)
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _each(self, method: str, *args: Any) -> list[Any]:
-        call = getattr(self._handle, method)
-        answers = [asyncio.wait_for(call.remote(host, *args), ANSWER_S) for host in self.state.hosts]
-        return await asyncio.gather(*answers, return_exceptions=True)
+        """Of the hosts that are known, one after the other: Serve takes calls to one deployment that are made
+        at once on behalf of one request for the same call."""
+        answers = []
+        for host in list(self.state.hosts):
+            call = getattr(self._handle, method).remote(host, *args)
+            with suppress(TimeoutError, RayError):
+                answers.append(await asyncio.wait_for(call, ONE_ANSWER_S))
+        return answers
 
     async def generate(self, host: str | None, request: GenerationRequest) -> GenerationResult:
         """Let `host` make the images, or any host where it is None. Cancelling cancels the request.

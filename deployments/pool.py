@@ -50,7 +50,7 @@ class Pool:
             async for event in events:
                 yield event
 
-    async def cancel(self, target: str, request_id: str) -> bool:
+    async def cancel(self, target: str | None, request_id: str) -> bool:
         """Stop a request after the step it is in; whether there was one."""
         return await self._host.cancel(request_id)
 
@@ -60,11 +60,11 @@ class Pool:
         state = publish(self._name, view, host.latency, host.config.max_queue)
         return HostReport(shifted(state, -view.now_s), host.latency, host.facts, host.config)
 
-    async def status(self, target: str) -> tuple[str, HostStatus]:
+    async def status(self, target: str | None) -> tuple[str, HostStatus]:
         """The host's name and what it is doing."""
         return self._name, self._host.status()
 
-    async def ping(self, target: str) -> int:
+    async def ping(self, target: str | None) -> int:
         """How many workers answer."""
         return await self._host.ping(timeout_s=ANSWER_S / 2)
 

@@ -45,7 +45,6 @@ class FakeHandle:
         self.silent: set[str] = set()
         self.workers = 1
         self.report = SimpleNamespace(remote=self._tell)
-        self.ping = SimpleNamespace(remote=self._ping)
         self.deeds: list[Deed] = []
         self.calls: list[tuple[str | None, GenerationRequest]] = []
         self.generate = SimpleNamespace(remote=self._generate)
@@ -55,12 +54,10 @@ class FakeHandle:
         return self
 
     def broadcast(self, method: str, *args: Any) -> Any:
-        assert method == "report"
-
         async def results_async(**_: Any) -> list[Any]:
             if self.silent:
                 raise TimeoutError
-            return [self._report(host) for host in self.hosts]
+            return [self._report(host) if method == "report" else self.workers for host in self.hosts]
 
         return SimpleNamespace(results_async=results_async)
 
@@ -72,9 +69,6 @@ class FakeHandle:
         if host in self.silent:
             raise TimeoutError
         return self._report(host)
-
-    async def _ping(self, host: str) -> int:
-        return self.workers
 
     def _do(self, host: str | None, request: GenerationRequest) -> Any:
         self.calls.append((host, request))
