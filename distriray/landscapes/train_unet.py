@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=6, help="pictures of 256x256 a step; fewer of the larger ones"
     )
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 
