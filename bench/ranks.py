@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distriray.collective import connect
+from distriray.collective import Communicator, connect
 from distriray.gang.config import backend_of
 
 # A server that has imported the heavy packages forks each rank: fresh processes without seconds of import.
@@ -150,6 +150,15 @@ def run_ranks(
     """
     address = free_address()
     return run_processes(world_size, _joined, address, device, function, arguments, timeout_s=timeout_s)
+
+
+def barrier(communicator: Communicator) -> None:
+    """Return once every rank has come here; waiting costs no CPU."""
+    others = [rank for rank in range(communicator.world_size) if rank != communicator.rank]
+    token = torch.zeros(1, device=communicator.device)
+    communicator.exchange(dict.fromkeys(others, token), {r: torch.empty_like(token) for r in others}).wait()
+    if communicator.device.type == "cuda":
+        torch.cuda.synchronize(communicator.device)
 
 
 def free_address() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.ranks import run_ranks
+from bench.ranks import barrier, run_ranks
 from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, parallelize
 from distriray.collective import Communicator, connect
@@ -142,13 +142,13 @@ def measure(communicator: Communicator, compared: list[Way], arguments: argparse
         taken = {}
         for size in arguments.sizes:
             for way in compared:
-                _barrier(communicator)
+                barrier(communicator)
                 if communicator.rank < max(way.ranks, 1):
                     if way.ranks:
                         taken[size, way.name] = _by_gang(pipeline, communicator, way, size, steps)
                     else:
                         taken[size, way.name] = _alone(untouched, way.threads, size, steps)
-        _barrier(communicator)
+        barrier(communicator)
         rounds.append(taken)
     return rounds[1:]
 
@@ -223,13 +223,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _barrier(communicator: Communicator) -> None:
-    others = [rank for rank in range(communicator.world_size) if rank != communicator.rank]
-    token = torch.zeros(1, device=communicator.device)
-    communicator.exchange(dict.fromkeys(others, token), {r: torch.empty_like(token) for r in others}).wait()
-    _now(communicator.device)
 
 
 if __name__ == "__main__":

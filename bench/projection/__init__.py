@@ -1,0 +1,1 @@
+"""What N devices would do, from what one can tell."""

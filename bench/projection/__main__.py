@@ -1,0 +1,260 @@
+"""What N devices would do, from what one can tell: `python -m bench.projection`.
+
+One rank's share of a denoising step is measured by itself, its peers' buffers filled, for gangs of 1, 2, 4
+and 8, with the guidance branches split between the halves of the gang and without. The bytes it sends to each
+peer and the moments at which it sends and waits are noted, and replayed against a model of the link: what is
+not there when a rank waits for it is exposed. A column named projected is not a measurement. Not modelled:
+communication kernels that take a part of the device, peers that are late, and memory that devices share.
+
+On a GPU this takes the U-Net of SDXL with random weights, in float16:
+
+    python -m bench.projection --device cuda
+
+On a CPU it takes the built-in model, and checks itself: two ranks are measured for real, too. There each
+share is measured while another core computes another rank's, since two busy cores slow each other down, and
+the link is this machine's loopback as measured, whose bytes the cores themselves move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench.projection.links import Link, parse_link
+from bench.projection.share import SDXL, Share, measure_gang, measure_share, random_unet
+from bench.ranks import barrier, run_ranks
+from bench.report import Report
+from distriray.collective import Communicator
+from distriray.landscapes import MODEL_DIR
+
+LINKS = ("nvlink4:10:360", "pcie5:20:50", "pcie4:20:25")
+SIZES = {"cpu": [256, 512, 768], "cuda": [1024, 2048, 3840]}
+PAPER = {("sdxl", 3840, 2): "1.8x", ("sdxl", 3840, 4): "3.4x", ("sdxl", 3840, 8): "6.1x"}
+COLUMNS = (
+    "size",
+    "guidance",
+    "ranks",
+    "link",
+    "its latency, us",
+    "its GB/s",
+    "projected faster, a step",
+    "projected faster, an image",
+    "paper, A100s, an image",
+    "share of a step, s",
+    "projected exposed, s",
+    "projected step, s",
+    "sent a step, MiB",
+    "most to one peer, MiB",
+    "least to one peer, MiB",
+    "measured step, s",
+    "projected of measured",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A gang that is projected."""
+
+    size: int
+    ranks: int
+    split: bool
+
+
+@dataclass
+class Round:
+    """What one process found in one turn of all cases."""
+
+    shares: dict[Case, Share] = field(default_factory=dict)
+    measured: dict[Case, float] = field(default_factory=dict)
+    loopback: Link | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--model",
+        choices=("landscapes", "sdxl"),
+        help="the U-Net; default landscapes on a CPU, sdxl (with random weights) on a GPU",
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels of a side")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--links",
+        type=parse_link,
+        nargs="+",
+        metavar="NAME:US:GB/S",
+        default=[parse_link(link) for link in LINKS],
+        help=f"latency of a group of messages and bandwidth of a device in one direction; {' '.join(LINKS)} "
+        "(80 %% of what NVLink 4 and PCIe 5 and 4 with 16 lanes carry by name); CPUs: the loopback, measured",
+    )
+    parser.add_argument("--steps", type=int, default=5, help="displaced steps that count, a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--image-steps", type=int, default=50)
+    parser.add_argument("--warmup-steps", type=int, default=4, help="of an image, synchronous")
+    parser.add_argument("--json", help="also write the table to this file")
+    arguments = parser.parse_args()
+    arguments.model = arguments.model or {"cpu": "landscapes", "cuda": "sdxl"}[arguments.device]
+    arguments.dtype = arguments.dtype or {"cpu": "float32", "cuda": "float16"}[arguments.device]
+    arguments.sizes = arguments.sizes or SIZES[arguments.device]
+    arguments.ranks = sorted({1, *arguments.ranks})
+
+    processes = min(2, os.cpu_count() or 1) if arguments.device == "cpu" else 1
+    found = run_ranks(processes, measure, arguments, device=arguments.device)
+    rounds = [slowest(taken) for taken in zip(*found, strict=True)]
+    settings = {**vars(arguments), "links": [link.name for link in links_of(rounds, arguments)]}
+    report = Report(
+        f"bench.projection: {arguments.model} in {arguments.dtype} on {device_name(arguments.device)}, one "
+        f"step with guidance, and an image of {arguments.image_steps} steps",
+        COLUMNS,
+        seed=0,
+        settings=settings,
+    )
+    tabulate(report, rounds, arguments)
+    report.publish(arguments.json)
+
+
+def cases(sizes: list[int], ranks: list[int]) -> list[Case]:
+    """Every gang, with guidance split where it can be."""
+    return [
+        Case(size, count, split)
+        for size in sizes
+        for count in ranks
+        for split in (True, False)
+        if count % 2 == 0 or not split
+    ]
+
+
+def places(ranks: int) -> list[int]:
+    """The ranks whose shares are measured: an outer one, and one with a neighbour on each side."""
+    return sorted({0, ranks // 2})
+
+
+def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[Round]:
+    """All cases in turn, round by round. Processes measure different ranks of a gang at the same time."""
+    device, dtype = communicator.device, getattr(torch, arguments.dtype)
+    if arguments.model == "sdxl":
+        unet = random_unet(SDXL, device, dtype)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet").to(device, dtype).eval()
+    rounds = []
+    for _ in range(arguments.rounds):
+        taken = Round()
+        if communicator.world_size > 1:
+            taken.loopback = measure_loopback(communicator)
+        for case in cases(arguments.sizes, arguments.ranks):
+            barrier(communicator)
+            own = places(case.ranks)[communicator.rank :: communicator.world_size]
+            shares = [
+                measure_share(unet, rank, case.ranks, case.size, arguments.steps, cfg_parallel=case.split)
+                for rank in own
+            ]
+            if shares:
+                taken.shares[case] = max(shares, key=lambda share: share.seconds)
+            if communicator.world_size == case.ranks > 1:
+                barrier(communicator)
+                taken.measured[case] = measure_gang(
+                    unet, communicator, case.size, arguments.steps, cfg_parallel=case.split
+                )
+        barrier(communicator)
+        rounds.append(taken)
+    return rounds
+
+
+def measure_loopback(communicator: Communicator, nbytes: int = 2**22) -> Link:
+    """What the processes of this machine have between them: each pair swaps one byte, then `nbytes`."""
+    others = [peer for peer in range(communicator.world_size) if peer != communicator.rank]
+    seconds = {}
+    for size in (1, nbytes):
+        out, into = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+        times = []
+        for _ in range(30):
+            started = time.perf_counter()
+            communicator.exchange(dict.fromkeys(others, out), dict.fromkeys(others, into)).wait()
+            times.append(time.perf_counter() - started)
+        seconds[size] = median(times)
+    transfer_s = max(seconds[nbytes] - seconds[1], 1e-9)
+    return Link("loopback", seconds[1], len(others) * nbytes / transfer_s, hides=False)
+
+
+def slowest(taken: tuple[Round, ...]) -> Round:
+    """One round of all processes as one: a gang is as slow as its slowest rank."""
+    shares = {
+        case: max((r.shares[case] for r in taken if case in r.shares), key=lambda share: share.seconds)
+        for case in taken[0].shares
+    }
+    measured = {case: max(r.measured[case] for r in taken) for case in taken[0].measured}
+    return Round(shares, measured, taken[0].loopback)
+
+
+def links_of(rounds: list[Round], arguments: argparse.Namespace) -> list[Link]:
+    """The links to project for: on CPUs the loopback, median over the rounds."""
+    measured = [taken.loopback for taken in rounds if taken.loopback]
+    if not measured:
+        return list(arguments.links)
+    return [
+        Link(
+            "loopback",
+            median(link.latency_s for link in measured),
+            median(link.bytes_per_s for link in measured),
+            hides=False,
+        )
+    ]
+
+
+def tabulate(report: Report, rounds: list[Round], arguments: argparse.Namespace) -> None:
+    """One row for each case and link; ratios are medians of the rounds' ratios."""
+
+    def image(share: Share, link: Link) -> float:
+        return share.image(link, arguments.image_steps, arguments.warmup_steps)
+
+    for case in cases(arguments.sizes, arguments.ranks):
+        alone = Case(case.size, 1, False)
+        pairs = [(taken.shares[alone], taken.shares[case]) for taken in rounds]
+        sent = pairs[0][1].displaced[-1].sent or {0: 0}
+        for link in links_of(rounds, arguments):
+            measured = [taken.measured[case] for taken in rounds if case in taken.measured]
+            of_measured = [
+                taken.shares[case].step(link) / taken.measured[case]
+                for taken in rounds
+                if case in taken.measured
+            ]
+            report.add(
+                f"{case.size}x{case.size}",
+                "split" if case.split else "together",
+                str(case.ranks),
+                link.name if case.ranks > 1 else "-",
+                f"{1e6 * link.latency_s:.0f}" if case.ranks > 1 else "-",
+                f"{link.bytes_per_s / 1e9:.2f}" if case.ranks > 1 else "-",
+                f"{median(one.seconds / share.step(link) for one, share in pairs):.2f}x",
+                f"{median(image(one, link) / image(share, link) for one, share in pairs):.2f}x",
+                PAPER.get((arguments.model, case.size, case.ranks), "-"),
+                f"{median(share.seconds for _, share in pairs):.4f}",
+                f"{median(share.exposed(link) for _, share in pairs):.4f}",
+                f"{median(share.step(link) for _, share in pairs):.4f}",
+                f"{sum(sent.values()) / 2**20:.2f}",
+                f"{max(sent.values()) / 2**20:.2f}",
+                f"{min(sent.values()) / 2**20:.2f}",
+                f"{median(measured):.4f}" if measured else "-",
+                f"{median(of_measured):.3f}x" if measured else "-",
+            )
+            if case.ranks == 1:
+                break
+
+
+def device_name(device: str) -> str:
+    """As people call it."""
+    return str(torch.cuda.get_device_name()) if device == "cuda" else "a CPU core a rank"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""One rank of a gang whose other ranks are not there."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from distriray.collective.messages import as_messages
+from distriray.collective.subgroup import Subgroup
+
+
+@dataclass
+class Moment:
+    """Something that a rank does within a step: it starts a transfer, or waits for one.
+
+    Attributes:
+        transfer: number of the transfer, counted over all steps.
+        at_s: seconds since the step began.
+        sent: bytes that leave in it, by peer; empty for a wait.
+    """
+
+    kind: Literal["launch", "wait"]
+    transfer: int
+    at_s: float
+    sent: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one rank, with peers that answer at once."""
+
+    seconds: float
+    moments: list[Moment]
+
+    @property
+    def sent(self) -> dict[int, int]:
+        """Bytes by peer."""
+        total: Counter[int] = Counter()
+        for moment in self.moments:
+            total.update(moment.sent)
+        return dict(total)
+
+
+class Clock:
+    """Points in the work of a device: of a GPU's current stream, or of the processor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, first: Any, then: Any) -> float:
+        """Between two marks; on a GPU both must be over."""
+        return then - first if self._device.type != "cuda" else first.elapsed_time(then) / 1000
+
+    def finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class AbsentPeers:
+    """Rank `rank` of `world_size`; whatever it receives is there at once.
+
+    While `fills`, a peer sends what this rank sends (with nothing like it at hand, zeros): values of the
+    right size, so that no later arithmetic meets garbage. Afterwards what was received stays as it is, as if
+    the peers' activations did not change, and a transfer costs the rank no time: that is for a model of the
+    link to add. Every transfer is noted, with its bytes and its time within the step.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.bytes_sent = 0
+        self.broken = False
+        self.fills = True
+        self.clock = Clock(device)
+        self._transfers = 0
+        self._began: Any = None
+        self._marks: list[tuple[Moment, Any]] = []
+
+    def begin_step(self) -> None:
+        self.clock.finish()
+        self._marks = []
+        self._began = self.clock.mark()
+
+    def end_step(self) -> Step:
+        ended = self.clock.mark()
+        self.clock.finish()
+        for moment, mark in self._marks:
+            moment.at_s = self.clock.seconds(self._began, mark)
+        return Step(self.clock.seconds(self._began, ended), [moment for moment, _ in self._marks])
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> AbsentWork:
+        sent = {
+            peer: flat.nbytes for peer, flat in as_messages(sends, self.rank, self.world_size, self.device)
+        }
+        as_messages(receives, self.rank, self.world_size, self.device)
+        if self.fills:
+            for tensor in receives.values():
+                _fill(tensor, list(sends.values()))
+        self.bytes_sent += sum(sent.values())
+        self._transfers += 1
+        self.note(Moment("launch", self._transfers, 0.0, sent))
+        return AbsentWork(self, self._transfers)
+
+    def note(self, moment: Moment) -> None:
+        self._marks.append((moment, self.clock.mark()))
+
+    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
+        return Subgroup(self, ranks)
+
+    def abort(self) -> None:
+        self.broken = True
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class AbsentWork:
+    """A transfer that was over before it began; that somebody waits for it is noted."""
+
+    owner: AbsentPeers
+    transfer: int
+
+    def wait(self) -> None:
+        self.owner.note(Moment("wait", self.transfer, 0.0))
+
+
+def _fill(tensor: torch.Tensor, sends: list[torch.Tensor]) -> None:
+    like = next((sent for sent in sends if sent.dtype == tensor.dtype and sent.numel()), None)
+    if like is not None and tensor.numel():
+        times = -(-tensor.numel() // like.numel())
+        tensor.copy_(like.flatten().repeat(times)[: tensor.numel()].view_as(tensor))
+    elif tensor.is_floating_point():
+        tensor.zero_()  # bytes without a counterpart are a random state, which stays the own one

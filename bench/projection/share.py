@@ -1,0 +1,126 @@
+"""The time of one rank's share of a step, measured without its peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils import _pytree as pytree
+
+from bench.exchange import unet_inputs
+from bench.projection.links import Link, exposed_s
+from bench.projection.peers import AbsentPeers, Step
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator
+from distriray.parallel import engine_of
+
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The U-Net of stabilityai/stable-diffusion-xl-base-1.0."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Steps of one rank: a synchronous one, then displaced ones."""
+
+    synchronous: Step
+    displaced: list[Step]
+
+    @property
+    def seconds(self) -> float:
+        """Of a displaced step's arithmetic, the first one left out."""
+        return median(step.seconds for step in self.displaced[1:])
+
+    def exposed(self, link: Link) -> float:
+        """Seconds that `link` adds to a displaced step, beyond what is hidden."""
+        return median(exposed_s(self.displaced, link)[1:])
+
+    def step(self, link: Link) -> float:
+        """Seconds of a displaced step."""
+        return self.seconds + self.exposed(link)
+
+    def image(self, link: Link, steps: int, warmup_steps: int) -> float:
+        """Seconds of an image: a synchronous step waits for every one of its many transfers."""
+        warm = min(warmup_steps, steps)
+        waiting = sum(link.seconds(m.sent) for m in self.synchronous.moments if m.kind == "launch")
+        return warm * (self.seconds + waiting) + (steps - warm) * self.step(link)
+
+
+def random_unet(
+    config: dict[str, Any], device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> UNet2DConditionModel:
+    """A U-Net of `config` with seeded random weights, made on the device itself."""
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            unet = UNet2DConditionModel(**config)
+    finally:
+        torch.set_default_dtype(default)
+    return unet.eval().requires_grad_(False)
+
+
+def measure_share(
+    unet: UNet2DConditionModel, rank: int, world_size: int, size: int, steps: int, *, cfg_parallel: bool
+) -> Share:
+    """What rank `rank` of `world_size` does in a guided step at `size` pixels, its peers' buffers filled.
+
+    Args:
+        steps: displaced steps that count; one more goes before them.
+        cfg_parallel: the halves of the gang have one guidance branch each.
+    """
+    peers = AbsentPeers(rank, world_size, unet.device)
+    config = ParallelConfig(warmup_steps=1, cfg_parallel=cfg_parallel)
+    parallelize(unet, peers, config)
+    taken = _steps(unet, peers, size, steps + 2)
+    return Share(taken[0], taken[1:])
+
+
+def measure_gang(
+    unet: UNet2DConditionModel, communicator: Communicator, size: int, steps: int, *, cfg_parallel: bool
+) -> float:
+    """Median seconds of a displaced step of a gang that is there."""
+    parallelize(unet, communicator, ParallelConfig(warmup_steps=1, cfg_parallel=cfg_parallel))
+    engine = engine_of(unet)
+    assert engine is not None
+    inputs, seconds = _inputs(unet, size), []
+    for step in range(steps + 2):
+        unet(timestep=900 - step, **inputs)
+        seconds.append(engine.statistics.seconds)
+    return median(seconds[2:])
+
+
+def _steps(unet: UNet2DConditionModel, peers: AbsentPeers, size: int, count: int) -> list[Step]:
+    inputs = _inputs(unet, size)
+    taken = []
+    for step in range(count):
+        peers.fills = step == 0
+        peers.begin_step()
+        unet(timestep=900 - step, **inputs)
+        taken.append(peers.end_step())
+    return taken
+
+
+def _inputs(unet: UNet2DConditionModel, size: int) -> dict[str, Any]:
+    def place(leaf: Any) -> Any:
+        return leaf.to(unet.device, unet.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+    return dict(pytree.tree_map(place, unet_inputs(unet, size)))

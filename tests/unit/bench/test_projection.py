@@ -1,0 +1,147 @@
+"""A rank without peers does and sends what it does in a gang, and links are replayed as they are stated."""
+
+import argparse
+
+import pytest
+import torch
+
+from bench.exchange import unet_inputs
+from bench.lockstep import run_in_lockstep
+from bench.projection.__main__ import COLUMNS, Round, cases, measure, places, slowest, tabulate
+from bench.projection.links import Link, exposed_s, parse_link
+from bench.projection.peers import Moment, Step
+from bench.projection.share import Share, measure_share, random_unet
+from bench.report import Report
+from distriray import ParallelConfig, parallelize
+from distriray.collective import connect
+from distriray.parallel import engine_of
+from tests.models import tiny_sdxl_unet
+
+SIZE = 256
+FAST = Link("fast", 0.0, 1e15)
+
+
+def step(*moments, seconds=1.0):
+    return Step(seconds, list(moments))
+
+
+def launch(transfer, at_s, nbytes):
+    return Moment("launch", transfer, at_s, {1: nbytes})
+
+
+def wait(transfer, at_s):
+    return Moment("wait", transfer, at_s)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_alone_sends_what_it_sends_in_a_gang(ranks, split):
+    def displaced(communicator):
+        unet = tiny_sdxl_unet()
+        parallelize(unet, communicator, ParallelConfig(warmup_steps=1, cfg_parallel=split))
+        inputs = unet_inputs(unet, SIZE)
+        for at in range(3):
+            unet(timestep=900 - at, **inputs)
+        return engine_of(unet).statistics.bytes_sent
+
+    sent = run_in_lockstep(ranks, displaced)
+    for rank in places(ranks):
+        share = measure_share(tiny_sdxl_unet(), rank, ranks, SIZE, 1, cfg_parallel=split)
+        assert sum(share.displaced[-1].sent.values()) == sent[rank]
+
+
+def test_a_rank_alone_computes_with_values_and_no_garbage():
+    outputs = []
+    unet = tiny_sdxl_unet()
+    unet.conv_out.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    measure_share(unet, 1, 4, SIZE, 2, cfg_parallel=False)
+    assert len(outputs) == 4
+    assert all(output.isfinite().all() and output.abs().max() < 1e3 for output in outputs)
+
+
+def test_neighbours_are_sent_halos_too_and_the_one_below_those_of_the_downsamplings():
+    share = measure_share(tiny_sdxl_unet(), 2, 4, SIZE, 1, cfg_parallel=False)
+    sent = share.displaced[-1].sent
+    assert sent.keys() == {0, 1, 3}
+    assert sent[3] > sent[1] > sent[0] > 0
+
+
+def test_with_split_guidance_two_ranks_swap_only_the_noise():
+    sent = measure_share(tiny_sdxl_unet(), 0, 2, SIZE, 1, cfg_parallel=True).displaced[-1].sent
+    noise = 4 * (SIZE // 8) ** 2 * 4
+    assert noise <= sent[1] <= noise + 64
+
+
+def test_a_transfer_that_ends_before_it_is_awaited_costs_nothing():
+    steps = [step(launch(1, 0.5, 1000)), step(wait(1, 0.4))]
+    assert exposed_s(steps, Link("l", 0.1, 1e4)) == [0.0, 0.0]
+
+
+def test_a_transfer_that_is_awaited_too_early_costs_the_rest():
+    steps = [step(launch(1, 0.5, 1000)), step(wait(1, 0.4))]
+    assert exposed_s(steps, Link("l", 0.0, 1e3)) == pytest.approx([0.0, 0.1])
+
+
+def test_transfers_queue_for_the_link():
+    steps = [step(launch(1, 0.0, 1000), launch(2, 0.0, 1000), wait(2, 1.0))]
+    assert exposed_s(steps, Link("l", 0.0, 1e3)) == pytest.approx([1.0])
+
+
+def test_what_waits_later_profits_from_an_earlier_delay():
+    steps = [step(launch(1, 0.0, 1000), launch(2, 0.0, 1000), wait(1, 0.5), wait(2, 1.0))]
+    assert exposed_s(steps, Link("l", 0.0, 1e3)) == pytest.approx([1.0])
+
+
+def test_bytes_that_the_processor_moves_are_never_hidden():
+    steps = [step(launch(1, 0.0, 1000)), step(wait(1, 0.9))]
+    assert exposed_s(steps, Link("l", 0.5, 1e4, hides=False)) == pytest.approx([0.6, 0.0])
+
+
+def test_synchronous_steps_of_an_image_wait_for_every_transfer():
+    share = Share(step(launch(1, 0.0, 100), launch(2, 0.5, 100)), [step(), step()])
+    link = Link("l", 0.5, 1e3)
+    assert share.image(link, 10, 4) == pytest.approx(4 * (1.0 + 2 * 0.6) + 6 * 1.0)
+
+
+def test_links_are_stated_with_latency_and_bandwidth():
+    assert parse_link("pcie4:20:25") == Link("pcie4", 20e-6, 25e9)
+
+
+@pytest.mark.parametrize("text", ["pcie4", "pcie4:20", "pcie4:fast:25", "pcie4:20:0", "pcie4:-1:25"])
+def test_what_is_no_link_is_refused(text):
+    with pytest.raises(ValueError, match=text):
+        parse_link(text)
+
+
+def test_random_weights_have_the_dtype_and_follow_the_seed():
+    config = dict(tiny_sdxl_unet().config)
+    one, same, other = (random_unet(config, torch.device("cpu"), torch.bfloat16, seed) for seed in (0, 0, 1))
+    assert one.dtype == torch.bfloat16 and torch.get_default_dtype() == torch.float32
+    assert torch.equal(one.conv_in.weight, same.conv_in.weight)
+    assert not torch.equal(one.conv_in.weight, other.conv_in.weight)
+
+
+def test_a_gang_is_as_slow_as_its_slowest_rank():
+    case = cases([SIZE], [1])[0]
+    quick, slow = (Share(step(), [step(), step(seconds=s)]) for s in (1.0, 2.0))
+    assert slowest((Round({case: quick}, {case: 1.0}), Round({case: slow}, {case: 3.0}))) == Round(
+        {case: slow}, {case: 3.0}
+    )
+
+
+def test_one_device_tells_all_gangs_and_every_number_of_theirs_is_called_projected(monkeypatch):
+    monkeypatch.setattr("bench.projection.__main__.SDXL", dict(tiny_sdxl_unet().config))
+    links = [FAST, Link("slow", 1e-3, 1e6)]
+    arguments = argparse.Namespace(
+        model="sdxl", dtype="float32", sizes=[SIZE], ranks=[1, 2, 4, 8], rounds=1, steps=2, links=links
+    )
+    arguments.image_steps, arguments.warmup_steps = 50, 4
+    rounds = measure(connect("local"), arguments)
+    report = Report("t", COLUMNS, seed=0, settings={})
+    tabulate(report, rounds, arguments)
+    assert len(report.rows) == 1 + 2 * 2 * 3
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in report.rows]
+    assert {row["measured step, s"] for row in rows} == {"-"}
+    for fast, slow in zip(rows[1::2], rows[2::2], strict=True):
+        assert float(fast["projected exposed, s"]) < float(slow["projected exposed, s"])
+        assert float(fast["projected step, s"]) < float(slow["projected step, s"])
