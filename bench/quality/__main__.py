@@ -128,7 +128,8 @@ def choose(arguments: argparse.Namespace) -> list[Section]:
     """The sections asked for."""
     if arguments.quick:
         return quick(arguments.count)
-    every = sections(arguments.count, max(SHOWN, arguments.count * 2 // 5), max(1, arguments.count // 10))
+    full = arguments.count
+    every = sections(full, min(full, max(SHOWN, full * 2 // 5)), max(1, full // 10))
     known = list(dict.fromkeys(section.title for section in every))
     unknown = [title for title in arguments.rows or () if title not in known]
     if unknown:
