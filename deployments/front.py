@@ -24,9 +24,9 @@ from distriray.gang.admission import admit
 from distriray.gang.events import Event, Preview, Queued, Step
 from distriray.requests import GenerationRequest, GenerationResult
 from distriray.routing.policy import RequestView
+from distriray.service import Fleet, ModelCard, PoolReport
 
 from .config import AppConfig
-from .http.service import Fleet, ModelCard, PoolReport
 from .link import PoolLink
 from .models import size_of
 from .state import choose, wait_s
@@ -70,7 +70,7 @@ class Trip:
 
 
 class Front:
-    """What `deployments.http.service.Service` asks for, over any number of pools."""
+    """What `distriray.service.Service` asks for, over any number of pools."""
 
     def __init__(self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random) -> None:
         self._config, self._draw = config, draw

@@ -12,11 +12,11 @@ from ray.serve.handle import DeploymentHandle
 
 from distriray.gang.events import Event
 from distriray.requests import GenerationRequest, GenerationResult
+from distriray.service import Fleet, ModelCard
 
 from .config import AppConfig
 from .front import Front
 from .http import build_http
-from .http.service import Fleet, ModelCard
 
 
 @serve.ingress()

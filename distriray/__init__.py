@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .client import AsyncClient as AsyncClient
     from .client import Client as Client
     from .config import ParallelConfig as ParallelConfig
     from .config import Prediction as Prediction
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .denoise import DenoiseState as DenoiseState
     from .gang import Host as Host
     from .gang import HostConfig as HostConfig
+    from .handle import HandleClient as HandleClient
     from .parallel import parallelize as parallelize
     from .requests import GenerationRequest as GenerationRequest
     from .requests import GenerationResult as GenerationResult
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncClient": "client",
     "Client": "client",
     "DenoiseState": "denoise",
     "Denoiser": "denoise",
     "GenerationRequest": "requests",
     "GenerationResult": "requests",
+    "HandleClient": "handle",
     "Host": "gang",
     "HostConfig": "gang",
     "Limits": "requests",

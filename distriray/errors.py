@@ -28,6 +28,10 @@ class NotEnoughDevices(DistrirayError, RuntimeError):
     """The machine or cluster has fewer devices than were asked for."""
 
 
+class NotAllowed(DistrirayError, PermissionError):
+    """The service wants a key, or another one."""
+
+
 class QueueFull(DistrirayError, RuntimeError):
     """The queue is at its bound; `retry_after_s` is the predicted wait in seconds."""
 

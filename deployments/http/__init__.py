@@ -2,7 +2,3 @@
 
 from .app import build_http as build_http
 from .config import HttpConfig as HttpConfig
-from .service import Fleet as Fleet
-from .service import ModelCard as ModelCard
-from .service import PoolReport as PoolReport
-from .service import Service as Service

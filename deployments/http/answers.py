@@ -18,6 +18,7 @@ from .responses import (
     ImagesResponse,
     PartialImageEvent,
     ProgressEvent,
+    ProgressState,
     StreamEvent,
 )
 
@@ -45,6 +46,7 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
             width, height = event.image.size
             return _frame(
                 PartialImageEvent(
+                    id=event.request_id,
                     partial_image_index=event.index,
                     b64_json=encode(event.image, asked.format, asked.compression),
                     created_at=_now(),
@@ -66,17 +68,23 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
             return b""
         case Queued():
             wait = event.predicted_wait_s
-            return _progress(state="queued", position=event.position, predicted_wait_s=wait)
+            return _progress(event, "queued", position=event.position, predicted_wait_s=wait)
         case Started():
-            return _progress(state="started", gang_size=len(event.workers), step=0)
+            return _progress(event, "started", gang_size=len(event.workers), workers=event.workers, step=0)
         case Step():
             return _progress(
-                state="running", step=event.step, num_steps=event.num_steps, gang_size=event.gang_size
+                event,
+                "running",
+                step=event.step,
+                num_steps=event.num_steps,
+                gang_size=event.gang_size,
+                seconds=event.seconds,
             )
         case Regrouped():
-            return _progress(state="regrouped", gang_size=len(event.workers), step=event.step)
+            workers = event.workers
+            return _progress(event, "regrouped", gang_size=len(workers), workers=workers, step=event.step)
         case Repaired():
-            return _progress(state="repaired", step=event.step)
+            return _progress(event, "repaired", lost_workers=event.lost_workers, step=event.step)
 
 
 def error_frame(refusal: Refusal) -> bytes:
@@ -93,11 +101,12 @@ def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
         "gang_size": result.gang_size,
         "repairs": result.repairs,
         "timings": result.timings,
+        "segments": result.segments,
     }
 
 
-def _progress(**fields: Any) -> bytes:
-    return _frame(ProgressEvent(created_at=_now(), **fields))
+def _progress(event: Event, state: ProgressState, **fields: Any) -> bytes:
+    return _frame(ProgressEvent(id=event.request_id, state=state, created_at=_now(), **fields))
 
 
 def _frame(event: StreamEvent) -> bytes:

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from distriray.errors import DistrirayError
 from distriray.gang.events import Event
 from distriray.requests import Limits
+from distriray.service import Fleet, ModelCard, Service
 
 from .access import guard
 from .answers import error_frame, event_frame, images_response
@@ -25,7 +26,6 @@ from .errors import Refusal, answer_errors, refusal_of
 from .images import ImageRequest
 from .leaving import EventStream, unless_left
 from .openapi import describe_images, document, errors
-from .service import Fleet, ModelCard, Service
 
 T = TypeVar("T")
 

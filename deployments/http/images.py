@@ -8,10 +8,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 
 from distriray.errors import InvalidRequest
 from distriray.requests import GenerationRequest
+from distriray.service import ModelCard
 
 from .encode import FULL_QUALITY, OutputFormat
 from .errors import Refusal, refusal_of_fields
-from .service import ModelCard
 
 SchedulerName = Literal[
     "ddim",

@@ -11,11 +11,11 @@ from pydantic import BaseModel
 
 from distriray import __version__
 from distriray.requests import MULTIPLE_OF
+from distriray.service import ModelCard, Service
 
 from .errors import ErrorResponse
 from .images import ImageRequest
 from .responses import CompletedEvent, ErrorEvent, ImagesResponse, PartialImageEvent, ProgressEvent
-from .service import ModelCard, Service
 
 _EVENTS: tuple[type[BaseModel], ...] = (PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent)
 _BODIES: tuple[type[BaseModel], ...] = (ImageRequest, ImagesResponse, ErrorResponse, *_EVENTS)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from distriray.requests import Timings
+from distriray.requests import Segment, Timings
 
 from .encode import OutputFormat
 from .errors import ErrorResponse
@@ -29,6 +29,7 @@ class _Answer(BaseModel):
     gang_size: int
     repairs: int
     timings: Timings
+    segments: list[Segment]
 
 
 class ImagesResponse(_Answer):
@@ -55,6 +56,7 @@ class _Usage(BaseModel):
 class PartialImageEvent(BaseModel):
     """A small picture of the image after `step`; `size` is this picture's."""
 
+    id: str
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
     b64_json: str
@@ -66,22 +68,29 @@ class PartialImageEvent(BaseModel):
     step: int
 
 
+ProgressState = Literal["queued", "started", "running", "regrouped", "repaired"]
+
+
 class ProgressEvent(BaseModel):
     """What happens to the request; fields that do not belong to `state` are left out.
 
     `queued`: `position` requests ahead, `predicted_wait_s` seconds to wait. `started`, `regrouped`: a gang of
-    `gang_size` goes on from `step`. `repaired`: a worker was lost, another gang goes on from `step`.
-    `running`: `step` of `num_steps` are done.
+    `gang_size` `workers`, rank 0 first, goes on from `step`. `repaired`: `lost_workers` died, another gang
+    goes on from `step`. `running`: `step` of `num_steps` are done, `seconds` after the request was accepted.
     """
 
+    id: str
     type: Literal["image_generation.progress"] = "image_generation.progress"
     created_at: int
-    state: Literal["queued", "started", "running", "regrouped", "repaired"]
+    state: ProgressState
     position: int | None = None
     predicted_wait_s: float | None = None
     step: int | None = None
     num_steps: int | None = None
     gang_size: int | None = None
+    workers: tuple[int, ...] | None = None
+    lost_workers: tuple[int, ...] | None = None
+    seconds: float | None = None
 
 
 class CompletedEvent(_Answer):

@@ -31,7 +31,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`step` of `num_steps` are done; sparse: not every step need be heard of."""
+    """`step` of `num_steps` are done, `seconds` after it was accepted; sparse: not every step is told."""
 
     kind: ClassVar[str] = "step"
     request_id: str

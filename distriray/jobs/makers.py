@@ -41,11 +41,11 @@ def running_app(name: str, *, address: str | None) -> Iterator[list[Maker]]:
     import ray
     from ray.serve.exceptions import RayServeException
 
-    from ..client import Client
+    from ..handle import HandleClient
 
     joined = ray.is_initialized()
     try:
-        yield [Client.connect(name, address or "auto")]
+        yield [HandleClient.connect(name, address or "auto")]
     except RayServeException as error:
         raise ConnectionError(f"Serve application {name!r} cannot be used: {error}") from error
     finally:

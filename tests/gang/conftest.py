@@ -16,14 +16,14 @@ from tests.gang.policies import Changeable
 from tests.models import tiny_sdxl
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     tiny_sdxl().save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_host(tiny_model: Path) -> Iterator[BlockingHost]:
     config = HostConfig(
         model=ModelSpec(name=str(tiny_model)),

@@ -14,9 +14,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.http.service import PoolReport
-from distriray.client import Client
+from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
+from distriray.service import PoolReport
 from tests.models import tiny_sdxl
 
 APP = "distriray"
@@ -55,34 +55,25 @@ class Service:
             "router": {"min_replicas": 2, "max_replicas": 2},
         }
 
-    def deploy(self, **user_configs: dict[str, Any]) -> None:
-        """Apply the configuration, with these `user_config`s of pools."""
+    def deploy(self, *others: dict[str, Any], **user_configs: dict[str, Any]) -> None:
+        """Apply the configuration, with these `user_config`s of pools, and these other applications."""
         deployments = [{"name": name, "user_config": live} for name, live in user_configs.items()]
-        schema = {
-            "applications": [
-                {
-                    "name": APP,
-                    "route_prefix": "/",
-                    "import_path": "deployments.app:build_app",
-                    "args": self.args,
-                    "deployments": deployments,
-                }
-            ]
-        }
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(schema))
+        own = {"name": APP, "route_prefix": "/", "args": self.args, "deployments": deployments}
+        applications = [{"import_path": "deployments.app:build_app", **app} for app in (own, *others)]
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
 
     def running(self, deployment: str) -> int:
         """How many replicas of a deployment run."""
         states = serve.status().applications[APP].deployments[deployment].replica_states
         return int(states.get("RUNNING", 0))
 
-    def is_up(self) -> bool:
-        status = serve.status().applications[APP]
+    def is_up(self, application: str = APP) -> bool:
+        status = serve.status().applications[application]
         assert status.status != "DEPLOY_FAILED", status
         return bool(status.status == "RUNNING")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("models")
     tiny_sdxl().save_pretrained(folder / "pair")
@@ -106,9 +97,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture
-def client(service: Service) -> Iterator[Client]:
+def client(service: Service) -> Iterator[HandleClient]:
     """The service, which every test must leave idle."""
-    client = Client.connect(APP)
+    client = HandleClient.connect(APP)
     yield client
     until(lambda: all(idle(pool) for pool in client.fleet().pools.values()))
 

@@ -9,8 +9,8 @@ import pytest
 import ray
 from ray import serve
 
-from distriray.client import Client
 from distriray.errors import InvalidRequest
+from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 
 from .conftest import APP, Service, until
@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Ask = Callable[..., GenerationRequest]
 
 
-def finished(client: Client, pool: str) -> dict[str, int]:
+def finished(client: HandleClient, pool: str) -> dict[str, int]:
     hosts = client.fleet().pools[pool].hosts
     return {name: host.outcomes.get("finished", 0) for name, host in hosts.items()}
 
 
-def test_two_routers_share_two_hosts_evenly(service: Service, client: Client, ask: Ask) -> None:
+def test_two_routers_share_two_hosts_evenly(service: Service, client: HandleClient, ask: Ask) -> None:
     assert service.running("Router") == 2 and service.running("twins") == 2
     before, handle = finished(client, "twins"), serve.get_app_handle(APP)
     responses = [handle.generate.remote(ask("twins", num_inference_steps=40)) for _ in range(16)]
@@ -33,7 +33,9 @@ def test_two_routers_share_two_hosts_evenly(service: Service, client: Client, as
     assert sum(shares) == 16 and min(shares) >= 4
 
 
-def test_requests_of_a_host_that_dies_are_done_by_another(service: Service, client: Client, ask: Ask) -> None:
+def test_requests_of_a_host_that_dies_are_done_by_another(
+    service: Service, client: HandleClient, ask: Ask
+) -> None:
     handle = serve.get_app_handle(APP)
     responses = [handle.generate.remote(ask("twins", num_inference_steps=100)) for _ in range(4)]
     until(lambda: all(host.running for host in client.fleet().pools["twins"].hosts.values()))
@@ -45,7 +47,7 @@ def test_requests_of_a_host_that_dies_are_done_by_another(service: Service, clie
 
 
 def test_user_config_changes_running_hosts_and_no_request_fails(
-    service: Service, client: Client, ask: Ask
+    service: Service, client: HandleClient, ask: Ask
 ) -> None:
     def workers() -> set[int]:
         hosts = client.fleet().pools["twins"].hosts.values()
@@ -54,7 +56,7 @@ def test_user_config_changes_running_hosts_and_no_request_fails(
     before, stop, made, failed = workers(), threading.Event(), [], []
 
     def keep_asking() -> None:
-        mine = Client.connect(APP)
+        mine = HandleClient.connect(APP)
         while not stop.is_set():
             try:
                 made.append(mine.generate(ask("twins")).id)
@@ -89,7 +91,7 @@ def test_user_config_changes_running_hosts_and_no_request_fails(
 
 
 def test_a_pool_grows_from_nothing_with_its_work_and_back_while_others_stay(
-    service: Service, client: Client, ask: Ask
+    service: Service, client: HandleClient, ask: Ask
 ) -> None:
     until(lambda: service.running("elastic") == 0)
     handle = serve.get_app_handle(APP)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, ImageChops
 from ray import serve
 
-from distriray.client import Client
 from distriray.errors import DeadlineUnmet, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
 from distriray.gang.events import Finished, Preview, Queued, Started, Step
+from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 
 from .conftest import APP, until
@@ -22,18 +22,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Ask = Callable[..., GenerationRequest]
 
 
-def running(client: Client, pool: str = "pair") -> list[Any]:
+def running(client: HandleClient, pool: str = "pair") -> list[Any]:
     return [request for host in client.fleet().pools[pool].hosts.values() for request in host.running]
 
 
-def outcomes(client: Client, pool: str = "pair") -> Counter[str]:
+def outcomes(client: HandleClient, pool: str = "pair") -> Counter[str]:
     totals: Counter[str] = Counter()
     for host in client.fleet().pools[pool].hosts.values():
         totals.update(host.outcomes)
     return totals
 
 
-def test_a_handle_makes_the_same_picture_every_time(client: Client, ask: Ask) -> None:
+def test_a_handle_makes_the_same_picture_every_time(client: HandleClient, ask: Ask) -> None:
     first = serve.get_app_handle(APP).generate.remote(ask(num_images=2)).result()
     second = client.generate(ask(num_images=2))
     assert [image.size for image in first.images] == [(128, 128)] * 2
@@ -42,7 +42,7 @@ def test_a_handle_makes_the_same_picture_every_time(client: Client, ask: Ask) ->
         assert ImageChops.difference(one, other).getbbox() is None
 
 
-def test_a_handle_streams_what_happens(client: Client, ask: Ask) -> None:
+def test_a_handle_streams_what_happens(client: HandleClient, ask: Ask) -> None:
     events = list(client.stream(ask(num_inference_steps=30, previews=2)))
     kinds = [type(event) for event in events]
     assert kinds[:2] == [Queued, Started] and kinds[-1] is Finished
@@ -51,12 +51,12 @@ def test_a_handle_streams_what_happens(client: Client, ask: Ask) -> None:
     assert all(isinstance(preview.image, Image.Image) for preview in previews)
 
 
-def test_without_a_model_the_first_one_draws(client: Client, ask: Ask) -> None:
+def test_without_a_model_the_first_one_draws(client: HandleClient, ask: Ask) -> None:
     result = client.generate("a lake", height=128, width=128, num_inference_steps=2)
     assert result.model == ask("pair").model == client.models()[0].id
 
 
-def test_errors_cross_the_handle_as_themselves(client: Client, ask: Ask) -> None:
+def test_errors_cross_the_handle_as_themselves(client: HandleClient, ask: Ask) -> None:
     with pytest.raises(ModelNotFound, match="nobody/knows"):
         client.generate(ask(model="nobody/knows"))
     with pytest.raises(InvalidRequest, match="above the limit") as refused:
@@ -67,7 +67,7 @@ def test_errors_cross_the_handle_as_themselves(client: Client, ask: Ask) -> None
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_with_the_time_that_could_be(
-    client: Client, ask: Ask
+    client: HandleClient, ask: Ask
 ) -> None:
     before = outcomes(client)
     with pytest.raises(DeadlineUnmet) as refused:
@@ -77,7 +77,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_with_the_time_that_could_be(
     assert client.generate(ask(deadline_s=600.0)).images
 
 
-def test_cancelling_a_response_frees_the_gang(client: Client, ask: Ask) -> None:
+def test_cancelling_a_response_frees_the_gang(client: HandleClient, ask: Ask) -> None:
     response = serve.get_app_handle(APP).generate.remote(ask(num_inference_steps=200, gang_size=2))
     until(lambda: any(request.step >= 2 for request in running(client)))
     cancelled = outcomes(client)["cancelled"]
@@ -87,7 +87,7 @@ def test_cancelling_a_response_frees_the_gang(client: Client, ask: Ask) -> None:
     assert client.generate(ask(gang_size=2)).gang_size == 2
 
 
-def test_leaving_a_stream_frees_the_gang(client: Client, ask: Ask) -> None:
+def test_leaving_a_stream_frees_the_gang(client: HandleClient, ask: Ask) -> None:
     cancelled = outcomes(client)["cancelled"]
     stream = client.stream(ask(num_inference_steps=200, gang_size=2))
     assert any(isinstance(event, Step) for event in stream)
@@ -96,7 +96,7 @@ def test_leaving_a_stream_frees_the_gang(client: Client, ask: Ask) -> None:
     assert not running(client)
 
 
-def test_a_cancelled_coroutine_cancels_its_request(client: Client, ask: Ask) -> None:
+def test_a_cancelled_coroutine_cancels_its_request(client: HandleClient, ask: Ask) -> None:
     cancelled = outcomes(client)["cancelled"]
 
     async def scene() -> None:
@@ -109,7 +109,7 @@ def test_a_cancelled_coroutine_cancels_its_request(client: Client, ask: Ask) -> 
     until(lambda: outcomes(client)["cancelled"] == cancelled + 1)
 
 
-def test_a_request_is_cancelled_by_its_id(client: Client, ask: Ask) -> None:
+def test_a_request_is_cancelled_by_its_id(client: HandleClient, ask: Ask) -> None:
     response = serve.get_app_handle(APP).generate.remote(ask(id="by-id", num_inference_steps=200))
     until(lambda: running(client))
     assert client.cancel("by-id")
@@ -118,7 +118,7 @@ def test_a_request_is_cancelled_by_its_id(client: Client, ask: Ask) -> None:
     assert not client.cancel("by-id")
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_retry(client: Client, ask: Ask) -> None:
+def test_a_full_queue_refuses_at_once_and_says_when_to_retry(client: HandleClient, ask: Ask) -> None:
     handle = serve.get_app_handle(APP)
     first = handle.generate.remote(ask(num_inference_steps=200, gang_size=2))
     until(lambda: running(client))

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from distriray.client import Client
 from distriray.gang.status import HostStatus
+from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 
 from .conftest import HTTP, Service, until
@@ -31,7 +31,7 @@ def body(service: Service, **fields: object) -> dict[str, object]:
 
 
 def test_http_draws_what_a_handle_draws(
-    service: Service, client: Client, ask: Callable[..., GenerationRequest]
+    service: Service, client: HandleClient, ask: Callable[..., GenerationRequest]
 ) -> None:
     response = httpx.post(f"{HTTP}/v1/images/generations", json=body(service, seed=7), timeout=60)
     assert response.status_code == 200, response.text
@@ -39,7 +39,7 @@ def test_http_draws_what_a_handle_draws(
     assert drawn.convert("RGB").tobytes() == client.generate(ask(seed=7)).images[0].tobytes()
 
 
-def test_http_says_what_is_up(service: Service, client: Client) -> None:
+def test_http_says_what_is_up(service: Service, client: HandleClient) -> None:
     assert httpx.get(f"{HTTP}/healthz", timeout=30).status_code == 200
     models = httpx.get(f"{HTTP}/v1/models", timeout=30).json()["data"]
     assert [model["id"] for model in models] == list(service.models.values())
@@ -53,7 +53,7 @@ def test_an_unknown_model_is_not_found(service: Service) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_the_gang(service: Service, client: Client, stream: bool) -> None:
+def test_a_client_that_leaves_frees_the_gang(service: Service, client: HandleClient, stream: bool) -> None:
     def host() -> HostStatus:
         return next(iter(client.fleet().pools["pair"].hosts.values()))
 

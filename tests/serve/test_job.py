@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distriray.client import Client
+from distriray.handle import HandleClient
 from distriray.jobs.folder import Folder
 from distriray.jobs.makers import running_app
 from distriray.jobs.prompts import read_prompts
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_job_waits_where_the_queues_are_full_and_reports_what_the_service_refuses(
-    client: Client, ask: Callable[..., GenerationRequest], tmp_path: Path
+    client: HandleClient, ask: Callable[..., GenerationRequest], tmp_path: Path
 ) -> None:
     small = ask(num_inference_steps=2).model_dump(exclude={"id"}, mode="json")
     lines = [json.dumps({**small, "seed": seed}) for seed in range(12)]
@@ -39,6 +39,6 @@ def test_a_job_waits_where_the_queues_are_full_and_reports_what_the_service_refu
     assert len(list((tmp_path / "out" / "images").iterdir())) == 12
 
 
-def test_an_application_that_is_not_there_is_named(client: Client) -> None:
+def test_an_application_that_is_not_there_is_named(client: HandleClient) -> None:
     with pytest.raises(ConnectionError, match="nothing-here"), running_app("nothing-here", address=None):
         pass

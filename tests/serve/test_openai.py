@@ -11,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from distriray.client import Client
+from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 
 from .conftest import HTTP, Service
@@ -22,7 +22,7 @@ SMALL = {"num_inference_steps": 4, "seed": 7}
 
 
 @pytest.fixture
-def api(service: Service, client: Client) -> Iterator[openai.OpenAI]:
+def api(service: Service, client: HandleClient) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{HTTP}/v1", api_key="any", max_retries=0, timeout=60) as api:
         yield api
 
@@ -39,7 +39,7 @@ def test_an_image_comes_with_its_seed_gang_and_timings(api: openai.OpenAI) -> No
 
 
 def test_previews_are_streamed_at_their_steps_before_the_image(
-    api: openai.OpenAI, client: Client, ask: Callable[..., GenerationRequest]
+    api: openai.OpenAI, client: HandleClient, ask: Callable[..., GenerationRequest]
 ) -> None:
     body = {"num_inference_steps": 12, "seed": 7}
     events = api.images.generate(

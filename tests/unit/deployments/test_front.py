@@ -15,7 +15,6 @@ from ray.exceptions import ActorDiedError
 
 from deployments.config import AppConfig
 from deployments.front import Front
-from deployments.http.service import ModelCard
 from deployments.state import HostReport
 from distriray.errors import (
     DeadlineUnmet,
@@ -28,6 +27,7 @@ from distriray.errors import (
 from distriray.gang.config import HostConfig
 from distriray.gang.events import Event, Finished, Preview, Queued, Step
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.service import ModelCard
 
 from .test_state import ask as view_of
 from .test_state import report

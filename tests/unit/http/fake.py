@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from deployments.http import Fleet, ModelCard, PoolReport
 from distriray.errors import DistrirayError
 from distriray.gang.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.status import HostStatus, PredictionStatus, WorkerStatus
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.service import Fleet, ModelCard, PoolReport
 
 LIMITS = Limits(max_side=256, max_pixels=256 * 256, max_steps=50, max_images=4, max_previews=3)
 CARDS = [

@@ -1,4 +1,4 @@
-"""What the HTTP layer needs of whoever makes the images."""
+"""A service of images: what it does for those in front of it, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from distriray.gang.events import Event
-from distriray.gang.status import HostStatus
-from distriray.requests import GenerationRequest, GenerationResult, Limits, Seconds
+from .gang.events import Event
+from .gang.status import HostStatus
+from .requests import GenerationRequest, GenerationResult, Limits, Seconds
 
 
 class ModelCard(BaseModel):

@@ -1,0 +1,257 @@
+"""distriray's own clients say and hear over HTTP what a handle would."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from deployments.http import HttpConfig
+from distriray import AsyncClient, Client
+from distriray.client import KEY_VARIABLE
+from distriray.config import ParallelConfig
+from distriray.errors import (
+    DeadlineUnmet,
+    DistrirayError,
+    GangBroken,
+    GenerationCancelled,
+    InvalidRequest,
+    ModelNotFound,
+    NotAllowed,
+    NotEnoughDevices,
+    QueueFull,
+)
+from distriray.gang.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
+from distriray.requests import GenerationRequest, GenerationResult
+from tests.unit.http.conftest import serving
+from tests.unit.http.fake import CARDS, FakeService, result_of
+
+REQUEST = GenerationRequest(
+    prompt="a lake",
+    model="some/other",
+    negative_prompt="houses",
+    height=96,
+    width=64,
+    num_inference_steps=9,
+    guidance_scale=2.5,
+    seed=3,
+    num_images=2,
+    scheduler="ddim",
+    gang_size=1,
+    deadline_s=60.0,
+)
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+def same(one: GenerationResult, other: GenerationResult) -> bool:
+    assert [image.tobytes() for image in one.images] == [image.tobytes() for image in other.images]
+    return one.summary() == other.summary()
+
+
+def test_every_field_arrives_and_the_whole_result_comes_back(client: Client, service: FakeService) -> None:
+    result = client.generate(REQUEST)
+    asked = service.asked[-1]
+    assert asked.id.startswith(REQUEST.id)
+    assert asked.model_dump(exclude={"id"}) == REQUEST.model_dump(exclude={"id"})
+    assert same(result, result_of(asked))
+
+
+def test_a_prompt_alone_means_the_defaults(client: Client, service: FakeService) -> None:
+    result = client.generate("a lake", seed=5)
+    unset = {"id", "seed", "model"}
+    assert service.asked[-1].model_dump(exclude=unset) == GenerationRequest(prompt="a lake").model_dump(
+        exclude=unset
+    )
+    assert (result.model, result.height, result.width, result.seeds) == (CARDS[0].id, 64, 96, [5])
+
+
+def test_the_async_client_gets_the_same(url: str, client: Client) -> None:
+    async def ask() -> tuple[GenerationResult, list[type[Event]]]:
+        async with AsyncClient(url) as other:
+            result, *_ = await asyncio.gather(*(other.generate("a lake", seed=5) for _ in range(3)))
+            events = [type(event) async for event in other.stream("a lake", num_inference_steps=2)]
+            assert [card.id for card in await other.models()] == [card.id for card in CARDS]
+            assert (await other.fleet()).pools.keys() == {"pool"}
+        return result, events
+
+    result, events = asyncio.run(ask())
+    assert events == [Queued, Started, Step, Step, Finished]
+    for image, expected in zip(result.images, client.generate("a lake", seed=5).images, strict=True):
+        assert image.tobytes() == expected.tobytes()
+
+
+def test_a_stream_tells_everything_and_ends_with_the_result(client: Client, service: FakeService) -> None:
+    events = list(client.stream("a lake", num_inference_steps=3, previews=1, seed=1))
+    name = service.asked[-1].id
+    assert events[:2] == [Queued(name, 0, 0.0), Started(name, (0, 1))]
+    assert [event for event in events if isinstance(event, Step)] == [
+        Step(name, step, 3, 2, 0.1) for step in (1, 2, 3)
+    ]
+    preview = next(event for event in events if isinstance(event, Preview))
+    assert (preview.request_id, preview.step, preview.index) == (name, 2, 0)
+    assert preview.image.tobytes() == Image.new("RGB", (8, 12), (2, 0, 0)).tobytes()
+    assert isinstance(events[-1], Finished)
+    assert same(events[-1].result, result_of(service.asked[-1].settled(64, 96)))
+
+
+class Eventful(FakeService):
+    async def stream(self, request: GenerationRequest):  # type: ignore[no-untyped-def]
+        yield Started(request.id, (0, 1))
+        yield Repaired(request.id, (1,), 3)
+        yield Regrouped(request.id, (0, 2), 4)
+        raise GangBroken("three gangs broke")
+
+
+def test_changes_of_the_gang_and_the_failure_after_them_are_heard() -> None:
+    with serving(Eventful()) as url, Client(url) as client:
+        heard: list[Event] = []
+        with pytest.raises(GangBroken, match="three gangs broke"):
+            heard.extend(event for event in client.stream("a lake"))
+        events = client.stream("a lake")
+        name = next(events).request_id
+        assert [next(events), next(events)] == [Repaired(name, (1,), 3), Regrouped(name, (0, 2), 4)]
+        events.close()
+
+
+def test_models_and_fleet_are_those_of_a_handle(client: Client, service: FakeService) -> None:
+    assert client.models() == CARDS
+    assert client.fleet() == asyncio.run(service.fleet())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("too many", "num_images"),
+        ModelNotFound("no such model"),
+        QueueFull("full", retry_after_s=7.0),
+        DeadlineUnmet("too soon", possible_s=12.5),
+        DeadlineUnmet("too soon"),
+        GangBroken("broken"),
+        NotEnoughDevices("no host is up"),
+        GenerationCancelled("somebody did"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_arrive_as_themselves(error: DistrirayError) -> None:
+    with serving(FakeService(refusal=error)) as url, Client(url) as client:
+        for ask in (client.generate, lambda prompt: next(client.stream(prompt))):
+            with pytest.raises(type(error)) as raised:
+                ask("a lake")  # type: ignore[operator]
+            assert type(raised.value) is type(error)
+            for name, value in vars(error).items():
+                assert getattr(raised.value, name) == value
+
+
+def test_a_time_limit_of_the_service_is_a_timeout() -> None:
+    config = HttpConfig(keys_env="NO_SUCH_VARIABLE", timeout_s=0.2)
+    service = FakeService(pace_s=0.5)
+    with serving(service, config) as url, Client(url) as client, pytest.raises(TimeoutError):
+        client.generate("a lake")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"priority": 1}, "priority"),
+        ({"guidance_rescale": 0.5}, "guidance_rescale"),
+        ({"parallel": ParallelConfig(exchange="sync")}, "parallel"),
+        ({"height": 64}, "height"),
+        ({"id": "a b"}, "id"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 51}, "num_inference_steps"),
+        ({"num_images": 5}, "num_images"),
+        ({"previews": 2}, "previews"),
+        ({"stepz": 3}, "stepz"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    client: Client, fields: dict[str, object], param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        client.generate("a lake", **fields)
+    assert raised.value.param == param
+
+
+def test_a_request_comes_alone(client: Client) -> None:
+    with pytest.raises(TypeError, match="seed"):
+        client.generate(REQUEST, seed=4)
+
+
+def test_the_key_is_given_or_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text("right\n")
+    config = HttpConfig(keys_env="NO_SUCH_VARIABLE", keys_file=tmp_path / "keys")
+    with serving(FakeService(), config) as url:
+        for key in (None, "wrong"):
+            with Client(url, key) as client, pytest.raises(NotAllowed):
+                client.models()
+        with Client(url, "right") as client:
+            assert client.models() == CARDS
+        monkeypatch.setenv(KEY_VARIABLE, "right")
+        with Client(url) as client:
+            assert client.models() == CARDS
+
+
+def test_leaving_a_stream_stops_the_service() -> None:
+    service = FakeService(pace_s=0.05)
+    with serving(service) as url:
+        with Client(url) as client:
+            events = client.stream("a lake", num_inference_steps=50)
+            next(event for event in events if isinstance(event, Step))
+            events.close()
+        _until_ended(service)
+    assert service.ended == ["cancelled"]
+
+
+def test_a_cancelled_coroutine_stops_the_service() -> None:
+    service = FakeService(pace_s=0.05)
+
+    async def leave(url: str) -> None:
+        async with AsyncClient(url) as client:
+            task = asyncio.create_task(client.generate("a lake", num_inference_steps=50))
+            while not service.asked:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    with serving(service) as url:
+        asyncio.run(leave(url))
+        _until_ended(service)
+    assert service.ended == ["cancelled"]
+
+
+def _until_ended(service: FakeService) -> None:
+    end = time.monotonic() + 10
+    while not service.ended and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_service_that_is_not_there_or_breaks_off_is_a_connection_error() -> None:
+    with Client("http://127.0.0.1:9") as client, pytest.raises(ConnectionError, match="127.0.0.1:9"):
+        client.generate("a lake")
+    with serving(FakeService(pace_s=30)) as url:
+        client = Client(url)
+        events = client.stream("a lake")
+        assert isinstance(next(events), Queued)
+    with client, pytest.raises(ConnectionError):
+        list(events)
+
+
+def test_an_answer_that_is_not_the_services_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = httpx.MockTransport(lambda request: httpx.Response(502, text="<h1>Bad gateway</h1>"))
+    client = Client("http://service")
+    monkeypatch.setattr(client, "_http", httpx.Client(base_url="http://service", transport=proxy))
+    with client, pytest.raises(DistrirayError, match=r"502.*Bad gateway"):
+        client.models()
