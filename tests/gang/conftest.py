@@ -13,14 +13,6 @@ from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.routing.policy import EarliestDeadlineFirst
 from tests.gang.policies import Changeable
-from tests.models import tiny_sdxl
-
-
-@pytest.fixture(scope="package")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
-    tiny_sdxl().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="package")

@@ -10,6 +10,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from distriray.client import Client
+from distriray.gang.events import Finished
 from distriray.gang.status import HostStatus
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
@@ -37,6 +39,19 @@ def test_http_draws_what_a_handle_draws(
     assert response.status_code == 200, response.text
     drawn = Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
     assert drawn.convert("RGB").tobytes() == client.generate(ask(seed=7)).images[0].tobytes()
+
+
+def test_the_client_over_http_hears_what_a_handle_hears(
+    service: Service, client: HandleClient, ask: Callable[..., GenerationRequest]
+) -> None:
+    with Client(HTTP) as over_http:
+        assert over_http.models() == client.models()
+        assert over_http.fleet().pools.keys() == client.fleet().pools.keys()
+        drawn, expected = over_http.generate(ask(seed=7)), client.generate(ask(seed=7))
+        assert drawn.images[0].tobytes() == expected.images[0].tobytes()
+        assert drawn.summary().keys() == expected.summary().keys()
+        *_, last = over_http.stream(ask(seed=7, previews=1))
+        assert isinstance(last, Finished) and last.result.images[0].tobytes() == expected.images[0].tobytes()
 
 
 def test_http_says_what_is_up(service: Service, client: HandleClient) -> None:
