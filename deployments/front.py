@@ -165,12 +165,23 @@ class Front:
     async def _place(self, trip: Trip) -> tuple[PoolLink, str | None, GenerationRequest]:
         """Where to send a request now, and the request as it is to be sent.
 
+        Refused is on news only: what was sent to a host counts until its next report, done or not.
+
         Raises:
             ModelNotFound, InvalidRequest, QueueFull, DeadlineUnmet: nowhere.
         """
         links = self._links_of(trip.request.model)
         for link in links:
             await link.refresh()
+        try:
+            return self._choose(trip, links)
+        except (QueueFull, DeadlineUnmet):
+            for link in links:
+                await link.news()
+            return self._choose(trip, links)
+
+    def _choose(self, trip: Trip, links: list[PoolLink]) -> tuple[PoolLink, str | None, GenerationRequest]:
+        """`_place` by what is known of the hosts."""
         now = time.monotonic()
         request, left_s = trip.request, None
         if request.deadline_s is not None:

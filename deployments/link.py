@@ -21,7 +21,8 @@ from .state import HostReport, PoolState
 
 ANSWER_S = 5.0  # a host that says nothing for so long is left to Serve's health check
 ONE_ANSWER_S = 1.0
-PATIENCE_S = 0.2  # a request does not wait longer than this for news of hosts that are known already
+PATIENCE_S = 0.2  # a request does not wait longer than this for news of hosts that are known already,
+NEWS_S = 1.0  # nor longer than this where it would be refused by what is known
 
 
 class PoolLink:
@@ -38,14 +39,13 @@ class PoolLink:
         self.undirected = 0
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._refresh_s = refresh_s
-        self._asked_s = float("-inf")
+        self._asked_s = self._known_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
     def renew(self) -> None:
         """Begin to ask the hosts how they are, unless they were asked a moment ago."""
-        asking = self._asking is not None and not self._asking.done()
-        if not asking and time.monotonic() - self._asked_s >= self._refresh_s:
-            self._asking = asyncio.ensure_future(self._ask())
+        if time.monotonic() - self._asked_s >= self._refresh_s:
+            self._begin()
 
     async def refresh(self) -> None:
         """Know how the hosts are, as they were a moment ago."""
@@ -53,10 +53,26 @@ class PoolLink:
         if self._asking is not None and not self._asking.done():
             await asyncio.wait([self._asking], timeout=PATIENCE_S if self.state.hosts else None)
 
+    async def news(self) -> None:
+        """Know how the hosts are now, whenever they were asked last."""
+        now_s = time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(NEWS_S):
+                while self._known_s < now_s:
+                    await asyncio.wait([self._begin()])
+
+    def _begin(self) -> asyncio.Task[None]:
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._ask())
+        return self._asking
+
     async def _ask(self) -> None:
         self._asked_s = asked_s = time.monotonic()
-        answers = await self.everyone("report")
-        self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
+        try:
+            answers = await self.everyone("report")
+            self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
+        finally:
+            self._known_s = asked_s
 
     async def everyone(self, method: str, *args: Any) -> list[Any]:
         """The answers of all hosts that Serve would send a request to and that answer."""

@@ -43,7 +43,7 @@ class FakeHandle:
         self.waiting = waiting
         self.config = HostConfig()
         self.silent: set[str] = set()
-        self.workers = 1
+        self.workers, self.takes_s = 1, 0.0
         self.report = SimpleNamespace(remote=self._tell)
         self.deeds: list[Deed] = []
         self.calls: list[tuple[str | None, GenerationRequest]] = []
@@ -77,7 +77,7 @@ class FakeHandle:
     def _generate(self, host: str | None, request: GenerationRequest) -> Awaitable[GenerationResult]:
         class Response:
             def __await__(response) -> Generator[Any, None, GenerationResult]:
-                yield from asyncio.sleep(0).__await__()
+                yield from asyncio.sleep(self.takes_s).__await__()
                 return self._do(host, request)
 
         return Response()
@@ -166,7 +166,8 @@ def test_what_every_host_refuses_is_refused() -> None:
     handle.deeds = [is_full] * 9
     with pytest.raises(QueueFull) as refused:
         generate(front(pool=handle))
-    assert refused.value.retry_after_s > 0 and len(handle.calls) == 2
+    assert refused.value.retry_after_s > 0
+    assert {host for host, _ in handle.calls} == {"a", "b"} and len(handle.calls) <= 3
 
 
 def test_full_queues_refuse_without_a_call() -> None:
@@ -174,6 +175,17 @@ def test_full_queues_refuse_without_a_call() -> None:
     with pytest.raises(QueueFull) as refused:
         generate(front(pool=handle))
     assert 0 < refused.value.retry_after_s <= 40 and not handle.calls
+
+
+def test_what_is_done_already_fills_no_queue_and_delays_no_deadline() -> None:
+    async def scene() -> None:
+        for _ in range(12):  # more than the queue holds, one after the other, between two reports
+            await service.generate(request(deadline_s=30.0))
+
+    handle = FakeHandle("a")
+    service = front(pool=handle)
+    asyncio.run(scene())
+    assert len(handle.calls) == 12
 
 
 def test_a_deadline_out_of_reach_is_refused_without_a_call() -> None:
@@ -229,6 +241,7 @@ def test_a_pool_without_hosts_is_woken_when_the_queues_of_the_others_are_full() 
 
 def test_no_more_wait_for_a_first_host_than_its_queue_may_hold() -> None:
     handle = FakeHandle()
+    handle.takes_s = 0.2
     service = front(pool=handle)
 
     async def scene() -> list[GenerationResult | BaseException]:
