@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.ranks import run_ranks
+from bench.ranks import barrier, run_ranks
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, Work, connect
@@ -90,7 +90,6 @@ def main() -> None:
 def measure(communicator: Communicator, size: int, rounds: int, steps: int) -> list[dict[str, Timing]]:
     """Time every mode `rounds` times."""
     unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet").float().eval()
-    parallelize(unet, connect("local"))  # on every rank: only a first call swaps anything itself
     timings = []
     for _ in range(rounds):
         timings.append({mode: _time_mode(unet, communicator, mode, size, steps) for mode in MODES})
@@ -101,9 +100,9 @@ def _time_mode(
     unet: UNet2DConditionModel, communicator: Communicator, mode: str, size: int, steps: int
 ) -> Timing:
     if mode == "one rank":
-        _barrier(communicator)  # the other ranks wait, without computing, for this one
+        barrier(communicator)  # the other ranks wait, without computing, for this one
         if communicator.rank:
-            _barrier(communicator)
+            barrier(communicator)
             return Timing(0.0, 0.0, 0)
         parallelize(unet, connect("local"))
     else:
@@ -120,7 +119,7 @@ def _time_mode(
         if mode == "unsent":
             gang.mute = True
     if mode == "one rank":
-        _barrier(communicator)
+        barrier(communicator)
     kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one
     return Timing(median(s.seconds for s in kept), median(s.wait_s for s in kept), kept[-1].bytes_sent)
 
@@ -138,12 +137,6 @@ def unet_inputs(unet: UNet2DConditionModel, size: int) -> dict[str, object]:
             "time_ids": torch.tensor([[size, size, 0, 0, size, size]] * 2, dtype=torch.float32),
         },
     }
-
-
-def _barrier(communicator: Communicator) -> None:
-    others = [rank for rank in range(communicator.world_size) if rank != communicator.rank]
-    token = torch.zeros(1)
-    communicator.exchange(dict.fromkeys(others, token), {rank: torch.empty(1) for rank in others}).wait()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from bench.lockstep import LockstepCommunicator, run_in_lockstep
 from bench.quality.design import Setting
 from bench.quality.prompts import Prompt
-from distriray.collective import connect
 from distriray.denoise.blocks import DECODE, make_components
 from distriray.denoise.schedulers import make_scheduler
 from distriray.models import ModelSpec, load_pipeline
@@ -136,6 +135,5 @@ class Painter:
             components = {**self.pipeline.components, "unet": copy.deepcopy(unet, weights)}
             pipeline = type(self.pipeline)(**components)
             pipeline.set_progress_bar_config(disable=True)
-            # Joining a gang for the first time is a transfer, which all ranks of a gang make or none.
-            self._ranks.append(parallelize(pipeline, connect("local", device=self._device)))
+            self._ranks.append(pipeline)
         return self._ranks[:ranks]

@@ -55,7 +55,9 @@ class Stage:
         self._step = self._num_steps = 0
         self._previews: list[tuple[int, Any]] = []
         self._join(Link((), "alone", 0, 1))
-        parallelize(self.pipeline, self._communicators["alone"])
+        engine = engine_of(parallelize(self.pipeline, self._communicators["alone"]))
+        assert engine is not None
+        self._engine = engine
         self._denoiser = Denoiser(self.pipeline)
 
     def link(self, links: Sequence[Link]) -> None:
@@ -137,7 +139,7 @@ class Stage:
 
     def _run(self, order: Order, blob: bytes | None) -> Outcome:
         communicator = self._communicators[order.link]
-        parallelize(self.pipeline, communicator, order.parallel)
+        self._engine.bind(communicator, order.parallel)  # requests have generators: no state to share
         began = time.perf_counter()
         state = self._state(order, blob)
         prepare_s = time.perf_counter() - began if order.step == 0 else 0.0
@@ -184,8 +186,7 @@ class Stage:
         )
 
     def _steps(self, order: Order, state: DenoiseState, fresh: list[float], stale: list[float]) -> Ending:
-        engine = engine_of(self.pipeline)
-        assert engine is not None
+        engine = self._engine
         engine.restart(state.step)
         with self._lock:
             self._stepping = True
@@ -213,12 +214,10 @@ class Stage:
         self._on_progress()
 
     def _pass_on(self, wish: Wish) -> None:
-        engine = engine_of(self.pipeline)
-        assert engine is not None
         if wish is Wish.CANCEL:
-            engine.ask_cancel()
+            self._engine.ask_cancel()
         else:
-            engine.ask_yield()
+            self._engine.ask_yield()
 
     def _state(self, order: Order, blob: bytes | None) -> DenoiseState:
         request = order.request

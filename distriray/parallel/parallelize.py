@@ -22,9 +22,9 @@ def parallelize(
 
     Every rank makes the same calls with the same arguments afterwards, and gets the whole image. The pipeline
     stays the class it was: any size, batch, step count, scheduler and guidance, LoRA, callbacks. On an
-    already parallelized pipeline this joins another gang, without any transfer.
+    already parallelized pipeline this joins another gang.
 
-    The first call on a pipeline also gives all ranks rank 0's state of torch's default random generator, so
+    All ranks call this together. It gives them rank 0's state of torch's default random generators (5 KB), so
     that calls without a `generator` draw the same latents everywhere.
 
     Args:
@@ -38,7 +38,7 @@ def parallelize(
     Raises:
         UnsupportedModel: the network is not one that can be cut into patches.
         InvalidRequest: `cfg_parallel=True` in a gang of odd size.
-        GangBroken: a peer did not make its first call.
+        GangBroken: a peer did not call it.
 
     Source: Li et al., DistriFusion, CVPR 2024 (arXiv 2402.19481).
     """
@@ -53,8 +53,8 @@ def parallelize(
     engine = engine_of(pipeline)
     if engine is None:
         engine = Engine(unet, lambda: getattr(pipeline, "scheduler", None))
-        _share_random_state(communicator)
         unet.forward = engine.forward
+    _share_random_state(communicator)
     engine.bind(communicator, config)
     return pipeline
 
@@ -68,11 +68,16 @@ def engine_of(pipeline: Any) -> Engine | None:
 def _share_random_state(communicator: Communicator) -> None:
     if communicator.world_size == 1:
         return
-    state = torch.get_rng_state()
-    wire = state.to(communicator.device)
-    others = range(1, communicator.world_size)
+    device = communicator.device
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":  # where diffusers draws unless it is given a generator
+        states.append(torch.cuda.get_rng_state(device))
+    wire = torch.cat(states).to(device)
     if communicator.rank == 0:
-        communicator.exchange(dict.fromkeys(others, wire), {}).wait()
-    else:
-        communicator.exchange({}, {0: wire}).wait()
-        torch.set_rng_state(wire.cpu())
+        communicator.exchange(dict.fromkeys(range(1, communicator.world_size), wire), {}).wait()
+        return
+    communicator.exchange({}, {0: wire}).wait()
+    host, *on_device = wire.cpu().split([len(state) for state in states])
+    torch.set_rng_state(host)
+    for state in on_device:
+        torch.cuda.set_rng_state(state, device)
