@@ -16,6 +16,7 @@ from distriray.routing.router import publish
 from .autoscaling import WORK_S
 from .config import PoolConfig
 from .link import ANSWER_S
+from .logs import shorten_refusals
 from .state import HostReport, shifted
 
 
@@ -23,6 +24,7 @@ class Pool:
     """One host of a pool. `target` is for `Directed`, which has acted on it before a call gets here."""
 
     def __init__(self, config: PoolConfig) -> None:
+        shorten_refusals()
         self._config = config
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._started: Host | None = None

@@ -17,6 +17,7 @@ from distriray.service import Fleet, ModelCard
 from .config import AppConfig
 from .front import Front
 from .http import build_http
+from .logs import shorten_refusals
 
 
 @serve.ingress()
@@ -27,6 +28,7 @@ class Router:
     """
 
     def __init__(self, config: AppConfig, pools: dict[str, DeploymentHandle]) -> None:
+        shorten_refusals()
         self._config = config
         self._front = Front(config, pools, random.Random())
 
