@@ -163,7 +163,11 @@ def test_an_interrupted_command_leaves_nothing_behind(tiny_model: Path, tmp_path
         "2",
     ]
     command = subprocess.Popen(
-        [sys.executable, "-m", "distriray", *arguments, "--out", str(out)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "distriray", *arguments, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in a shell's background hands an ignored SIGINT down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     me = psutil.Process(command.pid)
     deadline = time.monotonic() + 120
