@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/distriray generate "a lake at dusk, snowy mountains" --gang-size 2 --compare --out out/lake.png
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not browser" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ Finished parts are kept in `--work`, so the command can be stopped and repeated.
 With the built-in model nothing is downloaded. For a model of one's own, on a GPU, with COCO's captions and
 pictures, as in the paper:
 
-    pip install 'distriray[quality]'
+    pip install -e '.[quality]'
     python -m bench.quality --model stabilityai/stable-diffusion-xl-base-1.0 --device cuda --count 5000 \\
         --prompts captions_val2014.json --reference val2014/ --rows "one device" exchange "group norm"
 """

@@ -35,7 +35,7 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(
-            f"bench.quality needs {', '.join(missing)}, not installed here: pip install 'distriray[quality]'"
+            f"bench.quality needs {', '.join(missing)}, not installed here: pip install -e '.[quality]'"
         )
 
 

@@ -84,8 +84,9 @@ def test_every_pod_has_the_keys_and_every_volume_it_mounts(name: str) -> None:
 
 
 def test_pods_outlast_the_requests_they_serve() -> None:
-    (pool,), (group,) = pools_of("sdxl"), groups_of("sdxl")
-    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > pool.drain_s
+    app, (group,) = app_of(service("sdxl")["spec"]["serveConfigV2"]), groups_of("sdxl")
+    longest = max(app.router.drain_s, *(pool.drain_s for pool in app.pools))
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > longest
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_another_models_gang_paints_what_one_device_paints(tmp_path: Path) -> No
 
 def test_judging_photographs_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"torchvision, cleanfid.*pip install 'distriray\[quality\]'"):
+    with pytest.raises(MissingExtra, match=r"torchvision, cleanfid.*pip install -e '\.\[quality\]'"):
         PhotoJudge(None, "cpu")
 
 
