@@ -32,6 +32,9 @@ def number(cell: str) -> float | None:
 
 def check_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Raise Incomparable, saying what differs, unless both are of one bench, machine and setting."""
+    for part in ("title", "machine", "seed", "settings"):
+        if part not in before or part not in after:
+            raise Incomparable(f"a file has no {part}; it was not written by a bench's --json")
     for part in ("title", "machine", "seed"):
         if before[part] != after[part]:
             raise Incomparable(f"the {part}s differ: {before[part]!r} and {after[part]!r}")

@@ -22,7 +22,7 @@ from distriray.errors import (
 )
 from distriray.gang.admission import admit
 from distriray.gang.events import Event, Preview, Queued, Step
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest, GenerationResult, Limits
 from distriray.routing.policy import RequestView
 from distriray.service import Fleet, ModelCard, PoolReport
 
@@ -109,7 +109,7 @@ class Front:
         return any(any(answer) for answer in answers)
 
     def models(self) -> list[ModelCard]:
-        """Every model whose default size is known: from its folder, or from the first host that had it.
+        """Every model. Its size is known from its folder, or from the first host that had it.
 
         Limits are as old as the hosts' last answers, and are asked for again; needs a running event loop.
         """
@@ -117,19 +117,17 @@ class Front:
         for link in self._links:
             link.renew()
         for name in self._config.models:
-            links = [link for link in self._links if link.config.model.name == name]
+            links = self._links_of(name)
             seen = next((link.state.facts.default_size for link in links if link.state.facts), None)
-            size = seen or self._sizes[name]
-            if size is not None:
-                cards.append(
-                    ModelCard(
-                        id=name,
-                        created=self._created,
-                        default_size=size,
-                        limits=links[0].state.config.limits,
-                        gang_sizes=tuple(sorted({size for link in links for size in link.config.sizes})),
-                    )
+            cards.append(
+                ModelCard(
+                    id=name,
+                    created=self._created,
+                    default_size=seen or self._sizes[name],
+                    limits=Limits.widest(link.state.config.limits for link in links),
+                    gang_sizes=tuple(sorted({size for link in links for size in link.config.sizes})),
                 )
+            )
         return cards
 
     async def fleet(self) -> Fleet:
@@ -148,7 +146,7 @@ class Front:
         """Ask the workers. Returns if every model has one that answers, or a pool that starts when asked.
 
         Raises:
-            GangBroken: hosts are up and none of their workers answers.
+            GangBroken: hosts are up, or were a moment ago, and none of their workers answers.
             NotEnoughDevices: no host is up.
         """
         for name in self._config.models:
@@ -158,8 +156,8 @@ class Front:
             answers = [answer for link in links for answer in await link.everyone("ping")]
             if any(answers) or any(link.config.min_hosts == 0 and not link.state.hosts for link in links):
                 continue
-            if answers:
-                raise GangBroken(f"no worker of the {len(answers)} hosts of {name!r} answers")
+            if hosts := sum(len(link.state.hosts) for link in links) or len(answers):
+                raise GangBroken(f"no worker of the {hosts} hosts of {name!r} answers")
             raise NotEnoughDevices(f"no host of {name!r} is up; `serve status` says what they wait for")
 
     async def _place(self, trip: Trip) -> tuple[PoolLink, str | None, GenerationRequest]:
@@ -168,14 +166,14 @@ class Front:
         Refused is on news only: what was sent to a host counts until its next report, done or not.
 
         Raises:
-            ModelNotFound, InvalidRequest, QueueFull, DeadlineUnmet: nowhere.
+            ModelNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices: nowhere.
         """
         links = self._links_of(trip.request.model)
         for link in links:
             await link.refresh()
         try:
             return self._choose(trip, links)
-        except (QueueFull, DeadlineUnmet):
+        except (QueueFull, DeadlineUnmet, NotEnoughDevices):
             for link in links:
                 await link.news()
             return self._choose(trip, links)
@@ -210,6 +208,9 @@ class Front:
         for link, asked in down:
             if link.undirected < link.config.max_queue:
                 return link, None, asked
+        hosts = [host for link, *_ in up for host in link.state.hosts.values()]
+        if hosts and not down and all(host.waiting < host.max_waiting for host in hosts):
+            raise NotEnoughDevices("too many workers are down for a gang that could serve this")
         retry_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
         retry_s = min(max(0.1, retry_s), LONGEST_RETRY_S)
         raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -12,17 +13,21 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from distriray.errors import DistrirayError
+from distriray.errors import NotEnoughDevices
 from distriray.gang.events import Event
+from distriray.handle import own_error
 from distriray.requests import GenerationRequest, GenerationResult
 
 from .config import PoolConfig
 from .state import HostReport, PoolState
 
+log = logging.getLogger("ray.serve.distriray")
+
 ANSWER_S = 5.0  # a host that says nothing for so long is left to Serve's health check
-ONE_ANSWER_S = 1.0
+REPORT_S = 1.0  # so long all are waited for when they are asked how they are,
+ONE_REPORT_S = 0.5  # and so long each, when they are asked one by one because one of them is silent
 PATIENCE_S = 0.2  # a request does not wait longer than this for news of hosts that are known already,
-NEWS_S = 1.0  # nor longer than this where it would be refused by what is known
+NEWS_S = 3.0  # nor longer than this where it would be refused by what is known
 
 
 class PoolLink:
@@ -58,8 +63,9 @@ class PoolLink:
         now_s = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(NEWS_S):
-                while self._known_s < now_s:
-                    await asyncio.wait([self._begin()])
+                for _ in range(2):  # the hosts may be asked already, but since before now
+                    if self._known_s < now_s:
+                        await asyncio.wait([self._begin()])
 
     def _begin(self) -> asyncio.Task[None]:
         if self._asking is None or self._asking.done():
@@ -69,31 +75,43 @@ class PoolLink:
     async def _ask(self) -> None:
         self._asked_s = asked_s = time.monotonic()
         try:
-            answers = await self.everyone("report")
+            try:
+                answers = await self._together("report", REPORT_S)
+            except TimeoutError:
+                asked_s = time.monotonic()
+                answers = await self._each("report", ONE_REPORT_S)
             self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
-        finally:
             self._known_s = asked_s
+        except Exception:
+            log.exception("pool %s does not say how it is", self.config.name)
 
     async def everyone(self, method: str, *args: Any) -> list[Any]:
-        """The answers of all hosts that Serve would send a request to and that answer."""
+        """The answers of all hosts that Serve would send a request to and that answer.
+
+        A host that is silent is asked twice, and so are the others: `method` must be one that this suits.
+        """
         try:
-            answers = await self._handle.broadcast(method, None, *args).results_async(
-                timeout_s=ANSWER_S, return_exceptions=True
-            )
+            return await self._together(method, ANSWER_S, *args)
+        except TimeoutError:
+            return await self._each(method, REPORT_S, *args)
+
+    async def _together(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
+        """Raises TimeoutError if one is silent: the others' answers are lost with it."""
+        broadcast = self._handle.broadcast(method, None, *args)
+        try:
+            answers = await broadcast.results_async(timeout_s=timeout_s, return_exceptions=True)
         except DeploymentUnavailableError:
             return []
-        except TimeoutError:  # one is silent, and the others' answers are lost with it
-            return await self._each(method, *args)
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
-    async def _each(self, method: str, *args: Any) -> list[Any]:
+    async def _each(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
         """Of the hosts that are known, one after the other: Serve takes calls to one deployment that are made
         at once on behalf of one request for the same call."""
         answers = []
         for host in list(self.state.hosts):
             call = getattr(self._handle, method).remote(host, *args)
             with suppress(TimeoutError, RayError):
-                answers.append(await asyncio.wait_for(call, ONE_ANSWER_S))
+                answers.append(await asyncio.wait_for(call, timeout_s))
         return answers
 
     async def generate(self, host: str | None, request: GenerationRequest) -> GenerationResult:
@@ -101,10 +119,11 @@ class PoolLink:
 
         Raises:
             RayActorError: the host died.
+            NotEnoughDevices: Serve cannot run the pool.
             DistrirayError: as `Host.generate`.
         """
-        self.undirected += host is None
         response = self._handle.generate.remote(host, request)
+        self.undirected += host is None
         try:
             return await response
         except asyncio.CancelledError:
@@ -112,14 +131,16 @@ class PoolLink:
             raise
         except RayTaskError as error:
             raise own_error(error) from None
+        except DeploymentUnavailableError as error:
+            raise self._unavailable() from error
         finally:
             self.undirected -= host is None
 
     async def stream(self, host: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """What happens to `request` on `host`; closing the generator cancels it. Raises as `generate`."""
+        events = self._streaming.stream.remote(host, request)
         self.undirected += host is None
         waits = host is None
-        events = self._streaming.stream.remote(host, request)
         over = False
         try:
             async for event in events:
@@ -130,12 +151,13 @@ class PoolLink:
         except RayTaskError as error:
             over = True
             raise own_error(error) from None
+        except DeploymentUnavailableError as error:
+            over = True
+            raise self._unavailable() from error
         finally:
             self.undirected -= waits
             if not over:
                 events.cancel()
 
-
-def own_error(error: RayTaskError) -> BaseException:
-    """What was raised on the other side of a call, where it is an error of distriray's."""
-    return error.cause if isinstance(error.cause, DistrirayError) else error
+    def _unavailable(self) -> NotEnoughDevices:
+        return NotEnoughDevices(f"pool {self.config.name} cannot be run; `serve status` says why")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayTaskError, TaskCancelledError
-from ray.serve.exceptions import RequestCancelledError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from .client import settled
 from .errors import DistrirayError, GenerationCancelled
 from .gang.events import Event
 from .requests import GenerationRequest, GenerationResult
@@ -18,15 +18,13 @@ from .requests import GenerationRequest, GenerationResult
 if TYPE_CHECKING:
     from .service import Fleet, ModelCard
 
-Cancelled = (RequestCancelledError, TaskCancelledError)
-
 
 class HandleClient:
     """Calls a service through its Serve handle, so nothing is encoded and no port need be open.
 
     A request is a `GenerationRequest`, or a prompt with its other fields as keywords. Methods raise errors
-    of `distriray.errors` as themselves. `stream` and `generate` block; `astream` and `agenerate` belong into
-    an event loop.
+    of `distriray.errors` as themselves, and ConnectionError when the service cannot be reached. Those whose
+    name begins with an `a` belong into an event loop, the others block.
 
         client = HandleClient.connect()
         result = client.generate("a lake at dawn", num_inference_steps=20)
@@ -54,78 +52,88 @@ class HandleClient:
 
     def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request. Leaving early, as with Ctrl-C, cancels it."""
-        wanted = settled(request, fields)
-        response = self._handle.generate.remote(wanted)
-        try:
+        response = self._handle.generate.remote(GenerationRequest.of(request, fields))
+        with _cancelled_unless_over(response):
             result: GenerationResult = response.result()
-            return result
-        except RayTaskError as error:
-            raise _own(error) from None
-        except Cancelled:
-            raise GenerationCancelled(f"request {wanted.id} was cancelled") from None
-        except BaseException:
-            response.cancel()
-            raise
+        return result
 
     async def agenerate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """As `generate`. Cancelling this coroutine cancels the request."""
-        wanted = settled(request, fields)
-        response = self._handle.generate.remote(wanted)
-        try:
+        response = self._handle.generate.remote(GenerationRequest.of(request, fields))
+        with _cancelled_unless_over(response):
             result: GenerationResult = await response
-            return result
-        except RayTaskError as error:
-            raise _own(error) from None
-        except Cancelled:
-            raise GenerationCancelled(f"request {wanted.id} was cancelled") from None
-        except BaseException:
-            response.cancel()
-            raise
+        return result
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
         """What happens to a request, ending with `Finished`. Closing the generator cancels it."""
-        wanted, over = settled(request, fields), False
-        events = self._handle.options(stream=True).stream.remote(wanted)
-        try:
+        streaming = self._handle.options(stream=True)
+        events = streaming.stream.remote(GenerationRequest.of(request, fields))
+        with _cancelled_unless_over(events):
             yield from events
-            over = True
-        except RayTaskError as error:
-            over = True
-            raise _own(error) from None
-        finally:
-            if not over:
-                events.cancel()
 
     async def astream(self, request: GenerationRequest | str, **fields: Any) -> AsyncGenerator[Event, None]:
         """As `stream`."""
-        wanted, over = settled(request, fields), False
-        events = self._handle.options(stream=True).stream.remote(wanted)
-        try:
+        streaming = self._handle.options(stream=True)
+        events = streaming.stream.remote(GenerationRequest.of(request, fields))
+        with _cancelled_unless_over(events):
             async for event in events:
                 yield event
-            over = True
-        except RayTaskError as error:
-            over = True
-            raise _own(error) from None
-        finally:
-            if not over:
-                events.cancel()
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request after the step it is in, whoever sent it; whether there was one."""
-        return bool(self._handle.cancel.remote(request_id).result())
+        return bool(self._call("cancel", request_id))
+
+    async def acancel(self, request_id: str) -> bool:
+        """As `cancel`."""
+        return bool(await self._acall("cancel", request_id))
 
     def models(self) -> list[ModelCard]:
         """What can be asked for; the first is drawn by whoever names none."""
-        cards: list[ModelCard] = self._handle.models.remote().result()
+        cards: list[ModelCard] = self._call("models")
+        return cards
+
+    async def amodels(self) -> list[ModelCard]:
+        """As `models`."""
+        cards: list[ModelCard] = await self._acall("models")
         return cards
 
     def fleet(self) -> Fleet:
         """Every pool with its hosts, gangs and queues."""
-        fleet: Fleet = self._handle.fleet.remote().result()
+        fleet: Fleet = self._call("fleet")
         return fleet
 
+    async def afleet(self) -> Fleet:
+        """As `fleet`."""
+        fleet: Fleet = await self._acall("fleet")
+        return fleet
 
-def _own(error: RayTaskError) -> BaseException:
-    """What the service raised, where it is an error of distriray's."""
+    def _call(self, method: str, *args: Any) -> Any:
+        response = getattr(self._handle, method).remote(*args)
+        with _cancelled_unless_over(response):
+            return response.result()
+
+    async def _acall(self, method: str, *args: Any) -> Any:
+        response = getattr(self._handle, method).remote(*args)
+        with _cancelled_unless_over(response):
+            return await response
+
+
+def own_error(error: RayTaskError) -> BaseException:
+    """What was raised on the other side of a call, where it is an error of distriray's."""
     return error.cause if isinstance(error.cause, DistrirayError) else error
+
+
+@contextmanager
+def _cancelled_unless_over(response: Any) -> Iterator[None]:
+    """Raise what the service raised as itself; cancel the call if the caller leaves before its end."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise own_error(error) from None
+    except (RequestCancelledError, TaskCancelledError):
+        raise GenerationCancelled("the request was cancelled") from None
+    except (RayError, RayServeException) as error:
+        raise ConnectionError(f"the service cannot be reached, or broke off: {error}") from error
+    except BaseException:
+        response.cancel()
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from uuid import uuid4
 
@@ -84,6 +85,22 @@ class GenerationRequest(BaseModel):
             return cls.model_validate_json(fields)
         except ValidationError as error:
             raise invalid_request(error) from None
+
+    @classmethod
+    def of(cls, request: Self | str, fields: dict[str, Any]) -> Self:
+        """What is meant by a whole request, or by a prompt with the other fields.
+
+        Raises:
+            TypeError: `fields` beside a whole request, or a second prompt.
+            InvalidRequest: the fields make none.
+        """
+        if isinstance(request, str):
+            if "prompt" in fields:
+                raise TypeError("the prompt was given twice")
+            return cls.parse({"prompt": request, **fields})
+        if fields:
+            raise TypeError(f"{sorted(fields)} belong into the GenerationRequest that was given")
+        return request
 
     @property
     def seeds(self) -> list[int]:
@@ -169,6 +186,17 @@ class Limits(BaseModel):
                 f"{self.max_pixels} pixels",
                 "height",
             )
+
+    @classmethod
+    def widest(cls, limits: Iterable[Limits]) -> Limits:
+        """What at least one of `limits` allows, field by field."""
+        each = list(limits)
+        return cls(
+            **{
+                name: (min if name.startswith("min_") else max)(getattr(one, name) for one in each)
+                for name in cls.model_fields
+            }
+        )
 
     @staticmethod
     def _at_most(field: str, value: float, limit: float) -> None:

@@ -17,7 +17,7 @@ class ModelCard(BaseModel):
 
     Attributes:
         created: when it was first served, in seconds since the epoch.
-        default_size: (height, width) in pixels of a request that names none.
+        default_size: (height, width) in pixels of a request that names none; None until a host was up.
         limits: what a request of this model may ask for.
         gang_sizes: all that the model's pools lend, ascending.
     """
@@ -27,7 +27,7 @@ class ModelCard(BaseModel):
     id: str
     created: int
     owned_by: str = "distriray"
-    default_size: tuple[int, int]
+    default_size: tuple[int, int] | None
     limits: Limits = Limits()
     gang_sizes: tuple[int, ...] = (1,)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from distriray.errors import DistrirayError
-from distriray.gang.events import Event
+from distriray.gang.events import Event, Finished
 from distriray.requests import Limits
 from distriray.service import Fleet, ModelCard, Service
 
@@ -21,8 +21,8 @@ from .access import guard
 from .answers import error_frame, event_frame, images_response
 from .body import read_body
 from .config import HttpConfig
-from .envelope import Envelope, log
-from .errors import Refusal, answer_errors, refusal_of
+from .envelope import Envelope
+from .errors import Refusal, answer_errors, log, refusal_of
 from .images import ImageRequest
 from .leaving import EventStream, unless_left
 from .openapi import describe_images, document, errors
@@ -31,13 +31,14 @@ T = TypeVar("T")
 
 
 class Model(BaseModel):
-    """A model; beside OpenAI's fields its own size (`WxH`), its limits and the gangs that can draw it."""
+    """A model; beside OpenAI's fields its own size (`WxH`, null until a host was up), its limits and the
+    gangs that can draw it."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    default_size: str
+    default_size: str | None
     limits: Limits
     gang_sizes: tuple[int, ...]
 
@@ -148,7 +149,9 @@ async def _frames(
         while event is not None:
             if frame := await asyncio.to_thread(event_frame, asked, event):
                 yield frame
-            event = await unless_left(request, _until(ends_at, anext(events, None)))
+            coming = _until(ends_at, anext(events, None))
+            # After the last event there is nothing to cancel, and a client need not wait for the end.
+            event = await (coming if isinstance(event, Finished) else unless_left(request, coming))
     except ClientDisconnect:
         request.state.noted["code"] = "client_left"
     except Exception as error:
@@ -177,12 +180,12 @@ def _card(service: Service, model: str | None) -> ModelCard:
 
 
 def _model(card: ModelCard) -> Model:
-    height, width = card.default_size
+    size = card.default_size
     return Model(
         id=card.id,
         created=card.created,
         owned_by=card.owned_by,
-        default_size=f"{width}x{height}",
+        default_size=size and f"{size[1]}x{size[0]}",
         limits=card.limits,
         gang_sizes=card.gang_sizes,
     )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import time
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import refusal_of
+from distriray.wire import REQUEST_ID
 
-# Serve writes what is said under `ray.serve` to its replicas' logs; elsewhere this is a name like any other.
-log = logging.getLogger("ray.serve.distriray.http")
-
-_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+from .errors import log, refusal_of
 
 
 class Envelope:
@@ -30,7 +25,7 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid4().hex
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         noted: dict[str, object] = {}
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "noted": noted}
         began, status = time.monotonic(), 0
@@ -47,9 +42,11 @@ class Envelope:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             log.exception("request %s failed", request_id)
+            refusal = refusal_of(error)
+            noted["code"] = refusal.code
             if status:
                 raise
-            await refusal_of(error).response()(scope, receive, send_with_id)
+            await refusal.response()(scope, receive, send_with_id)
         finally:
             fields = {
                 "request_id": request_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from typing import Any
@@ -30,7 +31,12 @@ PARAMS = {"num_images": "n", "previews": "partial_images", "height": "size", "wi
 CLIENT_LEFT = 499
 """The status of a request whose client did not wait; nobody receives it, logs show it."""
 
+# Serve writes what is said under `ray.serve` to its replicas' logs; elsewhere this is a name like any other.
+log = logging.getLogger("ray.serve.distriray.http")
+
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+# Clients that repeat a 429 or 503 by themselves are told not to: it was meant, or would fail again.
+_NO_RETRY = {"X-Should-Retry": "false"}
 _LONGEST_PARAM, _LONGEST_MESSAGE = 100, 500
 
 
@@ -112,17 +118,16 @@ def refusal_of(error: Exception) -> Refusal:
             possible = error.possible_s
             if possible is not None and not math.isfinite(possible):
                 possible = None
-            # The same deadline would fail again, so clients that retry a 429 by themselves are told not to.
-            headers = {"X-Should-Retry": "false"}
-            return Refusal(429, "deadline_unmet", str(error), "deadline_s", headers, possible)
+            return Refusal(429, "deadline_unmet", str(error), "deadline_s", dict(_NO_RETRY), possible)
         case GenerationCancelled():
-            return Refusal(503, "cancelled", str(error))
+            return Refusal(503, "cancelled", str(error), headers=dict(_NO_RETRY))
         case NotEnoughDevices():
             return Refusal(503, "unavailable", str(error))
         case GangBroken():
             return Refusal(500, "gang_broken", str(error))
         case TimeoutError():
-            return Refusal(503, "timeout", "the image was not finished in the time that a request may take")
+            message = "the image was not finished in the time that a request may take"
+            return Refusal(503, "timeout", message, headers=dict(_NO_RETRY))
         case DistrirayError():
             return Refusal(500, "internal_error", str(error))
     return Refusal(
@@ -145,6 +150,8 @@ def answer_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         refusal = refusal_of(error)
         request.state.noted["code"] = refusal.code
+        if refusal.code == "internal_error":
+            log.error("request %s failed", request.state.request_id, exc_info=error)
         return refusal.response()
 
     async def by_router(request: Request, error: Exception) -> Response:

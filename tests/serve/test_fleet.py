@@ -53,6 +53,7 @@ def test_user_config_changes_running_hosts_and_no_request_fails(
         hosts = client.fleet().pools["twins"].hosts.values()
         return {worker.pid for host in hosts for worker in host.workers}
 
+    until(lambda: len(workers()) == 2)  # after the death above
     before, stop, made, failed = workers(), threading.Event(), [], []
 
     def keep_asking() -> None:

@@ -67,3 +67,8 @@ def test_what_measures_something_else_is_refused(parts, what):
 
 def test_where_it_was_written_makes_no_difference():
     assert compare(MEASUREMENT, changed(settings={"size": 512, "json": "b.json"}))
+
+
+def test_what_no_bench_wrote_is_refused():
+    with pytest.raises(Incomparable, match="no title"):
+        compare({"command": "x", "rows": []}, MEASUREMENT)

@@ -7,9 +7,10 @@ import torch
 
 from bench.exchange import unet_inputs
 from bench.lockstep import run_in_lockstep
-from bench.projection.__main__ import COLUMNS, Round, cases, measure, places, slowest, tabulate
+from bench.projection.__main__ import COLUMNS, tabulate
 from bench.projection.links import Link, exposed_s, parse_link
 from bench.projection.peers import Moment, Step
+from bench.projection.rounds import Round, cases, measure, places, slowest
 from bench.projection.share import Share, measure_share, random_unet
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
@@ -130,7 +131,7 @@ def test_a_gang_is_as_slow_as_its_slowest_rank():
 
 
 def test_one_device_tells_all_gangs_and_every_number_of_theirs_is_called_projected(monkeypatch):
-    monkeypatch.setattr("bench.projection.__main__.SDXL", dict(tiny_sdxl_unet().config))
+    monkeypatch.setattr("bench.projection.rounds.SDXL", dict(tiny_sdxl_unet().config))
     links = [FAST, Link("slow", 1e-3, 1e6)]
     arguments = argparse.Namespace(
         model="sdxl", dtype="float32", sizes=[SIZE], ranks=[1, 2, 4, 8], rounds=1, steps=2, links=links

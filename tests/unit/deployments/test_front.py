@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config import AppConfig
 from deployments.front import Front
@@ -43,6 +45,7 @@ class FakeHandle:
         self.waiting = waiting
         self.config = HostConfig()
         self.silent: set[str] = set()
+        self.gang_sizes: tuple[int, ...] = (1,)
         self.workers, self.takes_s = 1, 0.0
         self.report = SimpleNamespace(remote=self._tell)
         self.deeds: list[Deed] = []
@@ -63,7 +66,8 @@ class FakeHandle:
 
     def _report(self, host: str) -> HostReport:
         requests = (view_of(f"r{i}", 100.0) for i in range(self.waiting))
-        return replace(report(host, *requests, max_queue=4), config=self.config)
+        told = report(host, *requests, max_queue=4)
+        return replace(told, config=self.config, state=replace(told.state, gang_sizes=self.gang_sizes))
 
     async def _tell(self, host: str) -> HostReport:
         if host in self.silent:
@@ -289,6 +293,39 @@ def test_models_are_known_before_any_host_is_up() -> None:
 
     (card,) = asyncio.run(scene())
     assert card.id == "builtin:landscapes" and card.default_size == (512, 512)
+
+
+def test_a_model_whose_size_no_host_has_told_yet_is_there_too() -> None:
+    async def scene() -> list[ModelCard]:
+        pools = [
+            {"name": "hub", "model": "some/hub-model", "min_hosts": 0, "gang_sizes": [1], "limits": few},
+            {"name": "more", "model": "some/hub-model", "min_hosts": 0, "workers": 2},
+            {"name": "own", "min_hosts": 0},
+        ]
+        handles = {str(pool["name"]): FakeHandle() for pool in pools}
+        return Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0)).models()  # type: ignore[arg-type]
+
+    few = {"max_images": 1, "min_side": 128}
+    hub, own = asyncio.run(scene())
+    assert (hub.id, hub.default_size, own.default_size) == ("some/hub-model", None, (512, 512))
+    assert hub.gang_sizes == (1, 2) and hub.limits == Limits(), "what at least one of its pools allows"
+
+
+def test_too_few_workers_are_no_full_queue() -> None:
+    handle = FakeHandle("a")
+    handle.gang_sizes = ()
+    with pytest.raises(NotEnoughDevices, match="workers are down"):
+        generate(front(pool=handle))
+
+
+def test_what_serve_cannot_run_is_unavailable() -> None:
+    def undeployed(host: str | None, request: GenerationRequest) -> Any:
+        raise DeploymentUnavailableError(DeploymentID("pool", "app"))
+
+    handle = FakeHandle("a")
+    handle.deeds = [undeployed]
+    with pytest.raises(NotEnoughDevices, match="serve status"):
+        generate(front(pool=handle))
 
 
 def test_models_follow_the_limits_that_hosts_have_now() -> None:

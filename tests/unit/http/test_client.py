@@ -170,6 +170,7 @@ def test_a_time_limit_of_the_service_is_a_timeout() -> None:
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 51}, "num_inference_steps"),
         ({"num_images": 5}, "num_images"),
+        ({"height": 32, "width": 64}, "height"),
         ({"previews": 2}, "previews"),
         ({"stepz": 3}, "stepz"),
     ],
@@ -185,6 +186,45 @@ def test_what_cannot_be_done_is_refused_by_name(
 def test_a_request_comes_alone(client: Client) -> None:
     with pytest.raises(TypeError, match="seed"):
         client.generate(REQUEST, seed=4)
+    with pytest.raises(TypeError, match="prompt was given twice"):
+        client.generate("a lake", prompt="a castle")
+
+
+def test_a_stream_makes_one_image(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match="num_images 2"):
+        next(client.stream("a lake", num_images=2))
+
+
+def test_a_stream_that_was_heard_to_its_end_is_no_client_that_left(caplog: pytest.LogCaptureFixture) -> None:
+    class Lingering(FakeService):
+        async def stream(self, request: GenerationRequest):  # type: ignore[no-untyped-def]
+            async for event in super().stream(request):
+                yield event
+            await asyncio.sleep(0.05)
+            self.ended.append("over")
+
+    service = Lingering()
+    with caplog.at_level("INFO", "ray.serve"), serving(service) as url, Client(url) as client:
+        for _ in range(3):
+            assert isinstance(list(client.stream("a lake"))[-1], Finished)
+    assert service.ended == ["finished", "over"] * 3 and "client_left" not in caplog.text
+
+
+def test_more_requests_than_a_pool_of_connections_has_are_all_sent() -> None:
+    async def ask(url: str) -> None:
+        async with AsyncClient(url) as client:
+            tasks = [asyncio.create_task(client.generate("a lake")) for _ in range(110)]
+            end = time.monotonic() + 30
+            while len(service.asked) < 110 and time.monotonic() < end:
+                await asyncio.sleep(0.05)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    service = FakeService(pace_s=10.0)
+    with serving(service) as url:
+        asyncio.run(ask(url))
+    assert len(service.asked) == 110
 
 
 def test_the_key_is_given_or_comes_from_the_environment(
@@ -250,8 +290,16 @@ def test_a_service_that_is_not_there_or_breaks_off_is_a_connection_error() -> No
 
 
 def test_an_answer_that_is_not_the_services_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    proxy = httpx.MockTransport(lambda request: httpx.Response(502, text="<h1>Bad gateway</h1>"))
-    client = Client("http://service")
-    monkeypatch.setattr(client, "_http", httpx.Client(base_url="http://service", transport=proxy))
-    with client, pytest.raises(DistrirayError, match=r"502.*Bad gateway"):
+    for status in (502, 200):
+        proxy = httpx.MockTransport(lambda request, status=status: httpx.Response(status, text="<h1>Log in"))
+        client = Client("http://service")
+        monkeypatch.setattr(client, "_http", httpx.Client(base_url="http://service", transport=proxy))
+        with client:
+            for ask in (client.models, client.fleet, lambda client=client: client.generate("a lake")):
+                with pytest.raises(DistrirayError, match=rf"{status}.*Log in"):
+                    ask()  # type: ignore[operator]
+
+
+def test_a_url_with_a_path_is_suspected(url: str) -> None:
+    with Client(f"{url}/v1") as client, pytest.raises(DistrirayError, match="without a path"):
         client.models()

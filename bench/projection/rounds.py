@@ -1,0 +1,108 @@
+"""One turn after the other of every gang that is projected, by processes of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench.projection.links import Link
+from bench.projection.share import SDXL, Share, measure_gang, measure_share, random_unet
+from bench.ranks import barrier
+from distriray.collective import Communicator
+from distriray.landscapes import MODEL_DIR
+
+
+@dataclass(frozen=True)
+class Case:
+    """A gang that is projected."""
+
+    size: int
+    ranks: int
+    split: bool
+
+
+@dataclass
+class Round:
+    """What one process found in one turn of all cases."""
+
+    shares: dict[Case, Share] = field(default_factory=dict)
+    measured: dict[Case, float] = field(default_factory=dict)
+    loopback: Link | None = None
+
+
+def cases(sizes: list[int], ranks: list[int]) -> list[Case]:
+    """Every gang, with guidance split where it can be."""
+    return [
+        Case(size, count, split)
+        for size in sizes
+        for count in ranks
+        for split in (True, False)
+        if count % 2 == 0 or not split
+    ]
+
+
+def places(ranks: int) -> list[int]:
+    """The ranks whose shares are measured: an outer one, and one with a neighbour on each side."""
+    return sorted({0, ranks // 2})
+
+
+def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[Round]:
+    """All cases in turn, round by round. Processes measure different ranks of a gang at the same time."""
+    device, dtype = communicator.device, getattr(torch, arguments.dtype)
+    if arguments.model == "sdxl":
+        unet = random_unet(SDXL, device, dtype)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet").to(device, dtype).eval()
+    rounds = []
+    for _ in range(arguments.rounds):
+        taken = Round()
+        if communicator.world_size > 1:
+            taken.loopback = measure_loopback(communicator)
+        for case in cases(arguments.sizes, arguments.ranks):
+            barrier(communicator)
+            own = places(case.ranks)[communicator.rank :: communicator.world_size]
+            shares = [
+                measure_share(unet, rank, case.ranks, case.size, arguments.steps, cfg_parallel=case.split)
+                for rank in own
+            ]
+            if shares:
+                taken.shares[case] = max(shares, key=lambda share: share.seconds)
+            if communicator.world_size == case.ranks > 1:
+                barrier(communicator)
+                taken.measured[case] = measure_gang(
+                    unet, communicator, case.size, arguments.steps, cfg_parallel=case.split
+                )
+        barrier(communicator)
+        rounds.append(taken)
+    return rounds
+
+
+def measure_loopback(communicator: Communicator, nbytes: int = 2**22) -> Link:
+    """What the processes of this machine have between them: each pair swaps one byte, then `nbytes`."""
+    others = [peer for peer in range(communicator.world_size) if peer != communicator.rank]
+    seconds = {}
+    for size in (1, nbytes):
+        out, into = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+        times = []
+        for _ in range(30):
+            started = time.perf_counter()
+            communicator.exchange(dict.fromkeys(others, out), dict.fromkeys(others, into)).wait()
+            times.append(time.perf_counter() - started)
+        seconds[size] = median(times)
+    transfer_s = max(seconds[nbytes] - seconds[1], 1e-9)
+    return Link("loopback", seconds[1], len(others) * nbytes / transfer_s, hides=False)
+
+
+def slowest(taken: tuple[Round, ...]) -> Round:
+    """One round of all processes as one: a gang is as slow as its slowest rank."""
+    shares = {
+        case: max((r.shares[case] for r in taken if case in r.shares), key=lambda share: share.seconds)
+        for case in taken[0].shares
+    }
+    measured = {case: max(r.measured[case] for r in taken) for case in taken[0].measured}
+    return Round(shares, measured, taken[0].loopback)

@@ -1,0 +1,181 @@
+"""What requests, results, events and errors are over HTTP, as a client writes and reads them."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode
+from io import BytesIO
+from typing import Any
+
+import httpx
+from httpx_sse import ServerSentEvent
+from PIL import Image
+
+from .errors import (
+    DeadlineUnmet,
+    DistrirayError,
+    GangBroken,
+    GenerationCancelled,
+    InvalidRequest,
+    ModelNotFound,
+    NotAllowed,
+    NotEnoughDevices,
+    QueueFull,
+)
+from .gang.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
+from .requests import GenerationRequest, GenerationResult
+from .service import ModelCard
+
+IMAGES = "/v1/images/generations"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What may stand in an X-Request-ID."""
+
+_PLAIN = (
+    *("prompt", "model", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
+    *("scheduler", "gang_size", "deadline_s"),
+)
+"""Fields that are called the same over HTTP."""
+_NOT_CARRIED = ("guidance_rescale", "priority", "parallel")
+_FIELDS = {"n": "num_images", "partial_images": "previews", "size": "height"}
+"""What HTTP's parameters are called in a GenerationRequest, where that differs."""
+
+
+def headers_of(request: GenerationRequest) -> dict[str, str]:
+    if not REQUEST_ID.fullmatch(request.id):
+        message = f"id {request.id!r}: over HTTP it is of up to 64 letters, digits, '.', '_' and '-'"
+        raise InvalidRequest(message, "id")
+    return {"X-Request-ID": request.id}
+
+
+def body_of(request: GenerationRequest, stream: bool) -> dict[str, Any]:
+    """The JSON of a request.
+
+    Raises:
+        InvalidRequest: it has something that HTTP does not carry.
+    """
+    for name in _NOT_CARRIED:
+        if getattr(request, name) != GenerationRequest.model_fields[name].default:
+            raise InvalidRequest(f"{name} is not carried over HTTP; a HandleClient can ask for it", name)
+    if (request.height is None) != (request.width is None):
+        raise InvalidRequest("over HTTP a size is a height and a width, or neither", "height")
+    if stream and request.num_images > 1:
+        message = f"num_images {request.num_images}: over HTTP a stream makes one image"
+        raise InvalidRequest(message, "num_images")
+    if request.previews and not stream:
+        raise InvalidRequest(f"previews {request.previews}: only a stream carries them", "previews")
+    body = {name: getattr(request, name) for name in _PLAIN}
+    body["n"] = request.num_images
+    if request.height is not None:
+        body["size"] = f"{request.width}x{request.height}"
+    if request.previews:
+        body["partial_images"] = request.previews
+    if stream:
+        body |= {"stream": True, "progress": True}
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _picture(encoded: str) -> Image.Image:
+    image = Image.open(BytesIO(b64decode(encoded)))
+    image.load()
+    return image
+
+
+def result_of(answer: dict[str, Any]) -> GenerationResult:
+    drawn = answer.get("data", [answer])  # an event is its own only image
+    width, height = map(int, answer["size"].split("x"))
+    return GenerationResult(
+        **{name: answer[name] for name in ("id", "model", "timings", "segments", "repairs")},
+        height=height,
+        width=width,
+        seeds=[image["seed"] for image in drawn],
+        images=[_picture(image["b64_json"]) for image in drawn],
+    )
+
+
+def event_of(frame: ServerSentEvent) -> Event:
+    """What a server-sent event says; raises the error that it is."""
+    try:
+        return _event(frame.json())
+    except DistrirayError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DistrirayError(
+            f"the service streamed {frame.event!r}, which this version cannot read: {frame.data[:200]!r}"
+        ) from error
+
+
+def _event(data: dict[str, Any]) -> Event:
+    match data:
+        case {"type": "error", "error": error}:
+            raise _error(error)
+        case {"type": "image_generation.completed", "id": name}:
+            return Finished(name, result_of(data))
+        case {"type": "image_generation.partial_image", "id": name, "step": step}:
+            return Preview(name, step, data["partial_image_index"], _picture(data["b64_json"]))
+        case {"state": "queued", "id": name}:
+            return Queued(name, data["position"], data["predicted_wait_s"])
+        case {"state": "started", "id": name}:
+            return Started(name, tuple(data["workers"]))
+        case {"state": "running", "id": name, "step": step}:
+            return Step(name, step, data["num_steps"], data["gang_size"], data["seconds"])
+        case {"state": "regrouped", "id": name, "step": step}:
+            return Regrouped(name, tuple(data["workers"]), step)
+        case {"state": "repaired", "id": name, "step": step}:
+            return Repaired(name, tuple(data["lost_workers"]), step)
+    raise ValueError(data["type"])
+
+
+def cards_of(answer: dict[str, Any]) -> list[ModelCard]:
+    """The models of GET /v1/models."""
+    cards = []
+    for model in answer["data"]:
+        size = model["default_size"] and tuple(map(int, reversed(model["default_size"].split("x"))))
+        cards.append(ModelCard.model_validate({**model, "default_size": size}))
+    return cards
+
+
+def error_of(answer: httpx.Response) -> Exception:
+    """What an answer that is no success means."""
+    try:
+        error = answer.json()["error"]
+        return _error(error, _seconds(answer.headers.get("Retry-After")))
+    except (ValueError, KeyError, TypeError):
+        return not_the_service(answer)
+
+
+def not_the_service(answer: httpx.Response) -> DistrirayError:
+    """For an answer that something on the way gave, or another program."""
+    return DistrirayError(f"{answer.url} answered {answer.status_code}: {answer.text[:200]!r}")
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        return float(text or 1.0)
+    except ValueError:  # a date
+        return 1.0
+
+
+def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
+    message, code, param = error["message"], error["code"], error["param"]
+    match code:
+        case "queue_full":
+            return QueueFull(message, retry_after_s)
+        case "deadline_unmet":
+            return DeadlineUnmet(message, error.get("possible_s"))
+        case "model_not_found":
+            return ModelNotFound(message)
+        case "cancelled":
+            return GenerationCancelled(message)
+        case "gang_broken":
+            return GangBroken(message)
+        case "unavailable":
+            return NotEnoughDevices(message)
+        case "timeout":
+            return TimeoutError(message)
+        case "missing_api_key" | "invalid_api_key" | "keys_not_configured":
+            return NotAllowed(message)
+        case "unknown_url" | "method_not_allowed":
+            return DistrirayError(f"{message}; is the client's url that of the service, without a path?")
+    if error["type"] == "invalid_request_error":
+        return InvalidRequest(message, _FIELDS.get(param, param))
+    return DistrirayError(message)
