@@ -1,9 +1,14 @@
-"""`python -m bench.simulator_truth`: the same trace on a real host and in the simulator."""
+"""`python -m bench.simulator_truth`: the same traces on a real host and in the simulator.
+
+The simulator gets the host's profile: as measured at its start; as the traces before this one had corrected
+it, which is what the host itself plans this one with; and, for comparison, as this one corrected it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import random
 import sys
 import tempfile
@@ -145,10 +150,15 @@ def on_a_host(options: argparse.Namespace) -> tuple[Profile, list[dict[str, Any]
             for seed in options.seeds:
                 model = LatencyModel(profile)
                 arrivals = trace(options.requests, model, size, options.steps, workers, seed, options.load)
+                before = copy.deepcopy(host.host.latency)
                 others.cores()
                 real = host.do(replay(arrivals, submit, workers))
                 disturbed[f"while trace {seed} ran"] = others.cores()
-                truths = {"as measured at start": model, "as the trace corrected it": host.host.latency}
+                truths = {
+                    "as measured at start": model,
+                    "as the traces before had corrected it": before,
+                    "as this trace corrected it": host.host.latency,
+                }
                 for name, truth in truths.items():
                     row = compare(real, simulate(arrivals, Elastic(), truth, fleet))
                     rows.append({"profile": name, "seed": seed, "requests": options.requests, **row})
@@ -168,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--load", type=float, default=0.7, help="of what its workers can do one by one")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="a trace each")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     profile, rows, told = on_a_host(options)

@@ -41,6 +41,7 @@ _FIELDS = {"n": "num_images", "partial_images": "previews", "size": "height"}
 
 
 def headers_of(request: GenerationRequest) -> dict[str, str]:
+    """What carries a request's id; raises InvalidRequest where that does not fit."""
     if not REQUEST_ID.fullmatch(request.id):
         message = f"id {request.id!r}: over HTTP it is of up to 64 letters, digits, '.', '_' and '-'"
         raise InvalidRequest(message, "id")
@@ -81,6 +82,7 @@ def _picture(encoded: str) -> Image.Image:
 
 
 def result_of(answer: dict[str, Any]) -> GenerationResult:
+    """The result in an answer, or in the event that completes a stream."""
     drawn = answer.get("data", [answer])  # an event is its own only image
     width, height = map(int, answer["size"].split("x"))
     return GenerationResult(
