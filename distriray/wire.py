@@ -30,14 +30,16 @@ IMAGES = "/v1/images/generations"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What may stand in an X-Request-ID."""
 
+PARAMS = {"num_images": "n", "previews": "partial_images", "height": "size", "width": "size"}
+"""What fields of a GenerationRequest are called over HTTP, where that differs."""
+
 _PLAIN = (
     *("prompt", "model", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
     *("scheduler", "gang_size", "deadline_s"),
 )
 """Fields that are called the same over HTTP."""
 _NOT_CARRIED = ("guidance_rescale", "priority", "parallel")
-_FIELDS = {"n": "num_images", "partial_images": "previews", "size": "height"}
-"""What HTTP's parameters are called in a GenerationRequest, where that differs."""
+_FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two, the first
 
 
 def headers_of(request: GenerationRequest) -> dict[str, str]:

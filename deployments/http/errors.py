@@ -24,9 +24,7 @@ from distriray.errors import (
     QueueFull,
 )
 from distriray.requests import invalid_request
-
-PARAMS = {"num_images": "n", "previews": "partial_images", "height": "size", "width": "size"}
-"""What fields of a GenerationRequest are called over HTTP, where that differs."""
+from distriray.wire import PARAMS
 
 CLIENT_LEFT = 499
 """The status of a request whose client did not wait; nobody receives it, logs show it."""

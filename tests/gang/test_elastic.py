@@ -20,10 +20,10 @@ from tests.gang.test_host import difference
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-def config_of(model: Path, profiles: Path, workers: int = 4) -> HostConfig:
+def config_of(model: Path, profiles: Path) -> HostConfig:
     return HostConfig(
         model=ModelSpec(name=str(model)),
-        workers=workers,
+        workers=4,
         cpus_per_worker=0.25,
         device="cpu",
         policy="elastic",
@@ -53,14 +53,14 @@ def elastic(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_a_profile_is_measured_once_and_used_at_the_next_start(tiny_model: Path, tmp_path: Path) -> None:
-    config = config_of(tiny_model, tmp_path, workers=2)
+    config = config_of(tiny_model, tmp_path)
     with open_host(config, cpus=5) as host:
         (path,) = tmp_path.iterdir()
         measured = Profile.load(path)
         assert host.host.latency.profile == measured
         assert not host.status().outcomes and host.status().predictions.count == 0
-    assert [entry.gang for entry in measured.entries] == [1, 2]
-    assert {busy for busy, _ in measured.crowding} == {1, 2} and measured.crowding[-1] == (2, 1.0)
+    assert [entry.gang for entry in measured.entries] == [1, 2, 4]
+    assert {busy for busy, _ in measured.crowding} == {1, 2, 4} and measured.crowding[-1] == (4, 1.0)
     marked = measured.model_copy(update={"regroup_s": 0.0123})
     marked.save(path)
     with open_host(config, cpus=5) as host:
