@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 import torch
@@ -16,7 +16,9 @@ from torch.distributed import TCPStore
 
 from ..models import ModelSpec
 from .messages import Link, Order, Outcome, Progress, Wish, WorkerFacts
-from .stage import Stage
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 T = TypeVar("T")
 
@@ -46,16 +48,12 @@ class Worker:
             loop.call_soon_threadsafe(self._news.set)
 
         def make() -> Stage:
+            from .stage import Stage  # with diffusers, which hosts do without: they need this class only
+
             _quiet()
             host, port = self._address
             store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-            return Stage(
-                self._spec,
-                self._device,
-                store,
-                self._timeout_s,
-                tell,
-            )
+            return Stage(self._spec, self._device, store, self._timeout_s, tell)
 
         stage = await loop.run_in_executor(self._compute, make)
         self._stage = stage
