@@ -37,6 +37,8 @@ class ParallelConfig(BaseModel):
         prediction: extrapolation of stale values.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
             the unconditional and the conditional pass. `auto` does so whenever gang and batch are even.
+        parallel_vae: the ranks decode the picture together, each its own rows, exactly; all of them must ask
+            for the picture then. Otherwise, and where the VAE cannot be cut, every rank decodes all of it.
         max_buffer_bytes: bound on exchange buffers kept for shapes not in use.
     """
 
@@ -48,4 +50,5 @@ class ParallelConfig(BaseModel):
     group_norm: GroupNormMode = "stale"
     prediction: Prediction = Prediction()
     cfg_parallel: bool | Literal["auto"] = "auto"
+    parallel_vae: bool = True
     max_buffer_bytes: Annotated[int, Field(ge=0)] = 4 * 2**30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -166,8 +167,13 @@ class Denoiser:
 
     @torch.no_grad()
     def decode(self, state: DenoiseState) -> list[Image.Image]:
-        """The pictures of the latents as they are."""
-        # A VAE decoder that is itself patch-parallel belongs here.
+        """The pictures of the latents as they are.
+
+        With a parallel VAE all ranks of the gang call it, and all get the pictures.
+
+        Raises:
+            GangBroken: from the gang.
+        """
         pipeline_state = PipelineState()
         pipeline_state.set("latents", state.latents.to(self._components.vae.dtype))
         pipeline_state.set("output_type", "pil")
@@ -177,7 +183,10 @@ class Denoiser:
 
     @torch.no_grad()
     def preview(self, state: DenoiseState) -> Image.Image:
-        """The first image as it is predicted to become, at a quarter of its size, 128 pixels at most."""
+        """The first image as it is predicted to become, at a quarter of its size, 128 pixels at most.
+
+        Any rank may call it, alone.
+        """
         latents = (state.latents if state.estimate is None else state.estimate)[:1]
         scale = min(PREVIEW_SCALE, PREVIEW_LATENT_SIDE / max(latents.shape[2:]))
         sides = [max(1, round(scale * side)) for side in latents.shape[2:]]
@@ -185,7 +194,9 @@ class Denoiser:
         small = PipelineState()
         small.set("latents", latents.to(self._components.vae.dtype))
         small.set("output_type", "pil")
-        _, small = self._decode(self._components, small)
+        engine = engine_of(self._pipeline)
+        with engine.decoder.alone() if engine is not None and engine.decoder is not None else nullcontext():
+            _, small = self._decode(self._components, small)
         preview: Image.Image = small.get("images")[0]
         return preview
 

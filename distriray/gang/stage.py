@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.distributed import Store
 
 from ..collective import Communicator, connect
@@ -147,9 +148,13 @@ class Stage:
         sent = communicator.bytes_sent
         fresh: list[float] = []
         stale: list[float] = []
-        cause = ""
+        images, decode_s, cause = None, 0.0, ""
         try:
             ending = self._steps(order, state, fresh, stale)
+            if ending is Ending.DONE:
+                began = time.perf_counter()
+                images = self._decode(order, state)
+                decode_s = time.perf_counter() - began
         except GangBroken as error:
             communicator.abort()
             ending, cause = Ending.BROKEN, str(error)
@@ -160,15 +165,7 @@ class Stage:
         except BaseException:
             communicator.abort()
             raise
-        finally:
-            with self._lock:
-                self._stepping = False
-        left_at = time.time()
-        images, decode_s = None, 0.0
-        if ending is Ending.DONE and order.rank == 0:
-            began = time.perf_counter()
-            images = self._denoiser.decode(state)
-            decode_s = time.perf_counter() - began
+        left_at = time.time() - decode_s
         return Outcome(
             ending,
             state.step,
@@ -192,16 +189,28 @@ class Stage:
             self._stepping = True
             if (wish := self._wishes.get(order.serial)) is not None:
                 self._pass_on(wish)
-        while not state.done:
-            began = time.perf_counter()
-            self._denoiser.step(state)
-            seconds = time.perf_counter() - began
-            (fresh if engine.statistics.synchronous else stale).append(seconds)
-            if order.rank == 0:
-                self._report(order, state)
-            if engine.yielding and not state.done:
-                return Ending.YIELDED
-        return Ending.DONE
+        try:
+            while not state.done:
+                began = time.perf_counter()
+                self._denoiser.step(state)
+                seconds = time.perf_counter() - began
+                (fresh if engine.statistics.synchronous else stale).append(seconds)
+                if order.rank == 0:
+                    self._report(order, state)
+                if engine.yielding and not state.done:
+                    return Ending.YIELDED
+            return Ending.DONE
+        finally:
+            with self._lock:
+                self._stepping = False
+
+    def _decode(self, order: Order, state: DenoiseState) -> list[Image.Image] | None:
+        """The pictures, on rank 0; the other ranks help if the VAE is parallel."""
+        if order.rank == 0:
+            return self._denoiser.decode(state)
+        if self._engine.decodes_together:
+            self._denoiser.decode(state)
+        return None
 
     def _report(self, order: Order, state: DenoiseState) -> None:
         preview = None

@@ -11,16 +11,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 if TYPE_CHECKING:
     from distriray.parallel.engine import Engine
+    from distriray.parallel.exchange import Exchanging
 
 
 class _Processor(AttnProcessor2_0, ABC):
     """diffusers' own processor, but for where the keys and values come from."""
-
-    def __init__(self, engine: Engine | None = None) -> None:
-        # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; the
-        # engine finds and binds them before the next image.
-        super().__init__()
-        self.engine = engine
 
     @abstractmethod
     def keys_values(
@@ -62,6 +57,12 @@ class PatchSelfAttention(_Processor):
     Hidden states are (batch, own tokens, channels). Without an active exchange, diffusers' own processor.
     """
 
+    def __init__(self, engine: Exchanging | None = None) -> None:
+        # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; the
+        # engine finds and binds them before the next image.
+        super().__init__()
+        self.engine = engine
+
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -71,11 +72,31 @@ class PatchSelfAttention(_Processor):
         return exchange.keys_values(attn.to_k(hidden_states), attn.to_v(hidden_states))
 
 
+class PatchSpatialAttention(PatchSelfAttention):
+    """Self-attention over the pixels of a normalized feature map, added to it: the one of a VAE's decoder.
+
+    Hidden states are (batch, channels, own rows, columns).
+    """
+
+    def __call__(
+        self, attn: Attention, hidden_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        if self.engine is None or self.engine.exchange is None:
+            return AttnProcessor2_0.__call__(self, attn, hidden_states)
+        normalized = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
+        output = super().__call__(attn, normalized.flatten(2).transpose(1, 2))
+        output = output.transpose(1, 2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            output = output + hidden_states
+        return output / attn.rescale_output_factor
+
+
 class CachedCrossAttention(_Processor):
     """Cross-attention whose text keys and values are computed once per image."""
 
     def __init__(self, engine: Engine | None = None) -> None:
-        super().__init__(engine)
+        super().__init__()
+        self.engine = engine
         self._epoch: int | None = None
         self._text: tuple[torch.Tensor, torch.Tensor] | None = None
 

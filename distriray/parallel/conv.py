@@ -14,7 +14,7 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel.partition import Window
 
 if TYPE_CHECKING:
-    from distriray.parallel.engine import Engine
+    from distriray.parallel.exchange import Exchanging
 
 
 class PatchConv2d(nn.Conv2d):
@@ -24,7 +24,7 @@ class PatchConv2d(nn.Conv2d):
     Input and output are (batch, channels, own rows, columns). Without an active exchange it is `nn.Conv2d`.
     """
 
-    engine: Engine | None = None
+    engine: Exchanging | None = None
     pads_end: bool = False  # one row below and one column to the right, instead of its own padding
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ class PatchDownsample2D(Downsample2D):
         return self.conv(hidden_states)
 
 
-def patch_conv(module: nn.Conv2d, engine: Engine) -> None:
+def patch_conv(module: nn.Conv2d, engine: Exchanging) -> None:
     """Turn `module` into a `PatchConv2d` of `engine`, in place.
 
     Raises:

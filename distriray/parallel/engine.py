@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GenerationCancelled, InvalidRequest
+from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange import Exchange
 from distriray.parallel.gather import Gather, check_same_image
 from distriray.parallel.layers import adopt_layers
@@ -55,6 +56,7 @@ class Engine:
         self.communicator: Communicator
         self.config: ParallelConfig
         self.exchange: Exchange | None = None  # what the layers use; None: they behave as the originals
+        self.decoder: PatchDecoder | None = None  # of the pipeline's VAE, if it can be cut into patches
         self.text_epoch = 0
         self.generation = 0
         self.drift = float("inf")
@@ -84,6 +86,9 @@ class Engine:
             self._asked = [False, False]
         self.communicator = communicator
         self.config = config
+        if self.decoder is not None:
+            together = config.parallel_vae and communicator.world_size > 1
+            self.decoder.communicator = communicator if together else None
         self.generation += 1
         self._gather = None
         self.restart()
@@ -109,6 +114,11 @@ class Engine:
     def buffer_bytes(self) -> int:
         """Memory of all exchange buffers, in bytes."""
         return sum(exchange.buffer_bytes for exchange in self._exchanges.values())
+
+    @property
+    def decodes_together(self) -> bool:
+        """Whether all ranks take part in decoding, so that all must call it."""
+        return self.decoder is not None and self.decoder.communicator is not None
 
     # The U-Net's forward pass
 

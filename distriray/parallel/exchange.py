@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Protocol
 
 import torch
 
@@ -26,6 +27,12 @@ from distriray.parallel.slots import Slot, keys_values_slot, statistics_slot
 # Messages of a bucket have the time between its last slot and its first one, a step later, to arrive: the
 # more buckets, the nearer to a whole step, and the more messages.
 BUCKETS = 4
+
+
+class Exchanging(Protocol):
+    """What a layer looks its exchange up in; None outside of a call, and within a gang of one."""
+
+    exchange: Exchange | None
 
 
 class Exchange:

@@ -1,4 +1,4 @@
-"""What all ranks of a gang tell one another: the noise of every step, and that they do the same."""
+"""What all ranks of a gang tell one another: every step's noise, the picture, and that they do the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from distriray.errors import GangMismatch
 from distriray.parallel.partition import Partition
 
 _HEADER = 16  # bytes: yield, cancel and drift as float32, and padding
+_FINGERPRINT = 16  # numbers, of which `_compare` uses as many as it needs
 
 
 class Gather:
-    """The synchronous gather of the predicted noise, with each rank's flags on board.
+    """The synchronous gather of the predicted noise or of the picture, with each rank's flags on board.
 
     Args:
         communicator: the whole gang, over all halves of the batch.
@@ -84,28 +85,47 @@ def check_same_image(
         GangMismatch: on every rank, naming what differs and the values.
         GangBroken: a peer died or hung meanwhile.
     """
-    shape = [*sample.shape, *text.shape[:2], step]
-    fingerprint = [*map(float, shape), timestep, float(sample.double().sum()), float(text.double().sum())]
-    mine = torch.tensor(fingerprint, dtype=torch.float64, device=communicator.device)
+    shapes = {"text batch": text.shape[0], "text tokens": text.shape[1]}
+    numbers = {**_shape(sample), **shapes, "step": step, "timestep": timestep}
+    _compare(communicator, numbers, {"sum of the latents": sample, "sum of the prompt embeddings": text})
+
+
+def check_same_latents(communicator: Communicator, latents: torch.Tensor) -> None:
+    """The same for what is to be decoded."""
+    _compare(communicator, _shape(latents), {"sum of the latents": latents})
+
+
+def _shape(sample: torch.Tensor) -> dict[str, float]:
+    return dict(zip(("batch", "channels", "rows", "columns"), sample.shape, strict=True))
+
+
+def _compare(communicator: Communicator, numbers: dict[str, float], tensors: dict[str, torch.Tensor]) -> None:
+    """Raise unless all ranks have these numbers exactly, and the sums of these tensors about.
+
+    The message has one size, whatever is compared.
+    """
+    values = {name: (float(number), 0.0) for name, number in numbers.items()}
+    for name, tensor in tensors.items():
+        whole = tensor.double()
+        values[name] = float(whole.sum()), 1e-3 * float(whole.abs().sum()) + 1e-6
+    fingerprint = [float(len(values)), *(value for value, _ in values.values())]
+    mine = torch.zeros(_FINGERPRINT, dtype=torch.float64, device=communicator.device)
+    mine[: len(fingerprint)] = torch.tensor(fingerprint, dtype=torch.float64)
     theirs = {r: torch.empty_like(mine) for r in range(communicator.world_size) if r != communicator.rank}
     communicator.exchange(dict.fromkeys(theirs, mine), theirs).wait()
     received = {rank: other.tolist() for rank, other in theirs.items()}
     _trust(communicator)
-    names = ["batch", "channels", "rows", "columns", "text batch", "text tokens", "step", "timestep"]
-    tolerances = [0.0] * len(names) + [1e-3 * float(sample.double().abs().sum()) + 1e-6] * 1
-    tolerances += [1e-3 * float(text.double().abs().sum()) + 1e-6]
-    for rank, other in received.items():
-        for name, a, b, tolerance in zip(
-            [*names, "sum of the latents", "sum of the prompt embeddings"],
-            fingerprint,
-            other,
-            tolerances,
-            strict=True,
-        ):
+    for rank, (count, *other) in received.items():
+        who = f"rank {communicator.rank} and rank {rank} were called with different inputs"
+        if count != len(values):
+            raise GangMismatch(
+                f"{who}: one is at a step of the U-Net and one decodes; let all ranks make the same calls"
+            )
+        for (name, (a, tolerance)), b in zip(values.items(), other, strict=False):
             if not abs(a - b) <= tolerance:
                 raise GangMismatch(
-                    f"rank {communicator.rank} and rank {rank} were called with different inputs: "
-                    f"{name} {a:g} and {b:g}; give all ranks the same arguments and equally seeded generators"
+                    f"{who}: {name} {a:g} and {b:g}; give all ranks the same arguments and equally seeded "
+                    "generators"
                 )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from distriray.parallel.engine import Engine
+    from distriray.parallel.exchange import Exchanging
 
 
 class PatchGroupNorm(nn.GroupNorm):
@@ -18,7 +18,7 @@ class PatchGroupNorm(nn.GroupNorm):
     active exchange it is `nn.GroupNorm`.
     """
 
-    engine: Engine | None = None
+    engine: Exchanging | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         exchange = None if self.engine is None else self.engine.exchange
@@ -92,7 +92,7 @@ def _moments(statistics: torch.Tensor) -> torch.Tensor:
     return torch.stack([mean, variance + mean.square()], -1)
 
 
-def patch_group_norm(module: nn.GroupNorm, engine: Engine) -> None:
+def patch_group_norm(module: nn.GroupNorm, engine: Exchanging) -> None:
     """Turn `module` into a `PatchGroupNorm` of `engine`, in place."""
     module.__class__ = PatchGroupNorm
     assert isinstance(module, PatchGroupNorm)

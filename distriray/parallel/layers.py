@@ -1,4 +1,4 @@
-"""Replaces a U-Net's layers by patch-parallel ones, which share their parameters."""
+"""Replaces the layers of a U-Net or a VAE's decoder by patch-parallel ones, which share their parameters."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
-from distriray.parallel.attention import CachedCrossAttention, PatchSelfAttention
+from distriray.parallel.attention import CachedCrossAttention, PatchSelfAttention, PatchSpatialAttention
 from distriray.parallel.conv import patch_conv, patch_downsample
 from distriray.parallel.groupnorm import patch_group_norm
 from distriray.parallel.supported import check_layers, check_self_attention
 
 if TYPE_CHECKING:
     from distriray.parallel.engine import Engine
+    from distriray.parallel.exchange import Exchanging
 
 
 def adopt_layers(unet: UNet2DConditionModel, engine: Engine) -> bool:
@@ -27,18 +29,35 @@ def adopt_layers(unet: UNet2DConditionModel, engine: Engine) -> bool:
     check_layers(unet)
     adopted = False
     for name, module in unet.named_modules():
-        if isinstance(module, nn.Conv2d) and getattr(module, "engine", None) is not engine:
-            patch_conv(module, engine)
-            adopted = True
-        elif type(module) is nn.GroupNorm:
-            patch_group_norm(module, engine)
-            adopted = True
-        elif isinstance(module, Attention):
+        if isinstance(module, Attention):
             adopted |= _adopt_attention(name, module, engine)
+        else:
+            adopted |= _adopt_simple(module, engine)
     for module in unet.modules():
         if type(module) is Downsample2D:
             patch_downsample(module)
     return adopted
+
+
+def adopt_decoder_layers(decoder: Decoder, engine: Exchanging) -> None:
+    """Make every layer of a decoder that `decoder_of` has returned patch-parallel that is not yet."""
+    for module in decoder.modules():
+        if isinstance(module, Attention):
+            if getattr(module.processor, "engine", None) is not engine:
+                module.processor = PatchSpatialAttention(engine)
+        else:
+            _adopt_simple(module, engine)
+
+
+def _adopt_simple(module: nn.Module, engine: Exchanging) -> bool:
+    """Adopt a convolution or a group norm that is not yet; whether it was one."""
+    if isinstance(module, nn.Conv2d) and getattr(module, "engine", None) is not engine:
+        patch_conv(module, engine)
+        return True
+    if type(module) is nn.GroupNorm:
+        patch_group_norm(module, engine)
+        return True
+    return False
 
 
 def _adopt_attention(name: str, attn: Attention, engine: Engine) -> bool:

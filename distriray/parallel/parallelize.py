@@ -9,8 +9,9 @@ import torch
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest
+from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.engine import Engine
-from distriray.parallel.supported import unet_of
+from distriray.parallel.supported import decoder_of, unet_of
 
 Pipeline = TypeVar("Pipeline")
 
@@ -18,7 +19,9 @@ Pipeline = TypeVar("Pipeline")
 def parallelize(
     pipeline: Pipeline, communicator: Communicator, config: ParallelConfig | None = None
 ) -> Pipeline:
-    """Let the gang of `communicator` denoise `pipeline`'s images together, by displaced patch parallelism.
+    """Let the gang of `communicator` denoise and decode `pipeline`'s images together, in patches.
+
+    Denoising is displaced unless `config` says otherwise; decoding is exact, by each rank its own rows.
 
     Every rank makes the same calls with the same arguments afterwards, and gets the whole image. The pipeline
     stays the class it was: any size, batch, step count, scheduler and guidance, LoRA, callbacks. On an
@@ -54,6 +57,7 @@ def parallelize(
     if engine is None:
         engine = Engine(unet, lambda: getattr(pipeline, "scheduler", None))
         unet.forward = engine.forward
+    engine.decoder = _decoder(pipeline)
     _share_random_state(communicator)
     engine.bind(communicator, config)
     return pipeline
@@ -63,6 +67,19 @@ def engine_of(pipeline: Any) -> Engine | None:
     """The engine of a parallelized pipeline or U-Net; None if it is not parallelized."""
     unet = getattr(pipeline, "unet", pipeline)
     return getattr(vars(unet).get("forward"), "__self__", None)
+
+
+def _decoder(pipeline: Any) -> PatchDecoder | None:
+    """What makes the decoder of the pipeline's VAE patch-parallel, made at the first call."""
+    decoder = decoder_of(pipeline)
+    if decoder is None:
+        return None
+    adopted = getattr(vars(decoder).get("forward"), "__self__", None)
+    if adopted is None:
+        adopted = PatchDecoder(decoder)
+        decoder.forward = adopted.forward
+    assert isinstance(adopted, PatchDecoder)
+    return adopted
 
 
 def _share_random_state(communicator: Communicator) -> None:

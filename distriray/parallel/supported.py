@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.vae import Decoder
 from torch import nn
 
 from distriray.errors import UnsupportedModel
@@ -52,6 +53,30 @@ def unet_of(pipeline: Any) -> UNet2DConditionModel:
         if type(module).__name__ in ("GatedSelfAttentionDense", "DualTransformer2DModel"):
             raise UnsupportedModel(f"layer {name} is a {type(module).__name__} (GLIGEN, dual attention)")
     return unet
+
+
+def decoder_of(pipeline: Any) -> Decoder | None:
+    """The decoder of the pipeline's VAE, if it can be cut into patches: that of Stable Diffusion can."""
+    vae = getattr(pipeline, "vae", None)
+    if not isinstance(vae, AutoencoderKL) or type(vae.decoder) is not Decoder or not can_be_cut(vae.decoder):
+        return None
+    return vae.decoder
+
+
+def can_be_cut(decoder: Decoder) -> bool:
+    """Whether all layers of a VAE's decoder are now of the kinds that are known to be cut into patches."""
+    if {type(block).__name__ for block in decoder.up_blocks} != {"UpDecoderBlock2D"}:
+        return False
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            if isinstance(module.padding, str) or module.padding_mode != "zeros" or module.stride != (1, 1):
+                return False
+        elif isinstance(module, Attention):
+            if not isinstance(module.processor, AttnProcessor | AttnProcessor2_0) or module.spatial_norm:
+                return False
+        elif type(module).__name__ == "SpatialNorm":
+            return False
+    return True
 
 
 def check_self_attention(name: str, attn: Attention) -> None:

@@ -1,0 +1,80 @@
+"""The patch-parallel VAE decoder: every rank decodes its own rows of the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+
+from distriray.collective.base import Communicator
+from distriray.config import ParallelConfig
+from distriray.parallel.exchange import Exchange
+from distriray.parallel.gather import Gather, check_same_latents
+from distriray.parallel.layers import adopt_decoder_layers
+from distriray.parallel.partition import Partition
+from distriray.parallel.supported import can_be_cut
+
+# Every value is fresh: a decoder runs once an image, so there is no step before it to take old ones from.
+FRESH = ParallelConfig(exchange="sync", group_norm="fresh")
+
+
+class PatchDecoder:
+    """What makes one VAE's decoder patch-parallel within the gang of `communicator`.
+
+    Its layers exchange synchronously, so the picture is one device's but for rounding.
+
+    Attributes:
+        communicator: the gang; None: this rank decodes alone.
+        exchange: what the layers use; None: they behave as the originals.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.communicator: Communicator | None = None
+        self.exchange: Exchange | None = None
+        self._decoder = decoder
+        self._network = decoder.forward
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Decode without the gang meanwhile."""
+        communicator, self.communicator = self.communicator, None
+        try:
+            yield
+        finally:
+            self.communicator = communicator
+
+    @torch.no_grad()
+    def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """`Decoder.forward`, the same on every rank of the gang: whole latents, whole picture.
+
+        Every rank decodes all of it where there are fewer latent rows than ranks, or where a layer was
+        replaced since by one that cannot be cut into patches.
+
+        Args:
+            sample: (batch, latent channels, rows, columns).
+
+        Returns:
+            (batch, channels, pixel rows, pixel columns).
+
+        Raises:
+            GangMismatch: the ranks were called with different latents.
+            GangBroken: a peer died or hung, or did not decode.
+        """
+        gang = self.communicator
+        if gang is None or sample.shape[2] < gang.world_size or not can_be_cut(self._decoder):
+            return self._network(sample, latent_embeds)
+        adopt_decoder_layers(self._decoder, self)
+        check_same_latents(gang, sample)
+        levels = len(self._decoder.up_blocks) - 1
+        height, width = (side << levels for side in sample.shape[2:])
+        partition = Partition(height, width, levels, gang.world_size)
+        start, stop = partition.rows(gang.rank, levels)
+        self.exchange = Exchange(gang, partition, FRESH)
+        try:
+            rows = self._network(sample[:, :, start:stop].contiguous(), latent_embeds)
+        finally:
+            self.exchange = None
+        gather = Gather(gang, partition, (rows.shape[0], rows.shape[1], height, width), rows.dtype)
+        return gather(rows, (False, False), 0.0)[0]

@@ -1,0 +1,118 @@
+"""One picture decoded by several processes: the claims of the patch-parallel VAE decoder."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from bench.ranks import run_ranks
+from distriray import Denoiser, ParallelConfig, parallelize
+from distriray.collective import Communicator
+from distriray.errors import GangBroken, GangMismatch
+from tests.models import tiny_sdxl, tiny_vae
+
+pytestmark = pytest.mark.distributed
+Shape = tuple[int, int, int, int]
+
+
+def latents(shape: Shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+def _decode(communicator: Communicator, shapes: list[Shape]) -> list[tuple[torch.Tensor, int]]:
+    """Each picture, and the bytes that its decoding has sent."""
+    pipeline = parallelize(tiny_sdxl(), communicator)
+    pictures = []
+    for shape in shapes:
+        sent = communicator.bytes_sent
+        pictures.append(
+            (pipeline.vae.decode(latents(shape), return_dict=False)[0], communicator.bytes_sent - sent)
+        )
+    return pictures
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_gang_decodes_as_one_device_does(ranks: int) -> None:
+    shapes = [(1, 4, 16, 12), (3, 4, 17, 8), (1, 4, ranks, 8)]
+    alone = tiny_vae()
+    for pictures in run_ranks(ranks, _decode, shapes):
+        for shape, (picture, sent) in zip(shapes, pictures, strict=True):
+            assert close(picture, alone.decode(latents(shape), return_dict=False)[0]), shape
+            assert sent > 0
+
+
+def test_fewer_rows_than_ranks_are_decoded_by_each_alone() -> None:
+    shape = (1, 4, 2, 8)
+    ((picture, sent),) = run_ranks(3, _decode, [shape])[2]
+    assert sent == 0 and close(picture, tiny_vae().decode(latents(shape), return_dict=False)[0])
+
+
+def _whole(communicator: Communicator) -> list[int]:
+    """Bytes sent by decoding when told not to, by a preview, and by layers that are not known to be cut."""
+    pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(parallel_vae=False))
+    sent = [communicator.bytes_sent]
+    pipeline.vae.decode(latents((1, 4, 16, 8)))
+    sent.append(communicator.bytes_sent)
+    parallelize(pipeline, communicator)
+    denoiser = Denoiser(pipeline)
+    state = denoiser.prepare(prompt="x", seeds=[0], height=128, width=64, num_inference_steps=2)
+    sent.append(communicator.bytes_sent)
+    if communicator.rank == 0:
+        denoiser.preview(state)
+    sent.append(communicator.bytes_sent)
+    pipeline.vae.decoder.mid_block.attentions[0].set_processor(Strange())
+    pipeline.vae.decode(latents((1, 4, 16, 8)))
+    sent.append(communicator.bytes_sent)
+    return [sent[1] - sent[0], sent[3] - sent[2], sent[4] - sent[3]]
+
+
+class Strange:
+    """An attention processor that patches do not know."""
+
+    def __call__(self, *args, **kwargs):
+        return AttnProcessor2_0()(*args, **kwargs)
+
+
+def test_one_rank_alone_decodes_what_is_not_for_the_gang() -> None:
+    assert run_ranks(2, _whole) == [[0, 0, 0]] * 2
+
+
+def _tiled(communicator: Communicator) -> torch.Tensor:
+    vae = parallelize(tiny_sdxl(), communicator).vae
+    vae.enable_tiling()
+    vae.enable_slicing()
+    return vae.decode(latents((2, 4, 40, 24)), return_dict=False)[0]
+
+
+def test_tiles_and_slices_are_decoded_as_on_one_device() -> None:
+    alone = tiny_vae()
+    alone.enable_tiling()
+    alone.enable_slicing()
+    assert close(run_ranks(2, _tiled)[1], alone.decode(latents((2, 4, 40, 24)), return_dict=False)[0])
+
+
+def _different(communicator: Communicator, what: str) -> str:
+    pipeline = parallelize(tiny_sdxl(), communicator)
+    try:
+        if communicator.rank == 0 or what == "latents":
+            pipeline.vae.decode(latents((1 + communicator.rank, 4, 16, 8)))
+        elif what == "call":
+            pipeline("x", height=128, width=64, num_inference_steps=1, output_type="latent")
+    except (GangMismatch, GangBroken) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("latents", "GangMismatch: .*batch 1 and 2"), ("call", "GangMismatch: .*one is at a step")],
+)
+def test_ranks_that_decode_different_things_are_told_so(what: str, said: str) -> None:
+    assert re.match(said, run_ranks(2, _different, what)[0])
