@@ -186,7 +186,7 @@ def _by_gang(pipeline: Any, communicator: Communicator, way: Way, size: int, ste
         denoiser.step(state)
         waiting += engine.statistics.wait_s
     denoised = _now(communicator.device)
-    if communicator.rank == 0:
+    if communicator.rank == 0 or engine.decodes_together:
         denoiser.decode(state)
     ended = _now(communicator.device)
     return Phases(ended - began, prepared - began, denoised - prepared, waiting, ended - denoised)

@@ -36,6 +36,7 @@ class Setting:
             group_norm=self.group_norm,
             prediction=Prediction(statistics=self.statistics, halos=self.halos, keys_values=self.keys_values),
             cfg_parallel=self.cfg_parallel,
+            parallel_vae=False,  # one device decodes all latents
         )
 
     @property
@@ -97,6 +98,7 @@ Rows = Callable[[Setting], tuple[Setting, ...]]
 BASE = Setting()
 PREDICTIONS: tuple[dict[str, float], ...] = (
     {"statistics": 0.5},
+    {"statistics": 0.75},
     {"halos": 0.5},
     {"keys_values": 0.5},
     {"statistics": 0.5, "halos": 0.5},
@@ -104,12 +106,16 @@ PREDICTIONS: tuple[dict[str, float], ...] = (
 )
 WEIGHTS: tuple[dict[str, float], ...] = (
     {"statistics": 0.25},
-    {"statistics": 0.75},
     {"statistics": 1.0},
     {"halos": 0.25},
     {"halos": 1.0},
 )
-METHODS: tuple[Setting, ...] = (BASE, replace(BASE, group_norm="corrected"), replace(BASE, statistics=0.5))
+METHODS: tuple[Setting, ...] = (
+    BASE,
+    replace(BASE, group_norm="corrected"),
+    replace(BASE, statistics=0.5),
+    replace(BASE, statistics=0.75),
+)
 
 
 def sections(full: int, half: int, few: int) -> list[Section]:

@@ -51,7 +51,6 @@ class _Segment:
     slow: int  # so many synchronous steps
     sync_step_s: float
     step_s: float
-    busy: int  # of its workers
     ends: int = 0  # the steps after which it leaves
     next_s: float = 0.0  # when `then` is to happen
     then: Callable[[], None] = lambda: None
@@ -159,7 +158,7 @@ class SimulatedHost:
         before = self.truth.profile.regroup_s if view.steps_done else times.prepare_s
         first = self.time.at(now) + before * noise
         live.segment = _Segment(
-            workers, now, first, slow, times.sync_step_s * noise, times.step_s * noise, len(workers), left
+            workers, now, first, slow, times.sync_step_s * noise, times.step_s * noise, left
         )
         self.report.regroupings += view.steps_done > 0
         self._step_on(live, live.segment)
@@ -206,17 +205,10 @@ class SimulatedHost:
             live.view = _with(view, view.steps_done + segment.ends, None, False)
             self.decide()
             return
-        size = len(segment.workers)
-        decode = self.truth.times(size, view.height, view.width, view.batch).decode_s
-        if decode > 0:  # by one worker, and so it is in each of the gangs that a full host has
-            self._schedule(
-                live,
-                segment,
-                self.time.at(self.clock.now_s) + decode / self.truth.pace(len(self.workers) // size),
-                lambda: self._finish(live, segment),
-            )
-            segment.busy = 1
-            self._keep_pace(1 - size)
+        decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
+        if decode > 0:
+            end = self.time.at(self.clock.now_s) + decode
+            self._schedule(live, segment, end, lambda: self._finish(live, segment))
         else:
             self._finish(live, segment)
 
@@ -233,7 +225,7 @@ class SimulatedHost:
         self.report.worker_seconds += len(segment.workers) * (self.clock.now_s - segment.began_s)
         live.segment, live.yielding = None, False
         live.version += 1
-        self._keep_pace(-segment.busy)
+        self._keep_pace(-len(segment.workers))
 
 
 def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: bool) -> RequestView:

@@ -71,6 +71,23 @@ def test_a_killed_worker_costs_neither_the_picture_nor_the_steps_done(host: Bloc
     assert host.generate(ask(gang_size=4)).segments[0].workers == (0, 1, 2, 3)
 
 
+def test_a_worker_killed_while_its_gang_decodes_costs_no_step(host: BlockingHost) -> None:
+    large = {"height": 1024, "width": 1024, "num_inference_steps": 2}
+    alone = host.generate(ask(gang_size=1, **large))
+
+    async def scene() -> GenerationResult:
+        task = asyncio.ensure_future(host.host.generate(ask(id="late", gang_size=2, **large)))
+        await kill_one_at(host, "late", 2, 1)
+        result = await task
+        await whole(host)
+        return result
+
+    result = host.do(scene())
+    assert result.repairs == 1
+    assert result.segments[-1].first_step == result.segments[-1].last_step == 2
+    assert difference(result, alone) <= 1
+
+
 def test_a_lone_worker_that_dies_costs_its_steps_but_not_the_request(host: BlockingHost) -> None:
     async def scene() -> GenerationResult:
         task = asyncio.ensure_future(host.host.generate(ask(id="lone", gang_size=1, num_inference_steps=60)))

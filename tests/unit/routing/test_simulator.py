@@ -80,15 +80,14 @@ def test_workers_that_share_cores_slow_each_other_down():
     assert report.span_s == pytest.approx(18.0)
 
 
-def test_a_gang_that_decodes_leaves_cores_to_others():
+def test_all_of_a_gang_are_busy_until_it_has_decoded():
     crowding = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
     shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": crowding}))
     arrivals = [arrival(0.0, gang_size=2), arrival(0.0, gang_size=1)]
     report = simulate(arrivals, EarliestDeadlineFirst(), shared, Fleet(workers=4, gang_sizes=(1, 2)))
-    # three workers step: the gang's 8.5 at full house take 6.375, and its 4 of decoding, measured beside one
-    # other gang that decodes, take 4 beside the lone worker. That has 18 at full house: 8.5 by then, 8 more
-    # while the other decodes, and the last 1.5 alone.
-    assert report.latency.total == pytest.approx(10.375 + 10.75)
+    # three workers: the gang's 8.5 of steps and 4 of decoding at full house take 9.375. The lone worker has
+    # 18 at full house: 12.5 by then, and the last 5.5 take 1.375 alone.
+    assert report.latency.total == pytest.approx(9.375 + 10.75)
 
 
 def test_a_deadline_met_to_the_second_counts():
