@@ -13,13 +13,26 @@ Weight = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Prediction(BaseModel):
-    """Extrapolation weights w of stale values: last + w * (last - one before). 0 turns a kind off."""
+    """Extrapolation weights w of stale values: last + w * (last - one before). 0 turns a kind off.
+
+    Attributes:
+        statistics: of group norm's statistics; `auto` is 0.75 between two patches and 0.5 among more, where
+            a larger weight loses when steps are few (docs/measurements.md, Fidelity).
+        halos: of the rows around a patch.
+        keys_values: of self-attention's keys and values.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    statistics: Weight = 0.5
+    statistics: Weight | Literal["auto"] = "auto"
     halos: Weight = 0.0
     keys_values: Weight = 0.0
+
+    def statistics_among(self, patches: int) -> float:
+        """The weight of group-norm statistics with so many patches."""
+        if self.statistics == "auto":
+            return 0.75 if patches == 2 else 0.5
+        return self.statistics
 
 
 class ParallelConfig(BaseModel):

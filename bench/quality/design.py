@@ -139,7 +139,7 @@ def sections(full: int, half: int, few: int) -> list[Section]:
         Section("guidance split", (replace(BASE, cfg_parallel=True),), few),
         Section("steps", tuple(_crosses(PATCHES, STEPS, ("ddim",))), few),
         Section("schedulers", tuple(_crosses(PATCHES, (20,), SCHEDULERS)), few),
-        *_columns("weights", few, lambda base: _predictions(base, WEIGHTS), (8, 4)),
+        *_columns("weights", few, lambda base: _predictions(base, WEIGHTS), (8, 4, 2)),
         Section("steps and schedulers", tuple(_crosses((8,), (10, 50), SCHEDULERS[1:])), few),
         *_columns(
             "automatic warm-up",

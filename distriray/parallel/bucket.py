@@ -38,6 +38,7 @@ class Bucket:
         self._peers = [peer for peer in range(communicator.world_size) if peer != self._rank]
         self._slots = slots
         self._prediction = prediction
+        self._statistics_weight = prediction.statistics_among(communicator.world_size)
         self._works: list[Work] = []
         self._lay_out_small()
         self._lay_out_keys_values()
@@ -140,7 +141,7 @@ class Bucket:
         if previous is not None and values is not None:
             own = self._statistics_bytes(values)[self._rank].clone()
             for region, weight in (
-                (self._statistics_bytes, self._prediction.statistics),
+                (self._statistics_bytes, self._statistics_weight),
                 (self._halo_bytes, self._prediction.halos),
             ):
                 _extrapolate(
@@ -184,7 +185,7 @@ class Bucket:
 
         self._outbox = rows()
         received = rows()
-        predicts = bool(self._prediction.statistics or self._prediction.halos)
+        predicts = bool(self._statistics_weight or self._prediction.halos)
         self._small: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] = (
             (received, rows(), rows()) if predicts else (received, None, None)
         )

@@ -97,6 +97,17 @@ def test_every_group_norm_and_prediction_makes_a_picture_of_its_own() -> None:
         assert not torch.equal(pictures[one], pictures[other]), (variants[one], variants[other])
 
 
+@pytest.mark.parametrize(("ranks", "weight"), [(2, 0.75), (3, 0.5)])
+def test_statistics_are_extrapolated_more_between_two_patches(ranks: int, weight: float) -> None:
+    patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": 2}
+    default, given = run(
+        ranks,
+        Case(config=patches, steps=5),
+        Case(config={**patches, "prediction": {"statistics": weight}}, steps=5),
+    )
+    assert torch.equal(default.latents, given.latents)
+
+
 def test_automatic_warm_up_ends_and_is_kept_alike() -> None:
     patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": "auto"}
     never = Case(config={**patches, "auto_warmup_drift": 1e-9})
