@@ -41,21 +41,21 @@ class Worker:
 
     async def load(self) -> WorkerFacts:
         """Load the weights; raises ModelNotFound, UnsupportedModel."""
-        began = time.perf_counter()
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
             loop.call_soon_threadsafe(self._news.set)
 
-        def make() -> Stage:
+        def make() -> tuple[Stage, float]:
             from .stage import Stage  # with diffusers, which hosts do without: they need this class only
 
             _quiet()
             host, port = self._address
             store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-            return Stage(self._spec, self._device, store, self._timeout_s, tell)
+            began = time.perf_counter()
+            return Stage(self._spec, self._device, store, self._timeout_s, tell), time.perf_counter() - began
 
-        stage = await loop.run_in_executor(self._compute, make)
+        stage, load_s = await loop.run_in_executor(self._compute, make)
         self._stage = stage
         unet, scale = stage.pipeline.unet, stage.pipeline.vae_scale_factor
         sample = unet.config.sample_size
@@ -68,7 +68,7 @@ class Worker:
             model=self._spec.name,
             default_size=(height * scale, width * scale),
             levels=len(unet.down_blocks) - 1,
-            load_s=time.perf_counter() - began,
+            load_s=load_s,
             memory=self._memory(),
         )
 
