@@ -148,6 +148,7 @@ def sections(full: int, half: int, few: int) -> list[Section]:
             (4,),
         ),
         Section("warm-up of few steps", tuple(replace(eight, steps=10, warmup=n) for n in (1, 2)), few),
+        *_columns("warm-up as by default", few, _default_warmups, PATCHES),
     ]
 
 
@@ -175,6 +176,11 @@ def _columns(title: str, count: int, rows: Rows, patches: Iterable[int]) -> Iter
 
 def _warmups(base: Setting) -> tuple[Setting, ...]:
     return tuple(replace(base, warmup=steps) for steps in (0, 1, 2, 4, 8))
+
+
+def _default_warmups(base: Setting) -> tuple[Setting, ...]:
+    weight = Prediction().statistics_among(base.patches)
+    return tuple(replace(base, statistics=weight, warmup=steps) for steps in (1, 2, 4, 8))
 
 
 def _group_norms(base: Setting) -> tuple[Setting, ...]:
