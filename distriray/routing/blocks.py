@@ -4,8 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .buddy import BuddyAllocator
+from .buddy import BuddyAllocator, aligned_blocks
 from .policy import HostView, RequestView, Workers
+
+
+def whole_blocks(view: HostView) -> dict[int, int]:
+    """For each gang size, ascending, the workers in blocks of that size that no dead worker breaks."""
+    healthy = set(view.workers)
+    whole = dict.fromkeys(view.gang_sizes, 0)
+    for block in aligned_blocks(max(healthy, default=-1) + 1, view.gang_sizes):
+        if healthy.issuperset(block):
+            whole[len(block)] += len(block)
+    return whole
+
+
+class Room:
+    """Which gangs fit on a host at once, wherever they come to lie.
+
+    Blocks nest, so some gangs fit exactly if, for each size, those at least as large fit into its whole
+    blocks.
+    """
+
+    def __init__(self, whole: Mapping[int, int]) -> None:
+        self.left = dict(whole)
+
+    def fits(self, size: int, instead_of: int = 0) -> bool:
+        """Whether there is room for one more gang of `size`, or for one in place of a smaller one."""
+        return all(
+            left >= size - (instead_of if s <= instead_of else 0)
+            for s, left in self.left.items()
+            if s <= size
+        )
+
+    def take(self, size: int, instead_of: int = 0) -> None:
+        """Make use of the room that `fits` found."""
+        for s in self.left:
+            self.left[s] -= (size if s <= size else 0) - (instead_of if s <= instead_of else 0)
 
 
 def place(view: HostView, sizes: Mapping[str, int]) -> dict[str, Workers]:

@@ -10,10 +10,11 @@ to the gangs that gain most.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
-from .blocks import place
+from .blocks import Room, place
 from .jobs import Scene, scene_of
 from .latency import LatencyModel
 from .policy import HostView, Plan
@@ -58,6 +59,10 @@ class _Outlook:
     value: float
     runs: dict[str, Run]
 
+    def kept(self, sizes: Mapping[str, int]) -> bool:
+        """Whether these are the gangs it counts on for now; it counts workers, which may not form blocks."""
+        return all(sizes.get(name, 0) >= run.first for name, run in self.runs.items())
+
 
 class Elastic:
     """Meets the most deadlines with the fewest worker-seconds, and starves nobody (see the module)."""
@@ -81,7 +86,8 @@ class Elastic:
             calm = self._try(scene, scene.planned, calm=True)
             same = self._fill(scene, calm, {j.id: j.size for j in scene.all if j.size})
             gain = _pace(scene, sizes) / max(_pace(scene, same), 1e-9)
-            if best.value <= calm.value + self.config.worth and gain <= self.config.gain:
+            kept = calm.kept(same) or not best.kept(sizes)
+            if kept and best.value <= calm.value + self.config.worth and gain <= self.config.gain:
                 sizes = same
         return Plan(place(view, sizes))
 
@@ -146,7 +152,9 @@ class Elastic:
     def _fill(self, scene: Scene, outlook: _Outlook, held: dict[str, int]) -> dict[str, int]:
         """Gang sizes for now: those held, what the outlook starts with, and all that idle workers can do."""
         sizes = dict(held)
-        idle = scene.workers - sum(held.values())
+        room = Room(scene.whole)
+        for size in held.values():
+            room.take(size)
         for job in scene.all:
             if job.id in sizes:
                 continue
@@ -156,19 +164,20 @@ class Elastic:
                 size = 0
             else:
                 size = job.size if job.pinned else job.sizes[0]
-            if 0 < size <= idle:
-                sizes[job.id] = size
-                idle -= size
-        self._grow([j for j in scene.all if j.id in sizes and not j.pinned], sizes, idle)
+            fitting = [s for s in job.sizes if s <= size and room.fits(s)]
+            if fitting:
+                sizes[job.id] = fitting[-1]
+                room.take(fitting[-1])
+        self._grow([j for j in scene.all if j.id in sizes and not j.pinned], sizes, room)
         return sizes
 
-    def _grow(self, jobs: list[Job], sizes: dict[str, int], idle: int) -> None:
+    def _grow(self, jobs: list[Job], sizes: dict[str, int], room: Room) -> None:
         """Give idle workers to the gangs that save most for them, where that repays the regrouping."""
-        while idle > 0:
+        while True:
             best: tuple[float, Job, int] | None = None
             for job in jobs:
                 at = job.index(sizes[job.id])
-                if at + 1 == len(job.sizes) or job.sizes[at + 1] - job.sizes[at] > idle:
+                if at + 1 == len(job.sizes) or not room.fits(job.sizes[at + 1], job.sizes[at]):
                     continue
                 before, after = job.alone_s(at), job.alone_s(at + 1)
                 saved = before - after
@@ -181,7 +190,7 @@ class Elastic:
             if best is None:
                 return
             _, job, size = best
-            idle -= size - sizes[job.id]
+            room.take(size, sizes[job.id])
             sizes[job.id] = size
 
 

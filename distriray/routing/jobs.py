@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import nsmallest
 from math import inf, ldexp
 from typing import NamedTuple
 
-from .buddy import aligned_blocks
+from .blocks import whole_blocks
 from .latency import LatencyModel, Times
 from .policy import HostView, RequestView
 from .timeline import Job
@@ -36,6 +36,7 @@ class Scene:
     """The jobs of one decision, each in one of the three lists, with what comes first in front.
 
     Attributes:
+        whole: see `whole_blocks`.
         forced: keep their gang, or get their smallest, whatever comes.
         planned: have a deadline that can be met.
         others: those that run, and as many of those that wait as there are workers.
@@ -43,6 +44,7 @@ class Scene:
 
     now_s: float
     workers: int
+    whole: Mapping[int, int]
     forced: list[Job]
     planned: list[Job]
     others: list[Job]
@@ -97,6 +99,7 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
     return Scene(
         now,
         len(view.workers),
+        whole_blocks(view),
         forced,
         [job_of(*e[3:], e[0] + TOLERANCE_S) for e in chosen],
         [job_of(*e[3:]) for e in others],
@@ -121,10 +124,7 @@ def job_of(r: RequestView, costs: Costs, due: float = inf) -> Job:
 
 def costs_by_request(view: HostView, model: LatencyModel) -> Callable[[RequestView], Costs]:
     """A function that gives each request's costs on this host's healthy workers, worked out once a sort."""
-    healthy = set(view.workers)
-    blocks = aligned_blocks(max(healthy, default=-1) + 1, view.gang_sizes)
-    whole = {len(block) for block in blocks if healthy.issuperset(block)}
-    there = [size for size in view.gang_sizes if size in whole]
+    there = [size for size, workers in whole_blocks(view).items() if workers]
     gangs: dict[tuple[int, int, int], list[tuple[int, Times]]] = {}
     known: dict[tuple[object, ...], Costs] = {}
 

@@ -126,6 +126,18 @@ def test_no_regrouping_while_steps_go_by_and_nobody_comes_or_ends(view, share):
     assert {r.id: r.workers for r in running} == {r.id: plan.assignments.get(r.id) for r in running}
 
 
+def test_a_deadline_that_only_a_broken_block_would_meet_does_not_make_gangs_change_twice():
+    waits = [request(str(i), 512) for i in range(2, 7)]
+    late = request("b", 512, deadline=100.0, workers=(6, 7))
+    due = request("due", 1024, done=14, deadline=101.5)  # needs two workers: 6 and 7 are the only pair
+    view = replace(
+        host(request("a", 512, workers=(3,)), late, due, *waits, now=100.0), workers=(1, 3, 5, 6, 7)
+    )
+    plan = Elastic().plan(view, MODEL)
+    assert plan.assignments["due"] == (6, 7)
+    assert Elastic().plan(carried_out(view, plan), MODEL).assignments == plan.assignments
+
+
 def test_two_gangs_do_not_swap_for_a_block_that_a_dead_worker_broke():
     gangs = {"a": (6, 7), "b": (1,), "c": (4, 5)}
     running = [request(name, 512, done=20, workers=workers) for name, workers in gangs.items()]
