@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -39,7 +40,7 @@ class Scene:
         whole: see `whole_blocks`.
         forced: keep their gang, or get their smallest, whatever comes.
         planned: have a deadline that can be met.
-        others: those that run, and as many of those that wait as there are workers.
+        others: those that run, and as many of those that wait as could run: of each smallest size in turn.
     """
 
     now_s: float
@@ -81,21 +82,23 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
             rest.append((-ratio, r.arrival_s, r.id, r, costs))
             if turn and now - (r.arrival_s if due is None else due) > patience_s:
                 passed.append(rest[-1])
-    soonest = nsmallest(planned + len(view.workers), hopeful)
-    chosen = soonest[:planned]
+    chosen = nsmallest(planned, hopeful)
     if len(hopeful) > planned:  # later deadlines take what is left over, before those that have none
-        later = [e for e in hopeful if e[3].workers is not None and e > chosen[-1]]
-        later += [e for e in soonest[planned:] if e[3].workers is None]
-        rest += [(-inf, *e[1:]) for e in later]
+        rest += [(-inf, *e[1:]) for e in hopeful if e > chosen[-1]]
     room = len(view.workers)
     for e in nsmallest(room, passed, key=lambda e: e[1:3]):
         if e[4].sizes[0] <= room:
             room -= e[4].sizes[0]
             forced.append(job_of(e[3], e[4]))
             rest.remove(e)
-    running = [e for e in rest if e[3].workers is not None]
-    waiting = nsmallest(len(view.workers), (e for e in rest if e[3].workers is None))
-    others = sorted(running + waiting)
+    others = [e for e in rest if e[3].workers is not None]
+    waiting: dict[int, list[Ranked]] = defaultdict(list)  # by the smallest gang that they may have
+    for e in rest:
+        if e[3].workers is None:
+            waiting[e[4].sizes[0]].append(e)
+    for size, like in waiting.items():
+        others += nsmallest(len(view.workers) // size, like)
+    others.sort()
     return Scene(
         now,
         len(view.workers),

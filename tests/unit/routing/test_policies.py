@@ -138,6 +138,15 @@ def test_a_deadline_that_only_a_broken_block_would_meet_does_not_make_gangs_chan
     assert Elastic().plan(carried_out(view, plan), MODEL).assignments == plan.assignments
 
 
+def test_requests_that_cannot_run_now_hide_nobody_who_could():
+    small = [request(str(i), 512) for i in range(4)]
+    fours = [request(f"four {i}", 512, gang_size=4) for i in range(3)]  # no more fit beside the small ones
+    view = replace(host(*small, *fours, request("a"), request("b"), now=100.0), workers=tuple(range(1, 8)))
+    plan = Elastic().plan(view, MODEL)
+    assert {"a", "b"} <= plan.assignments.keys()
+    assert Elastic().plan(carried_out(view, plan), MODEL).assignments == plan.assignments
+
+
 def test_two_gangs_do_not_swap_for_a_block_that_a_dead_worker_broke():
     gangs = {"a": (6, 7), "b": (1,), "c": (4, 5)}
     running = [request(name, 512, done=20, workers=workers) for name, workers in gangs.items()]
