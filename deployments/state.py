@@ -32,15 +32,17 @@ def shifted(state: HostState, by_s: float) -> HostState:
     return replace(
         state,
         published_s=state.published_s + by_s,
-        firm=tuple((start + by_s, free) for start, free in state.firm),
-        full=tuple((start + by_s, free) for start, free in state.full),
+        firm=tuple((start + by_s, room) for start, room in state.firm),
+        full=tuple((start + by_s, room) for start, room in state.full),
     )
 
 
 def wait_s(states: Sequence[HostState], now_s: float) -> float | None:
-    """Predicted seconds until a worker is free for a request that comes now; None without a host."""
+    """Predicted seconds until there is room for a request that comes now; None without a host."""
     waits = [
-        state.backlog_s + next((start for start, free in state.full if free > 0), state.full[-1][0]) - now_s
+        state.backlog_s
+        + next((start for start, room in state.full if room.largest), state.full[-1][0])
+        - now_s
         for state in states
     ]
     return max(0.0, min(waits)) if waits else None

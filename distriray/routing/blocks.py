@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
 
 from .buddy import BuddyAllocator, aligned_blocks
 from .policy import HostView, RequestView, Workers
 
 
-def whole_blocks(view: HostView) -> dict[int, int]:
-    """For each gang size, ascending, the workers in blocks of that size that no dead worker breaks."""
-    healthy = set(view.workers)
-    whole = dict.fromkeys(view.gang_sizes, 0)
-    for block in aligned_blocks(max(healthy, default=-1) + 1, view.gang_sizes):
-        if healthy.issuperset(block):
-            whole[len(block)] += len(block)
-    return whole
-
-
+@dataclass(slots=True)
 class Room:
     """Which gangs fit on a host at once, wherever they come to lie.
 
-    Blocks nest, so some gangs fit exactly if, for each size, those at least as large fit into its whole
-    blocks.
+    Blocks nest, so some gangs fit exactly if, for each size, those at least as large fit into the blocks of
+    that size that no dead worker breaks.
+
+    Attributes:
+        left: for each gang size, ascending, the workers in such blocks, without gangs at least as large.
     """
 
-    def __init__(self, whole: Mapping[int, int]) -> None:
-        self.left = dict(whole)
+    left: dict[int, int]
+
+    @classmethod
+    def of(cls, view: HostView) -> Room:
+        """The room on a host where nothing runs."""
+        healthy = set(view.workers)
+        left = dict.fromkeys(view.gang_sizes, 0)
+        for block in aligned_blocks(max(healthy, default=-1) + 1, view.gang_sizes):
+            if healthy.issuperset(block):
+                left[len(block)] += len(block)
+        return cls(left)
+
+    def copy(self) -> Room:
+        """Room that can be taken without taking it here."""
+        return Room(dict(self.left))
+
+    @property
+    def largest(self) -> int:
+        """Size of the largest gang that fits, as then all smaller ones do; 0 when none does."""
+        found, least = 0, inf
+        for size, left in self.left.items():
+            least = min(least, left)
+            if least >= size:
+                found = size
+        return found
 
     def fits(self, size: int, instead_of: int = 0) -> bool:
         """Whether there is room for one more gang of `size`, or for one in place of a smaller one."""
         return all(
-            left >= size - (instead_of if s <= instead_of else 0)
-            for s, left in self.left.items()
-            if s <= size
+            n >= size - (instead_of if s <= instead_of else 0) for s, n in self.left.items() if s <= size
         )
 
     def take(self, size: int, instead_of: int = 0) -> None:

@@ -10,7 +10,6 @@ to the gangs that gain most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -59,10 +58,6 @@ class _Outlook:
     value: float
     runs: dict[str, Run]
 
-    def kept(self, sizes: Mapping[str, int]) -> bool:
-        """Whether these are the gangs it counts on for now; it counts workers, which may not form blocks."""
-        return all(sizes.get(name, 0) >= run.first for name, run in self.runs.items())
-
 
 class Elastic:
     """Meets the most deadlines with the fewest worker-seconds, and starves nobody (see the module)."""
@@ -86,8 +81,7 @@ class Elastic:
             calm = self._try(scene, scene.planned, calm=True)
             same = self._fill(scene, calm, {j.id: j.size for j in scene.all if j.size})
             gain = _pace(scene, sizes) / max(_pace(scene, same), 1e-9)
-            kept = calm.kept(same) or not best.kept(sizes)
-            if kept and best.value <= calm.value + self.config.worth and gain <= self.config.gain:
+            if best.value <= calm.value + self.config.worth and gain <= self.config.gain:
                 sizes = same
         return Plan(place(view, sizes))
 
@@ -117,7 +111,7 @@ class Elastic:
         When `calm`, everyone who runs keeps its gang until the first of them is done.
         """
         now = scene.now_s
-        timeline = Timeline(now, scene.workers)
+        timeline = Timeline(now, scene.room.copy())
         until = -inf
         if calm:
             running = [j for j in scene.all if j.size]
@@ -152,7 +146,7 @@ class Elastic:
     def _fill(self, scene: Scene, outlook: _Outlook, held: dict[str, int]) -> dict[str, int]:
         """Gang sizes for now: those held, what the outlook starts with, and all that idle workers can do."""
         sizes = dict(held)
-        room = Room(scene.whole)
+        room = scene.room.copy()
         for size in held.values():
             room.take(size)
         for job in scene.all:
@@ -164,10 +158,9 @@ class Elastic:
                 size = 0
             else:
                 size = job.size if job.pinned else job.sizes[0]
-            fitting = [s for s in job.sizes if s <= size and room.fits(s)]
-            if fitting:
-                sizes[job.id] = fitting[-1]
-                room.take(fitting[-1])
+            if size and room.fits(size):
+                sizes[job.id] = size
+                room.take(size)
         self._grow([j for j in scene.all if j.id in sizes and not j.pinned], sizes, room)
         return sizes
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import nsmallest
 from math import inf, ldexp
 from typing import NamedTuple
 
-from .blocks import whole_blocks
+from .blocks import Room
 from .latency import LatencyModel, Times
 from .policy import HostView, RequestView
 from .timeline import Job
@@ -37,15 +37,14 @@ class Scene:
     """The jobs of one decision, each in one of the three lists, with what comes first in front.
 
     Attributes:
-        whole: see `whole_blocks`.
+        room: on the host if nothing ran.
         forced: keep their gang, or get their smallest, whatever comes.
         planned: have a deadline that can be met.
         others: those that run, and as many of those that wait as could run: of each smallest size in turn.
     """
 
     now_s: float
-    workers: int
-    whole: Mapping[int, int]
+    room: Room
     forced: list[Job]
     planned: list[Job]
     others: list[Job]
@@ -85,10 +84,10 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
     chosen = nsmallest(planned, hopeful)
     if len(hopeful) > planned:  # later deadlines take what is left over, before those that have none
         rest += [(-inf, *e[1:]) for e in hopeful if e > chosen[-1]]
-    room = len(view.workers)
-    for e in nsmallest(room, passed, key=lambda e: e[1:3]):
-        if e[4].sizes[0] <= room:
-            room -= e[4].sizes[0]
+    room = Room.of(view)
+    for e in nsmallest(len(view.workers), passed, key=lambda e: e[1:3]):
+        if room.fits(e[4].sizes[0]):
+            room.take(e[4].sizes[0])
             forced.append(job_of(e[3], e[4]))
             rest.remove(e)
     others = [e for e in rest if e[3].workers is not None]
@@ -101,8 +100,7 @@ def scene_of(view: HostView, model: LatencyModel, planned: int, patience_s: floa
     others.sort()
     return Scene(
         now,
-        len(view.workers),
-        whole_blocks(view),
+        Room.of(view),
         forced,
         [job_of(*e[3:], e[0] + TOLERANCE_S) for e in chosen],
         [job_of(*e[3:]) for e in others],
@@ -127,7 +125,7 @@ def job_of(r: RequestView, costs: Costs, due: float = inf) -> Job:
 
 def costs_by_request(view: HostView, model: LatencyModel) -> Callable[[RequestView], Costs]:
     """A function that gives each request's costs on this host's healthy workers, worked out once a sort."""
-    there = [size for size, workers in whole_blocks(view).items() if workers]
+    there = [size for size, workers in Room.of(view).left.items() if workers]
     gangs: dict[tuple[int, int, int], list[tuple[int, Times]]] = {}
     known: dict[tuple[object, ...], Costs] = {}
 

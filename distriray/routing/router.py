@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from heapq import nsmallest
 from math import inf
 
+from .blocks import Room
 from .jobs import costs_by_request, job_of
 from .latency import LatencyModel
 from .policy import HostView, RequestView
 from .timeline import Job, Run, Timeline
 
-Steps = tuple[tuple[float, int], ...]
+Steps = tuple[tuple[float, Room], ...]
 PUBLISHED_JOBS = 24  # poured one by one; what is behind them counts as work
 
 
@@ -28,7 +29,7 @@ class HostState:
     """What a host publishes after each decision. Times are seconds on a clock that the fleet shares.
 
     Attributes:
-        firm: free workers over time, as (from, how many), beside requests whose deadlines can be met.
+        firm: the room over time, as (from, room), beside requests whose deadlines can be met.
         full: the same beside everything it has.
         backlog_s: seconds of all its workers that stand before a new request and are not in `full`.
         waiting, max_waiting: its queue, and the bound at which it takes no more.
@@ -66,10 +67,10 @@ class Route:
 
 def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1000) -> HostState:
     """A host's state, predicted from everything it has."""
-    now, workers = view.now_s, len(view.workers)
+    now, workers, room = view.now_s, len(view.workers), Room.of(view)
     costs_of = costs_by_request(view, model)
     known = [(r, costs) for r in view.requests if (costs := costs_of(r)).sizes]
-    firm, full = Timeline(now, workers), Timeline(now, workers)
+    firm, full = Timeline(now, room.copy()), Timeline(now, room.copy())
     hopeful: list[Job] = []
     rest: list[Job] = []
     for r, costs in known:
@@ -83,8 +84,7 @@ def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1
         if run is not None:
             firm.take(run)
             full.take(run)
-    room = max(0, PUBLISHED_JOBS - len(first))
-    second = nsmallest(room, rest, key=lambda j: (not j.size, j.arrival_s))
+    second = nsmallest(PUBLISHED_JOBS - len(first), rest, key=lambda j: (not j.size, j.arrival_s))
     for job in second:
         run = full.pour(job, job.size or job.sizes[0])
         if run is not None:
@@ -92,7 +92,7 @@ def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1
     poured = {j.id for j in (*first, *second)}
     behind = sum(costs.work for r, costs in known if r.id not in poured)
     waiting = sum(r.workers is None for r in view.requests)
-    sizes = _sizes_there(view)
+    sizes = tuple(size for size, left in room.left.items() if left)
     return HostState(
         host, now, workers, sizes, _steps(firm), _steps(full), behind / max(1, workers), waiting, max_waiting
     )
@@ -178,28 +178,19 @@ def _quickest(timeline: Timeline, job: Job) -> Run | None:
 
 
 def _steps(timeline: Timeline) -> Steps:
-    return tuple(zip(timeline.starts, (max(0, free) for free in timeline.free), strict=True))
+    return tuple(zip(timeline.starts, timeline.rooms, strict=True))
 
 
 def _timeline(steps: Steps, now_s: float) -> Timeline:
-    """The free workers that `steps` say there are from `now_s` on."""
-    timeline = Timeline(now_s, 0)
-    timeline.free[0] = next((free for start, free in reversed(steps) if start <= now_s), steps[0][1])
-    for start, free in steps:
+    """The room that `steps` say there is from `now_s` on."""
+    at_once = next((room for start, room in reversed(steps) if start <= now_s), steps[0][1])
+    timeline = Timeline(now_s, at_once.copy())
+    for start, room in steps:
         if start > now_s:
             timeline.starts.append(start)
-            timeline.free.append(free)
+            timeline.rooms.append(room.copy())
+            timeline.free.append(room.largest)
     return timeline
-
-
-def _sizes_there(view: HostView) -> tuple[int, ...]:
-    """The gang sizes of which at least one block is healthy."""
-    healthy = set(view.workers)
-    return tuple(
-        size
-        for size in view.gang_sizes
-        if any(healthy.issuperset(range(w, w + size)) for w in healthy if w % size == 0)
-    )
 
 
 def _drain_s(state: HostState) -> float:

@@ -1,10 +1,12 @@
-"""A host's free workers over the time ahead, and requests poured into them."""
+"""The room on a host over the time ahead, and requests poured into it."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
 from math import inf
+
+from .blocks import Room
 
 
 @dataclass(slots=True)
@@ -61,17 +63,18 @@ class Run:
 
 
 class Timeline:
-    """How many workers are free, as a step function of time from now on."""
+    """The room that there is, as a step function of time from now on."""
 
-    def __init__(self, now_s: float, workers: int) -> None:
+    def __init__(self, now_s: float, room: Room) -> None:
         self.starts = [now_s]
-        self.free = [workers]
+        self.rooms = [room]
+        self.free = [room.largest]
 
     def pour(self, job: Job, cap: int, hold_until: float = -inf) -> Run | None:
-        """How `job` would run, from now on, always on the largest gang up to `cap` that is free.
+        """How `job` would run, from now on, always on the largest gang up to `cap` that fits.
 
-        It grows only where that repays the regrouping. Until `hold_until` it keeps the gang it has, whose
-        workers must not count as free. None when it would not end by its deadline.
+        It grows only where that repays the regrouping. Until `hold_until` it keeps the gang it has, for
+        which there must not be room as well. None when it would not end by its deadline.
         """
         starts, free = self.starts, self.free
         size = job.size
@@ -120,11 +123,12 @@ class Timeline:
                 self.reserve(max(start, since), end, size)
 
     def reserve(self, start: float, end: float, size: int) -> None:
-        """Remove `size` workers from `start` to `end`."""
+        """Remove a gang of `size` from `start` to `end`."""
         if start < end:
             first = self._cut(start)
             for i in range(first, self._cut(end)):
-                self.free[i] -= size
+                self.rooms[i].take(size)
+                self.free[i] = self.rooms[i].largest
 
     def _cut(self, time: float) -> int:
         """Index of the interval that starts at `time`, made if there is none."""
@@ -134,5 +138,6 @@ class Timeline:
         if self.starts[i] == time:
             return i
         self.starts.insert(i + 1, time)
+        self.rooms.insert(i + 1, self.rooms[i].copy())
         self.free.insert(i + 1, self.free[i])
         return i + 1

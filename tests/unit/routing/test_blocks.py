@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distriray.routing.blocks import Room, whole_blocks
+from distriray.routing.blocks import Room
 from distriray.routing.buddy import BuddyAllocator
 from distriray.routing.policy import HostView
 
@@ -20,15 +20,16 @@ def packs(host, gangs):
 
 
 def test_only_blocks_without_a_dead_worker_count():
-    assert whole_blocks(HostView(0.0, (1, 3, 5, 6, 7), (1, 2, 4), ())) == {1: 5, 2: 2, 4: 0}
+    assert Room.of(HostView(0.0, (1, 3, 5, 6, 7), (1, 2, 4), ())) == Room({1: 5, 2: 2, 4: 0})
 
 
 @given(host=hosts(), data=st.data())
 def test_gangs_fit_exactly_when_they_can_be_packed(host, data):
-    room = Room(whole_blocks(host))
+    room = Room.of(host)
     gangs = []
     for size in data.draw(st.lists(st.sampled_from(host.gang_sizes), max_size=8)):
         assert room.fits(size) == packs(host, [*gangs, size])
+        assert room.fits(size) == (size <= room.largest)
         if room.fits(size):
             room.take(size)
             gangs.append(size)
@@ -36,7 +37,7 @@ def test_gangs_fit_exactly_when_they_can_be_packed(host, data):
 
 @given(host=hosts(), data=st.data())
 def test_a_gang_grows_exactly_when_the_larger_one_can_be_packed(host, data):
-    room = Room(whole_blocks(host))
+    room = Room.of(host)
     gangs = []
     for size in data.draw(st.lists(st.sampled_from(host.gang_sizes), max_size=8)):
         if room.fits(size):
