@@ -63,7 +63,7 @@ def place(view: HostView, sizes: Mapping[str, int]) -> dict[str, Workers]:
     """Workers for each request in `sizes`, which is in order of importance.
 
     Who keeps its size keeps its workers if the rest fits around it; otherwise all but pinned requests are
-    packed anew, the largest first. Dead workers may break a block that the sizes count on: then the largest
+    packed anew, the largest first. A pinned one may lie in a block that the sizes count on: then the largest
     allowed gang that there is takes its place, and nobody moves for it unless somebody would have to wait.
     """
     chosen = {r.id: r for r in view.requests if r.id in sizes}
