@@ -1,5 +1,6 @@
 """From a configuration to a Serve application: `serve run` with `import_path: deployments.app:build_app`."""
 
+import time
 from typing import Any
 
 from ray import serve
@@ -38,6 +39,7 @@ def build_app(args: AppConfig) -> Application:
         .bind(
             args,
             {pool.name: serve.deployment(Pool).options(**pool_options(pool)).bind(pool) for pool in pools},
+            int(time.time()),
         )
     )
 

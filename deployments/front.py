@@ -72,12 +72,14 @@ class Trip:
 class Front:
     """What `distriray.service.Service` asks for, over any number of pools."""
 
-    def __init__(self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random) -> None:
+    def __init__(
+        self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random, created: int
+    ) -> None:
         self._config, self._draw = config, draw
         refresh_s = config.router.refresh_s
         self._links = [PoolLink(pool, pools[pool.name], refresh_s) for pool in config.pools]
         self._sizes = {pool.model.name: size_of(pool.model) for pool in config.pools}
-        self._created = int(time.time())
+        self._created = created
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """The images of `request`. Cancelling this coroutine cancels the request."""

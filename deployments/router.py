@@ -25,12 +25,15 @@ class Router:
     """Stateless: what it knows of the hosts it asks them, so that any number of replicas may serve.
 
     Handle calls raise errors of `distriray.errors`.
+
+    Args:
+        created: what every replica says of its models, in seconds since the epoch.
     """
 
-    def __init__(self, config: AppConfig, pools: dict[str, DeploymentHandle]) -> None:
+    def __init__(self, config: AppConfig, pools: dict[str, DeploymentHandle], created: int) -> None:
         shorten_refusals()
         self._config = config
-        self._front = Front(config, pools, random.Random())
+        self._front = Front(config, pools, random.Random(), created)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_http(self._front, self._config.http)

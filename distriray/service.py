@@ -16,7 +16,7 @@ class ModelCard(BaseModel):
     """One model that can be asked for.
 
     Attributes:
-        created: when it was first served, in seconds since the epoch.
+        created: when the service was set up, in seconds since the epoch.
         default_size: (height, width) in pixels of a request that names none; None until a host was up.
         limits: what a request of this model may ask for.
         gang_sizes: all that the model's pools lend, ascending.

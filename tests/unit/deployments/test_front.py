@@ -34,6 +34,7 @@ from distriray.service import ModelCard
 from .test_state import ask as view_of
 from .test_state import report
 
+CREATED = 1_800_000_000
 Deed = Callable[[str | None, GenerationRequest], Any]
 
 
@@ -130,7 +131,7 @@ def is_full(host: str | None, request: GenerationRequest) -> Any:
 def front(refresh_s: float = 1000.0, **handles: FakeHandle) -> Front:
     pools = [{"name": name, "min_hosts": 0, "max_queue": 2} for name in handles]
     config = AppConfig.model_validate({"pools": pools, "router": {"refresh_s": refresh_s}})
-    return Front(config, handles, random.Random(0))  # type: ignore[arg-type]
+    return Front(config, handles, random.Random(0), CREATED)  # type: ignore[arg-type]
 
 
 def request(**fields: Any) -> GenerationRequest:
@@ -266,7 +267,7 @@ def test_what_no_pool_can_do_is_refused() -> None:
 def test_a_gang_size_wakes_the_pool_that_lends_it() -> None:
     pools = [{"name": f"gangs-of-{n}", "workers": n, "gang_sizes": [n], "min_hosts": 0} for n in (1, 2, 4)]
     handles = {str(pool["name"]): FakeHandle() for pool in pools}
-    service = Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0))  # type: ignore[arg-type]
+    service = Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED)  # type: ignore[arg-type]
     generate(service, gang_size=4)
     assert {name: len(handle.calls) for name, handle in handles.items()} == {
         "gangs-of-1": 0,
@@ -284,7 +285,7 @@ def test_health_is_whether_workers_answer() -> None:
         asyncio.run(front(pool=broken).check_health())
     config = AppConfig.model_validate({"pools": [{"name": "pool"}]})
     with pytest.raises(NotEnoughDevices, match="no host"):
-        asyncio.run(Front(config, {"pool": FakeHandle()}, random.Random(0)).check_health())  # type: ignore[dict-item]
+        asyncio.run(Front(config, {"pool": FakeHandle()}, random.Random(0), CREATED).check_health())  # type: ignore[dict-item]
 
 
 def test_models_are_known_before_any_host_is_up() -> None:
@@ -293,6 +294,7 @@ def test_models_are_known_before_any_host_is_up() -> None:
 
     (card,) = asyncio.run(scene())
     assert card.id == "builtin:landscapes" and card.default_size == (512, 512)
+    assert card.created == CREATED
 
 
 def test_a_model_whose_size_no_host_has_told_yet_is_there_too() -> None:
@@ -303,7 +305,7 @@ def test_a_model_whose_size_no_host_has_told_yet_is_there_too() -> None:
             {"name": "own", "min_hosts": 0},
         ]
         handles = {str(pool["name"]): FakeHandle() for pool in pools}
-        return Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0)).models()  # type: ignore[arg-type]
+        return Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED).models()  # type: ignore[arg-type]
 
     few = {"max_images": 1, "min_side": 128}
     hub, own = asyncio.run(scene())
