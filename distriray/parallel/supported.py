@@ -68,15 +68,30 @@ def can_be_cut(decoder: Decoder) -> bool:
     if {type(block).__name__ for block in decoder.up_blocks} != {"UpDecoderBlock2D"}:
         return False
     for module in decoder.modules():
+        if has_own_forward(module):
+            return False
         if isinstance(module, nn.Conv2d):
+            if type(module).__name__ not in ("Conv2d", "PatchConv2d"):
+                return False
             if isinstance(module.padding, str) or module.padding_mode != "zeros" or module.stride != (1, 1):
                 return False
         elif isinstance(module, Attention):
             if not isinstance(module.processor, AttnProcessor | AttnProcessor2_0) or module.spatial_norm:
                 return False
+        elif isinstance(module, nn.GroupNorm):
+            if type(module).__name__ not in ("GroupNorm", "PatchGroupNorm"):
+                return False
         elif type(module).__name__ == "SpatialNorm":
             return False
     return True
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a hook (layerwise casting, offloading) holds the forward of a layer that is not cut yet.
+
+    Cutting it changes its class, which the hook would pass by.
+    """
+    return type(module) in (nn.Conv2d, nn.GroupNorm) and "forward" in vars(module)
 
 
 def check_self_attention(name: str, attn: Attention) -> None:
