@@ -54,9 +54,10 @@ class Room:
         )
 
     def take(self, size: int, instead_of: int = 0) -> None:
-        """Make use of the room that `fits` found."""
-        for s in self.left:
-            self.left[s] -= (size if s <= size else 0) - (instead_of if s <= instead_of else 0)
+        """Make use of the room that `fits` found; where there was less, none is left."""
+        for s, left in self.left.items():
+            used = (size if s <= size else 0) - (instead_of if s <= instead_of else 0)
+            self.left[s] = max(0, left - used)
 
 
 def place(view: HostView, sizes: Mapping[str, int]) -> dict[str, Workers]:

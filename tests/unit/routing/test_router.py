@@ -102,6 +102,8 @@ def test_any_state_gives_a_route_with_a_finite_time(queue, broken, deadline):
     chosen = route([published], request(deadline=deadline), 0.3, MODEL, random.Random(0))
     assert chosen.host == "a"
     assert 0.3 < chosen.finish_s < 2000
+    steps = [*chosen.state.firm, *chosen.state.full]
+    assert all(left >= 0 for _, room in steps for left in room.left.values())
 
 
 def test_what_a_host_predicts_for_a_new_request_counts_what_it_has():
