@@ -79,10 +79,17 @@ class PatchSpatialAttention(PatchSelfAttention):
     """
 
     def __call__(
-        self, attn: Attention, hidden_states: torch.Tensor, *args: object, **kwargs: object
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
         if self.engine is None or self.engine.exchange is None:
-            return AttnProcessor2_0.__call__(self, attn, hidden_states)
+            return AttnProcessor2_0.__call__(self, attn, hidden_states, temb=temb)
         normalized = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
         output = super().__call__(attn, normalized.flatten(2).transpose(1, 2))
         output = output.transpose(1, 2).reshape(hidden_states.shape)

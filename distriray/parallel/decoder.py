@@ -45,12 +45,11 @@ class PatchDecoder:
         finally:
             self.communicator = communicator
 
-    @torch.no_grad()
     def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """`Decoder.forward`, the same on every rank of the gang: whole latents, whole picture.
 
         Every rank decodes all of it where there are fewer latent rows than ranks, or where a layer was
-        replaced since by one that cannot be cut into patches.
+        replaced since by one that cannot be cut into patches. A gang's picture has no gradient.
 
         Args:
             sample: (batch, latent channels, rows, columns).
@@ -59,14 +58,23 @@ class PatchDecoder:
             (batch, channels, pixel rows, pixel columns).
 
         Raises:
-            GangMismatch: the ranks were called with different latents.
+            GangMismatch: the ranks were called with different latents, or have different layers.
             GangBroken: a peer died or hung, or did not decode.
         """
         gang = self.communicator
-        if gang is None or sample.shape[2] < gang.world_size or not can_be_cut(self._decoder):
+        if gang is None:
             return self._network(sample, latent_embeds)
+        in_patches = sample.shape[2] >= gang.world_size and can_be_cut(self._decoder)
+        check_same_latents(gang, sample, in_patches)
+        if not in_patches:
+            return self._network(sample, latent_embeds)
+        return self._decode_rows(gang, sample, latent_embeds)
+
+    @torch.no_grad()
+    def _decode_rows(
+        self, gang: Communicator, sample: torch.Tensor, latent_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
         adopt_decoder_layers(self._decoder, self)
-        check_same_latents(gang, sample)
         levels = len(self._decoder.up_blocks) - 1
         height, width = (side << levels for side in sample.shape[2:])
         partition = Partition(height, width, levels, gang.world_size)

@@ -246,19 +246,22 @@ class Engine:
         if share.partition.world_size == 1 or self.config.exchange == "none":
             self.exchange = None
             return None
-        key = (share.batch.start, share.batch.stop, share.partition, sample.dtype)
+        # Buffers made in inference mode cannot be written outside it.
+        inference = torch.is_inference_mode_enabled()
+        key = (share.batch.start, share.batch.stop, share.partition, sample.dtype, inference)
+        anew = self._fresh_start or key != next(reversed(self._exchanges), None)
         exchange = self._exchanges.get(key)
         if exchange is None:
             exchange = self._exchanges[key] = Exchange(share.communicator, share.partition, self.config)
         self._exchanges.move_to_end(key)
-        if self._fresh_start:
+        if anew:
             for other in self._exchanges.values():
                 other.restart()
             self._evict()
         warmup = self.config.warmup_steps
         auto = warmup == "auto" and self.config.exchange == "displaced"
         warm = self._warm if warmup == "auto" else self._step >= warmup
-        displace = self.config.exchange == "displaced" and warm and not self._fresh_start
+        displace = self.config.exchange == "displaced" and warm and not anew
         exchange.begin(displace, measure_drift=auto and not warm)
         self.exchange = exchange
         return exchange
@@ -271,7 +274,8 @@ class Engine:
         else:
             shape = (batch, noise.shape[1], share.partition.height, share.partition.width)
             if self._gather is None or self._gather.shape != shape or self._gather.dtype != noise.dtype:
-                self._gather = Gather(self.communicator, share.partition, shape, noise.dtype)
+                with torch.inference_mode(False):  # writable in either mode
+                    self._gather = Gather(self.communicator, share.partition, shape, noise.dtype)
             whole, (yielding, cancelled), self.drift = self._gather(noise, asked, drift)
         if self.drift < self.config.auto_warmup_drift:
             self._warm = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -86,17 +87,20 @@ def check_same_image(
         GangBroken: a peer died or hung meanwhile.
     """
     shapes = {"text batch": text.shape[0], "text tokens": text.shape[1]}
-    numbers = {**_shape(sample), **shapes, "step": step, "timestep": timestep}
+    numbers = {**_kind(sample), **shapes, "step": step, "timestep": timestep}
     _compare(communicator, numbers, {"sum of the latents": sample, "sum of the prompt embeddings": text})
 
 
-def check_same_latents(communicator: Communicator, latents: torch.Tensor) -> None:
-    """The same for what is to be decoded."""
-    _compare(communicator, _shape(latents), {"sum of the latents": latents})
+def check_same_latents(communicator: Communicator, latents: torch.Tensor, in_patches: bool) -> None:
+    """The same for what is to be decoded, and for whether this rank's decoder can be cut into patches."""
+    numbers = {**_kind(latents), "decoding in patches": float(in_patches)}
+    _compare(communicator, numbers, {"sum of the latents": latents})
 
 
-def _shape(sample: torch.Tensor) -> dict[str, float]:
-    return dict(zip(("batch", "channels", "rows", "columns"), sample.shape, strict=True))
+def _kind(sample: torch.Tensor) -> dict[str, float]:
+    """Shape and dtype as numbers."""
+    shape = dict(zip(("batch", "channels", "rows", "columns"), sample.shape, strict=True))
+    return {**shape, "precision of the latents": torch.finfo(sample.dtype).eps}
 
 
 def _compare(communicator: Communicator, numbers: dict[str, float], tensors: dict[str, torch.Tensor]) -> None:
@@ -122,11 +126,16 @@ def _compare(communicator: Communicator, numbers: dict[str, float], tensors: dic
                 f"{who}: one is at a step of the U-Net and one decodes; let all ranks make the same calls"
             )
         for (name, (a, tolerance)), b in zip(values.items(), other, strict=False):
-            if not abs(a - b) <= tolerance:
+            if not _alike(a, b, tolerance):
                 raise GangMismatch(
                     f"{who}: {name} {a:g} and {b:g}; give all ranks the same arguments and equally seeded "
                     "generators"
                 )
+
+
+def _alike(a: float, b: float, tolerance: float) -> bool:
+    """Also where both are not finite: what made them so is not the gang's to judge."""
+    return a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= tolerance < math.inf
 
 
 def _trust(communicator: Communicator) -> None:

@@ -10,11 +10,10 @@ from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
-from distriray.errors import UnsupportedModel
 from distriray.parallel.attention import CachedCrossAttention, PatchSelfAttention, PatchSpatialAttention
 from distriray.parallel.conv import patch_conv, patch_downsample
 from distriray.parallel.groupnorm import patch_group_norm
-from distriray.parallel.supported import check_layers, check_self_attention, has_own_forward
+from distriray.parallel.supported import check_layers, check_self_attention
 
 if TYPE_CHECKING:
     from distriray.parallel.engine import Engine
@@ -52,11 +51,6 @@ def adopt_decoder_layers(decoder: Decoder, engine: Exchanging) -> None:
 
 def _adopt_simple(module: nn.Module, engine: Exchanging) -> bool:
     """Adopt a convolution or a group norm that is not yet; whether it was one."""
-    if has_own_forward(module):
-        raise UnsupportedModel(
-            f"a hook holds the forward of {module}: call enable_layerwise_casting, enable_group_offload and "
-            "the like after the first image"
-        )
     if isinstance(module, nn.Conv2d) and getattr(module, "engine", None) is not engine:
         patch_conv(module, engine)
         return True

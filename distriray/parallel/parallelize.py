@@ -23,6 +23,8 @@ def parallelize(
 
     Denoising is displaced unless `config` says otherwise; decoding is exact, by each rank its own rows.
 
+    A VAE that several pipelines share decodes in the gang of the last of them that was parallelized.
+
     Every rank makes the same calls with the same arguments afterwards, and gets the whole image. The pipeline
     stays the class it was: any size, batch, step count, scheduler and guidance, LoRA, callbacks. On an
     already parallelized pipeline this joins another gang.
@@ -57,6 +59,8 @@ def parallelize(
     if engine is None:
         engine = Engine(unet, lambda: getattr(pipeline, "scheduler", None))
         unet.forward = engine.forward
+    if engine.decoder is not None:  # perhaps of another pipeline around this U-Net
+        engine.decoder.communicator = None
     engine.decoder = _decoder(pipeline)
     _share_random_state(communicator)
     engine.bind(communicator, config)

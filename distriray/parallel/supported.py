@@ -7,9 +7,13 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 from distriray.errors import UnsupportedModel
+from distriray.parallel.attention import PatchSelfAttention, PatchSpatialAttention
+from distriray.parallel.conv import PatchConv2d
+from distriray.parallel.groupnorm import PatchGroupNorm
 
 PIPELINES = "pipelines around a UNet2DConditionModel: Stable Diffusion 1.x, 2.x and XL"
 BLOCKS = {
@@ -21,6 +25,13 @@ BLOCKS = {
     "UpBlock2D",
 }
 ADDED_EMBEDDINGS = {None, "text", "text_time"}
+# Exactly these: a subclass may compute something else.
+SPATIAL_LAYERS = {nn.Conv2d, PatchConv2d, nn.GroupNorm, PatchGroupNorm}
+SELF_ATTENTION = {AttnProcessor, AttnProcessor2_0, PatchSelfAttention, PatchSpatialAttention}
+_SPATIAL_MODULES = {
+    f"torch.nn.modules.{name}"
+    for name in ("conv", "pooling", "batchnorm", "instancenorm", "upsampling", "padding", "fold")
+}
 
 
 def unet_of(pipeline: Any) -> UNet2DConditionModel:
@@ -46,10 +57,6 @@ def unet_of(pipeline: Any) -> UNet2DConditionModel:
             f"addition_embed_type {unet.config.addition_embed_type!r}; supported are text, text_time"
         )
     for name, module in unet.named_modules():
-        if isinstance(module, nn.ConvTranspose2d | nn.AvgPool2d | nn.BatchNorm2d):
-            raise UnsupportedModel(
-                f"layer {name} is a {type(module).__name__}, which is not cut into patches"
-            )
         if type(module).__name__ in ("GatedSelfAttentionDense", "DualTransformer2DModel"):
             raise UnsupportedModel(f"layer {name} is a {type(module).__name__} (GLIGEN, dual attention)")
     return unet
@@ -68,22 +75,26 @@ def can_be_cut(decoder: Decoder) -> bool:
     if {type(block).__name__ for block in decoder.up_blocks} != {"UpDecoderBlock2D"}:
         return False
     for module in decoder.modules():
-        if has_own_forward(module):
+        if is_foreign(module) or has_own_forward(module):
             return False
         if isinstance(module, nn.Conv2d):
-            if type(module).__name__ not in ("Conv2d", "PatchConv2d"):
-                return False
             if isinstance(module.padding, str) or module.padding_mode != "zeros" or module.stride != (1, 1):
                 return False
         elif isinstance(module, Attention):
-            if not isinstance(module.processor, AttnProcessor | AttnProcessor2_0) or module.spatial_norm:
-                return False
-        elif isinstance(module, nn.GroupNorm):
-            if type(module).__name__ not in ("GroupNorm", "PatchGroupNorm"):
+            if type(module.processor) not in SELF_ATTENTION or module.spatial_norm:
                 return False
         elif type(module).__name__ == "SpatialNorm":
             return False
     return True
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a layer looks at more than one position in a way that is not known to be cut into patches."""
+    kind = type(module)
+    spatial = issubclass(kind, nn.GroupNorm) or any(
+        base.__module__ in _SPATIAL_MODULES for base in kind.mro()
+    )
+    return spatial and kind not in SPATIAL_LAYERS
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -91,12 +102,12 @@ def has_own_forward(module: nn.Module) -> bool:
 
     Cutting it changes its class, which the hook would pass by.
     """
-    return type(module) in (nn.Conv2d, nn.GroupNorm) and "forward" in vars(module)
+    return type(module) in (nn.Conv2d, nn.GroupNorm, Downsample2D) and "forward" in vars(module)
 
 
 def check_self_attention(name: str, attn: Attention) -> None:
     """Raise `UnsupportedModel` where self-attention does more than keys and values of the same tokens."""
-    if not isinstance(attn.processor, AttnProcessor | AttnProcessor2_0):
+    if type(attn.processor) not in SELF_ATTENTION:
         raise UnsupportedModel(
             f"{name} uses {type(attn.processor).__name__}; patch parallelism brings its own self-attention: "
             "undo attention slicing, xFormers, PAG or fused projections first"
@@ -109,7 +120,17 @@ def check_self_attention(name: str, attn: Attention) -> None:
 
 
 def check_layers(unet: UNet2DConditionModel) -> None:
-    """Raise `UnsupportedModel` where something was switched on that looks at the whole image."""
+    """Raise `UnsupportedModel` where a layer looks at the image in a way that is not known to be cut."""
+    for name, module in unet.named_modules():
+        if is_foreign(module):
+            raise UnsupportedModel(
+                f"layer {name} is a {type(module).__name__}, which is not cut into patches"
+            )
+        if has_own_forward(module):
+            raise UnsupportedModel(
+                f"a hook holds the forward of layer {name}: call enable_layerwise_casting, "
+                "enable_group_offload and the like after the first image"
+            )
     for name, block in unet.up_blocks.named_children():
         if getattr(block, "s1", None):
             raise UnsupportedModel(

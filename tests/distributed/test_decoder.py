@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from bench.ranks import run_ranks
 from distriray import Denoiser, ParallelConfig, parallelize
-from distriray.collective import Communicator
+from distriray.collective import Communicator, connect
 from distriray.errors import GangBroken, GangMismatch
 from tests.models import tiny_sdxl, tiny_vae
 
 pytestmark = pytest.mark.distributed
 Shape = tuple[int, int, int, int]
+CHECK = 128  # bytes to each peer that say what is to be decoded
 
 
 def latents(shape: Shape) -> torch.Tensor:
@@ -45,13 +49,13 @@ def test_a_gang_decodes_as_one_device_does(ranks: int) -> None:
     for pictures in run_ranks(ranks, _decode, shapes):
         for shape, (picture, sent) in zip(shapes, pictures, strict=True):
             assert close(picture, alone.decode(latents(shape), return_dict=False)[0]), shape
-            assert sent > 0
+            assert sent > ranks * CHECK
 
 
 def test_fewer_rows_than_ranks_are_decoded_by_each_alone() -> None:
     shape = (1, 4, 2, 8)
     ((picture, sent),) = run_ranks(3, _decode, [shape])[2]
-    assert sent == 0 and close(picture, tiny_vae().decode(latents(shape), return_dict=False)[0])
+    assert sent == 2 * CHECK and close(picture, tiny_vae().decode(latents(shape), return_dict=False)[0])
 
 
 def _whole(communicator: Communicator) -> list[int]:
@@ -81,7 +85,51 @@ class Strange:
 
 
 def test_one_rank_alone_decodes_what_is_not_for_the_gang() -> None:
-    assert run_ranks(2, _whole) == [[0, 0, 0]] * 2
+    assert run_ranks(2, _whole) == [[0, 0, CHECK]] * 2
+
+
+def _other_pipelines(communicator: Communicator) -> list[int]:
+    """Bytes sent to decode by a pipeline whose U-Net has since been parallelized in another's, or alone."""
+    pipeline = parallelize(tiny_sdxl(), communicator)
+    fast = type(pipeline)(**{**pipeline.components, "vae": AutoencoderTiny()}, add_watermarker=False)
+    sent = []
+    for other in (fast, pipeline.unet):
+        parallelize(pipeline, communicator)
+        parallelize(other, communicator)
+        before = communicator.bytes_sent
+        if communicator.rank == 0:
+            pipeline.vae.decode(latents((1, 4, 16, 8)))
+        sent.append(communicator.bytes_sent - before)
+    return sent
+
+
+def test_a_vae_leaves_the_gang_when_its_u_net_joins_one_without_it() -> None:
+    assert run_ranks(2, _other_pipelines) == [[0, 0]] * 2
+
+
+def _modes(communicator: Communicator) -> tuple[str, list[torch.Tensor], bool]:
+    """What is logged, pictures out of inference mode and in it, and whether one rank alone has gradients."""
+    displaced = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+    pipeline = parallelize(tiny_sdxl(), communicator, displaced)
+    heard = io.StringIO()
+    handler = logging.StreamHandler(heard)
+    logging.getLogger("diffusers").addHandler(handler)
+    images = []
+    for inference in (False, True, False):
+        with torch.inference_mode(inference):
+            generator = torch.Generator().manual_seed(0)
+            size = {"height": 128, "width": 64, "num_inference_steps": 3}
+            images.append(pipeline("x", **size, generator=generator, output_type="pt").images.clone())
+    parallelize(pipeline, connect("local"))
+    picture = pipeline.vae.decode(latents((1, 4, 16, 8)).requires_grad_()).sample
+    return heard.getvalue(), images, picture.requires_grad
+
+
+def test_inference_mode_may_come_and_go_and_nothing_is_logged() -> None:
+    for logged, (image, inferred, again), differentiable in run_ranks(2, _modes):
+        assert logged == ""
+        assert torch.equal(image, inferred) and torch.equal(image, again)
+        assert differentiable
 
 
 def _tiled(communicator: Communicator) -> torch.Tensor:
@@ -103,6 +151,13 @@ def _different(communicator: Communicator, what: str) -> str:
     try:
         if communicator.rank == 0 or what == "latents":
             pipeline.vae.decode(latents((1 + communicator.rank, 4, 16, 8)))
+        elif what == "dtype":
+            pipeline.vae.double().decode(latents((1, 4, 16, 8)).double())
+        elif what == "rows":
+            pipeline.vae.decode(latents((1, 4, 1, 8)))
+        elif what == "layers":
+            pipeline.vae.decoder.mid_block.attentions[0].set_processor(Strange())
+            pipeline.vae.decode(latents((1, 4, 16, 8)))
         elif what == "call":
             pipeline("x", height=128, width=64, num_inference_steps=1, output_type="latent")
     except (GangMismatch, GangBroken) as error:
@@ -112,7 +167,13 @@ def _different(communicator: Communicator, what: str) -> str:
 
 @pytest.mark.parametrize(
     ("what", "said"),
-    [("latents", "GangMismatch: .*batch 1 and 2"), ("call", "GangMismatch: .*one is at a step")],
+    [
+        ("latents", "GangMismatch: .*batch 1 and 2"),
+        ("dtype", "GangMismatch: .*precision of the latents"),
+        ("rows", "GangMismatch: .*rows 16 and 1"),
+        ("layers", "GangMismatch: .*decoding in patches 1 and 0"),
+        ("call", "GangMismatch: .*one is at a step"),
+    ],
 )
 def test_ranks_that_decode_different_things_are_told_so(what: str, said: str) -> None:
     assert re.match(said, run_ranks(2, _different, what)[0])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from distriray.errors import GangBroken
-from distriray.parallel.gather import Gather
+from distriray.errors import GangBroken, GangMismatch
+from distriray.parallel.gather import Gather, check_same_latents
 from distriray.parallel.partition import Partition
 
 
@@ -34,3 +34,29 @@ def test_garbage_of_an_aborted_transfer_is_no_result() -> None:
     gather = Gather(Aborted(), Partition(8, 8, 2, 2), (1, 4, 8, 8), torch.float32)  # type: ignore[arg-type]
     with pytest.raises(GangBroken, match="rank 1 died"):
         gather(torch.zeros((1, 4, 4, 8)), (False, False), 0.0)
+
+
+class Peer:
+    """Rank 1 sends the same sums as rank 0, except that of its latents."""
+
+    rank, world_size, device, broken = 0, 2, torch.device("cpu"), False
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Any:
+        own, peer = sends[1], receives[1]
+        peer.copy_(own)
+        peer[int(own[0])] = self.total
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+def test_equal_latents_are_equal_also_if_they_are_not_finite(value: float) -> None:
+    latents = torch.full((1, 4, 8, 8), value)
+    check_same_latents(Peer(256 * value), latents, True)  # type: ignore[arg-type]
+    with pytest.raises(GangMismatch, match="sum of the latents"):
+        check_same_latents(Peer(7.0), latents, True)  # type: ignore[arg-type]

@@ -1,0 +1,61 @@
+"""Layers that are not exactly of a known kind, or whose forward a hook holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+
+from distriray import parallelize
+from distriray.collective import connect
+from distriray.errors import UnsupportedModel
+from distriray.parallel.supported import can_be_cut
+from tests.distributed.cases import Case, call
+from tests.models import tiny_sdxl, tiny_vae
+
+
+class OwnNorm(nn.GroupNorm):
+    pass
+
+
+class OwnConvolution(nn.Conv2d):
+    pass
+
+
+class OwnProcessor(AttnProcessor2_0):
+    pass
+
+
+STRANGE = [OwnNorm(4, 16), OwnConvolution(16, 16, 3, padding=1), nn.InstanceNorm2d(16), nn.AvgPool2d(1)]
+
+
+@pytest.mark.parametrize("layer", STRANGE, ids=lambda layer: type(layer).__name__)
+def test_a_layer_that_is_not_exactly_of_a_known_kind_is_not_cut(layer: nn.Module) -> None:
+    vae, pipeline = tiny_vae(), tiny_sdxl()
+    assert can_be_cut(vae.decoder)
+    vae.decoder.conv_act = layer
+    assert not can_be_cut(vae.decoder)
+    parallelize(pipeline, connect("local"))
+    pipeline.unet.conv_act = layer
+    with pytest.raises(UnsupportedModel, match=f"conv_act is a {type(layer).__name__}"):
+        call(pipeline, Case())
+
+
+def test_an_attention_processor_of_ones_own_is_not_replaced() -> None:
+    vae, pipeline = tiny_vae(), tiny_sdxl()
+    vae.decoder.mid_block.attentions[0].set_processor(OwnProcessor())
+    assert not can_be_cut(vae.decoder)
+    parallelize(pipeline, connect("local"))
+    pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(OwnProcessor())
+    with pytest.raises(UnsupportedModel, match="OwnProcessor"):
+        call(pipeline, Case())
+
+
+def test_a_layer_whose_forward_a_hook_holds_is_not_cut() -> None:
+    vae, pipeline = tiny_vae(), tiny_sdxl()
+    for network in (vae, pipeline.unet):
+        network.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    assert not can_be_cut(vae.decoder)
+    with pytest.raises(UnsupportedModel, match="a hook holds the forward of layer conv_in"):
+        call(parallelize(pipeline, connect("local")), Case())
