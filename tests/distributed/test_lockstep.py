@@ -26,8 +26,6 @@ SPLIT = Case(config={"warmup_steps": 1, "cfg_parallel": True})
 def test_latents_are_those_of_separate_processes_bit_for_bit(ranks: int) -> None:
     cases = [*CASES, SPLIT] if ranks % 2 == 0 else CASES
     pipelines = [tiny_sdxl() for _ in range(ranks)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes have
 
     def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
         pipeline = pipelines[communicator.rank]
@@ -35,10 +33,7 @@ def test_latents_are_those_of_separate_processes_bit_for_bit(ranks: int) -> None
             call(parallelize(pipeline, communicator, ParallelConfig(**case.config)), case) for case in cases
         ]
 
-    try:
-        turns = run_in_lockstep(ranks, rank)
-    finally:
-        torch.set_num_threads(threads)
+    turns = run_in_lockstep(ranks, rank)
     apart = run_ranks(ranks, together, cases)
     for here, there in zip(turns, apart, strict=True):
         for case, ours, theirs in zip(cases, here, there, strict=True):

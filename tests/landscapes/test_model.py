@@ -30,7 +30,6 @@ assert not any(name.split(".")[0] == "distriray" for name in sys.modules)
 def pipeline():  # noqa: ANN201
     from diffusers import StableDiffusionXLPipeline
 
-    torch.set_num_threads(1)
     loaded = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR)
     loaded.set_progress_bar_config(disable=True)
     return loaded
