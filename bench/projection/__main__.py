@@ -76,13 +76,14 @@ def main() -> None:
         "(80 %% of what NVLink 4 and PCIe 5 and 4 with 16 lanes carry by name); CPUs: the loopback, measured",
     )
     parser.add_argument("--steps", type=int, default=5, help="displaced steps that count, a turn")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 7 on CPUs, which other work may disturb, else 3")
     parser.add_argument("--image-steps", type=int, default=50)
     parser.add_argument("--warmup-steps", type=int, default=4, help="of an image, synchronous")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     arguments.model = arguments.model or {"cpu": "landscapes", "cuda": "sdxl"}[arguments.device]
     arguments.dtype = arguments.dtype or {"cpu": "float32", "cuda": "float16"}[arguments.device]
+    arguments.rounds = arguments.rounds or {"cpu": 7, "cuda": 3}[arguments.device]
     arguments.sizes = arguments.sizes or SIZES[arguments.device]
     arguments.ranks = sorted({1, *arguments.ranks})
 
