@@ -57,17 +57,8 @@ class PatchDownsample2D(Downsample2D):
 
 
 def patch_conv(module: nn.Conv2d, engine: Exchanging) -> None:
-    """Turn `module` into a `PatchConv2d` of `engine`, in place.
-
-    Raises:
-        UnsupportedModel: padding by name or other than zeros, or a stride that is not 1 or 2.
-    """
-    if isinstance(module.padding, str) or module.padding_mode != "zeros" or module.stride[0] not in (1, 2):
-        raise UnsupportedModel(
-            f"{module} cannot be cut into patches: padding must be a number of zeros and the stride 1 or 2"
-        )
-    if type(module) is nn.Conv2d:
-        module.__class__ = PatchConv2d
+    """Turn `module` into a `PatchConv2d` of `engine`, in place."""
+    module.__class__ = PatchConv2d
     assert isinstance(module, PatchConv2d)
     module.engine = engine
 

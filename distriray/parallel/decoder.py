@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,7 +34,11 @@ class PatchDecoder:
         self.communicator: Communicator | None = None
         self.exchange: Exchange | None = None
         self._decoder = decoder
-        self._network = decoder.forward
+        self._network: Callable[..., torch.Tensor]
+
+    def install(self) -> None:
+        """Stand in for the decoder's forward as it is now, hooks and all."""
+        self._network, self._decoder.forward = self._decoder.forward, self.forward
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -49,10 +50,9 @@ class Engine:
 
     Args:
         unet: the network; its layers are replaced in place, its parameters stay.
-        scheduler: returns the scheduler in use; a new `timesteps` tensor there marks a new image.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: Callable[[], Any]) -> None:
+    def __init__(self, unet: UNet2DConditionModel) -> None:
         self.communicator: Communicator
         self.config: ParallelConfig
         self.exchange: Exchange | None = None  # what the layers use; None: they behave as the originals
@@ -63,8 +63,7 @@ class Engine:
         self.yielding = False
         self.statistics = StepStatistics()
         self._unet = unet
-        self._network = unet.forward
-        self._scheduler = scheduler
+        self._network: Callable[..., tuple[torch.Tensor]]
         self._exchanges: OrderedDict[tuple[Any, ...], Exchange] = OrderedDict()
         self._gather: Gather | None = None
         self._asked = [False, False]
@@ -72,12 +71,21 @@ class Engine:
         self._step = 0
         self._fresh_start = True
         self._warm = False
-        self._timesteps: torch.Tensor | None = None
+        self._timesteps: WeakKeyDictionary[Any, torch.Tensor | None] = WeakKeyDictionary()
         self._timestep = float("inf")
         self._text: torch.Tensor | None = None
         self._text_scale: Any = None
 
     # What a user or a worker calls
+
+    def install(self) -> None:
+        """Stand in for the U-Net's forward as it is now, hooks and all."""
+        self._network, self._unet.forward = self._unet.forward, self.forward
+
+    def serve(self, pipeline: Any) -> None:
+        """Take a new `timesteps` tensor of this pipeline's scheduler for the start of an image."""
+        if pipeline is not self._unet:
+            self._timesteps.setdefault(pipeline, None)
 
     def bind(self, communicator: Communicator, config: ParallelConfig) -> None:
         """Join another gang: what was exchanged in the last one is dropped, and what was asked of it."""
@@ -202,17 +210,21 @@ class Engine:
     def _notice_new_image(
         self, timestep: torch.Tensor | float | int, text: torch.Tensor, cross_attention_kwargs: Any
     ) -> None:
-        timesteps = getattr(self._scheduler(), "timesteps", None)
         now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         same_text = text is self._text or (
             self._text is not None and text.shape == self._text.shape and torch.equal(text, self._text)
         )
-        another = timesteps is not self._timesteps or now > self._timestep or not same_text
+        # Schedulers of second order repeat a timestep; without a scheduler to ask, it may be the next image.
+        another = not same_text or now > self._timestep or (now == self._timestep and not self._timesteps)
+        for pipeline, before in list(self._timesteps.items()):
+            scheduler = getattr(pipeline, "scheduler", None)
+            self._timesteps[pipeline] = timesteps = getattr(scheduler, "timesteps", None)
+            another |= timesteps is not before
         if another and not self._fresh_start:
             self.restart()
         if self._fresh_start or not same_text or cross_attention_kwargs != self._text_scale:
             self.text_epoch += 1
-        self._timesteps, self._timestep = timesteps, now
+        self._timestep = now
         self._text, self._text_scale = text, cross_attention_kwargs
 
     def _begin_image(self, sample: torch.Tensor, timestep: Any, text: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from distriray.parallel.attention import CachedCrossAttention, PatchSelfAttention, PatchSpatialAttention
 from distriray.parallel.conv import patch_conv, patch_downsample
 from distriray.parallel.groupnorm import patch_group_norm
-from distriray.parallel.supported import check_layers, check_self_attention
+from distriray.parallel.supported import check_layers, check_self_attention, image_layers
 
 if TYPE_CHECKING:
     from distriray.parallel.engine import Engine
@@ -28,13 +28,14 @@ def adopt_layers(unet: UNet2DConditionModel, engine: Engine) -> bool:
     """
     check_layers(unet)
     adopted = False
-    for name, module in unet.named_modules():
+    for name, module in image_layers(unet):
         if isinstance(module, Attention):
             adopted |= _adopt_attention(name, module, engine)
         else:
             adopted |= _adopt_simple(module, engine)
-    for module in unet.modules():
+    for _, module in image_layers(unet):
         if type(module) is Downsample2D:
+            vars(module).pop("forward", None)
             patch_downsample(module)
     return adopted
 
@@ -51,13 +52,15 @@ def adopt_decoder_layers(decoder: Decoder, engine: Exchanging) -> None:
 
 def _adopt_simple(module: nn.Module, engine: Exchanging) -> bool:
     """Adopt a convolution or a group norm that is not yet; whether it was one."""
-    if isinstance(module, nn.Conv2d) and getattr(module, "engine", None) is not engine:
+    if not isinstance(module, nn.Conv2d | nn.GroupNorm) or getattr(module, "engine", None) is engine:
+        return False
+    if type(module) in (nn.Conv2d, nn.GroupNorm):
+        vars(module).pop("forward", None)  # left by a hook that was removed; it is not the new class's
+    if isinstance(module, nn.Conv2d):
         patch_conv(module, engine)
-        return True
-    if type(module) is nn.GroupNorm:
+    else:
         patch_group_norm(module, engine)
-        return True
-    return False
+    return True
 
 
 def _adopt_attention(name: str, attn: Attention, engine: Engine) -> bool:

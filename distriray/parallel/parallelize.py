@@ -11,9 +11,10 @@ from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.engine import Engine
-from distriray.parallel.supported import decoder_of, unet_of
+from distriray.parallel.supported import decoder_of, has_class_forward, unet_of
 
 Pipeline = TypeVar("Pipeline")
+PATCHES = "distriray_patches"  # the attribute of a network that holds what makes it patch-parallel
 
 
 def parallelize(
@@ -57,8 +58,11 @@ def parallelize(
     unet = unet_of(pipeline)
     engine = engine_of(pipeline)
     if engine is None:
-        engine = Engine(unet, lambda: getattr(pipeline, "scheduler", None))
-        unet.forward = engine.forward
+        engine = vars(unet)[PATCHES] = Engine(unet)
+        engine.install()
+    elif has_class_forward(unet):  # a hook that was there before was removed
+        engine.install()
+    engine.serve(pipeline)
     if engine.decoder is not None:  # perhaps of another pipeline around this U-Net
         engine.decoder.communicator = None
     engine.decoder = _decoder(pipeline)
@@ -69,8 +73,7 @@ def parallelize(
 
 def engine_of(pipeline: Any) -> Engine | None:
     """The engine of a parallelized pipeline or U-Net; None if it is not parallelized."""
-    unet = getattr(pipeline, "unet", pipeline)
-    return getattr(vars(unet).get("forward"), "__self__", None)
+    return getattr(getattr(pipeline, "unet", pipeline), PATCHES, None)
 
 
 def _decoder(pipeline: Any) -> PatchDecoder | None:
@@ -78,11 +81,12 @@ def _decoder(pipeline: Any) -> PatchDecoder | None:
     decoder = decoder_of(pipeline)
     if decoder is None:
         return None
-    adopted = getattr(vars(decoder).get("forward"), "__self__", None)
+    adopted: PatchDecoder | None = vars(decoder).get(PATCHES)
     if adopted is None:
-        adopted = PatchDecoder(decoder)
-        decoder.forward = adopted.forward
-    assert isinstance(adopted, PatchDecoder)
+        adopted = vars(decoder)[PATCHES] = PatchDecoder(decoder)
+        adopted.install()
+    elif has_class_forward(decoder):
+        adopted.install()
     return adopted
 
 

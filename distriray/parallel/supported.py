@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -26,12 +27,17 @@ BLOCKS = {
 }
 ADDED_EMBEDDINGS = {None, "text", "text_time"}
 # Exactly these: a subclass may compute something else.
-SPATIAL_LAYERS = {nn.Conv2d, PatchConv2d, nn.GroupNorm, PatchGroupNorm}
+CONVOLUTIONS = {nn.Conv2d, PatchConv2d}
+NORMS = {nn.GroupNorm, PatchGroupNorm}
 SELF_ATTENTION = {AttnProcessor, AttnProcessor2_0, PatchSelfAttention, PatchSpatialAttention}
 _SPATIAL_MODULES = {
     f"torch.nn.modules.{name}"
     for name in ("conv", "pooling", "batchnorm", "instancenorm", "upsampling", "padding", "fold")
 }
+_ADAPTERS = (
+    "peft.tuners.lora.",
+    "peft.tuners.ia3.",
+)  # that call the convolution they adapt, and convolutions of their own
 
 
 def unet_of(pipeline: Any) -> UNet2DConditionModel:
@@ -78,7 +84,7 @@ def can_be_cut(decoder: Decoder) -> bool:
         if is_foreign(module) or has_own_forward(module):
             return False
         if isinstance(module, nn.Conv2d):
-            if isinstance(module.padding, str) or module.padding_mode != "zeros" or module.stride != (1, 1):
+            if module.stride != (1, 1):
                 return False
         elif isinstance(module, Attention):
             if type(module.processor) not in SELF_ATTENTION or module.spatial_norm:
@@ -91,10 +97,17 @@ def can_be_cut(decoder: Decoder) -> bool:
 def is_foreign(module: nn.Module) -> bool:
     """Whether a layer looks at more than one position in a way that is not known to be cut into patches."""
     kind = type(module)
+    adapted = getattr(module, "base_layer", None)
+    if adapted is not None and any(isinstance(layer, nn.Conv2d) for layer in adapted.modules()):
+        return not kind.__module__.startswith(_ADAPTERS)
+    if kind in CONVOLUTIONS:
+        assert isinstance(module, nn.Conv2d)
+        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return not zeros or module.stride[0] not in (1, 2) or "_conv_forward" in vars(module)
     spatial = issubclass(kind, nn.GroupNorm) or any(
         base.__module__ in _SPATIAL_MODULES for base in kind.mro()
     )
-    return spatial and kind not in SPATIAL_LAYERS
+    return spatial and kind not in NORMS
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -102,7 +115,18 @@ def has_own_forward(module: nn.Module) -> bool:
 
     Cutting it changes its class, which the hook would pass by.
     """
-    return type(module) in (nn.Conv2d, nn.GroupNorm, Downsample2D) and "forward" in vars(module)
+    return type(module) in (nn.Conv2d, nn.GroupNorm, Downsample2D) and not has_class_forward(module)
+
+
+def has_class_forward(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its class: never hooked, or left so by a hook that was removed."""
+    own = vars(module).get("forward")
+    return own is None or getattr(own, "__func__", None) is type(module).forward
+
+
+def image_layers(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
+    """What sees the image, by name: not what makes tokens of image prompts, which every rank has."""
+    return ((name, m) for name, m in unet.named_modules() if not name.startswith("encoder_hid_proj"))
 
 
 def check_self_attention(name: str, attn: Attention) -> None:
@@ -121,10 +145,10 @@ def check_self_attention(name: str, attn: Attention) -> None:
 
 def check_layers(unet: UNet2DConditionModel) -> None:
     """Raise `UnsupportedModel` where a layer looks at the image in a way that is not known to be cut."""
-    for name, module in unet.named_modules():
+    for name, module in image_layers(unet):
         if is_foreign(module):
             raise UnsupportedModel(
-                f"layer {name} is a {type(module).__name__}, which is not cut into patches"
+                f"layer {name}, {type(module).__name__}({module.extra_repr()}), is not cut into patches"
             )
         if has_own_forward(module):
             raise UnsupportedModel(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
 from typing import Any
 
 import pytest
@@ -136,8 +139,11 @@ def test_pipelines_around_the_same_unet_equal_one_device() -> None:
         assert close(together[name], latents), name
 
 
-def _image_prompts(communicator: Communicator, config: ParallelConfig) -> list[torch.Tensor]:
-    """Latents without, with and again without an IP-Adapter, loaded after `parallelize`."""
+def _image_prompts(communicator: Communicator, config: ParallelConfig, plus: bool) -> list[torch.Tensor]:
+    """Latents without, with and again without an IP-Adapter, loaded after `parallelize`.
+
+    "Plus" has attention of its own, of 16 queries: as many as a rank has pixels at the lowest level.
+    """
     pipeline = parallelize(tiny_sdxl(), communicator, config)
     generator = torch.Generator().manual_seed(4)
 
@@ -153,28 +159,60 @@ def _image_prompts(communicator: Communicator, config: ParallelConfig) -> list[t
         for i, name in enumerate(attentions)
         for projection in ("to_k_ip", "to_v_ip")
     }
-    tokens = {
-        "proj.weight": weights(4 * text_width, image_width),
-        "proj.bias": torch.zeros(4 * text_width),
-        "norm.weight": torch.ones(text_width),
-        "norm.bias": torch.zeros(text_width),
-    }
-    latents = [call(pipeline, CASE)]
+    tokens = (
+        _resampler(weights, text_width, image_width)
+        if plus
+        else {
+            "proj.weight": weights(4 * text_width, image_width),
+            "proj.bias": torch.zeros(4 * text_width),
+            "norm.weight": torch.ones(text_width),
+            "norm.bias": torch.zeros(text_width),
+        }
+    )
+    case = Case(**{**vars(CASE), "height": 128})
+    latents = [call(pipeline, case)]
     pipeline.load_ip_adapter(
         {"image_proj": tokens, "ip_adapter": layers}, subfolder="", weight_name="", image_encoder_folder=None
     )
-    image = torch.randn((2, 1, image_width), generator=generator)  # unconditional and conditional
-    latents.append(call(pipeline, Case(**{**vars(CASE), "extra": {"ip_adapter_image_embeds": [image]}})))
+    shape = (2, 1, 5, image_width) if plus else (2, 1, image_width)  # unconditional and conditional
+    image = torch.randn(shape, generator=generator)
+    latents.append(call(pipeline, Case(**{**vars(case), "extra": {"ip_adapter_image_embeds": [image]}})))
     pipeline.unload_ip_adapter()
-    return [*latents, call(pipeline, CASE)]
+    return [*latents, call(pipeline, case)]
 
 
-def test_an_ip_adapter_loaded_later_works_as_on_one_device() -> None:
-    expected = single(lambda communicator: _image_prompts(communicator, SYNC))
+def _resampler(weights: Any, text_width: int, image_width: int) -> dict[str, torch.Tensor]:
+    """The image projection of IP-Adapter Plus: queries that attend to the image's tokens."""
+    width, ones, zeros = 64, torch.ones, torch.zeros
+    tokens = {
+        "latents": weights(1, 16, width),
+        "proj_in.weight": weights(width, image_width),
+        "proj_in.bias": zeros(width),
+        "proj_out.weight": weights(text_width, width),
+        "proj_out.bias": zeros(text_width),
+        "norm_out.weight": ones(text_width),
+        "norm_out.bias": zeros(text_width),
+    }
+    for i in range(4):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            tokens |= {f"layers.{i}.{norm}.weight": ones(width), f"layers.{i}.{norm}.bias": zeros(width)}
+        tokens |= {
+            f"layers.{i}.0.to_q.weight": weights(width, width),
+            f"layers.{i}.0.to_kv.weight": weights(2 * width, width),
+            f"layers.{i}.0.to_out.weight": weights(width, width),
+            f"layers.{i}.1.1.weight": weights(4 * width, width),
+            f"layers.{i}.1.3.weight": weights(width, 4 * width),
+        }
+    return tokens
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_an_ip_adapter_loaded_later_works_as_on_one_device(plus: bool) -> None:
+    expected = single(lambda communicator: _image_prompts(communicator, SYNC, plus))
     assert not close(expected[1], expected[0]) and close(expected[2], expected[0])
     halves = ParallelConfig(exchange="sync", cfg_parallel=True)
     for config in (SYNC, halves):
-        for together, alone_ in zip(run_ranks(2, _image_prompts, config)[0], expected, strict=True):
+        for together, alone_ in zip(run_ranks(2, _image_prompts, config, plus)[0], expected, strict=True):
             assert close(together, alone_), config
 
 
@@ -293,6 +331,55 @@ def _unseeded(communicator: Communicator) -> torch.Tensor:
 def test_calls_without_a_generator_draw_the_same_latents_everywhere() -> None:
     one, other = run_ranks(2, _unseeded)
     assert torch.equal(one, other)
+
+
+def _quick(communicator: Communicator) -> list[torch.Tensor]:
+    """Five images of one step and one prompt each, by a pipeline around a U-Net that is in a gang already."""
+    first = tiny_sdxl()
+    second = type(first)(**{**first.components, "scheduler": copy.deepcopy(first.scheduler)})
+    parallelize(first, communicator, DISPLACED)
+    parallelize(second, communicator, DISPLACED)
+    case = Case(**{**vars(CASE), "steps": 1, "images": 1})
+    images = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        size = {"height": case.height, "width": case.width, "num_inference_steps": 1}
+        images.append(second("x", **size, generator=generator, output_type="latent").images)
+    return images
+
+
+def test_each_image_of_one_step_begins_anew_whichever_pipeline_makes_it() -> None:
+    for ours, theirs in zip(run_ranks(2, _quick)[0], single(_quick), strict=True):
+        assert close(ours, theirs)
+
+
+def _hooked(communicator: Communicator, before: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """A gang is joined again after a hook took the networks' forward, or after one that was there left.
+
+    The latents, a picture, and whether both networks exchanged.
+    """
+    pipeline = tiny_sdxl()
+    networks = (pipeline.unet, pipeline.vae.decoder)
+    if before:
+        for network in networks:
+            network.forward = functools.partial(network.forward)
+    parallelize(pipeline, communicator, SYNC)
+    call(pipeline, CASE)
+    for network in networks:
+        plain = types.MethodType(type(network).forward, network)
+        network.forward = plain if before else functools.partial(network.forward)
+    parallelize(pipeline, communicator, SYNC)
+    latents = call(pipeline, CASE)
+    sent = [engine_of(pipeline).statistics.bytes_sent, communicator.bytes_sent]
+    picture = pipeline.vae.decode(latents, return_dict=False)[0]
+    return latents, picture, sent[0] > 0 and communicator.bytes_sent > sent[1] + 1000
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_gang_is_joined_past_hooks_on_the_networks(before: bool) -> None:
+    latents, picture, exchanged = run_ranks(2, _hooked, before)[0]
+    expected = single(functools.partial(_hooked, before=before))
+    assert exchanged and close(latents, expected[0]) and close(picture, expected[1])
 
 
 def _flags(communicator: Communicator) -> tuple[list[bool], int, bool]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -38,8 +41,49 @@ def test_a_layer_that_is_not_exactly_of_a_known_kind_is_not_cut(layer: nn.Module
     assert not can_be_cut(vae.decoder)
     parallelize(pipeline, connect("local"))
     pipeline.unet.conv_act = layer
-    with pytest.raises(UnsupportedModel, match=f"conv_act is a {type(layer).__name__}"):
+    with pytest.raises(UnsupportedModel, match=f"layer conv_act, {type(layer).__name__}"):
         call(pipeline, Case())
+
+
+def circular(convolution: nn.Conv2d) -> None:
+    convolution.padding_mode = "circular"
+
+
+def replaced(convolution: nn.Conv2d) -> None:
+    convolution._conv_forward = convolution._conv_forward
+
+
+@pytest.mark.parametrize("change", [circular, replaced])
+def test_a_convolution_that_was_changed_is_refused_also_after_an_image(
+    change: Callable[[nn.Conv2d], None],
+) -> None:
+    vae, pipeline = tiny_vae(), parallelize(tiny_sdxl(), connect("local"))
+    call(pipeline, Case())
+    change(vae.decoder.conv_in)
+    change(pipeline.unet.conv_in)
+    assert not can_be_cut(vae.decoder)
+    with pytest.raises(UnsupportedModel, match="layer conv_in, PatchConv2d"):
+        call(pipeline, Case())
+
+
+def test_adapters_that_convolve_by_themselves_are_refused() -> None:
+    from peft import LoHaConfig, LoraConfig
+
+    pipeline = parallelize(tiny_sdxl(), connect("local"))
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"]))
+    call(pipeline, Case())
+    pipeline.unet.delete_adapters("default")
+    pipeline.unet.add_adapter(LoHaConfig(r=2, target_modules=["conv1"]))
+    with pytest.raises(UnsupportedModel, match="conv1, Conv2d"):
+        call(pipeline, Case())
+
+
+def test_what_a_removed_hook_has_left_does_not_count() -> None:
+    pipeline = tiny_sdxl()
+    convolution = pipeline.unet.conv_in
+    convolution.forward = types.MethodType(type(convolution).forward, convolution)
+    call(parallelize(pipeline, connect("local")), Case())
+    assert "forward" not in vars(convolution)
 
 
 def test_an_attention_processor_of_ones_own_is_not_replaced() -> None:
