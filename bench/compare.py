@@ -1,6 +1,7 @@
 """Two measurements side by side, for a change under review: `python -m bench.compare BEFORE.json AFTER.json`.
 
-Rows are matched by the cells that are no numbers, so a row that only one of the two has is named, not hidden.
+Rows are matched by the columns up to the last one that holds names, so a row that only one of the two has is
+named, not hidden.
 Measurements of different benches, settings or machines are refused: their ratios would say nothing.
 """
 
@@ -13,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=$|[ %x]|[a-zA-Z])")
+NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=$|[ %]|x(?!\d)|[a-wyzA-Z])")
+MISSING = ("", "-")
 NO_DIFFERENCE = {"json"}  # settings that change nothing of what is measured
 
 Row = dict[str, str]
@@ -28,6 +30,11 @@ def number(cell: str) -> float | None:
     """The number that a cell starts with, such as 1.04 of `1.04x`; None if it is a name."""
     found = NUMBER.match(cell.strip())
     return float(found.group()) if found else None
+
+
+def is_name(cell: str) -> bool:
+    """Whether a cell says what was measured: it is there, and is no number."""
+    return cell not in MISSING and number(cell) is None
 
 
 def check_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -65,11 +72,12 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, st
     check_comparable(before, after)
     rows = before["rows"] + after["rows"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    labels = [c for c in columns if any(number(row.get(c, "")) is None for row in rows)] or columns[:1]
+    named = [i for i, column in enumerate(columns) if any(is_name(row.get(column, "")) for row in rows)]
+    labels = columns[: named[-1] + 1 if named else 1]
     old, new = keyed(before["rows"], labels), keyed(after["rows"], labels)
     lines = []
     for key in dict.fromkeys([*old, *new]):
-        name = ", ".join(cell for cell in key[0] if cell)
+        name = ", ".join(cell for cell in key[0] if cell not in MISSING)
         if key not in old or key not in new:
             lines.append((name, "only in", *(("", "after") if key not in old else ("before", "")), ""))
             continue

@@ -110,11 +110,10 @@ def main() -> None:
         for parallel in PICTURES:
             for gang in GANGS[:2]:
                 result = draw([gang], parallel=parallel)
-                report.add(
-                    f"{parallel.exchange}, {'guidance split' if parallel.cfg_parallel else 'patches only'}, "
-                    f"{len(gang)} workers: PSNR against one worker, dB, and largest difference of 255",
-                    f"{_psnr(alone, result):.1f}, {_difference(alone, result)}",
-                )
+                split = "guidance split" if parallel.cfg_parallel else "patches only"
+                way = f"{parallel.exchange}, {split}, {len(gang)} workers, against one worker"
+                report.add(f"{way}: PSNR, dB", f"{_psnr(alone, result):.1f}")
+                report.add(f"{way}: largest difference of a colour, of 255", str(_difference(alone, result)))
         _kill(host, policy, options, report)
     report.publish(options.json)
 
