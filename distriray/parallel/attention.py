@@ -33,9 +33,20 @@ class _Processor(AttnProcessor2_0, ABC):
         *args: object,
         **kwargs: object,
     ) -> torch.Tensor:
-        keys_values = self.keys_values(attn, hidden_states, encoder_hidden_states)
+        # diffusers passes on what this signature names, and warns of the rest.
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    def attend(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        keys_values = self.keys_values(attn, hidden_states, text)
         if keys_values is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return super().__call__(attn, hidden_states, text, attention_mask, temb)
         key, value = keys_values
         if attention_mask is not None:
             batch, tokens = hidden_states.shape[0], key.shape[1]
@@ -78,20 +89,13 @@ class PatchSpatialAttention(PatchSelfAttention):
     Hidden states are (batch, channels, own rows, columns).
     """
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        *args: object,
-        **kwargs: object,
+    def attend(
+        self, attn: Attention, hidden_states: torch.Tensor, *inputs: torch.Tensor | None
     ) -> torch.Tensor:
         if self.engine is None or self.engine.exchange is None:
-            return AttnProcessor2_0.__call__(self, attn, hidden_states, temb=temb)
+            return super().attend(attn, hidden_states, *inputs)
         normalized = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
-        output = super().__call__(attn, normalized.flatten(2).transpose(1, 2))
+        output = super().attend(attn, normalized.flatten(2).transpose(1, 2))
         output = output.transpose(1, 2).reshape(hidden_states.shape)
         if attn.residual_connection:
             output = output + hidden_states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from distriray.parallel.engine import Engine
 from distriray.parallel.supported import decoder_of, has_class_forward, unet_of
 
 Pipeline = TypeVar("Pipeline")
+Patches = TypeVar("Patches", Engine, PatchDecoder)
 PATCHES = "distriray_patches"  # the attribute of a network that holds what makes it patch-parallel
 
 
@@ -56,16 +58,12 @@ def parallelize(
             param="gang_size",
         )
     unet = unet_of(pipeline)
-    engine = engine_of(pipeline)
-    if engine is None:
-        engine = vars(unet)[PATCHES] = Engine(unet)
-        engine.install()
-    elif has_class_forward(unet):  # a hook that was there before was removed
-        engine.install()
+    engine = _installed(unet, Engine)
     engine.serve(pipeline)
     if engine.decoder is not None:  # perhaps of another pipeline around this U-Net
         engine.decoder.communicator = None
-    engine.decoder = _decoder(pipeline)
+    decoder = decoder_of(pipeline)
+    engine.decoder = None if decoder is None else _installed(decoder, PatchDecoder)
     _share_random_state(communicator)
     engine.bind(communicator, config)
     return pipeline
@@ -76,18 +74,15 @@ def engine_of(pipeline: Any) -> Engine | None:
     return getattr(getattr(pipeline, "unet", pipeline), PATCHES, None)
 
 
-def _decoder(pipeline: Any) -> PatchDecoder | None:
-    """What makes the decoder of the pipeline's VAE patch-parallel, made at the first call."""
-    decoder = decoder_of(pipeline)
-    if decoder is None:
-        return None
-    adopted: PatchDecoder | None = vars(decoder).get(PATCHES)
-    if adopted is None:
-        adopted = vars(decoder)[PATCHES] = PatchDecoder(decoder)
-        adopted.install()
-    elif has_class_forward(decoder):
-        adopted.install()
-    return adopted
+def _installed(network: Any, make: Callable[[Any], Patches]) -> Patches:
+    """What makes a network patch-parallel, made at the first call, in the place of its forward."""
+    patches: Patches | None = vars(network).get(PATCHES)
+    if patches is None:
+        patches = vars(network)[PATCHES] = make(network)
+        patches.install()
+    elif has_class_forward(network):  # a hook that was there before was removed
+        patches.install()
+    return patches
 
 
 def _share_random_state(communicator: Communicator) -> None:

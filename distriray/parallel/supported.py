@@ -34,10 +34,8 @@ _SPATIAL_MODULES = {
     f"torch.nn.modules.{name}"
     for name in ("conv", "pooling", "batchnorm", "instancenorm", "upsampling", "padding", "fold")
 }
-_ADAPTERS = (
-    "peft.tuners.lora.",
-    "peft.tuners.ia3.",
-)  # that call the convolution they adapt, and convolutions of their own
+# They call the convolution that they adapt, and convolutions of their own.
+_ADAPTERS = ("peft.tuners.lora.", "peft.tuners.ia3.")
 
 
 def unet_of(pipeline: Any) -> UNet2DConditionModel:
