@@ -96,13 +96,14 @@ def train(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(
         arguments.out / "vae.pt", {"model": vae, "average": average, "optimizer": optimizer}
     )
+    begun = checkpoint.path.exists()
     start = checkpoint.restore()
 
     square = [
         pictures for bucket, pictures in dataset.load(arguments.pictures) if bucket.height == bucket.width
     ][:2]
     held_out = np.stack([dataset.BUCKETS[0].held_out(index) for index in range(8)])
-    if start == 0:
+    if not begun:
         start_linear(vae, to_float(square[0][:200]))
         vae.encoder.requires_grad_(False)
         export(vae, held_out, arguments.out / "vae")  # the encoder is final: the U-Net's training can start
@@ -122,9 +123,11 @@ def train(arguments: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, arguments.steps, arguments.lr, warmup=50)
         latents = functional.conv2d(pictures, kernel, bias, stride=8)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        generator = torch.Generator().manual_seed(step)
+        deviation = arguments.noise * torch.rand(batch, 1, 1, 1, generator=generator)
+        noise = (deviation * torch.randn(latents.shape, generator=generator)).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            restored = vae.decode(latents + arguments.noise * noise).sample
+            restored = vae.decode(latents + noise).sample
         loss = reconstruction_loss(restored.float(), pictures)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -160,14 +163,16 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=0, help="of the whole decoder, after the linear path's")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="of the whole decoder, after the linear path's"
+    )
     parser.add_argument(
         "--batch", type=int, default=8, help="crops of 128 pixels a step; a quarter for whole pictures"
     )
     parser.add_argument("--whole", type=float, default=0.25, help="share of steps on 256-pixel crops")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument(
-        "--noise", type=float, default=0.03, help="deviation of the noise that the decoder must bear"
+        "--noise", type=float, default=0.2, help="largest deviation of the noise that the decoder must bear"
     )
     parser.add_argument("--linear-steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

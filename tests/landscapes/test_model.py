@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -68,6 +69,55 @@ def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa:
     with torch.no_grad():
         latents = pipeline.vae.encode(inputs).latent_dist.mean * pipeline.vae.config.scaling_factor
     assert (encode_pictures(pipeline.vae, picture).float() - latents).abs().max() < 0.05
+
+
+def test_training_weighs_an_error_as_the_picture_shows_it(pipeline) -> None:  # noqa: ANN001
+    from distriray.landscapes.train_unet import picture_weights
+
+    channels, scale = pipeline.vae.config.latent_channels, pipeline.vae.config.scaling_factor
+    errors = 0.1 / scale * torch.randn(channels, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.cat([torch.zeros(1, channels, 16, 16), errors * torch.eye(channels)[:, :, None, None]])
+    with torch.no_grad():
+        pictures = pipeline.vae.decode(latents).sample
+    shown = (pictures[1:] - pictures[0]).square().mean(dim=(1, 2, 3))
+    assert picture_weights(pipeline.vae).allclose(shown / shown.mean(), rtol=0.6)
+
+
+def test_training_steps_change_every_weight_and_resume() -> None:
+    from distriray.landscapes.training import MuonAndAdamW
+
+    def build() -> tuple[torch.nn.Module, MuonAndAdamW]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 8, 3), torch.nn.GroupNorm(2, 8)
+        )
+        return model, MuonAndAdamW(model, outer=("0",))
+
+    def step(model: torch.nn.Module, optimizer: MuonAndAdamW, seed: int) -> None:
+        model.zero_grad()
+        model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))).pow(3).sum().backward()
+        optimizer.step(1e-2)
+
+    model, optimizer = build()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    step(model, optimizer, 0)
+    assert all((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+    resumed, its_optimizer = build()
+    resumed.load_state_dict(model.state_dict())
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in ((model, optimizer), (resumed, its_optimizer)):
+        step(*each, 1)
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_training_counts_nearly_clean_latents_less() -> None:
+    from distriray.landscapes.train_unet import velocity_loss
+
+    velocity, target = torch.ones(2, 2, 4, 4), torch.zeros(2, 2, 4, 4)
+    weights = torch.tensor([1.5, 0.5])
+    assert velocity_loss(velocity, target, torch.tensor([0.0, 0.8]), weights).item() == pytest.approx(1.0)
+    assert velocity_loss(velocity, target, torch.tensor([0.9, 0.9]), weights).item() == pytest.approx(0.5)
 
 
 def test_an_unknown_word_changes_no_stated_attribute(pipeline) -> None:  # noqa: ANN001
