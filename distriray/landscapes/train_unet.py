@@ -1,6 +1,6 @@
 """Trains the U-Net on latents of drawn scenes and their captions, then puts the whole pipeline into a folder.
 
-    python -m distriray.landscapes.train_unet [--device cuda] [--steps 12000]
+    python -m distriray.landscapes.train_unet [--device cuda] [--steps 20000]
 
 Needs what `dataset`, `train_vae` and `train_text` wrote. On CPUs one process a core is
 fastest: `torchrun --nproc-per-node 2 -m distriray.landscapes.train_unet`. Resumable: the same command goes on
@@ -221,9 +221,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument(
-        "--batch", type=int, default=6, help="pictures of 256x256 a step; fewer of the larger ones"
+        "--batch", type=int, default=12, help="pictures of 256x256 a step; fewer of the larger ones"
     )
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
