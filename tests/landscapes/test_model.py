@@ -72,15 +72,16 @@ def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa:
 
 
 def test_training_weighs_an_error_as_the_picture_shows_it(pipeline) -> None:  # noqa: ANN001
-    from distriray.landscapes.train_unet import picture_weights
+    from distriray.landscapes.codec import patch_code
+    from distriray.landscapes.train_unet import encode_pictures, picture_weights
 
-    channels, scale = pipeline.vae.config.latent_channels, pipeline.vae.config.scaling_factor
-    errors = 0.1 / scale * torch.randn(channels, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    latents = torch.cat([torch.zeros(1, channels, 16, 16), errors * torch.eye(channels)[:, :, None, None]])
-    with torch.no_grad():
-        pictures = pipeline.vae.decode(latents).sample
-    shown = (pictures[1:] - pictures[0]).square().mean(dim=(1, 2, 3))
-    assert picture_weights(pipeline.vae).allclose(shown / shown.mean(), rtol=0.6)
+    pictures = np.stack([draw(sample_scene(HELD_OUT_SEED + index), 256, 256) for index in range(8)])
+    weights = picture_weights(pipeline.vae, encode_pictures(pipeline.vae, pictures))
+    # The encoder's channels are orthogonal: a linear decoder would return an error by the inverse kernel.
+    linear = patch_code(pipeline.vae)[0].square().sum(dim=(1, 2, 3)).reciprocal()
+    assert weights.mean().item() == pytest.approx(1)
+    assert (weights / (linear / linear.mean())).log2().abs().max() < 1.5
+    assert weights.max() > 10 * weights.min()
 
 
 def test_training_steps_change_every_weight_and_resume() -> None:
