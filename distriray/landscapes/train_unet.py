@@ -176,7 +176,10 @@ def train(arguments: argparse.Namespace) -> None:
         (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     )
     torch.manual_seed(arguments.seed)
-    unet = UNet2DConditionModel(**UNET_CONFIG).to(device)
+    unet = UNet2DConditionModel(**UNET_CONFIG)
+    if arguments.initial:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(arguments.initial).state_dict())
+    unet.to(device)
     if device.type == "cpu":  # the fused attention's backward pass took a fifth of a step on CPUs
         unet.set_attn_processor(AttnProcessor())
     average = Average(unet, 0.998)
@@ -232,9 +235,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument(
+        "--initial", type=Path, help="folder of a U-Net to begin with; without it, random weights"
+    )
+    parser.add_argument(
         "--batch", type=int, default=12, help="pictures of 256x256 a step; fewer of the larger ones"
     )
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 
