@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,15 @@ async def kill_one_at(host: BlockingHost, request_id: str, step: int, rank: int)
             os.kill(host.host.status().workers[workers[rank]].pid, signal.SIGKILL)
             return workers[rank]
         await asyncio.sleep(0.01)
+
+
+def commands(process: psutil.Process) -> list[str]:
+    """What every process below `process` runs; one that has just ended runs nothing."""
+    told = []
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):
+            told.append(" ".join(child.cmdline()))
+    return told
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -188,12 +198,10 @@ def test_an_interrupted_command_leaves_nothing_behind(tiny_model: Path, tmp_path
     )
     me = psutil.Process(command.pid)
     deadline = time.monotonic() + 120
-    while (
-        not any("ray::Worker.run" in "".join(p.cmdline()) for p in _alive(me)) and time.monotonic() < deadline
-    ):
+    while not any("ray::Worker.run" in command for command in commands(me)):
+        assert time.monotonic() < deadline, "no worker ran"
         time.sleep(0.05)
     started = me.children(recursive=True)
-    assert started
     command.send_signal(signal.SIGINT)
     _, told = command.communicate(timeout=60)
     assert command.returncode == 130 and told.strip().endswith("interrupted")
@@ -215,14 +223,3 @@ def test_one_command_draws_a_picture_and_says_how(tiny_model: Path, tmp_path: Pa
     assert told["gang_size"] == 2 and told["seeds"] == [3, 4]
     assert told["paths"] == [str(out.with_stem("lake-1")), str(out.with_stem("lake-2"))]
     assert all(Path(path).stat().st_size > 0 for path in told["paths"])
-
-
-def _alive(process: psutil.Process) -> list[psutil.Process]:
-    children = []
-    for child in process.children(recursive=True):
-        try:
-            child.cmdline()
-        except psutil.Error:
-            continue
-        children.append(child)
-    return children
