@@ -17,12 +17,12 @@ from distriray.landscapes import MODEL_DIR
 from distriray.landscapes.train_unet import SCHEDULER_CONFIG, UNET_CONFIG
 
 
-def export(runs: Path, to: Path) -> None:
-    """Writes the pipeline made of the averaged U-Net and the parts in `runs` to the folder `to`."""
+def assemble(runs: Path) -> StableDiffusionXLPipeline:
+    """The pipeline made of the averaged U-Net and the parts in `runs`."""
     unet = UNet2DConditionModel(**UNET_CONFIG)
     unet.load_state_dict(torch.load(runs / "unet.pt", map_location="cpu")["average"])
     tokenizer = CLIPTokenizer.from_pretrained(runs / "tokenizer")
-    pipeline = StableDiffusionXLPipeline(
+    return StableDiffusionXLPipeline(
         vae=AutoencoderKL.from_pretrained(runs / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(runs / "text_encoder"),
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(runs / "text_encoder_2"),
@@ -32,9 +32,14 @@ def export(runs: Path, to: Path) -> None:
         scheduler=DDIMScheduler(**SCHEDULER_CONFIG),
         add_watermarker=False,
     )
+
+
+def export(runs: Path, to: Path) -> None:
+    """Writes the pipeline to the folder `to`, in half precision."""
+    pipeline = assemble(runs)
     pipeline.to(torch.float16).save_pretrained(to)
     for name in ("tokenizer", "tokenizer_2"):
-        tokenizer.backend_tokenizer.model.save(str(to / name))  # what older transformers read
+        pipeline.tokenizer.backend_tokenizer.model.save(str(to / name))  # what older transformers read
     for name in ("text_encoder", "text_encoder_2"):
         # Else transformers computes in the files' half precision beside the U-Net's single precision.
         config = to / name / "config.json"

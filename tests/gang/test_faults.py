@@ -198,7 +198,7 @@ def test_an_interrupted_command_leaves_nothing_behind(tiny_model: Path, tmp_path
     )
     me = psutil.Process(command.pid)
     deadline = time.monotonic() + 120
-    while not any("ray::Worker.run" in command for command in commands(me)):
+    while not any("ray::Worker.run" in line for line in commands(me)):
         assert time.monotonic() < deadline, "no worker ran"
         time.sleep(0.05)
     started = me.children(recursive=True)
