@@ -66,7 +66,8 @@ class MuonAndAdamW:
     def __init__(self, model: nn.Module, outer: tuple[str, ...]) -> None:
         inner = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith(outer)]
         chosen = {id(weight) for weight in inner}
-        matrices = [nn.Parameter(weight.data.flatten(1)) for weight in inner]  # Muon takes no other shape
+        # Muon takes matrices only. Views, as copies (what `flatten` makes of some layouts) would do nothing.
+        matrices = [nn.Parameter(weight.data.view(len(weight), -1)) for weight in inner]
         self._pairs = list(zip(matrices, inner, strict=True))
         self._muon = torch.optim.Muon(matrices, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")
         rest = [weight for weight in model.parameters() if id(weight) not in chosen]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from distriray.landscapes import MODEL_DIR
 from distriray.landscapes.checker import agreement, load_checker
@@ -119,6 +122,59 @@ def test_training_counts_nearly_clean_latents_less() -> None:
     weights = torch.tensor([1.5, 0.5])
     assert velocity_loss(velocity, target, torch.tensor([0.0, 0.8]), weights).item() == pytest.approx(1.0)
     assert velocity_loss(velocity, target, torch.tensor([0.9, 0.9]), weights).item() == pytest.approx(0.5)
+
+
+def test_the_critic_pulls_as_hard_as_it_may_and_no_harder() -> None:
+    from distriray.landscapes.train_decoder import Critic, picture_gradient
+    from distriray.landscapes.train_vae import reconstruction_loss
+
+    torch.manual_seed(0)
+    drawn, decoded, critic = torch.rand(2, 3, 64, 48), torch.rand(2, 3, 64, 48).requires_grad_(), Critic()
+    (exact,) = torch.autograd.grad(reconstruction_loss(decoded, drawn), decoded)
+    alone, _ = picture_gradient(critic, drawn, decoded, share=0)
+    judged, _ = picture_gradient(critic, drawn, decoded, share=0.5)
+    assert torch.equal(alone, exact)
+    assert 0.1 * exact.norm() < (judged - exact).norm() <= 1.001 * exact.norm()
+
+
+def test_the_decoders_training_resumes_exactly_and_leaves_the_encoder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from distriray.landscapes import dataset, train_decoder
+
+    buckets = (dataset.Bucket(256, 256, 8, 0), dataset.Bucket(512, 512, 8, 1_000_000))
+    monkeypatch.setattr(dataset, "BUCKETS", buckets)
+    monkeypatch.setattr(train_decoder, "CHUNK", 2)
+    for bucket in buckets:
+        dataset.render(bucket, tmp_path, 1)
+
+    def run(name: str, *steps: int) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        if not out.exists():
+            shutil.copytree(MODEL_DIR, out)
+            unet = UNet2DConditionModel.from_pretrained(out / "unet")
+            torch.save({"average": unet.state_dict()}, out / "unet.pt")
+        for step in steps:
+            options = [
+                "--pictures",
+                tmp_path,
+                "--out",
+                out,
+                "--steps",
+                step,
+                "--rough",
+                8,
+                "--strength",
+                0.09,
+            ]
+            train_decoder.train(train_decoder.parse([str(option) for option in options]))
+        return AutoencoderKL.from_pretrained(out / "vae").state_dict()
+
+    whole, halved = run("whole", 2), run("halved", 1, 2)
+    before = AutoencoderKL.from_pretrained(MODEL_DIR / "vae").state_dict()
+    for name, weights in whole.items():
+        assert torch.equal(weights, halved[name]), name
+        assert torch.equal(weights, before[name]) != name.startswith("decoder."), name
 
 
 def test_an_unknown_word_changes_no_stated_attribute(pipeline) -> None:  # noqa: ANN001
