@@ -1,13 +1,14 @@
 """Trains the decoder on latents as the U-Net makes them, against a critic that knows drawn pictures.
 
-    python -m distriray.landscapes.train_decoder [--device cuda] [--steps 6000]
+    python -m distriray.landscapes.train_decoder [--device cuda] [--steps 4500]
 
 Needs what `dataset`, `train_vae`, `train_text` and `train_unet` wrote; changes `vae/`, whose encoder stays as
 it is. A decoder that has seen exact latents alone shows every error of the U-Net as a ragged edge or a
 speckle, and one that is taught by distances alone blurs where it is not sure. So drawn pictures are noised
 part of the way and denoised by the pipeline (SDEdit, Meng et al., ICLR 2022), which gives the U-Net's own
 errors beside the picture that should have come out; and a patch critic (Isola et al., CVPR 2017) asks for
-edges as they are drawn. Resumable: the same command goes on where the last one stopped.
+edges as they are drawn. Resumable: the same command goes on where the last one stopped. After more training
+of the U-Net, delete `rough/` to make its errors anew.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def rough_latents(arguments: argparse.Namespace, bucket: dataset.Bucket, picture
     for at in missing:
         rng = np.random.default_rng([arguments.seed, 5, bucket.first_seed, at])
         chunk = range(at, at + CHUNK)
-        with torch.autocast(arguments.device, torch.bfloat16):
+        with torch.autocast(pipeline.device.type, torch.bfloat16):
             made = pipeline(
                 [caption(bucket.scene(index), rng, keep=1.0)[0] for index in chunk],
                 image=to_float(pictures[at : at + CHUNK]) / 2 + 0.5,
@@ -206,7 +207,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument(
         "--batch", type=int, default=8, help="crops of 128 pixels a step; a quarter for whole pictures"
     )
@@ -224,7 +225,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--alone", type=int, default=500, help="steps until the critic has its whole strength"
     )
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(words)
 
