@@ -1,6 +1,6 @@
 """Trains the decoder on latents as the U-Net makes them, against a critic that knows drawn pictures.
 
-    python -m distriray.landscapes.train_decoder [--device cuda] [--steps 4500]
+    python -m distriray.landscapes.train_decoder [--device cuda] [--steps 4000]
 
 Needs what `dataset`, `train_vae`, `train_text` and `train_unet` wrote; changes `vae/`, whose encoder stays as
 it is. A decoder that has seen exact latents alone shows every error of the U-Net as a ragged edge or a
@@ -197,7 +197,8 @@ def train(arguments: argparse.Namespace) -> None:
             told_so_far = f"loss {mean[0]:.4f} critic {mean[1]:.3f} held-out {score:.2f} dB"
             print(f"{step + 1} {told_so_far} {pace:.2f} s/step", flush=True)
             checkpoint.save(step + 1)
-    average.model.save_pretrained(arguments.out / "vae")
+    vae.load_state_dict(average.state_dict())
+    vae.save_pretrained(arguments.out / "vae")
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -207,7 +208,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument(
         "--batch", type=int, default=8, help="crops of 128 pixels a step; a quarter for whole pictures"
     )
