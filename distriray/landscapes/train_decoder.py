@@ -7,8 +7,8 @@ it is. A decoder that has seen exact latents alone shows every error of the U-Ne
 speckle, and one that is taught by distances alone blurs where it is not sure. So drawn pictures are noised
 part of the way and denoised by the pipeline (SDEdit, Meng et al., ICLR 2022), which gives the U-Net's own
 errors beside the picture that should have come out; and a patch critic (Isola et al., CVPR 2017) asks for
-edges as they are drawn. Resumable: the same command goes on where the last one stopped. After more training
-of the U-Net, delete `rough/` to make its errors anew.
+edges as they are drawn. Resumable: the same command goes on where the last one stopped. With another
+U-Net or other options, delete `rough/` and `decoder.pt`, which begins anew.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def rough_latents(arguments: argparse.Namespace, bucket: dataset.Bucket, picture
                 strength=float(rng.uniform(0.08, arguments.strength)),
                 num_inference_steps=25,
                 guidance_scale=4.0,
-                generator=[torch.Generator().manual_seed(bucket.first_seed + index) for index in chunk],
+                generator=[torch.Generator().manual_seed(int(rng.integers(2**63))) for _ in chunk],
                 output_type="latent",
             ).images
         partial = paths[at].with_suffix(".partial")
@@ -130,8 +130,8 @@ def critic_loss(critic: Critic, drawn: Tensor, decoded: Tensor) -> Tensor:
 def picture_gradient(critic: Critic, drawn: Tensor, decoded: Tensor, share: float) -> tuple[Tensor, float]:
     """How the loss changes with the decoded pictures, (N, 3, H, W), and the reconstruction's part of it.
 
-    The critic's part, its score and the distance of what its layers see (Wang et al., CVPR 2018), is as
-    strong as `share` of the reconstruction's, as in VQGAN (Esser et al., CVPR 2021).
+    The critic has two parts, its score and the distance of what its layers see (Wang et al., CVPR 2018). Each
+    is as strong as `share` of the reconstruction's, as in VQGAN (Esser et al., CVPR 2021).
     """
     decoded = decoded.detach().float().requires_grad_()
     reconstruction = reconstruction_loss(decoded, drawn)
@@ -166,6 +166,8 @@ def train(arguments: argparse.Namespace) -> None:
         },
     )
     start = checkpoint.restore()
+    if start:
+        print(f"{checkpoint.path} goes on after {start} of {arguments.steps} steps", flush=True)
     samples = Samples(arguments, vae)
     held_out = np.stack([dataset.BUCKETS[0].held_out(index) for index in range(8)])
     began, losses = time.monotonic(), []
@@ -176,9 +178,9 @@ def train(arguments: argparse.Namespace) -> None:
         with torch.autocast(pictures.device.type, torch.bfloat16):
             decoded = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
             asked, loss = picture_gradient(
-                critic, pictures, decoded, arguments.share * min(1, step / arguments.alone)
+                critic, pictures, decoded, arguments.share * min(1, step / max(1, arguments.alone))
             )
-        vae.decoder.zero_grad(set_to_none=True)
+        vae.zero_grad(set_to_none=True)
         decoded.backward(asked.to(decoded.dtype))
         torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 0.5)
         rate = steady(step, arguments.steps, arguments.lr, warmup=50)
@@ -228,7 +230,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.batch < 4:
+        parser.error(f"--batch {arguments.batch} leaves no whole picture; use 4 or more")
+    if arguments.rough < 4 * CHUNK:
+        parser.error(f"--rough {arguments.rough} makes no picture of 512x512; use {4 * CHUNK} or more")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains the U-Net on latents of drawn scenes and their captions, then puts the whole pipeline into a folder.
+"""Trains the U-Net on latents of drawn scenes and their captions.
 
     python -m distriray.landscapes.train_unet [--device cuda] [--steps 20000]
 
@@ -82,18 +82,19 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -
     )
 
 
-def cached_latents(arguments: argparse.Namespace) -> list[tuple[dataset.Bucket, Tensor]]:
-    """The latents of every bucket, from `latents.pt` or made and kept there."""
-    path = arguments.out / "latents.pt"
-    if not path.exists():
-        vae = AutoencoderKL.from_pretrained(arguments.out / "vae")
-        made = {
-            bucket.name: encode_pictures(vae, pictures)
-            for bucket, pictures in dataset.load(arguments.pictures)
-        }
-        torch.save(made, path)
-    latents = torch.load(path)
-    return [(bucket, latents[bucket.name]) for bucket in dataset.BUCKETS]
+def cache_latents(arguments: argparse.Namespace) -> None:
+    """Makes `latents.pt`: the latents of every bucket, and what an error in each channel of them costs.
+
+    The costs are kept because training the decoder changes them, and a resumed training needs the same.
+    """
+    vae = AutoencoderKL.from_pretrained(arguments.out / "vae")
+    latents = {
+        bucket.name: encode_pictures(vae, pictures) for bucket, pictures in dataset.load(arguments.pictures)
+    }
+    weights = picture_weights(vae, latents[dataset.BUCKETS[0].name][:16])
+    partial = arguments.out / "latents.partial"
+    torch.save({"latents": latents, "weights": weights}, partial)
+    partial.rename(arguments.out / "latents.pt")
 
 
 def timesteps(rng: np.random.Generator, count: int, side: float) -> Tensor:
@@ -188,12 +189,19 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.out / "unet.pt", {"model": unet, "average": average, "optimizer": optimizer}
     )
     start = checkpoint.restore()
-    buckets = cached_latents(arguments)
+    if rank == 0:
+        if start:
+            print(f"{checkpoint.path} goes on after {start} of {arguments.steps} steps", flush=True)
+        if not (arguments.out / "latents.pt").exists():
+            cache_latents(arguments)
+    if world > 1:
+        distributed.barrier()
+    cached = torch.load(arguments.out / "latents.pt")
+    buckets = [(bucket, cached["latents"][bucket.name]) for bucket in dataset.BUCKETS]
+    weights = cached["weights"].to(device)
     shares = [SHARES.get(bucket.name, 1 - sum(SHARES.values())) for bucket, _ in buckets]
     conditioning = Conditioning(arguments.out, device)
     scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
-    vae = AutoencoderKL.from_pretrained(arguments.out / "vae")
-    weights = picture_weights(vae, buckets[0][1][:16]).to(device)
     began, losses = time.monotonic(), []
     for step in range(start, arguments.steps):
         rng = np.random.default_rng([arguments.seed, step, rank])
@@ -203,9 +211,7 @@ def train(arguments: argparse.Namespace) -> None:
         clean = latents[indices].float().to(device)
         embeddings, added = conditioning(bucket, indices, rng)
         steps = timesteps(rng, count, (bucket.height * bucket.width) ** 0.5).to(device)
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step * world + rank)).to(
-            device
-        )
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             noisy = scheduler.add_noise(clean, noise, steps)
             velocity = unet(noisy, steps, encoder_hidden_states=embeddings, added_cond_kwargs=added).sample
@@ -235,7 +241,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument(
-        "--initial", type=Path, help="folder of a U-Net to begin with; without it, random weights"
+        "--initial",
+        type=Path,
+        help="folder of a U-Net to begin with in place of random weights; not to resume",
     )
     parser.add_argument(
         "--batch", type=int, default=12, help="pictures of 256x256 a step; fewer of the larger ones"

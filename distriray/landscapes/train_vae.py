@@ -123,7 +123,7 @@ def train(arguments: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, arguments.steps, arguments.lr, warmup=50)
         latents = functional.conv2d(pictures, kernel, bias, stride=8)
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         deviation = arguments.noise * torch.rand(batch, 1, 1, 1, generator=generator)
         noise = (deviation * torch.randn(latents.shape, generator=generator)).to(device)
         with torch.autocast(device.type, torch.bfloat16):
