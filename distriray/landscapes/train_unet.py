@@ -26,7 +26,15 @@ from distriray.landscapes import dataset
 from distriray.landscapes.captions import caption
 from distriray.landscapes.codec import patch_code
 from distriray.landscapes.text import POOLED, WIDTH, encode, tokenize
-from distriray.landscapes.training import Average, Checkpoint, MuonAndAdamW, steady, to_float
+from distriray.landscapes.training import (
+    Average,
+    Checkpoint,
+    MuonAndAdamW,
+    options,
+    save_whole,
+    steady,
+    to_float,
+)
 
 UNET_CONFIG = {
     "sample_size": 64,
@@ -92,9 +100,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
         bucket.name: encode_pictures(vae, pictures) for bucket, pictures in dataset.load(arguments.pictures)
     }
     weights = picture_weights(vae, latents[dataset.BUCKETS[0].name][:16])
-    partial = arguments.out / "latents.partial"
-    torch.save({"latents": latents, "weights": weights}, partial)
-    partial.rename(arguments.out / "latents.pt")
+    save_whole({"latents": latents, "weights": weights}, arguments.out / "latents.pt")
 
 
 def timesteps(rng: np.random.Generator, count: int, side: float) -> Tensor:
@@ -233,12 +239,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
-    parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
-    parser.add_argument("--device", default="cpu")
+    parser = options(__doc__)
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument(
         "--initial",
@@ -249,7 +250,6 @@ def main() -> None:
         "--batch", type=int, default=12, help="pictures of 256x256 a step; fewer of the larger ones"
     )
     parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 
 

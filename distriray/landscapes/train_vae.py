@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from distriray.landscapes import dataset
 from distriray.landscapes.codec import decode_linearly, finish_linear, patch_code, start_linear
-from distriray.landscapes.training import Average, Checkpoint, cosine, to_float
+from distriray.landscapes.training import Average, Checkpoint, cosine, options, to_float
 
 VAE_CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -106,7 +106,6 @@ def train(arguments: argparse.Namespace) -> None:
     if not begun:
         start_linear(vae, to_float(square[0][:200]))
         vae.encoder.requires_grad_(False)
-        export(vae, held_out, arguments.out / "vae")  # the encoder is final: the U-Net's training can start
         train_linear(vae, square[:1], arguments.linear_steps, arguments.seed)
         average.load_state_dict(vae.state_dict())
         print(f"linear: held-out {held_out_psnr(vae, held_out, device):.2f} dB", flush=True)
@@ -157,12 +156,7 @@ def export(vae: AutoencoderKL, pictures: np.ndarray, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
-    parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
-    parser.add_argument("--device", default="cpu")
+    parser = options(__doc__)
     parser.add_argument(
         "--steps", type=int, default=2000, help="of the whole decoder, after the linear path's"
     )
@@ -175,7 +169,6 @@ def main() -> None:
         "--noise", type=float, default=0.2, help="largest deviation of the noise that the decoder must bear"
     )
     parser.add_argument("--linear-steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 
 

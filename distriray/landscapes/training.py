@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 from pathlib import Path
@@ -10,6 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what the trainings on pictures have in common."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", type=Path, default=Path("runs/landscapes/pictures"))
+    parser.add_argument("--out", type=Path, default=Path("runs/landscapes"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def to_float(pictures: np.ndarray) -> Tensor:
@@ -90,6 +103,13 @@ class MuonAndAdamW:
         self._adamw.load_state_dict(state["adamw"])
 
 
+def save_whole(state: Any, path: Path) -> None:
+    """Saves and replaces the file in one go, so that an interruption leaves a whole one or none."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(path)
+
+
 class Checkpoint:
     """One file with the state of several objects and the number of steps done."""
 
@@ -106,7 +126,5 @@ class Checkpoint:
         return int(state["step"])
 
     def save(self, step: int) -> None:
-        """Replaces the file in one go, so that an interruption leaves a whole one."""
-        partial = self.path.with_suffix(".partial")
-        torch.save({"step": step} | {name: part.state_dict() for name, part in self.parts.items()}, partial)
-        partial.rename(self.path)
+        """Replaces the file by the state as it is after `step` steps."""
+        save_whole({"step": step} | {name: part.state_dict() for name, part in self.parts.items()}, self.path)

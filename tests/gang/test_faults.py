@@ -202,6 +202,7 @@ def test_an_interrupted_command_leaves_nothing_behind(tiny_model: Path, tmp_path
         assert time.monotonic() < deadline, "no worker ran"
         time.sleep(0.05)
     started = me.children(recursive=True)
+    assert started
     command.send_signal(signal.SIGINT)
     _, told = command.communicate(timeout=60)
     assert command.returncode == 130 and told.strip().endswith("interrupted")
