@@ -65,14 +65,18 @@ SCHEDULER_CONFIG = {
     "clip_sample": False,
 }
 SHARES = {
-    "256x256": 0.7,
-    "512x512": 0.1,
-    "256x384": 0.07,
-    "384x256": 0.07,
-    "384x512": 0.025,
-    "512x384": 0.025,
+    "256x256": 0.27,
+    "512x512": 0.30,
+    "256x384": 0.04,
+    "384x256": 0.04,
+    "384x512": 0.03,
+    "512x384": 0.03,
+    "768x768": 0.08,
+    "1024x1024": 0.15,
+    "512x768": 0.03,
+    "768x512": 0.03,
 }
-"""How often a step takes a bucket; 768x768 has the rest."""
+"""How often a step takes a bucket."""
 
 
 @torch.no_grad()
@@ -205,14 +209,14 @@ def train(arguments: argparse.Namespace) -> None:
     cached = torch.load(arguments.out / "latents.pt")
     buckets = [(bucket, cached["latents"][bucket.name]) for bucket in dataset.BUCKETS]
     weights = cached["weights"].to(device)
-    shares = [SHARES.get(bucket.name, 1 - sum(SHARES.values())) for bucket, _ in buckets]
+    shares = [SHARES[bucket.name] for bucket, _ in buckets]
     conditioning = Conditioning(arguments.out, device)
     scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
     began, losses = time.monotonic(), []
     for step in range(start, arguments.steps):
         rng = np.random.default_rng([arguments.seed, step, rank])
         bucket, latents = buckets[rng.choice(len(buckets), p=shares)]
-        count = max(2, round(arguments.batch * 256 * 256 / (bucket.height * bucket.width)))
+        count = max(1, round(arguments.batch * 256 * 256 / (bucket.height * bucket.width)))
         indices = rng.integers(0, bucket.count, count)
         clean = latents[indices].float().to(device)
         embeddings, added = conditioning(bucket, indices, rng)
@@ -238,7 +242,7 @@ def train(arguments: argparse.Namespace) -> None:
             checkpoint.save(step + 1)
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument(
@@ -250,8 +254,8 @@ def main() -> None:
         "--batch", type=int, default=12, help="pictures of 256x256 a step; fewer of the larger ones"
     )
     parser.add_argument("--lr", type=float, default=1.2e-3)
-    train(parser.parse_args())
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    main()
+    train(parse())

@@ -6,6 +6,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,44 @@ def test_training_steps_change_every_weight_and_resume() -> None:
         assert torch.equal(one, other)
     with pytest.raises(RuntimeError, match="view"):  # a copy would be trained in its place
         MuonAndAdamW(build()[0].to(memory_format=torch.channels_last), outer=("0",))
+
+
+def test_every_size_has_its_share_of_the_training() -> None:
+    from distriray.landscapes.dataset import BUCKETS
+    from distriray.landscapes.train_unet import SHARES
+
+    assert SHARES.keys() == {bucket.name for bucket in BUCKETS}
+    assert sum(SHARES.values()) == pytest.approx(1)
+    seeds = sorted((bucket.first_seed, bucket.first_seed + bucket.count) for bucket in BUCKETS)
+    assert all(end <= start for (_, end), (start, _) in pairwise(seeds)), "two sizes share scenes"
+
+
+@needs_muon
+def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from distriray.landscapes import dataset, train_unet
+
+    buckets = (dataset.Bucket(256, 256, 4, 0), dataset.Bucket(256, 384, 2, 2_000_000))
+    monkeypatch.setattr(dataset, "BUCKETS", buckets)
+    monkeypatch.setattr(train_unet, "SHARES", {"256x256": 0.5, "256x384": 0.5})
+    for bucket in buckets:
+        dataset.render(bucket, tmp_path, 1)
+
+    def run(name: str, *steps: int) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        shutil.copytree(MODEL_DIR, out)
+        for step in steps:
+            train_unet.train(
+                train_unet.parse(
+                    f"--pictures {tmp_path} --out {out} --initial {out}/unet --steps {step} --batch 2".split()
+                )
+            )
+        return torch.load(out / "unet.pt")["average"]
+
+    whole, halved = run("whole", 3), run("halved", 1, 3)
+    before = UNet2DConditionModel.from_pretrained(MODEL_DIR / "unet").state_dict()
+    for name, weights in whole.items():
+        assert torch.equal(weights, halved[name]), name
+        assert not torch.equal(weights, before[name]), name
 
 
 def test_training_counts_nearly_clean_latents_less() -> None:
