@@ -14,6 +14,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from distriray.errors import NotEnoughDevices
+from distriray.gang.background import Background
 from distriray.gang.events import Event
 from distriray.handle import own_error
 from distriray.requests import GenerationRequest, GenerationResult
@@ -46,6 +47,7 @@ class PoolLink:
         self._refresh_s = refresh_s
         self._asked_s = self._known_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
+        self._background = Background(self._log)
 
     def renew(self) -> None:
         """Begin to ask the hosts how they are, unless they were asked a moment ago."""
@@ -69,21 +71,24 @@ class PoolLink:
 
     def _begin(self) -> asyncio.Task[None]:
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.ensure_future(self._ask())
+            self._asking = self._background.spawn(self._ask())
         return self._asking
 
     async def _ask(self) -> None:
         self._asked_s = asked_s = time.monotonic()
         try:
-            try:
-                answers = await self._together("report", REPORT_S)
-            except TimeoutError:
-                asked_s = time.monotonic()
-                answers = await self._each("report", ONE_REPORT_S)
-            self.state.learn([answer for answer in answers if isinstance(answer, HostReport)], asked_s)
-            self._known_s = asked_s
-        except Exception:
-            log.exception("pool %s does not say how it is", self.config.name)
+            answers = await self._together("report", REPORT_S)
+        except TimeoutError:
+            asked_s = time.monotonic()
+            answers = await self._each("report", ONE_REPORT_S)
+        reports = [answer for answer in answers if isinstance(answer, HostReport)]
+        if answers and not reports:
+            return  # that nobody answers does not mean that nobody is there
+        self.state.learn(reports, asked_s)
+        self._known_s = asked_s
+
+    def _log(self, error: Exception) -> None:
+        log.error("pool %s does not say how it is", self.config.name, exc_info=error)
 
     async def everyone(self, method: str, *args: Any) -> list[Any]:
         """The answers of all hosts that Serve would send a request to and that answer.
@@ -91,27 +96,34 @@ class PoolLink:
         A host that is silent is asked twice, and so are the others: `method` must be one that this suits.
         """
         try:
-            return await self._together(method, ANSWER_S, *args)
+            answers = await self._together(method, ANSWER_S, *args)
         except TimeoutError:
-            return await self._each(method, REPORT_S, *args)
-
-    async def _together(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
-        """Raises TimeoutError if one is silent: the others' answers are lost with it."""
-        broadcast = self._handle.broadcast(method, None, *args)
-        try:
-            answers = await broadcast.results_async(timeout_s=timeout_s, return_exceptions=True)
-        except DeploymentUnavailableError:
-            return []
+            answers = await self._each(method, REPORT_S, *args)
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
+    async def _together(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
+        """Of every host its answer, or the error in place of one.
+
+        Raises:
+            TimeoutError: one is silent; the others' answers are lost with it.
+        """
+        broadcast = self._handle.broadcast(method, None, *args)
+        try:
+            answers: list[Any] = await broadcast.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
+        return answers
+
     async def _each(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
-        """Of the hosts that are known, one after the other: Serve takes calls to one deployment that are made
-        at once on behalf of one request for the same call."""
-        answers = []
+        """The same of the hosts that are known, one after the other: Serve takes calls to one deployment that
+        are made at once on behalf of one request for the same call."""
+        answers: list[Any] = []
         for host in list(self.state.hosts):
             call = getattr(self._handle, method).remote(host, *args)
-            with suppress(TimeoutError, RayError):
+            try:
                 answers.append(await asyncio.wait_for(call, timeout_s))
+            except (TimeoutError, RayError) as error:
+                answers.append(error)
         return answers
 
     async def generate(self, host: str | None, request: GenerationRequest) -> GenerationResult:

@@ -54,6 +54,10 @@ class DeadlineUnmet(DistrirayError, RuntimeError):
         return type(self), (str(self), self.possible_s)
 
 
+class OutOfMemory(DistrirayError, MemoryError):
+    """The image does not fit into a device's memory; a smaller one or fewer at once may."""
+
+
 class GangBroken(DistrirayError, RuntimeError):
     """A peer died, hung or left; the communicator is unusable and a new one must be made."""
 

@@ -20,6 +20,7 @@ from .errors import (
     ModelNotFound,
     NotAllowed,
     NotEnoughDevices,
+    OutOfMemory,
     QueueFull,
 )
 from .gang.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
@@ -172,6 +173,8 @@ def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
             return GenerationCancelled(message)
         case "gang_broken":
             return GangBroken(message)
+        case "out_of_memory":
+            return OutOfMemory(message)
         case "unavailable":
             return NotEnoughDevices(message)
         case "timeout":

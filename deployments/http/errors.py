@@ -21,6 +21,7 @@ from distriray.errors import (
     InvalidRequest,
     ModelNotFound,
     NotEnoughDevices,
+    OutOfMemory,
     QueueFull,
 )
 from distriray.requests import invalid_request
@@ -123,6 +124,8 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(503, "unavailable", str(error))
         case GangBroken():
             return Refusal(500, "gang_broken", str(error))
+        case OutOfMemory():
+            return Refusal(500, "out_of_memory", str(error), headers=dict(_NO_RETRY))
         case TimeoutError():
             message = "the image was not finished in the time that a request may take"
             return Refusal(503, "timeout", message, headers=dict(_NO_RETRY))

@@ -114,8 +114,13 @@ class Denoiser:
             "strength": strength,
         }.items():
             state.set(name, value)
-        for block in self._tasks[task].before:
-            _, state = block(components, state)
+        try:
+            for block in self._tasks[task].before:
+                _, state = block(components, state)
+        except InvalidRequest:
+            raise
+        except ValueError as error:  # diffusers' own word for arguments that do not go together
+            raise InvalidRequest(f"the pipeline does not take this request: {error}") from error
         loop = self._tasks[task].loop
         conditioning = tuple(dict.fromkeys(state.kwargs_mapping.get("denoiser_input_fields", ())))
         kept = ({p.name for p in loop.inputs} | set(conditioning)) - {"generator", None}
@@ -124,6 +129,13 @@ class Denoiser:
         if not len(values["timesteps"]):
             raise InvalidRequest(
                 f"strength {strength} of {num_inference_steps} steps leaves none to do", "strength"
+            )
+        end = components.scheduler.config.num_train_timesteps
+        if values["timesteps"].max() >= end:
+            raise InvalidRequest(
+                f"num_inference_steps {num_inference_steps} is too many for this scheduler, which has {end} "
+                "timesteps to choose from; use fewer",
+                "num_inference_steps",
             )
         return DenoiseState(
             task=task,

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from torch.distributed import TCPStore
-
-from ..errors import DistrirayError, GangBroken
+from ..errors import GangBroken
 from ..routing.buddy import aligned_blocks
+from .background import Background
 from .config import HostConfig
 from .messages import Link, WorkerFacts
-from .placement import Placement
-from .worker import Worker
+from .remote import RemoteWorker, WorkerDied, WorkerId
 
 REPAIR_ATTEMPTS = 3
 HEARTBEAT_S = 5.0
@@ -35,38 +32,63 @@ class Repair:
     seconds: float
 
 
+@dataclass(slots=True)
+class Member:
+    """A worker that has its model; `memory` in bytes, as it was told last."""
+
+    id: WorkerId
+    remote: RemoteWorker
+    facts: WorkerFacts
+    memory: int
+
+
+class Owner(Protocol):
+    """Whoever lends the workers."""
+
+    def worker_out(self, index: int) -> None:
+        """Nobody may be sent to this worker until it is ready again; what it holds may still be had."""
+
+    def worker_dead(self, worker: WorkerId) -> None:
+        """This process is gone with all that it held. It was out before."""
+
+    def worker_ready(self, index: int) -> None:
+        """There is a worker in this place that can be lent."""
+
+    def unfinished(self) -> tuple[Collection[int], int]:
+        """The numbers of all jobs that are not over, and of the newest that there was."""
+
+
 class Crew:
-    """The workers of one host, by index. All methods belong to one event loop.
+    """The workers of one host. All methods belong to one event loop.
+
+    A place (an index) is filled by one process after another, each with a `WorkerId` of its own. `lose` is
+    where a process goes; the place is filled again in the background.
+
+    Args:
+        launch: starts a process for a place.
 
     Attributes:
         links: the communicator's name of every group that is ready to be lent.
-        healthy: workers that are loaded and linked.
+        healthy: places whose workers are loaded and linked.
+        facts: what the worker of each place reported, or the one before it until then.
         failure: why the crew cannot be repaired, or None.
     """
 
-    def __init__(
-        self,
-        config: HostConfig,
-        placement: Placement,
-        on_lost: Callable[[int], None],
-        on_ready: Callable[[int], None],
-    ) -> None:
-        self.config, self.placement = config, placement
-        self.handles: dict[int, Any] = {}
-        self.facts: dict[int, WorkerFacts] = {}
-        self.memory: dict[int, int] = {}
+    def __init__(self, config: HostConfig, launch: Callable[[int], RemoteWorker], owner: Owner) -> None:
+        self.config = config
         self.links: dict[Group, str] = {}
         self.healthy: set[int] = set()
+        self.facts: dict[int, WorkerFacts] = {}
         self.repairs: list[Repair] = []
         self.failure: str | None = None
+        self._launch, self._owner = launch, owner
+        self._members: dict[int, Member] = {}
+        self._lost: Counter[int] = Counter()
         self._groups = aligned_blocks(config.workers, config.sizes)
-        self._on_lost, self._on_ready = on_lost, on_ready
-        self._generations = itertools.count()
+        self._generations, self._incarnations = itertools.count(), itertools.count()
         self._linking = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(self._fail)
         self._closing = False
-        self._address = ray.util.get_node_ip_address()
-        self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
 
     async def start(self) -> None:
         """Start and load all workers, and form every gang once.
@@ -74,154 +96,167 @@ class Crew:
         Raises:
             ModelNotFound, UnsupportedModel, GangBroken: as the workers do.
         """
-        indices = range(self.config.workers)
-        await _together(self._bring_up(index) for index in indices)
-        await self._link()
-        for index in indices:
-            self._attend(index)
-            self.healthy.add(index)
+        members = await _together(self._bring_up(index) for index in range(self.config.workers))
+        for error in (await self._link()).values():
+            raise error
+        for member in members:
+            self._background.spawn(self._watch(member))
+            self.healthy.add(member.id.index)
 
-    def lose(self, index: int, cause: str) -> None:
-        """Worker `index` is dead or is to be given up: replace it in the background. Idempotent."""
-        if index not in self.handles or self._closing:
+    @property
+    def members(self) -> list[Member]:
+        """The workers that live, in the order of their places."""
+        return [member for _, member in sorted(self._members.items())]
+
+    def member(self, index: int) -> Member | None:
+        """Who is in a place now."""
+        return self._members.get(index)
+
+    def alive(self, worker: WorkerId) -> bool:
+        """Whether this very process lives."""
+        return self.remote(worker) is not None
+
+    def remote(self, worker: WorkerId) -> RemoteWorker | None:
+        """The way to this very process, while it lives."""
+        member = self._members.get(worker.index)
+        return member.remote if member is not None and member.id == worker else None
+
+    def lose(self, worker: WorkerId, cause: str) -> None:
+        """This process is dead or is to be given up: replace it in the background. Idempotent."""
+        if not self.alive(worker) or self._closing:
             return
-        ray.kill(self.handles.pop(index))
-        self.healthy.discard(index)
+        index = worker.index
+        self._members.pop(index).remote.kill()
         self.links = {group: name for group, name in self.links.items() if index not in group}
-        self._on_lost(index)
-        self._spawn(self._replace(index, cause, time.monotonic()))
+        self.healthy.discard(index)
+        self._owner.worker_out(index)
+        self._owner.worker_dead(worker)
+        self._lost[index] += 1
+        if self._lost[index] > REPAIR_ATTEMPTS:
+            self.failure = f"worker {index} was lost {self._lost[index]} times on end: {cause}"
+        else:
+            self._background.spawn(self._replace(index, cause, time.monotonic()))
 
-    def relink(self, group: Group) -> None:
-        """The communicator of `group` broke while its members live: they are out until it is made anew."""
-        self.links.pop(group, None)
-        out = [index for index in group if index in self.healthy]
-        for index in out:
-            self.healthy.discard(index)
-            self._on_lost(index)
-        self._spawn(self._return({index: self.handles[index] for index in out}))
+    def proved(self, worker: WorkerId) -> None:
+        """This process has done what it was asked: whatever ailed those before it is over."""
+        if self.alive(worker):
+            del self._lost[worker.index]
+
+    def relink(self, gang: Sequence[WorkerId]) -> None:
+        """The communicator of `gang` broke: its members are out until all that they need is made anew."""
+        self.links.pop(tuple(worker.index for worker in gang), None)
+        living = [worker for worker in gang if self.alive(worker)]
+        for worker in living:
+            self.healthy.discard(worker.index)
+            self._owner.worker_out(worker.index)
+        self._background.spawn(self._return(living))
 
     async def close(self) -> None:
         """End every worker. Idempotent."""
         self._closing = True
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for handle in self.handles.values():
-            ray.kill(handle)
-        self.handles.clear()
+        await self._background.close()
+        for member in self._members.values():
+            member.remote.kill()
+        self._members.clear()
         self.healthy.clear()
 
-    async def _bring_up(self, index: int) -> None:
-        """Start worker `index` and load its weights; only then is it among `handles`."""
-        actor = ray.remote(Worker).options(name=None, **self.placement.options(index))
-        handle = actor.remote(
-            self.config.model,
-            self.placement.device,
-            (self._address, self._store.port),
-            self.config.timeout_s,
-        )
+    async def _bring_up(self, index: int) -> Member:
+        """Start a worker and load its weights; only then is it a member."""
+        remote = self._launch(index)
         try:
-            facts = await asyncio.wait_for(result_of(handle.load.remote()), self.config.start_timeout_s)
+            facts = await asyncio.wait_for(remote.load(), self.config.start_timeout_s)
         except BaseException:
-            ray.kill(handle)
+            remote.kill()
             raise
-        self.handles[index], self.facts[index], self.memory[index] = handle, facts, facts.memory
+        member = Member(WorkerId(index, next(self._incarnations)), remote, facts, facts.memory)
+        self._members[index], self.facts[index] = member, facts
+        return member
 
-    async def _link(self) -> None:
-        """Form every group that is not formed and whose members all live."""
+    async def _link(self) -> dict[WorkerId, Exception]:
+        """Form every group that is not formed and whose members all live; what those who could not raised."""
         async with self._linking:
-            members = dict(self.handles)
+            members = dict(self._members)
             missing = [g for g in self._groups if g not in self.links and members.keys() >= set(g)]
             names = {g: f"{'-'.join(map(str, g))}.{next(self._generations)}" for g in missing if len(g) > 1}
-            plans = {
-                index: [Link(g, name, g.index(index), len(g)) for g, name in names.items() if index in g]
-                for index in members
-            }
-            await _together(
-                result_of(members[index].link.remote(links)) for index, links in plans.items() if links
-            )
+            works: dict[WorkerId, asyncio.Future[None]] = {}
+            for index, member in members.items():
+                links = [Link(g, name, g.index(index), len(g)) for g, name in names.items() if index in g]
+                if links:
+                    works[member.id] = member.remote.link(links)
+            ends = await asyncio.gather(*works.values(), return_exceptions=True)
+            failed = {w: end for w, end in zip(works, ends, strict=True) if isinstance(end, Exception)}
             for group in missing:
-                if all(self.handles.get(index) is members[index] for index in group):
+                gang = [members[index].id for index in group]
+                if all(self.alive(worker) and worker not in failed for worker in gang):
                     self.links[group] = names.get(group, "alone")
+            return failed
+
+    async def _link_all(self) -> str | None:
+        """`_link` until nobody fails, or why somebody does. Who fails alone is given up."""
+        for _ in range(REPAIR_ATTEMPTS):
+            failed = await self._link()
+            if not failed:
+                return None
+            for worker, error in failed.items():
+                if not isinstance(error, GangBroken):
+                    self.lose(worker, f"could not join a gang: {error!r}")
+        return "; ".join({str(error) for error in failed.values()})
 
     async def _replace(self, index: int, cause: str, died: float) -> None:
         for attempt in range(REPAIR_ATTEMPTS):
             try:
-                if index not in self.handles:
-                    await self._bring_up(index)
-                await self._link()
-            except (RayError, GangBroken, DistrirayError, OSError) as error:
-                cause = f"{cause}; attempt {attempt + 1}: {error}"
-                if isinstance(error, RayActorError) and index in self.handles:
-                    ray.kill(self.handles.pop(index))
+                member = await self._bring_up(index)
+            except Exception as error:
+                cause = f"{cause}; attempt {attempt + 1}: {error!r}"
                 continue
-            self._attend(index)
-            self.repairs.append(Repair(index, cause, time.monotonic() - died))
-            self._welcome(index)
+            self._background.spawn(self._watch(member))
+            await self._return([member.id])
+            if self.alive(member.id) and index in self.healthy:
+                self.repairs.append(Repair(index, cause, time.monotonic() - died))
             return
         self.failure = f"worker {index} could not be replaced: {cause}"
 
-    async def _return(self, members: dict[int, Any]) -> None:
-        for _ in range(REPAIR_ATTEMPTS):
-            try:
-                await self._link()
-            except (RayError, GangBroken) as error:
-                cause = str(error)
-                continue
-            for index, handle in members.items():
-                if self.handles.get(index) is handle:
-                    self._welcome(index)
+    async def _return(self, workers: Sequence[WorkerId]) -> None:
+        """Let them be lent once they are in all gangs that they can be in."""
+        if (cause := await self._link_all()) is not None:
+            places = [worker.index for worker in workers]
+            self.failure = f"workers {places} could not form their gangs: {cause}"
             return
-        self.failure = f"workers {list(members)} could not form their gang again: {cause}"
+        for worker in workers:
+            if self.alive(worker) and worker.index not in self.healthy:
+                self.healthy.add(worker.index)
+                self._owner.worker_ready(worker.index)
 
-    def _welcome(self, index: int) -> None:
-        if index not in self.healthy:
-            self.healthy.add(index)
-            self._on_ready(index)
-
-    def _attend(self, index: int) -> None:
-        self._spawn(self._watch(index, self.handles[index]))
-
-    async def _watch(self, index: int, handle: Any) -> None:
-        """Hear of the death of a worker at once, and of its silence in time."""
-        death = result_of(handle.attend.remote())
+    async def _watch(self, member: Member) -> None:
+        """Hear of the death of a worker at once, and of its silence in time; tell it what it may forget."""
+        death = member.remote.attend()
         try:
-            cause = await self._cause_of_death(index, handle, death)
+            while not death.done():
+                await asyncio.wait([death], timeout=HEARTBEAT_S)
+                if not death.done():
+                    member.remote.retain(*self._owner.unfinished())
+                    member.memory, _ = await asyncio.wait_for(member.remote.ping(), self.config.silence_s)
+            cause = "left"
+            await death
+        except TimeoutError:
+            cause = f"answered nothing for {self.config.silence_s:g} s"
+        except WorkerDied:
+            cause = "died"
+        except Exception as error:
+            cause = f"failed: {error!r}"
         finally:
             death.cancel()
-        if self.handles.get(index) is handle:
-            self.lose(index, cause)
+        self.lose(member.id, cause)
 
-    async def _cause_of_death(self, index: int, handle: Any, death: asyncio.Future[Any]) -> str:
-        while not death.done():
-            await asyncio.wait([death], timeout=HEARTBEAT_S)
-            if not death.done():
-                try:
-                    self.memory[index], _ = await asyncio.wait_for(
-                        result_of(handle.ping.remote()), self.config.silence_s
-                    )
-                except TimeoutError:
-                    return f"answered nothing for {self.config.silence_s:g} s"
-                except RayActorError:
-                    return "died"
-        return "left" if death.exception() is None else "died"
-
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _fail(self, error: Exception) -> None:
+        """A background task has ended with an error that nobody thought of."""
+        self.failure = f"the host's own fault: {error!r}"
 
 
-def result_of(ref: Any) -> asyncio.Future[Any]:
-    """An object reference as a future of this event loop; nobody need wait for it."""
-    future = asyncio.wrap_future(ref.future())
-    future.add_done_callback(lambda done: None if done.cancelled() else done.exception())
-    return future
-
-
-async def _together(works: Iterable[Any]) -> None:
+async def _together(works: Iterable[Any]) -> list[Any]:
     """Await all; raise the first error once all are over, so that nothing goes on unseen."""
     results = await asyncio.gather(*works, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
-            raise result.cause if isinstance(result, RayTaskError) else result
+            raise result
+    return results

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any
 
 from PIL import Image
 
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
 from ..requests import GenerationRequest, GenerationResult
-from ..routing.buddy import BuddyAllocator
+from ..routing.buddy import WorkersUnavailable
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
 from .admission import admit
+from .background import Background
 from .config import HostConfig
 from .crew import Crew
 from .events import Preview, Queued, Regrouped, Repaired, Started, Step
 from .job import Job
-from .messages import Progress, Wish, WorkerFacts
+from .messages import Ending, Progress, Wish, WorkerFacts
 from .metrics import HostMetrics
-from .placement import Placement
 from .profile import guessed_profile
+from .remote import RemoteWorker, WorkerId
 from .segments import Verdict, run_segment
 from .speed import Speed
+
+log = logging.getLogger("ray.serve.distriray")
 
 
 class Dispatcher:
     """The unfinished requests of one host and its workers. All methods belong to one event loop.
 
+    Args:
+        launch: starts a process in the place of a worker.
+        name: of the host, in its metrics.
+
     Attributes:
         jobs: unfinished requests by id, in order of arrival.
-        blocks: which workers are free; a gang's lease is taken before it is sent off and given back after.
+        leased: workers whose gang is out; taken before it is sent off and given back after.
         speed: what the policy believes of the workers' speed; every segment corrects it.
         metrics: what an operator is told.
         fault: the policy's or the host's own error, after which nothing is right any more.
@@ -43,37 +49,33 @@ class Dispatcher:
     facts: WorkerFacts
     speed: Speed
 
-    def __init__(self, config: HostConfig, placement: Placement, policy: HostPolicy) -> None:
+    def __init__(
+        self, config: HostConfig, launch: Callable[[int], RemoteWorker], policy: HostPolicy, name: str = ""
+    ) -> None:
         self.config, self.policy = config, policy
-        self.crew = Crew(config, placement, self._worker_lost, self._worker_ready)
-        self.blocks = BuddyAllocator((), config.sizes)
+        self.crew = Crew(config, launch, self)
+        self.leased: set[int] = set()
         self.jobs: dict[str, Job] = {}
-        self.metrics = HostMetrics(config.model.name, placement.group.id.hex()[:8])
+        self.metrics = HostMetrics(config.model.name, name)
         self.fault: BaseException | None = None
-        self._serials = itertools.count()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._late: set[int] = set()
+        self._accepted = self._segments = 0
+        self._background = Background(self._fail)
         self._review: asyncio.TimerHandle | None = None
         self._waking = False
         self._closed = False
-        self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
         """Bring the workers up; raises as `Crew.start`."""
         await self.crew.start()
         self.facts = self.crew.facts[0]
         self.speed = Speed(guessed_profile(self.config, self.facts))
-        for index in range(self.config.workers):
-            self.blocks.restore(index)
 
     async def close(self) -> None:
         """Cancel what is unfinished and end the workers. Idempotent."""
         self._closed = True
         if self._review is not None:
             self._review.cancel()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         for job in list(self.jobs.values()):
             self._end(job, GenerationCancelled(f"request {job.request.id}: the host was closed"))
         await self.crew.close()
@@ -82,6 +84,11 @@ class Dispatcher:
     def healthy(self) -> bool:
         """Whether the host can serve."""
         return self.fault is None and self.crew.failure is None and not self._closed
+
+    @property
+    def free(self) -> set[int]:
+        """Workers that can be lent now."""
+        return self.crew.healthy - self.leased
 
     def view(self) -> HostView:
         """What a policy, or a router, may know now."""
@@ -120,7 +127,8 @@ class Dispatcher:
                 f"{len(waiting)} requests wait, which is the limit; try again in {self.work_s():.1f} s",
                 max(0.1, self.work_s()),
             )
-        job = Job(request, max_gang)
+        self._accepted += 1
+        job = Job(request, max_gang, self._accepted)
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
         job.tell(Queued(request.id, len(waiting), self.work_s() if waiting else 0.0))
         self.jobs[request.id] = job
@@ -143,7 +151,7 @@ class Dispatcher:
         """Decide as soon as what happens now is over; call when anything that a policy sees has changed."""
         if not self._waking and not self._closed:
             self._waking = True
-            self._loop.call_soon(self._decide)
+            self._background.soon(self._decide)
 
     def _decide(self) -> None:
         self._waking = False
@@ -167,14 +175,18 @@ class Dispatcher:
                 job.yielding = True
                 self._ask(job, Wish.YIELD)
         for name, workers in todo.starts.items():
-            self.blocks.take(workers)
+            if missing := set(workers) - self.free:
+                self._fail(WorkersUnavailable(f"workers {sorted(missing)} are leased or dead"))
+                return
+            self.leased.update(workers)
+            self._segments += 1
             job = self.jobs[name]
-            job.begin(workers, next(self._serials))
-            self._spawn(self._work(job))
+            job.begin(workers, self._segments)
+            self._background.spawn(self._work(job, workers))
         if todo.starts:
             self._tell_levels()
         if self.policy.review_s is not None:
-            self._review = self._loop.call_later(self.policy.review_s, self._decide)
+            self._review = self._background.later(self.policy.review_s, self._decide)
 
     def _tell_levels(self) -> None:
         """After any change of who runs: to the operator, and to what learns from it."""
@@ -183,64 +195,85 @@ class Dispatcher:
         self.metrics.level(
             waiting=len(self.jobs) - len(running),
             running=len(running),
-            free=len(self.blocks.free),
+            free=len(self.free),
             busy=sum(len(job.workers or ()) for job in running),
             down=self.config.workers - len(self.crew.healthy),
             repairs=len(self.crew.repairs),
             backlog_s=self.work_s(),
         )
 
-    def _worker_lost(self, index: int) -> None:
-        self.blocks.remove(index)
+    def worker_out(self, index: int) -> None:
+        """For `Crew`."""
         for job in self.jobs.values():
-            job.holders.discard(index)
             job.breaking |= index in (job.workers or ())
         self._wake()
 
-    def _worker_ready(self, index: int) -> None:
-        if any(index in (job.workers or ()) for job in self.jobs.values()):
-            self._late.add(index)  # its gang is still being cleared up
-        else:
-            self.blocks.restore(index)
-            self._wake()
+    def worker_dead(self, worker: WorkerId) -> None:
+        """For `Crew`."""
+        for job in self.jobs.values():
+            job.held.pop(worker, None)
+            if job.workers is None:
+                job.rewind()
+
+    def worker_ready(self, index: int) -> None:
+        """For `Crew`."""
+        self._wake()
+
+    def unfinished(self) -> tuple[Collection[int], int]:
+        """For `Crew`."""
+        return {job.number for job in self.jobs.values()}, self._accepted
 
     def _ask(self, job: Job, wish: Wish) -> None:
         for index in job.workers or ():
-            if index in self.crew.handles:
-                self.crew.handles[index].ask.remote(job.serial, wish)
+            if (member := self.crew.member(index)) is not None:
+                member.remote.ask(job.serial, wish)
 
     # Working
 
-    async def _work(self, job: Job) -> None:
-        """One gang works on one request until it is done, yields, is cancelled or breaks."""
+    async def _work(self, job: Job, workers: tuple[int, ...]) -> None:
+        """One gang works on one request until it is done, yields, is cancelled or breaks.
+
+        An error of the host's own ends this request; its gang, which may be anywhere, is made anew.
+        """
+        gang = [member.id for index in workers if (member := self.crew.member(index)) is not None]
+        try:
+            verdict = await self._segment(job)
+            job.workers, job.breaking = None, False
+            self._conclude(job, verdict)
+            if verdict.torn and len(gang) > 1 and all(map(self.crew.alive, gang)):
+                self.crew.relink(gang)
+        except Exception as error:
+            log.exception("a segment of request %s failed", job.request.id)
+            for worker in gang:
+                self.crew.lose(worker, f"the host failed in its segment: {error!r}")
+            self._end(job, error)
+        finally:
+            self.leased.difference_update(workers)
+            self._wake()
+
+    async def _segment(self, job: Job) -> Verdict:
+        """Send the gang off, and take over what it brings back."""
         workers, request, began = job.workers, job.request, self.speed.now()
         assert workers is not None
-        if not job.holders:
-            job.step, job.prepared = 0, False
+        job.rewind()
         first = job.step
         if job.segments:
             job.tell(Regrouped(request.id, workers, first))
         else:
             job.tell(Started(request.id, workers))
         verdict = await run_segment(self.crew, self.config, job, self._heard)
-        if verdict.outcomes:
-            job.account(verdict.outcomes.values(), first, time.monotonic() - began.clock_s)
-            self.metrics.segment(job, verdict.outcomes.values())
+        if worked := verdict.worked:
+            job.account(worked, first, time.monotonic() - began.clock_s)
+            self.metrics.segment(job, worked)
             self.speed.learn(job, began)
-            for step, image in next(iter(verdict.outcomes.values())).previews:
+            for step, image in worked[0].previews:
                 self._show(job, step, image)
-        job.step, job.prepared = verdict.step, bool(verdict.outcomes)
-        alive = self.crew.handles.keys()
-        job.holders = {w for w, o in verdict.outcomes.items() if o.step == job.step and w in alive}
-        job.workers, job.breaking = None, False
-        self.blocks.release(workers)
-        for index in self._late.intersection(workers):
-            self._late.discard(index)
-            self.blocks.restore(index)
-        if verdict.broken and len(workers) > 1 and alive >= set(workers) and not verdict.lost:
-            self.crew.relink(workers)
-        self._conclude(job, verdict)
-        self._wake()
+        for worker, outcome in verdict.outcomes.items():
+            if outcome.ending in (Ending.DONE, Ending.YIELDED, Ending.CANCELLED):
+                self.crew.proved(worker)
+        job.held.update({worker: step for worker, step in verdict.held.items() if self.crew.alive(worker)})
+        job.rewind()
+        return verdict
 
     def _conclude(self, job: Job, verdict: Verdict) -> None:
         request = job.request
@@ -250,15 +283,17 @@ class Dispatcher:
             self._end(job, verdict.error)
         elif job.cancelled:
             self._end(job, GenerationCancelled(f"request {request.id} was cancelled at step {job.step}"))
-        elif verdict.broken:
+        elif verdict.interrupted:
             job.breaks += 1
+            job.failures += verdict.failures
             self.metrics.gang_broke()
-            if job.breaks >= self.config.max_attempts:
-                causes = {o.cause for o in verdict.outcomes.values() if o.cause} or {f"lost {verdict.lost}"}
-                message = f"request {request.id}: {job.breaks} gangs broke under it: {'; '.join(causes)}"
+            alike = len(set(job.failures)) < len(job.failures)  # two workers failed in one way
+            if alike or job.breaks >= self.config.max_attempts:
+                causes = "; ".join(verdict.causes)
+                message = f"request {request.id}: {job.breaks} gangs broke under it: {causes}"
                 self._end(job, GangBroken(message))
             else:
-                job.tell(Repaired(request.id, verdict.lost, job.step))
+                job.tell(Repaired(request.id, tuple(worker.index for worker in verdict.lost), job.step))
 
     def _end(self, job: Job, end: GenerationResult | BaseException) -> None:
         """The one place where a request ends."""
@@ -270,9 +305,9 @@ class Dispatcher:
             job.ended.set_result(end)
         else:
             job.ended.set_exception(end)
-        for index in job.ever_held:
-            if index in self.crew.handles:
-                self.crew.handles[index].forget.remote([job.request.id])
+        for worker in job.held:
+            if (remote := self.crew.remote(worker)) is not None:
+                remote.retain(*self.unfinished())
 
     def _heard(self, job: Job, progress: Progress) -> None:
         request = job.request
@@ -290,16 +325,6 @@ class Dispatcher:
         if step > job.shown:
             job.tell(Preview(job.request.id, step, job.previews, image))
             job.shown, job.previews = step, job.previews + 1
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._over)
-
-    def _over(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """The policy or the host itself has a bug: nobody waits for ever, and no health check passes."""

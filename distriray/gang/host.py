@@ -15,12 +15,12 @@ from ..routing.elastic import Elastic
 from ..routing.latency import LatencyModel, Profile
 from ..routing.policy import EarliestDeadlineFirst, HostPolicy, HostView
 from .config import LIVE_FIELDS, HostConfig
-from .crew import result_of
 from .dispatcher import Dispatcher
 from .events import Event, Finished
 from .messages import WorkerFacts
 from .placement import Placement
 from .profile import device_of, measure
+from .remote import Launcher
 from .speed import Speed
 from .status import HostStatus, RepairStatus, RequestStatus, WorkerStatus
 
@@ -34,7 +34,8 @@ class Host:
     def __init__(self, config: HostConfig, placement: Placement, policy: HostPolicy) -> None:
         self.config = config
         self._placement = placement
-        self._dispatcher = Dispatcher(config, placement, policy)
+        name = placement.group.id.hex()[:8]
+        self._dispatcher = Dispatcher(config, Launcher(config, placement), policy, name)
         self._closed = False
 
     @classmethod
@@ -139,12 +140,12 @@ class Host:
                     pid=facts.pid,
                     device=facts.device,
                     load_s=facts.load_s,
-                    memory=dispatcher.crew.memory[index],
+                    memory=member.memory if (member := dispatcher.crew.member(index)) else 0,
                     request=working.get(index),
                 )
                 for index, facts in sorted(dispatcher.crew.facts.items())
             ],
-            free_workers=len(dispatcher.blocks.free),
+            free_workers=len(dispatcher.free),
             running=[status for job, status in requests.items() if job.workers],
             waiting=[status for job, status in requests.items() if not job.workers],
             max_queue=self.config.max_queue,
@@ -195,7 +196,7 @@ class Host:
 
     async def ping(self, timeout_s: float = 5.0) -> int:
         """How many workers answer within `timeout_s`."""
-        answers = [result_of(handle.ping.remote()) for handle in self._dispatcher.crew.handles.values()]
+        answers = [member.remote.ping() for member in self._dispatcher.crew.members]
         if not answers:
             return 0
         done, _ = await asyncio.wait(answers, timeout=timeout_s)

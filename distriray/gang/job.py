@@ -11,6 +11,7 @@ from ..requests import GenerationRequest, GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
 from .events import Event
 from .messages import Outcome
+from .remote import WorkerId
 
 
 class Job:
@@ -20,15 +21,18 @@ class Job:
         step: steps that are done of `num_steps`, as far as the host has heard (second order
             schedulers take more steps than were asked for).
         workers: the gang it holds now, rank 0 first; None while it waits.
-        holders: workers that hold its state at `step`; meaningful while it waits.
+        number: of all requests that the host accepted, this one's.
+        held: the processes that hold a state of it, and the step that each has; they lose it by dying, and
+            what they have changes with every segment that they come back from.
         serial: of its running segment.
         predicted_s: seconds to the result, as predicted when it was accepted.
         breaking: its gang broke and is being cleared up; no policy sees it meanwhile.
+        failures: why workers failed under it, each once a worker.
         previews: pictures shown so far, the last one of step `shown`.
     """
 
-    def __init__(self, request: GenerationRequest, max_gang: int) -> None:
-        self.request = request
+    def __init__(self, request: GenerationRequest, max_gang: int, number: int) -> None:
+        self.request, self.number = request, number
         self.max_gang = max_gang
         self.arrival = time.monotonic()
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
@@ -37,13 +41,13 @@ class Job:
         self.step, self.num_steps = 0, request.num_inference_steps
         self.prepared = False
         self.workers: tuple[int, ...] | None = None
-        self.holders: set[int] = set()
-        self.ever_held: set[int] = set()
+        self.held: dict[WorkerId, int] = {}
         self.serial = -1
         self.yielding = False
         self.cancelled = False
         self.breaking = False
         self.breaks = 0
+        self.failures: list[str] = []
         self.segments: list[Segment] = []
         self.previews = 0
         self.shown = 0
@@ -60,6 +64,15 @@ class Job:
     def decoding(self) -> bool:
         """It holds workers, of which one is at work, and makes no more steps."""
         return self.workers is not None and self.step >= self.num_steps
+
+    @property
+    def holders(self) -> set[WorkerId]:
+        """The processes that hold its state at `step`; meaningful while it waits."""
+        return {worker for worker, step in self.held.items() if step == self.step}
+
+    def rewind(self) -> None:
+        """It waits at the last step that anybody holds, or from the beginning."""
+        self.step, self.prepared = max(self.held.values(), default=0), bool(self.held)
 
     def view(self) -> RequestView:
         """What a policy sees of it."""
@@ -90,7 +103,6 @@ class Job:
         """A gang takes it up."""
         self._started = self._started or time.monotonic()
         self.workers, self.serial, self.yielding = workers, serial, False
-        self.ever_held.update(workers)
         self._sent_at = time.time()
 
     def account(self, outcomes: Collection[Outcome], first: int, seconds: float) -> None:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from PIL import Image
 
 from ..config import ParallelConfig
+from ..errors import DistrirayError
 from ..requests import MULTIPLE_OF, GenerationRequest
 
 
@@ -25,10 +26,12 @@ class Link:
 class Order:
     """Go on with `request` at `step`, as a rank of the gang of communicator `link`, until done or asked.
 
-    `serial` numbers a host's segments, so that a wish never reaches another one.
+    `serial` numbers a host's segments, so that a wish never reaches another one. `job` numbers the requests
+    that it accepted, so that no state is taken for that of another request that had the same id.
     """
 
     serial: int
+    job: int
     request: GenerationRequest
     step: int
     link: str
@@ -50,15 +53,21 @@ class Ending(StrEnum):
     DONE = "done"
     YIELDED = "yielded"
     CANCELLED = "cancelled"
-    BROKEN = "broken"
+    REFUSED = "refused"  # the request cannot be served, here or elsewhere
+    NOT_BEGUN = "not begun"  # another rank was not ready
+    BROKEN = "broken"  # a peer died, hung or left
+    FAILED = "failed"  # this worker is not to be trusted any more
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one rank has to say of a segment; it holds the request's state at `step`.
+    """What one rank has to say of a segment.
 
-    `fresh_s` and `stale_s` are the seconds of each synchronous and each displaced step. `formed_at` and
-    `left_at` are when this rank was ready to step, were its prompt encoded already, and when it had stepped.
+    It holds the request's state at `step`, unless it refused or failed. `error` is why the request was
+    refused, `cause` why the gang broke or the worker failed; `broken` says that the gang's communicator is
+    unusable. `fresh_s` and `stale_s` are the seconds of each synchronous and each displaced step. `formed_at`
+    and `left_at` are when this rank was ready to step, were its prompt encoded already, and when it had
+    stepped.
     """
 
     ending: Ending
@@ -71,7 +80,9 @@ class Outcome:
     bytes_sent: int = 0
     previews: tuple[tuple[int, Image.Image], ...] = ()
     images: list[Image.Image] | None = None
+    error: DistrirayError | None = None
     cause: str = ""
+    broken: bool = False
     formed_at: float = 0.0
     left_at: float = 0.0
 

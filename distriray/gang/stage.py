@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,14 +16,29 @@ from torch.distributed import Store
 
 from ..collective import Communicator, connect
 from ..denoise import Denoiser, DenoiseState
-from ..errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
+from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
 from .config import backend_of
 from .messages import Ending, Link, Order, Outcome, Progress, Wish
 
-ALIKE_ON_EVERY_RANK = (GenerationCancelled, InvalidRequest, UnsupportedModel)
-"""Raised by all ranks of a gang after the same transfers, so that its communicator stays in order."""
+log = logging.getLogger("ray.serve.distriray.worker")
+
+
+@dataclass
+class _Work:
+    """What there is to say of a segment so far; `begun`: all ranks were ready for its first step."""
+
+    step: int
+    state: DenoiseState | None = None
+    begun: bool = False
+    prepare_s: float = 0.0
+    fresh_s: list[float] = field(default_factory=list)
+    stale_s: list[float] = field(default_factory=list)
+    decode_s: float = 0.0
+    images: list[Image.Image] | None = None
+    formed_at: float = 0.0
+    left_at: float = 0.0
 
 
 class Stage:
@@ -47,7 +65,7 @@ class Stage:
         self._on_progress = on_progress
         self._communicators: dict[str, Communicator] = {}
         self._names: dict[tuple[int, ...], str] = {}
-        self._states: dict[str, DenoiseState] = {}
+        self._states: dict[int, DenoiseState] = {}
         self._wishes: dict[int, Wish] = {}
         self._lock = threading.Lock()
         self._running: int | None = None
@@ -73,14 +91,15 @@ class Stage:
     def run(self, order: Order, blob: bytes | None) -> Outcome:
         """One segment. `blob` is the request's state where this worker does not hold it at `order.step`.
 
-        Raises:
-            Whatever preparing, stepping or decoding raises, but `GangBroken` and `GenerationCancelled`, which
-            are outcomes.
+        Whatever goes wrong is an outcome.
         """
         with self._lock:
             self._running, self._step, self._previews = order.serial, order.step, []
         try:
             return self._run(order, blob)
+        except Exception as error:
+            log.exception("segment %d of request %s failed", order.serial, order.request.id)
+            return Outcome(Ending.FAILED, order.step, 0, cause=_told(error), broken=True)
         finally:
             with self._lock:
                 self._running, self._ended = None, order.serial
@@ -104,18 +123,19 @@ class Stage:
                 return Progress(0, 0, serial <= self._ended)
             return Progress(self._step, self._num_steps, False, tuple(self._previews))
 
-    def export(self, request_id: str) -> bytes:
-        """The state of a request that this worker holds and does not work on."""
-        return self._states[request_id].to_bytes()
+    def export(self, job: int) -> bytes:
+        """The state of a job that this worker holds and does not work on."""
+        return self._states[job].to_bytes()
 
-    def forget(self, request_ids: Sequence[str]) -> None:
-        """Drop the states of requests that are over."""
-        for name in request_ids:
-            self._states.pop(name, None)
+    def retain(self, jobs: Collection[int], newest: int) -> None:
+        """Drop the states of all jobs up to `newest` but these."""
+        for job in list(self._states):
+            if job <= newest and job not in jobs:
+                self._states.pop(job, None)
 
     @property
     def held(self) -> int:
-        """Requests whose state this worker holds."""
+        """Jobs whose state this worker holds."""
         return len(self._states)
 
     def close(self) -> None:
@@ -140,49 +160,91 @@ class Stage:
 
     def _run(self, order: Order, blob: bytes | None) -> Outcome:
         communicator = self._communicators[order.link]
-        self._engine.bind(communicator, order.parallel)  # requests have generators: no state to share
-        began = time.perf_counter()
-        state = self._state(order, blob)
-        prepare_s = time.perf_counter() - began if order.step == 0 else 0.0
-        formed_at = time.time() - prepare_s
-        sent = communicator.bytes_sent
-        fresh: list[float] = []
-        stale: list[float] = []
-        images, decode_s, cause = None, 0.0, ""
+        sent, work = communicator.bytes_sent, _Work(order.step)
+        error, cause = None, ""
         try:
-            ending = self._steps(order, state, fresh, stale)
-            if ending is Ending.DONE:
-                began = time.perf_counter()
-                images = self._decode(order, state)
-                decode_s = time.perf_counter() - began
-        except GangBroken as error:
-            communicator.abort()
-            ending, cause = Ending.BROKEN, str(error)
-        except GenerationCancelled:
-            ending = Ending.CANCELLED
-        except ALIKE_ON_EVERY_RANK:
-            raise
-        except BaseException:
-            communicator.abort()
-            raise
-        left_at = time.time() - decode_s
+            ending = self._work(order, blob, communicator, work)
+        except Exception as raised:
+            ending, error, cause = self._judge(raised, order, work)
+            if work.begun and not _alike(raised) and communicator.world_size > 1:
+                communicator.abort()  # else the others wait for this rank until their time is up
         return Outcome(
-            ending,
-            state.step,
-            state.num_steps,
-            prepare_s,
-            tuple(fresh),
-            tuple(stale),
-            decode_s,
-            communicator.bytes_sent - sent,
-            tuple(self._previews),
-            images,
-            cause,
-            formed_at,
-            left_at,
+            ending=ending,
+            step=work.step if work.state is None else work.state.step,
+            num_steps=0 if work.state is None else work.state.num_steps,
+            prepare_s=work.prepare_s,
+            fresh_s=tuple(work.fresh_s),
+            stale_s=tuple(work.stale_s),
+            decode_s=work.decode_s,
+            bytes_sent=communicator.bytes_sent - sent,
+            previews=tuple(self._previews),
+            images=work.images,
+            error=error,
+            cause=cause,
+            broken=communicator.broken,
+            formed_at=work.formed_at,
+            left_at=work.left_at,
         )
 
-    def _steps(self, order: Order, state: DenoiseState, fresh: list[float], stale: list[float]) -> Ending:
+    def _work(self, order: Order, blob: bytes | None, communicator: Communicator, work: _Work) -> Ending:
+        """One segment, recorded in `work`."""
+        began = time.perf_counter()
+        try:
+            self._engine.bind(communicator, order.parallel)  # requests have generators: no state to share
+            work.state = state = self._state(order, blob)
+        except Exception:
+            with suppress(GangBroken):
+                _all_ready(communicator, False)
+            raise
+        work.prepare_s = time.perf_counter() - began if order.step == 0 else 0.0
+        work.formed_at = work.left_at = time.time() - work.prepare_s
+        if not _all_ready(communicator, True):
+            return Ending.NOT_BEGUN
+        work.begun = True
+        try:
+            ending = self._steps(order, state, work)
+        finally:
+            work.left_at = time.time()
+        if ending is Ending.DONE:
+            began = time.perf_counter()
+            work.images = self._decode(order, state)
+            work.decode_s = time.perf_counter() - began
+        return ending
+
+    def _judge(
+        self, error: Exception, order: Order, work: _Work
+    ) -> tuple[Ending, DistrirayError | None, str]:
+        """Whose fault `error` is, the request's, a peer's or this worker's: ending, error and cause.
+
+        What is raised before the first transfer is the request's own, as long as the device works at all.
+        """
+        match error:
+            case GangBroken():
+                return Ending.BROKEN, None, str(error)
+            case GenerationCancelled():
+                return Ending.CANCELLED, None, ""
+            case DistrirayError():
+                return Ending.REFUSED, error, ""
+        log.error("segment %d of request %s failed", order.serial, order.request.id, exc_info=error)
+        if _is_out_of_memory(error):
+            self._states.pop(order.job, None)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            request = order.request
+            what = f"{request.num_images} of {request.width}x{request.height}"
+            return Ending.REFUSED, OutOfMemory(f"{what} do not fit into memory: {error}"), ""
+        if not work.begun and self._device_works():
+            return Ending.REFUSED, DistrirayError(f"the request could not be prepared: {_told(error)}"), ""
+        return Ending.FAILED, None, _told(error)
+
+    def _device_works(self) -> bool:
+        """Whether the device still computes: after some errors every later call to a GPU raises."""
+        try:
+            return torch.ones(1, device=self.device).add(1).item() == 2.0
+        except Exception:
+            return False
+
+    def _steps(self, order: Order, state: DenoiseState, work: _Work) -> Ending:
         engine = self._engine
         engine.restart(state.step)
         with self._lock:
@@ -194,7 +256,7 @@ class Stage:
                 began = time.perf_counter()
                 self._denoiser.step(state)
                 seconds = time.perf_counter() - began
-                (fresh if engine.statistics.synchronous else stale).append(seconds)
+                (work.fresh_s if engine.statistics.synchronous else work.stale_s).append(seconds)
                 if order.rank == 0:
                     self._report(order, state)
                 if engine.yielding and not state.done:
@@ -230,9 +292,9 @@ class Stage:
 
     def _state(self, order: Order, blob: bytes | None) -> DenoiseState:
         request = order.request
-        held = self._states.get(request.id)
-        if held is not None and held.step == order.step:
-            return held
+        state = self._states.get(order.job)
+        if state is not None and state.step == order.step:
+            return state
         if blob is not None:
             state = DenoiseState.from_bytes(blob).to(self.device)
         elif order.step == 0:
@@ -251,5 +313,28 @@ class Stage:
             raise LookupError(
                 f"request {request.id} is to go on at step {order.step}, but its state is not here"
             )
-        self._states[request.id] = state
+        self._states[order.job] = state
         return state
+
+
+def _all_ready(communicator: Communicator, ready: bool) -> bool:
+    """Whether all ranks are; all of them call it. Raises GangBroken."""
+    mine = torch.tensor([ready], device=communicator.device)
+    theirs = {r: torch.empty_like(mine) for r in range(communicator.world_size) if r != communicator.rank}
+    communicator.exchange(dict.fromkeys(theirs, mine), theirs).wait()
+    everyone = [bool(other) for other in theirs.values()]
+    communicator.exchange({}, {})  # raises if what was received is not to be trusted
+    return ready and all(everyone)
+
+
+def _alike(error: Exception) -> bool:
+    """Whether all ranks of a gang raise it after the same transfers."""
+    return isinstance(error, DistrirayError) and not isinstance(error, GangBroken)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

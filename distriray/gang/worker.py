@@ -6,7 +6,7 @@ import asyncio
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -93,13 +93,13 @@ class Worker:
         """Let a segment leave after the step it is in."""
         self.stage.ask(serial, wish)
 
-    async def export(self, request_id: str) -> bytes:
-        """A request's state, for a worker that lacks it."""
-        return await asyncio.to_thread(self.stage.export, request_id)
+    async def export(self, job: int) -> bytes:
+        """A job's state, for a worker that lacks it."""
+        return await asyncio.to_thread(self.stage.export, job)
 
-    async def forget(self, request_ids: Sequence[str]) -> None:
-        """Drop the states of requests that are over."""
-        self.stage.forget(request_ids)
+    async def retain(self, jobs: Collection[int], newest: int) -> None:
+        """Drop the states of jobs that are over; later ones than `newest` are not meant."""
+        self.stage.retain(jobs, newest)
 
     async def ping(self) -> tuple[int, int]:
         """Alive: bytes of memory, and how many states are held."""

@@ -70,3 +70,13 @@ class Shuffle:
             if request.id not in assignments and (block := blocks.lease(self.draw.choice(sizes))):
                 assignments[request.id] = block
         return Plan(assignments)
+
+
+class NewestFirst:
+    """The request that came last has all workers; the others yield to it."""
+
+    review_s = None
+
+    def plan(self, view: HostView, model: LatencyModel) -> Plan:
+        pinned = [request for request in view.requests if request.pinned]
+        return Plan({(pinned or view.requests)[-1].id: view.workers})

@@ -1,0 +1,155 @@
+"""A worker process as its host reaches it: the only place that submits calls to workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from torch.distributed import TCPStore
+
+from .config import HostConfig
+from .messages import Link, Order, Outcome, Progress, Wish, WorkerFacts
+from .placement import Placement
+from .worker import Worker
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class WorkerId:
+    """One worker process: the place in the host that it fills, and which of those that filled it."""
+
+    index: int
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.index}.{self.incarnation}"
+
+
+class WorkerDied(Exception):
+    """The process is gone, or nothing can be sent to it."""
+
+
+class StateLost(Exception):
+    """The process that was to send a state died before it had."""
+
+
+class RemoteWorker(Protocol):
+    """One worker process. Calls are sent when they are made, in this order.
+
+    Awaiting an answer raises `WorkerDied` once the process is gone, else what the worker raised.
+    """
+
+    def load(self) -> asyncio.Future[WorkerFacts]: ...
+
+    def link(self, links: Sequence[Link]) -> asyncio.Future[None]: ...
+
+    def run(self, order: Order, state: Any) -> asyncio.Future[Outcome]:
+        """As `Worker.run`; `state` is what `export` gave, or None. Raises StateLost too."""
+
+    def export(self, job: int) -> Any:
+        """The state of a job, to be handed to `run` of other workers; nothing waits for it here."""
+
+    def watch(self, serial: int, seen: int) -> asyncio.Future[Progress]: ...
+
+    def ask(self, serial: int, wish: Wish) -> None:
+        """As `Worker.ask`; nobody waits for it."""
+
+    def retain(self, jobs: Collection[int], newest: int) -> None:
+        """As `Worker.retain`; nobody waits for it."""
+
+    def ping(self) -> asyncio.Future[tuple[int, int]]: ...
+
+    def attend(self) -> asyncio.Future[None]: ...
+
+    def kill(self) -> None:
+        """End the process at once."""
+
+
+class Launcher:
+    """Starts the worker processes of one host, which meet each other at one store."""
+
+    def __init__(self, config: HostConfig, placement: Placement) -> None:
+        self._config, self._placement = config, placement
+        self._address = ray.util.get_node_ip_address()
+        self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+
+    def __call__(self, index: int) -> RemoteWorker:
+        """A new process in the place of worker `index`, without a model yet."""
+        actor = ray.remote(Worker).options(name=None, **self._placement.options(index))
+        config, device = self._config, self._placement.device
+        store = (self._address, self._store.port)
+        return _Actor(Context().run(actor.remote, config.model, device, store, config.timeout_s))
+
+
+class _Actor:
+    """A `RemoteWorker` that is a Ray actor.
+
+    Ray makes a call the child of the task in whose context it is submitted, and cancels it with that. A
+    worker serves everybody, so every call is submitted in an empty context.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def load(self) -> asyncio.Future[WorkerFacts]:
+        return self._answer("load")
+
+    def link(self, links: Sequence[Link]) -> asyncio.Future[None]:
+        return self._answer("link", links)
+
+    def run(self, order: Order, state: Any) -> asyncio.Future[Outcome]:
+        return self._answer("run", order, state)
+
+    def export(self, job: int) -> Any:
+        return self._submit("export", job)
+
+    def watch(self, serial: int, seen: int) -> asyncio.Future[Progress]:
+        return self._answer("watch", serial, seen)
+
+    def ask(self, serial: int, wish: Wish) -> None:
+        self._submit("ask", serial, wish)
+
+    def retain(self, jobs: Collection[int], newest: int) -> None:
+        self._submit("retain", jobs, newest)
+
+    def ping(self) -> asyncio.Future[tuple[int, int]]:
+        return self._answer("ping")
+
+    def attend(self) -> asyncio.Future[None]:
+        return self._answer("attend")
+
+    def kill(self) -> None:
+        Context().run(ray.kill, self._actor)
+
+    def _submit(self, method: str, *args: Any) -> Any:
+        return Context().run(getattr(self._actor, method).remote, *args)
+
+    def _answer(self, method: str, *args: Any) -> asyncio.Future[Any]:
+        answer = asyncio.get_running_loop().create_task(
+            _answer_of(self._submit(method, *args)), context=Context()
+        )
+        answer.add_done_callback(_retrieve)
+        return answer
+
+
+async def _answer_of(ref: Any) -> Any:
+    """What a call returned, or raised in the worker; Ray's own errors as ours."""
+    try:
+        return await asyncio.wrap_future(ref.future())
+    except RayTaskError as error:
+        if isinstance(error.cause, RayActorError | ObjectLostError | RayTaskError):  # that of an argument
+            raise StateLost(f"the state's sender is gone: {error.cause}") from error
+        raise error.cause from error
+    except RayError as error:
+        raise WorkerDied(str(error)) from error
+
+
+def _retrieve(answer: asyncio.Future[Any]) -> None:
+    """Nobody need wait for an answer; then its error is no fault of the program."""
+    with suppress(asyncio.CancelledError):
+        answer.exception()
