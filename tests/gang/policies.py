@@ -31,7 +31,8 @@ class Changeable:
 
 
 class Script:
-    """The only request moves on to the next gang whenever it was seen to make so many steps in one."""
+    """The only request moves on to the next gang whenever it was seen to make so many steps in one; it waits
+    for a gang whose workers are not all there."""
 
     review_s = 0.01
 
@@ -47,7 +48,8 @@ class Script:
                 self.since = request.steps_done
             elif request.steps_done - self.since >= self.every and self.at + 1 < len(self.gangs):
                 self.at, self.since = self.at + 1, None
-        return Plan({request.id: self.gangs[self.at]})
+        there = set(self.gangs[self.at]) <= set(view.workers)
+        return Plan({request.id: self.gangs[self.at]} if there else {})
 
 
 class Shuffle:
@@ -79,4 +81,5 @@ class NewestFirst:
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         pinned = [request for request in view.requests if request.pinned]
-        return Plan({(pinned or view.requests)[-1].id: view.workers})
+        newest = (pinned or view.requests)[-1]
+        return Plan({newest.id: view.workers} if view.workers else {})

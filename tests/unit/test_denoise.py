@@ -310,6 +310,23 @@ def test_bad_input_names_its_field(denoiser: Denoiser, call: dict[str, Any], par
     assert error.value.param == param
 
 
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("steps", [51, 999, 1000])
+def test_more_steps_than_a_scheduler_takes_are_refused_before_anything_is_drawn(
+    denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, scheduler: str, steps: int
+) -> None:
+    """And what is not refused can be stepped from either end of the schedule."""
+    try:
+        state = denoiser.prepare(
+            prompt="x", seeds=[1], num_inference_steps=steps, scheduler=scheduler, height=16, width=16
+        )
+    except InvalidRequest as error:
+        assert str(steps) in str(error) and (scheduler == "lcm" or steps > 51)
+        return
+    denoiser.step(state)
+    assert state.estimate is not None and torch.isfinite(state.estimate).all()
+
+
 def test_other_pipelines_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="Stable Diffusion XL"):
         Denoiser(tiny_sd15())

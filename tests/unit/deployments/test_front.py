@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -31,6 +31,7 @@ from distriray.gang.events import Event, Finished, Preview, Queued, Step
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 from distriray.service import ModelCard
 
+from ..gang.fleet import CALLER
 from .test_state import ask as view_of
 from .test_state import report
 
@@ -46,6 +47,8 @@ class FakeHandle:
         self.waiting = waiting
         self.config = HostConfig()
         self.silent: set[str] = set()
+        self.answer: Exception | None = None
+        self.callers: list[str | None] = []
         self.gang_sizes: tuple[int, ...] = (1,)
         self.workers, self.takes_s = 1, 0.0
         self.report = SimpleNamespace(remote=self._tell)
@@ -58,9 +61,13 @@ class FakeHandle:
         return self
 
     def broadcast(self, method: str, *args: Any) -> Any:
+        self.callers.append(CALLER.get())
+
         async def results_async(**_: Any) -> list[Any]:
             if self.silent:
                 raise TimeoutError
+            if self.answer is not None:
+                return [self.answer for _ in self.hosts]
             return [self._report(host) if method == "report" else self.workers for host in self.hosts]
 
         return SimpleNamespace(results_async=results_async)
@@ -227,6 +234,36 @@ def test_a_host_that_says_nothing_gets_nothing() -> None:
     service = front(pool=handle, refresh_s=0.0)
     asyncio.run(scene())
     assert [host for host, _ in handle.calls] == ["b"] * 6
+
+
+@pytest.mark.parametrize("trouble", ["silent", "fails"])
+def test_that_no_host_answers_does_not_mean_that_there_is_none(trouble: str) -> None:
+    async def scene() -> None:
+        await service.generate(request())
+        handle.calls.clear()
+        if trouble == "silent":
+            handle.silent = {"a"}
+        else:
+            handle.answer = TaskCancelledError()
+        for _ in range(3):
+            await service.generate(request())
+
+    handle = FakeHandle("a")
+    service = front(pool=handle, refresh_s=0.0)
+    asyncio.run(scene())
+    assert [host for host, _ in handle.calls] == ["a"] * 3
+
+
+def test_hosts_are_asked_for_everybody_and_not_for_the_client_that_is_there() -> None:
+    async def scene() -> None:
+        CALLER.set("somebody")
+        for _ in range(3):
+            await service.generate(request())
+
+    handle = FakeHandle("a")
+    service = front(pool=handle, refresh_s=0.0)
+    asyncio.run(scene())
+    assert len(handle.callers) >= 3 and set(handle.callers) == {None}
 
 
 def test_a_pool_without_hosts_is_woken_when_there_is_no_other() -> None:

@@ -24,6 +24,7 @@ from distriray.errors import (
     ModelNotFound,
     NotAllowed,
     NotEnoughDevices,
+    OutOfMemory,
     QueueFull,
 )
 from distriray.gang.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
@@ -137,6 +138,7 @@ def test_models_and_fleet_are_those_of_a_handle(client: Client, service: FakeSer
         DeadlineUnmet("too soon", possible_s=12.5),
         DeadlineUnmet("too soon"),
         GangBroken("broken"),
+        OutOfMemory("too large"),
         NotEnoughDevices("no host is up"),
         GenerationCancelled("somebody did"),
     ],

@@ -1,0 +1,265 @@
+"""Workers in the test's own event loop: gangs step, break and are linked, without Ray or a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from distriray.errors import DistrirayError, GangBroken
+from distriray.gang.config import HostConfig
+from distriray.gang.dispatcher import Dispatcher
+from distriray.gang.job import Job
+from distriray.gang.messages import Ending, Link, Order, Outcome, Progress, Wish, WorkerFacts
+from distriray.gang.remote import StateLost, WorkerDied
+from distriray.requests import GenerationRequest
+from distriray.routing.policy import EarliestDeadlineFirst, HostPolicy
+
+CALLER: ContextVar[str | None] = ContextVar("CALLER", default=None)
+"""Who a task runs for, as Ray's and Serve's own variables say it."""
+
+STEP_S = 0.001
+LONG = 10**6
+"""More steps than a test waits for."""
+
+
+@dataclass
+class Sent:
+    """A state on its way to other workers."""
+
+    sender: FakeWorker
+    step: int
+
+
+class FakeWorker:
+    """One process. A test may let it `die`, and set what it `raises` or `refuses` and whether it `hangs`."""
+
+    def __init__(self, fleet: FakeFleet, index: int) -> None:
+        self.fleet, self.index = fleet, index
+        self.alive = True
+        self.hangs = False
+        self.raises: Exception | None = None
+        self.refuses: DistrirayError | None = None
+        self.states: dict[int, int] = {}
+        self.links: set[str] = {"alone"}
+        self.wishes: dict[int, Wish] = {}
+        self.retained: list[tuple[set[int], int]] = []
+        self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._death.add_done_callback(lambda death: death.exception())
+
+    def die(self) -> None:
+        """As by `kill -9`."""
+        if self.alive:
+            self.alive = False
+            self._death.set_exception(WorkerDied(f"worker {self.index}"))
+
+    kill = die
+
+    def load(self) -> asyncio.Future[WorkerFacts]:
+        async def load() -> WorkerFacts:
+            await asyncio.sleep(self.fleet.load_s)
+            if self.fleet.load_raises.get(self.index) is not None:
+                raise self.fleet.load_raises[self.index]
+            return WorkerFacts(
+                pid=id(self), node="n", device="cpu", device_name="cpu", model="m", default_size=(128, 128),
+                levels=1, load_s=0.0, memory=1,
+            )  # fmt: skip
+
+        return self._call(load())
+
+    def link(self, links: Sequence[Link]) -> asyncio.Future[None]:
+        async def link() -> None:
+            if self.raises is not None:
+                raise self.raises
+            await asyncio.sleep(0.001)
+            for one in links:
+                peers = [self.fleet.at(index) for index in one.group]
+                if any(peer.hangs or peer.raises is not None for peer in peers):
+                    await asyncio.sleep(self.fleet.timeout_s)
+                    raise GangBroken(f"not all of {one.group} came")
+                self.links.add(one.name)
+
+        return self._call(link())
+
+    def run(self, order: Order, state: Sent | None) -> asyncio.Future[Outcome]:
+        return self._call(self._run(order, state))
+
+    def export(self, job: int) -> Sent:
+        return Sent(self, self.states[job])
+
+    def watch(self, serial: int, seen: int) -> asyncio.Future[Progress]:
+        async def watch() -> Progress:
+            while True:
+                gang = self.fleet.gangs.get(serial)
+                if gang is None or gang.over:
+                    return Progress(0, 0, True)
+                if gang.step > seen:
+                    return Progress(gang.step, gang.steps, False)
+                await asyncio.sleep(STEP_S)
+
+        return self._call(watch())
+
+    def ask(self, serial: int, wish: Wish) -> None:
+        self.wishes[serial] = wish
+
+    def retain(self, jobs: Collection[int], newest: int) -> None:
+        self.retained.append((set(jobs), newest))
+        self.states = {job: step for job, step in self.states.items() if job > newest or job in jobs}
+
+    def ping(self) -> asyncio.Future[tuple[int, int]]:
+        async def ping() -> tuple[int, int]:
+            while self.hangs:
+                await asyncio.sleep(STEP_S)
+            return 2, len(self.states)
+
+        return self._call(ping())
+
+    def attend(self) -> asyncio.Future[None]:
+        return asyncio.shield(self._death)
+
+    async def _run(self, order: Order, state: Sent | None) -> Outcome:
+        if state is not None:
+            if not state.sender.alive:
+                raise StateLost("its sender died")
+            self.states[order.job] = state.step
+        elif order.step == 0:
+            self.states.setdefault(order.job, 0)
+        if self.raises is None and self.refuses is None:
+            assert self.states[order.job] == order.step, "the host takes this worker for a holder"
+        assert order.link in self.links
+        gang = self.fleet.gangs.setdefault(order.serial, FakeGang(order))
+        return await gang.run(self, order)
+
+    def _call(self, work: Any) -> asyncio.Future[Any]:
+        self.fleet.callers.append(CALLER.get())
+
+        async def until_death() -> Any:
+            task = asyncio.ensure_future(work)
+            await asyncio.wait([task, self._death], return_when=asyncio.FIRST_COMPLETED)
+            if not self.alive:
+                task.cancel()
+                raise WorkerDied(f"worker {self.index}")
+            return task.result()
+
+        answer = asyncio.ensure_future(until_death())
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return answer
+
+
+class FakeGang:
+    """The ranks of one segment, in step with each other."""
+
+    def __init__(self, order: Order) -> None:
+        self.serial, self.job = order.serial, order.job
+        self.first = self.step = order.step
+        self.steps = order.request.num_inference_steps
+        self.size = 1 if order.link == "alone" else len(order.link.split(".")[0].split("-"))
+        self.members: list[FakeWorker] = []
+        self.over = False
+        self._stepping: asyncio.Task[Ending] | None = None
+
+    async def run(self, worker: FakeWorker, order: Order) -> Outcome:
+        self.members.append(worker)
+        if len(self.members) == self.size:
+            self._stepping = asyncio.ensure_future(self._steps())
+        while self._stepping is None:
+            await asyncio.sleep(STEP_S)
+        ending = await asyncio.shield(self._stepping)
+        while worker.hangs:
+            await asyncio.sleep(STEP_S)
+        fields: dict[str, Any] = {}
+        if ending is Ending.BROKEN:
+            fields = {"cause": "a peer is gone", "broken": True}
+        if worker.raises is not None and ending is not Ending.DONE:
+            ending, fields = Ending.FAILED, {"cause": str(worker.raises), "broken": True}
+        if ending is Ending.NOT_BEGUN and worker.refuses is not None:
+            ending, fields = Ending.REFUSED, {"error": worker.refuses}
+        if ending is Ending.DONE and order.rank == 0:
+            fields = {"images": [Image.new("RGB", (8, 8))]}
+        step = worker.states.get(self.job, self.first)
+        return Outcome(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
+
+    async def _steps(self) -> Ending:
+        try:
+            if any(member.refuses for member in self.members):
+                return Ending.NOT_BEGUN
+            while self.step < self.steps:
+                if any(not member.alive or member.raises is not None for member in self.members):
+                    return Ending.BROKEN
+                if any(member.hangs for member in self.members):
+                    await asyncio.sleep(self.members[0].fleet.timeout_s)
+                    return Ending.BROKEN
+                wishes = {member.wishes.get(self.serial) for member in self.members}
+                if Wish.CANCEL in wishes:
+                    return Ending.CANCELLED
+                if Wish.YIELD in wishes and self.step > self.first:
+                    return Ending.YIELDED
+                await asyncio.sleep(STEP_S)
+                self.step += 1
+                for member in self.members:
+                    member.states[self.job] = self.step
+            return Ending.DONE
+        finally:
+            self.over = True
+
+
+class FakeFleet:
+    """The processes of one host. `callers` is for whom each call to a worker was made."""
+
+    def __init__(self, timeout_s: float = 0.05) -> None:
+        self.timeout_s = timeout_s
+        self.load_s = 0.005
+        self.load_raises: dict[int, Exception] = {}
+        self.launched: list[FakeWorker] = []
+        self.gangs: dict[int, FakeGang] = {}
+        self.callers: list[str | None] = []
+
+    def __call__(self, index: int) -> FakeWorker:
+        self.callers.append(CALLER.get())
+        self.launched.append(FakeWorker(self, index))
+        return self.launched[-1]
+
+    def at(self, index: int) -> FakeWorker:
+        """Who is in a place now."""
+        return next(worker for worker in reversed(self.launched) if worker.index == index)
+
+
+class FakeHost:
+    """A dispatcher over a fake fleet."""
+
+    def __init__(self, workers: int = 2, policy: HostPolicy | None = None, **config: Any) -> None:
+        self.fleet = FakeFleet()
+        self.config = HostConfig.model_validate(
+            {"workers": workers, "timeout_s": self.fleet.timeout_s, "device": "cpu", **config}
+        )
+        self.dispatcher = Dispatcher(self.config, self.fleet, policy or EarliestDeadlineFirst())
+
+    async def __aenter__(self) -> FakeHost:
+        await self.dispatcher.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.dispatcher.close()
+
+    def accept(self, **fields: Any) -> Job:
+        return self.dispatcher.accept(ask(**fields))
+
+    async def whole(self) -> None:
+        """Wait until all workers can be lent."""
+        await until(lambda: len(self.dispatcher.free) == self.config.workers)
+
+
+def ask(**fields: Any) -> GenerationRequest:
+    defaults = {"prompt": "a lake", "height": 128, "width": 128, "seed": 7, "num_inference_steps": 6}
+    return GenerationRequest.parse({**defaults, **fields})
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Wait for `condition`; a test that waits in vain fails."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(STEP_S)

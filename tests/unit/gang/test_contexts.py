@@ -1,0 +1,153 @@
+"""Nothing that serves more than one request runs in the context of one."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+import deployments
+import distriray.gang
+from distriray.gang.background import Background
+from distriray.gang.remote import RemoteWorker, StateLost, WorkerDied, _Actor
+
+from .fleet import CALLER, until
+
+STARTS = {
+    "ensure_future", "create_task", "call_soon", "call_later", "call_at", "call_soon_threadsafe", "gather",
+    "run_coroutine_threadsafe", "to_thread", "run_in_executor", "TaskGroup", "wait_for", "as_completed",
+}  # fmt: skip
+"""What hands the context of whoever calls it on to something that runs later."""
+
+OWN = {
+    ("gang/background.py", "close"): "waits for what runs already",
+    ("gang/blocking.py", "*"): "threads of a script, which have no context to hand on",
+    ("gang/worker.py", "*"): "the worker's side, which submits nothing",
+    ("gang/segments.py", "run_segment"): "begun and ended within a segment, which is a background task",
+    ("gang/crew.py", "_link"): "awaited within a background task",
+    ("gang/crew.py", "_together"): "awaited within the start of the host",
+    ("gang/crew.py", "_bring_up"): "awaited within a background task, or the start of the host",
+    ("gang/crew.py", "_watch"): "awaited within a background task",
+    ("gang/placement.py", "make"): "awaited within the start of the host",
+    ("gang/profile.py", "_draw"): "awaited within the start of the host",
+    ("gang/host.py", "stream"): "waits for the events of its own request",
+    ("deployments/link.py", "_each"): "awaits a call of its own",
+    ("deployments/http/leaving.py", "unless_left"): "the work of its own request",
+    ("deployments/http/app.py", "*"): "encodes the answer to its own request",
+}
+"""What may start something in the context of its caller, and why that is right."""
+
+
+def starts(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Every call in `folder` that starts something without saying in which context: file, function, call."""
+    for path in sorted(folder.rglob("*.py")):
+        file = str(path.relative_to(folder.parent))
+        functions = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        for function in functions:
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+                    name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+                    if name in STARTS and all(keyword.arg != "context" for keyword in node.keywords):
+                        yield file, function.name, name
+
+
+def test_every_place_that_starts_something_in_its_callers_context_says_why() -> None:
+    folders = [Path(distriray.gang.__file__).parent, Path(deployments.__file__).parent]
+    found = {(file, name) for folder in folders for file, name, _ in starts(folder)}
+    unknown = {place for place in found if place not in OWN and (place[0], "*") not in OWN}
+    assert not unknown, f"use Background, or say why not: {sorted(unknown)}"
+    gone = OWN.keys() - found - {(file, "*") for file, _ in found}
+    assert not gone, f"nothing is started any more at {sorted(gone)}"
+
+
+def calls_of(worker: type) -> list[str]:
+    return [name for name, _ in inspect.getmembers(worker, inspect.isfunction) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("method", [name for name in calls_of(RemoteWorker) if name != "kill"])
+def test_a_call_to_a_worker_is_submitted_for_nobody(method: str) -> None:
+    seen: list[str | None] = []
+
+    def submit(*_: Any) -> Any:
+        seen.append(CALLER.get())
+        return SimpleNamespace(future=Future)
+
+    async def scene() -> None:
+        CALLER.set("somebody")
+        remote = _Actor(SimpleNamespace(**{method: SimpleNamespace(remote=submit)}))
+        arguments = len(inspect.signature(getattr(_Actor, method)).parameters) - 1
+        getattr(remote, method)(*range(arguments))
+
+    asyncio.run(scene())
+    assert seen == [None]
+
+
+def test_what_a_worker_is_called_with_and_raises_arrives_as_it_is() -> None:
+    def ref(error: Exception | None) -> Any:
+        future: Future[str] = Future()
+        future.set_exception(error) if error else future.set_result("said")
+        return SimpleNamespace(future=lambda: future)
+
+    async def answer(error: Exception | None = None) -> Any:
+        actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: ref(error)))
+        return await _Actor(actor).ping()
+
+    def task_error(cause: Exception) -> RayTaskError:
+        return RayTaskError("ping", "traceback", cause)
+
+    async def scene() -> None:
+        assert await answer() == "said"
+        with pytest.raises(WorkerDied):
+            await answer(ActorDiedError())
+        with pytest.raises(ZeroDivisionError):
+            await answer(task_error(ZeroDivisionError()))
+        with pytest.raises(StateLost):
+            await answer(task_error(ActorDiedError()))
+
+    asyncio.run(scene())
+
+
+def test_tasks_and_timers_of_an_owner_have_an_empty_context_and_tell_their_errors() -> None:
+    async def scene() -> None:
+        CALLER.set("somebody")
+        told: list[Exception] = []
+        seen: list[str | None] = []
+        background = Background(told.append)
+
+        def note() -> None:
+            seen.append(CALLER.get())
+            raise KeyError
+
+        async def work() -> None:
+            note()
+
+        background.spawn(work())
+        background.soon(note)
+        background.later(0.001, note)
+        await until(lambda: len(told) == 3)
+        assert seen == [None] * 3 and CALLER.get() == "somebody"
+
+    asyncio.run(scene())
+
+
+def test_an_owner_that_closes_ends_its_tasks_and_hears_of_none() -> None:
+    async def scene() -> None:
+        told: list[Exception] = []
+        background = Background(told.append)
+        task = background.spawn(asyncio.sleep(60))
+        await background.close()
+        assert task.cancelled() and not told
+
+    asyncio.run(scene())

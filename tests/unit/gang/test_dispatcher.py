@@ -1,0 +1,263 @@
+"""Requests on their way through a host whose workers die, hang, fail and refuse."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
+from distriray.gang import segments
+from distriray.gang.events import Repaired
+from distriray.gang.job import Job
+from tests.gang.policies import NewestFirst, Script
+
+from .fleet import CALLER, LONG, FakeHost, until
+
+
+def do(scene: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scene, 20))
+
+
+async def at(job: Job, step: int) -> None:
+    await until(lambda: job.workers is not None and job.step >= step)
+
+
+def opened(max_steps: int = LONG) -> dict[str, Any]:
+    return {"limits": {"max_steps": max_steps}}
+
+
+def test_a_request_is_done_by_the_gang_that_it_asked_for() -> None:
+    async def scene() -> None:
+        async with FakeHost(4) as host:
+            result = await host.accept(gang_size=4).ended
+            assert result.segments[0].workers == (0, 1, 2, 3) and result.repairs == 0
+            assert len(host.dispatcher.free) == 4
+
+    do(scene())
+
+
+def test_no_call_to_a_worker_is_made_for_a_client() -> None:
+    async def client(host: FakeHost, name: str, **fields: Any) -> None:
+        CALLER.set(name)
+        job = host.accept(id=name, **fields)
+        try:
+            await asyncio.shield(job.ended)
+        except asyncio.CancelledError:
+            host.dispatcher.cancel(job)
+
+    async def scene() -> None:
+        async with FakeHost(2, NewestFirst(), **opened()) as host:
+            fleet = host.fleet
+            first = asyncio.create_task(client(host, "first", num_inference_steps=LONG))
+            await until(lambda: any(job.step > 3 for job in host.dispatcher.jobs.values()))
+            second = asyncio.create_task(client(host, "second", num_inference_steps=200))
+            await until(lambda: "second" in host.dispatcher.jobs and host.dispatcher.jobs["second"].step > 3)
+            fleet.at(1).die()  # so that others link and load on this request's behalf
+            await second
+            await until(lambda: host.dispatcher.jobs["first"].workers is not None)
+            first.cancel()
+            await until(lambda: not host.dispatcher.jobs)
+            await host.whole()
+            assert len(fleet.callers) > 15 and set(fleet.callers) == {None}
+
+    do(scene())
+
+
+def test_a_client_that_leaves_while_another_works_leaves_it_alone() -> None:
+    async def scene() -> None:
+        async with FakeHost(2, NewestFirst(), **opened()) as host:
+            left = host.accept(id="left", num_inference_steps=LONG)
+            await at(left, 3)
+            kept = host.accept(id="kept", num_inference_steps=60)
+            await at(kept, 3)
+            host.dispatcher.cancel(left)
+            result = await kept.ended
+            assert result.repairs == 0 and len(result.segments) == 1
+            assert isinstance(left.ended.exception(), GenerationCancelled)
+
+    do(scene())
+
+
+@pytest.mark.parametrize("gang_size", [1, 2])
+def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(gang_size: int) -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            fleet, old = host.fleet, host.fleet.at(0)
+            job = host.accept(gang_size=gang_size, num_inference_steps=60)
+            await at(job, 10)
+            old.raises = RuntimeError("CUDA error")
+            result = await job.ended
+            assert result.repairs == 1
+            assert gang_size == 1 or result.segments[-1].first_step >= 10  # the other one has the state
+            await host.whole()
+            assert not old.alive and fleet.at(0) is not old and host.dispatcher.healthy
+            assert "CUDA error" in host.dispatcher.crew.repairs[0].cause
+
+    do(scene())
+
+
+def test_a_failing_worker_does_not_eat_the_queue() -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            host.fleet.at(0).raises = RuntimeError("CUDA error")
+            jobs = [host.accept(id=str(i), gang_size=1) for i in range(30)]
+            results = await asyncio.gather(*(job.ended for job in jobs))
+            assert len(results) == 30 and sum(result.repairs for result in results) == 1
+
+    do(scene())
+
+
+def test_a_request_under_which_two_workers_fail_alike_ends_and_the_host_goes_on() -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            job = host.accept(gang_size=2, num_inference_steps=60)
+            await at(job, 3)
+            for index in range(2):
+                host.fleet.at(index).raises = RuntimeError("shapes do not match")
+            with pytest.raises(GangBroken, match="shapes do not match"):
+                await job.ended
+            await host.whole()
+            assert (await host.accept(gang_size=2).ended).repairs == 0
+
+    do(scene())
+
+
+def test_a_refused_request_costs_no_gang_and_no_worker() -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            host.fleet.at(1).refuses = InvalidRequest("not so", "scheduler")
+            with pytest.raises(InvalidRequest, match="not so"):
+                await host.accept(gang_size=2).ended
+            host.fleet.at(1).refuses = None
+            assert host.dispatcher.free == {0, 1}
+            assert (await host.accept(gang_size=2).ended).repairs == 0
+            assert len(host.fleet.launched) == 2
+
+    do(scene())
+
+
+def test_a_pause_in_which_nobody_dies_costs_no_step() -> None:
+    async def scene() -> None:
+        async with FakeHost(2, **opened()) as host:
+            job = host.accept(gang_size=2, num_inference_steps=300)
+            await at(job, 100)
+            host.fleet.at(1).hangs = True
+            await asyncio.sleep(2 * host.fleet.timeout_s)
+            host.fleet.at(1).hangs = False
+            result = await job.ended
+            assert result.repairs == 1 and result.segments[1].first_step >= 100
+            assert len(host.fleet.launched) == 2
+
+    do(scene())
+
+
+@pytest.mark.parametrize("dies_first", [True, False])
+def test_a_hang_and_a_death_together_cost_the_dead_ones_steps_at_most(dies_first: bool) -> None:
+    """The replacement of the dead one is up before the other has come back."""
+
+    async def scene() -> None:
+        async with FakeHost(2, policy := Script([(0, 1), (1,)], every=LONG), **opened()) as host:
+            fleet, hung, dead = host.fleet, host.fleet.at(0), host.fleet.at(1)
+            job = host.accept(num_inference_steps=150)
+            await at(job, 40)
+            hung.hangs = True
+            if not dies_first:
+                await asyncio.sleep(2 * fleet.timeout_s)
+            dead.die()
+            policy.at = 1
+            await until(lambda: fleet.at(1) is not dead)
+            await asyncio.sleep(2 * fleet.load_s)
+            hung.hangs = False
+            result = await job.ended
+            assert result.segments[-1].workers == (1,) and result.segments[-1].first_step >= 40
+            await host.whole()
+            assert host.dispatcher.healthy
+
+    do(scene())
+
+
+def test_holders_that_die_while_a_request_waits_send_it_back_to_the_step_of_the_others() -> None:
+    async def scene() -> None:
+        gangs = [(0, 1), (2, 3), (2,)]
+        async with FakeHost(4, policy := Script(gangs, every=LONG), **opened()) as host:
+            fleet = host.fleet
+            job = host.accept(num_inference_steps=300)
+            await at(job, 30)
+            policy.at = 1
+            host.dispatcher._decide()
+            await until(lambda: job.workers == (2, 3) and job.step > 60)
+            before = dict(job.held)
+            assert {worker.index for worker in before} == {0, 1}
+            for index in (2, 3):
+                fleet.at(index).die()
+            result = await job.ended
+            assert result.segments[-1].first_step == min(before.values()) >= 30
+
+    do(scene())
+
+
+def test_an_error_of_the_host_in_one_segment_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with FakeHost(4, **opened()) as host:
+            other = host.accept(id="other", gang_size=2, num_inference_steps=300)
+            await at(other, 3)
+
+            async def fails(*_: object) -> Any:
+                raise KeyError(7)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(segments, "_come_back", fails)
+                with pytest.raises(KeyError):
+                    await host.accept(id="hurt", gang_size=2).ended
+            await host.whole()
+            assert (await other.ended).repairs == 0 and host.dispatcher.healthy
+
+    do(scene())
+
+
+def test_a_policy_that_lends_what_is_lent_fails_the_host_and_nobody_waits_for_ever() -> None:
+    class Twice:
+        review_s = None
+
+        def plan(self, view: Any, model: Any) -> Any:
+            raise ZeroDivisionError
+
+    async def scene() -> None:
+        async with FakeHost(2, Twice()) as host:  # type: ignore[arg-type]
+            with pytest.raises(ZeroDivisionError):
+                await host.accept().ended
+            assert not host.dispatcher.healthy
+
+    do(scene())
+
+
+def test_workers_forget_what_is_over_though_nobody_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distriray.gang.crew.HEARTBEAT_S", 0.01)
+
+    async def scene() -> None:
+        async with FakeHost(1, **opened()) as host:
+            worker = host.fleet.at(0)
+            kept = host.accept(num_inference_steps=LONG)
+            await at(kept, 1)
+            worker.states |= {0: 5, 99: 5}  # one of a request that is over, one of a request yet to come
+            await until(lambda: 0 not in worker.states)
+            assert set(worker.states) == {kept.number, 99}
+
+    do(scene())
+
+
+def test_a_repair_is_told_with_who_was_lost() -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            job = host.accept(gang_size=2, num_inference_steps=60)
+            await at(job, 10)
+            host.fleet.at(1).die()
+            await job.ended
+            told = [job.events.get_nowait() for _ in range(job.events.qsize())]
+            (repaired,) = [event for event in told if isinstance(event, Repaired)]
+            assert repaired.lost_workers == (1,) and repaired.step >= 10
+
+    do(scene())

@@ -1,0 +1,169 @@
+"""Segments on the workers' side: whose fault it is when one goes wrong, in gangs of threads over gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from distriray.config import ParallelConfig
+from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory
+from distriray.gang.messages import Ending, Link, Order, Outcome
+from distriray.gang.stage import Stage
+from distriray.models import ModelSpec
+
+from .fleet import ask
+
+STICKY = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fails
+
+
+class Gang:
+    """Stages that are linked with each other."""
+
+    def __init__(self, model: Path, size: int) -> None:
+        store = HashStore()
+        spec = ModelSpec(name=str(model))
+        self.stages = [Stage(spec, torch.device("cpu"), store, timeout_s=10.0) for _ in range(size)]
+        self._threads = ThreadPoolExecutor(size)
+        self._serial = 0
+        group, name = tuple(range(size)), "all"
+        self._together(lambda rank, stage: stage.link([Link(group, name, rank, size)]))
+
+    def run(self, job: int | None = None, step: int = 0, link: str = "all", **fields: Any) -> list[Outcome]:
+        """A segment of a job, a new one unless given."""
+        self._serial += 1
+        job = 1000 + self._serial if job is None else job
+        request = ask(**{"num_inference_steps": 2, **fields})
+        sync = ParallelConfig(exchange="sync")
+
+        def one(rank: int, stage: Stage) -> Outcome:
+            order = Order(
+                serial=self._serial, job=job, request=request, step=step, link=link, rank=rank, parallel=sync
+            )
+            return stage.run(order, None)
+
+        return self._together(one)
+
+    def _together(self, work: Callable[[int, Stage], Any]) -> list[Any]:
+        return list(self._threads.map(work, range(len(self.stages)), self.stages))
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_model: Path) -> Gang:
+    return Gang(tiny_model, 2)
+
+
+@pytest.fixture
+def gang(shared: Gang, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gang]:
+    """Two linked stages, which every test must leave able to draw."""
+    yield shared
+    monkeypatch.undo()
+    assert endings(shared.run()) == [Ending.DONE] * 2
+
+
+def endings(outcomes: list[Outcome]) -> list[Ending]:
+    assert not any(outcome.broken for outcome in outcomes)
+    return [outcome.ending for outcome in outcomes]
+
+
+def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> None:
+    outcomes = gang.run(scheduler="lcm", num_inference_steps=51)
+    assert endings(outcomes) == [Ending.REFUSED] * 2
+    assert all(isinstance(o.error, InvalidRequest) and "51" in str(o.error) for o in outcomes)
+
+
+def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang.stages[1]._denoiser, "prepare", raises(InvalidRequest("not so")))
+    outcomes = gang.run()
+    assert endings(outcomes) == [Ending.NOT_BEGUN, Ending.REFUSED]
+    assert isinstance(outcomes[1].error, InvalidRequest)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_memory_that_runs_out_while_preparing_is_the_requests_own(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(gang.stages[0]._denoiser, "prepare", raises(error))
+    outcomes = gang.run()
+    assert endings(outcomes) == [Ending.REFUSED, Ending.NOT_BEGUN]
+    assert isinstance(outcomes[0].error, OutOfMemory) and "128x128" in str(outcomes[0].error)
+
+
+def test_another_error_while_preparing_is_the_requests_own_if_the_device_works(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang.stages[0]._denoiser, "prepare", raises(IndexError(3)))
+    (refused, _) = outcomes = gang.run()
+    assert endings(outcomes) == [Ending.REFUSED, Ending.NOT_BEGUN]
+    assert type(refused.error) is DistrirayError and "IndexError" in str(refused.error)
+
+
+def test_an_error_while_preparing_is_the_workers_own_if_the_device_does_not_work(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang.stages[1]._denoiser, "prepare", raises(STICKY))
+    monkeypatch.setattr(gang.stages[1], "device", torch.device("cuda", 99))  # there is none
+    outcomes = gang.run()
+    assert endings(outcomes) == [Ending.NOT_BEGUN, Ending.FAILED]
+    assert "illegal memory access" in outcomes[1].cause
+
+
+@pytest.mark.parametrize("verb", ["step", "decode"])
+def test_a_lone_worker_that_fails_says_so_and_its_communicator_goes_on(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    gang = Gang(tiny_model, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(gang.stages[0]._denoiser, verb, raises(STICKY))
+        assert endings(gang.run(link="alone")) == [Ending.FAILED]
+    assert endings(gang.run(link="alone")) == [Ending.DONE]
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"), [(STICKY, Ending.FAILED), (torch.OutOfMemoryError("CUDA"), Ending.REFUSED)]
+)
+def test_a_rank_that_leaves_alone_breaks_its_gang_and_the_others_keep_their_step(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, ending: Ending
+) -> None:
+    gang = Gang(tiny_model, 2)
+    monkeypatch.setattr(gang.stages[1]._denoiser, "step", raises(error))
+    survivor, alone = gang.run()
+    assert survivor.ending is Ending.BROKEN and survivor.step == 0
+    assert alone.ending is ending
+    assert survivor.broken and alone.broken
+
+
+def test_a_state_is_never_taken_for_that_of_another_request_with_the_same_id(gang: Gang) -> None:
+    gang.run(job=1, id="same")
+    assert [stage._states[1].step for stage in gang.stages] == [2, 2]
+    outcomes = gang.run(job=2, step=2, id="same")  # it has no state of this job
+    assert endings(outcomes) == [Ending.REFUSED] * 2
+
+
+def test_only_states_of_jobs_that_are_over_are_dropped(gang: Gang) -> None:
+    for job in (11, 12, 13):
+        gang.run(job=job)
+    stage = gang.stages[0]
+    stage.retain({11}, 12)
+    assert {11, 13} <= stage._states.keys() and 12 not in stage._states
