@@ -155,12 +155,13 @@ def test_a_pause_in_which_nobody_dies_costs_no_step() -> None:
 
 
 @pytest.mark.parametrize("dies_first", [True, False])
-def test_a_hang_and_a_death_together_cost_the_dead_ones_steps_at_most(dies_first: bool) -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_hang_and_a_death_together_cost_no_step(dies_first: bool, place: int) -> None:
     """The replacement of the dead one is up before the other has come back."""
 
     async def scene() -> None:
-        async with FakeHost(2, policy := Script([(0, 1), (1,)], every=LONG), **opened()) as host:
-            fleet, hung, dead = host.fleet, host.fleet.at(0), host.fleet.at(1)
+        async with FakeHost(2, policy := Script([(0, 1), (place,)], every=LONG), **opened()) as host:
+            fleet, hung, dead = host.fleet, host.fleet.at(1 - place), host.fleet.at(place)
             job = host.accept(num_inference_steps=150)
             await at(job, 40)
             hung.hangs = True
@@ -168,11 +169,11 @@ def test_a_hang_and_a_death_together_cost_the_dead_ones_steps_at_most(dies_first
                 await asyncio.sleep(2 * fleet.timeout_s)
             dead.die()
             policy.at = 1
-            await until(lambda: fleet.at(1) is not dead)
+            await until(lambda: fleet.at(place) is not dead)
             await asyncio.sleep(2 * fleet.load_s)
             hung.hangs = False
             result = await job.ended
-            assert result.segments[-1].workers == (1,) and result.segments[-1].first_step >= 40
+            assert result.segments[-1].workers == (place,) and result.segments[-1].first_step >= 40
             await host.whole()
             assert host.dispatcher.healthy
 
