@@ -14,8 +14,8 @@ from ..errors import GangBroken
 from ..routing.buddy import aligned_blocks
 from .background import Background
 from .config import HostConfig
-from .messages import Link, WorkerFacts
-from .remote import RemoteWorker, WorkerDied, WorkerId
+from .messages import GangMembership, WorkerFacts, WorkerId
+from .remote import RemoteWorker, WorkerDied
 
 REPAIR_ATTEMPTS = 3
 HEARTBEAT_S = 5.0
@@ -180,9 +180,13 @@ class Crew:
             names = {g: f"{'-'.join(map(str, g))}.{next(self._generations)}" for g in missing if len(g) > 1}
             works: dict[WorkerId, asyncio.Future[None]] = {}
             for index, member in members.items():
-                links = [Link(g, name, g.index(index), len(g)) for g, name in names.items() if index in g]
-                if links:
-                    works[member.id] = member.remote.link(links)
+                mine = [
+                    GangMembership(group=group, name=name, rank=group.index(index), world_size=len(group))
+                    for group, name in names.items()
+                    if index in group
+                ]
+                if mine:
+                    works[member.id] = member.remote.link(mine)
             ends = await asyncio.gather(*works.values(), return_exceptions=True)
             failed = {w: end for w, end in zip(works, ends, strict=True) if isinstance(end, Exception)}
             for group in missing:

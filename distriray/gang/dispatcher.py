@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from PIL import Image
-
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import WorkersUnavailable
@@ -19,14 +17,15 @@ from .admission import admit
 from .background import Background
 from .config import HostConfig
 from .crew import Crew
-from .events import Preview, Queued, Regrouped, Repaired, Started, Step
-from .job import Job
-from .messages import Ending, Progress, Wish, WorkerFacts
+from .events import Queued, Repaired
+from .job import Job, JobState
+from .messages import Progress, StopSignal, WorkerFacts, WorkerId
 from .metrics import HostMetrics
 from .profile import guessed_profile
-from .remote import RemoteWorker, WorkerId
-from .segments import Verdict, run_segment
-from .speed import Speed
+from .remote import RemoteWorker
+from .segment_result import IN_ORDER, SegmentResult
+from .segments import RunningSegment
+from .speed import Moment, Speed
 
 log = logging.getLogger("ray.serve.distriray")
 
@@ -137,13 +136,12 @@ class Dispatcher:
 
     def cancel(self, job: Job) -> None:
         """Stop a request after the step it is in; nothing happens if it is over."""
-        if job.ended.done() or job.cancelled:
+        if not job.cancel():
             return
-        job.cancelled = True
-        if job.workers is None:
+        if job.state is JobState.WAITING:
             self._end(job, GenerationCancelled(f"request {job.request.id} was cancelled at step {job.step}"))
         else:
-            self._ask(job, Wish.CANCEL)
+            self._stop(job, StopSignal.CANCEL)
 
     # Deciding
 
@@ -170,19 +168,13 @@ class Dispatcher:
             self._fail(error)
             return
         for name in todo.yields:
-            job = self.jobs[name]
-            if not job.yielding and not job.cancelled:
-                job.yielding = True
-                self._ask(job, Wish.YIELD)
+            if self.jobs[name].yield_():
+                self._stop(self.jobs[name], StopSignal.YIELD)
         for name, workers in todo.starts.items():
             if missing := set(workers) - self.free:
                 self._fail(WorkersUnavailable(f"workers {sorted(missing)} are leased or dead"))
                 return
-            self.leased.update(workers)
-            self._segments += 1
-            job = self.jobs[name]
-            job.begin(workers, self._segments)
-            self._background.spawn(self._work(job, workers))
+            self._start(self.jobs[name], workers)
         if todo.starts:
             self._tell_levels()
         if self.policy.review_s is not None:
@@ -205,15 +197,14 @@ class Dispatcher:
     def worker_out(self, index: int) -> None:
         """For `Crew`."""
         for job in self.jobs.values():
-            job.breaking |= index in (job.workers or ())
+            if index in (job.workers or ()):
+                job.break_off()
         self._wake()
 
     def worker_dead(self, worker: WorkerId) -> None:
         """For `Crew`."""
         for job in self.jobs.values():
-            job.held.pop(worker, None)
-            if job.workers is None:
-                job.rewind()
+            job.lose(worker)
 
     def worker_ready(self, index: int) -> None:
         """For `Crew`."""
@@ -223,24 +214,37 @@ class Dispatcher:
         """For `Crew`."""
         return {job.number for job in self.jobs.values()}, self._accepted
 
-    def _ask(self, job: Job, wish: Wish) -> None:
+    def _stop(self, job: Job, signal: StopSignal) -> None:
         for index in job.workers or ():
             if (member := self.crew.member(index)) is not None:
-                member.remote.ask(job.serial, wish)
+                member.remote.stop(job.serial, signal)
 
     # Working
 
-    async def _work(self, job: Job, workers: tuple[int, ...]) -> None:
+    def _start(self, job: Job, workers: tuple[int, ...]) -> None:
+        """Send a gang off with a request."""
+        self._segments += 1
+        job.start(workers, self._segments)
+        try:
+            segment = RunningSegment(self.crew, self.config, job)
+        except Exception as error:
+            self._end(job, error)
+            return
+        self.leased.update(workers)
+        self._background.spawn(self._work(job, segment))
+
+    async def _work(self, job: Job, segment: RunningSegment) -> None:
         """One gang works on one request until it is done, yields, is cancelled or breaks.
 
-        An error of the host's own ends this request; its gang, which may be anywhere, is made anew.
+        An error of the host's own ends this request; its gang, which may be anywhere, is replaced.
         """
-        gang = [member.id for index in workers if (member := self.crew.member(index)) is not None]
+        gang, began = segment.workers, self.speed.now()
         try:
-            verdict = await self._segment(job)
-            job.workers, job.breaking = None, False
-            self._conclude(job, verdict)
-            if verdict.torn and len(gang) > 1 and all(map(self.crew.alive, gang)):
+            result = await segment.come_back(lambda progress: self._heard(job, progress))
+            if job.state is not JobState.ENDED:  # as it is where the host has failed
+                self._take_back(job, result, began)
+                self._conclude(job, result)
+            if result.torn and len(gang) > 1 and all(map(self.crew.alive, gang)):
                 self.crew.relink(gang)
         except Exception as error:
             log.exception("a segment of request %s failed", job.request.id)
@@ -248,52 +252,41 @@ class Dispatcher:
                 self.crew.lose(worker, f"the host failed in its segment: {error!r}")
             self._end(job, error)
         finally:
-            self.leased.difference_update(workers)
+            self.leased.difference_update(worker.index for worker in gang)
             self._wake()
 
-    async def _segment(self, job: Job) -> Verdict:
-        """Send the gang off, and take over what it brings back."""
-        workers, request, began = job.workers, job.request, self.speed.now()
-        assert workers is not None
-        job.rewind()
-        first = job.step
-        if job.segments:
-            job.tell(Regrouped(request.id, workers, first))
-        else:
-            job.tell(Started(request.id, workers))
-        verdict = await run_segment(self.crew, self.config, job, self._heard)
-        if worked := verdict.worked:
-            job.account(worked, first, time.monotonic() - began.clock_s)
-            self.metrics.segment(job, worked)
+    def _take_back(self, job: Job, result: SegmentResult, began: Moment) -> None:
+        """What a gang brings back, and what it teaches."""
+        job.come_back(result, {w: step for w, step in result.held.items() if self.crew.alive(w)})
+        if result.worked:
+            self.metrics.segment(job, result.worked)
             self.speed.learn(job, began)
-            for step, image in worked[0].previews:
-                self._show(job, step, image)
-        for worker, outcome in verdict.outcomes.items():
-            if outcome.ending in (Ending.DONE, Ending.YIELDED, Ending.CANCELLED):
+        for worker, rank in result.ranks.items():
+            if rank.end in IN_ORDER:
                 self.crew.proved(worker)
-        job.held.update({worker: step for worker, step in verdict.held.items() if self.crew.alive(worker)})
-        job.rewind()
-        return verdict
 
-    def _conclude(self, job: Job, verdict: Verdict) -> None:
+    def _conclude(self, job: Job, result: SegmentResult) -> None:
         request = job.request
-        if verdict.finished is not None:
-            self._end(job, job.result(self.config.model.name, verdict.finished))
-        elif verdict.error is not None:
-            self._end(job, verdict.error)
+        if result.finished is not None:
+            self._end(job, job.result(self.config.model.name, result.finished))
+        elif result.error is not None:
+            self._end(job, result.error)
         elif job.cancelled:
             self._end(job, GenerationCancelled(f"request {request.id} was cancelled at step {job.step}"))
-        elif verdict.interrupted:
+        elif result.interrupted:
             job.breaks += 1
-            job.failures += verdict.failures
             self.metrics.gang_broke()
-            alike = len(set(job.failures)) < len(job.failures)  # two workers failed in one way
-            if alike or job.breaks >= self.config.max_attempts:
-                causes = "; ".join(verdict.causes)
+            if job.hopeless or job.breaks >= self.config.max_attempts:
+                causes = "; ".join(result.causes)
                 message = f"request {request.id}: {job.breaks} gangs broke under it: {causes}"
                 self._end(job, GangBroken(message))
             else:
-                job.tell(Repaired(request.id, tuple(worker.index for worker in verdict.lost), job.step))
+                job.tell(Repaired(request.id, tuple(worker.index for worker in result.lost), job.step))
+
+    def _heard(self, job: Job, progress: Progress) -> None:
+        job.progress(progress)
+        if job.decoding:
+            self._tell_levels()
 
     def _end(self, job: Job, end: GenerationResult | BaseException) -> None:
         """The one place where a request ends."""
@@ -301,30 +294,10 @@ class Dispatcher:
             return
         self.metrics.ended(job, end)
         self._wake()
-        if isinstance(end, GenerationResult):
-            job.ended.set_result(end)
-        else:
-            job.ended.set_exception(end)
+        job.end(end)
         for worker in job.held:
             if (remote := self.crew.remote(worker)) is not None:
                 remote.retain(*self.unfinished())
-
-    def _heard(self, job: Job, progress: Progress) -> None:
-        request = job.request
-        job.step, job.num_steps = progress.step, progress.num_steps
-        job.prepared |= progress.step > 0
-        if job.decoding:
-            self._tell_levels()
-        for step, image in progress.previews:
-            self._show(job, step, image)
-        seconds = time.monotonic() - job.arrival
-        size = len(job.workers or ())
-        job.tell(Step(request.id, job.step, job.num_steps, size, seconds))
-
-    def _show(self, job: Job, step: int, image: Image.Image) -> None:
-        if step > job.shown:
-            job.tell(Preview(job.request.id, step, job.previews, image))
-            job.shown, job.previews = step, job.previews + 1
 
     def _fail(self, error: BaseException) -> None:
         """The policy or the host itself has a bug: nobody waits for ever, and no health check passes."""

@@ -1,78 +1,117 @@
-"""One accepted request on its way through a host."""
+"""An accepted request on its way through a host."""
 
 from __future__ import annotations
 
 import asyncio
 import statistics
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+
+from PIL import Image
 
 from ..requests import GenerationRequest, GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
-from .events import Event
-from .messages import Outcome
-from .remote import WorkerId
+from .events import Event, Preview, Regrouped, Started, Step
+from .messages import Progress, RankResult, WorkerId
+from .segment_result import SegmentResult
+
+
+class JobState(StrEnum):
+    """Where a request stands."""
+
+    WAITING = "waiting"  # for workers
+    RUNNING = "running"  # a gang makes its steps
+    YIELDING = "yielding"  # its gang was told to leave after the step it is in
+    DECODING = "decoding"  # all steps are done, the gang makes the picture
+    BREAKING = "breaking"  # its gang lost a worker and has not come back yet
+    ENDED = "ended"
+
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    JobState.WAITING: frozenset({JobState.RUNNING, JobState.ENDED}),
+    JobState.RUNNING: frozenset(JobState) - {JobState.RUNNING},
+    JobState.YIELDING: frozenset({JobState.DECODING, JobState.BREAKING, JobState.WAITING, JobState.ENDED}),
+    JobState.DECODING: frozenset({JobState.BREAKING, JobState.WAITING, JobState.ENDED}),
+    JobState.BREAKING: frozenset({JobState.WAITING, JobState.ENDED}),
+    JobState.ENDED: frozenset(),
+}
+"""Every change of state that can be."""
 
 
 class Job:
     """A request between submission and its one end. Times are on the monotonic clock.
 
+    Its verbs change it, and nobody else does.
+
     Attributes:
+        number: of all requests that the host accepted, this one's.
         step: steps that are done of `num_steps`, as far as the host has heard (second order
             schedulers take more steps than were asked for).
-        workers: the gang it holds now, rank 0 first; None while it waits.
-        number: of all requests that the host accepted, this one's.
-        held: the processes that hold a state of it, and the step that each has; they lose it by dying, and
-            what they have changes with every segment that they come back from.
-        serial: of its running segment.
+        workers: the gang that it has, rank 0 first; None while it waits.
+        serial: of its last segment.
+        cancelled: its owner wants it no more.
+        held: the processes that hold a state of it, and the step that each has. They lose it by dying, and
+            what they hold changes with every segment that they come back from.
         predicted_s: seconds to the result, as predicted when it was accepted.
-        breaking: its gang broke and is being cleared up; no policy sees it meanwhile.
-        failures: why workers failed under it, each once a worker.
+        breaks: gangs that were interrupted under it.
         previews: pictures shown so far, the last one of step `shown`.
+        ended: its result or its error.
     """
 
     def __init__(self, request: GenerationRequest, max_gang: int, number: int) -> None:
         self.request, self.number = request, number
         self.max_gang = max_gang
         self.arrival = time.monotonic()
+        self.state = JobState.WAITING
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(_retrieve)
         self.predicted_s = 0.0
         self.step, self.num_steps = 0, request.num_inference_steps
-        self.prepared = False
         self.workers: tuple[int, ...] | None = None
         self.held: dict[WorkerId, int] = {}
         self.serial = -1
-        self.yielding = False
         self.cancelled = False
-        self.breaking = False
         self.breaks = 0
-        self.failures: list[str] = []
         self.segments: list[Segment] = []
         self.previews = 0
         self.shown = 0
         self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self._first_step = 0
+        self._failures: list[str] = []
         self._started: float | None = None
-        self._sent_at = 0.0
+        self._sent_at = self._sent = 0.0
         self._prepare_s = self._denoise_s = self._decode_s = 0.0
 
     @property
     def deadline(self) -> float | None:
+        """When it is due."""
         return None if self.request.deadline_s is None else self.arrival + self.request.deadline_s
 
     @property
     def decoding(self) -> bool:
-        """It holds workers, of which one is at work, and makes no more steps."""
-        return self.workers is not None and self.step >= self.num_steps
+        """It has its workers still, but no steps left."""
+        return self.state is JobState.DECODING
+
+    @property
+    def breaking(self) -> bool:
+        """Its gang is being cleared up; no policy sees it until that is over."""
+        return self.state is JobState.BREAKING
+
+    @property
+    def prepared(self) -> bool:
+        """Somebody has its prompt encoded."""
+        return bool(self.held) or self.step > 0
 
     @property
     def holders(self) -> set[WorkerId]:
         """The processes that hold its state at `step`; meaningful while it waits."""
         return {worker for worker, step in self.held.items() if step == self.step}
 
-    def rewind(self) -> None:
-        """It waits at the last step that anybody holds, or from the beginning."""
-        self.step, self.prepared = max(self.held.values(), default=0), bool(self.held)
+    @property
+    def hopeless(self) -> bool:
+        """Two workers failed under it in the same way: it is not their fault."""
+        return len(set(self._failures)) < len(self._failures)
 
     def view(self) -> RequestView:
         """What a policy sees of it."""
@@ -96,42 +135,80 @@ class Job:
         )
 
     def tell(self, event: Event) -> None:
-        """Let whoever streams it hear `event`."""
+        """Let the client that streams it hear `event`."""
         self.events.put_nowait(event)
 
-    def begin(self, workers: tuple[int, ...], serial: int) -> None:
+    def start(self, workers: tuple[int, ...], serial: int) -> None:
         """A gang takes it up."""
-        self._started = self._started or time.monotonic()
-        self.workers, self.serial, self.yielding = workers, serial, False
-        self._sent_at = time.time()
+        self._become(JobState.RUNNING)
+        self.workers, self.serial = workers, serial
+        self._first_step, self._sent_at, self._sent = self.step, time.time(), time.monotonic()
+        self._started = self._started or self._sent
+        if self.segments:
+            self.tell(Regrouped(self.request.id, workers, self.step))
+        else:
+            self.tell(Started(self.request.id, workers))
 
-    def account(self, outcomes: Collection[Outcome], first: int, seconds: float) -> None:
-        """Add a segment that began at step `first`; `outcomes` are its survivors', lowest rank first."""
-        assert self.workers is not None
-        last = max(outcome.step for outcome in outcomes)
-        self.segments.append(
-            Segment(
-                workers=self.workers,
-                first_step=first,
-                last_step=last,
-                seconds=seconds,
-                sent_at=self._sent_at,
-                formed_at=max(outcome.formed_at for outcome in outcomes),
-                left_at=max(outcome.left_at for outcome in outcomes),
-                fresh_step_s=_mean(step for outcome in outcomes for step in outcome.fresh_s),
-                stale_step_s=_mean(step for outcome in outcomes for step in outcome.stale_s),
-            )
-        )
-        first_rank = next(iter(outcomes))
-        self._prepare_s += first_rank.prepare_s
-        self._denoise_s += sum(first_rank.fresh_s) + sum(first_rank.stale_s)
-        self._decode_s += first_rank.decode_s
+    def yield_(self) -> bool:
+        """Its workers are wanted elsewhere; whether it has to be told."""
+        if self.state is not JobState.RUNNING or self.cancelled:
+            return False
+        self._become(JobState.YIELDING)
+        return True
 
-    def result(self, model: str, outcome: Outcome) -> GenerationResult:
+    def cancel(self) -> bool:
+        """Its owner wants it no more; whether that is new."""
+        if self.cancelled or self.state is JobState.ENDED:
+            return False
+        self.cancelled = True
+        return True
+
+    def progress(self, progress: Progress) -> None:
+        """Its gang has gone on."""
+        self.step, self.num_steps = progress.step, progress.num_steps
+        if self.step >= self.num_steps and self.state in (JobState.RUNNING, JobState.YIELDING):
+            self._become(JobState.DECODING)
+        for step, image in progress.previews:
+            self._show(step, image)
+        seconds, size = time.monotonic() - self.arrival, len(self.workers or ())
+        self.tell(Step(self.request.id, self.step, self.num_steps, size, seconds))
+
+    def break_off(self) -> None:
+        """Its gang has lost a worker."""
+        if self.state is not JobState.BREAKING:
+            self._become(JobState.BREAKING)
+
+    def come_back(self, result: SegmentResult, held: Mapping[WorkerId, int]) -> None:
+        """Its gang has left it, for now or for good; `held` is the part of `result.held` that is still so."""
+        if worked := result.worked:
+            self._account(worked)
+            for step, image in worked[0].previews:
+                self._show(step, image)
+        self._failures += result.failures
+        self.held.update(held)
+        self.workers = None
+        self._become(JobState.WAITING)
+        self._rewind()
+
+    def lose(self, worker: WorkerId) -> None:
+        """A process died with what it held."""
+        self.held.pop(worker, None)
+        if self.state is JobState.WAITING:
+            self._rewind()
+
+    def end(self, end: GenerationResult | BaseException) -> None:
+        """It is over."""
+        self._become(JobState.ENDED)
+        if isinstance(end, GenerationResult):
+            self.ended.set_result(end)
+        else:
+            self.ended.set_exception(end)
+
+    def result(self, model: str, rank: RankResult) -> GenerationResult:
         """What its owner gets."""
         request, now = self.request, time.monotonic()
         assert request.height is not None and request.width is not None
-        assert outcome.images is not None and self._started is not None
+        assert rank.images is not None and self._started is not None
         return GenerationResult(
             id=request.id,
             model=model,
@@ -147,8 +224,43 @@ class Job:
             ),
             segments=self.segments,
             repairs=self.breaks,
-            images=outcome.images,
+            images=rank.images,
         )
+
+    def _become(self, state: JobState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"request {self.request.id} is {self.state} and cannot become {state}")
+        self.state = state
+
+    def _rewind(self) -> None:
+        """It goes on from the last step that anybody holds, or from the beginning."""
+        self.step = max(self.held.values(), default=0)
+
+    def _account(self, ranks: list[RankResult]) -> None:
+        """Add the segment that has ended; `ranks` took part in it, lowest first."""
+        assert self.workers is not None
+        self.segments.append(
+            Segment(
+                workers=self.workers,
+                first_step=self._first_step,
+                last_step=max(rank.step for rank in ranks),
+                seconds=time.monotonic() - self._sent,
+                sent_at=self._sent_at,
+                formed_at=max(rank.formed_at for rank in ranks),
+                left_at=max(rank.left_at for rank in ranks),
+                fresh_step_s=_mean(step for rank in ranks for step in rank.fresh_s),
+                stale_step_s=_mean(step for rank in ranks for step in rank.stale_s),
+            )
+        )
+        first = ranks[0]
+        self._prepare_s += first.prepare_s
+        self._denoise_s += sum(first.fresh_s) + sum(first.stale_s)
+        self._decode_s += first.decode_s
+
+    def _show(self, step: int, image: Image.Image) -> None:
+        if step > self.shown:
+            self.tell(Preview(self.request.id, step, self.previews, image))
+            self.shown, self.previews = step, self.previews + 1
 
 
 def _mean(values: Iterable[float]) -> float | None:

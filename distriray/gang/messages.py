@@ -1,4 +1,4 @@
-"""What a host and its workers say to each other."""
+"""Messages between a host and its workers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from ..errors import DistrirayError
 from ..requests import MULTIPLE_OF, GenerationRequest
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class WorkerId:
+    """One worker process: its place in the host, and which of the processes that filled it."""
+
+    index: int
+    incarnation: int
+
+
 @dataclass(frozen=True, slots=True)
-class Link:
-    """A communicator to make: this worker is `rank` among `world_size`. A `name` serves once."""
+class GangMembership:
+    """A communicator to make: this worker is `rank` among `world_size`. A `name` can be used only once."""
 
     group: tuple[int, ...]
     name: str
@@ -23,31 +31,31 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """Go on with `request` at `step`, as a rank of the gang of communicator `link`, until done or asked.
+class SegmentOrder:
+    """Resume `request` at `step` as one rank of the gang of `communicator`, until done or told to stop.
 
-    `serial` numbers a host's segments, so that a wish never reaches another one. `job` numbers the requests
-    that it accepted, so that no state is taken for that of another request that had the same id.
+    `serial` numbers a host's segments, so that a stop signal never reaches another one. `job` numbers the
+    requests that it accepted, so that no state is taken for that of another request that had the same id.
     """
 
     serial: int
     job: int
     request: GenerationRequest
     step: int
-    link: str
+    communicator: str
     rank: int
     parallel: ParallelConfig
     preview_steps: frozenset[int] = frozenset()
 
 
-class Wish(StrEnum):
-    """What a running segment may be asked for."""
+class StopSignal(StrEnum):
+    """Why a running segment is to leave after the step it is in."""
 
     YIELD = "yield"
     CANCEL = "cancel"
 
 
-class Ending(StrEnum):
+class SegmentEnd(StrEnum):
     """How a segment ended on one rank."""
 
     DONE = "done"
@@ -56,21 +64,25 @@ class Ending(StrEnum):
     REFUSED = "refused"  # the request cannot be served, here or elsewhere
     NOT_BEGUN = "not begun"  # another rank was not ready
     BROKEN = "broken"  # a peer died, hung or left
-    FAILED = "failed"  # this worker is not to be trusted any more
+    FAILED = "failed"  # this worker cannot be trusted any more
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one rank has to say of a segment.
+class RankResult:
+    """One rank's report of a segment.
 
-    It holds the request's state at `step`, unless it refused or failed. `error` is why the request was
-    refused, `cause` why the gang broke or the worker failed; `broken` says that the gang's communicator is
-    unusable. `fresh_s` and `stale_s` are the seconds of each synchronous and each displaced step. `formed_at`
-    and `left_at` are when this rank was ready to step, were its prompt encoded already, and when it had
-    stepped.
+    Attributes:
+        step: where it holds the request's state, unless it refused or failed.
+        fresh_s, stale_s: seconds of each synchronous and of each displaced step.
+        images: from rank 0 of a gang that is done.
+        error: why the request was refused.
+        cause: why the gang broke or this worker failed.
+        broken: the gang's communicator is unusable.
+        formed_at: when this rank was ready to step, not counting prompt encoding; seconds since the epoch.
+        left_at: when it had done its last step.
     """
 
-    ending: Ending
+    end: SegmentEnd
     step: int
     num_steps: int
     prepare_s: float = 0.0
@@ -99,7 +111,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What a worker reports once its weights are loaded; memory in bytes."""
+    """A worker's report once its weights are loaded; memory in bytes."""
 
     pid: int
     node: str

@@ -22,7 +22,7 @@ from .status import PredictionStatus
 
 if TYPE_CHECKING:
     from .job import Job
-    from .messages import Outcome
+    from .messages import RankResult
 
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 STEP_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0)
@@ -133,7 +133,7 @@ class HostMetrics:
             self._observe(Name.PREDICTION_RATIO, total_s / job.predicted_s)
             self._ratios.add(total_s / job.predicted_s)
 
-    def segment(self, job: Job, outcomes: Collection[Outcome]) -> None:
+    def segment(self, job: Job, outcomes: Collection[RankResult]) -> None:
         """A gang came back; `job` has its segment already."""
         segment = job.segments[-1]
         size = str(len(segment.workers))

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
@@ -14,20 +13,9 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from torch.distributed import TCPStore
 
 from .config import HostConfig
-from .messages import Link, Order, Outcome, Progress, Wish, WorkerFacts
+from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 from .placement import Placement
 from .worker import Worker
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class WorkerId:
-    """One worker process: the place in the host that it fills, and which of those that filled it."""
-
-    index: int
-    incarnation: int
-
-    def __str__(self) -> str:
-        return f"{self.index}.{self.incarnation}"
 
 
 class WorkerDied(Exception):
@@ -46,9 +34,9 @@ class RemoteWorker(Protocol):
 
     def load(self) -> asyncio.Future[WorkerFacts]: ...
 
-    def link(self, links: Sequence[Link]) -> asyncio.Future[None]: ...
+    def link(self, links: Sequence[GangMembership]) -> asyncio.Future[None]: ...
 
-    def run(self, order: Order, state: Any) -> asyncio.Future[Outcome]:
+    def run(self, order: SegmentOrder, state: Any) -> asyncio.Future[RankResult]:
         """As `Worker.run`; `state` is what `export` gave, or None. Raises StateLost too."""
 
     def export(self, job: int) -> Any:
@@ -56,8 +44,8 @@ class RemoteWorker(Protocol):
 
     def watch(self, serial: int, seen: int) -> asyncio.Future[Progress]: ...
 
-    def ask(self, serial: int, wish: Wish) -> None:
-        """As `Worker.ask`; nobody waits for it."""
+    def stop(self, serial: int, signal: StopSignal) -> None:
+        """As `Worker.stop`; nobody waits for it."""
 
     def retain(self, jobs: Collection[int], newest: int) -> None:
         """As `Worker.retain`; nobody waits for it."""
@@ -99,10 +87,10 @@ class _Actor:
     def load(self) -> asyncio.Future[WorkerFacts]:
         return self._answer("load")
 
-    def link(self, links: Sequence[Link]) -> asyncio.Future[None]:
+    def link(self, links: Sequence[GangMembership]) -> asyncio.Future[None]:
         return self._answer("link", links)
 
-    def run(self, order: Order, state: Any) -> asyncio.Future[Outcome]:
+    def run(self, order: SegmentOrder, state: Any) -> asyncio.Future[RankResult]:
         return self._answer("run", order, state)
 
     def export(self, job: int) -> Any:
@@ -111,8 +99,8 @@ class _Actor:
     def watch(self, serial: int, seen: int) -> asyncio.Future[Progress]:
         return self._answer("watch", serial, seen)
 
-    def ask(self, serial: int, wish: Wish) -> None:
-        self._submit("ask", serial, wish)
+    def stop(self, serial: int, signal: StopSignal) -> None:
+        self._submit("stop", serial, signal)
 
     def retain(self, jobs: Collection[int], newest: int) -> None:
         self._submit("retain", jobs, newest)

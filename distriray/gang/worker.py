@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
@@ -15,10 +14,10 @@ import torch
 from torch.distributed import TCPStore
 
 from ..models import ModelSpec
-from .messages import Link, Order, Outcome, Progress, Wish, WorkerFacts
+from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 
 if TYPE_CHECKING:
-    from .stage import Stage
+    from .runner import SegmentRunner
 
 T = TypeVar("T")
 
@@ -37,7 +36,7 @@ class Worker:
         self._compute = ThreadPoolExecutor(1, "compute", initializer=self._one_thread)
         self._linking = ThreadPoolExecutor(1, "link")
         self._news = asyncio.Event()
-        self._stage: Stage | None = None
+        self._runner: SegmentRunner | None = None
 
     async def load(self) -> WorkerFacts:
         """Load the weights; raises ModelNotFound, UnsupportedModel."""
@@ -46,18 +45,17 @@ class Worker:
         def tell() -> None:
             loop.call_soon_threadsafe(self._news.set)
 
-        def make() -> tuple[Stage, float]:
-            from .stage import Stage  # with diffusers, which hosts do without: they need this class only
+        def make() -> SegmentRunner:
+            from .runner import SegmentRunner  # with diffusers, which hosts do without
 
             _quiet()
             host, port = self._address
             store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-            began = time.perf_counter()
-            return Stage(self._spec, self._device, store, self._timeout_s, tell), time.perf_counter() - began
+            return SegmentRunner(self._spec, self._device, store, self._timeout_s, tell)
 
-        stage, load_s = await loop.run_in_executor(self._compute, make)
-        self._stage = stage
-        unet, scale = stage.pipeline.unet, stage.pipeline.vae_scale_factor
+        runner = await loop.run_in_executor(self._compute, make)
+        self._runner = runner
+        unet, scale = runner.pipeline.unet, runner.pipeline.vae_scale_factor
         sample = unet.config.sample_size
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return WorkerFacts(
@@ -68,52 +66,52 @@ class Worker:
             model=self._spec.name,
             default_size=(height * scale, width * scale),
             levels=len(unet.down_blocks) - 1,
-            load_s=load_s,
+            load_s=runner.load_s,
             memory=self._memory(),
         )
 
-    async def link(self, links: Sequence[Link]) -> None:
+    async def link(self, memberships: Sequence[GangMembership]) -> None:
         """Join these gangs, in this order; raises GangBroken."""
-        await asyncio.get_running_loop().run_in_executor(self._linking, self.stage.link, links)
+        await asyncio.get_running_loop().run_in_executor(self._linking, self.runner.link, memberships)
 
-    async def run(self, order: Order, blob: bytes | None) -> Outcome:
-        """One segment, as in `Stage.run`."""
-        return await asyncio.get_running_loop().run_in_executor(self._compute, self.stage.run, order, blob)
+    async def run(self, order: SegmentOrder, blob: bytes | None) -> RankResult:
+        """One segment, as in `SegmentRunner.run`."""
+        return await asyncio.get_running_loop().run_in_executor(self._compute, self.runner.run, order, blob)
 
     async def watch(self, serial: int, seen: int) -> Progress:
         """Wait until segment `serial` is beyond step `seen` or over."""
         while True:
             self._news.clear()
-            progress = self.stage.progress(serial)
+            progress = self.runner.control.progress(serial)
             if progress.ended or progress.step > seen:
                 return progress
             await self._news.wait()
 
-    async def ask(self, serial: int, wish: Wish) -> None:
+    async def stop(self, serial: int, signal: StopSignal) -> None:
         """Let a segment leave after the step it is in."""
-        self.stage.ask(serial, wish)
+        self.runner.control.stop(serial, signal)
 
     async def export(self, job: int) -> bytes:
         """A job's state, for a worker that lacks it."""
-        return await asyncio.to_thread(self.stage.export, job)
+        return await asyncio.to_thread(self.runner.export, job)
 
     async def retain(self, jobs: Collection[int], newest: int) -> None:
         """Drop the states of jobs that are over; later ones than `newest` are not meant."""
-        self.stage.retain(jobs, newest)
+        self.runner.retain(jobs, newest)
 
     async def ping(self) -> tuple[int, int]:
         """Alive: bytes of memory, and how many states are held."""
-        return self._memory(), self.stage.held if self._stage else 0
+        return self._memory(), self.runner.held if self._runner else 0
 
     async def attend(self) -> None:
         """Never returns: whoever waits for it hears at once when this process dies."""
         await asyncio.Event().wait()
 
     @property
-    def stage(self) -> Stage:
-        if self._stage is None:
+    def runner(self) -> SegmentRunner:
+        if self._runner is None:
             raise RuntimeError("the worker has no model yet; call load first")
-        return self._stage
+        return self._runner
 
     def _memory(self) -> int:
         if self._device.type == "cuda":

@@ -61,9 +61,9 @@ def break_device(worker: Any) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    stage = worker.stage
-    stage._denoiser.prepare = stage._denoiser.step = stage._denoiser.decode = stage.link = fails
-    stage._device_works = lambda: False
+    runner = worker.runner
+    runner._denoiser.prepare = runner._denoiser.step = runner._denoiser.decode = runner.link = fails
+    runner._device_works = lambda: False
 
 
 @pytest.mark.parametrize("gang_size", [1, 2])
@@ -80,7 +80,7 @@ def test_memory_that_runs_out_ends_its_request_and_no_other(pair: BlockingHost) 
     before = pids(pair)
 
     def too_much(worker: Any) -> None:
-        prepare = worker.stage._denoiser.prepare
+        prepare = worker.runner._denoiser.prepare
 
         def prepare_or_fail(**fields: Any) -> Any:
             if fields["prompt"] == "too much":
@@ -89,7 +89,7 @@ def test_memory_that_runs_out_ends_its_request_and_no_other(pair: BlockingHost) 
                 )
             return prepare(**fields)
 
-        worker.stage._denoiser.prepare = prepare_or_fail
+        worker.runner._denoiser.prepare = prepare_or_fail
 
     within(pair, 1, too_much)  # and not worker 0, which is ready to begin
     with pytest.raises(OutOfMemory, match="128x128"):

@@ -14,7 +14,15 @@ from distriray.errors import DistrirayError, GangBroken
 from distriray.gang.config import HostConfig
 from distriray.gang.dispatcher import Dispatcher
 from distriray.gang.job import Job
-from distriray.gang.messages import Ending, Link, Order, Outcome, Progress, Wish, WorkerFacts
+from distriray.gang.messages import (
+    GangMembership,
+    Progress,
+    RankResult,
+    SegmentEnd,
+    SegmentOrder,
+    StopSignal,
+    WorkerFacts,
+)
 from distriray.gang.remote import StateLost, WorkerDied
 from distriray.requests import GenerationRequest
 from distriray.routing.policy import EarliestDeadlineFirst, HostPolicy
@@ -46,7 +54,7 @@ class FakeWorker:
         self.refuses: DistrirayError | None = None
         self.states: dict[int, int] = {}
         self.links: set[str] = {"alone"}
-        self.wishes: dict[int, Wish] = {}
+        self.signals: dict[int, StopSignal] = {}
         self.retained: list[tuple[set[int], int]] = []
         self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._death.add_done_callback(lambda death: death.exception())
@@ -71,7 +79,7 @@ class FakeWorker:
 
         return self._call(load())
 
-    def link(self, links: Sequence[Link]) -> asyncio.Future[None]:
+    def link(self, links: Sequence[GangMembership]) -> asyncio.Future[None]:
         async def link() -> None:
             if self.raises is not None:
                 raise self.raises
@@ -85,7 +93,7 @@ class FakeWorker:
 
         return self._call(link())
 
-    def run(self, order: Order, state: Sent | None) -> asyncio.Future[Outcome]:
+    def run(self, order: SegmentOrder, state: Sent | None) -> asyncio.Future[RankResult]:
         return self._call(self._run(order, state))
 
     def export(self, job: int) -> Sent:
@@ -103,8 +111,8 @@ class FakeWorker:
 
         return self._call(watch())
 
-    def ask(self, serial: int, wish: Wish) -> None:
-        self.wishes[serial] = wish
+    def stop(self, serial: int, signal: StopSignal) -> None:
+        self.signals[serial] = signal
 
     def retain(self, jobs: Collection[int], newest: int) -> None:
         self.retained.append((set(jobs), newest))
@@ -121,7 +129,7 @@ class FakeWorker:
     def attend(self) -> asyncio.Future[None]:
         return asyncio.shield(self._death)
 
-    async def _run(self, order: Order, state: Sent | None) -> Outcome:
+    async def _run(self, order: SegmentOrder, state: Sent | None) -> RankResult:
         if state is not None:
             if not state.sender.alive:
                 raise StateLost("its sender died")
@@ -130,7 +138,7 @@ class FakeWorker:
             self.states.setdefault(order.job, 0)
         if self.raises is None and self.refuses is None:
             assert self.states[order.job] == order.step, "the host takes this worker for a holder"
-        assert order.link in self.links
+        assert order.communicator in self.links
         gang = self.fleet.gangs.setdefault(order.serial, FakeGang(order))
         return await gang.run(self, order)
 
@@ -153,16 +161,16 @@ class FakeWorker:
 class FakeGang:
     """The ranks of one segment, in step with each other."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: SegmentOrder) -> None:
         self.serial, self.job = order.serial, order.job
         self.first = self.step = order.step
         self.steps = order.request.num_inference_steps
-        self.size = 1 if order.link == "alone" else len(order.link.split(".")[0].split("-"))
+        self.size = 1 if order.communicator == "alone" else len(order.communicator.split(".")[0].split("-"))
         self.members: list[FakeWorker] = []
         self.over = False
-        self._stepping: asyncio.Task[Ending] | None = None
+        self._stepping: asyncio.Task[SegmentEnd] | None = None
 
-    async def run(self, worker: FakeWorker, order: Order) -> Outcome:
+    async def run(self, worker: FakeWorker, order: SegmentOrder) -> RankResult:
         self.members.append(worker)
         if len(self.members) == self.size:
             self._stepping = asyncio.ensure_future(self._steps())
@@ -172,37 +180,37 @@ class FakeGang:
         while worker.hangs:
             await asyncio.sleep(STEP_S)
         fields: dict[str, Any] = {}
-        if ending is Ending.BROKEN:
+        if ending is SegmentEnd.BROKEN:
             fields = {"cause": "a peer is gone", "broken": True}
-        if worker.raises is not None and ending is not Ending.DONE:
-            ending, fields = Ending.FAILED, {"cause": str(worker.raises), "broken": True}
-        if ending is Ending.NOT_BEGUN and worker.refuses is not None:
-            ending, fields = Ending.REFUSED, {"error": worker.refuses}
-        if ending is Ending.DONE and order.rank == 0:
+        if worker.raises is not None and ending is not SegmentEnd.DONE:
+            ending, fields = SegmentEnd.FAILED, {"cause": str(worker.raises), "broken": True}
+        if ending is SegmentEnd.NOT_BEGUN and worker.refuses is not None:
+            ending, fields = SegmentEnd.REFUSED, {"error": worker.refuses}
+        if ending is SegmentEnd.DONE and order.rank == 0:
             fields = {"images": [Image.new("RGB", (8, 8))]}
         step = worker.states.get(self.job, self.first)
-        return Outcome(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
+        return RankResult(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
 
-    async def _steps(self) -> Ending:
+    async def _steps(self) -> SegmentEnd:
         try:
             if any(member.refuses for member in self.members):
-                return Ending.NOT_BEGUN
+                return SegmentEnd.NOT_BEGUN
             while self.step < self.steps:
                 if any(not member.alive or member.raises is not None for member in self.members):
-                    return Ending.BROKEN
+                    return SegmentEnd.BROKEN
                 if any(member.hangs for member in self.members):
                     await asyncio.sleep(self.members[0].fleet.timeout_s)
-                    return Ending.BROKEN
-                wishes = {member.wishes.get(self.serial) for member in self.members}
-                if Wish.CANCEL in wishes:
-                    return Ending.CANCELLED
-                if Wish.YIELD in wishes and self.step > self.first:
-                    return Ending.YIELDED
+                    return SegmentEnd.BROKEN
+                signals = {member.signals.get(self.serial) for member in self.members}
+                if StopSignal.CANCEL in signals:
+                    return SegmentEnd.CANCELLED
+                if StopSignal.YIELD in signals and self.step > self.first:
+                    return SegmentEnd.YIELDED
                 await asyncio.sleep(STEP_S)
                 self.step += 1
                 for member in self.members:
                     member.states[self.job] = self.step
-            return Ending.DONE
+            return SegmentEnd.DONE
         finally:
             self.over = True
 

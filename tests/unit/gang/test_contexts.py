@@ -31,7 +31,7 @@ OWN = {
     ("gang/background.py", "close"): "waits for what runs already",
     ("gang/blocking.py", "*"): "threads of a script, which have no context to hand on",
     ("gang/worker.py", "*"): "the worker's side, which submits nothing",
-    ("gang/segments.py", "run_segment"): "begun and ended within a segment, which is a background task",
+    ("gang/segments.py", "come_back"): "begun and ended within a segment, which is a background task",
     ("gang/crew.py", "_link"): "awaited within a background task",
     ("gang/crew.py", "_together"): "awaited within the start of the host",
     ("gang/crew.py", "_bring_up"): "awaited within a background task, or the start of the host",

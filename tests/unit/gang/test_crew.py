@@ -10,7 +10,7 @@ import pytest
 
 from distriray.gang.config import HostConfig
 from distriray.gang.crew import REPAIR_ATTEMPTS, Crew
-from distriray.gang.remote import WorkerId
+from distriray.gang.messages import WorkerId
 
 from .fleet import FakeFleet, until
 

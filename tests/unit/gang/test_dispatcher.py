@@ -210,7 +210,7 @@ def test_an_error_of_the_host_in_one_segment_ends_one_request(monkeypatch: pytes
                 raise KeyError(7)
 
             with monkeypatch.context() as patch:
-                patch.setattr(segments, "_come_back", fails)
+                patch.setattr(segments.RunningSegment, "come_back", fails)
                 with pytest.raises(KeyError):
                     await host.accept(id="hurt", gang_size=2).ended
             await host.whole()

@@ -13,8 +13,8 @@ from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
 from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory
-from distriray.gang.messages import Ending, Link, Order, Outcome
-from distriray.gang.stage import Stage
+from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
+from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
 
 from .fleet import ask
@@ -35,29 +35,37 @@ class Gang:
     def __init__(self, model: Path, size: int) -> None:
         store = HashStore()
         spec = ModelSpec(name=str(model))
-        self.stages = [Stage(spec, torch.device("cpu"), store, timeout_s=10.0) for _ in range(size)]
+        self.runners = [SegmentRunner(spec, torch.device("cpu"), store, timeout_s=10.0) for _ in range(size)]
         self._threads = ThreadPoolExecutor(size)
         self._serial = 0
         group, name = tuple(range(size)), "all"
-        self._together(lambda rank, stage: stage.link([Link(group, name, rank, size)]))
+        self._together(lambda rank, runner: runner.link([GangMembership(group, name, rank, size)]))
 
-    def run(self, job: int | None = None, step: int = 0, link: str = "all", **fields: Any) -> list[Outcome]:
+    def run(
+        self, job: int | None = None, step: int = 0, link: str = "all", **fields: Any
+    ) -> list[RankResult]:
         """A segment of a job, a new one unless given."""
         self._serial += 1
         job = 1000 + self._serial if job is None else job
         request = ask(**{"num_inference_steps": 2, **fields})
         sync = ParallelConfig(exchange="sync")
 
-        def one(rank: int, stage: Stage) -> Outcome:
-            order = Order(
-                serial=self._serial, job=job, request=request, step=step, link=link, rank=rank, parallel=sync
+        def one(rank: int, runner: SegmentRunner) -> RankResult:
+            order = SegmentOrder(
+                serial=self._serial,
+                job=job,
+                request=request,
+                step=step,
+                communicator=link,
+                rank=rank,
+                parallel=sync,
             )
-            return stage.run(order, None)
+            return runner.run(order, None)
 
         return self._together(one)
 
-    def _together(self, work: Callable[[int, Stage], Any]) -> list[Any]:
-        return list(self._threads.map(work, range(len(self.stages)), self.stages))
+    def _together(self, work: Callable[[int, SegmentRunner], Any]) -> list[Any]:
+        return list(self._threads.map(work, range(len(self.runners)), self.runners))
 
 
 @pytest.fixture(scope="module")
@@ -67,29 +75,29 @@ def shared(tiny_model: Path) -> Gang:
 
 @pytest.fixture
 def gang(shared: Gang, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gang]:
-    """Two linked stages, which every test must leave able to draw."""
+    """Two linked runners, which every test must leave able to draw."""
     yield shared
     monkeypatch.undo()
-    assert endings(shared.run()) == [Ending.DONE] * 2
+    assert endings(shared.run()) == [SegmentEnd.DONE] * 2
 
 
-def endings(outcomes: list[Outcome]) -> list[Ending]:
+def endings(outcomes: list[RankResult]) -> list[SegmentEnd]:
     assert not any(outcome.broken for outcome in outcomes)
-    return [outcome.ending for outcome in outcomes]
+    return [outcome.end for outcome in outcomes]
 
 
 def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> None:
     outcomes = gang.run(scheduler="lcm", num_inference_steps=51)
-    assert endings(outcomes) == [Ending.REFUSED] * 2
+    assert endings(outcomes) == [SegmentEnd.REFUSED] * 2
     assert all(isinstance(o.error, InvalidRequest) and "51" in str(o.error) for o in outcomes)
 
 
 def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(
     gang: Gang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gang.stages[1]._denoiser, "prepare", raises(InvalidRequest("not so")))
+    monkeypatch.setattr(gang.runners[1]._denoiser, "prepare", raises(InvalidRequest("not so")))
     outcomes = gang.run()
-    assert endings(outcomes) == [Ending.NOT_BEGUN, Ending.REFUSED]
+    assert endings(outcomes) == [SegmentEnd.NOT_BEGUN, SegmentEnd.REFUSED]
     assert isinstance(outcomes[1].error, InvalidRequest)
 
 
@@ -104,28 +112,28 @@ def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(
 def test_memory_that_runs_out_while_preparing_is_the_requests_own(
     gang: Gang, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(gang.stages[0]._denoiser, "prepare", raises(error))
+    monkeypatch.setattr(gang.runners[0]._denoiser, "prepare", raises(error))
     outcomes = gang.run()
-    assert endings(outcomes) == [Ending.REFUSED, Ending.NOT_BEGUN]
+    assert endings(outcomes) == [SegmentEnd.REFUSED, SegmentEnd.NOT_BEGUN]
     assert isinstance(outcomes[0].error, OutOfMemory) and "128x128" in str(outcomes[0].error)
 
 
 def test_another_error_while_preparing_is_the_requests_own_if_the_device_works(
     gang: Gang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gang.stages[0]._denoiser, "prepare", raises(IndexError(3)))
+    monkeypatch.setattr(gang.runners[0]._denoiser, "prepare", raises(IndexError(3)))
     (refused, _) = outcomes = gang.run()
-    assert endings(outcomes) == [Ending.REFUSED, Ending.NOT_BEGUN]
+    assert endings(outcomes) == [SegmentEnd.REFUSED, SegmentEnd.NOT_BEGUN]
     assert type(refused.error) is DistrirayError and "IndexError" in str(refused.error)
 
 
 def test_an_error_while_preparing_is_the_workers_own_if_the_device_does_not_work(
     gang: Gang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gang.stages[1]._denoiser, "prepare", raises(STICKY))
-    monkeypatch.setattr(gang.stages[1], "device", torch.device("cuda", 99))  # there is none
+    monkeypatch.setattr(gang.runners[1]._denoiser, "prepare", raises(STICKY))
+    monkeypatch.setattr(gang.runners[1], "device", torch.device("cuda", 99))  # there is none
     outcomes = gang.run()
-    assert endings(outcomes) == [Ending.NOT_BEGUN, Ending.FAILED]
+    assert endings(outcomes) == [SegmentEnd.NOT_BEGUN, SegmentEnd.FAILED]
     assert "illegal memory access" in outcomes[1].cause
 
 
@@ -135,35 +143,35 @@ def test_a_lone_worker_that_fails_says_so_and_its_communicator_goes_on(
 ) -> None:
     gang = Gang(tiny_model, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(gang.stages[0]._denoiser, verb, raises(STICKY))
-        assert endings(gang.run(link="alone")) == [Ending.FAILED]
-    assert endings(gang.run(link="alone")) == [Ending.DONE]
+        patch.setattr(gang.runners[0]._denoiser, verb, raises(STICKY))
+        assert endings(gang.run(link="alone")) == [SegmentEnd.FAILED]
+    assert endings(gang.run(link="alone")) == [SegmentEnd.DONE]
 
 
 @pytest.mark.parametrize(
-    ("error", "ending"), [(STICKY, Ending.FAILED), (torch.OutOfMemoryError("CUDA"), Ending.REFUSED)]
+    ("error", "ending"), [(STICKY, SegmentEnd.FAILED), (torch.OutOfMemoryError("CUDA"), SegmentEnd.REFUSED)]
 )
 def test_a_rank_that_leaves_alone_breaks_its_gang_and_the_others_keep_their_step(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, ending: Ending
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, ending: SegmentEnd
 ) -> None:
     gang = Gang(tiny_model, 2)
-    monkeypatch.setattr(gang.stages[1]._denoiser, "step", raises(error))
+    monkeypatch.setattr(gang.runners[1]._denoiser, "step", raises(error))
     survivor, alone = gang.run()
-    assert survivor.ending is Ending.BROKEN and survivor.step == 0
-    assert alone.ending is ending
+    assert survivor.end is SegmentEnd.BROKEN and survivor.step == 0
+    assert alone.end is ending
     assert survivor.broken and alone.broken
 
 
 def test_a_state_is_never_taken_for_that_of_another_request_with_the_same_id(gang: Gang) -> None:
     gang.run(job=1, id="same")
-    assert [stage._states[1].step for stage in gang.stages] == [2, 2]
+    assert [runner._states[1].step for runner in gang.runners] == [2, 2]
     outcomes = gang.run(job=2, step=2, id="same")  # it has no state of this job
-    assert endings(outcomes) == [Ending.REFUSED] * 2
+    assert endings(outcomes) == [SegmentEnd.REFUSED] * 2
 
 
 def test_only_states_of_jobs_that_are_over_are_dropped(gang: Gang) -> None:
     for job in (11, 12, 13):
         gang.run(job=job)
-    stage = gang.stages[0]
-    stage.retain({11}, 12)
-    assert {11, 13} <= stage._states.keys() and 12 not in stage._states
+    runner = gang.runners[0]
+    runner.retain({11}, 12)
+    assert {11, 13} <= runner._states.keys() and 12 not in runner._states
