@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distriray.routing.baselines import Leases
-from distriray.routing.elastic import Elastic
 from distriray.routing.latency import LatencyModel
+from distriray.routing.policies.baselines import Leases
+from distriray.routing.policies.elastic import Elastic
 from distriray.routing.policy import HostPolicy, HostView, RequestView
 from distriray.routing.simulator import Fleet, simulate
 from distriray.routing.workload import TRIAL_KINDS, Arrival, Workload, trial_profile

@@ -22,8 +22,8 @@ import psutil
 
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest, Segment
-from distriray.routing.elastic import Elastic
 from distriray.routing.latency import LatencyModel, Profile
+from distriray.routing.policies.elastic import Elastic
 from distriray.routing.report import Report
 from distriray.routing.simulator import Fleet, simulate
 from distriray.routing.workload import Arrival

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..config import ParallelConfig
 from ..models import ModelSpec
 from ..requests import Limits
 from ..routing.buddy import check_gang_sizes
+from ..routing.policies import check_policy
 
 if TYPE_CHECKING:
     from ..collective.rendezvous import Backend
@@ -57,7 +58,7 @@ class HostConfig(BaseModel):
     silence_s: Seconds = 30.0
     start_timeout_s: Seconds = 600.0
     max_attempts: Count = 3
-    policy: Literal["earliest_deadline", "elastic"] = "elastic"
+    policy: Annotated[str, AfterValidator(check_policy)] = "elastic"
     profiles: Path | None = None
 
     @model_validator(mode="after")

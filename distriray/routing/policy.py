@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from .buddy import BuddyAllocator
 from .latency import LatencyModel
 
 Workers = tuple[int, ...]
@@ -119,40 +118,3 @@ def moves(view: HostView, plan: Plan) -> Moves:
         elif target != request.workers and not request.pinned:
             yields.append(request.id)
     return Moves(tuple(yields), starts)
-
-
-def remaining_s(request: RequestView, size: int, model: LatencyModel) -> float:
-    """Predicted seconds until `request` is finished if it starts or goes on with a gang of `size`.
-
-    Going on with the gang it has costs nothing extra; anything else costs a regrouping.
-    """
-    times = model.times(size, request.height, request.width, request.batch)
-    seconds = times.run_s(request.steps_done, request.steps_total, request.prepared)
-    if request.steps_done and (request.workers is None or len(request.workers) != size):
-        seconds += times.regroup_s
-    return seconds
-
-
-class EarliestDeadlineFirst:
-    """Earliest deadline first, then arrival, each on the largest free gang; nobody who runs is disturbed."""
-
-    review_s: float | None = None
-
-    def plan(self, view: HostView, model: LatencyModel) -> Plan:
-        blocks = BuddyAllocator(view.workers, view.gang_sizes)
-        assignments: dict[str, Workers] = {}
-        for request in view.requests:
-            if request.workers is not None:
-                blocks.take(request.workers)
-                assignments[request.id] = request.workers
-        waiting = [r for r in view.requests if r.workers is None]
-        for request in sorted(waiting, key=lambda r: (_or_never(r.deadline_s), r.arrival_s, r.id)):
-            for size in reversed(view.gang_sizes):
-                if request.allows(size) and (block := blocks.lease(size)) is not None:
-                    assignments[request.id] = block
-                    break
-        return Plan(assignments)
-
-
-def _or_never(deadline_s: float | None) -> float:
-    return float("inf") if deadline_s is None else deadline_s

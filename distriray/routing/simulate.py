@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .baselines import FixedSize, Leases, SizePerShape
-from .elastic import Elastic
 from .latency import LatencyModel, Profile
+from .policies import POLICIES
+from .policies.baselines import FixedSize, Leases, SizePerShape
 from .policy import HostPolicy
 from .simulator import Fleet, simulate
 from .workload import SKEWED_KINDS, TRIAL_KINDS, Kind, Workload, kinds_of, read_trace, trial_profile
@@ -53,8 +53,8 @@ class Case:
     gang_sizes: tuple[int, ...]
 
 
-def policies(case: Case) -> dict[str, Callable[[], HostPolicy]]:
-    """Every policy that can serve a case, by name."""
+def contenders(case: Case) -> dict[str, Callable[[], HostPolicy]]:
+    """The baselines that can serve a case, and every policy that a host can be configured with, by name."""
     sizes = {(k.height, k.width, 1): _smallest_in_time(case, k) for k in case.workload.kinds}
     made: dict[str, Callable[[], HostPolicy]] = {
         f"fixed {size}": partial(FixedSize, size) for size in case.gang_sizes
@@ -64,8 +64,7 @@ def policies(case: Case) -> dict[str, Callable[[], HostPolicy]]:
         made["per shape, backfill"] = lambda: SizePerShape(sizes, backfill=True)
     made["leases"] = Leases
     made["leases, late last"] = lambda: Leases(late_last=True)
-    made["elastic"] = Elastic
-    return made
+    return made | POLICIES
 
 
 def _smallest_in_time(case: Case, kind: Kind) -> int:
@@ -80,7 +79,7 @@ def _smallest_in_time(case: Case, kind: Kind) -> int:
 
 def measure(case: Case, policy: str, fleet: Fleet, requests: int, seeds: Sequence[int]) -> Row:
     """One row: the mean over the seeds, and the standard error of the deadlines met."""
-    make = policies(case)[policy]
+    make = contenders(case)[policy]
     rows = [
         simulate(case.workload.arrivals(requests, seed), make(), case.model, fleet, seed).row()
         for seed in seeds
@@ -153,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.trace:
         case = Case(str(options.trace), Workload((), 0.0), model, sizes)
         rows = []
-        for name, make in policies(case).items():
+        for name, make in contenders(case).items():
             if not options.policies or name in options.policies:
                 report = simulate(read_trace(options.trace), make(), model, fleet, options.seed)
                 rows.append({"policy": name, **report.row()})
@@ -165,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for rate in options.rates
             for scale in options.scales
             for case in [_case(workload, rate, scale, kinds, model, sizes)]
-            for name in options.policies or policies(case)
+            for name in options.policies or contenders(case)
         ]
     print(table(rows))
     if options.json:

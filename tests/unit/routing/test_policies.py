@@ -1,29 +1,33 @@
 """What every host policy keeps to, and what the elastic one is for."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distriray.routing.baselines import FixedSize, Leases, SizePerShape
+from distriray.gang.config import HostConfig
 from distriray.routing.buddy import aligned_blocks
-from distriray.routing.elastic import Elastic, ElasticConfig
 from distriray.routing.latency import LatencyModel
-from distriray.routing.policy import EarliestDeadlineFirst, HostView, Plan, RequestView, moves
+from distriray.routing.policies import POLICIES, make_policy
+from distriray.routing.policies.baselines import FixedSize, Leases, SizePerShape
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policies.elastic import Elastic, ElasticConfig
+from distriray.routing.policy import HostView, Plan, RequestView, moves
 from distriray.routing.workload import TRIAL_KINDS, trial_profile
 
 MODEL = LatencyModel(trial_profile())
 SIDES = (512, 1024, 1536, 2048)
 PER_SHAPE = {(side, side, 1): gang for side, gang in zip(SIDES, (2, 4, 8, 8), strict=True)}
-POLICIES = [
-    Elastic(),
-    EarliestDeadlineFirst(),
+EVERY_POLICY = [
+    *(make() for make in POLICIES.values()),
     Leases(),
     Leases(late_last=True),
     FixedSize(2),
     SizePerShape(PER_SHAPE, backfill=True),
 ]
+SERVED = tuple(type(make()) for make in POLICIES.values())
 SIZES = (1, 2, 4, 8)
 
 
@@ -78,7 +82,7 @@ def views(draw, dead=True, fixed=True):
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda p: type(p).__name__)
 @settings(max_examples=60, deadline=None)
 @given(view=views())
 def test_no_worker_twice_and_gangs_aligned_healthy_and_allowed(policy, view):
@@ -88,7 +92,7 @@ def test_no_worker_twice_and_gangs_aligned_healthy_and_allowed(policy, view):
     by_id = {r.id: r for r in view.requests}
     for name, workers in plan.assignments.items():
         assert workers in aligned_blocks(8, SIZES)
-        if isinstance(policy, Elastic | EarliestDeadlineFirst):
+        if isinstance(policy, SERVED):
             assert by_id[name].allows(len(workers)) or by_id[name].workers == workers
     for r in view.requests:
         if r.pinned:
@@ -268,3 +272,17 @@ def test_fixed_size_does_not_overtake():
 
 def test_an_empty_plan_for_an_empty_host():
     assert Elastic().plan(host(), MODEL) == Plan({})
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_of_the_table_can_be_configured_and_is_documented(name):
+    assert type(make_policy(HostConfig(policy=name).policy)) is type(POLICIES[name]())
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `policy`"))
+    assert f"`{name}`" in row.split("|")[3]
+
+
+def test_a_policy_that_is_not_in_the_table_is_refused_with_those_that_are():
+    for choose in (make_policy, lambda name: HostConfig(policy=name)):
+        with pytest.raises(ValueError, match="no policy 'fifo'.*earliest_deadline, elastic"):
+            choose("fifo")

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distriray.routing.baselines import FixedSize, Leases
-from distriray.routing.elastic import Elastic, ElasticConfig
 from distriray.routing.latency import Entry, LatencyModel, Profile
-from distriray.routing.policy import EarliestDeadlineFirst, Plan
+from distriray.routing.policies.baselines import FixedSize, Leases
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policies.elastic import Elastic, ElasticConfig
+from distriray.routing.policy import Plan
 from distriray.routing.report import Quantiles
 from distriray.routing.simulate import main
 from distriray.routing.simulator import Fleet, simulate

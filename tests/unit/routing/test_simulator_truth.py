@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from bench.simulator_truth import compare, replay, trace
-from distriray.routing.baselines import FixedSize
 from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.policies.baselines import FixedSize
 from distriray.routing.simulator import Fleet, simulate
 
 MODEL = LatencyModel(

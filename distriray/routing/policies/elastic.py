@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from .blocks import Room, place
-from .jobs import Scene, scene_of
-from .latency import LatencyModel
-from .policy import HostView, Plan
-from .timeline import Job, Run, Timeline
+from ..blocks import Room, place
+from ..jobs import Scene, scene_of
+from ..latency import LatencyModel
+from ..policy import HostView, Plan
+from ..timeline import Job, Run, Timeline
 
 
 @dataclass(frozen=True, slots=True)
