@@ -16,8 +16,9 @@ from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.baselines import Leases
 from distriray.routing.policies.elastic import Elastic
 from distriray.routing.policy import HostPolicy, HostView, RequestView
-from distriray.routing.simulator import Fleet, simulate
-from distriray.routing.workload import TRIAL_KINDS, Arrival, Workload, trial_profile
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.simulator import simulate
+from distriray.routing.simulation.workload import TRIAL_KINDS, Arrival, Workload, trial_profile
 
 from .routing_optimum import most_deadlines
 
@@ -85,7 +86,7 @@ def against_optimum(requests: int, cases: int, seed: int) -> dict[str, float]:
         proven += certain
         policies: dict[str, HostPolicy] = {"elastic": Elastic(), "leases": Leases()}
         for name, policy in policies.items():
-            totals[name] += simulate(arrivals, policy, MODEL, Fleet()).met
+            totals[name] += simulate(arrivals, policy, MODEL, SimulatedFleet()).met
     share = {name: 100.0 * met / (cases * requests) for name, met in totals.items()}
     return {"requests": requests, "cases": cases, "proven": proven, **share}
 

@@ -15,7 +15,7 @@ from distriray.routing.policies.baselines import FixedSize, Leases, SizePerShape
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policies.elastic import Elastic, ElasticConfig
 from distriray.routing.policy import HostView, Plan, RequestView, moves
-from distriray.routing.workload import TRIAL_KINDS, trial_profile
+from distriray.routing.simulation.workload import TRIAL_KINDS, trial_profile
 
 MODEL = LatencyModel(trial_profile())
 SIDES = (512, 1024, 1536, 2048)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import HostView, RequestView
 from distriray.routing.router import backlog_s, predicted_s, publish, route
-from distriray.routing.workload import trial_profile
+from distriray.routing.simulation.workload import trial_profile
 
 MODEL = LatencyModel(trial_profile())
 SIZES = (1, 2, 4, 8)

@@ -12,10 +12,18 @@ from distriray.routing.policies.baselines import FixedSize, Leases
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policies.elastic import Elastic, ElasticConfig
 from distriray.routing.policy import Plan
-from distriray.routing.report import Quantiles
-from distriray.routing.simulate import main
-from distriray.routing.simulator import Fleet, simulate
-from distriray.routing.workload import SKEWED_KINDS, TRIAL_KINDS, Arrival, Workload, read_trace, trial_profile
+from distriray.routing.quantiles import Quantiles
+from distriray.routing.simulation.__main__ import main
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.simulator import simulate
+from distriray.routing.simulation.workload import (
+    SKEWED_KINDS,
+    TRIAL_KINDS,
+    Arrival,
+    Workload,
+    read_trace,
+    trial_profile,
+)
 
 MODEL = LatencyModel(trial_profile())
 EXACT = LatencyModel(
@@ -40,6 +48,11 @@ EXACT = LatencyModel(
 )
 
 
+PAIR = SimulatedFleet(workers=2, gang_sizes=(2,))
+SINGLES = SimulatedFleet(workers=2, gang_sizes=(1,))
+BOTH = SimulatedFleet(workers=2, gang_sizes=(1, 2))
+
+
 class Scripted:
     """Both workers for the first request until another comes, then one each to the end."""
 
@@ -57,13 +70,15 @@ def arrival(at, **more):
 
 
 def test_one_request_takes_prepare_a_synchronous_step_the_others_and_decode():
-    report = simulate([arrival(1.0)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,)))
+    report = simulate([arrival(1.0)], FixedSize(2), EXACT, PAIR)
     assert report.latency.mean == pytest.approx(3.0 + 1.0 + 9 * 0.5 + 4.0)
     assert report.worker_seconds == pytest.approx(2 * report.latency.mean)
 
 
 def test_a_regrouping_waits_for_the_step_and_costs_the_move_and_a_synchronous_step():
-    report = simulate([arrival(0.0), arrival(4.7)], Scripted(), EXACT, Fleet(workers=2, gang_sizes=(1, 2)))
+    report = simulate(
+        [arrival(0.0), arrival(4.7)], Scripted(), EXACT, SimulatedFleet(workers=2, gang_sizes=(1, 2))
+    )
     # 3 prepare, steps end at 4 (synchronous), 4.5, 5: it yields at 5 with 3 done. The other has 4.7 … 5 to
     # wait. On one worker: 0.5 move, 2 synchronous, 6 more, 4 decode: done at 17.5. The other has 3 + 2 + 9
     # + 4 to go: done at 23.
@@ -74,7 +89,9 @@ def test_a_regrouping_waits_for_the_step_and_costs_the_move_and_a_synchronous_st
 
 def test_workers_that_share_cores_slow_each_other_down():
     shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": ((1, 0.5), (2, 1.0))}))
-    report = simulate([arrival(0.0), arrival(4.0)], FixedSize(1), shared, Fleet(workers=2, gang_sizes=(1,)))
+    report = simulate(
+        [arrival(0.0), arrival(4.0)], FixedSize(1), shared, SimulatedFleet(workers=2, gang_sizes=(1,))
+    )
     # an image is 3 + 2 + 9 + 4 = 18 at full house. The first has 8 behind it at 4, twice as fast as that,
     # and is done at 14; the other has 10 behind it then, and the last 8 take 4.
     assert report.latency.total == pytest.approx(14.0 + 14.0)
@@ -85,7 +102,7 @@ def test_all_of_a_gang_are_busy_until_it_has_decoded():
     crowding = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
     shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": crowding}))
     arrivals = [arrival(0.0, gang_size=2), arrival(0.0, gang_size=1)]
-    report = simulate(arrivals, EarliestDeadlineFirst(), shared, Fleet(workers=4, gang_sizes=(1, 2)))
+    report = simulate(arrivals, EarliestDeadlineFirst(), shared, SimulatedFleet(workers=4, gang_sizes=(1, 2)))
     # three workers: the gang's 8.5 of steps and 4 of decoding at full house take 9.375. The lone worker has
     # 18 at full house: 12.5 by then, and the last 5.5 take 1.375 alone.
     assert report.latency.total == pytest.approx(9.375 + 10.75)
@@ -93,7 +110,9 @@ def test_all_of_a_gang_are_busy_until_it_has_decoded():
 
 def test_a_deadline_met_to_the_second_counts():
     met = [
-        simulate([arrival(0.0, deadline_s=d)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,))).met
+        simulate(
+            [arrival(0.0, deadline_s=d)], FixedSize(2), EXACT, SimulatedFleet(workers=2, gang_sizes=(2,))
+        ).met
         for d in (12.49, 12.5)
     ]
     assert met == [0, 1]
@@ -101,7 +120,9 @@ def test_a_deadline_met_to_the_second_counts():
 
 def test_the_same_seed_gives_the_same_report():
     rows = [
-        simulate(Workload(TRIAL_KINDS, 0.7).arrivals(80, 3), Elastic(), MODEL, Fleet(noise=0.1), seed=5).row()
+        simulate(
+            Workload(TRIAL_KINDS, 0.7).arrivals(80, 3), Elastic(), MODEL, SimulatedFleet(noise=0.1), seed=5
+        ).row()
         for _ in range(2)
     ]
     assert rows[0] == rows[1]
@@ -118,7 +139,7 @@ def test_the_same_seed_gives_the_same_report():
 def test_every_request_ends(seed, rate, burst, workers, noise):
     workload = Workload(TRIAL_KINDS, rate, 1.5, burst, steps=10)
     for policy in (Elastic(), EarliestDeadlineFirst(), Leases()):
-        fleet = Fleet(workers=workers, gang_sizes=(1, 2, 4, 8)[: workers.bit_length()], noise=noise)
+        fleet = SimulatedFleet(workers=workers, gang_sizes=(1, 2, 4, 8)[: workers.bit_length()], noise=noise)
         report = simulate(workload.arrivals(40, seed), policy, MODEL, fleet, seed)
         assert report.latency.count == report.arrived == 40
         assert report.worker_seconds <= report.span_s * workers + 1e-6
@@ -188,7 +209,7 @@ def test_quantiles_are_right_to_one_percent(values, share):
 
 def test_several_hosts_share_the_load_through_routers_with_old_state():
     workload = Workload(TRIAL_KINDS, 2.0, 1.5)
-    fleet = Fleet(hosts=4, routers=3, publish_s=0.5)
+    fleet = SimulatedFleet(hosts=4, routers=3, publish_s=0.5)
     report = simulate(workload.arrivals(300, 1), Elastic(), MODEL, fleet)
     assert report.latency.count == 300
     assert report.row()["deadlines met %"] > 75
@@ -196,7 +217,7 @@ def test_several_hosts_share_the_load_through_routers_with_old_state():
 
 def test_refusing_keeps_latencies_short():
     workload = Workload(TRIAL_KINDS, 1.5, 1.2)
-    report = simulate(workload.arrivals(200, 1), Elastic(), MODEL, Fleet(refuse=True))
+    report = simulate(workload.arrivals(200, 1), Elastic(), MODEL, SimulatedFleet(refuse=True))
     assert report.refused > 20
     assert report.latency.count == 200 - report.refused
     assert report.latency.at(0.99) < 20
@@ -219,3 +240,9 @@ def test_the_command_prints_a_table_and_writes_a_plot(tmp_path, capsys):
     assert main(arguments.split()) == 0
     assert "| uniform | 0.2 | 1.0 | elastic |" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_names_the_policies_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["--policies", "elastic", "fifo"])
+    assert "no policies ['fifo']; use some of ['fixed 1'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .latency import Entry, LatencyModel, Profile
+from ..latency import Entry, LatencyModel, Profile
 
 
 class Arrival(BaseModel):
