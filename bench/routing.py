@@ -35,15 +35,15 @@ def crowd(count: int, draw: random.Random, urgent: float) -> HostView:
         slack = draw.uniform(2.0, 60.0) if soon else draw.choice([None, -draw.uniform(0.0, 50.0)])
         requests.append(
             RequestView(
-                str(i),
-                kind.height,
-                kind.width,
-                1,
-                50,
-                draw.randrange(40) if draw.random() < 0.1 else 0,
-                100.0 - draw.uniform(0.0, 90.0),
-                None if slack is None else 100.0 + slack,
-                draw.randrange(3),
+                id=str(i),
+                height=kind.height,
+                width=kind.width,
+                batch=1,
+                steps_total=50,
+                steps_done=draw.randrange(40) if draw.random() < 0.1 else 0,
+                arrival_s=100.0 - draw.uniform(0.0, 90.0),
+                deadline_s=None if slack is None else 100.0 + slack,
+                priority=draw.randrange(3),
             )
         )
     view = HostView(100.0, tuple(range(8)), SIZES, tuple(requests))

@@ -1,4 +1,4 @@
-"""Host policies to compare with. None of them regroups: who runs, runs to its end."""
+"""Host policies to compare with. None of them regroups: a request that runs, runs to its end."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The elastic host policy: gangs that change at step boundaries so that deadlines are met.
 
-Every request with a deadline that can still be met is poured into the free workers of the time ahead, in
+Every request with a deadline that can still be met is fitted into the free workers of the time ahead, in
 some order, on the smallest gang that meets it; gangs may change on the way wherever workers come free. A
 few orders are tried (earliest deadline first, cheapest first, then single exchanges, as in Moore's
 algorithm for the fewest late jobs) and the best is kept, but only if it beats leaving everything as it is.
@@ -13,50 +13,52 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from ..blocks import Room, place
-from ..jobs import Scene, scene_of
+from ..candidates import Candidate, Candidates, select_candidates
+from ..capacity import Capacity
 from ..latency import LatencyModel
+from ..packing import place
 from ..policy import HostView, Plan
-from ..timeline import Job, Run, Timeline
+from ..timeline import Reservation, Timeline
 
 
 @dataclass(frozen=True, slots=True)
 class ElasticConfig:
-    """How the policy weighs things.
+    """The weights and limits of the policy.
 
     Attributes:
-        review_s: decide anew at step boundaries at most this often.
+        review_s: least seconds between two decisions at step boundaries.
         patience_s: how long a request may be passed over, after its arrival or, if it has one, its
-            deadline, before it has a turn: of every `turn_s` seconds a `share` goes to such requests, the
-            oldest first, each on its smallest gang.
-        planned: at most so many deadlines are planned for, the earliest first.
-        exchanges: at most so many orders are tried beyond the first two.
-        caution: how many of the latency model's errors a gang should leave until the deadline.
-        growth: seconds that a larger gang must save for each worker-second it costs more.
-        thrift: met deadlines that a worker-second is worth, beyond what the request costs anyway.
-        worth: met deadlines that a regrouping must win.
-        gain: by how much more work per second justifies regrouping when it wins fewer.
+            deadline, before it has a turn.
+        starved_every_s: seconds from one turn of such requests to the next.
+        starved_share: fraction of that time that is their turn: the oldest first, each on its smallest gang.
+        max_planned: maximum number of deadlines to plan for, the earliest first.
+        max_exchanges: maximum number of requests to try in front of the others, and again behind them.
+        error_margin: how many of the latency model's errors a gang should leave until the deadline.
+        min_saving_per_worker_s: seconds that a larger gang must save for each worker-second it costs more.
+        worker_second_price: met deadlines that a worker-second is worth, beyond those of its smallest gang.
+        regroup_threshold: met deadlines that a regrouping must win.
+        regroup_speedup: how many times as much work per second justifies a regrouping that wins fewer.
     """
 
     review_s: float = 0.25
     patience_s: float = 60.0
-    turn_s: float = 60.0
-    share: float = 0.125
-    planned: int = 12
-    exchanges: int = 4
-    caution: float = 0.5
-    growth: float = 0.2
-    thrift: float = 0.03
-    worth: float = 0.05
-    gain: float = 1.3
+    starved_every_s: float = 60.0
+    starved_share: float = 0.125
+    max_planned: int = 12
+    max_exchanges: int = 4
+    error_margin: float = 0.5
+    min_saving_per_worker_s: float = 0.2
+    worker_second_price: float = 0.03
+    regroup_threshold: float = 0.05
+    regroup_speedup: float = 1.3
 
 
 @dataclass(slots=True)
-class _Outlook:
-    """What an order of the deadlines comes to: its value, and how the requests that meet theirs run."""
+class _Schedule:
+    """An order of the deadlines carried through: its value, and reservations of those it meets."""
 
     value: float
-    runs: dict[str, Run]
+    reservations: dict[str, Reservation]
 
 
 class Elastic:
@@ -73,124 +75,124 @@ class Elastic:
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""
         config = self.config
-        turn = view.now_s % config.turn_s < config.share * config.turn_s
-        scene = scene_of(view, model, config.planned, config.patience_s, turn)
-        best = self._search(scene)
-        sizes = self._fill(scene, best, {})
-        if all(j.size for j in scene.forced):
-            calm = self._try(scene, scene.planned, calm=True)
-            same = self._fill(scene, calm, {j.id: j.size for j in scene.all if j.size})
-            gain = _pace(scene, sizes) / max(_pace(scene, same), 1e-9)
-            if best.value <= calm.value + self.config.worth and gain <= self.config.gain:
+        starved_turn = view.now_s % config.starved_every_s < config.starved_share * config.starved_every_s
+        candidates = select_candidates(view, model, config.max_planned, config.patience_s, starved_turn)
+        best = self._search(candidates)
+        sizes = self._fill(candidates, best, {})
+        if all(c.size for c in candidates.must_run):
+            calm = self._try(candidates, candidates.with_deadline, calm=True)
+            same = self._fill(candidates, calm, {c.id: c.size for c in candidates.all if c.size})
+            speedup = _pace(candidates, sizes) / max(_pace(candidates, same), 1e-9)
+            if best.value <= calm.value + config.regroup_threshold and speedup <= config.regroup_speedup:
                 sizes = same
         return Plan(place(view, sizes))
 
-    def _search(self, scene: Scene) -> _Outlook:
-        """The best of a bounded number of orders: due first, cheap first, and those with one job moved."""
-        best_order, best = scene.planned, self._try(scene, scene.planned)
-        if len(best.runs) == len(scene.planned):
+    def _search(self, candidates: Candidates) -> _Schedule:
+        """The best of a bounded number of orders: due first, cheap first, and with one request moved."""
+        by_deadline, tries = candidates.with_deadline, self.config.max_exchanges
+        best_order, best = by_deadline, self._try(candidates, by_deadline)
+        if len(best.reservations) == len(by_deadline):
             return best
-        cheap = sorted(scene.planned, key=lambda j: (j.least_worker_seconds() / j.weight, j.id))
-        moves: list[tuple[list[Job], list[Job]]] = [(cheap, [])]
-        moves += [([job], []) for job in cheap if job.id not in best.runs][: self.config.exchanges]
-        moves += [([], [job]) for job in reversed(cheap) if job.id in best.runs][: self.config.exchanges]
+        cheap = sorted(by_deadline, key=lambda c: (c.least_worker_seconds() / c.weight, c.id))
+        moves: list[tuple[list[Candidate], list[Candidate]]] = [(cheap, [])]
+        moves += [([c], []) for c in cheap if c.id not in best.reservations][:tries]
+        moves += [([], [c]) for c in reversed(cheap) if c.id in best.reservations][:tries]
         for front, back in moves:
-            moved = {job.id for job in (*front, *back)}
-            order = [*front, *(job for job in best_order if job.id not in moved), *back]
-            outlook = self._try(scene, order)
-            if outlook.value > best.value:
-                best_order, best = order, outlook
+            moved = {c.id for c in (*front, *back)}
+            order = [*front, *(c for c in best_order if c.id not in moved), *back]
+            schedule = self._try(candidates, order)
+            if schedule.value > best.value:
+                best_order, best = order, schedule
         return best
 
-    def _try(self, scene: Scene, order: list[Job], calm: bool = False) -> _Outlook:
-        """Pour jobs in this order, each on the smallest gang that meets its deadline; leave out the rest.
+    def _try(self, candidates: Candidates, order: list[Candidate], calm: bool = False) -> _Schedule:
+        """Fit requests in this order, each on the smallest gang that meets its deadline; leave out the rest.
 
-        A gang that meets it with no more room than the model may err is taken only where no larger one
-        leaves more.
+        A gang that meets it by less than the error margin is taken only where no larger one leaves more.
 
         When `calm`, everyone who runs keeps its gang until the first of them is done.
         """
-        now = scene.now_s
-        timeline = Timeline(now, scene.room.copy())
+        now = candidates.now_s
+        timeline = Timeline(now, candidates.capacity.copy())
         until = -inf
         if calm:
-            running = [j for j in scene.all if j.size]
-            until = min((now + j.left_s[j.index(j.size)] for j in running), default=-inf)
-            for job in running:
-                timeline.reserve(now, until, job.size)
-        for job in scene.forced:
-            run = timeline.pour(job, job.size or job.sizes[0], until)
-            if run is not None:
-                timeline.take(run, until)
-        outlook = _Outlook(0.0, {})
-        for job in order:
-            hold = until if job.size else -inf
-            found: Run | None = None
-            for at, size in enumerate(job.sizes):
-                if now + job.left_s[at] > job.deadline_s and size != job.size:
+            running = [c for c in candidates.all if c.size]
+            until = min((now + c.left_s[c.index(c.size)] for c in running), default=-inf)
+            for c in running:
+                timeline.occupy(now, until, c.size)
+        for c in candidates.must_run:
+            reservation = timeline.fit(c, c.size or c.sizes[0], until)
+            if reservation is not None:
+                timeline.reserve(reservation, until)
+        schedule = _Schedule(0.0, {})
+        for c in order:
+            hold = until if c.size else -inf
+            found: Reservation | None = None
+            for at, size in enumerate(c.sizes):
+                if now + c.left_s[at] > c.deadline_s and size != c.size:
                     continue
-                run = timeline.pour(job, size, hold)
-                if run is None:
+                reservation = timeline.fit(c, size, hold)
+                if reservation is None:
                     continue
-                found = found or run
-                if run.end_s + self.config.caution * job.error * job.left_s[at] <= job.deadline_s:
-                    found = run
+                found = found or reservation
+                if reservation.end_s + self.config.error_margin * c.error * c.left_s[at] <= c.deadline_s:
+                    found = reservation
                     break
             if found is not None:
-                timeline.take(found, hold)
-                outlook.runs[job.id] = found
-                extra = found.worker_seconds - job.worker_seconds(0)
-                outlook.value += job.weight * (1.0 - self.config.thrift * extra)
-        return outlook
+                timeline.reserve(found, hold)
+                schedule.reservations[c.id] = found
+                extra = found.worker_seconds - c.worker_seconds(0)
+                schedule.value += c.weight * (1.0 - self.config.worker_second_price * extra)
+        return schedule
 
-    def _fill(self, scene: Scene, outlook: _Outlook, held: dict[str, int]) -> dict[str, int]:
-        """Gang sizes for now: those held, what the outlook starts with, and all that idle workers can do."""
+    def _fill(self, candidates: Candidates, schedule: _Schedule, held: dict[str, int]) -> dict[str, int]:
+        """Gang sizes for now: those held, those the schedule starts with, and what idle workers allow."""
         sizes = dict(held)
-        room = scene.room.copy()
+        capacity = candidates.capacity.copy()
         for size in held.values():
-            room.take(size)
-        for job in scene.all:
-            if job.id in sizes:
+            capacity.take(size)
+        for c in candidates.all:
+            if c.id in sizes:
                 continue
-            if job.id in outlook.runs:
-                size = outlook.runs[job.id].first
-            elif job in scene.planned:
+            if c.id in schedule.reservations:
+                size = schedule.reservations[c.id].first
+            elif c in candidates.with_deadline:
                 size = 0
             else:
-                size = job.size if job.pinned else job.sizes[0]
-            if size and room.fits(size):
-                sizes[job.id] = size
-                room.take(size)
-        self._grow([j for j in scene.all if j.id in sizes and not j.pinned], sizes, room)
+                size = c.size if c.pinned else c.sizes[0]
+            if size and capacity.fits(size):
+                sizes[c.id] = size
+                capacity.take(size)
+        self._grow([c for c in candidates.all if c.id in sizes and not c.pinned], sizes, capacity)
         return sizes
 
-    def _grow(self, jobs: list[Job], sizes: dict[str, int], room: Room) -> None:
+    def _grow(self, candidates: list[Candidate], sizes: dict[str, int], capacity: Capacity) -> None:
         """Give idle workers to the gangs that save most for them, where that repays the regrouping."""
         while True:
-            best: tuple[float, Job, int] | None = None
-            for job in jobs:
-                at = job.index(sizes[job.id])
-                if at + 1 == len(job.sizes) or not room.fits(job.sizes[at + 1], job.sizes[at]):
+            best: tuple[float, Candidate, int] | None = None
+            for c in candidates:
+                at = c.index(sizes[c.id])
+                if at + 1 == len(c.sizes) or not capacity.fits(c.sizes[at + 1], c.sizes[at]):
                     continue
-                before, after = job.alone_s(at), job.alone_s(at + 1)
+                before, after = c.time_to_finish_s(at), c.time_to_finish_s(at + 1)
                 saved = before - after
-                cost = job.sizes[at + 1] * after - job.sizes[at] * before
-                change = job.regroup_s[at + 1] if job.size == job.sizes[at] else 0.0
-                if saved > max(change, self.config.growth * cost, 0.0):
+                cost = c.sizes[at + 1] * after - c.sizes[at] * before
+                change = c.regroup_s[at + 1] if c.size == c.sizes[at] else 0.0
+                if saved > max(change, self.config.min_saving_per_worker_s * cost, 0.0):
                     ratio = saved / max(cost, 1e-9)
                     if best is None or ratio > best[0]:
-                        best = (ratio, job, job.sizes[at + 1])
+                        best = (ratio, c, c.sizes[at + 1])
             if best is None:
                 return
-            _, job, size = best
-            room.take(size, sizes[job.id])
-            sizes[job.id] = size
+            _, c, size = best
+            capacity.take(size, sizes[c.id])
+            sizes[c.id] = size
 
 
-def _pace(scene: Scene, sizes: dict[str, int]) -> float:
+def _pace(candidates: Candidates, sizes: dict[str, int]) -> float:
     """Work done each second, in worker-seconds of the smallest gangs."""
     return sum(
-        j.worker_seconds(0) / j.left_s[j.index(sizes[j.id])]
-        for j in scene.all
-        if j.id in sizes and j.left_s[0] > 0
+        c.worker_seconds(0) / c.left_s[c.index(sizes[c.id])]
+        for c in candidates.all
+        if c.id in sizes and c.left_s[0] > 0
     )

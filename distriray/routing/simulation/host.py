@@ -12,8 +12,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..host_clock import HostClock
 from ..latency import LatencyModel
-from ..pace import HostTime
 from ..policy import HostPolicy, HostView, RequestView, Workers, moves
 from .event_queue import EventQueue
 from .fleet import SimulatedFleet
@@ -88,7 +88,7 @@ class SimulatedHost:
         self.workers = tuple(range(fleet.workers))
         self.model, self.truth, self.report, self.draw = model, truth, report, draw
         self.live: dict[str, _Live] = {}
-        self.time = HostTime()
+        self.host_clock = HostClock()
         self._busy = 0
         self._decisions = 0
 
@@ -127,7 +127,7 @@ class SimulatedHost:
         segment, view = live.segment, live.view
         if segment is None:
             return view
-        steps = segment.steps_by(self.time.at(self.events.now_s))
+        steps = segment.steps_by(self.host_clock.at(self.events.now_s))
         pinned = view.steps_done + steps >= view.steps_total
         return _with(view, view.steps_done + steps, segment.workers, pinned)
 
@@ -139,7 +139,7 @@ class SimulatedHost:
         warm = self.truth.profile.warmup_steps - view.steps_done
         slow = min(left, max(warm, 1 if view.steps_done else 0))
         before = self.truth.profile.regroup_s if view.steps_done else times.prepare_s
-        first = self.time.at(now) + before * noise
+        first = self.host_clock.at(now) + before * noise
         live.segment = _Segment(
             workers=workers,
             began_s=now,
@@ -158,7 +158,7 @@ class SimulatedHost:
         if segment is None or live.yielding:
             return
         live.yielding = True
-        now = self.time.at(self.events.now_s)
+        now = self.host_clock.at(self.events.now_s)
         done = segment.steps_by(now)
         at_boundary = done > 0 and segment.boundary_s(done) >= now - 1e-9
         if (steps := max(1, done if at_boundary else done + 1)) < segment.ends:
@@ -174,12 +174,12 @@ class SimulatedHost:
         live.version += 1
         version = live.version
         segment.next_s, segment.then = host_s, then
-        self.events.at(self.time.when(host_s), lambda: then() if version == live.version else None)
+        self.events.at(self.host_clock.when(host_s), lambda: then() if version == live.version else None)
 
     def _keep_pace(self, more: int) -> None:
-        """So many more workers are busy, and everyone is as fast as that allows from now on."""
+        """Count `more` workers as busy, and let every gang run from now on at the pace that this allows."""
         self._busy += more
-        if self.time.change(self.truth.pace(self._busy), self.events.now_s):
+        if self.host_clock.change(self.truth.pace(self._busy), self.events.now_s):
             for live in self.live.values():
                 if live.segment is not None:
                     self._schedule(live, live.segment, live.segment.next_s, live.segment.then)
@@ -196,7 +196,7 @@ class SimulatedHost:
             return
         decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
         if decode > 0:
-            end = self.time.at(self.events.now_s) + decode
+            end = self.host_clock.at(self.events.now_s) + decode
             self._schedule(live, segment, end, lambda: self._finish(live, segment))
         else:
             self._finish(live, segment)

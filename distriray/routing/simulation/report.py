@@ -15,8 +15,8 @@ class TraceReport:
         arrived, refused: requests; a refused one with a deadline counts as a deadline not met.
         with_deadline, met: requests with a deadline, and those of them that were finished by it.
         latency: from arrival to the image, of finished requests.
-        worker_seconds: that gangs were held.
-        regroupings: times that a request went on in another gang.
+        worker_seconds: held by gangs.
+        regroupings: number of times that a request went on in another gang.
         span_s: from the start to the last image.
     """
 

@@ -32,7 +32,17 @@ SIZES = (1, 2, 4, 8)
 
 
 def request(name, side=1024, done=0, arrival=0.0, deadline=None, **more):
-    return RequestView(name, side, side, 1, 50, done, arrival, deadline, **more)
+    return RequestView(
+        id=name,
+        height=side,
+        width=side,
+        batch=1,
+        steps_total=50,
+        steps_done=done,
+        arrival_s=arrival,
+        deadline_s=deadline,
+        **more,
+    )
 
 
 def host(*requests, now=0.0, workers=8, sizes=SIZES):
@@ -128,7 +138,7 @@ def test_no_regrouping_while_steps_go_by_and_nobody_comes_or_ends(view, share):
     view = replace(view, requests=tuple(replace(r, deadline_s=None, pinned=False) for r in view.requests))
     settled = carried_out(view, policy.plan(view, MODEL))
     running = [r for r in settled.requests if r.workers]
-    ends = [MODEL.run_s(len(r.workers), r.height, r.width, 1, r.steps_done, 50) for r in running]
+    ends = [MODEL.times(len(r.workers), r.height, r.width, 1).run_s(r.steps_done, 50) for r in running]
     later = share * min(ends, default=1.0)
     requests = []
     for r in settled.requests:
@@ -247,7 +257,7 @@ def test_the_oldest_request_passed_over_too_long_has_its_turn(now, runs):
         request(f"r{i}", k.height, arrival=now, deadline=now + 1.5 * (k.deadline_s or 0.0))
         for i, k in enumerate(TRIAL_KINDS * 3)
     ]
-    plan = Elastic(ElasticConfig(patience_s=60.0, turn_s=60.0, share=0.125)).plan(
+    plan = Elastic(ElasticConfig(patience_s=60.0, starved_every_s=60.0, starved_share=0.125)).plan(
         host(old, *rush, now=now), MODEL
     )
     assert ("old" in plan.assignments) == runs

@@ -88,7 +88,7 @@ def test_a_regrouping_waits_for_the_step_and_costs_the_move_and_a_synchronous_st
 
 
 def test_workers_that_share_cores_slow_each_other_down():
-    shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": ((1, 0.5), (2, 1.0))}))
+    shared = LatencyModel(EXACT.profile.model_copy(update={"contention": ((1, 0.5), (2, 1.0))}))
     report = simulate(
         [arrival(0.0), arrival(4.0)], FixedSize(1), shared, SimulatedFleet(workers=2, gang_sizes=(1,))
     )
@@ -99,8 +99,8 @@ def test_workers_that_share_cores_slow_each_other_down():
 
 
 def test_all_of_a_gang_are_busy_until_it_has_decoded():
-    crowding = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
-    shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": crowding}))
+    contention = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
+    shared = LatencyModel(EXACT.profile.model_copy(update={"contention": contention}))
     arrivals = [arrival(0.0, gang_size=2), arrival(0.0, gang_size=1)]
     report = simulate(arrivals, EarliestDeadlineFirst(), shared, SimulatedFleet(workers=4, gang_sizes=(1, 2)))
     # three workers: the gang's 8.5 of steps and 4 of decoding at full house take 9.375. The lone worker has
@@ -158,7 +158,7 @@ def test_nobody_starves_under_endless_load_of_higher_priority():
             ends.update({r.id: view.now_s for r in view.requests})
             return super().plan(view, model)
 
-    simulate(stream(), Watched(ElasticConfig(patience_s=30.0, turn_s=60.0)), MODEL)
+    simulate(stream(), Watched(ElasticConfig(patience_s=30.0, starved_every_s=60.0)), MODEL)
     assert 60.0 < ends["1"] < 60.0 + 3.0
 
 
