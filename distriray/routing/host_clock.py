@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 
+def busy_workers(gang: int, decoding: bool, decodes_together: bool) -> int:
+    """Number of workers of a gang that are at work, for the pace of its host.
+
+    All are, while steps are made and while a picture is decoded together. Where it is not, one of them
+    decodes and the others, which the gang still holds, are idle.
+
+    Args:
+        gang: number of workers that the gang holds.
+        decoding: its steps are done, and it makes the picture out of its latents.
+        decodes_together: the ranks of a gang decode together, each its own rows, as they do if
+            `ParallelConfig.parallel_vae` is set and the VAE can be cut into patches.
+    """
+    return 1 if decoding and not decodes_together else gang
+
+
 class HostClock:
     """Converts between a clock and a host's own time, in which every step takes as long as on a full host.
 

@@ -14,6 +14,7 @@ class SimulatedFleet:
         publish_s: how often hosts tell the routers their state.
         max_waiting: a host's bound on its queue.
         refuse: whether a request is refused whose deadline no host can meet.
+        decodes_together: whether all workers of a gang decode, or one of them while the others are idle.
         noise: relative spread (lognormal) of a segment's speed about the truth.
     """
 
@@ -24,4 +25,5 @@ class SimulatedFleet:
     publish_s: float = 0.2
     max_waiting: int = 100_000
     refuse: bool = False
+    decodes_together: bool = True
     noise: float = 0.0

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..host_clock import HostClock
+from ..host_clock import HostClock, busy_workers
 from ..latency import LatencyModel
 from ..policy import HostPolicy, HostView, RequestView, Workers, moves
 from .event_queue import EventQueue
@@ -29,6 +29,7 @@ class _Segment:
         first_s: when the first step begins.
         slow: number of steps, at the start, that are synchronous.
         ends: number of steps after which it leaves.
+        decoding: it has made its steps.
         next_s, then: the next event of this segment, and its time.
     """
 
@@ -39,6 +40,7 @@ class _Segment:
     sync_step_s: float
     step_s: float
     ends: int
+    decoding: bool = False
     next_s: float = 0.0
     then: Callable[[], None] = lambda: None
 
@@ -151,7 +153,7 @@ class SimulatedHost:
         )
         self.report.regroupings += view.steps_done > 0
         self._step_on(live, live.segment)
-        self._keep_pace(len(workers))
+        self._keep_pace(self._busy_in(live.segment))
 
     def _ask_to_yield(self, live: _Live) -> None:
         segment = live.segment
@@ -194,6 +196,9 @@ class SimulatedHost:
             live.view = _with(view, view.steps_done + segment.ends, None, False)
             self.decide()
             return
+        before = self._busy_in(segment)
+        segment.decoding = True
+        self._keep_pace(self._busy_in(segment) - before)
         decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
         if decode > 0:
             end = self.host_clock.at(self.events.now_s) + decode
@@ -214,7 +219,10 @@ class SimulatedHost:
         self.report.worker_seconds += len(segment.workers) * (self.events.now_s - segment.began_s)
         live.segment, live.yielding = None, False
         live.version += 1
-        self._keep_pace(-len(segment.workers))
+        self._keep_pace(-self._busy_in(segment))
+
+    def _busy_in(self, segment: _Segment) -> int:
+        return busy_workers(len(segment.workers), segment.decoding, self.fleet.decodes_together)
 
 
 def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: bool) -> RequestView:

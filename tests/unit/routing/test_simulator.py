@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distriray.routing.host_clock import busy_workers
 from distriray.routing.latency import Entry, LatencyModel, Profile
 from distriray.routing.policies.baselines import FixedSize, Leases
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
@@ -106,6 +107,26 @@ def test_all_of_a_gang_are_busy_until_it_has_decoded():
     # three workers: the gang's 8.5 of steps and 4 of decoding at full house take 9.375. The lone worker has
     # 18 at full house: 12.5 by then, and the last 5.5 take 1.375 alone.
     assert report.latency.total == pytest.approx(9.375 + 10.75)
+
+
+def test_one_of_a_gang_is_busy_when_it_decodes_alone():
+    contention = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
+    shared = LatencyModel(EXACT.profile.model_copy(update={"contention": contention}))
+    arrivals = [arrival(0.0, gang_size=2), arrival(0.0, gang_size=1)]
+    fleet = SimulatedFleet(workers=4, gang_sizes=(1, 2), decodes_together=False)
+    report = simulate(arrivals, EarliestDeadlineFirst(), shared, fleet)
+    # three workers until the gang's 8.5 of steps are done, at 6.375; then two, so that its 4 of decoding take
+    # 2: done at 8.375. The lone worker has 18, of which 8.5 and 4 are done by then; the last 5.5 take 1.375.
+    assert report.latency.total == pytest.approx(8.375 + 9.75)
+    assert report.worker_seconds == pytest.approx(2 * 8.375 + 9.75)  # held, busy or not
+
+
+@pytest.mark.parametrize(
+    ("gang", "decoding", "together", "busy"),
+    [(4, False, True, 4), (4, False, False, 4), (4, True, True, 4), (4, True, False, 1), (1, True, False, 1)],
+)
+def test_a_gang_is_busy_but_for_those_who_leave_decoding_to_one(gang, decoding, together, busy):
+    assert busy_workers(gang, decoding, together) == busy
 
 
 def test_a_deadline_met_to_the_second_counts():
