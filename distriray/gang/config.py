@@ -38,7 +38,8 @@ class HostConfig(BaseModel):
         start_timeout_s: for resources to come free, and for the model to load.
         max_attempts: gangs that may break under one request before it fails.
         policy: who decides which request runs where: `elastic` plans ahead and regroups,
-            `earliest_deadline` gives each the largest free gang and disturbs nobody.
+            `earliest_deadline` gives each the largest free gang, keeps a place for the first that finds
+            none, and leaves alone what runs.
         profiles: folder of latency profiles; a host that finds none of its model, device and version there
             measures one at start. None starts from a guess. What is observed corrects either.
     """

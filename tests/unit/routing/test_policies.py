@@ -274,6 +274,36 @@ def test_earliest_deadline_first_takes_the_largest_free_gang():
     assert widths(EarliestDeadlineFirst().plan(view, MODEL)) == {"a": 4, "b": 4}
 
 
+def test_earliest_deadline_first_keeps_the_block_that_is_free_soonest_for_the_first_that_finds_none():
+    soon, late = request("soon", done=25, workers=(0,)), request("late", done=10, workers=(4,))
+    large = request("large", gang_size=4, deadline=50.0)
+    small = [request(str(i), gang_size=1, arrival=1.0) for i in range(6)]
+    plan = EarliestDeadlineFirst().plan(host(soon, late, large, *small, sizes=(1, 2, 4)), MODEL)
+    assert plan.assignments.keys() == {"soon", "late", "0", "1", "2"}  # those beside `soon` are kept
+
+
+def test_earliest_deadline_first_lets_others_use_a_kept_block_until_it_is_free():
+    running = request("running", done=25, workers=(0,))  # for another 1.75 s
+    large = request("large", gang_size=4, deadline=50.0)
+    short, long = request("short", 512, gang_size=1, arrival=1.0), request("long", gang_size=1, arrival=1.0)
+    plan = EarliestDeadlineFirst().plan(host(running, large, long, short, workers=4, sizes=(1, 2, 4)), MODEL)
+    assert plan.assignments == {"running": (0,), "short": (1,)}  # 1.2 s; `long` takes 3.5
+
+
+def test_earliest_deadline_first_keeps_nothing_for_a_gang_that_no_healthy_workers_can_form():
+    large = request("large", gang_size=4)
+    small = [request(str(i), gang_size=1, arrival=1.0) for i in range(3)]
+    view = replace(host(large, *small, sizes=(1, 2, 4)), workers=(0, 1, 3))
+    assert EarliestDeadlineFirst().plan(view, MODEL).assignments.keys() == {"0", "1", "2"}
+
+
+def test_earliest_deadline_first_counts_a_request_without_a_deadline_as_due_a_minute_after_its_arrival():
+    old, due = request("old", arrival=0.0), request("due", arrival=50.0, deadline=61.0)
+    assert EarliestDeadlineFirst().plan(host(due, old, now=50.0), MODEL).assignments.keys() == {"old"}
+    soon = request("due", arrival=50.0, deadline=59.0)
+    assert EarliestDeadlineFirst().plan(host(soon, old, now=50.0), MODEL).assignments.keys() == {"due"}
+
+
 def test_fixed_size_does_not_overtake():
     running = request("r", workers=(0, 1, 2, 3))
     view = host(running, request("a", arrival=1.0), request("b", arrival=2.0))
