@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distriray.routing.baselines import Leases
-from distriray.routing.elastic import Elastic
 from distriray.routing.latency import LatencyModel
+from distriray.routing.policies.baselines import Leases
+from distriray.routing.policies.elastic import Elastic
 from distriray.routing.policy import HostPolicy, HostView, RequestView
-from distriray.routing.simulator import Fleet, simulate
-from distriray.routing.workload import TRIAL_KINDS, Arrival, Workload, trial_profile
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.simulator import simulate
+from distriray.routing.simulation.workload import TRIAL_KINDS, Arrival, Workload, trial_profile
 
 from .routing_optimum import most_deadlines
 
@@ -34,15 +35,15 @@ def crowd(count: int, draw: random.Random, urgent: float) -> HostView:
         slack = draw.uniform(2.0, 60.0) if soon else draw.choice([None, -draw.uniform(0.0, 50.0)])
         requests.append(
             RequestView(
-                str(i),
-                kind.height,
-                kind.width,
-                1,
-                50,
-                draw.randrange(40) if draw.random() < 0.1 else 0,
-                100.0 - draw.uniform(0.0, 90.0),
-                None if slack is None else 100.0 + slack,
-                draw.randrange(3),
+                id=str(i),
+                height=kind.height,
+                width=kind.width,
+                batch=1,
+                steps_total=50,
+                steps_done=draw.randrange(40) if draw.random() < 0.1 else 0,
+                arrival_s=100.0 - draw.uniform(0.0, 90.0),
+                deadline_s=None if slack is None else 100.0 + slack,
+                priority=draw.randrange(3),
             )
         )
     view = HostView(100.0, tuple(range(8)), SIZES, tuple(requests))
@@ -85,7 +86,7 @@ def against_optimum(requests: int, cases: int, seed: int) -> dict[str, float]:
         proven += certain
         policies: dict[str, HostPolicy] = {"elastic": Elastic(), "leases": Leases()}
         for name, policy in policies.items():
-            totals[name] += simulate(arrivals, policy, MODEL, Fleet()).met
+            totals[name] += simulate(arrivals, policy, MODEL, SimulatedFleet()).met
     share = {name: 100.0 * met / (cases * requests) for name, met in totals.items()}
     return {"requests": requests, "cases": cases, "proven": proven, **share}
 

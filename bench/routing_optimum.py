@@ -10,7 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from distriray.routing.latency import LatencyModel
-from distriray.routing.workload import Arrival
+from distriray.routing.simulation.workload import Arrival
 
 
 def most_deadlines(

@@ -22,13 +22,14 @@ import psutil
 
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest, Segment
-from distriray.routing.elastic import Elastic
 from distriray.routing.latency import LatencyModel, Profile
-from distriray.routing.report import Report
-from distriray.routing.simulator import Fleet, simulate
-from distriray.routing.workload import Arrival
+from distriray.routing.policies.elastic import Elastic
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.report import TraceReport
+from distriray.routing.simulation.simulator import simulate
+from distriray.routing.simulation.workload import Arrival
 
-from .report import Report as Table
+from .report import Report
 
 Submit = Callable[[Arrival], Awaitable[Sequence[Segment]]]
 
@@ -54,9 +55,9 @@ def trace(
     return arrivals
 
 
-async def replay(arrivals: Sequence[Arrival], submit: Submit, workers: int) -> Report:
+async def replay(arrivals: Sequence[Arrival], submit: Submit, workers: int) -> TraceReport:
     """Submit each request at its time, whatever became of the others, and wait for all."""
-    report = Report(
+    report = TraceReport(
         workers, arrived=len(arrivals), with_deadline=sum(a.deadline_s is not None for a in arrivals)
     )
     start = time.monotonic()
@@ -75,7 +76,7 @@ async def replay(arrivals: Sequence[Arrival], submit: Submit, workers: int) -> R
     return report
 
 
-def compare(real: Report, simulated: Report) -> dict[str, float]:
+def compare(real: TraceReport, simulated: TraceReport) -> dict[str, float]:
     """Deadlines met and mean latency of both, and how far apart they are."""
     a, b = real.row(), simulated.row()
     return {
@@ -134,7 +135,7 @@ def on_a_host(options: argparse.Namespace) -> tuple[Profile, list[dict[str, Any]
             profile = Profile.load(next(Path(folder).glob("*.json")))
             size = (profile.entries[0].height, profile.entries[0].width)
             sizes = tuple(entry.gang for entry in profile.entries)
-            fleet = Fleet(workers=workers, gang_sizes=sizes)
+            fleet = SimulatedFleet(workers=workers, gang_sizes=sizes)
 
             async def submit(arrival: Arrival) -> Sequence[Segment]:
                 request = GenerationRequest(
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "profile": profile.model_dump(),
         **told,
     }
-    table = Table("a host and its simulation", tuple(rows[0]), seed=options.seeds[0], settings=settings)
+    table = Report("a host and its simulation", tuple(rows[0]), seed=options.seeds[0], settings=settings)
     for row in rows:
         table.add(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
     table.publish(options.json)

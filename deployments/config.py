@@ -85,7 +85,7 @@ class RouterConfig(BaseModel):
         target_requests: unfinished requests that one replica should have; more are started above it.
         cpus: what Ray reserves for each replica, in logical CPUs.
         refresh_s: what is known of the hosts may be this old when a request is sent off.
-        caution: how many of the latency model's errors two hosts' predictions may lie apart and count as
+        error_margin: how many of the latency model's errors two hosts' predictions may lie apart and count as
             equal, and by how many a deadline must be missed to be refused.
         max_attempts: hosts that may die or refuse under one request before it fails.
         drain_s: a replica that is stopped may go on this long with the requests it has.
@@ -98,7 +98,7 @@ class RouterConfig(BaseModel):
     target_requests: Count = 64
     cpus: Share = 0.1
     refresh_s: Share = 0.25
-    caution: Share = 1.0
+    error_margin: Share = 1.0
     max_attempts: Count = 3
     drain_s: Seconds = 300.0
 

@@ -194,7 +194,7 @@ class Front:
             [view for *_, view in up],
             now,
             self._draw,
-            self._config.router.caution,
+            self._config.router.error_margin,
         )
         if chosen is not None and chosen[1].host is not None:
             link, asked, view = up[chosen[0]]

@@ -32,16 +32,23 @@ def shifted(state: HostState, by_s: float) -> HostState:
     return replace(
         state,
         published_s=state.published_s + by_s,
-        firm=tuple((start + by_s, room) for start, room in state.firm),
-        full=tuple((start + by_s, room) for start, room in state.full),
+        capacity_beside_deadlines=tuple(
+            step._replace(start_s=step.start_s + by_s) for step in state.capacity_beside_deadlines
+        ),
+        capacity_beside_all=tuple(
+            step._replace(start_s=step.start_s + by_s) for step in state.capacity_beside_all
+        ),
     )
 
 
 def wait_s(states: Sequence[HostState], now_s: float) -> float | None:
-    """Predicted seconds until there is room for a request that comes now; None without a host."""
+    """Predicted seconds until a gang fits for a request that comes now; None without a host."""
     waits = [
         state.backlog_s
-        + next((start for start, room in state.full if room.largest), state.full[-1][0])
+        + next(
+            (step.start_s for step in state.capacity_beside_all if step.capacity.largest),
+            state.capacity_beside_all[-1].start_s,
+        )
         - now_s
         for state in states
     ]
@@ -80,9 +87,9 @@ class PoolState:
                 if host in self.hosts and sent_s > asked_s:
                     self.send(self._route([self.hosts[host]], view, sent_s), view, sent_s)
 
-    def route(self, view: RequestView, now_s: float, draw: random.Random, caution: float = 1.0) -> Route:
+    def route(self, view: RequestView, now_s: float, draw: random.Random, error_margin: float = 1.0) -> Route:
         """The best host for a request. A pool without hosts has none."""
-        return self._route(list(self.hosts.values()), view, now_s, draw, caution)
+        return self._route(list(self.hosts.values()), view, now_s, draw, error_margin)
 
     def send(self, chosen: Route, view: RequestView, now_s: float) -> None:
         """The request goes where `chosen` says: count on it until the host's next report."""
@@ -104,7 +111,7 @@ class PoolState:
         """The relative error to expect of predictions for such a request."""
         if self._latency is None:
             return 0.0
-        return self._latency.estimate(1, view.height, view.width, view.batch).error
+        return self._latency.times(1, view.height, view.width, view.batch).error
 
     def _route(
         self,
@@ -112,11 +119,11 @@ class PoolState:
         view: RequestView,
         now_s: float,
         draw: random.Random | None = None,
-        caution: float = 1.0,
+        error_margin: float = 1.0,
     ) -> Route:
         if self._latency is None:
             return Route(None, now_s, False)
-        return route(states, view, now_s, self._latency, draw or random.Random(0), caution)
+        return route(states, view, now_s, self._latency, draw or random.Random(0), error_margin)
 
 
 def choose(
@@ -124,7 +131,7 @@ def choose(
     views: Sequence[RequestView],
     now_s: float,
     draw: random.Random,
-    caution: float = 1.0,
+    error_margin: float = 1.0,
 ) -> tuple[int, Route] | None:
     """The pool, by index, and the host where a request would be done first.
 
@@ -133,7 +140,7 @@ def choose(
     means that no pool has a host.
     """
     routes = [
-        (index, pool.route(view, now_s, draw, caution))
+        (index, pool.route(view, now_s, draw, error_margin))
         for index, (pool, view) in enumerate(zip(pools, views, strict=True))
         if pool.hosts
     ]
@@ -143,6 +150,6 @@ def choose(
     if not open_:
         return min(routes, key=lambda option: option[1].finish_s)
     best_index, best = min(open_, key=lambda option: (not option[1].meets, option[1].finish_s))
-    slack = caution * pools[best_index].error(views[best_index]) * (best.finish_s - now_s)
+    slack = error_margin * pools[best_index].error(views[best_index]) * (best.finish_s - now_s)
     near = [o for o in open_ if o[1].meets == best.meets and o[1].finish_s - best.finish_s <= slack]
     return draw.choices(near, weights=[len(pools[index].hosts) for index, _ in near])[0]

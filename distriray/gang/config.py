@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..config import ParallelConfig
 from ..models import ModelSpec
 from ..requests import Limits
 from ..routing.buddy import check_gang_sizes
+from ..routing.policies import check_policy
 
 if TYPE_CHECKING:
     from ..collective.rendezvous import Backend
@@ -37,7 +38,8 @@ class HostConfig(BaseModel):
         start_timeout_s: for resources to come free, and for the model to load.
         max_attempts: gangs that may break under one request before it fails.
         policy: who decides which request runs where: `elastic` plans ahead and regroups,
-            `earliest_deadline` gives each the largest free gang and disturbs nobody.
+            `earliest_deadline` gives each the largest free gang, keeps a place for the first that finds
+            none, and leaves alone what runs.
         profiles: folder of latency profiles; a host that finds none of its model, device and version there
             measures one at start. None starts from a guess. What is observed corrects either.
     """
@@ -57,7 +59,7 @@ class HostConfig(BaseModel):
     silence_s: Seconds = 30.0
     start_timeout_s: Seconds = 600.0
     max_attempts: Count = 3
-    policy: Literal["earliest_deadline", "elastic"] = "elastic"
+    policy: Annotated[str, AfterValidator(check_policy)] = "elastic"
     profiles: Path | None = None
 
     @model_validator(mode="after")

@@ -11,9 +11,9 @@ from typing import Any
 from .. import __version__
 from ..errors import GangBroken
 from ..requests import GenerationRequest, GenerationResult
-from ..routing.elastic import Elastic
 from ..routing.latency import LatencyModel, Profile
-from ..routing.policy import EarliestDeadlineFirst, HostPolicy, HostView
+from ..routing.policies import make_policy
+from ..routing.policy import HostPolicy, HostView
 from .config import LIVE_FIELDS, HostConfig
 from .dispatcher import Dispatcher
 from .events import Event, Finished
@@ -49,7 +49,7 @@ class Host:
             NotEnoughDevices: the cluster is too small.
             ModelNotFound, UnsupportedModel: the model cannot be loaded or cannot be cut into patches.
         """
-        host = cls(config, await Placement.make(config), policy or _policy_of(config))
+        host = cls(config, await Placement.make(config), policy or make_policy(config.policy))
         try:
             await host._dispatcher.start()
             if config.profiles is not None:
@@ -191,7 +191,7 @@ class Host:
         if fixed:
             raise ValueError(f"{fixed} cannot change while a host runs; {sorted(LIVE_FIELDS)} can")
         if config.policy != self.config.policy:
-            self._dispatcher.policy = _policy_of(config)
+            self._dispatcher.policy = make_policy(config.policy)
         self.config = self._dispatcher.config = config
 
     async def ping(self, timeout_s: float = 5.0) -> int:
@@ -220,7 +220,3 @@ class Host:
             self._closed = True
             await self._dispatcher.close()
             self._placement.release()
-
-
-def _policy_of(config: HostConfig) -> HostPolicy:
-    return Elastic() if config.policy == "elastic" else EarliestDeadlineFirst()

@@ -17,7 +17,7 @@ from ray.util import metrics as ray_metrics
 
 from ..errors import GenerationCancelled
 from ..requests import GenerationResult
-from ..routing.report import Quantiles
+from ..routing.quantiles import Quantiles
 from .status import PredictionStatus
 
 if TYPE_CHECKING:

@@ -109,7 +109,7 @@ def _profile(
         entries=entries,
         regroup_s=regroup_s,
         warmup_steps=max(1, _warmup(config)),
-        crowding=crowding,
+        contention=crowding,
     )
 
 

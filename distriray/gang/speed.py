@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from ..routing.host_clock import HostClock
 from ..routing.latency import LatencyModel, Profile
-from ..routing.pace import HostTime
 from .job import Job
 
 
 class Moment(NamedTuple):
-    """The same moment on the monotonic clock and in the host's own time (`HostTime`), in seconds."""
+    """The same moment on the monotonic clock and in the host's own time (`HostClock`), in seconds."""
 
     clock_s: float
     host_s: float
@@ -22,7 +22,7 @@ class Speed:
 
     def __init__(self, profile: Profile) -> None:
         self.model = LatencyModel(profile)
-        self._time = HostTime(time.monotonic())
+        self._time = HostClock(time.monotonic())
 
     def now(self) -> Moment:
         clock_s = time.monotonic()

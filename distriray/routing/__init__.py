@@ -1,1 +1,1 @@
-"""Which request runs on which gang: pure functions, the same in hosts, in the router and in the simulator."""
+"""The choice of a gang for every request: pure functions, the same in hosts, router and simulator."""

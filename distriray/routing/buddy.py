@@ -16,7 +16,7 @@ class InvalidGangSizes(DistrirayError, ValueError):
 
 
 class WorkersUnavailable(DistrirayError, ValueError):
-    """Workers that were to be taken or given back are not in the state for it."""
+    """Workers cannot be taken, given back or restored as they are."""
 
 
 def check_gang_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ def aligned_blocks(worker_count: int, sizes: Sequence[int]) -> tuple[tuple[int, 
 
 
 class BuddyAllocator:
-    """Which workers are free, and leases of aligned blocks of them.
+    """The free workers of a host, and leases of aligned blocks of them.
 
     A lease takes the lowest block of its size out of the smallest free space that holds one, so that large
     blocks stay whole as long as possible.

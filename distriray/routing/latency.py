@@ -1,4 +1,4 @@
-"""How long a request takes on a gang: a measured profile, corrected by what is observed since."""
+"""Latency of a request on a gang: a measured profile, corrected by what is observed since."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+PositiveRatio = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Points = Sequence[tuple[float, float]]
 
@@ -47,12 +47,12 @@ class Entry(BaseModel):
 
 
 class Profile(BaseModel):
-    """What a host measures at start and keeps by model, device and version.
+    """Times that a host measures at start and keeps by model, device and version.
 
     `regroup_s` is the time from a yield to the first step elsewhere, without what its synchronous step
-    costs; `warmup_steps` is how many steps of every image are synchronous. `crowding` has, for some numbers
-    of busy workers, the share of the time that a step takes which it takes when all are: below 1 where
-    workers share cores or memory, and empty where they share nothing.
+    costs; `warmup_steps` is how many steps of every image are synchronous. `contention` maps a number of busy
+    workers to step time relative to a fully busy host, for some numbers: below 1 where workers share cores or
+    memory, and empty where they share nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,11 +63,18 @@ class Profile(BaseModel):
     entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
     regroup_s: Seconds = 0.0
     warmup_steps: Count = 1
-    crowding: tuple[tuple[Count, Share], ...] = ()
+    contention: tuple[tuple[Count, PositiveRatio], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_names(cls, data: object) -> object:
+        if isinstance(data, dict) and "crowding" in data:
+            raise ValueError("`crowding` is now `contention`: rename it, or delete the file to measure again")
+        return data
 
     @staticmethod
     def path(folder: Path | str, model: str, device: str, version: str) -> Path:
-        """Where the profile of this model, device and version is kept in `folder`."""
+        """Path of the profile of this model, device and version in `folder`."""
         name = "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part) for part in (model, device, version))
         return Path(folder) / f"{name}.json"
 
@@ -86,16 +93,8 @@ class Profile(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A time in seconds and the relative error to expect of it (0.1: about 10 %)."""
-
-    seconds: float
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
 class Times:
-    """What one case takes, in seconds; `error` is relative and holds for all of them.
+    """Times of one case, in seconds; `error` is relative (0.1: about 10 %) and holds for all of them.
 
     `regroup_s` is what going on in this gang costs a request that was in another: the move, and its first
     step being synchronous.
@@ -154,30 +153,12 @@ class LatencyModel:
         """One displaced step, in seconds."""
         return self.times(gang, height, width, batch).step_s
 
-    def estimate(self, gang: int, height: int, width: int, batch: int) -> Estimate:
-        """One displaced step, and how sure the model is of it."""
-        times = self.times(gang, height, width, batch)
-        return Estimate(times.step_s, times.error)
-
-    def run_s(
-        self,
-        gang: int,
-        height: int,
-        width: int,
-        batch: int,
-        steps_done: int,
-        steps_total: int,
-        prepared: bool = False,
-    ) -> float:
-        """`Times.run_s` of one case."""
-        return self.times(gang, height, width, batch).run_s(steps_done, steps_total, prepared)
-
     def pace(self, busy: int) -> float:
-        """The share of all these times that things take while only `busy` workers are at work."""
-        points = [(math.log(count), math.log(share)) for count, share in sorted(self.profile.crowding)]
+        """Step time while only `busy` workers are at work, relative to a fully busy host."""
+        points = [(math.log(count), math.log(ratio)) for count, ratio in sorted(self.profile.contention)]
         if not points or busy < 1:
             return 1.0
-        return math.exp(_on_line(points, math.log(busy), 0.0, 0.0, 0.0))
+        return math.exp(_on_line(points, math.log(busy), min_slope=0.0, max_slope=0.0, lone_slope=0.0))
 
     def observe(self, gang: int, height: int, width: int, batch: int, step_s: float) -> None:
         """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive."""
@@ -198,10 +179,18 @@ class LatencyModel:
         )
         step, sync, prepare, decode = (self._from_profile(field, *key) * correction for field in fields)
         regroup = self.profile.regroup_s + max(0.0, sync - step)
-        return Times(step, sync, prepare, decode, regroup, self.profile.warmup_steps, error)
+        return Times(
+            step_s=step,
+            sync_step_s=sync,
+            prepare_s=prepare,
+            decode_s=decode,
+            regroup_s=regroup,
+            warmup_steps=self.profile.warmup_steps,
+            error=error,
+        )
 
     def _correction(self, key: tuple[int, int, int, int]) -> tuple[float, float]:
-        """What observations multiply the profile by, and the relative error that remains."""
+        """The factor that observations put on the profile, and the relative error that remains."""
         own = self._observed.get(key, ())
         shared = statistics.median(self._shared) if len(self._shared) >= MIN_OBSERVATIONS else 0.0
         if len(own) < MIN_OBSERVATIONS:
@@ -229,16 +218,23 @@ class LatencyModel:
             if (e.gang, e.height, e.width, e.batch) == (gang, height, width, batch):
                 return field(e)
             by_gang.setdefault(e.gang, {}).setdefault(e.batch, {})[e.height * e.width] = field(e)
+        # beyond what is measured, a larger picture or batch is never faster, a batch costs at most its size,
+        # and a larger gang is never slower and speeds up by at most its size
+        pixels = math.log(height * width)
         gang_points = []
         for size, by_batch in by_gang.items():
             batch_points = [
-                (math.log(count), _on_line(_logs(by_pixels), math.log(height * width), 0.0, math.inf, 1.0))
+                (math.log(count), _on_line(_logs(by_pixels), pixels, min_slope=0.0, max_slope=math.inf))
                 for count, by_pixels in by_batch.items()
             ]
-            value = _on_line(sorted(batch_points), math.log(batch), 0.0, 1.0, 1.0)
+            value = _on_line(sorted(batch_points), math.log(batch), min_slope=0.0, max_slope=1.0)
             gang_points.append((math.log(size), value))
-        larger = math.log(gang) > max(x for x, _ in gang_points)
-        return math.exp(_on_line(sorted(gang_points), math.log(gang), -1.0, 0.0, 0.0 if larger else -1.0))
+        gang_points.sort()
+        # with a single gang size measured, larger ones are taken to gain nothing and smaller ones to lose all
+        lone_slope = 0.0 if math.log(gang) > gang_points[-1][0] else -1.0
+        return math.exp(
+            _on_line(gang_points, math.log(gang), min_slope=-1.0, max_slope=0.0, lone_slope=lone_slope)
+        )
 
 
 def _logs(values: dict[int, float]) -> list[tuple[float, float]]:
@@ -246,16 +242,19 @@ def _logs(values: dict[int, float]) -> list[tuple[float, float]]:
     return sorted((math.log(x), math.log(max(y, 1e-6))) for x, y in values.items())
 
 
-def _on_line(points: Points, x: float, low: float, high: float, single: float) -> float:
+def _on_line(
+    points: Points, x: float, *, min_slope: float, max_slope: float, lone_slope: float = 1.0
+) -> float:
     """The value at `x` of the line through `points`.
 
-    Beyond its ends the last slope goes on, kept within `low` … `high`; one point alone has slope `single`.
+    Beyond its ends the last slope goes on, kept within `min_slope` and `max_slope`; a point alone has
+    `lone_slope`.
     """
     if len(points) == 1:
-        return points[0][1] + single * (x - points[0][0])
+        return points[0][1] + lone_slope * (x - points[0][0])
     (x0, y0), (x1, y1) = next((pair for pair in pairwise(points) if x <= pair[1][0]), points[-2:])
     slope = (y1 - y0) / (x1 - x0)
     if x0 <= x <= x1:
         return y0 + slope * (x - x0)
     near_x, near_y = (x0, y0) if x < x0 else (x1, y1)
-    return near_y + min(max(slope, low), high) * (x - near_x)
+    return near_y + min(max(slope, min_slope), max_slope) * (x - near_x)

@@ -1,9 +1,9 @@
-"""What a host policy sees and answers: pure data, the same in a host and in the simulator.
+"""Views, plans and moves: what a host policy sees and answers, the same in a host and in the simulator.
 
 How a host uses it. After every arrival, completion and yield, and at most every `review_s` while steps go
 by, it builds a `HostView`, asks `policy.plan(view, model)` and carries out `moves(view, plan)`: it asks the
 requests in `Moves.yields` to leave after the step they are in, and starts those in `Moves.starts` at once.
-What the plan wants on workers that are not free yet simply comes up again in the plan made when they are.
+What the plan wants on workers that are still held comes up again in the plan made when they are free.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from .buddy import BuddyAllocator
 from .latency import LatencyModel
 
 Workers = tuple[int, ...]
@@ -20,18 +19,18 @@ Workers = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """One unfinished request as its host knows it. Times are seconds on the host's clock.
+    """An unfinished request as its host knows it. Times are seconds on the host's clock.
 
     Attributes:
         height, width: of the image, in pixels.
         batch: images denoised together.
-        steps_done: of `steps_total`, at the last step boundary that the host heard of (an estimate will do).
+        steps_done: of `steps_total`, at the last step boundary that was reported (an estimate will do).
         deadline_s: absolute time by which it should be finished, or None.
         priority: larger is more important; each unit doubles its share.
         gang_size: the size its owner fixed, or None where the policy chooses.
         max_gang: the largest gang its image can be cut into (it has at least that many rows of the latent).
-        workers: those it holds now, all healthy, rank 0 first, also while it is about to yield; None while
-            it waits.
+        workers: those it holds now, all healthy, rank 0 first, even if it is about to yield; None while it
+            waits.
         prepared: its prompt is encoded; always so once it has done a step.
         pinned: it holds workers and cannot yield any more (it decodes).
     """
@@ -52,7 +51,7 @@ class RequestView:
     pinned: bool = False
 
     def allows(self, size: int) -> bool:
-        """Whether this request may run on a gang of `size`."""
+        """True if this request may run on a gang of `size`."""
         if self.gang_size is not None:
             return size == self.gang_size
         return self.max_gang is None or size <= self.max_gang
@@ -60,7 +59,7 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class HostView:
-    """One host at one moment.
+    """A host at one moment.
 
     Attributes:
         now_s: the host's clock.
@@ -77,7 +76,7 @@ class HostView:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which request should run on which workers; whoever is not in it should wait.
+    """The assignments to aim for; a request without one should wait.
 
     `assignments` maps a request's id to aligned workers, rank 0 first; no worker appears twice.
     """
@@ -87,7 +86,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What to do now: who is asked to yield at its next step boundary, and who starts on free workers."""
+    """The requests to ask to yield at their next step boundary, and those to start now on free workers."""
 
     yields: tuple[str, ...]
     starts: Mapping[str, Workers]
@@ -119,40 +118,3 @@ def moves(view: HostView, plan: Plan) -> Moves:
         elif target != request.workers and not request.pinned:
             yields.append(request.id)
     return Moves(tuple(yields), starts)
-
-
-def remaining_s(request: RequestView, size: int, model: LatencyModel) -> float:
-    """Predicted seconds until `request` is finished if it starts or goes on with a gang of `size`.
-
-    Going on with the gang it has costs nothing extra; anything else costs a regrouping.
-    """
-    times = model.times(size, request.height, request.width, request.batch)
-    seconds = times.run_s(request.steps_done, request.steps_total, request.prepared)
-    if request.steps_done and (request.workers is None or len(request.workers) != size):
-        seconds += times.regroup_s
-    return seconds
-
-
-class EarliestDeadlineFirst:
-    """Earliest deadline first, then arrival, each on the largest free gang; nobody who runs is disturbed."""
-
-    review_s: float | None = None
-
-    def plan(self, view: HostView, model: LatencyModel) -> Plan:
-        blocks = BuddyAllocator(view.workers, view.gang_sizes)
-        assignments: dict[str, Workers] = {}
-        for request in view.requests:
-            if request.workers is not None:
-                blocks.take(request.workers)
-                assignments[request.id] = request.workers
-        waiting = [r for r in view.requests if r.workers is None]
-        for request in sorted(waiting, key=lambda r: (_or_never(r.deadline_s), r.arrival_s, r.id)):
-            for size in reversed(view.gang_sizes):
-                if request.allows(size) and (block := blocks.lease(size)) is not None:
-                    assignments[request.id] = block
-                    break
-        return Plan(assignments)
-
-
-def _or_never(deadline_s: float | None) -> float:
-    return float("inf") if deadline_s is None else deadline_s

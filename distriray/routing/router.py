@@ -1,9 +1,9 @@
-"""Which host a request goes to, from what the hosts published a moment ago.
+"""The choice of a host for a request, from what the hosts published a moment ago.
 
-A host publishes how many of its workers are free over the time ahead. A router pours the request into each
-host's free time and takes the host where it would be done first. Hosts that are as good within what the
-model and the age of the state leave uncertain are drawn from evenly, so that several routers that look at
-the same state do not all run to the same host.
+A host publishes its capacity over the time ahead. A router fits the request into each host's capacity and
+takes the host where it would be done first. Hosts that are as good within what the model and the age of the
+state leave uncertain are drawn from evenly, so that several routers that look at the same state do not all
+run to the same host.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
 from math import inf
+from typing import NamedTuple
 
-from .blocks import Room
-from .jobs import costs_by_request, job_of
+from .candidates import Candidate, candidate_of, costs_by_request
+from .capacity import Capacity
 from .latency import LatencyModel
 from .policy import HostView, RequestView
-from .timeline import Job, Run, Timeline
+from .timeline import CapacityStep, Reservation, Timeline
 
-Steps = tuple[tuple[float, Room], ...]
-PUBLISHED_JOBS = 24  # poured one by one; what is behind them counts as work
+PUBLISHED_REQUESTS = 24  # fitted one by one; those behind them count as backlog
 
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """What a host publishes after each decision. Times are seconds on a clock that the fleet shares.
+    """The state that a host publishes when polled. Times are seconds on a clock that the fleet shares.
 
     Attributes:
-        firm: the room over time, as (from, room), beside requests whose deadlines can be met.
-        full: the same beside everything it has.
-        backlog_s: seconds of all its workers that stand before a new request and are not in `full`.
+        capacity_beside_deadlines: over time, beside the requests whose deadlines can be met.
+        capacity_beside_all: over time, beside all requests that were fitted one by one.
+        backlog_s: seconds of all its workers that stand before a new request and that
+            `capacity_beside_all` does not count.
         waiting, max_waiting: its queue, and the bound at which it takes no more.
         gang_sizes: those that its healthy workers can form.
     """
@@ -40,8 +41,8 @@ class HostState:
     published_s: float
     workers: int
     gang_sizes: tuple[int, ...]
-    firm: Steps
-    full: Steps
+    capacity_beside_deadlines: tuple[CapacityStep, ...]
+    capacity_beside_all: tuple[CapacityStep, ...]
     backlog_s: float = 0.0
     waiting: int = 0
     max_waiting: int = 1000
@@ -49,11 +50,12 @@ class HostState:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes.
+    """The destination of a request.
 
     Attributes:
         host: None when every queue is full or no host can form a gang for it.
-        finish_s: when it would be done there; with no host, when a place in a queue may come free.
+        finish_s: one of two times: with a host, when the request would be done there; without, when a place
+            in a queue may come free.
         meets: whether that is by its deadline, within what the model is sure of.
         state: the chosen host's state with the request in it, for the router to go on with until the host
             publishes again.
@@ -65,36 +67,51 @@ class Route:
     state: HostState | None = None
 
 
+class _Option(NamedTuple):
+    """A host that a request could go to, and how it would run there, done at `finish_s`."""
+
+    finish_s: float
+    state: HostState
+    reservation: Reservation
+    candidate: Candidate
+
+
 def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1000) -> HostState:
-    """A host's state, predicted from everything it has."""
-    now, workers, room = view.now_s, len(view.workers), Room.of(view)
+    """A host's state, predicted from all its requests."""
+    now, workers, capacity = view.now_s, len(view.workers), Capacity.of(view)
     costs_of = costs_by_request(view, model)
     known = [(r, costs) for r in view.requests if (costs := costs_of(r)).sizes]
-    firm, full = Timeline(now, room.copy()), Timeline(now, room.copy())
-    hopeful: list[Job] = []
-    rest: list[Job] = []
+    beside_deadlines, beside_all = Timeline(now, capacity.copy()), Timeline(now, capacity.copy())
+    with_deadline: list[Candidate] = []
+    best_effort: list[Candidate] = []
     for r, costs in known:
         if r.deadline_s is not None and now + costs.soonest_s <= r.deadline_s:
-            hopeful.append(job_of(r, costs, r.deadline_s))
+            with_deadline.append(candidate_of(r, costs, r.deadline_s))
         else:  # late, or without a deadline: it ends when it ends
-            rest.append(job_of(r, costs))
-    first = nsmallest(PUBLISHED_JOBS, hopeful, key=lambda j: (not j.size, j.deadline_s, j.arrival_s))
-    for job in first:
-        run = _fit(firm, job) or _quickest(firm, job)
-        if run is not None:
-            firm.take(run)
-            full.take(run)
-    second = nsmallest(PUBLISHED_JOBS - len(first), rest, key=lambda j: (not j.size, j.arrival_s))
-    for job in second:
-        run = full.pour(job, job.size or job.sizes[0])
-        if run is not None:
-            full.take(run)
-    poured = {j.id for j in (*first, *second)}
-    behind = sum(costs.work for r, costs in known if r.id not in poured)
-    waiting = sum(r.workers is None for r in view.requests)
-    sizes = tuple(size for size, left in room.left.items() if left)
+            best_effort.append(candidate_of(r, costs))
+    first = nsmallest(PUBLISHED_REQUESTS, with_deadline, lambda c: (not c.size, c.deadline_s, c.arrival_s))
+    for candidate in first:
+        reservation = _in_time(beside_deadlines, candidate) or _soonest(beside_deadlines, candidate)
+        if reservation is not None:
+            beside_deadlines.reserve(reservation)
+            beside_all.reserve(reservation)
+    second = nsmallest(PUBLISHED_REQUESTS - len(first), best_effort, lambda c: (not c.size, c.arrival_s))
+    for candidate in second:
+        reservation = beside_all.fit(candidate, candidate.size or candidate.sizes[0])
+        if reservation is not None:
+            beside_all.reserve(reservation)
+    fitted = {candidate.id for candidate in (*first, *second)}
+    behind = sum(costs.worker_seconds for r, costs in known if r.id not in fitted)
     return HostState(
-        host, now, workers, sizes, _steps(firm), _steps(full), behind / max(1, workers), waiting, max_waiting
+        host=host,
+        published_s=now,
+        workers=workers,
+        gang_sizes=tuple(size for size, free in capacity.free.items() if free),
+        capacity_beside_deadlines=beside_deadlines.steps,
+        capacity_beside_all=beside_all.steps,
+        backlog_s=behind / max(1, workers),
+        waiting=sum(r.workers is None for r in view.requests),
+        max_waiting=max_waiting,
     )
 
 
@@ -104,16 +121,17 @@ def route(
     now_s: float,
     model: LatencyModel,
     draw: random.Random,
-    caution: float = 1.0,
+    error_margin: float = 1.0,
 ) -> Route:
     """Choose a host for a request that has just come.
 
     Args:
         states: one of each host, as old as they are.
         draw: where ties are drawn from; seeded, it always chooses the same.
-        caution: how many of the model's errors two predictions may lie apart and count as equal.
+        error_margin: how many of the model's errors two predictions may lie apart and count as equal.
     """
-    options: list[tuple[float, HostState, Run, Job]] = []
+    urgent = request.deadline_s is not None
+    options: list[_Option] = []
     for state in states:
         if state.waiting >= state.max_waiting or not state.gang_sizes:
             continue
@@ -121,30 +139,36 @@ def route(
         costs = costs_by_request(empty, model)(request)
         if not costs.sizes:
             continue
-        urgent = request.deadline_s is not None
-        job = job_of(request, costs, inf if request.deadline_s is None else request.deadline_s)
-        timeline = _timeline(state.firm if urgent else state.full, now_s)
-        run = _quickest(timeline, job)
-        if run is not None:
+        candidate = candidate_of(request, costs, inf if request.deadline_s is None else request.deadline_s)
+        steps = state.capacity_beside_deadlines if urgent else state.capacity_beside_all
+        reservation = _soonest(Timeline.of(steps, now_s), candidate)
+        if reservation is not None:
             delay = 0.0 if urgent else state.backlog_s
-            options.append((run.end_s + delay, state, run, job))
+            options.append(_Option(reservation.end_s + delay, state, reservation, candidate))
     if not options:
         return Route(None, now_s + min((_drain_s(state) for state in states), default=inf), False)
-    best = min(end for end, *_ in options)
-    error = model.estimate(1, request.height, request.width, request.batch).error
+    best = min(option.finish_s for option in options)
+    error = model.times(1, request.height, request.width, request.batch).error
+    slack_s = error_margin * error * (best - now_s)
 
-    def near(end: float, state: HostState) -> bool:
-        return end - best <= caution * error * (best - now_s) + max(0.0, now_s - state.published_s)
+    def near(option: _Option) -> bool:
+        return option.finish_s - best <= slack_s + max(0.0, now_s - option.state.published_s)
 
-    end, state, run, job = draw.choice([option for option in options if near(option[0], option[1])])
-    meets = request.deadline_s is None or best - caution * error * (best - now_s) <= request.deadline_s
-    firm, full = _timeline(state.firm, now_s), _timeline(state.full, now_s)
-    if request.deadline_s is not None:
-        run = _fit(firm, job) or run
-        firm.take(run)
-    full.take(run)
-    after = replace(state, firm=_steps(firm), full=_steps(full), waiting=state.waiting + 1)
-    return Route(state.host, end, meets, after)
+    finish_s, state, reservation, candidate = draw.choice([option for option in options if near(option)])
+    meets = request.deadline_s is None or best - slack_s <= request.deadline_s
+    beside_deadlines = Timeline.of(state.capacity_beside_deadlines, now_s)
+    beside_all = Timeline.of(state.capacity_beside_all, now_s)
+    if urgent:
+        reservation = _in_time(beside_deadlines, candidate) or reservation
+        beside_deadlines.reserve(reservation)
+    beside_all.reserve(reservation)
+    after = replace(
+        state,
+        capacity_beside_deadlines=beside_deadlines.steps,
+        capacity_beside_all=beside_all.steps,
+        waiting=state.waiting + 1,
+    )
+    return Route(state.host, finish_s, meets, after)
 
 
 def predicted_s(view: HostView, request: RequestView, model: LatencyModel) -> float:
@@ -157,43 +181,27 @@ def predicted_s(view: HostView, request: RequestView, model: LatencyModel) -> fl
 def backlog_s(view: HostView, model: LatencyModel) -> float:
     """Seconds until everything in `view` would be done, were it spread evenly over its workers."""
     costs_of = costs_by_request(view, model)
-    work = sum(costs.work for r in view.requests if (costs := costs_of(r)).sizes)
+    work = sum(costs.worker_seconds for r in view.requests if (costs := costs_of(r)).sizes)
     return work / max(1, len(view.workers))
 
 
-def _fit(timeline: Timeline, job: Job) -> Run | None:
-    """On the smallest gang that meets its deadline."""
-    for size in job.sizes:
-        run = timeline.pour(job, size)
-        if run is not None:
-            return run
+def _in_time(timeline: Timeline, candidate: Candidate) -> Reservation | None:
+    """A reservation on the smallest gang that meets the deadline; None when none does."""
+    for size in candidate.sizes:
+        reservation = timeline.fit(candidate, size)
+        if reservation is not None:
+            return reservation
     return None
 
 
-def _quickest(timeline: Timeline, job: Job) -> Run | None:
-    """On as many workers as it can use, whether in time or not."""
-    job = replace(job, deadline_s=inf)
-    runs = [run for size in job.sizes if (run := timeline.pour(job, size)) is not None]
-    return min(runs, key=lambda run: run.end_s, default=None)
-
-
-def _steps(timeline: Timeline) -> Steps:
-    return tuple(zip(timeline.starts, timeline.rooms, strict=True))
-
-
-def _timeline(steps: Steps, now_s: float) -> Timeline:
-    """The room that `steps` say there is from `now_s` on."""
-    at_once = next((room for start, room in reversed(steps) if start <= now_s), steps[0][1])
-    timeline = Timeline(now_s, at_once.copy())
-    for start, room in steps:
-        if start > now_s:
-            timeline.starts.append(start)
-            timeline.rooms.append(room.copy())
-            timeline.free.append(room.largest)
-    return timeline
+def _soonest(timeline: Timeline, candidate: Candidate) -> Reservation | None:
+    """The reservation that ends first, whether in time or not."""
+    candidate = replace(candidate, deadline_s=inf)
+    found = [fit for size in candidate.sizes if (fit := timeline.fit(candidate, size)) is not None]
+    return min(found, key=lambda reservation: reservation.end_s, default=None)
 
 
 def _drain_s(state: HostState) -> float:
-    """About when a full queue has a place: its work over its length."""
-    last = max(0.0, state.full[-1][0] - state.published_s) + state.backlog_s
+    """About when a full queue has a place: its backlog over its length."""
+    last = max(0.0, state.capacity_beside_all[-1].start_s - state.published_s) + state.backlog_s
     return max(0.1, last / max(1, state.waiting))

@@ -1,143 +1,138 @@
-"""The room on a host over the time ahead, and requests poured into it."""
+"""The capacity of a host over the time ahead, and reservations in it."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
-from .blocks import Room
+from .candidates import Candidate
+from .capacity import Capacity
 
 
-@dataclass(slots=True)
-class Job:
-    """A request as the planner sees it: what is left of it on each gang it may have.
+class Span(NamedTuple):
+    """A gang of `size` from `start_s` to `end_s`."""
 
-    Attributes:
-        sizes: gangs it may have, ascending.
-        left_s: seconds to its end on each of `sizes`, without regrouping.
-        regroup_s: what a change to each of `sizes` costs, in seconds.
-        error: relative, of all these times.
-        size: of the gang it has, 0 while it waits.
-        deadline_s: absolute; infinite when there is none.
-        weight: what meeting the deadline is worth.
-    """
-
-    id: str
-    sizes: tuple[int, ...]
-    left_s: tuple[float, ...]
-    regroup_s: tuple[float, ...]
-    error: float
+    start_s: float
+    end_s: float
     size: int
-    deadline_s: float
-    weight: float
-    arrival_s: float
-    pinned: bool = False
 
-    def index(self, size: int) -> int:
-        """Position of the largest of its sizes within `size`; -1 when none is so small."""
-        return bisect_right(self.sizes, size) - 1
 
-    def worker_seconds(self, index: int) -> float:
-        """Worker-seconds to its end on its size number `index`."""
-        return self.sizes[index] * self.left_s[index]
+class CapacityStep(NamedTuple):
+    """The capacity from `start_s` on, until the next step."""
 
-    def least_worker_seconds(self) -> float:
-        """Worker-seconds to its end on the gang that wastes least."""
-        return min(size * left for size, left in zip(self.sizes, self.left_s, strict=True))
-
-    def alone_s(self, index: int) -> float:
-        """Seconds to its end on its size number `index`, with the regrouping if that is a change."""
-        change = 0.0 if self.sizes[index] == self.size else self.regroup_s[index]
-        return self.left_s[index] + change
+    start_s: float
+    capacity: Capacity
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """How a job would run: its first gang (0: not at once), when it ends, and what it uses."""
+class Reservation:
+    """The gangs that would finish a request: its first (0: none at once), its end, and what they use."""
 
     first: int
     end_s: float
     worker_seconds: float
-    spans: tuple[tuple[float, float, int], ...]
+    spans: tuple[Span, ...]
 
 
 class Timeline:
-    """The room that there is, as a step function of time from now on."""
+    """The capacity that is left, as a step function of time from now on."""
 
-    def __init__(self, now_s: float, room: Room) -> None:
-        self.starts = [now_s]
-        self.rooms = [room]
-        self.free = [room.largest]
+    def __init__(self, now_s: float, capacity: Capacity) -> None:
+        self._starts = [now_s]
+        self._capacities = [capacity]
+        self._largest = [capacity.largest]  # gang that fits, for each step
 
-    def pour(self, job: Job, cap: int, hold_until: float = -inf) -> Run | None:
-        """How `job` would run, from now on, always on the largest gang up to `cap` that fits.
+    @classmethod
+    def of(cls, steps: Sequence[CapacityStep], now_s: float) -> Timeline:
+        """The capacity from `now_s` on, by `steps` in order of time, of which there is at least one."""
+        current = next((step for step in reversed(steps) if step.start_s <= now_s), steps[0])
+        timeline = cls(now_s, current.capacity.copy())
+        for step in steps:
+            if step.start_s > now_s:
+                timeline._starts.append(step.start_s)
+                timeline._capacities.append(step.capacity.copy())
+                timeline._largest.append(step.capacity.largest)
+        return timeline
 
-        It grows only where that repays the regrouping. Until `hold_until` it keeps the gang it has, for
-        which there must not be room as well. None when it would not end by its deadline.
+    @property
+    def steps(self) -> tuple[CapacityStep, ...]:
+        """The step function, which changes with the timeline."""
+        return tuple(map(CapacityStep, self._starts, self._capacities))
+
+    def fit(self, candidate: Candidate, max_gang: int, hold_until: float = -inf) -> Reservation | None:
+        """The reservation that takes, at any time, the largest gang up to `max_gang` that fits.
+
+        It grows only where that repays the regrouping. Until `hold_until` it keeps its current gang; those
+        workers must not also be counted as free. None when it would not end by its deadline.
         """
-        starts, free = self.starts, self.free
-        size = job.size
-        left = 1.0  # the share of what it has to do
+        starts, largest = self._starts, self._largest
+        size = candidate.size
+        left = 1.0  # the fraction of what it has to do
         debt = 0.0  # what is left to pay of a regrouping, in seconds
         used = 0.0
-        spans: list[tuple[float, float, int]] = []
+        spans: list[Span] = []
         last = len(starts) - 1
-        due, fastest = job.deadline_s, min(job.left_s)
+        due, fastest = candidate.deadline_s, min(candidate.left_s)
         for i, start in enumerate(starts):
             end = starts[i + 1] if i < last else inf
-            while start < end:
+            while start < end:  # twice where the hold ends within this step of the timeline
                 if start + left * fastest > due:
                     return None
-                if start < hold_until:
-                    at, until = job.index(size), min(end, hold_until)
+                if start < hold_until:  # held: its own gang, whatever is free
+                    at, until = candidate.index(size), min(end, hold_until)
                 else:
-                    at, until = job.index(min(cap, free[i])), end
-                if at < 0:
+                    at, until = candidate.index(min(max_gang, largest[i])), end
+                if at < 0:  # nothing fits: it waits
                     size = 0
                     start = until
                     continue
-                now = job.index(size) if size else -1
-                if 0 <= now < at and left * (job.left_s[now] - job.left_s[at]) <= job.regroup_s[at]:
+                now = candidate.index(size) if size else -1
+                if (
+                    0 <= now < at
+                    and left * (candidate.left_s[now] - candidate.left_s[at]) <= (candidate.regroup_s[at])
+                ):  # a larger gang fits and does not repay the regrouping: it stays
                     at = now
-                if job.sizes[at] != size:
-                    size, debt = job.sizes[at], job.regroup_s[at]
-                need = debt + left * job.left_s[at]
-                if start + need <= until:
+                if candidate.sizes[at] != size:  # it starts, grows or shrinks
+                    size, debt = candidate.sizes[at], candidate.regroup_s[at]
+                need = debt + left * candidate.left_s[at]
+                if start + need <= until:  # it ends here
                     if start + need > due:
                         return None
-                    spans.append((start, start + need, size))
-                    first = spans[0][2] if spans[0][0] == starts[0] else 0
-                    return Run(first, start + need, used + size * need, tuple(spans))
-                spans.append((start, until, size))
+                    spans.append(Span(start, start + need, size))
+                    first = spans[0].size if spans[0].start_s == starts[0] else 0
+                    return Reservation(first, start + need, used + size * need, tuple(spans))
+                spans.append(Span(start, until, size))  # it goes on after this step of the timeline
                 used += size * (until - start)
-                left -= max(0.0, until - start - debt) / job.left_s[at]
+                left -= max(0.0, until - start - debt) / candidate.left_s[at]
                 debt = max(0.0, debt - (until - start))
                 start = until
         return None
 
-    def take(self, run: Run, since: float = -inf) -> None:
-        """Remove what `run` uses after `since`."""
-        for start, end, size in run.spans:
+    def reserve(self, reservation: Reservation, since: float = -inf) -> None:
+        """Remove what `reservation` uses after `since`."""
+        for start, end, size in reservation.spans:
             if end > since:
-                self.reserve(max(start, since), end, size)
+                self.occupy(max(start, since), end, size)
 
-    def reserve(self, start: float, end: float, size: int) -> None:
+    def occupy(self, start: float, end: float, size: int) -> None:
         """Remove a gang of `size` from `start` to `end`."""
         if start < end:
             first = self._cut(start)
             for i in range(first, self._cut(end)):
-                self.rooms[i].take(size)
-                self.free[i] = self.rooms[i].largest
+                self._capacities[i].take(size)
+                self._largest[i] = self._capacities[i].largest
 
     def _cut(self, time: float) -> int:
-        """Index of the interval that starts at `time`, made if there is none."""
-        i = bisect_right(self.starts, time) - 1
+        """Index of the step that starts at `time`, made if there is none."""
+        i = bisect_right(self._starts, time) - 1
         if time == inf:
-            return len(self.starts)
-        if self.starts[i] == time:
+            return len(self._starts)
+        if self._starts[i] == time:
             return i
-        self.starts.insert(i + 1, time)
-        self.rooms.insert(i + 1, self.rooms[i].copy())
-        self.free.insert(i + 1, self.free[i])
+        self._starts.insert(i + 1, time)
+        self._capacities.insert(i + 1, self._capacities[i].copy())
+        self._largest.insert(i + 1, self._largest[i])
         return i + 1

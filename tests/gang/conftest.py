@@ -11,7 +11,7 @@ from distriray.config import ParallelConfig
 from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
-from distriray.routing.policy import EarliestDeadlineFirst
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from tests.gang.policies import Changeable
 
 

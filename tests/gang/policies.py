@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from distriray.routing.buddy import BuddyAllocator
 from distriray.routing.latency import LatencyModel
-from distriray.routing.policy import EarliestDeadlineFirst, HostPolicy, HostView, Plan, Workers
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policy import HostPolicy, HostView, Plan, Workers
 
 
 class Changeable:

@@ -60,7 +60,7 @@ def test_a_profile_is_measured_once_and_used_at_the_next_start(tiny_model: Path,
         assert host.host.latency.profile == measured
         assert not host.status().outcomes and host.status().predictions.count == 0
     assert [entry.gang for entry in measured.entries] == [1, 2, 4]
-    assert {busy for busy, _ in measured.crowding} == {1, 2, 4} and measured.crowding[-1] == (4, 1.0)
+    assert {busy for busy, _ in measured.contention} == {1, 2, 4} and measured.contention[-1] == (4, 1.0)
     marked = measured.model_copy(update={"regroup_s": 0.0123})
     marked.save(path)
     with open_host(config, cpus=5) as host:

@@ -19,7 +19,7 @@ import pytest
 from distriray.errors import DistrirayError, GenerationCancelled, QueueFull
 from distriray.gang import BlockingHost
 from distriray.requests import GenerationRequest, GenerationResult
-from distriray.routing.policy import EarliestDeadlineFirst
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from tests.gang.conftest import ask, policy_of
 from tests.gang.policies import Script, Shuffle
 from tests.gang.test_host import difference

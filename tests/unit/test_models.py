@@ -68,7 +68,7 @@ def test_auto_dtype_is_half_precision_on_a_gpu_only() -> None:
 def test_importing_distriray_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys, distriray; distriray.ParallelConfig, distriray.GenerationRequest, distriray.HostConfig\n"
-        "import distriray.cli, distriray.models, distriray.routing.elastic\n"
+        "import distriray.cli, distriray.models, distriray.routing.policies.elastic\n"
         "print([m for m in ('torch', 'ray', 'diffusers', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

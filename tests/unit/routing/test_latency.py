@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from distriray.routing.host_clock import HostClock
 from distriray.routing.latency import Entry, LatencyModel, Profile
-from distriray.routing.pace import HostTime
 
 
 def entry(gang, side, step_s, batch=1, **more):
@@ -51,7 +51,7 @@ def test_every_case_has_a_positive_time_and_no_time_falls_with_the_size(gang, he
 
 def test_it_is_less_sure_the_further_a_case_is_from_any_measured_one():
     model = LatencyModel(FOUR)
-    errors = [model.estimate(1, side, side, 1).error for side in (1024, 1448, 2048, 4096)]
+    errors = [model.times(1, side, side, 1).error for side in (1024, 1448, 2048, 4096)]
     assert errors == sorted(errors) and errors[0] < errors[1] < errors[-1]
 
 
@@ -83,10 +83,10 @@ def test_what_is_observed_of_one_case_corrects_the_others_until_they_are_observe
 
 def test_observing_makes_it_surer():
     model = LatencyModel(FOUR)
-    before = model.estimate(2, 768, 768, 1).error
+    before = model.times(2, 768, 768, 1).error
     for _ in range(5):
         model.observe(2, 768, 768, 1, 0.15)
-    assert model.estimate(2, 768, 768, 1).error < before
+    assert model.times(2, 768, 768, 1).error < before
 
 
 def test_run_counts_prepare_warmup_and_decode():
@@ -117,17 +117,24 @@ def test_a_profile_with_an_impossible_time_is_refused(tmp_path):
 
 
 def test_few_busy_workers_are_faster_where_they_share_cores_and_not_elsewhere():
-    crowded = LatencyModel(profile(entry(1, 512, 0.1), crowding=((1, 0.5), (4, 1.0))))
+    crowded = LatencyModel(profile(entry(1, 512, 0.1), contention=((1, 0.5), (4, 1.0))))
     assert [crowded.pace(busy) for busy in (1, 2, 4, 8)] == pytest.approx([0.5, 0.5**0.5, 1.0, 1.0])
     assert [LatencyModel(FOUR).pace(busy) for busy in (1, 8)] == [1.0, 1.0]
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 5.0), st.floats(0.1, 2.0)), max_size=8), st.floats(0.0, 5.0))
 def test_a_hosts_own_time_runs_through_changes_of_pace_and_back(changes, later):
-    time, now, own = HostTime(), 0.0, 0.0
+    time, now, own = HostClock(), 0.0, 0.0
     for after, pace in changes:
         own += after / time.pace
         now += after
         time.change(pace, now)
     assert time.at(now) == pytest.approx(own)
     assert time.when(time.at(now + later)) == pytest.approx(now + later)
+
+
+def test_a_profile_with_the_old_name_of_contention_says_what_to_do(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(FOUR.model_dump_json().replace('"contention"', '"crowding"'))
+    with pytest.raises(ValidationError, match="`crowding` is now `contention`: rename it"):
+        Profile.load(path)

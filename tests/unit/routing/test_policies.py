@@ -1,34 +1,48 @@
 """What every host policy keeps to, and what the elastic one is for."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distriray.routing.baselines import FixedSize, Leases, SizePerShape
+from distriray.gang.config import HostConfig
 from distriray.routing.buddy import aligned_blocks
-from distriray.routing.elastic import Elastic, ElasticConfig
 from distriray.routing.latency import LatencyModel
-from distriray.routing.policy import EarliestDeadlineFirst, HostView, Plan, RequestView, moves
-from distriray.routing.workload import TRIAL_KINDS, trial_profile
+from distriray.routing.policies import POLICIES, make_policy
+from distriray.routing.policies.baselines import FixedSize, Leases, SizePerShape
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policies.elastic import Elastic, ElasticConfig
+from distriray.routing.policy import HostView, Plan, RequestView, moves
+from distriray.routing.simulation.workload import TRIAL_KINDS, trial_profile
 
 MODEL = LatencyModel(trial_profile())
 SIDES = (512, 1024, 1536, 2048)
 PER_SHAPE = {(side, side, 1): gang for side, gang in zip(SIDES, (2, 4, 8, 8), strict=True)}
-POLICIES = [
-    Elastic(),
-    EarliestDeadlineFirst(),
+EVERY_POLICY = [
+    *(make() for make in POLICIES.values()),
     Leases(),
     Leases(late_last=True),
     FixedSize(2),
     SizePerShape(PER_SHAPE, backfill=True),
 ]
+SERVED = tuple(type(make()) for make in POLICIES.values())
 SIZES = (1, 2, 4, 8)
 
 
 def request(name, side=1024, done=0, arrival=0.0, deadline=None, **more):
-    return RequestView(name, side, side, 1, 50, done, arrival, deadline, **more)
+    return RequestView(
+        id=name,
+        height=side,
+        width=side,
+        batch=1,
+        steps_total=50,
+        steps_done=done,
+        arrival_s=arrival,
+        deadline_s=deadline,
+        **more,
+    )
 
 
 def host(*requests, now=0.0, workers=8, sizes=SIZES):
@@ -78,7 +92,7 @@ def views(draw, dead=True, fixed=True):
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda p: type(p).__name__)
 @settings(max_examples=60, deadline=None)
 @given(view=views())
 def test_no_worker_twice_and_gangs_aligned_healthy_and_allowed(policy, view):
@@ -88,7 +102,7 @@ def test_no_worker_twice_and_gangs_aligned_healthy_and_allowed(policy, view):
     by_id = {r.id: r for r in view.requests}
     for name, workers in plan.assignments.items():
         assert workers in aligned_blocks(8, SIZES)
-        if isinstance(policy, Elastic | EarliestDeadlineFirst):
+        if isinstance(policy, SERVED):
             assert by_id[name].allows(len(workers)) or by_id[name].workers == workers
     for r in view.requests:
         if r.pinned:
@@ -124,7 +138,7 @@ def test_no_regrouping_while_steps_go_by_and_nobody_comes_or_ends(view, share):
     view = replace(view, requests=tuple(replace(r, deadline_s=None, pinned=False) for r in view.requests))
     settled = carried_out(view, policy.plan(view, MODEL))
     running = [r for r in settled.requests if r.workers]
-    ends = [MODEL.run_s(len(r.workers), r.height, r.width, 1, r.steps_done, 50) for r in running]
+    ends = [MODEL.times(len(r.workers), r.height, r.width, 1).run_s(r.steps_done, 50) for r in running]
     later = share * min(ends, default=1.0)
     requests = []
     for r in settled.requests:
@@ -243,7 +257,7 @@ def test_the_oldest_request_passed_over_too_long_has_its_turn(now, runs):
         request(f"r{i}", k.height, arrival=now, deadline=now + 1.5 * (k.deadline_s or 0.0))
         for i, k in enumerate(TRIAL_KINDS * 3)
     ]
-    plan = Elastic(ElasticConfig(patience_s=60.0, turn_s=60.0, share=0.125)).plan(
+    plan = Elastic(ElasticConfig(patience_s=60.0, starved_every_s=60.0, starved_share=0.125)).plan(
         host(old, *rush, now=now), MODEL
     )
     assert ("old" in plan.assignments) == runs
@@ -260,6 +274,36 @@ def test_earliest_deadline_first_takes_the_largest_free_gang():
     assert widths(EarliestDeadlineFirst().plan(view, MODEL)) == {"a": 4, "b": 4}
 
 
+def test_earliest_deadline_first_keeps_the_block_that_is_free_soonest_for_the_first_that_finds_none():
+    soon, late = request("soon", done=25, workers=(0,)), request("late", done=10, workers=(4,))
+    large = request("large", gang_size=4, deadline=50.0)
+    small = [request(str(i), gang_size=1, arrival=1.0) for i in range(6)]
+    plan = EarliestDeadlineFirst().plan(host(soon, late, large, *small, sizes=(1, 2, 4)), MODEL)
+    assert plan.assignments.keys() == {"soon", "late", "0", "1", "2"}  # those beside `soon` are kept
+
+
+def test_earliest_deadline_first_lets_others_use_a_kept_block_until_it_is_free():
+    running = request("running", done=25, workers=(0,))  # for another 1.75 s
+    large = request("large", gang_size=4, deadline=50.0)
+    short, long = request("short", 512, gang_size=1, arrival=1.0), request("long", gang_size=1, arrival=1.0)
+    plan = EarliestDeadlineFirst().plan(host(running, large, long, short, workers=4, sizes=(1, 2, 4)), MODEL)
+    assert plan.assignments == {"running": (0,), "short": (1,)}  # 1.2 s; `long` takes 3.5
+
+
+def test_earliest_deadline_first_keeps_nothing_for_a_gang_that_no_healthy_workers_can_form():
+    large = request("large", gang_size=4)
+    small = [request(str(i), gang_size=1, arrival=1.0) for i in range(3)]
+    view = replace(host(large, *small, sizes=(1, 2, 4)), workers=(0, 1, 3))
+    assert EarliestDeadlineFirst().plan(view, MODEL).assignments.keys() == {"0", "1", "2"}
+
+
+def test_earliest_deadline_first_counts_a_request_without_a_deadline_as_due_a_minute_after_its_arrival():
+    old, due = request("old", arrival=0.0), request("due", arrival=50.0, deadline=61.0)
+    assert EarliestDeadlineFirst().plan(host(due, old, now=50.0), MODEL).assignments.keys() == {"old"}
+    soon = request("due", arrival=50.0, deadline=59.0)
+    assert EarliestDeadlineFirst().plan(host(soon, old, now=50.0), MODEL).assignments.keys() == {"due"}
+
+
 def test_fixed_size_does_not_overtake():
     running = request("r", workers=(0, 1, 2, 3))
     view = host(running, request("a", arrival=1.0), request("b", arrival=2.0))
@@ -268,3 +312,17 @@ def test_fixed_size_does_not_overtake():
 
 def test_an_empty_plan_for_an_empty_host():
     assert Elastic().plan(host(), MODEL) == Plan({})
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_of_the_table_can_be_configured_and_is_documented(name):
+    assert type(make_policy(HostConfig(policy=name).policy)) is type(POLICIES[name]())
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `policy`"))
+    assert f"`{name}`" in row.split("|")[3]
+
+
+def test_a_policy_that_is_not_in_the_table_is_refused_with_those_that_are():
+    for choose in (make_policy, lambda name: HostConfig(policy=name)):
+        with pytest.raises(ValueError, match="no policy 'fifo'.*earliest_deadline, elastic"):
+            choose("fifo")

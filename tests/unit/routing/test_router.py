@@ -11,14 +11,24 @@ from hypothesis import strategies as st
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import HostView, RequestView
 from distriray.routing.router import backlog_s, predicted_s, publish, route
-from distriray.routing.workload import trial_profile
+from distriray.routing.simulation.workload import trial_profile
 
 MODEL = LatencyModel(trial_profile())
 SIZES = (1, 2, 4, 8)
 
 
 def request(name="new", side=1024, deadline=None, arrival=0.0, **more):
-    return RequestView(name, side, side, 1, 50, 0, arrival, deadline, **more)
+    return RequestView(
+        id=name,
+        height=side,
+        width=side,
+        batch=1,
+        steps_total=50,
+        steps_done=0,
+        arrival_s=arrival,
+        deadline_s=deadline,
+        **more,
+    )
 
 
 def state(name, *requests, now=0.0, workers=8, **more):
@@ -102,8 +112,8 @@ def test_any_state_gives_a_route_with_a_finite_time(queue, broken, deadline):
     chosen = route([published], request(deadline=deadline), 0.3, MODEL, random.Random(0))
     assert chosen.host == "a"
     assert 0.3 < chosen.finish_s < 2000
-    steps = [*chosen.state.firm, *chosen.state.full]
-    assert all(left >= 0 for _, room in steps for left in room.left.values())
+    steps = [*chosen.state.capacity_beside_deadlines, *chosen.state.capacity_beside_all]
+    assert all(left >= 0 for _, capacity in steps for left in capacity.free.values())
 
 
 def test_what_a_host_predicts_for_a_new_request_counts_what_it_has():

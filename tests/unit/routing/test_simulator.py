@@ -7,14 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distriray.routing.baselines import FixedSize, Leases
-from distriray.routing.elastic import Elastic, ElasticConfig
+from distriray.routing.host_clock import busy_workers
 from distriray.routing.latency import Entry, LatencyModel, Profile
-from distriray.routing.policy import EarliestDeadlineFirst, Plan
-from distriray.routing.report import Quantiles
-from distriray.routing.simulate import main
-from distriray.routing.simulator import Fleet, simulate
-from distriray.routing.workload import SKEWED_KINDS, TRIAL_KINDS, Arrival, Workload, read_trace, trial_profile
+from distriray.routing.policies.baselines import FixedSize, Leases
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policies.elastic import Elastic, ElasticConfig
+from distriray.routing.policy import Plan
+from distriray.routing.quantiles import Quantiles
+from distriray.routing.simulation.__main__ import main
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.simulator import simulate
+from distriray.routing.simulation.workload import (
+    SKEWED_KINDS,
+    TRIAL_KINDS,
+    Arrival,
+    Workload,
+    read_trace,
+    trial_profile,
+)
 
 MODEL = LatencyModel(trial_profile())
 EXACT = LatencyModel(
@@ -39,6 +49,11 @@ EXACT = LatencyModel(
 )
 
 
+PAIR = SimulatedFleet(workers=2, gang_sizes=(2,))
+SINGLES = SimulatedFleet(workers=2, gang_sizes=(1,))
+BOTH = SimulatedFleet(workers=2, gang_sizes=(1, 2))
+
+
 class Scripted:
     """Both workers for the first request until another comes, then one each to the end."""
 
@@ -56,13 +71,15 @@ def arrival(at, **more):
 
 
 def test_one_request_takes_prepare_a_synchronous_step_the_others_and_decode():
-    report = simulate([arrival(1.0)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,)))
+    report = simulate([arrival(1.0)], FixedSize(2), EXACT, PAIR)
     assert report.latency.mean == pytest.approx(3.0 + 1.0 + 9 * 0.5 + 4.0)
     assert report.worker_seconds == pytest.approx(2 * report.latency.mean)
 
 
 def test_a_regrouping_waits_for_the_step_and_costs_the_move_and_a_synchronous_step():
-    report = simulate([arrival(0.0), arrival(4.7)], Scripted(), EXACT, Fleet(workers=2, gang_sizes=(1, 2)))
+    report = simulate(
+        [arrival(0.0), arrival(4.7)], Scripted(), EXACT, SimulatedFleet(workers=2, gang_sizes=(1, 2))
+    )
     # 3 prepare, steps end at 4 (synchronous), 4.5, 5: it yields at 5 with 3 done. The other has 4.7 … 5 to
     # wait. On one worker: 0.5 move, 2 synchronous, 6 more, 4 decode: done at 17.5. The other has 3 + 2 + 9
     # + 4 to go: done at 23.
@@ -72,8 +89,10 @@ def test_a_regrouping_waits_for_the_step_and_costs_the_move_and_a_synchronous_st
 
 
 def test_workers_that_share_cores_slow_each_other_down():
-    shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": ((1, 0.5), (2, 1.0))}))
-    report = simulate([arrival(0.0), arrival(4.0)], FixedSize(1), shared, Fleet(workers=2, gang_sizes=(1,)))
+    shared = LatencyModel(EXACT.profile.model_copy(update={"contention": ((1, 0.5), (2, 1.0))}))
+    report = simulate(
+        [arrival(0.0), arrival(4.0)], FixedSize(1), shared, SimulatedFleet(workers=2, gang_sizes=(1,))
+    )
     # an image is 3 + 2 + 9 + 4 = 18 at full house. The first has 8 behind it at 4, twice as fast as that,
     # and is done at 14; the other has 10 behind it then, and the last 8 take 4.
     assert report.latency.total == pytest.approx(14.0 + 14.0)
@@ -81,18 +100,40 @@ def test_workers_that_share_cores_slow_each_other_down():
 
 
 def test_all_of_a_gang_are_busy_until_it_has_decoded():
-    crowding = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
-    shared = LatencyModel(EXACT.profile.model_copy(update={"crowding": crowding}))
+    contention = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
+    shared = LatencyModel(EXACT.profile.model_copy(update={"contention": contention}))
     arrivals = [arrival(0.0, gang_size=2), arrival(0.0, gang_size=1)]
-    report = simulate(arrivals, EarliestDeadlineFirst(), shared, Fleet(workers=4, gang_sizes=(1, 2)))
+    report = simulate(arrivals, EarliestDeadlineFirst(), shared, SimulatedFleet(workers=4, gang_sizes=(1, 2)))
     # three workers: the gang's 8.5 of steps and 4 of decoding at full house take 9.375. The lone worker has
     # 18 at full house: 12.5 by then, and the last 5.5 take 1.375 alone.
     assert report.latency.total == pytest.approx(9.375 + 10.75)
 
 
+def test_one_of_a_gang_is_busy_when_it_decodes_alone():
+    contention = tuple((busy, busy / 4) for busy in (1, 2, 3, 4))
+    shared = LatencyModel(EXACT.profile.model_copy(update={"contention": contention}))
+    arrivals = [arrival(0.0, gang_size=2), arrival(0.0, gang_size=1)]
+    fleet = SimulatedFleet(workers=4, gang_sizes=(1, 2), decodes_together=False)
+    report = simulate(arrivals, EarliestDeadlineFirst(), shared, fleet)
+    # three workers until the gang's 8.5 of steps are done, at 6.375; then two, so that its 4 of decoding take
+    # 2: done at 8.375. The lone worker has 18, of which 8.5 and 4 are done by then; the last 5.5 take 1.375.
+    assert report.latency.total == pytest.approx(8.375 + 9.75)
+    assert report.worker_seconds == pytest.approx(2 * 8.375 + 9.75)  # held, busy or not
+
+
+@pytest.mark.parametrize(
+    ("gang", "decoding", "together", "busy"),
+    [(4, False, True, 4), (4, False, False, 4), (4, True, True, 4), (4, True, False, 1), (1, True, False, 1)],
+)
+def test_a_gang_is_busy_but_for_those_who_leave_decoding_to_one(gang, decoding, together, busy):
+    assert busy_workers(gang, decoding, together) == busy
+
+
 def test_a_deadline_met_to_the_second_counts():
     met = [
-        simulate([arrival(0.0, deadline_s=d)], FixedSize(2), EXACT, Fleet(workers=2, gang_sizes=(2,))).met
+        simulate(
+            [arrival(0.0, deadline_s=d)], FixedSize(2), EXACT, SimulatedFleet(workers=2, gang_sizes=(2,))
+        ).met
         for d in (12.49, 12.5)
     ]
     assert met == [0, 1]
@@ -100,7 +141,9 @@ def test_a_deadline_met_to_the_second_counts():
 
 def test_the_same_seed_gives_the_same_report():
     rows = [
-        simulate(Workload(TRIAL_KINDS, 0.7).arrivals(80, 3), Elastic(), MODEL, Fleet(noise=0.1), seed=5).row()
+        simulate(
+            Workload(TRIAL_KINDS, 0.7).arrivals(80, 3), Elastic(), MODEL, SimulatedFleet(noise=0.1), seed=5
+        ).row()
         for _ in range(2)
     ]
     assert rows[0] == rows[1]
@@ -117,7 +160,7 @@ def test_the_same_seed_gives_the_same_report():
 def test_every_request_ends(seed, rate, burst, workers, noise):
     workload = Workload(TRIAL_KINDS, rate, 1.5, burst, steps=10)
     for policy in (Elastic(), EarliestDeadlineFirst(), Leases()):
-        fleet = Fleet(workers=workers, gang_sizes=(1, 2, 4, 8)[: workers.bit_length()], noise=noise)
+        fleet = SimulatedFleet(workers=workers, gang_sizes=(1, 2, 4, 8)[: workers.bit_length()], noise=noise)
         report = simulate(workload.arrivals(40, seed), policy, MODEL, fleet, seed)
         assert report.latency.count == report.arrived == 40
         assert report.worker_seconds <= report.span_s * workers + 1e-6
@@ -136,7 +179,7 @@ def test_nobody_starves_under_endless_load_of_higher_priority():
             ends.update({r.id: view.now_s for r in view.requests})
             return super().plan(view, model)
 
-    simulate(stream(), Watched(ElasticConfig(patience_s=30.0, turn_s=60.0)), MODEL)
+    simulate(stream(), Watched(ElasticConfig(patience_s=30.0, starved_every_s=60.0)), MODEL)
     assert 60.0 < ends["1"] < 60.0 + 3.0
 
 
@@ -187,7 +230,7 @@ def test_quantiles_are_right_to_one_percent(values, share):
 
 def test_several_hosts_share_the_load_through_routers_with_old_state():
     workload = Workload(TRIAL_KINDS, 2.0, 1.5)
-    fleet = Fleet(hosts=4, routers=3, publish_s=0.5)
+    fleet = SimulatedFleet(hosts=4, routers=3, publish_s=0.5)
     report = simulate(workload.arrivals(300, 1), Elastic(), MODEL, fleet)
     assert report.latency.count == 300
     assert report.row()["deadlines met %"] > 75
@@ -195,7 +238,7 @@ def test_several_hosts_share_the_load_through_routers_with_old_state():
 
 def test_refusing_keeps_latencies_short():
     workload = Workload(TRIAL_KINDS, 1.5, 1.2)
-    report = simulate(workload.arrivals(200, 1), Elastic(), MODEL, Fleet(refuse=True))
+    report = simulate(workload.arrivals(200, 1), Elastic(), MODEL, SimulatedFleet(refuse=True))
     assert report.refused > 20
     assert report.latency.count == 200 - report.refused
     assert report.latency.at(0.99) < 20
@@ -218,3 +261,9 @@ def test_the_command_prints_a_table_and_writes_a_plot(tmp_path, capsys):
     assert main(arguments.split()) == 0
     assert "| uniform | 0.2 | 1.0 | elastic |" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_names_the_policies_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["--policies", "elastic", "fifo"])
+    assert "no policies ['fifo']; use some of ['fixed 1'" in capsys.readouterr().err

@@ -5,9 +5,10 @@ import asyncio
 import pytest
 
 from bench.simulator_truth import compare, replay, trace
-from distriray.routing.baselines import FixedSize
 from distriray.routing.latency import Entry, LatencyModel, Profile
-from distriray.routing.simulator import Fleet, simulate
+from distriray.routing.policies.baselines import FixedSize
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.simulator import simulate
 
 MODEL = LatencyModel(
     Profile(model="m", device="d", version="1", entries=(Entry(gang=1, height=64, width=64, step_s=0.01),))
@@ -28,6 +29,6 @@ def test_a_host_as_fast_as_its_profile_agrees_and_a_slower_one_does_not(pace):
 
         return await replay(arrivals, submit, workers=2)
 
-    simulated = simulate(arrivals, FixedSize(1), MODEL, Fleet(workers=2, gang_sizes=(1,)))
+    simulated = simulate(arrivals, FixedSize(1), MODEL, SimulatedFleet(workers=2, gang_sizes=(1,)))
     found = compare(asyncio.run(run()), simulated)
     assert (found["apart, %"] < 30) == (pace == 1.0)

@@ -1,4 +1,4 @@
-"""Requests to simulate: when they come, how large they are, how soon they are wanted."""
+"""Requests to simulate: their arrivals, sizes and deadlines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .latency import Entry, LatencyModel, Profile
+from ..latency import Entry, LatencyModel, Profile
 
 
 class Arrival(BaseModel):
@@ -45,12 +45,12 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A mix of kinds, how they arrive, and how tight they are.
+    """A mix of kinds, their arrivals, and how tight their deadlines are.
 
     Attributes:
         rate: requests a second, on average.
-        scale: what the base deadlines are multiplied by.
-        burst: so many arrive at the same moment (1: Poisson arrivals; more: Poisson bursts).
+        scale: factor on the base deadlines.
+        burst: number that arrive at the same moment (1: Poisson arrivals; more: Poisson bursts).
     """
 
     kinds: tuple[Kind, ...]

@@ -1,4 +1,4 @@
-"""A host that only pretends to have workers: its gangs and requests, event by event.
+"""A simulated host: its gangs and requests, event by event.
 
 A request yields only at the end of a step, going on in another gang costs the profile's `regroup_s` and one
 synchronous step, a gang that decodes cannot be disturbed, and everything is as slow as the busy workers make
@@ -11,48 +11,37 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import count
 
-from .latency import LatencyModel
-from .pace import HostTime
-from .policy import HostPolicy, HostView, RequestView, Workers, moves
-from .report import Report
-
-Event = tuple[float, int, Callable[[], None]]
-
-
-class Clock:
-    """Simulated time and what is to happen in it."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self._order = count()
-        self._events: list[Event] = []
-
-    def at(self, time_s: float, action: Callable[[], None]) -> None:
-        """Do `action` at `time_s`; equal times go in the order of asking."""
-        heappush(self._events, (time_s, next(self._order), action))
-
-    def run(self) -> None:
-        """Until nothing is left to happen."""
-        while self._events:
-            self.now_s, _, action = heappop(self._events)
-            action()
+from ..host_clock import HostClock, busy_workers
+from ..latency import LatencyModel
+from ..policy import HostPolicy, HostView, RequestView, Workers, moves
+from .event_queue import EventQueue
+from .fleet import SimulatedFleet
+from .report import TraceReport
 
 
 @dataclass(slots=True)
 class _Segment:
-    """A run of steps in one gang: when it began, and when each step ends, in the host's own time."""
+    """A run of steps in one gang. Times are the host's own, except `began_s`.
+
+    Attributes:
+        began_s: when the gang was formed, in simulated time.
+        first_s: when the first step begins.
+        slow: number of steps, at the start, that are synchronous.
+        ends: number of steps after which it leaves.
+        decoding: it has made its steps.
+        next_s, then: the next event of this segment, and its time.
+    """
 
     workers: Workers
-    began_s: float  # on the clock
-    first_s: float  # the first step begins
-    slow: int  # so many synchronous steps
+    began_s: float
+    first_s: float
+    slow: int
     sync_step_s: float
     step_s: float
-    ends: int = 0  # the steps after which it leaves
-    next_s: float = 0.0  # when `then` is to happen
+    ends: int
+    decoding: bool = False
+    next_s: float = 0.0
     then: Callable[[], None] = lambda: None
 
     def boundary_s(self, steps: int) -> float:
@@ -83,29 +72,25 @@ class SimulatedHost:
     """One host: it keeps requests, asks its policy, and does what real workers would.
 
     Args:
-        workers, gang_sizes: how many it has, and how it may lend them.
         model: what the policy believes. Segments teach it unless it is `truth` itself.
         truth: how long things take.
-        noise: relative spread (lognormal) of a segment's speed about the truth.
     """
 
     def __init__(
         self,
-        clock: Clock,
+        events: EventQueue,
         policy: HostPolicy,
-        workers: int,
-        gang_sizes: tuple[int, ...],
+        fleet: SimulatedFleet,
         model: LatencyModel,
         truth: LatencyModel,
-        report: Report,
+        report: TraceReport,
         draw: random.Random,
-        noise: float = 0.0,
     ) -> None:
-        self.clock, self.policy, self.noise = clock, policy, noise
-        self.workers, self.gang_sizes = tuple(range(workers)), gang_sizes
+        self.events, self.policy, self.fleet = events, policy, fleet
+        self.workers = tuple(range(fleet.workers))
         self.model, self.truth, self.report, self.draw = model, truth, report, draw
         self.live: dict[str, _Live] = {}
-        self.time = HostTime()
+        self.host_clock = HostClock()
         self._busy = 0
         self._decisions = 0
 
@@ -115,11 +100,11 @@ class SimulatedHost:
         self.decide()
 
     def view(self) -> HostView:
-        """What the policy may know now."""
+        """The host as its policy sees it now."""
         # by way of a list: CPython makes a tuple of a generator by cutting a longer one, and every cut one
         # that is freed goes to a free list from which none is taken, so that memory would grow
         seen = [self._seen(live) for live in self.live.values()]
-        return HostView(self.clock.now_s, self.workers, self.gang_sizes, tuple(seen))
+        return HostView(self.events.now_s, self.workers, self.fleet.gang_sizes, tuple(seen))
 
     def decide(self) -> None:
         """Ask the policy, carry out what it says, and look again in a while."""
@@ -134,7 +119,7 @@ class SimulatedHost:
             self._start(self.live[name], workers)
         if self.policy.review_s is not None:
             decision = self._decisions
-            self.clock.at(self.clock.now_s + self.policy.review_s, lambda: self._review(decision))
+            self.events.at(self.events.now_s + self.policy.review_s, lambda: self._review(decision))
 
     def _review(self, decision: int) -> None:
         if decision == self._decisions:
@@ -144,32 +129,38 @@ class SimulatedHost:
         segment, view = live.segment, live.view
         if segment is None:
             return view
-        steps = segment.steps_by(self.time.at(self.clock.now_s))
+        steps = segment.steps_by(self.host_clock.at(self.events.now_s))
         pinned = view.steps_done + steps >= view.steps_total
         return _with(view, view.steps_done + steps, segment.workers, pinned)
 
     def _start(self, live: _Live, workers: Workers) -> None:
-        now, view = self.clock.now_s, live.view
+        now, view = self.events.now_s, live.view
         times = self.truth.times(len(workers), view.height, view.width, view.batch)
-        noise = math.exp(self.draw.gauss(0.0, self.noise)) if self.noise else 1.0
+        noise = math.exp(self.draw.gauss(0.0, self.fleet.noise)) if self.fleet.noise else 1.0
         left = view.steps_total - view.steps_done
         warm = self.truth.profile.warmup_steps - view.steps_done
         slow = min(left, max(warm, 1 if view.steps_done else 0))
         before = self.truth.profile.regroup_s if view.steps_done else times.prepare_s
-        first = self.time.at(now) + before * noise
+        first = self.host_clock.at(now) + before * noise
         live.segment = _Segment(
-            workers, now, first, slow, times.sync_step_s * noise, times.step_s * noise, left
+            workers=workers,
+            began_s=now,
+            first_s=first,
+            slow=slow,
+            sync_step_s=times.sync_step_s * noise,
+            step_s=times.step_s * noise,
+            ends=left,
         )
         self.report.regroupings += view.steps_done > 0
         self._step_on(live, live.segment)
-        self._keep_pace(len(workers))
+        self._keep_pace(self._busy_in(live.segment))
 
     def _ask_to_yield(self, live: _Live) -> None:
         segment = live.segment
         if segment is None or live.yielding:
             return
         live.yielding = True
-        now = self.time.at(self.clock.now_s)
+        now = self.host_clock.at(self.events.now_s)
         done = segment.steps_by(now)
         at_boundary = done > 0 and segment.boundary_s(done) >= now - 1e-9
         if (steps := max(1, done if at_boundary else done + 1)) < segment.ends:
@@ -185,12 +176,12 @@ class SimulatedHost:
         live.version += 1
         version = live.version
         segment.next_s, segment.then = host_s, then
-        self.clock.at(self.time.when(host_s), lambda: then() if version == live.version else None)
+        self.events.at(self.host_clock.when(host_s), lambda: then() if version == live.version else None)
 
     def _keep_pace(self, more: int) -> None:
-        """So many more workers are busy, and everyone is as fast as that allows from now on."""
+        """Count `more` workers as busy, and let every gang run from now on at the pace that this allows."""
         self._busy += more
-        if self.time.change(self.truth.pace(self._busy), self.clock.now_s):
+        if self.host_clock.change(self.truth.pace(self._busy), self.events.now_s):
             for live in self.live.values():
                 if live.segment is not None:
                     self._schedule(live, live.segment, live.segment.next_s, live.segment.then)
@@ -205,15 +196,18 @@ class SimulatedHost:
             live.view = _with(view, view.steps_done + segment.ends, None, False)
             self.decide()
             return
+        before = self._busy_in(segment)
+        segment.decoding = True
+        self._keep_pace(self._busy_in(segment) - before)
         decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
         if decode > 0:
-            end = self.time.at(self.clock.now_s) + decode
+            end = self.host_clock.at(self.events.now_s) + decode
             self._schedule(live, segment, end, lambda: self._finish(live, segment))
         else:
             self._finish(live, segment)
 
     def _finish(self, live: _Live, segment: _Segment) -> None:
-        now, view, report = self.clock.now_s, live.view, self.report
+        now, view, report = self.events.now_s, live.view, self.report
         self._let_go(live, segment)
         del self.live[view.id]
         report.latency.add(now - view.arrival_s)
@@ -222,27 +216,30 @@ class SimulatedHost:
         self.decide()
 
     def _let_go(self, live: _Live, segment: _Segment) -> None:
-        self.report.worker_seconds += len(segment.workers) * (self.clock.now_s - segment.began_s)
+        self.report.worker_seconds += len(segment.workers) * (self.events.now_s - segment.began_s)
         live.segment, live.yielding = None, False
         live.version += 1
-        self._keep_pace(-len(segment.workers))
+        self._keep_pace(-self._busy_in(segment))
+
+    def _busy_in(self, segment: _Segment) -> int:
+        return busy_workers(len(segment.workers), segment.decoding, self.fleet.decodes_together)
 
 
 def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: bool) -> RequestView:
-    """`dataclasses.replace`, which is too slow here."""
+    """`view` with these fields changed; `dataclasses.replace` is too slow here."""
     return RequestView(
-        view.id,
-        view.height,
-        view.width,
-        view.batch,
-        view.steps_total,
-        steps_done,
-        view.arrival_s,
-        view.deadline_s,
-        view.priority,
-        view.gang_size,
-        view.max_gang,
-        workers,
-        steps_done > 0,
-        pinned,
+        id=view.id,
+        height=view.height,
+        width=view.width,
+        batch=view.batch,
+        steps_total=view.steps_total,
+        steps_done=steps_done,
+        arrival_s=view.arrival_s,
+        deadline_s=view.deadline_s,
+        priority=view.priority,
+        gang_size=view.gang_size,
+        max_gang=view.max_gang,
+        workers=workers,
+        prepared=steps_done > 0,
+        pinned=pinned,
     )

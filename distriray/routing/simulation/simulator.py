@@ -1,4 +1,4 @@
-"""What a policy would do: a stream of requests through simulated hosts.
+"""A stream of requests through simulated hosts, as a policy would serve it.
 
 Deterministic for a seed. Memory grows with what is waiting, not with what has been.
 """
@@ -7,59 +7,43 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
-from .latency import LatencyModel
-from .policy import HostPolicy, RequestView
-from .report import Report
-from .router import HostState, publish, route
-from .simulated_host import Clock, SimulatedHost
+from ..latency import LatencyModel
+from ..policy import HostPolicy, RequestView
+from ..router import HostState, publish, route
+from .event_queue import EventQueue
+from .fleet import SimulatedFleet
+from .host import SimulatedHost
+from .report import TraceReport
 from .workload import Arrival
 
 
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """What is simulated: `hosts` times `workers`, lent as `gang_sizes`.
-
-    Attributes:
-        routers: requests come to each of them in turn; none knows what the others sent.
-        publish_s: how often hosts tell the routers their state.
-        max_waiting: a host's bound on its queue.
-        refuse: whether a request is refused whose deadline no host can meet.
-        noise: relative spread (lognormal) of a segment's speed about the truth.
-    """
-
-    hosts: int = 1
-    workers: int = 8
-    gang_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    routers: int = 1
-    publish_s: float = 0.2
-    max_waiting: int = 100_000
-    refuse: bool = False
-    noise: float = 0.0
-
-
-class _Frontend:
+class _Routers:
     """The routers, the hosts behind them and the state between."""
 
     def __init__(
-        self, clock: Clock, hosts: list[SimulatedHost], fleet: Fleet, model: LatencyModel, seed: int
-    ):
-        self.clock, self.hosts, self.fleet, self.model = clock, hosts, fleet, model
+        self,
+        events: EventQueue,
+        hosts: list[SimulatedHost],
+        fleet: SimulatedFleet,
+        model: LatencyModel,
+        seed: int,
+    ) -> None:
+        self.events, self.hosts, self.fleet, self.model = events, hosts, fleet, model
         self.draws = [random.Random(f"{seed} {i}") for i in range(fleet.routers)]
         self.states: list[list[HostState]] = [[] for _ in range(fleet.routers)]
         self.open = True
         if len(hosts) > 1 or fleet.refuse:
             self._publish()
 
-    def send(self, request: RequestView, report: Report) -> None:
+    def send(self, request: RequestView, report: TraceReport) -> None:
         """Give a request to a host, or refuse it."""
         if len(self.hosts) == 1 and not self.fleet.refuse:
             self.hosts[0].submit(request)
             return
         router = report.arrived % self.fleet.routers
         states = self.states[router]
-        chosen = route(states, request, self.clock.now_s, self.model, self.draws[router])
+        chosen = route(states, request, self.events.now_s, self.model, self.draws[router])
         if chosen.state is None or (self.fleet.refuse and not chosen.meets):
             report.refused += 1
             return
@@ -74,17 +58,17 @@ class _Frontend:
         ]
         self.states = [list(fresh) for _ in self.states]
         if self.open or any(host.live for host in self.hosts):
-            self.clock.at(self.clock.now_s + self.fleet.publish_s, self._publish)
+            self.events.at(self.events.now_s + self.fleet.publish_s, self._publish)
 
 
 def simulate(
     arrivals: Iterable[Arrival],
     policy: HostPolicy,
     truth: LatencyModel,
-    fleet: Fleet | None = None,
+    fleet: SimulatedFleet | None = None,
     seed: int = 0,
     model: LatencyModel | None = None,
-) -> Report:
+) -> TraceReport:
     """Run `arrivals`, in order of time, through a fleet until the last is done.
 
     Args:
@@ -92,36 +76,33 @@ def simulate(
         truth: how long things take.
         model: what hosts and routers believe, and correct by what they see; None: the truth.
     """
-    fleet = fleet or Fleet()
-    clock, draw = Clock(), random.Random(seed)
-    report = Report(fleet.hosts * fleet.workers)
+    fleet = fleet or SimulatedFleet()
+    events, draw = EventQueue(), random.Random(seed)
+    report = TraceReport(workers=fleet.hosts * fleet.workers)
     believed = model or truth
-    hosts = [
-        SimulatedHost(
-            clock, policy, fleet.workers, fleet.gang_sizes, believed, truth, report, draw, fleet.noise
-        )
-        for _ in range(fleet.hosts)
-    ]
-    frontend = _Frontend(clock, hosts, fleet, believed, seed)
-    _await_next(clock, iter(arrivals), frontend, report)
-    clock.run()
+    hosts = [SimulatedHost(events, policy, fleet, believed, truth, report, draw) for _ in range(fleet.hosts)]
+    routers = _Routers(events, hosts, fleet, believed, seed)
+    _await_next(events, iter(arrivals), routers, report)
+    events.run()
     return report
 
 
-def _await_next(clock: Clock, stream: Iterator[Arrival], frontend: _Frontend, report: Report) -> None:
-    """Only one request to come is ever held, however long the stream."""
+def _await_next(
+    events: EventQueue, stream: Iterator[Arrival], routers: _Routers, report: TraceReport
+) -> None:
+    """Schedule the next arrival; only one is ever held, however long the stream."""
     arrival = next(stream, None)
     if arrival is None:
-        frontend.open = False
+        routers.open = False
         return
 
     def arrive() -> None:
         report.arrived += 1
         report.with_deadline += arrival.deadline_s is not None
-        frontend.send(_request(arrival, str(report.arrived)), report)
-        _await_next(clock, stream, frontend, report)
+        routers.send(_request(arrival, str(report.arrived)), report)
+        _await_next(events, stream, routers, report)
 
-    clock.at(arrival.at_s, arrive)
+    events.at(arrival.at_s, arrive)
 
 
 def _request(arrival: Arrival, name: str) -> RequestView:

@@ -1,13 +1,13 @@
-"""Host policies to compare with. None of them regroups: who runs, runs to its end."""
+"""Host policies to compare with. None of them regroups: a request that runs, runs to its end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from math import inf
+from collections.abc import Iterable
 
-from .buddy import BuddyAllocator
-from .latency import LatencyModel
-from .policy import HostView, Plan, RequestView, Workers, remaining_s
+from ..buddy import BuddyAllocator
+from ..latency import LatencyModel
+from ..policy import HostView, Plan, RequestView, Workers
+from .queue import due_s, remaining_s, running, waiting
 
 Shape = tuple[int, int, int]
 
@@ -22,8 +22,8 @@ class FixedSize:
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""
-        blocks, assignments = _running(view)
-        for request in _waiting(view):
+        blocks, assignments = running(view)
+        for request in waiting(view):
             block = blocks.lease(self.size)
             if block is None:
                 break
@@ -47,8 +47,8 @@ class SizePerShape:
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""
-        blocks, assignments = _running(view)
-        for request in _waiting(view):
+        blocks, assignments = running(view)
+        for request in waiting(view):
             block = blocks.lease(self.sizes[request.height, request.width, request.batch])
             if block is not None:
                 assignments[request.id] = block
@@ -74,13 +74,13 @@ class Leases:
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""
-        blocks, assignments = _running(view)
+        blocks, assignments = running(view)
         late: list[RequestView] = []
-        for request in _waiting(view, _deadline):
+        for request in waiting(view, due_s):
             if not blocks.free:
                 break
             sizes = [s for s in view.gang_sizes if request.allows(s)]
-            meets = [s for s in sizes if view.now_s + remaining_s(request, s, model) <= _deadline(request)]
+            meets = [s for s in sizes if view.now_s + remaining_s(request, s, model) <= due_s(request)]
             if not meets and self.late_last:
                 late.append(request)
                 continue
@@ -89,24 +89,6 @@ class Leases:
         for request in late:
             _lease(blocks, assignments, request, [s for s in view.gang_sizes if request.allows(s)])
         return Plan(assignments)
-
-
-def _running(view: HostView) -> tuple[BuddyAllocator, dict[str, Workers]]:
-    """What is free, and what stays as it is."""
-    blocks = BuddyAllocator(view.workers, view.gang_sizes)
-    assignments = {r.id: r.workers for r in view.requests if r.workers is not None}
-    for workers in assignments.values():
-        blocks.take(workers)
-    return blocks, assignments
-
-
-def _waiting(view: HostView, key: Callable[[RequestView], float] | None = None) -> list[RequestView]:
-    waiting = [r for r in view.requests if r.workers is None]
-    return sorted(waiting, key=lambda r: (key(r) if key else 0.0, r.arrival_s, r.id))
-
-
-def _deadline(request: RequestView) -> float:
-    return inf if request.deadline_s is None else request.deadline_s
 
 
 def _lease(

@@ -1,0 +1,1 @@
+"""A simulator of hosts, gangs and routers, which runs the policies and the router that the service runs."""
