@@ -11,13 +11,19 @@ from .messages import WorkerFacts
 def admit(
     request: GenerationRequest, config: HostConfig, facts: WorkerFacts
 ) -> tuple[GenerationRequest, int]:
-    """`request` with everything settled, and the largest gang that its image can be cut for.
+    """A client's `request` with everything settled, and the largest gang that its image can be cut for.
 
     Raises:
         InvalidRequest: it is beyond a limit, or no gang of this host can serve it.
     """
     request = request.settled(*facts.default_size)
     config.limits.check(request)
+    return fit(request, config, facts)
+
+
+def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> tuple[GenerationRequest, int]:
+    """The same without limits."""
+    request = request.settled(*facts.default_size)
     assert request.height is not None
     max_gang = facts.max_gang(request.height)
     if request.gang_size != "auto":

@@ -11,9 +11,10 @@ from dataclasses import replace
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import WorkersUnavailable
+from ..routing.host_clock import busy_workers
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
-from .admission import admit
+from .admission import admit, fit
 from .background import Background
 from .config import HostConfig
 from .crew import Crew
@@ -117,19 +118,31 @@ class Dispatcher:
         if request.model not in (None, self.config.model.name):
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
         request, max_gang = admit(request, self.config, self.facts)
-        if request.id in self.jobs:
-            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
-        waiting = [job for job in self.jobs.values() if job.workers is None]
-        if len(waiting) >= self.config.max_queue:
+        waiting = sum(job.state is JobState.WAITING for job in self.jobs.values())
+        if waiting >= self.config.max_queue:
             self.metrics.refused()
             raise QueueFull(
-                f"{len(waiting)} requests wait, which is the limit; try again in {self.work_s():.1f} s",
+                f"{waiting} requests wait, which is the limit; try again in {self.work_s():.1f} s",
                 max(0.1, self.work_s()),
             )
+        return self._queue(request, max_gang)
+
+    def accept_own(self, request: GenerationRequest) -> Job:
+        """Queue a request of the host's own, which neither limits nor the queue's bound hold for.
+
+        Raises:
+            InvalidRequest: no gang here can serve it.
+        """
+        return self._queue(*fit(request, self.config, self.facts))
+
+    def _queue(self, request: GenerationRequest, max_gang: int) -> Job:
+        if request.id in self.jobs:
+            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
         self._accepted += 1
         job = Job(request, max_gang, self._accepted)
+        waiting = sum(other.state is JobState.WAITING for other in self.jobs.values())
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
-        job.tell(Queued(request.id, len(waiting), self.work_s() if waiting else 0.0))
+        job.tell(Queued(request.id, waiting, self.work_s() if waiting else 0.0))
         self.jobs[request.id] = job
         self._wake()
         return job
@@ -183,7 +196,7 @@ class Dispatcher:
     def _tell_levels(self) -> None:
         """After any change of who runs: to the operator, and to what learns from it."""
         running = [job for job in self.jobs.values() if job.workers]
-        self.speed.busy(sum(1 if job.decoding else len(job.workers or ()) for job in running))
+        self.speed.busy(sum(map(self._at_work, running)))
         self.metrics.level(
             waiting=len(self.jobs) - len(running),
             running=len(running),
@@ -193,6 +206,12 @@ class Dispatcher:
             repairs=len(self.crew.repairs),
             backlog_s=self.work_s(),
         )
+
+    def _at_work(self, job: Job) -> int:
+        """How many of the workers of a running job are busy."""
+        parallel = job.request.parallel or self.config.parallel
+        together = parallel.parallel_vae and self.facts.cuts_vae
+        return busy_workers(len(job.workers or ()), job.decoding, together)
 
     def worker_out(self, index: int) -> None:
         """For `Crew`."""

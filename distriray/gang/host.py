@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..errors import GangBroken
 from ..requests import GenerationRequest, GenerationResult
-from ..routing.latency import LatencyModel, Profile
+from ..routing.latency import LatencyModel
 from ..routing.policies import make_policy
 from ..routing.policy import HostPolicy, HostView
+from .calibrate import keep_profile
 from .config import LIVE_FIELDS, HostConfig
 from .dispatcher import Dispatcher
 from .events import Event, Finished
 from .messages import WorkerFacts
 from .placement import Placement
-from .profile import device_of, measure
 from .remote import Launcher
+from .report import status_of
 from .speed import Speed
-from .status import HostStatus, RepairStatus, RequestStatus, WorkerStatus
+from .status import HostStatus
 
 
 class Host:
@@ -60,13 +59,14 @@ class Host:
         return host
 
     async def _learn(self, folder: Path) -> None:
-        """Start from the profile kept in `folder`; measure and keep one if there is none."""
-        facts = self._dispatcher.facts
-        path = Profile.path(folder, facts.model, device_of(self.config, facts), __version__)
-        if not path.exists():
-            (await measure(self)).save(path)
-            self._dispatcher.metrics.begin()
-        self._dispatcher.speed = Speed(Profile.load(path))
+        """Start from a profile that is kept in `folder` or measured now."""
+        dispatcher = self._dispatcher
+
+        async def generate(request: GenerationRequest) -> GenerationResult:
+            return await dispatcher.accept_own(request).ended
+
+        dispatcher.speed = Speed(await keep_profile(folder, self.config, dispatcher.facts, generate))
+        dispatcher.metrics.begin()
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Make the images of `request`. Cancelling this coroutine cancels the request.
@@ -115,49 +115,7 @@ class Host:
 
     def status(self) -> HostStatus:
         """Queue, gangs, workers, repairs, and how long what was accepted will take."""
-        dispatcher, now = self._dispatcher, time.monotonic()
-        working = {w: job.request.id for job in dispatcher.jobs.values() for w in job.workers or ()}
-        requests = {
-            job: RequestStatus(
-                id=job.request.id,
-                step=job.step,
-                num_steps=job.num_steps,
-                waited_s=now - job.arrival,
-                workers=job.workers,
-            )
-            for job in dispatcher.jobs.values()
-        }
-        return HostStatus(
-            model=self.config.model.name,
-            device=self._placement.device,
-            healthy=dispatcher.healthy,
-            gang_sizes=self.config.sizes,
-            default_size=dispatcher.facts.default_size,
-            workers=[
-                WorkerStatus(
-                    index=index,
-                    healthy=index in dispatcher.crew.healthy,
-                    pid=facts.pid,
-                    device=facts.device,
-                    load_s=facts.load_s,
-                    memory=member.memory if (member := dispatcher.crew.member(index)) else 0,
-                    request=working.get(index),
-                )
-                for index, facts in sorted(dispatcher.crew.facts.items())
-            ],
-            free_workers=len(dispatcher.free),
-            running=[status for job, status in requests.items() if job.workers],
-            waiting=[status for job, status in requests.items() if not job.workers],
-            max_queue=self.config.max_queue,
-            work_s=self.work_s(),
-            repairs=[
-                RepairStatus(worker=r.worker, cause=r.cause, seconds=r.seconds)
-                for r in dispatcher.crew.repairs
-            ],
-            outcomes=dict(dispatcher.metrics.outcomes),
-            regroupings=dispatcher.metrics.regroupings,
-            predictions=dispatcher.metrics.predictions(),
-        )
+        return status_of(self._dispatcher, self._placement.device)
 
     @property
     def facts(self) -> WorkerFacts:

@@ -15,6 +15,7 @@ from ..routing.policy import RequestView
 from .events import Event, Preview, Regrouped, Started, Step
 from .messages import Progress, RankResult, WorkerId
 from .segment_result import SegmentResult
+from .status import RequestStatus
 
 
 class JobState(StrEnum):
@@ -132,6 +133,16 @@ class Job:
             workers=self.workers,
             prepared=self.prepared,
             pinned=self.decoding,
+        )
+
+    def status(self, now_s: float) -> RequestStatus:
+        """What an operator sees of it."""
+        return RequestStatus(
+            id=self.request.id,
+            step=self.step,
+            num_steps=self.num_steps,
+            waited_s=now_s - self.arrival,
+            workers=self.workers,
         )
 
     def tell(self, event: Event) -> None:

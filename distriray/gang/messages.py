@@ -111,7 +111,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """A worker's report once its weights are loaded; memory in bytes."""
+    """A worker's report once its weights are loaded.
+
+    Attributes:
+        levels: of the U-Net below its full resolution, each half as high as the one above.
+        cuts_vae: the VAE's decoder can be cut into patches.
+        load_s: seconds that loading took.
+        memory: in bytes.
+    """
 
     pid: int
     node: str
@@ -120,6 +127,7 @@ class WorkerFacts:
     model: str
     default_size: tuple[int, int]
     levels: int
+    cuts_vae: bool
     load_s: float
     memory: int
 

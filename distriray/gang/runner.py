@@ -110,6 +110,11 @@ class SegmentRunner:
                 self._states.pop(job, None)
 
     @property
+    def cuts_vae(self) -> bool:
+        """Whether the VAE's decoder can be cut into patches."""
+        return self._engine.decoder is not None
+
+    @property
     def held(self) -> int:
         """Jobs whose state this worker holds."""
         return len(self._states)

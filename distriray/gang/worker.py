@@ -66,6 +66,7 @@ class Worker:
             model=self._spec.name,
             default_size=(height * scale, width * scale),
             levels=len(unet.down_blocks) - 1,
+            cuts_vae=runner.cuts_vae,
             load_s=runner.load_s,
             memory=self._memory(),
         )

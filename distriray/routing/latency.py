@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -87,7 +88,7 @@ class Profile(BaseModel):
         """Write it as JSON, replacing the file in one go."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.draft")
+        draft = target.with_name(f"{target.name}.{secrets.token_hex(4)}.draft")  # others may write it too
         draft.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         draft.replace(target)
 

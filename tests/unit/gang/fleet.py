@@ -25,7 +25,8 @@ from distriray.gang.messages import (
 )
 from distriray.gang.remote import StateLost, WorkerDied
 from distriray.requests import GenerationRequest
-from distriray.routing.policy import EarliestDeadlineFirst, HostPolicy
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policy import HostPolicy
 
 CALLER: ContextVar[str | None] = ContextVar("CALLER", default=None)
 """Who a task runs for, as Ray's and Serve's own variables say it."""
@@ -74,7 +75,7 @@ class FakeWorker:
                 raise self.fleet.load_raises[self.index]
             return WorkerFacts(
                 pid=id(self), node="n", device="cpu", device_name="cpu", model="m", default_size=(128, 128),
-                levels=1, load_s=0.0, memory=1,
+                levels=1, cuts_vae=self.fleet.cuts_vae, load_s=0.0, memory=1,
             )  # fmt: skip
 
         return self._call(load())
@@ -220,6 +221,7 @@ class FakeFleet:
 
     def __init__(self, timeout_s: float = 0.05) -> None:
         self.timeout_s = timeout_s
+        self.cuts_vae = True
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}
         self.launched: list[FakeWorker] = []

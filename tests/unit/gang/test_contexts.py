@@ -37,7 +37,7 @@ OWN = {
     ("gang/crew.py", "_bring_up"): "awaited within a background task, or the start of the host",
     ("gang/crew.py", "_watch"): "awaited within a background task",
     ("gang/placement.py", "make"): "awaited within the start of the host",
-    ("gang/profile.py", "_draw"): "awaited within the start of the host",
+    ("gang/calibrate.py", "_draw"): "awaited within the start of the host",
     ("gang/host.py", "stream"): "waits for the events of its own request",
     ("deployments/link.py", "_each"): "awaits a call of its own",
     ("deployments/http/leaving.py", "unless_left"): "the work of its own request",

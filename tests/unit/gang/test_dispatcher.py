@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from distriray.config import ParallelConfig
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
 from distriray.gang import segments
 from distriray.gang.events import Repaired
 from distriray.gang.job import Job
+from distriray.gang.messages import Progress
 from tests.gang.policies import NewestFirst, Script
 
-from .fleet import CALLER, LONG, FakeHost, until
+from .fleet import CALLER, LONG, FakeHost, ask, until
 
 
 def do(scene: Coroutine[Any, Any, None]) -> None:
@@ -260,5 +262,21 @@ def test_a_repair_is_told_with_who_was_lost() -> None:
             told = [job.events.get_nowait() for _ in range(job.events.qsize())]
             (repaired,) = [event for event in told if isinstance(event, Repaired)]
             assert repaired.lost_workers == (1,) and repaired.step >= 10
+
+    do(scene())
+
+
+@pytest.mark.parametrize("cuts_vae", [True, False])
+def test_a_gang_that_decodes_counts_as_busy_with_all_who_decode(cuts_vae: bool) -> None:
+    async def scene() -> None:
+        host = FakeHost(2)
+        host.fleet.cuts_vae = cuts_vae
+        async with host:
+            for parallel, busy in ((None, 2 if cuts_vae else 1), (ParallelConfig(parallel_vae=False), 1)):
+                job = Job(ask(gang_size=2, parallel=parallel), max_gang=2, number=1)
+                job.start((0, 1), 1)
+                assert host.dispatcher._at_work(job) == 2
+                job.progress(Progress(6, 6, False))
+                assert host.dispatcher._at_work(job) == busy
 
     do(scene())

@@ -1,0 +1,82 @@
+"""Profiles that hosts measure and keep."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distriray import __version__
+from distriray.gang.calibrate import keep_profile
+from distriray.gang.profile import guessed_profile
+from distriray.requests import GenerationRequest, GenerationResult
+from distriray.routing.latency import Profile
+
+from .fleet import FakeHost
+
+
+def kept(folder: Path, **config: Any) -> Profile:
+    """What a host of four workers starts from."""
+
+    async def scene() -> Profile:
+        async with FakeHost(4, **config) as host:
+
+            async def generate(request: GenerationRequest) -> GenerationResult:
+                return await host.dispatcher.accept_own(request).ended
+
+            return await keep_profile(folder, host.config, host.dispatcher.facts, generate)
+
+    return asyncio.run(scene())
+
+
+def path_in(folder: Path) -> Path:
+    return Profile.path(folder, "m", "4 x cpu", __version__)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"limits": {"max_steps": 1}}, {"limits": {"max_side": 64}}, {"max_queue": 1}]
+)
+def test_limits_for_clients_are_none_for_a_host_that_measures(tmp_path: Path, config: dict[str, Any]) -> None:
+    profile = kept(tmp_path, **config)
+    assert {entry.gang for entry in profile.entries} == {1, 2, 4}
+    assert {busy for busy, _ in profile.contention} == {1, 2, 4}
+    assert Profile.load(path_in(tmp_path)) == profile
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": "m"}', "\x00"])
+def test_a_profile_that_cannot_be_read_is_measured_again(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path_in(tmp_path).write_text(content)
+    with caplog.at_level(logging.WARNING):
+        profile = kept(tmp_path)
+    assert Profile.load(path_in(tmp_path)) == profile
+    assert str(path_in(tmp_path)) in caplog.text
+
+
+def test_a_profile_that_is_there_is_used(tmp_path: Path) -> None:
+    first = kept(tmp_path)
+    marked = first.model_copy(update={"regroup_s": 0.0123})
+    marked.save(path_in(tmp_path))
+    assert kept(tmp_path) == marked
+
+
+def test_a_profile_that_cannot_be_kept_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    assert kept(tmp_path / "file").entries
+    assert "cannot be kept" in caplog.text
+
+
+def test_hosts_that_write_one_profile_at_once_leave_a_whole_one(tmp_path: Path) -> None:
+    async def facts() -> Any:
+        async with FakeHost(4) as host:
+            return host.config, host.dispatcher.facts
+
+    profile = guessed_profile(*asyncio.run(facts()))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: profile.save(path_in(tmp_path)), range(400)))
+    assert [Profile.load(path) for path in tmp_path.iterdir()] == [profile]
