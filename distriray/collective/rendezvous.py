@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from distriray.collective.base import Communicator
 from distriray.collective.gloo import GlooCommunicator
 from distriray.collective.local import LocalCommunicator
 from distriray.collective.nccl import NcclCommunicator, load_nccl
+from distriray.collective.store import open_store, share_store
 from distriray.errors import GangBroken, GangMismatch
 
 Backend = Literal["local", "gloo", "nccl"]
@@ -84,26 +84,7 @@ def connect(
 def _store(address: str | None, rank: int, timeout_s: float) -> Store:
     if address is None:
         raise ValueError("pass an address ('host:port', where rank 0 serves a store) or a store")
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"address {address!r} is not 'host:port'")
-    timeout = timedelta(seconds=timeout_s)
-    if rank == 0:
-        try:
-            return TCPStore(
-                host.strip("[]"),
-                int(port),
-                is_master=True,
-                timeout=timeout,
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except torch.distributed.DistNetworkError:
-            pass  # somebody serves there already, torchrun's agent for one: join as the others do
-    try:
-        return TCPStore(host.strip("[]"), int(port), is_master=False, timeout=timeout, wait_for_workers=False)
-    except torch.distributed.DistError as error:
-        raise GangBroken(f"no store answers at {address}: is rank 0 running there?") from error
+    return (share_store if rank == 0 else open_store)(address, timeout_s=timeout_s)
 
 
 def _enroll(gang: Store, name: str, rank: int, world_size: int) -> None:
