@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from distriray.collective import Communicator, connect
-from distriray.gang.config import backend_of
+from distriray.collective import Communicator, backend_of, connect
 
 # A server that has imported the heavy packages forks each rank: fresh processes without seconds of import.
 _context = get_context("forkserver")

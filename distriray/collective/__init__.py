@@ -1,7 +1,17 @@
-"""How bytes move within a gang."""
+"""Communication within a gang: point-to-point exchange by several backends."""
 
 from distriray.collective.base import Communicator, Work
-from distriray.collective.rendezvous import connect
+from distriray.collective.connect import connect
+from distriray.collective.registry import BACKENDS, backend_of
 from distriray.collective.store import ServedStore, open_store, serve_store
 
-__all__ = ["Communicator", "ServedStore", "Work", "connect", "open_store", "serve_store"]
+__all__ = [
+    "BACKENDS",
+    "Communicator",
+    "ServedStore",
+    "Work",
+    "backend_of",
+    "connect",
+    "open_store",
+    "serve_store",
+]

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroupGloo, Store
 
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.messages import as_messages
+from distriray.collective.rendezvous import Rendezvous
 from distriray.errors import GangBroken
 
 
@@ -121,6 +122,14 @@ class GlooCommunicator(BackendCommunicator):
         hello = torch.ones(1, dtype=torch.uint8)
         self.exchange(dict.fromkeys(others, hello), {peer: hello.clone() for peer in others}).wait()
         self._bytes_sent = 0
+
+
+def join(rendezvous: Rendezvous) -> GlooCommunicator:
+    """Connect all ranks with each other over the network interface that leads to the store."""
+    rank, world_size, timeout_s = rendezvous.rank, rendezvous.world_size, rendezvous.timeout_s
+    return rendezvous.meet(
+        lambda store, interface: GlooCommunicator(store, rank, world_size, interface, timeout_s)
+    )
 
 
 def _tag(count: int, nbytes: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.base import Work
 from distriray.collective.messages import as_messages
+from distriray.collective.rendezvous import Rendezvous
 
 
 class NothingInFlight:
@@ -29,3 +30,8 @@ class LocalCommunicator(BackendCommunicator):
         as_messages(sends, self.rank, self.world_size, self.device)
         as_messages(receives, self.rank, self.world_size, self.device)
         return NothingInFlight()
+
+
+def join(rendezvous: Rendezvous) -> LocalCommunicator:
+    """A communicator at once; there is nobody to meet."""
+    return LocalCommunicator(rendezvous.device)

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from distriray.collective import gloo
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.gloo import GlooCommunicator
 from distriray.collective.lifeline import Lifeline
 from distriray.collective.messages import Message, as_messages
+from distriray.collective.rendezvous import Rendezvous
 from distriray.errors import GangBroken
 
 WATCH_INTERVAL_S = 0.05
@@ -220,6 +222,12 @@ class NcclCommunicator(BackendCommunicator):
         except Exception as error:
             return f"rank {self.rank} failed while it exchanged with its gang: {error!r}"
         return None
+
+
+def join(rendezvous: Rendezvous) -> NcclCommunicator:
+    """Connect the ranks over gloo first, which carries NCCL's id and then watches over the processes."""
+    load_nccl()  # before anybody waits for this rank
+    return NcclCommunicator(gloo.join(rendezvous), rendezvous.device, rendezvous.timeout_s)
 
 
 def _for_cupy(identity: bytes) -> bytes | tuple[int, ...]:

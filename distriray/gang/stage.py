@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from torch.distributed import Store
 
-from ..collective import Communicator, connect
+from ..collective import Communicator, backend_of, connect
 from ..denoise import Denoiser, DenoiseState
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
-from .config import backend_of
 from .messages import Ending, Link, Order, Outcome, Progress, Wish
 
 ALIKE_ON_EVERY_RANK = (GenerationCancelled, InvalidRequest, UnsupportedModel)
