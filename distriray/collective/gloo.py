@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import ProcessGroupGloo, Store
 
+from distriray.collective.all_gather import all_gather
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.messages import as_messages
 from distriray.collective.rendezvous import Rendezvous
@@ -57,7 +58,7 @@ class GlooCommunicator(BackendCommunicator):
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float = 30.0) -> None:
-        super().__init__(rank, world_size, torch.device("cpu"))
+        super().__init__(rank, world_size, "cpu")
         self.timeout_s = timeout_s
         self._sent = [0] * world_size
         self._received = [0] * world_size
@@ -117,10 +118,8 @@ class GlooCommunicator(BackendCommunicator):
         _cut(group)
 
     def _greet(self) -> None:
-        """Exchange one byte with everybody: afterwards nobody is still connecting."""
-        others = [peer for peer in range(self.world_size) if peer != self.rank]
-        hello = torch.ones(1, dtype=torch.uint8)
-        self.exchange(dict.fromkeys(others, hello), {peer: hello.clone() for peer in others}).wait()
+        """Exchange one byte with every peer: afterwards no rank is still connecting."""
+        all_gather(self, [torch.ones(1, dtype=torch.uint8) for _ in range(self.world_size)]).wait()
         self._bytes_sent = 0
 
 
@@ -135,14 +134,14 @@ def join(rendezvous: Rendezvous) -> GlooCommunicator:
 def _tag(count: int, nbytes: int) -> int:
     """The 31-bit tag of a pair's `count`-th message.
 
-    It holds the size too: a peer with another size in mind then times out, where gloo, given a message
-    longer than its buffer, would end the process.
+    It holds the size too: a peer that expects another size then times out; gloo alone, given a message longer
+    than its buffer, would abort the process.
     """
     return (count & 0x3FFF) << 17 | nbytes % 0x1FFFF
 
 
 def _reason(error: RuntimeError) -> str:
-    """Gloo's message without its place in gloo's source and the advice that follows."""
+    """Gloo's message without its source location and the advice that follows."""
     return str(error).split("] ", 1)[-1].split(". ")[0]
 
 

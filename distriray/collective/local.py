@@ -1,4 +1,4 @@
-"""A gang of one: there is nobody to exchange with."""
+"""The gang of one, without peers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distriray.collective.rendezvous import Rendezvous
 
 
 class NothingInFlight:
-    """A transfer that was over before it began."""
+    """A transfer without messages."""
 
     def wait(self) -> None:
         pass
@@ -23,7 +23,7 @@ class LocalCommunicator(BackendCommunicator):
     """One rank, on any device. It makes a parallelized pipeline behave as the original."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        super().__init__(0, 1, torch.device(device))
+        super().__init__(0, 1, device)
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
         self.check()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
-from bench.ranks import free_address
 from distriray.collective import connect, open_store, serve_store
 from distriray.collective.store import StoreAddress
 from distriray.errors import GangBroken, GangMismatch
+from tests.distributed.ranks import free_address
 
 pytestmark = pytest.mark.distributed
 
