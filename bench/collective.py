@@ -1,4 +1,4 @@
-"""What an exchange between two processes on this machine costs: `python -m bench.collective`.
+"""Cost of an exchange between two processes on this machine: `python -m bench.collective`.
 
 `swap` is one exchange in both directions at once; `round trip` is there and back, one after the other. The
 10th percentile is what it costs when both processes have a core; beyond it, a busy machine's scheduler shows.

@@ -1,4 +1,4 @@
-"""What one denoising step costs with and without the exchange: `python -m bench.exchange`.
+"""Cost of one denoising step with and without the exchange: `python -m bench.exchange`.
 
 Two ranks, patches only (no splitting of the guidance batch), one torch thread per rank. All modes are timed
 in turn within one run, several rounds, so that a machine whose speed drifts shifts them alike; ratios are

@@ -1,4 +1,4 @@
-"""How fast one image comes out, end to end: `python -m bench.speed`.
+"""Time of one image, end to end: `python -m bench.speed`.
 
 diffusers alone with one thread and with all threads, and gangs of 1, 2 and 4 ranks with one thread each, in
 every mode, with the guidance branches split between the halves of the gang (`cfg_parallel`) or not. All take

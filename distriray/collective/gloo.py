@@ -76,7 +76,7 @@ class GlooCommunicator(BackendCommunicator):
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> GlooWork:
         incoming = as_messages(receives, self.rank, self.world_size, self.device)
         outgoing = as_messages(sends, self.rank, self.world_size, self.device)
-        group = self._group  # before the check: whoever breaks the communicator drops it
+        group = self._group  # before the check: the thread that breaks the communicator drops it
         self.check()
         transfers: list[Transfer] = []
         peer = self.rank

@@ -16,7 +16,7 @@ from distriray.collective.store import serve_store
 from distriray.errors import NotEnoughDevices, RankFailed
 
 GRACE_S = 5.0
-"""How long the other ranks may take to end by themselves once one has failed."""
+"""Time for the other ranks to end by themselves once one has failed."""
 
 
 def launch(

@@ -22,7 +22,7 @@ from distriray.errors import GangBroken
 
 
 class Gang:
-    """What the ranks of one lock-step gang share: the turn, and the messages whose other side is missing.
+    """State shared by the ranks of a lock-step gang: the turn, and messages whose other side is missing.
 
     Attributes:
         waiting: by (source, destination), sends without their receive, or receives without their send; never

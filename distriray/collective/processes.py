@@ -120,11 +120,11 @@ class _Report:
 
 
 def start_method(device_type: str) -> BaseContext:
-    """How processes start that will use a device of this type.
+    """The way to start processes that will use a device of this type.
 
-    On CPUs a server forks them: they are there in no time once the program has told `multiprocessing` what to
-    import in advance (`set_forkserver_preload`). CUDA does not survive a fork, and merely importing diffusers
-    initializes it, so processes that use it start from nothing. See `docs/decisions/how-ranks-start.md`.
+    On CPUs a server forks them, at once if the program has told `multiprocessing` what to import in advance
+    (`set_forkserver_preload`). CUDA does not survive a fork, and merely importing diffusers initializes it,
+    so processes that use it are started afresh. See `docs/decisions/how-ranks-start.md`.
     """
     return get_context("spawn" if device_type == "cuda" else "forkserver")
 

@@ -21,7 +21,7 @@ from distriray.errors import GangBroken
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where a store is served; `str` leaves out the key, so that messages and logs do not hold it."""
+    """The place of a store; `str` leaves out the key, so that messages and logs do not hold it."""
 
     host: str
     port: int
@@ -38,7 +38,7 @@ class StoreAddress:
 
     @property
     def text(self) -> str:
-        """What `parse` reads, key included."""
+        """The text that `parse` reads, key included."""
         return f"{self}/{self.key}" if self.key else str(self)
 
     def __str__(self) -> str:
