@@ -1,4 +1,4 @@
-"""What an exchange between two processes on this machine costs: `python -m bench.collective`.
+"""Cost of an exchange between two processes on this machine: `python -m bench.collective`.
 
 `swap` is one exchange in both directions at once; `round trip` is there and back, one after the other. The
 10th percentile is what it costs when both processes have a core; beyond it, a busy machine's scheduler shows.
@@ -13,9 +13,8 @@ from statistics import quantiles
 
 import torch
 
-from bench.ranks import run_ranks
 from bench.report import Report
-from distriray.collective import Communicator
+from distriray.collective import Communicator, launch
 
 SIZES = {"1 KiB": 1 << 10, "64 KiB": 1 << 16, "1 MiB": 1 << 20}
 
@@ -27,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     columns = ("exchange", "10th percentile", "median", "90th percentile", "CPU of one rank")
     report = Report("Exchange between two ranks over gloo", columns, seed=0, settings=vars(arguments))
-    for row in run_ranks(2, measure, arguments.repeats)[0]:
+    for row in launch(2, measure, arguments.repeats)[0]:
         report.add(*row)
     report.publish(arguments.json)
 

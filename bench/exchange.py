@@ -1,4 +1,4 @@
-"""What one denoising step costs with and without the exchange: `python -m bench.exchange`.
+"""Cost of one denoising step with and without the exchange: `python -m bench.exchange`.
 
 Two ranks, patches only (no splitting of the guidance batch), one torch thread per rank. All modes are timed
 in turn within one run, several rounds, so that a machine whose speed drifts shifts them alike; ratios are
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.ranks import barrier, run_ranks
+from bench.barrier import barrier
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.collective import Communicator, Work, connect
+from distriray.collective import Communicator, Work, connect, launch
 from distriray.collective.local import NothingInFlight
 from distriray.collective.subgroup import Subgroup
 from distriray.landscapes import MODEL_DIR
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps a round")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
-    rounds = run_ranks(arguments.ranks, measure, arguments.size, arguments.rounds, arguments.steps)[0]
+    rounds = launch(arguments.ranks, measure, arguments.size, arguments.rounds, arguments.steps)[0]
 
     report = Report(
         f"bench.exchange: one step of builtin:landscapes at {arguments.size}x{arguments.size} with guidance, "

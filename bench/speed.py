@@ -1,4 +1,4 @@
-"""How fast one image comes out, end to end: `python -m bench.speed`.
+"""Time of one image, end to end: `python -m bench.speed`.
 
 diffusers alone with one thread and with all threads, and gangs of 1, 2 and 4 ranks with one thread each, in
 every mode, with the guidance branches split between the halves of the gang (`cfg_parallel`) or not. All take
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from bench.ranks import barrier, run_ranks
+from bench.barrier import barrier
 from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, parallelize
-from distriray.collective import Communicator, connect
+from distriray.collective import Communicator, connect, launch
 from distriray.denoise import Denoiser
 from distriray.gang import open_host
 from distriray.models import ModelSpec, load_pipeline
@@ -110,7 +110,7 @@ def main() -> None:
         seed=0,
         settings=vars(arguments),
     )
-    rounds = run_ranks(max(arguments.gangs), measure, compared, arguments, device=arguments.device)[0]
+    rounds = launch(max(arguments.gangs), measure, compared, arguments, device=arguments.device)[0]
     hosted = measure_host(arguments)
     for size in arguments.sizes:
         for way in compared:

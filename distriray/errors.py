@@ -62,6 +62,10 @@ class GangBroken(DistrirayError, RuntimeError):
     """A peer died, hung or left; the communicator is unusable and a new one must be made."""
 
 
+class RankFailed(DistrirayError, RuntimeError):
+    """A process that `launch` started failed; the message holds the traceback of every rank that did."""
+
+
 class GangMismatch(DistrirayError, ValueError):
     """The ranks of a gang were called with different inputs."""
 

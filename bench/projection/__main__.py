@@ -26,8 +26,8 @@ import torch
 from bench.projection.links import Link, parse_link
 from bench.projection.rounds import Case, Round, cases, measure, slowest
 from bench.projection.share import Share
-from bench.ranks import run_ranks
 from bench.report import Report
+from distriray.collective import launch
 
 LINKS = ("nvlink4:10:360", "pcie5:20:50", "pcie4:20:25")
 SIZES = {"cpu": [256, 512, 768], "cuda": [1024, 2048, 3840]}
@@ -88,7 +88,7 @@ def main() -> None:
     arguments.ranks = sorted({1, *arguments.ranks})
 
     processes = min(2, os.cpu_count() or 1) if arguments.device == "cpu" else 1
-    found = run_ranks(processes, measure, arguments, device=arguments.device)
+    found = launch(processes, measure, arguments, device=arguments.device)
     rounds = [slowest(taken) for taken in zip(*found, strict=True)]
     settings = {**vars(arguments), "links": [link.name for link in links_of(rounds, arguments)]}
     report = Report(

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from distriray.collective.messages import as_messages
+from distriray.collective.messages import as_messages, peers_of
 from distriray.collective.subgroup import Subgroup
+from distriray.errors import GangBroken
 
 
 @dataclass
@@ -80,6 +81,7 @@ class AbsentPeers:
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.peers = peers_of(rank, world_size)
         self.device = device
         self.bytes_sent = 0
         self.broken = False
@@ -113,6 +115,10 @@ class AbsentPeers:
         self._transfers += 1
         self.note(Moment("launch", self._transfers, 0.0, sent))
         return AbsentWork(self, self._transfers)
+
+    def check(self) -> None:
+        if self.broken:
+            raise GangBroken("the rank whose peers are absent gave up")
 
     def note(self, moment: Moment) -> None:
         self._marks.append((moment, self.clock.mark()))

@@ -10,10 +10,10 @@ from statistics import median
 import torch
 from diffusers import UNet2DConditionModel
 
+from bench.barrier import barrier
 from bench.projection.links import Link
 from bench.projection.share import SDXL, Share, measure_gang, measure_share, random_unet
-from bench.ranks import barrier
-from distriray.collective import Communicator
+from distriray.collective import Communicator, all_gather
 from distriray.landscapes import MODEL_DIR
 
 
@@ -84,18 +84,17 @@ def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[R
 
 def measure_loopback(communicator: Communicator, nbytes: int = 2**22) -> Link:
     """What the processes of this machine have between them: each pair swaps one byte, then `nbytes`."""
-    others = [peer for peer in range(communicator.world_size) if peer != communicator.rank]
     seconds = {}
     for size in (1, nbytes):
-        out, into = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+        tensors = [torch.zeros(size, dtype=torch.uint8) for _ in range(communicator.world_size)]
         times = []
         for _ in range(30):
             started = time.perf_counter()
-            communicator.exchange(dict.fromkeys(others, out), dict.fromkeys(others, into)).wait()
+            all_gather(communicator, tensors).wait()
             times.append(time.perf_counter() - started)
         seconds[size] = median(times)
     transfer_s = max(seconds[nbytes] - seconds[1], 1e-9)
-    return Link("loopback", seconds[1], len(others) * nbytes / transfer_s, hides=False)
+    return Link("loopback", seconds[1], len(communicator.peers) * nbytes / transfer_s, hides=False)
 
 
 def slowest(taken: tuple[Round, ...]) -> Round:

@@ -1,7 +1,8 @@
 """How true the pictures of a gang are to those of one device: `python -m bench.quality`.
 
 Every picture is compared with the one that a single device makes of the same prompt and seed. The ranks of a
-gang take turns in one process (`bench.lockstep`), which gives the pictures that separate processes give.
+gang take turns in one process (`distriray.collective.lockstep`), which gives the pictures that separate
+processes give.
 Finished parts are kept in `--work`, so the command can be stopped and repeated.
 
 With the built-in model nothing is downloaded. For a model of one's own, on a GPU, with COCO's captions and

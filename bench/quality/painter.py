@@ -11,9 +11,9 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from numpy.typing import NDArray
 
-from bench.lockstep import LockstepCommunicator, run_in_lockstep
 from bench.quality.design import Setting
 from bench.quality.prompts import Prompt
+from distriray.collective import LockstepCommunicator, run_in_lockstep
 from distriray.denoise.blocks import DECODE, make_components
 from distriray.denoise.schedulers import make_scheduler
 from distriray.models import ModelSpec, load_pipeline

@@ -1,4 +1,4 @@
-"""What every backend of the exchange holds: its place in the gang, what it sent, and why it broke."""
+"""Base of the communicators that own connections: place in the gang, bytes sent, cause of failure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from distriray.collective.base import Work
+from distriray.collective.messages import indexed, peers_of
 from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
 
 
 class BackendCommunicator(ABC):
-    """Base of the communicators that own connections; see `Communicator` for what each verb promises."""
+    """Base of the communicators that own connections; `Communicator` documents what each verb promises."""
 
-    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, rank: int, world_size: int, device: torch.device | str) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.device = device
+        self.peers = peers_of(rank, world_size)
+        self.device = indexed(device)
         self._bytes_sent = 0
         self._failure: str | None = None
         self._failing = threading.Lock()
@@ -33,7 +35,6 @@ class BackendCommunicator(ABC):
         return self._failure is not None
 
     def check(self) -> None:
-        """Raise `GangBroken` if the communicator is broken."""
         if self._failure is not None:
             raise GangBroken(self._failure)
 
@@ -50,7 +51,7 @@ class BackendCommunicator(ABC):
         self._fail("the communicator was closed on this rank")
 
     def _fail(self, cause: str) -> GangBroken:
-        """Remember the first cause, let go of the connections once, and return the error that says why."""
+        """Record the first cause, release the connections once, and return the error that names the cause."""
         with self._failing:
             first = self._failure is None
             if first:

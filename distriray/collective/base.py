@@ -1,4 +1,4 @@
-"""The protocol that every way of moving bytes within a gang keeps."""
+"""The protocol of every communicator."""
 
 from __future__ import annotations
 
@@ -35,12 +35,23 @@ class Communicator(Protocol):
     device: torch.device
 
     @property
+    def peers(self) -> tuple[int, ...]:
+        """The other ranks, ascending."""
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes sent by this rank since the communicator was made."""
 
     @property
     def broken(self) -> bool:
         """Whether a transfer failed or `abort` was called; every later call raises `GangBroken`."""
+
+    def check(self) -> None:
+        """Raise the `GangBroken` that says why, if the communicator is broken.
+
+        On a GPU `wait` returns before the transfer is over, and an aborted transfer leaves garbage: check
+        after received values came to the host and before they are trusted.
+        """
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
         """Start one group of transfers and return at once.

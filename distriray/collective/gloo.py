@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import ProcessGroupGloo, Store
 
+from distriray.collective.all_gather import all_gather
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.messages import as_messages
+from distriray.collective.rendezvous import Rendezvous
 from distriray.errors import GangBroken
 
 
@@ -56,7 +58,7 @@ class GlooCommunicator(BackendCommunicator):
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float = 30.0) -> None:
-        super().__init__(rank, world_size, torch.device("cpu"))
+        super().__init__(rank, world_size, "cpu")
         self.timeout_s = timeout_s
         self._sent = [0] * world_size
         self._received = [0] * world_size
@@ -74,7 +76,7 @@ class GlooCommunicator(BackendCommunicator):
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> GlooWork:
         incoming = as_messages(receives, self.rank, self.world_size, self.device)
         outgoing = as_messages(sends, self.rank, self.world_size, self.device)
-        group = self._group  # before the check: whoever breaks the communicator drops it
+        group = self._group  # before the check: the thread that breaks the communicator drops it
         self.check()
         transfers: list[Transfer] = []
         peer = self.rank
@@ -116,24 +118,30 @@ class GlooCommunicator(BackendCommunicator):
         _cut(group)
 
     def _greet(self) -> None:
-        """Exchange one byte with everybody: afterwards nobody is still connecting."""
-        others = [peer for peer in range(self.world_size) if peer != self.rank]
-        hello = torch.ones(1, dtype=torch.uint8)
-        self.exchange(dict.fromkeys(others, hello), {peer: hello.clone() for peer in others}).wait()
+        """Exchange one byte with every peer: afterwards no rank is still connecting."""
+        all_gather(self, [torch.ones(1, dtype=torch.uint8) for _ in range(self.world_size)]).wait()
         self._bytes_sent = 0
+
+
+def join(rendezvous: Rendezvous) -> GlooCommunicator:
+    """Connect all ranks with each other over the network interface that leads to the store."""
+    rank, world_size, timeout_s = rendezvous.rank, rendezvous.world_size, rendezvous.timeout_s
+    return rendezvous.meet(
+        lambda store, interface: GlooCommunicator(store, rank, world_size, interface, timeout_s)
+    )
 
 
 def _tag(count: int, nbytes: int) -> int:
     """The 31-bit tag of a pair's `count`-th message.
 
-    It holds the size too: a peer with another size in mind then times out, where gloo, given a message
-    longer than its buffer, would end the process.
+    It holds the size too: a peer that expects another size then times out; gloo alone, given a message longer
+    than its buffer, would abort the process.
     """
     return (count & 0x3FFF) << 17 | nbytes % 0x1FFFF
 
 
 def _reason(error: RuntimeError) -> str:
-    """Gloo's message without its place in gloo's source and the advice that follows."""
+    """Gloo's message without its source location and the advice that follows."""
     return str(error).split("] ", 1)[-1].split(". ")[0]
 
 

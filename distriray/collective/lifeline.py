@@ -1,4 +1,4 @@
-"""Notices at once that a peer's process died, for transports that do not."""
+"""Immediate notice of the death of a peer's process, for transports that give none."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Lifeline:
         self.cut()
 
     def cut(self) -> None:
-        """Tell the peers that this rank gave up."""
+        """Report to the peers that this rank gave up."""
         with self._lock:
             self._cut = True
         self._communicator.close()

@@ -1,4 +1,4 @@
-"""A gang of one: there is nobody to exchange with."""
+"""The gang of one, without peers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.base import Work
 from distriray.collective.messages import as_messages
+from distriray.collective.rendezvous import Rendezvous
 
 
 class NothingInFlight:
-    """A transfer that was over before it began."""
+    """A transfer without messages."""
 
     def wait(self) -> None:
         pass
@@ -22,10 +23,15 @@ class LocalCommunicator(BackendCommunicator):
     """One rank, on any device. It makes a parallelized pipeline behave as the original."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        super().__init__(0, 1, torch.device(device))
+        super().__init__(0, 1, device)
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
         self.check()
         as_messages(sends, self.rank, self.world_size, self.device)
         as_messages(receives, self.rank, self.world_size, self.device)
         return NothingInFlight()
+
+
+def join(rendezvous: Rendezvous) -> LocalCommunicator:
+    """A communicator at once; there is nobody to meet."""
+    return LocalCommunicator(rendezvous.device)

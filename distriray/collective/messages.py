@@ -1,4 +1,4 @@
-"""What every backend does with the tensors of one exchange before they travel."""
+"""The tensors of one exchange as bytes on their way to and from peers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from collections.abc import Mapping
 import torch
 
 Message = tuple[int, torch.Tensor]
-"""A peer, and the bytes that go to it or come from it."""
+"""A peer, and the bytes sent to it or received from it."""
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """`device` with its index: `cuda` is unequal to the `cuda:0` of the tensors that are made on it."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def peers_of(rank: int, world_size: int) -> tuple[int, ...]:
+    """The other ranks of a gang, ascending."""
+    return (*range(rank), *range(rank + 1, world_size))
 
 
 def as_messages(
@@ -21,8 +34,8 @@ def as_messages(
     messages: list[Message] = []
     for peer, tensor in tensors.items():
         if not 0 <= peer < world_size or peer == rank:
-            others = [other for other in range(world_size) if other != rank]
-            raise ValueError(f"rank {rank} cannot exchange with rank {peer}; its peers are {others}")
+            peers = list(peers_of(rank, world_size))
+            raise ValueError(f"rank {rank} cannot exchange with rank {peer}; its peers are {peers}")
         if not tensor.is_contiguous():
             raise ValueError(
                 f"the tensor for rank {peer} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is "

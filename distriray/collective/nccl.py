@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+from distriray.collective import gloo
+from distriray.collective.all_gather import all_gather
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.gloo import GlooCommunicator
 from distriray.collective.lifeline import Lifeline
 from distriray.collective.messages import Message, as_messages
+from distriray.collective.rendezvous import Rendezvous
 from distriray.errors import GangBroken
 
 WATCH_INTERVAL_S = 0.05
@@ -26,7 +29,7 @@ class NcclWork:
     """One group of transfers on the communicator's stream.
 
     `wait` orders the current stream behind it and returns. A failure that comes later shows in `broken` and
-    in every later call: whoever brings received values to the host asks `broken` before trusting them.
+    in every later call: after bringing received values to the host, call `check` before trusting them.
     """
 
     def __init__(self, owner: NcclCommunicator, peers: list[int]) -> None:
@@ -44,7 +47,7 @@ class NcclWork:
 class NcclCommunicator(BackendCommunicator):
     """A gang over NCCL, on a stream of its own, beside any number of others in the same process.
 
-    NCCL reports neither a dead nor a hung peer: its kernels spin for ever. So a watchdog thread aborts the
+    NCCL reports neither a dead nor a hung peer: its kernels spin forever. So a watchdog thread aborts the
     communicator when a transfer outlasts `timeout_s`, counted from when the stream reaches it, or when NCCL
     reports an error, and a `Lifeline` aborts it as soon as a peer's process dies.
 
@@ -62,9 +65,7 @@ class NcclCommunicator(BackendCommunicator):
         self, control: GlooCommunicator, device: torch.device | str = "cuda", timeout_s: float = 30.0
     ) -> None:
         self._nccl = load_nccl()
-        device = torch.device(device)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        super().__init__(control.rank, control.world_size, torch.device("cuda", index))
+        super().__init__(control.rank, control.world_size, device)
         self._timeout_s = timeout_s
         self._calling = threading.Lock()
         self._called: tuple[float, list[int]] | None = None
@@ -136,7 +137,7 @@ class NcclCommunicator(BackendCommunicator):
             identity = torch.tensor(
                 [number & 0xFF for number in self._nccl.get_unique_id()], dtype=torch.uint8
             )
-            control.exchange(dict.fromkeys(range(1, self.world_size), identity), {}).wait()
+            control.exchange(dict.fromkeys(self.peers, identity), {}).wait()
         else:
             identity = torch.empty(128, dtype=torch.uint8)
             control.exchange({}, {0: identity}).wait()
@@ -163,12 +164,11 @@ class NcclCommunicator(BackendCommunicator):
         return result[0]
 
     def _greet(self) -> None:
-        """Exchange one byte with everybody: NCCL connects each pair at its first transfer."""
-        others = [peer for peer in range(self.world_size) if peer != self.rank]
-        hello = torch.ones(1, dtype=torch.uint8, device=self.device)
+        """Exchange one byte with every peer: NCCL connects each pair at its first transfer."""
+        hellos = [torch.ones(1, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
         try:
-            work = self.exchange(dict.fromkeys(others, hello), {peer: hello.clone() for peer in others})
-            self._await(work.done.query, self._timeout_s, "exchange the first byte")
+            all_gather(self, hellos)
+            self._await(self._stream.query, self._timeout_s, "exchange the first byte")
         except GangBroken:
             self.close()
             raise
@@ -220,6 +220,12 @@ class NcclCommunicator(BackendCommunicator):
         except Exception as error:
             return f"rank {self.rank} failed while it exchanged with its gang: {error!r}"
         return None
+
+
+def join(rendezvous: Rendezvous) -> NcclCommunicator:
+    """Connect the ranks over gloo first, which carries NCCL's id and then watches over the processes."""
+    load_nccl()  # before anybody waits for this rank
+    return NcclCommunicator(gloo.join(rendezvous), rendezvous.device, rendezvous.timeout_s)
 
 
 def _for_cupy(identity: bytes) -> bytes | tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from distriray.collective.base import Communicator, Work
+from distriray.collective.messages import peers_of
 
 
 class Subgroup:
@@ -27,6 +28,7 @@ class Subgroup:
             raise ValueError(f"rank {parent.rank} is not among the ranks {list(ranks)} of its sub-group")
         self.rank = self._ranks.index(parent.rank)
         self.world_size = len(self._ranks)
+        self.peers = peers_of(self.rank, self.world_size)
         self.device = parent.device
 
     @property
@@ -36,6 +38,9 @@ class Subgroup:
     @property
     def broken(self) -> bool:
         return self._parent.broken
+
+    def check(self) -> None:
+        self._parent.check()
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
         return self._parent.exchange(self._renamed(sends), self._renamed(receives))

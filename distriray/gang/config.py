@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -12,9 +12,6 @@ from ..models import ModelSpec
 from ..requests import Limits
 from ..routing.buddy import check_gang_sizes
 from ..routing.policies import check_policy
-
-if TYPE_CHECKING:
-    from ..collective.rendezvous import Backend
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -72,10 +69,3 @@ class HostConfig(BaseModel):
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the gangs that the host lends."""
         return self.gang_sizes or tuple(2**i for i in range(self.workers.bit_length()))
-
-
-def backend_of(device: str, world_size: int) -> Backend:
-    """The collective that moves tensors of `device` among `world_size` ranks."""
-    if world_size == 1:
-        return "local"
-    return "nccl" if device == "cuda" else "gloo"

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
-from torch.distributed import TCPStore
 
+from ..collective import serve_store
 from .config import HostConfig
 from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 from .placement import Placement
@@ -63,14 +63,13 @@ class Launcher:
 
     def __init__(self, config: HostConfig, placement: Placement) -> None:
         self._config, self._placement = config, placement
-        self._address = ray.util.get_node_ip_address()
-        self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+        self._store = serve_store(ray.util.get_node_ip_address())
 
     def __call__(self, index: int) -> RemoteWorker:
         """A new process in the place of worker `index`, without a model yet."""
         actor = ray.remote(Worker).options(name=None, **self._placement.options(index))
         config, device = self._config, self._placement.device
-        store = (self._address, self._store.port)
+        store = self._store.address
         return _Actor(Context().run(actor.remote, config.model, device, store, config.timeout_s))
 
 

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch.distributed import Store
 
-from ..collective import Communicator, connect
+from ..collective import Communicator, all_gather, backend_of, connect
 from ..denoise import Denoiser, DenoiseState
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
-from .config import backend_of
 from .control import SegmentControl
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
 
@@ -285,12 +284,11 @@ class SegmentRunner:
 
 def _all_ready(communicator: Communicator, ready: bool) -> bool:
     """Whether all ranks are; all of them call it. Raises GangBroken."""
-    mine = torch.tensor([ready], device=communicator.device)
-    theirs = {r: torch.empty_like(mine) for r in range(communicator.world_size) if r != communicator.rank}
-    communicator.exchange(dict.fromkeys(theirs, mine), theirs).wait()
-    everyone = [bool(other) for other in theirs.values()]
-    communicator.exchange({}, {})  # raises if what was received is not to be trusted
-    return ready and all(everyone)
+    everyone = [torch.tensor([ready], device=communicator.device) for _ in range(communicator.world_size)]
+    all_gather(communicator, everyone).wait()
+    all_are = all(map(bool, everyone))
+    communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
+    return all_are
 
 
 def _alike(error: Exception) -> bool:

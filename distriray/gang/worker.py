@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import ray
 import torch
-from torch.distributed import TCPStore
 
+from ..collective import open_store
 from ..models import ModelSpec
 from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 
@@ -30,8 +30,8 @@ class Worker:
     gangs of others can be repaired meanwhile.
     """
 
-    def __init__(self, spec: ModelSpec, device: str, store: tuple[str, int], timeout_s: float) -> None:
-        self._spec, self._timeout_s, self._address = spec, timeout_s, store
+    def __init__(self, spec: ModelSpec, device: str, store: str, timeout_s: float) -> None:
+        self._spec, self._timeout_s, self._store = spec, timeout_s, store
         self._device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         self._compute = ThreadPoolExecutor(1, "compute", initializer=self._one_thread)
         self._linking = ThreadPoolExecutor(1, "link")
@@ -49,9 +49,7 @@ class Worker:
             from .runner import SegmentRunner  # with diffusers, which hosts do without
 
             _quiet()
-            host, port = self._address
-            store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-            return SegmentRunner(self._spec, self._device, store, self._timeout_s, tell)
+            return SegmentRunner(self._spec, self._device, open_store(self._store), self._timeout_s, tell)
 
         runner = await loop.run_in_executor(self._compute, make)
         self._runner = runner

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from bench.ranks import Ranks, free_address, run_processes
-from distriray.collective import Communicator, connect
+from distriray.collective import BACKENDS, Communicator, all_gather, connect
 from distriray.collective.lifeline import Lifeline
 from distriray.errors import GangBroken, GangMismatch
+from tests.distributed.ranks import Ranks, free_address, run_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -54,6 +54,10 @@ def size(backend: str) -> int:
     return {"local": 1, "gloo": 3}.get(backend) or min(torch.cuda.device_count(), 4)
 
 
+def device_type(backend: str) -> str:
+    return BACKENDS[backend].device or "cpu"
+
+
 every_backend = pytest.mark.parametrize("backend", ["local", "gloo", NCCL])
 with_peers = pytest.mark.parametrize("backend", ["gloo", NCCL])
 
@@ -61,10 +65,6 @@ with_peers = pytest.mark.parametrize("backend", ["gloo", NCCL])
 def join(backend: str, rank: int, world_size: int, gang: dict[str, Any], **changes: Any) -> Communicator:
     device = f"cuda:{rank}" if backend == "nccl" else "cpu"
     return connect(backend, rank=rank, world_size=world_size, device=device, **{**gang, **changes})
-
-
-def others(communicator: Communicator) -> list[int]:
-    return [peer for peer in range(communicator.world_size) if peer != communicator.rank]
 
 
 def failure_of(verb: Any) -> tuple[str, float]:
@@ -88,12 +88,14 @@ def _many_in_flight(rank: int, world_size: int, backend: str, gang: dict[str, An
     communicator = join(backend, rank, world_size, gang)
     assert isinstance(communicator, Communicator)
     assert (communicator.rank, communicator.world_size, communicator.broken) == (rank, world_size, False)
+    assert communicator.peers == tuple(peer for peer in range(world_size) if peer != rank)
+    communicator.check()
     like = {"dtype": torch.int64, "device": communicator.device}
     works, received, nbytes = [], [], 0
     for index in range(60):
-        lengths = {peer: 1 + (7 * index + 3 * rank + 5 * peer) % 50 for peer in others(communicator)}
+        lengths = {peer: 1 + (7 * index + 3 * rank + 5 * peer) % 50 for peer in communicator.peers}
         sends = {peer: pattern(rank, peer, index, length, **like) for peer, length in lengths.items()}
-        coming = {peer: 1 + (7 * index + 3 * peer + 5 * rank) % 50 for peer in others(communicator)}
+        coming = {peer: 1 + (7 * index + 3 * peer + 5 * rank) % 50 for peer in communicator.peers}
         receives = {peer: torch.zeros(length, **like) for peer, length in coming.items()}
         works.append(communicator.exchange(sends, receives))
         received.append(receives)
@@ -112,25 +114,25 @@ def _many_in_flight(rank: int, world_size: int, backend: str, gang: dict[str, An
 
 @every_backend
 def test_many_messages_of_different_sizes_arrive_in_order_and_are_counted(backend: str, gang) -> None:
-    run_processes(size(backend), _many_in_flight, backend, gang)
+    run_processes(size(backend), _many_in_flight, backend, gang, device_type=device_type(backend))
 
 
 def _all_dtypes(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
     communicator = join(backend, rank, world_size, gang)
-    peers, device = others(communicator), communicator.device
+    device = communicator.device
     for dtype in DTYPES:
         for shape in [(), (3, 5), (2, 0, 4), (1,)]:
             values = torch.arange(torch.Size(shape).numel(), device=device).reshape(shape)
-            sends = dict.fromkeys(peers, (values + rank).to(dtype))
-            receives = {peer: torch.zeros(shape, dtype=dtype, device=device) for peer in peers}
-            communicator.exchange(sends, receives).wait()
-            for peer, tensor in receives.items():
-                assert torch.equal(tensor, (values + peer).to(dtype)), (dtype, shape)
+            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(world_size)]
+            tensors[rank] = (values + rank).to(dtype)
+            all_gather(communicator, tensors).wait()
+            for sender, tensor in enumerate(tensors):
+                assert torch.equal(tensor, (values + sender).to(dtype)), (dtype, shape)
 
 
 @every_backend
 def test_every_dtype_and_shape_arrives_bit_by_bit(backend: str, gang) -> None:
-    run_processes(size(backend), _all_dtypes, backend, gang)
+    run_processes(size(backend), _all_dtypes, backend, gang, device_type=device_type(backend))
 
 
 def _one_way_and_empty(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
@@ -138,7 +140,7 @@ def _one_way_and_empty(rank: int, world_size: int, backend: str, gang: dict[str,
     device = communicator.device
     communicator.exchange({}, {}).wait()
     empty = torch.empty(0, 4, device=device)
-    communicator.exchange(dict.fromkeys(others(communicator), empty), {}).wait()  # nobody expects it either
+    communicator.exchange(dict.fromkeys(communicator.peers, empty), {}).wait()  # nobody expects it either
     assert communicator.bytes_sent == 0
     if world_size == 1:
         return
@@ -156,7 +158,7 @@ def _one_way_and_empty(rank: int, world_size: int, backend: str, gang: dict[str,
 
 @every_backend
 def test_transfers_may_be_one_way_large_or_empty(backend: str, gang) -> None:
-    run_processes(size(backend), _one_way_and_empty, backend, gang)
+    run_processes(size(backend), _one_way_and_empty, backend, gang, device_type=device_type(backend))
 
 
 # ------------------------------------------------------------------------- sub-groups and several gangs
@@ -167,6 +169,7 @@ def _views(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> No
     backwards = communicator.subgroup(list(reversed(range(world_size))))
     assert isinstance(backwards, Communicator)
     assert (backwards.rank, backwards.world_size) == (world_size - 1 - rank, world_size)
+    assert backwards.peers == tuple(peer for peer in range(world_size) if peer != world_size - 1 - rank)
     views = [communicator, backwards, backwards.subgroup(range(world_size))]
     names = [range(world_size), range(world_size)[::-1], range(world_size)[::-1]]
     if rank < 2 <= world_size:
@@ -175,10 +178,10 @@ def _views(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> No
     works, expected = [], []
     for index in range(12):  # interleaved, all in flight: a view shares its parent's order
         for view, ranks in zip(views[index % 2 :], names[index % 2 :], strict=True):
-            receives = {peer: torch.zeros(4, device=view.device) for peer in others(view)}
+            receives = {peer: torch.zeros(4, device=view.device) for peer in view.peers}
             sends = {
                 peer: torch.full((4,), 100.0 * index + 10 * rank + ranks[peer], device=view.device)
-                for peer in others(view)
+                for peer in view.peers
             }
             works.append(view.exchange(sends, receives))
             expected += [
@@ -205,17 +208,14 @@ def _views(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> No
         alone.exchange({1: torch.zeros(1)}, {})
     communicator.exchange({}, {}).wait()
     if world_size > 1:  # nobody breaks the parent while others still use it
-        token = torch.zeros(1, device=communicator.device)
-        communicator.exchange(
-            dict.fromkeys(others(communicator), token), {peer: token.clone() for peer in others(communicator)}
-        ).wait()
+        all_gather(communicator, list(torch.zeros(world_size, 1, device=communicator.device))).wait()
     alone.abort()
     assert communicator.broken and backwards.broken
 
 
 @every_backend
 def test_subgroups_are_views_that_mix_with_their_parent(backend: str, gang) -> None:
-    run_processes(size(backend), _views, backend, gang)
+    run_processes(size(backend), _views, backend, gang, device_type=device_type(backend))
 
 
 def _crossed(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
@@ -231,8 +231,8 @@ def _crossed(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
         for name in sorted(mine, reverse=rank == 1):
             communicator, ranks = mine[name], members[name]
             value = 100.0 * index + len(name)
-            receives = {peer: torch.zeros(3) for peer in others(communicator)}
-            sends = {peer: torch.full((3,), value + 10 * rank) for peer in others(communicator)}
+            receives = {peer: torch.zeros(3) for peer in communicator.peers}
+            sends = {peer: torch.full((3,), value + 10 * rank) for peer in communicator.peers}
             works.append(communicator.exchange(sends, receives))
             expected += [(tensor, value + 10 * ranks[peer]) for peer, tensor in receives.items()]
     for work in works:
@@ -254,7 +254,7 @@ def test_one_process_belongs_to_several_gangs_under_different_ranks(gang) -> Non
 
 def _aborted(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> tuple[str, float]:
     communicator = join(backend, rank, world_size, gang)
-    never = {peer: torch.zeros(1, device=communicator.device) for peer in others(communicator)}
+    never = {peer: torch.zeros(1, device=communicator.device) for peer in communicator.peers}
     work = communicator.exchange({}, never)
     if rank == 0:
         threading.Timer(0.5, communicator.abort).start()
@@ -269,6 +269,8 @@ def _aborted(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
     assert communicator.broken
     for verb in (work.wait, lambda: communicator.exchange({}, {}), lambda: communicator.exchange({}, never)):
         assert failure_of(verb)[1] < 0.1
+    whole = communicator.subgroup(range(world_size))
+    assert failure_of(communicator.check)[0] == failure_of(whole.check)[0]
     communicator.abort()
     communicator.close()
     return failure
@@ -276,7 +278,7 @@ def _aborted(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
 
 @with_peers
 def test_abort_wakes_the_waiting_thread_and_the_peers(backend: str, gang) -> None:
-    first, *rest = run_processes(size(backend), _aborted, backend, gang)
+    first, *rest = run_processes(size(backend), _aborted, backend, gang, device_type=device_type(backend))
     assert "aborted" in first[0] and 0.4 < first[1] < 1.5
     for message, seconds in rest:
         assert ("rank 0 " in message or backend == "nccl") and seconds < 2.5
@@ -285,17 +287,11 @@ def test_abort_wakes_the_waiting_thread_and_the_peers(backend: str, gang) -> Non
 def _exchanging(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> Any:
     """Exchange until it fails; then the survivors, renamed, meet in a new gang."""
     communicator = join(backend, rank, world_size, gang)
-    peers = others(communicator)
-    token = torch.full((50_000,), float(rank), device=communicator.device)
+    tokens = [torch.full((world_size, 50_000), float(rank), device=communicator.device) for _ in range(2)]
 
     def forever() -> None:
         while True:
-            works = [
-                communicator.exchange(
-                    dict.fromkeys(peers, token), {peer: torch.empty_like(token) for peer in peers}
-                )
-                for _ in range(2)
-            ]
+            works = [all_gather(communicator, list(rows)) for rows in tokens]
             for work in works:
                 work.wait()
             time.sleep(0.005)
@@ -311,12 +307,10 @@ def _exchanging(rank: int, world_size: int, backend: str, gang: dict[str, Any]) 
         len(survivors),
         {**gang, "name": gang["name"] + "/next", "timeout_s": 20},
     )
-    heard = {peer: torch.empty(1, device=again.device) for peer in others(again)}
-    again.exchange(
-        dict.fromkeys(heard, torch.full((1,), float(again.rank), device=again.device)), heard
-    ).wait()
+    heard = list(torch.full((again.world_size, 1), float(again.rank), device=again.device))
+    all_gather(again, heard).wait()
     communicator.close()
-    assert all(tensor.item() == peer for peer, tensor in heard.items())
+    assert all(tensor.item() == sender for sender, tensor in enumerate(heard))
     again.close()
     return True
 
@@ -327,7 +321,7 @@ def test_survivors_of_a_dead_or_hung_peer_notice_and_meet_again(backend: str, en
     world_size = max(size(backend), 3)
     bound_s = 5.0 if end == "kill" else 2.0 + 1.5
     gang["timeout_s"] = 20.0 if end == "kill" else 2.0
-    with Ranks(_exchanging, world_size, backend, gang) as ranks:
+    with Ranks(world_size, _exchanging, backend, gang, device_type=device_type(backend)) as ranks:
         for rank in range(world_size):
             assert ranks.milestone(rank) == "connected"
         time.sleep(0.2)
@@ -345,13 +339,13 @@ def test_survivors_of_a_dead_or_hung_peer_notice_and_meet_again(backend: str, en
 def _served_by_rank_0(rank: int, world_size: int, gang: dict[str, Any]) -> Any:
     communicator = join("gloo", rank, world_size, gang)
     yield "connected"
-    received = {peer: torch.zeros(1) for peer in others(communicator)}
+    received = {peer: torch.zeros(1) for peer in communicator.peers}
     return failure_of(communicator.exchange({}, received).wait)
 
 
 def test_the_death_of_the_rank_that_serves_the_store_is_noticed_too() -> None:
     gang = {"address": free_address(), "timeout_s": 20.0}
-    with Ranks(_served_by_rank_0, 3, gang) as ranks:
+    with Ranks(3, _served_by_rank_0, gang) as ranks:
         for rank in range(3):
             ranks.milestone(rank)
         ranks.kill(0)
@@ -409,11 +403,11 @@ def _on_a_lifeline(rank: int, world_size: int, gang: dict[str, Any]) -> Any:
 
 
 def test_a_lifeline_tells_death_from_farewell(gang) -> None:
-    with Ranks(_on_a_lifeline, 4, {**gang, "name": gang["name"] + "/parting"}) as ranks:
+    with Ranks(4, _on_a_lifeline, {**gang, "name": gang["name"] + "/parting"}) as ranks:
         assert [outcome.value for outcome in ranks.join()] == [[], [], [], []]
-    with Ranks(_on_a_lifeline, 3, {**gang, "name": gang["name"] + "/giving up"}) as ranks:
+    with Ranks(3, _on_a_lifeline, {**gang, "name": gang["name"] + "/giving up"}) as ranks:
         assert [len(outcome.value) for outcome in ranks.join()] == [0, 1, 1]
-    with Ranks(_on_a_lifeline, 4, gang) as ranks:
+    with Ranks(4, _on_a_lifeline, gang) as ranks:
         for rank in range(4):
             ranks.milestone(rank)
         killed = time.monotonic()
@@ -434,7 +428,7 @@ def _refused(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
             communicator.exchange({peer: one}, {})
         with pytest.raises(ValueError, match=f"rank {rank} cannot exchange with rank {peer}"):
             communicator.exchange({}, {peer: one})
-    for peer in others(communicator)[:1]:
+    for peer in communicator.peers[:1]:
         with pytest.raises(ValueError, match="not contiguous"):
             communicator.exchange({peer: one.T[1:]}, {})
         with pytest.raises(ValueError, match="meta"):
@@ -444,7 +438,7 @@ def _refused(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
 
 @every_backend
 def test_wrong_peers_and_tensors_are_refused_without_breaking_the_gang(backend: str, gang) -> None:
-    run_processes(size(backend), _refused, backend, gang)
+    run_processes(size(backend), _refused, backend, gang, device_type=device_type(backend))
 
 
 def _sizes_disagree(rank: int, world_size: int, gang: dict[str, Any]) -> str:

@@ -11,9 +11,8 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from bench.ranks import run_ranks
 from distriray import Denoiser, ParallelConfig, parallelize
-from distriray.collective import Communicator, connect
+from distriray.collective import Communicator, connect, launch
 from distriray.errors import GangBroken, GangMismatch
 from tests.models import tiny_sdxl, tiny_vae
 
@@ -46,7 +45,7 @@ def _decode(communicator: Communicator, shapes: list[Shape]) -> list[tuple[torch
 def test_a_gang_decodes_as_one_device_does(ranks: int) -> None:
     shapes = [(1, 4, 16, 12), (3, 4, 17, 8), (1, 4, ranks, 8)]
     alone = tiny_vae()
-    for pictures in run_ranks(ranks, _decode, shapes):
+    for pictures in launch(ranks, _decode, shapes):
         for shape, (picture, sent) in zip(shapes, pictures, strict=True):
             assert close(picture, alone.decode(latents(shape), return_dict=False)[0]), shape
             assert sent > ranks * CHECK
@@ -54,7 +53,7 @@ def test_a_gang_decodes_as_one_device_does(ranks: int) -> None:
 
 def test_fewer_rows_than_ranks_are_decoded_by_each_alone() -> None:
     shape = (1, 4, 2, 8)
-    ((picture, sent),) = run_ranks(3, _decode, [shape])[2]
+    ((picture, sent),) = launch(3, _decode, [shape])[2]
     assert sent == 2 * CHECK and close(picture, tiny_vae().decode(latents(shape), return_dict=False)[0])
 
 
@@ -85,7 +84,7 @@ class Strange:
 
 
 def test_one_rank_alone_decodes_what_is_not_for_the_gang() -> None:
-    assert run_ranks(2, _whole) == [[0, 0, CHECK]] * 2
+    assert launch(2, _whole) == [[0, 0, CHECK]] * 2
 
 
 def _other_pipelines(communicator: Communicator) -> list[int]:
@@ -104,7 +103,7 @@ def _other_pipelines(communicator: Communicator) -> list[int]:
 
 
 def test_a_vae_leaves_the_gang_when_its_u_net_joins_one_without_it() -> None:
-    assert run_ranks(2, _other_pipelines) == [[0, 0]] * 2
+    assert launch(2, _other_pipelines) == [[0, 0]] * 2
 
 
 def _modes(communicator: Communicator) -> tuple[str, list[torch.Tensor], bool]:
@@ -126,7 +125,7 @@ def _modes(communicator: Communicator) -> tuple[str, list[torch.Tensor], bool]:
 
 
 def test_inference_mode_may_come_and_go_and_nothing_is_logged() -> None:
-    for logged, (image, inferred, again), differentiable in run_ranks(2, _modes):
+    for logged, (image, inferred, again), differentiable in launch(2, _modes):
         assert logged == ""
         assert torch.equal(image, inferred) and torch.equal(image, again)
         assert differentiable
@@ -143,7 +142,7 @@ def test_tiles_and_slices_are_decoded_as_on_one_device() -> None:
     alone = tiny_vae()
     alone.enable_tiling()
     alone.enable_slicing()
-    assert close(run_ranks(2, _tiled)[1], alone.decode(latents((2, 4, 40, 24)), return_dict=False)[0])
+    assert close(launch(2, _tiled)[1], alone.decode(latents((2, 4, 40, 24)), return_dict=False)[0])
 
 
 def _different(communicator: Communicator, what: str) -> str:
@@ -176,4 +175,4 @@ def _different(communicator: Communicator, what: str) -> str:
     ],
 )
 def test_ranks_that_decode_different_things_are_told_so(what: str, said: str) -> None:
-    assert re.match(said, run_ranks(2, _different, what)[0])
+    assert re.match(said, launch(2, _different, what)[0])

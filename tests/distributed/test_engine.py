@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from bench.ranks import run_ranks
+from distriray.collective import launch
 from tests.distributed.cases import Case, Outcome, alone, together
 
 pytestmark = pytest.mark.distributed
@@ -24,7 +24,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def run(ranks: int, *cases: Case) -> list[Outcome]:
     """Rank 0's outcomes, after checking that all ranks hold the same latents."""
-    everyone = run_ranks(ranks, together, list(cases))
+    everyone = launch(ranks, together, list(cases))
     for other in everyone[1:]:
         for ours, theirs in zip(everyone[0], other, strict=True):
             assert torch.equal(ours.latents, theirs.latents)
@@ -129,7 +129,7 @@ def test_a_second_order_scheduler_is_one_image() -> None:
 def test_calls_of_changing_shape_keep_memory_bounded() -> None:
     patches = {"exchange": "displaced", "cfg_parallel": False, "max_buffer_bytes": 0, "warmup_steps": 1}
     small, large = Case(height=96, config=patches), Case(height=192, width=128, config=patches)
-    alone_, after = run_ranks(2, _grow_and_shrink, small, large)[0]
+    alone_, after = launch(2, _grow_and_shrink, small, large)[0]
     assert after == alone_
 
 

@@ -18,9 +18,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from bench.ranks import run_ranks
 from distriray import ParallelConfig, parallelize
-from distriray.collective import Communicator, connect
+from distriray.collective import Communicator, connect, launch
 from distriray.errors import GangMismatch, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from tests.distributed.cases import Case, alone, call
@@ -66,7 +65,7 @@ def _lora(communicator: Communicator) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def test_lora_loaded_later_works_as_on_one_device() -> None:
-    before, with_lora, disabled, same_names = run_ranks(2, _lora)[0]
+    before, with_lora, disabled, same_names = launch(2, _lora)[0]
     _, expected, _, _ = single(_lora)
     assert same_names
     assert close(with_lora, expected) and not close(before, expected)
@@ -87,7 +86,7 @@ def _lora_displaced(communicator: Communicator) -> torch.Tensor:
 
 
 def test_layers_may_come_and_go_between_images() -> None:
-    assert run_ranks(2, _lora_displaced)[0].isfinite().all()
+    assert launch(2, _lora_displaced)[0].isfinite().all()
 
 
 # Other inputs of the U-Net
@@ -134,7 +133,7 @@ def _variants(communicator: Communicator) -> dict[str, torch.Tensor]:
 
 
 def test_pipelines_around_the_same_unet_equal_one_device() -> None:
-    together, expected = run_ranks(3, _variants)[0], single(_variants)
+    together, expected = launch(3, _variants)[0], single(_variants)
     for name, latents in expected.items():
         assert close(together[name], latents), name
 
@@ -212,7 +211,7 @@ def test_an_ip_adapter_loaded_later_works_as_on_one_device(plus: bool) -> None:
     assert not close(expected[1], expected[0]) and close(expected[2], expected[0])
     halves = ParallelConfig(exchange="sync", cfg_parallel=True)
     for config in (SYNC, halves):
-        for together, alone_ in zip(run_ranks(2, _image_prompts, config, plus)[0], expected, strict=True):
+        for together, alone_ in zip(launch(2, _image_prompts, config, plus)[0], expected, strict=True):
             assert close(together, alone_), config
 
 
@@ -222,7 +221,7 @@ def _padless_downsampling(communicator: Communicator) -> torch.Tensor:
 
 
 def test_downsampling_that_pads_by_hand_equals_one_device() -> None:
-    assert close(run_ranks(3, _padless_downsampling)[0], single(_padless_downsampling))
+    assert close(launch(3, _padless_downsampling)[0], single(_padless_downsampling))
 
 
 def _direct(communicator: Communicator, **inputs: Any) -> torch.Tensor:
@@ -242,7 +241,7 @@ def _direct(communicator: Communicator, **inputs: Any) -> torch.Tensor:
 
 
 def test_text_masks_and_class_labels_equal_one_device() -> None:
-    assert close(run_ranks(2, _direct)[0], single(_direct))
+    assert close(launch(2, _direct)[0], single(_direct))
 
 
 @pytest.mark.parametrize(
@@ -295,13 +294,13 @@ def _raises(communicator: Communicator, config: dict[str, Any], case: Case) -> s
 def test_a_height_too_small_names_the_smallest() -> None:
     sync = {"exchange": "sync", "cfg_parallel": False}
     case = Case(height=64, width=64, steps=2, scheduler="euler")
-    message = run_ranks(3, _raises, sync, case)[0]
+    message = launch(3, _raises, sync, case)[0]
     assert "8 rows is too small for 3 patches" in message and "smallest that works has 9 rows" in message
 
 
 def test_forced_guidance_halves_without_guidance_say_so() -> None:
     case = Case(**{**vars(CASE), "guidance": 1.0})
-    assert "a batch of 1" in run_ranks(2, _raises, {"exchange": "sync", "cfg_parallel": True}, case)[0]
+    assert "a batch of 1" in launch(2, _raises, {"exchange": "sync", "cfg_parallel": True}, case)[0]
 
 
 def _different_seeds(communicator: Communicator) -> str:
@@ -315,7 +314,7 @@ def _different_seeds(communicator: Communicator) -> str:
 
 
 def test_ranks_that_differ_are_told_what_differs() -> None:
-    for message in run_ranks(2, _different_seeds):
+    for message in launch(2, _different_seeds):
         assert "sum of the latents" in message and "equally seeded generator" in message
 
 
@@ -329,7 +328,7 @@ def _unseeded(communicator: Communicator) -> torch.Tensor:
 
 
 def test_calls_without_a_generator_draw_the_same_latents_everywhere() -> None:
-    one, other = run_ranks(2, _unseeded)
+    one, other = launch(2, _unseeded)
     assert torch.equal(one, other)
 
 
@@ -349,7 +348,7 @@ def _quick(communicator: Communicator) -> list[torch.Tensor]:
 
 
 def test_each_image_of_one_step_begins_anew_whichever_pipeline_makes_it() -> None:
-    for ours, theirs in zip(run_ranks(2, _quick)[0], single(_quick), strict=True):
+    for ours, theirs in zip(launch(2, _quick)[0], single(_quick), strict=True):
         assert close(ours, theirs)
 
 
@@ -377,7 +376,7 @@ def _hooked(communicator: Communicator, before: bool) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("before", [False, True])
 def test_a_gang_is_joined_past_hooks_on_the_networks(before: bool) -> None:
-    latents, picture, exchanged = run_ranks(2, _hooked, before)[0]
+    latents, picture, exchanged = launch(2, _hooked, before)[0]
     expected = single(functools.partial(_hooked, before=before))
     assert exchanged and close(latents, expected[0]) and close(picture, expected[1])
 
@@ -413,5 +412,5 @@ def _flags(communicator: Communicator) -> tuple[list[bool], int, bool]:
 
 def test_one_rank_asks_and_all_leave_after_the_same_step() -> None:
     for ranks in (1, 3):
-        for outcome in run_ranks(ranks, _flags):
+        for outcome in launch(ranks, _flags):
             assert outcome == ([False, True, True], 2, True)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.lockstep import LockstepCommunicator, run_in_lockstep
-from bench.ranks import run_ranks
 from distriray import ParallelConfig, parallelize
+from distriray.collective import (
+    Communicator,
+    LockstepCommunicator,
+    all_gather,
+    connect,
+    launch,
+    run_in_lockstep,
+)
 from distriray.errors import GangBroken
 from tests.distributed.cases import Case, call, together
 from tests.models import tiny_sdxl
@@ -34,7 +40,7 @@ def test_latents_are_those_of_separate_processes_bit_for_bit(ranks: int) -> None
         ]
 
     turns = run_in_lockstep(ranks, rank)
-    apart = run_ranks(ranks, together, cases)
+    apart = launch(ranks, together, cases)
     for here, there in zip(turns, apart, strict=True):
         for case, ours, theirs in zip(cases, here, there, strict=True):
             assert torch.equal(ours, theirs.latents), case
@@ -52,6 +58,49 @@ def test_messages_keep_their_order_whoever_comes_first() -> None:
         return [float(value) for value in received]
 
     assert run_in_lockstep(2, rank) == [[10, 11, 12], [0, 1, 2]]
+
+
+def test_ranks_that_wait_for_each_other_in_vain_are_told_so() -> None:
+    def rank(communicator: LockstepCommunicator) -> None:
+        if communicator.rank == 2:
+            return  # ends without a message for anybody
+        peer = 1 - communicator.rank
+        ours, theirs = torch.zeros(1), torch.zeros(1)
+        work = communicator.exchange({}, {2: torch.empty(1)})
+        communicator.exchange({peer: ours}, {peer: theirs}).wait()
+        communicator.check()
+        work.wait()
+
+    with pytest.raises(
+        GangBroken, match=r"rank . did not get .*: ranks \[0, 1\] wait for messages that no rank"
+    ):
+        run_in_lockstep(3, rank)
+
+
+def test_a_rank_of_the_gang_knows_its_peers_and_checks_it() -> None:
+    def rank(communicator: LockstepCommunicator) -> tuple[int, ...]:
+        assert isinstance(communicator, Communicator)
+        communicator.check()
+        tensors = [torch.full((1,), float(communicator.rank)) for _ in range(3)]
+        all_gather(communicator, tensors).wait()
+        assert [tensor.item() for tensor in tensors] == [0, 1, 2]
+        if communicator.rank == 0:
+            communicator.abort()
+        with pytest.raises(GangBroken, match="rank 0 aborted the gang"):
+            while True:
+                communicator.check()
+                communicator.exchange({}, {(communicator.rank + 1) % 3: torch.empty(1)}).wait()
+        return communicator.peers
+
+    assert run_in_lockstep(3, rank) == [(1, 2), (0, 2), (0, 1)]
+    with pytest.raises(ValueError, match="at least one rank, not 0"):
+        run_in_lockstep(0, rank)
+
+
+def test_the_device_has_its_index_like_the_tensors_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert run_in_lockstep(2, lambda communicator: str(communicator.device), "cuda") == ["cuda:3", "cuda:3"]
+    assert str(connect("local", device="cuda").device) == "cuda:3"
 
 
 def test_a_rank_that_fails_ends_the_others() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ranks import Ranks, free_address, run_processes
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import GangBroken
 from distriray.parallel import engine_of
+from tests.distributed.ranks import Ranks, free_address, run_processes
 from tests.models import tiny_sdxl
 
 pytestmark = pytest.mark.distributed
@@ -131,7 +131,7 @@ def endless(rank: int, world_size: int, address: str, timeout_s: float) -> Itera
 def test_a_peer_that_dies_or_hangs_breaks_the_gang_of_every_survivor(
     how: str, timeout_s: float, bound_s: float
 ) -> None:
-    with Ranks(endless, 4, free_address(), timeout_s) as ranks:
+    with Ranks(4, endless, free_address(), timeout_s) as ranks:
         for rank in range(4):
             assert ranks.milestone(rank) == "running"
         getattr(ranks, how)(2)

@@ -177,8 +177,8 @@ def test_a_worker_holds_no_state_of_finished_requests(host: BlockingHost) -> Non
     host.generate(ask(gang_size=4))
 
     async def none_held() -> None:  # nobody waits for a worker to forget
-        handles = host.host._dispatcher.crew.handles.values()
-        while sum([(await handle.ping.remote())[1] for handle in handles]):
+        members = host.host._dispatcher.crew.members
+        while sum([(await member.remote.ping())[1] for member in members]):
             await asyncio.sleep(0.05)
 
     host.do(asyncio.wait_for(none_held(), 10))

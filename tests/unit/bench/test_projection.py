@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bench.exchange import unet_inputs
-from bench.lockstep import run_in_lockstep
 from bench.projection.__main__ import COLUMNS, tabulate
 from bench.projection.links import Link, exposed_s, parse_link
 from bench.projection.peers import Moment, Step
@@ -14,7 +13,7 @@ from bench.projection.rounds import Round, cases, measure, places, slowest
 from bench.projection.share import Share, measure_share, random_unet
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.collective import connect
+from distriray.collective import connect, run_in_lockstep
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
 

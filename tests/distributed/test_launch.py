@@ -1,0 +1,95 @@
+"""Gangs that are started by a function call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from distriray.collective import Communicator, all_gather, launch
+from distriray.errors import NotEnoughDevices, RankFailed
+from tests.distributed.ranks import run_processes
+
+pytestmark = pytest.mark.distributed
+
+
+def _sum(communicator: Communicator, numbers: torch.Tensor, factor: float) -> tuple[int, torch.Tensor]:
+    numbers += communicator.rank  # its own copy
+    parts = [torch.zeros_like(numbers) for _ in range(communicator.world_size)]
+    parts[communicator.rank] = numbers * factor
+    all_gather(communicator, parts).wait()
+    return torch.get_num_threads(), torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_form_a_gang_and_return_in_order(ranks: int) -> None:
+    numbers = torch.tensor([1.0, 10.0])
+    results = launch(ranks, _sum, numbers, 2.0)
+    expected = 2 * (ranks * numbers + sum(range(ranks)))
+    assert [threads for threads, _ in results] == [1] * ranks
+    assert all(torch.equal(total, expected) for _, total in results)
+    assert numbers.tolist() == [1.0, 10.0]
+
+
+def _rank(communicator: Communicator) -> int:
+    return communicator.rank
+
+
+def test_results_are_in_the_order_of_ranks() -> None:
+    assert launch(4, _rank) == [0, 1, 2, 3]
+
+
+def _one_fails(communicator: Communicator, how: str) -> None:
+    if communicator.rank == 1:
+        if how == "raises":
+            raise ZeroDivisionError("out of paint")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if communicator.rank == 0:
+        communicator.exchange({}, {1: torch.empty(1)}).wait()
+    time.sleep(60)  # a rank that does not notice
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("raises", "ZeroDivisionError: out of paint"), ("dies", "exit code -9")]
+)
+def test_a_rank_that_fails_ends_all_of_them(how: str, said: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match=said) as failure:
+        launch(3, _one_fails, how)
+    assert time.monotonic() - began < 30
+    assert "rank 1 failed" in str(failure.value) and "rank 2" not in str(failure.value)
+    assert "GangBroken: rank 1 died or left" in str(failure.value)
+
+
+def test_what_cannot_be_launched_is_refused_before_a_process_starts() -> None:
+    with pytest.raises(ValueError, match="define the function at the top level of a module"):
+        launch(1, lambda communicator: None)
+    with pytest.raises(ValueError, match="at least one rank, not 0"):
+        launch(0, _rank)
+    with pytest.raises(ValueError, match="no backend moves meta tensors among 2 ranks"):
+        launch(2, _rank, device="meta")
+    gpus = torch.cuda.device_count()
+    with pytest.raises(NotEnoughDevices, match=f"need {gpus + 1} GPUs; this machine has {gpus}"):
+        launch(gpus + 1, _rank, device="cuda")
+
+
+def _parent(rank: int, world_size: int) -> tuple[int, bool]:
+    return os.getppid(), torch.cuda._is_in_bad_fork()
+
+
+def test_processes_for_cuda_are_not_forked() -> None:
+    """Forked after CUDA was initialized, a process cannot use it, and importing diffusers initializes it."""
+    assert run_processes(1, _parent, device_type="cuda") == [(os.getpid(), False)]
+
+
+def _on_the_gpu(communicator: Communicator) -> tuple[str, float]:
+    return str(communicator.device), torch.arange(4.0, device=communicator.device).sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_rank_computes_on_its_gpu() -> None:
+    assert launch(1, _on_the_gpu, device="cuda") == [("cuda:0", 6.0)]
