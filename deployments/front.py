@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -20,7 +19,7 @@ from distriray.errors import (
     NotEnoughDevices,
     QueueFull,
 )
-from distriray.gang.admission import admit
+from distriray.gang.admission import admit, check_gang_size
 from distriray.gang.events import Event, Preview, Queued, Step
 from distriray.requests import GenerationRequest, GenerationResult, Limits
 from distriray.routing.policy import RequestView
@@ -50,8 +49,7 @@ class Trip:
     previews: int = 0
 
     def __post_init__(self) -> None:
-        if self.request.seed is None:
-            self.request = self.request.model_copy(update={"seed": secrets.randbelow(2**32)})
+        self.request = self.request.seeded()
 
     def shows(self, event: Event) -> bool:
         """Whether `event` is news to whoever listens."""
@@ -120,14 +118,15 @@ class Front:
             link.renew()
         for name in self._config.models:
             links = self._links_of(name)
+            limits, gang_sizes = _offer(links)
             seen = next((link.state.facts.default_size for link in links if link.state.facts), None)
             cards.append(
                 ModelCard(
                     id=name,
                     created=self._created,
                     default_size=seen or self._sizes[name],
-                    limits=Limits.widest(link.state.config.limits for link in links),
-                    gang_sizes=tuple(sorted({size for link in links for size in link.config.sizes})),
+                    limits=limits,
+                    gang_sizes=gang_sizes,
                 )
             )
         return cards
@@ -173,6 +172,9 @@ class Front:
         links = self._links_of(trip.request.model)
         for link in links:
             await link.refresh()
+        limits, gang_sizes = _offer(links)
+        limits.check(trip.request)
+        check_gang_size(trip.request, gang_sizes)
         try:
             return self._choose(trip, links)
         except (QueueFull, DeadlineUnmet, NotEnoughDevices):
@@ -237,6 +239,12 @@ class Front:
         return links
 
 
+def _offer(links: list[PoolLink]) -> tuple[Limits, tuple[int, ...]]:
+    """The limits and the gang sizes of pools of one model: all that at least one of them allows."""
+    limits = Limits.widest(link.state.config.limits for link in links)
+    return limits, tuple(sorted({size for link in links for size in link.config.sizes}))
+
+
 def _fitting(
     request: GenerationRequest, links: list[PoolLink], now_s: float, left_s: float | None
 ) -> list[tuple[PoolLink, GenerationRequest, RequestView | None]]:
@@ -270,10 +278,7 @@ def _view_of(
     config, facts = link.state.config, link.state.facts
     if facts is None:
         config.limits.check(request)
-        if request.gang_size != "auto" and request.gang_size not in config.sizes:
-            raise InvalidRequest(
-                f"gang_size {request.gang_size} is not lent; use one of {list(config.sizes)}", "gang_size"
-            )
+        check_gang_size(request, config.sizes)
         return request, None
     settled, max_gang = admit(request, config, facts)
     assert settled.height is not None and settled.width is not None
