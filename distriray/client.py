@@ -25,10 +25,10 @@ _CONNECT_S = 10.0
 class Client:
     """Asks a service for pictures.
 
-    A request is a `GenerationRequest`, or a prompt with its other fields as keywords. What comes back, and
-    the errors of `distriray.errors` that are raised, are those of a host or a handle. Besides them every
-    method raises NotAllowed without the right key, ConnectionError when the service cannot be reached or
-    breaks off, and TimeoutError. To leave early, as with Ctrl-C or by closing a stream, cancels the request.
+    A request is a `GenerationRequest`, or a prompt with its other fields as keywords. Results, events and
+    errors of `distriray.errors` are those of a host or a handle. Besides these, every method raises
+    NotAllowed without the right key, ConnectionError when the service cannot be reached or breaks off, and
+    TimeoutError. Leaving early, as with Ctrl-C or by closing a stream, cancels the request.
 
         with Client("http://localhost:8000") as client:
             client.generate("a lake at dawn", num_inference_steps=20).images[0].save("lake.png")
@@ -59,7 +59,7 @@ class Client:
         return self._ask("POST", IMAGES, lambda answer: result_of(answer.json()), json=body, headers=headers)
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
-        """What happens to a request for one image, ending with `Finished`."""
+        """The events of a request for one image, ending with `Finished`."""
         wanted = GenerationRequest.of(request, fields)
         body, headers, finished = body_of(wanted, stream=True), headers_of(wanted), False
         with _errors_of(self._http), self._http.stream("POST", IMAGES, json=body, headers=headers) as answer:
@@ -74,7 +74,7 @@ class Client:
             raise _broken_off(wanted)
 
     def models(self) -> list[ModelCard]:
-        """What can be asked for; the first is drawn by whoever names none."""
+        """The models on offer; the first is the default."""
         return self._ask("GET", "/v1/models", lambda answer: cards_of(answer.json()))
 
     def fleet(self) -> Fleet:
@@ -111,7 +111,7 @@ class AsyncClient:
         )
 
     async def stream(self, request: GenerationRequest | str, **fields: Any) -> AsyncGenerator[Event, None]:
-        """What happens to a request for one image, ending with `Finished`."""
+        """The events of a request for one image, ending with `Finished`."""
         wanted = GenerationRequest.of(request, fields)
         body, headers, finished = body_of(wanted, stream=True), headers_of(wanted), False
         with _errors_of(self._http):
@@ -127,7 +127,7 @@ class AsyncClient:
             raise _broken_off(wanted)
 
     async def models(self) -> list[ModelCard]:
-        """What can be asked for; the first is drawn by whoever names none."""
+        """The models on offer; the first is the default."""
         return await self._ask("GET", "/v1/models", lambda answer: cards_of(answer.json()))
 
     async def fleet(self) -> Fleet:

@@ -71,7 +71,7 @@ class Service(Protocol):
         ...
 
     def models(self) -> list[ModelCard]:
-        """What can be asked for; the first is drawn by whoever names none."""
+        """The models on offer; the first is the default."""
         ...
 
     async def fleet(self) -> Fleet:

@@ -1,4 +1,7 @@
-"""A service that draws grey pictures, as slowly as a test asks, and remembers what became of them."""
+"""A service that draws grey pictures, as slowly as a test asks, and remembers what became of them.
+
+It checks requests as a router does, with the functions that a router calls.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from distriray.errors import DistrirayError
+from distriray.gang.admission import check_gang_size
 from distriray.gang.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.status import HostStatus, PredictionStatus, WorkerStatus
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
@@ -39,10 +43,12 @@ class FakeService:
         raise AssertionError("a stream ends with Finished")
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        card = next(card for card in CARDS if card.id == request.model)
+        card.limits.check(request)
+        check_gang_size(request, card.gang_sizes)
         self.asked.append(request)
         if self.refusal is not None:
             raise self.refusal
-        card = next(card for card in CARDS if card.id == request.model)
         request = request.settled(*card.default_size)
         outcome = "cancelled"
         try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 from pathlib import Path
-from typing import get_args
 
 import httpx
 import pytest
@@ -17,7 +15,7 @@ from PIL import Image
 import deployments.http
 from deployments.http import HttpConfig, build_http
 from deployments.http.errors import ErrorResponse, refusal_of
-from deployments.http.images import ImageRequest, SchedulerName
+from deployments.http.images import ImageRequest
 from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
 from tests.unit.http.conformance import schemathesis
@@ -64,18 +62,6 @@ def test_a_key_is_in_the_document_where_one_is_needed(monkeypatch: pytest.Monkey
         paths = build_http(FakeService(), config).openapi()["paths"]
         assert ("security" in paths["/v1/images/generations"]["post"]) is needed
         assert "security" not in paths["/healthz"]["get"]
-
-
-def test_schedulers_are_those_of_the_denoiser() -> None:
-    source = ast.parse(
-        (ROOT / "distriray" / "denoise" / "schedulers.py").read_text()
-    )  # importing takes seconds
-    table = next(
-        node for node in source.body if isinstance(node, ast.AnnAssign) and "SCHEDULERS" in ast.dump(node)
-    )
-    assert isinstance(table.value, ast.Dict)
-    names = [ast.literal_eval(key) for key in table.value.keys if key is not None]
-    assert len(names) > 5 and sorted(names) == list(get_args(SchedulerName))
 
 
 def test_the_page_names_every_field_and_every_code() -> None:
