@@ -67,6 +67,8 @@ class SamplingParams(BaseModel):
     """Images, made together."""
     scheduler: SchedulerName | None = None
     """Noise scheduler; the model's own by default."""
+    clip_skip: Annotated[int, Field(ge=0)] | None = None
+    """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
 
     if not TYPE_CHECKING:
 

@@ -83,11 +83,18 @@ class Denoiser:
         for name, size in (("height", height), ("width", width)):
             if size % multiple:
                 raise InvalidRequest(f"{name} {size} is not a multiple of {multiple}", name)
+        encoders = [e for e in (components.text_encoder, components.text_encoder_2) if e is not None]
+        most = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+        if params.clip_skip is not None and params.clip_skip > most:
+            raise InvalidRequest(
+                f"clip_skip {params.clip_skip} skips all of a text encoder; use at most {most}", "clip_skip"
+            )
 
         state = PipelineState()
         for name, value in {
             "prompt": params.prompt,
             "negative_prompt": params.negative_prompt,
+            "clip_skip": params.clip_skip,
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,

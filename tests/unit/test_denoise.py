@@ -68,9 +68,7 @@ def ordinary(pipeline: Any, scheduler: str | None, seeds: list[int], **call: Any
             "a lake",
             num_images_per_prompt=len(seeds),
             generator=generators(seeds),
-            output_type="latent",
-            **SIZE,
-            **call,
+            **{"output_type": "latent", **SIZE, **call},
         ).images
     finally:
         pipeline.scheduler = before
@@ -106,6 +104,26 @@ def test_guidance_is_the_pipelines(pipeline: Any, denoiser: Denoiser, call: dict
     torch.testing.assert_close(
         finish(denoiser, state), ordinary(pipeline, None, [3], **call), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("negative_prompt", [None, "fog"])
+def test_clip_skip_is_the_ordinary_pipelines(
+    pipeline: Any, denoiser: Denoiser, skip: int, negative_prompt: str | None
+) -> None:
+    call = {"num_inference_steps": 3, "negative_prompt": negative_prompt, "clip_skip": skip}
+    state = begin(denoiser, [3], prompt="a lake", **SIZE, **call)
+    own = begin(denoiser, [3], prompt="a lake", **SIZE, **{**call, "clip_skip": None})
+    embeds, negative, pooled, _ = pipeline.encode_prompt(
+        "a lake", negative_prompt=negative_prompt, clip_skip=skip
+    )
+    assert torch.equal(state.values["prompt_embeds"], embeds)
+    assert torch.equal(state.values["negative_prompt_embeds"], negative)
+    assert torch.equal(state.values["pooled_prompt_embeds"], pooled)
+    assert torch.equal(own.values["prompt_embeds"], embeds) == (skip == 0)
+    (expected,) = ordinary(pipeline, None, [3], guidance_scale=5.0, output_type="np", **call)
+    finish(denoiser, state)
+    np.testing.assert_allclose(np.array(denoiser.decode(state)[0]) / 255, expected, atol=1 / 255)
 
 
 PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
@@ -309,6 +327,8 @@ def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
         ({"num_images": 0}, "num_images"),
         ({"seed": None}, "seed"),
         ({"scheduler": "magic"}, "scheduler"),
+        ({"clip_skip": -1}, "clip_skip"),
+        ({"clip_skip": 2}, "clip_skip"),
         ({"mask_image": Image.new("L", (96, 64))}, "image"),
         ({"strength": 0.0}, "strength"),
         ({"height": 60}, "height"),
@@ -361,6 +381,7 @@ OTHERS: dict[str, Any] = {
     "seed": 2,
     "num_images": 2,
     "scheduler": "euler-ancestral",
+    "clip_skip": 1,
 }
 
 

@@ -54,6 +54,7 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "guidance_scale": 2.5,
         "guidance_rescale": 0.5,
         "scheduler": "ddim",
+        "clip_skip": 1,
         "gang_size": 2,
         "deadline_s": 60,
     }
