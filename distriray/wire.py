@@ -41,7 +41,7 @@ CARRIED = GenerationRequest.model_fields.keys() - {"id", *_NOT_CARRIED}
 _FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two, the first
 
 
-def params_of(request: GenerationRequest) -> dict[str, Any]:
+def encode_fields(request: GenerationRequest) -> dict[str, Any]:
     """A request's fields by their HTTP names, without those that are None."""
     fields = request.model_dump(mode="json", include=set(CARRIED), exclude_none=True)
     height, width = fields.pop("height", None), fields.pop("width", None)
@@ -50,15 +50,15 @@ def params_of(request: GenerationRequest) -> dict[str, Any]:
     return {PARAMS.get(name, name): value for name, value in fields.items()}
 
 
-def fields_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a GenerationRequest among those of an HTTP body; the inverse of `params_of`."""
+def decode_fields(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a GenerationRequest among those of an HTTP body; the inverse of `encode_fields`."""
     fields = {_FIELDS.get(param, param): value for param, value in params.items() if param != "size"}
     if params.get("size", "auto") != "auto":
         fields["width"], fields["height"] = map(int, params["size"].split("x"))
     return {name: value for name, value in fields.items() if name in CARRIED}
 
 
-def headers_of(request: GenerationRequest) -> dict[str, str]:
+def encode_headers(request: GenerationRequest) -> dict[str, str]:
     """The headers that carry a request's id; raises InvalidRequest where it does not fit."""
     if not REQUEST_ID.fullmatch(request.id):
         message = f"id {request.id!r}: over HTTP use at most 64 letters, digits, '.', '_' and '-'"
@@ -66,7 +66,7 @@ def headers_of(request: GenerationRequest) -> dict[str, str]:
     return {"X-Request-ID": request.id}
 
 
-def body_of(request: GenerationRequest, stream: bool) -> dict[str, Any]:
+def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
     """The JSON of a request.
 
     Raises:
@@ -82,7 +82,7 @@ def body_of(request: GenerationRequest, stream: bool) -> dict[str, Any]:
         raise InvalidRequest(message, "num_images")
     if request.previews and not stream:
         raise InvalidRequest(f"previews {request.previews}: only a stream carries them", "previews")
-    body = params_of(request)
+    body = encode_fields(request)
     if stream:
         body |= {"stream": True, "progress": True}
     return body
@@ -94,7 +94,7 @@ def _picture(encoded: str) -> Image.Image:
     return image
 
 
-def result_of(answer: dict[str, Any]) -> GenerationResult:
+def decode_result(answer: dict[str, Any]) -> GenerationResult:
     """The result in an answer, or in the event that completes a stream."""
     drawn = answer.get("data", [answer])  # an event is its own only image
     width, height = map(int, answer["size"].split("x"))
@@ -107,7 +107,7 @@ def result_of(answer: dict[str, Any]) -> GenerationResult:
     )
 
 
-def event_of(frame: ServerSentEvent) -> Event:
+def decode_event(frame: ServerSentEvent) -> Event:
     """The event in a server-sent event; raises the error that it is."""
     try:
         return _event(frame.json())
@@ -124,7 +124,7 @@ def _event(data: dict[str, Any]) -> Event:
         case {"type": "error", "error": error}:
             raise _error(error)
         case {"type": "image_generation.completed", "id": name}:
-            return Finished(name, result_of(data))
+            return Finished(name, decode_result(data))
         case {"type": "image_generation.partial_image", "id": name, "step": step}:
             return Preview(name, step, data["partial_image_index"], _picture(data["b64_json"]))
         case {"state": "queued", "id": name}:
@@ -140,7 +140,7 @@ def _event(data: dict[str, Any]) -> Event:
     raise ValueError(data["type"])
 
 
-def cards_of(answer: dict[str, Any]) -> list[ModelCard]:
+def decode_cards(answer: dict[str, Any]) -> list[ModelCard]:
     """The models of GET /v1/models."""
     cards = []
     for model in answer["data"]:
@@ -149,7 +149,7 @@ def cards_of(answer: dict[str, Any]) -> list[ModelCard]:
     return cards
 
 
-def error_of(answer: httpx.Response) -> Exception:
+def decode_error(answer: httpx.Response) -> Exception:
     """The error in an answer that is no success."""
     try:
         error = answer.json()["error"]

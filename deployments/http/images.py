@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from distriray.requests import GenerationRequest
-from distriray.wire import CARRIED, PARAMS, fields_of
+from distriray.wire import CARRIED, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat
 from .errors import Refusal, refusal_of_fields
@@ -171,5 +171,5 @@ class ImageRequest(_Shared):
 
     def generation(self, model: str, request_id: str) -> GenerationRequest:
         """The same in distriray's words; raises InvalidRequest."""
-        fields = fields_of(self.model_dump(exclude_none=True))
+        fields = decode_fields(self.model_dump(exclude_none=True))
         return GenerationRequest.parse({**fields, "model": model, "id": request_id})

@@ -45,7 +45,7 @@ _EVENT = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route documents of its errors."""
+    """A route's error responses."""
     return {status: {"model": ErrorResponse, "description": _REASONS[status]} for status in statuses}
 
 
@@ -79,7 +79,7 @@ def describe_images() -> dict[str, Any]:
 
 
 def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
-    """What `app.openapi` shall be: always of the models that are served now."""
+    """The function `app.openapi`, whose document always describes the models that are served now."""
 
     def openapi() -> dict[str, Any]:
         document = get_openapi(
@@ -105,7 +105,7 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
 
 
 def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
-    """Write into the fields what at least one model accepts."""
+    """Bound the fields by what at least one model accepts."""
     if not cards:
         return
     limits = Limits.widest(card.limits for card in cards)

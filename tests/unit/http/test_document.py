@@ -18,6 +18,8 @@ from deployments.http.errors import ErrorResponse, refusal_of
 from deployments.http.images import ImageRequest
 from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
+from distriray.requests import GenerationRequest
+from distriray.wire import CARRIED, PARAMS
 from tests.unit.http.conformance import schemathesis
 from tests.unit.http.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService
@@ -71,6 +73,16 @@ def test_the_page_names_every_field_and_every_code() -> None:
     assert len(codes) > 15
     for name in codes | set(ImageRequest.model_fields):
         assert f"`{name}`" in page, name
+
+
+def test_the_page_has_the_defaults_of_a_request() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \|([^|]*)\|$", DOCS.read_text(), re.MULTILINE))
+    for name, field in GenerationRequest.model_fields.items():
+        param = PARAMS.get(name, name)
+        if name in CARRIED and param in rows and field.default is not None and not field.is_required():
+            shown = field.default if isinstance(field.default, str) else f"{field.default:g}"
+            assert rows[param].strip(" `") == shown, name
+    assert {*rows, *PARAMS} >= CARRIED
 
 
 def test_an_error_that_crossed_ray_is_answered_as_the_original() -> None:
