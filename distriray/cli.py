@@ -114,7 +114,7 @@ def generate(
 
 
 def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
-    from .gang.events import Finished, Step
+    from .events import Finished, Step
 
     task = bar.add_task(f"gang of {request.gang_size}", total=request.num_inference_steps)
     for event in host.stream(request):

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from httpx_sse import EventSource
 
-from .gang.events import Event, Finished
+from .events import Event, Finished
 from .requests import GenerationRequest, GenerationResult
 from .service import Fleet, ModelCard
 from .wire import IMAGES, body_of, cards_of, error_of, event_of, headers_of, not_the_service, result_of

@@ -102,7 +102,7 @@ class Worker:
         """Alive: bytes of memory, and how many states are held."""
         return self._memory(), self.runner.held if self._runner else 0
 
-    async def attend(self) -> None:
+    async def until_death(self) -> None:
         """Never returns: whoever waits for it hears at once when this process dies."""
         await asyncio.Event().wait()
 

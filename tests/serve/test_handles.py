@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from ray import serve
 
 from distriray.errors import DeadlineUnmet, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
-from distriray.gang.events import Finished, Preview, Queued, Started, Step
+from distriray.events import Finished, Preview, Queued, Started, Step
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from distriray.client import Client
-from distriray.gang.events import Finished
-from distriray.gang.status import HostStatus
+from distriray.events import Finished
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
+from distriray.status import HostStatus
 
 from .conftest import HTTP, Service, until
 
