@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..errors import GangBroken
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.elastic import Elastic
 from ..routing.latency import LatencyModel, Profile
 from ..routing.policy import EarliestDeadlineFirst, HostPolicy, HostView
+from ..version import __version__
 from .config import LIVE_FIELDS, HostConfig
 from .crew import result_of
 from .dispatcher import Dispatcher

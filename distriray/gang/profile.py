@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.latency import Entry, Profile
+from ..version import __version__
 from .config import HostConfig
 from .messages import WorkerFacts
 
