@@ -10,9 +10,9 @@ from diffusers.models.autoencoders.vae import Decoder
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
-from distriray.parallel.exchange import Exchange
+from distriray.parallel.convert import adopt_decoder_layers
+from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.gather import Gather, check_same_latents
-from distriray.parallel.layers import adopt_decoder_layers
 from distriray.parallel.partition import Partition
 from distriray.parallel.supported import can_be_cut
 

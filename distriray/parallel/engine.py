@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GenerationCancelled, InvalidRequest
+from distriray.parallel.convert import adopt_layers
 from distriray.parallel.decoder import PatchDecoder
-from distriray.parallel.exchange import Exchange
+from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.gather import Gather, check_same_image
-from distriray.parallel.layers import adopt_layers
 from distriray.parallel.partition import Partition
 from distriray.parallel.supported import check_inputs
 

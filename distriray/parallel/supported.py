@@ -12,9 +12,9 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 from distriray.errors import UnsupportedModel
-from distriray.parallel.attention import PatchSelfAttention, PatchSpatialAttention
-from distriray.parallel.conv import PatchConv2d
-from distriray.parallel.groupnorm import PatchGroupNorm
+from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
+from distriray.parallel.layers.conv import PatchConv2d
+from distriray.parallel.layers.group_norm import PatchGroupNorm
 
 PIPELINES = "pipelines around a UNet2DConditionModel: Stable Diffusion 1.x, 2.x and XL"
 BLOCKS = {

@@ -61,7 +61,7 @@ def test_nothing_in_flight_is_read_or_overwritten(
     }
     sample = torch.randn((1, 4, 16, 8), generator=generator)
     for buckets in (1, 4, 7, 1000):  # so that slots of every kind come last in one
-        monkeypatch.setattr("distriray.parallel.exchange.BUCKETS", buckets)
+        monkeypatch.setattr("distriray.parallel.exchange.exchange.BUCKETS", buckets)
         prediction = {"statistics": statistics, "keys_values": keys_values}
         config = ParallelConfig(warmup_steps=1, prediction=prediction)
         unet = parallelize(tiny_sdxl_unet(), Eager(), config)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.partition import Partition, Window
-from distriray.parallel.slots import Slot
 
 
 class PaddedPatch:

@@ -14,7 +14,7 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel.partition import Window
 
 if TYPE_CHECKING:
-    from distriray.parallel.exchange import Exchanging
+    from distriray.parallel.exchange.exchange import Exchanging
 
 
 class PatchConv2d(nn.Conv2d):

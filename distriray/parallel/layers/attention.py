@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 if TYPE_CHECKING:
     from distriray.parallel.engine import Engine
-    from distriray.parallel.exchange import Exchanging
+    from distriray.parallel.exchange.exchange import Exchanging
 
 
 class _Processor(AttnProcessor2_0, ABC):

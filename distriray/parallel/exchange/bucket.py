@@ -9,7 +9,7 @@ import torch
 
 from distriray.collective.base import Communicator, Work
 from distriray.config import Prediction
-from distriray.parallel.slots import Slot
+from distriray.parallel.exchange.slots import Slot
 
 _ALIGN = 16
 

@@ -18,11 +18,11 @@ import torch
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GangBroken
-from distriray.parallel.bucket import Bucket
-from distriray.parallel.groupnorm import correct, merge
-from distriray.parallel.halos import PaddedPatch
+from distriray.parallel.exchange.bucket import Bucket
+from distriray.parallel.exchange.halos import PaddedPatch
+from distriray.parallel.exchange.slots import Slot, keys_values_slot, statistics_slot
+from distriray.parallel.layers.group_norm import correct, merge
 from distriray.parallel.partition import Partition, Window
-from distriray.parallel.slots import Slot, keys_values_slot, statistics_slot
 
 # Messages of a bucket have the time between its last slot and its first one, a step later, to arrive: the
 # more buckets, the nearer to a whole step, and the more messages.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distriray.parallel.groupnorm import correct, group_statistics, merge, patch_group_norm
+from distriray.parallel.layers.group_norm import correct, group_statistics, merge, patch_group_norm
 
 
 class OneRank:

@@ -10,14 +10,18 @@ from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
-from distriray.parallel.attention import CachedCrossAttention, PatchSelfAttention, PatchSpatialAttention
-from distriray.parallel.conv import patch_conv, patch_downsample
-from distriray.parallel.groupnorm import patch_group_norm
+from distriray.parallel.layers.attention import (
+    CachedCrossAttention,
+    PatchSelfAttention,
+    PatchSpatialAttention,
+)
+from distriray.parallel.layers.conv import patch_conv, patch_downsample
+from distriray.parallel.layers.group_norm import patch_group_norm
 from distriray.parallel.supported import check_layers, check_self_attention, image_layers
 
 if TYPE_CHECKING:
     from distriray.parallel.engine import Engine
-    from distriray.parallel.exchange import Exchanging
+    from distriray.parallel.exchange.exchange import Exchanging
 
 
 def adopt_layers(unet: UNet2DConditionModel, engine: Engine) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from distriray.parallel.exchange import Exchanging
+    from distriray.parallel.exchange.exchange import Exchanging
 
 
 class PatchGroupNorm(nn.GroupNorm):
