@@ -10,7 +10,8 @@ from diffusers.models.autoencoders.vae import Decoder
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
-from distriray.parallel.convert import adopt_decoder_layers
+from distriray.parallel.context import PatchContext
+from distriray.parallel.convert import convert_decoder_layers
 from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.gather import Gather, check_same_latents
 from distriray.parallel.partition import Partition
@@ -27,12 +28,12 @@ class PatchDecoder:
 
     Attributes:
         communicator: the gang; None: this rank decodes alone.
-        exchange: what the layers use; None: they behave as the originals.
+        context: what its layers look up during a call.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.communicator: Communicator | None = None
-        self.exchange: Exchange | None = None
+        self.context = PatchContext(group_norm=FRESH.group_norm)
         self._decoder = decoder
         self._network: Callable[..., torch.Tensor]
 
@@ -78,15 +79,12 @@ class PatchDecoder:
     def _decode_rows(
         self, gang: Communicator, sample: torch.Tensor, latent_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        adopt_decoder_layers(self._decoder, self)
+        convert_decoder_layers(self._decoder, self.context)
         levels = len(self._decoder.up_blocks) - 1
         height, width = (side << levels for side in sample.shape[2:])
         partition = Partition(height, width, levels, gang.world_size)
         start, stop = partition.rows(gang.rank, levels)
-        self.exchange = Exchange(gang, partition, FRESH)
-        try:
+        with Exchange(gang, partition, FRESH).step() as step, self.context.during(step):
             rows = self._network(sample[:, :, start:stop].contiguous(), latent_embeds)
-        finally:
-            self.exchange = None
         gather = Gather(gang, partition, (rows.shape[0], rows.shape[1], height, width), rows.dtype)
         return gather(rows, (False, False), 0.0)[0]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,9 +19,11 @@ from torch.utils import _pytree as pytree
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GenerationCancelled, InvalidRequest
-from distriray.parallel.convert import adopt_layers
+from distriray.parallel.context import PatchContext
+from distriray.parallel.convert import convert_layers
 from distriray.parallel.decoder import PatchDecoder
-from distriray.parallel.exchange.exchange import Exchange
+from distriray.parallel.exchange.exchange import BUCKETS, Exchange
+from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Gather, check_same_image
 from distriray.parallel.partition import Partition
 from distriray.parallel.supported import check_inputs
@@ -55,13 +58,13 @@ class Engine:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.communicator: Communicator
         self.config: ParallelConfig
-        self.exchange: Exchange | None = None  # what the layers use; None: they behave as the originals
+        self.context = PatchContext()
         self.decoder: PatchDecoder | None = None  # of the pipeline's VAE, if it can be cut into patches
-        self.text_epoch = 0
         self.generation = 0
         self.drift = float("inf")
         self.yielding = False
         self.statistics = StepStatistics()
+        self.buckets = BUCKETS
         self._unet = unet
         self._network: Callable[..., tuple[torch.Tensor]]
         self._exchanges: OrderedDict[tuple[Any, ...], Exchange] = OrderedDict()
@@ -94,6 +97,7 @@ class Engine:
             self._asked = [False, False]
         self.communicator = communicator
         self.config = config
+        self.context.group_norm = config.group_norm
         if self.decoder is not None:
             together = config.parallel_vae and communicator.world_size > 1
             self.decoder.communicator = communicator if together else None
@@ -170,38 +174,32 @@ class Engine:
         def cut_rows(tree: Any) -> Any:
             return pytree.tree_map(lambda leaf: _cut_rows(leaf, share), cut(tree))
 
-        exchange = self._begin_step(share, sample)
         try:
-            (noise,) = self._network(
-                cut_rows(sample),
-                cut(timestep),
-                cut(encoder_hidden_states),
-                class_labels=cut(class_labels),
-                timestep_cond=cut(timestep_cond),
-                cross_attention_kwargs=cross_attention_kwargs,
-                added_cond_kwargs=cut(added_cond_kwargs),
-                down_block_additional_residuals=cut_rows(down_block_additional_residuals),
-                mid_block_additional_residual=cut_rows(mid_block_additional_residual),
-                down_intrablock_additional_residuals=cut_rows(down_intrablock_additional_residuals),
-                encoder_attention_mask=cut(encoder_attention_mask),
-                return_dict=False,
-            )
-            drift = float("inf")
-            if exchange is not None:
-                exchange.end()
-                drift = exchange.drift
-            noise = self._collect(noise, share, batch, drift)
+            with self._exchange_step(share, sample) as step, self.context.during(step):
+                (noise,) = self._network(
+                    cut_rows(sample),
+                    cut(timestep),
+                    cut(encoder_hidden_states),
+                    class_labels=cut(class_labels),
+                    timestep_cond=cut(timestep_cond),
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    added_cond_kwargs=cut(added_cond_kwargs),
+                    down_block_additional_residuals=cut_rows(down_block_additional_residuals),
+                    mid_block_additional_residual=cut_rows(mid_block_additional_residual),
+                    down_intrablock_additional_residuals=cut_rows(down_intrablock_additional_residuals),
+                    encoder_attention_mask=cut(encoder_attention_mask),
+                    return_dict=False,
+                )
+            noise = self._collect(noise, share, batch, float("inf") if step is None else step.drift)
         except BaseException:
             self.restart(self._step)
             raise
-        finally:
-            self.exchange = None
         wait_s = self._gather.wait_s if self._gather else 0.0
         self.statistics = StepStatistics(
             time.perf_counter() - started,
-            wait_s + (exchange.wait_s if exchange else 0.0),
+            wait_s + (step.wait_s if step else 0.0),
             self.communicator.bytes_sent - sent,
-            exchange is None or not exchange.displacing,
+            step is None or not step.displaced,
         )
         self._step += 1
         self._fresh_start = False
@@ -223,14 +221,14 @@ class Engine:
         if another and not self._fresh_start:
             self.restart()
         if self._fresh_start or not same_text or cross_attention_kwargs != self._text_scale:
-            self.text_epoch += 1
+            self.context.text_epoch += 1
         self._timestep = now
         self._text, self._text_scale = text, cross_attention_kwargs
 
     def _begin_image(self, sample: torch.Tensor, timestep: Any, text: torch.Tensor) -> None:
         if self.communicator.world_size > 1:
             check_same_image(self.communicator, sample, self._timestep, text, self._step)
-        if adopt_layers(self._unet, self):
+        if convert_layers(self._unet, self.context):
             self._drop_exchanges()
 
     def _share(self, sample: torch.Tensor) -> Share:
@@ -254,17 +252,18 @@ class Engine:
             Partition(sample.shape[2], sample.shape[3], levels, size),
         )
 
-    def _begin_step(self, share: Share, sample: torch.Tensor) -> Exchange | None:
+    def _exchange_step(self, share: Share, sample: torch.Tensor) -> AbstractContextManager[Step | None]:
         if share.partition.world_size == 1 or self.config.exchange == "none":
-            self.exchange = None
-            return None
+            return nullcontext()
         # Buffers made in inference mode cannot be written outside it.
         inference = torch.is_inference_mode_enabled()
         key = (share.batch.start, share.batch.stop, share.partition, sample.dtype, inference)
         anew = self._fresh_start or key != next(reversed(self._exchanges), None)
         exchange = self._exchanges.get(key)
         if exchange is None:
-            exchange = self._exchanges[key] = Exchange(share.communicator, share.partition, self.config)
+            exchange = self._exchanges[key] = Exchange(
+                share.communicator, share.partition, self.config, self.buckets
+            )
         self._exchanges.move_to_end(key)
         if anew:
             for other in self._exchanges.values():
@@ -274,9 +273,7 @@ class Engine:
         auto = warmup == "auto" and self.config.exchange == "displaced"
         warm = self._warm if warmup == "auto" else self._step >= warmup
         displace = self.config.exchange == "displaced" and warm and not anew
-        exchange.begin(displace, measure_drift=auto and not warm)
-        self.exchange = exchange
-        return exchange
+        return exchange.step(displace, measure_drift=auto and not warm)
 
     def _collect(self, noise: torch.Tensor, share: Share, batch: int, drift: float) -> torch.Tensor:
         with self._lock:

@@ -1,15 +1,22 @@
-"""One bucket of the exchange: a run of slots whose messages travel together."""
+"""Buckets of the exchange: runs of consecutive slots whose messages travel together."""
 
 from __future__ import annotations
 
-from itertools import accumulate
-from math import prod
+from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 
 from distriray.collective.base import Communicator, Work
 from distriray.config import Prediction
-from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.exchange.regions import (
+    HaloRegion,
+    KeysValuesRegion,
+    Packing,
+    Region,
+    StatisticsRegion,
+)
+from distriray.parallel.exchange.slots import Kind, Slot
 
 _ALIGN = 16
 
@@ -17,246 +24,178 @@ _ALIGN = 16
 class Bucket:
     """Buffers and transfers of consecutive slots.
 
-    Statistics and halos of all slots form one flat message per peer. Keys and values lie token by token,
-    `[tokens, slots of that level x 2 x batch x channels]`, so that a peer's tokens are contiguous across all
-    slots: they are received in place, into the buffer that attention reads.
+    Statistics and halos of all slots form one flat message per peer; keys and values are one message per peer
+    and level, received in place.
 
     Args:
         communicator: the ranks of the exchange.
-        slots: the slots, in order.
-        first: index of the first of them within the step.
+        slots: consecutive ones, by their index within the step.
         prediction: extrapolation weights.
+
+    Attributes:
+        first, last: index of the first and of the last slot.
+        statistics, halos: the regions of these kinds.
+        keys_values: the region of each slot of keys and values, by its index.
     """
 
-    def __init__(
-        self, communicator: Communicator, slots: list[Slot], first: int, prediction: Prediction
-    ) -> None:
-        self.first = first
-        self.last = first + len(slots) - 1
+    def __init__(self, communicator: Communicator, slots: Mapping[int, Slot], prediction: Prediction) -> None:
+        self.first, self.last = min(slots), max(slots)
         self._communicator = communicator
         self._rank = communicator.rank
         self._peers = [peer for peer in range(communicator.world_size) if peer != self._rank]
-        self._slots = slots
-        self._prediction = prediction
-        self._statistics_weight = prediction.statistics_among(communicator.world_size)
         self._works: list[Work] = []
-        self._lay_out_small()
-        self._lay_out_keys_values()
+        self._lay_out_flat(slots, prediction)
+        self._lay_out_keys_values(slots, prediction)
+        self._regions: list[Region] = [self.statistics, self.halos, *self._levels]
+        self._region_of: dict[int, Region] = {
+            **dict.fromkeys(_of_kind(slots, "statistics"), self.statistics),
+            **dict.fromkeys(_of_kind(slots, "halos"), self.halos),
+            **self.keys_values,
+        }
 
     @property
     def nbytes(self) -> int:
         """Memory of the buffers."""
-        tensors = [self._outbox, *self._arrays(self._small), *self._arrays(self._wide)]
-        return sum({t.data_ptr(): t.nbytes for t in tensors if t is not None}.values())
+        flat = self._outbox.nbytes + self._inbox.nbytes
+        predicted = self.statistics.prediction_bytes + self.halos.prediction_bytes
+        return flat + predicted + sum(region.nbytes for region in self._levels)
 
-    # Reading: what the peers sent for a slot, one step ago (or in this step, if it is synchronous)
-
-    def statistics(self, index: int) -> torch.Tensor:
-        """float32 (ranks, batch, groups, 2); the own row is what `set_statistics` last stored."""
-        return self._statistics[index - self.first]
-
-    def halos(self, index: int) -> dict[int, torch.Tensor]:
-        """Each peer's rows, (batch, channels, rows, columns)."""
-        return self._inbox_halos[index - self.first]
-
-    def keys_values(self, index: int) -> torch.Tensor:
-        """(tokens of all ranks, 2, batch, channels)."""
-        return self._keys_values[index - self.first]
-
-    def own(self, index: int) -> torch.Tensor:
-        """What this rank last sent for a slot of statistics or of keys and values."""
-        slot = self._slots[index - self.first]
-        if slot.kind == "statistics":
-            return self.statistics(index)[self._rank]
-        return self._received_keys_values[index - self.first].split(slot.extents)[self._rank]
-
-    def received(self, index: int) -> dict[int, torch.Tensor]:
-        """What `store` stored for a slot."""
-        slot = self._slots[index - self.first]
-        if slot.kind == "statistics":
-            return dict(enumerate(self._received_statistics[index - self.first]))
-        if slot.kind == "halos":
-            return self._received_halos[index - self.first]
-        return dict(enumerate(self._received_keys_values[index - self.first].split(slot.extents)))
-
-    # Writing: what this rank sends
-
-    def set_statistics(self, index: int, own: torch.Tensor) -> None:
-        at = index - self.first
-        self._outbox_statistics[at].copy_(own.expand_as(self._outbox_statistics[at]))
-        self._statistics[at][self._rank].copy_(own)
-
-    def set_halos(self, index: int, sends: dict[int, torch.Tensor]) -> None:
-        for peer, rows in sends.items():
-            self._outbox_halos[index - self.first][peer].copy_(rows)
-
-    def set_keys_values(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        at = index - self.first
-        received, values = self._received_keys_values[at], self._keys_values[at]
-        for buffer in (received,) if values is received else (received, values):
-            own = buffer.split(self._slots[at].extents)[self._rank]
-            own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
-
-    def store(self, index: int, everyone: dict[int, torch.Tensor]) -> None:
-        """Keep what a synchronous slot moved, for the next step."""
-        for rank, kept in self.received(index).items():
-            kept.copy_(everyone[rank])
-        if self._slots[index - self.first].kind == "statistics":
-            self._statistics[index - self.first][self._rank].copy_(everyone[self._rank])
-
-    # Transfers
+    def region(self, index: int) -> Region:
+        """The region that holds a slot."""
+        return self._region_of[index]
 
     def launch(self) -> None:
         """Send this step's values, and receive the peers' for the next one, in the background."""
         exchange = self._communicator.exchange
         sends = {peer: self._outbox[peer, : self._sent[peer]] for peer in self._peers if self._sent[peer]}
         receives = {
-            peer: self._small[0][peer, : self._taken[peer]] for peer in self._peers if self._taken[peer]
+            peer: self._inbox[peer, : self._received[peer]] for peer in self._peers if self._received[peer]
         }
         self._works.append(exchange(sends, receives))
-        for tokens, received, *_ in self._wide:
-            parts = received.split(tokens)
-            self._works.append(
-                exchange(dict.fromkeys(self._peers, parts[self._rank]), {p: parts[p] for p in self._peers})
-            )
+        for region in self._levels:
+            parts = region.parts
+            sends = dict.fromkeys(self._peers, parts[self._rank])
+            self._works.append(exchange(sends, {peer: parts[peer] for peer in self._peers}))
 
     def wait(self) -> None:
-        """Wait for the transfers in flight: received values may be read, own ones overwritten."""
+        """Wait for the transfers in flight: received values may be read, this rank's own overwritten."""
         while self._works:
             self._works.pop(0).wait()
 
-    # Prediction
-
     def remember(self) -> None:
-        """Before new values arrive: the received ones become the ones before."""
-        if self._small[2] is not None:
-            self._small[2].copy_(self._small[0])
-        for _, received, _, previous in self._wide:
-            if previous is not None:
-                previous.copy_(received)
+        """Before new values arrive, make the received ones those of the step before."""
+        for region in self._regions:
+            region.remember()
 
-    def predict(self, history: int) -> None:
-        """Make what layers read from what was received: last + w * (last - one before)."""
-        received, values, previous = self._small
-        if previous is not None and values is not None:
-            own = self._statistics_bytes(values)[self._rank].clone()
-            for region, weight in (
-                (self._statistics_bytes, self._statistics_weight),
-                (self._halo_bytes, self._prediction.halos),
-            ):
-                _extrapolate(
-                    region(previous), region(received), region(values), weight if history > 1 else 0.0
-                )
-            self._statistics_bytes(values)[self._rank].copy_(own)
-        for _, received, values, previous in self._wide:
-            if previous is not None and values is not None:
-                _extrapolate(previous, received, values, self._prediction.keys_values if history > 1 else 0.0)
-        self.remember()
+    def predict(self, extrapolates: bool) -> None:
+        """Make what layers read from what was received; a copy unless two steps came before."""
+        for region in self._regions:
+            region.predict(extrapolates)
 
-    # Layout
-
-    def _lay_out_small(self) -> None:
-        """Rows of bytes, one per rank: all statistics first, then the halos that this pair of ranks swaps."""
-        ranks = self._communicator.world_size
-        device = self._communicator.device
-        sizes = [4 * prod(s.send[0][1]) if s.kind == "statistics" else 0 for s in self._slots]
-        offsets = [0, *accumulate(sizes)]
-        self._statistics_size = -(-offsets[-1] // _ALIGN) * _ALIGN
-        halos = [s for s in self._slots if s.kind == "halos"]
-        self._halo_dtype = halos[0].dtype if halos else torch.float32
-        itemsize = self._halo_dtype.itemsize
-        self._sent, self._taken = ([self._statistics_size if offsets[-1] else 0] * ranks for _ in range(2))
-        places: list[tuple[dict[int, tuple[int, tuple[int, ...]]], ...]] = []
-        for slot in self._slots:
-            place: tuple[dict[int, tuple[int, tuple[int, ...]]], ...] = ({}, {})
-            for pairs, used, found in (
-                (slot.send, self._sent, place[0]),
-                (slot.receive, self._taken, place[1]),
-            ):
-                for peer, shape in pairs if slot.kind == "halos" else ():
-                    start = max(used[peer], self._statistics_size)
-                    found[peer] = (start, shape)
-                    used[peer] = start + prod(shape) * itemsize
-            places.append(place)
-        width = -(-max(*self._sent, *self._taken, self._statistics_size, _ALIGN) // _ALIGN) * _ALIGN
-
-        def rows() -> torch.Tensor:
-            return torch.zeros((ranks, width), dtype=torch.uint8, device=device)
-
-        self._outbox = rows()
-        received = rows()
-        predicts = bool(self._statistics_weight or self._prediction.halos)
-        self._small: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] = (
-            (received, rows(), rows()) if predicts else (received, None, None)
+    def _lay_out_flat(self, slots: Mapping[int, Slot], prediction: Prediction) -> None:
+        """One row of bytes per rank: all statistics first, then the halos that this pair of ranks swaps."""
+        ranks, device = self._communicator.world_size, self._communicator.device
+        statistics, halos = _of_kind(slots, "statistics"), _of_kind(slots, "halos")
+        dtype = next((slot.dtype for slot in halos.values()), torch.float32)
+        sent = Packing({index: slot.send for index, slot in halos.items()}, ranks)
+        received = Packing({index: slot.receive for index, slot in halos.items()}, ranks)
+        head = _aligned(StatisticsRegion.row_bytes(statistics))
+        self._sent, self._received = (
+            [head + dtype.itemsize * length for length in packing.lengths] for packing in (sent, received)
         )
-        values = received if self._small[1] is None else self._small[1]
+        width = _aligned(max(*self._sent, *self._received, _ALIGN))
+        self._outbox, self._inbox = (
+            torch.zeros((ranks, width), dtype=torch.uint8, device=device) for _ in range(2)
+        )
+        self.statistics = StatisticsRegion(
+            statistics,
+            self._outbox[:, :head].view(torch.float32),
+            self._inbox[:, :head].view(torch.float32),
+            self._rank,
+            prediction.statistics_among(ranks),
+        )
+        self.halos = HaloRegion(
+            sent,
+            received,
+            self._outbox[:, head:].view(dtype),
+            self._inbox[:, head:].view(dtype),
+            self._rank,
+            prediction.halos,
+        )
 
-        def statistics(rows: torch.Tensor) -> list[torch.Tensor]:
-            return [
-                rows[:, start : start + size].view(torch.float32).view(ranks, *slot.send[0][1])
-                if size
-                else rows
-                for slot, start, size in zip(self._slots, offsets, sizes, strict=False)
-            ]
-
-        def halo_views(rows: torch.Tensor, side: int) -> list[dict[int, torch.Tensor]]:
-            return [
-                {
-                    peer: rows[peer, at : at + prod(shape) * itemsize].view(self._halo_dtype).view(shape)
-                    for peer, (at, shape) in place[side].items()
-                }
-                for place in places
-            ]
-
-        self._outbox_statistics, self._outbox_halos = statistics(self._outbox), halo_views(self._outbox, 0)
-        self._received_statistics, self._received_halos = statistics(received), halo_views(received, 1)
-        self._statistics, self._inbox_halos = statistics(values), halo_views(values, 1)
-
-    def _lay_out_keys_values(self) -> None:
-        """One buffer per level, (tokens, width), with each slot's columns side by side."""
-        self._received_keys_values: list[torch.Tensor] = [torch.empty(0)] * len(self._slots)
-        self._keys_values: list[torch.Tensor] = [torch.empty(0)] * len(self._slots)
-        self._wide: list[tuple[tuple[int, ...], torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
-        slots = [(at, s) for at, s in enumerate(self._slots) if s.kind == "keys_values"]
-        for tokens in dict.fromkeys(slot.extents for _, slot in slots):
-            members = [(at, slot) for at, slot in slots if slot.extents == tokens]
-            widths = [prod(slot.send[0][1][1:]) for _, slot in members]
-            offsets = [0, *accumulate(widths)]
-
-            def buffer(like: Slot = members[0][1], width: int = offsets[-1]) -> torch.Tensor:
-                return torch.zeros(
-                    (sum(like.extents), width), dtype=like.dtype, device=self._communicator.device
-                )
-
-            received = buffer()
-            predicts = bool(self._prediction.keys_values)
-            values, previous = (buffer(), buffer()) if predicts else (None, None)
-            self._wide.append((tokens, received, values, previous))
-            for (at, slot), start, width in zip(members, offsets, widths, strict=False):
-                for target, source in (
-                    (self._received_keys_values, received),
-                    (self._keys_values, received if values is None else values),
-                ):
-                    target[at] = source[:, start : start + width].unflatten(1, slot.send[0][1][1:])
-                if values is None:
-                    self._keys_values[at] = self._received_keys_values[at]
-
-    def _statistics_bytes(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows[:, : self._statistics_size].view(torch.float32)
-
-    def _halo_bytes(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows[:, self._statistics_size :].view(self._halo_dtype)
-
-    @staticmethod
-    def _arrays(arrays: object) -> list[torch.Tensor | None]:
-        if isinstance(arrays, list):
-            return [t for group in arrays for t in group[1:]]
-        assert isinstance(arrays, tuple)
-        return list(arrays)
+    def _lay_out_keys_values(self, slots: Mapping[int, Slot], prediction: Prediction) -> None:
+        self._levels: list[KeysValuesRegion] = []
+        self.keys_values: dict[int, KeysValuesRegion] = {}
+        attentions = _of_kind(slots, "keys_values")
+        for tokens in dict.fromkeys(slot.extents for slot in attentions.values()):
+            level = {index: slot for index, slot in attentions.items() if slot.extents == tokens}
+            region = KeysValuesRegion(level, self._communicator.device, self._rank, prediction.keys_values)
+            self._levels.append(region)
+            self.keys_values |= dict.fromkeys(level, region)
 
 
-def _extrapolate(previous: torch.Tensor, last: torch.Tensor, out: torch.Tensor, weight: float) -> None:
-    if weight == 0.0:
-        out.copy_(last)
-    else:
-        torch.lerp(previous, last, 1.0 + weight, out=out)
+class Buckets:
+    """All slots of a step, dealt to buckets.
+
+    Args:
+        communicator: the ranks of the exchange.
+        slots: in order.
+        values: what the slots have moved, by rank; given back slot by slot as the buckets fill.
+        count: buckets; one a slot where there are fewer slots.
+        prediction: extrapolation weights.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        slots: list[Slot],
+        values: list[dict[int, torch.Tensor]],
+        count: int,
+        prediction: Prediction,
+    ) -> None:
+        self.slots = slots
+        self._buckets: list[Bucket] = []
+        self._of_slot: list[Bucket] = []
+        count = min(count, len(slots))
+        for first, stop in pairwise(len(slots) * i // count for i in range(count + 1)):
+            bucket = Bucket(communicator, {i: slots[i] for i in range(first, stop)}, prediction)
+            self._buckets.append(bucket)
+            for index in range(first, stop):
+                self._of_slot.append(bucket)
+                bucket.region(index).store(index, values[index])
+                values[index] = {}
+
+    def __getitem__(self, index: int) -> Bucket:
+        """The bucket of a slot."""
+        return self._of_slot[index]
+
+    def region(self, index: int) -> Region:
+        """The region of a slot."""
+        return self._of_slot[index].region(index)
+
+    def has(self, index: int, slot: Slot) -> bool:
+        """Whether `slot` is the one at `index`."""
+        return index < len(self.slots) and self.slots[index] == slot
+
+    @property
+    def measured_kind(self) -> Kind:
+        """The kind of value whose change is the drift."""
+        return "keys_values" if any(slot.kind == "keys_values" for slot in self.slots) else "statistics"
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(bucket.nbytes for bucket in self._buckets)
+
+    def wait(self) -> None:
+        """Wait for the transfers in flight."""
+        for bucket in self._buckets:
+            bucket.wait()
+
+
+def _of_kind(slots: Mapping[int, Slot], kind: Kind) -> dict[int, Slot]:
+    return {index: slot for index, slot in slots.items() if slot.kind == kind}
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from distriray.parallel.exchange.exchange import Exchanging
+from distriray.parallel.context import PatchContext
+from distriray.parallel.moments import correct, group_statistics, merge
 
 
 class PatchGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` of the whole image, computed on one rank's rows.
+    """`nn.GroupNorm` of the whole image, computed on one rank's rows (Li et al. 2024, section 4.2).
 
-    Each rank contributes mean and (biased) variance of its own part of every group, in float32. Without an
-    active exchange it is `nn.GroupNorm`.
+    Each rank contributes mean and (biased) variance of its own part of every group, in float32. Input and
+    output are (batch, channels, this rank's rows, columns). Outside a step of an exchange it is
+    `nn.GroupNorm`.
     """
 
-    engine: Exchanging | None = None
+    context: PatchContext | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        exchange = None if self.engine is None else self.engine.exchange
-        if exchange is None:
+        if self.context is None or self.context.step is None:
             return super().forward(input)
-        statistics = group_statistics(input, self.num_groups)
-        if not (exchange.displacing and exchange.config.group_norm == "local"):
-            statistics = exchange.statistics(statistics, input)
+        statistics = self._whole_statistics(input)
         mean, variance = statistics.split(1, -1)
         scale = torch.rsqrt(variance + self.eps)
         scale = scale.expand(-1, -1, self.num_channels // self.num_groups)
@@ -40,62 +36,28 @@ class PatchGroupNorm(nn.GroupNorm):
         output = (input.float() * scale.reshape(shape)).add_(shift.reshape(shape))
         return output.to(input.dtype)
 
-
-def group_statistics(input: torch.Tensor, groups: int) -> torch.Tensor:
-    """Mean and biased variance of each group of (batch, channels, ...): float32 (batch, groups, 2)."""
-    grouped = input.reshape(input.shape[0], groups, -1)
-    mean = grouped.mean(-1, keepdim=True, dtype=torch.float32)
-    # Two passes: E[x^2] - E[x]^2 loses everything in float32 where the mean is large; and torch.var_mean
-    # is ten times slower than this on a CPU.
-    deviation = torch.linalg.vector_norm(grouped - mean, dim=-1, keepdim=True)
-    return torch.cat([mean, deviation.square() / grouped.shape[-1]], -1)
-
-
-def merge(statistics: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Mean and variance of a whole from those of its parts (Chan et al. 1979), never negative.
-
-    Args:
-        statistics: (ranks, batch, groups, 2), means and variances; a predicted variance below 0 counts as 0.
-        shares: (ranks, 1, 1), each part's share of the elements.
-
-    Returns:
-        (batch, groups, 2).
-    """
-    means, variances = statistics.unbind(-1)
-    mean = (shares * means).sum(0)
-    spread = means - mean
-    variance = (shares * torch.addcmul(variances.clamp_min(0), spread, spread)).sum(0)
-    return torch.stack([mean, variance], -1)
+    def _whole_statistics(self, input: torch.Tensor) -> torch.Tensor:
+        """Mean and variance to normalize with, float32 (batch, groups, 2)."""
+        assert self.context is not None and self.context.step is not None
+        step, mode = self.context.step, self.context.group_norm
+        own = group_statistics(input, self.num_groups)
+        if mode == "local" and step.displaced:
+            return own
+        shares = step.shares(input)
+        if mode in ("fresh", "local"):
+            return merge(step.gather(own), shares)
+        everyone = step.read_statistics(own, input)
+        if mode == "corrected" and step.displaced:
+            # The correction needs this rank's row of the previous step, which sending overwrites.
+            corrected = correct(everyone, own, step.rank, shares)
+            step.send_statistics(own)
+            return corrected
+        step.send_statistics(own)
+        return merge(everyone, shares)
 
 
-def correct(stale: torch.Tensor, own: torch.Tensor, rank: int, shares: torch.Tensor) -> torch.Tensor:
-    """The paper's corrected asynchronous group norm (Li et al. 2024, section 4.2).
-
-    The stale global moments E[x] and E[x^2] are shifted by the change of the own ones. Where that gives a
-    negative variance the own variance stands in, as in the paper.
-
-    Args:
-        stale: (ranks, batch, groups, 2), all of the previous step, the own row too.
-        own: (batch, groups, 2) of this step.
-        shares: (ranks, 1, 1), each rank's share of the elements.
-
-    Returns:
-        (batch, groups, 2).
-    """
-    moments, own_moments = _moments(stale), _moments(own)
-    mean, square = ((shares.unsqueeze(-1) * moments).sum(0) + own_moments - moments[rank]).unbind(-1)
-    variance = square - mean.square()
-    return torch.stack([mean, torch.where(variance < 0, own[..., 1], variance)], -1)
-
-
-def _moments(statistics: torch.Tensor) -> torch.Tensor:
-    """E[x] and E[x^2] from means and variances, (..., 2)."""
-    mean, variance = statistics.unbind(-1)
-    return torch.stack([mean, variance + mean.square()], -1)
-
-
-def patch_group_norm(module: nn.GroupNorm, engine: Exchanging) -> None:
-    """Turn `module` into a `PatchGroupNorm` of `engine`, in place."""
+def patch_group_norm(module: nn.GroupNorm, context: PatchContext) -> None:
+    """Turn `module` into a `PatchGroupNorm` that looks its step up in `context`, in place."""
     module.__class__ = PatchGroupNorm
     assert isinstance(module, PatchGroupNorm)
-    module.engine = engine
+    module.context = context

@@ -7,17 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distriray.parallel.layers.group_norm import correct, group_statistics, merge, patch_group_norm
+from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.group_norm import patch_group_norm
+from distriray.parallel.moments import correct, group_statistics, merge
 
 
 class OneRank:
-    """An active exchange in a gang of one: the own statistics are everyone's."""
+    """A step in a gang of one: this rank's statistics are everyone's."""
 
-    displacing = False
-    exchange = property(lambda self: self)
+    displaced = False
 
-    def statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        return own
+    def shares(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ones((1, 1, 1))
+
+    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        return own[None]
+
+    def send_statistics(self, own: torch.Tensor) -> None: ...
 
 
 def test_merged_statistics_equal_nn_group_norm() -> None:
@@ -52,7 +58,7 @@ def test_half_precision_is_as_true_as_nn_group_norm(dtype: torch.dtype) -> None:
         return float((output.double() - truth).square().mean().sqrt())
 
     whole = error(norm(image))
-    patch_group_norm(norm, OneRank())  # type: ignore[arg-type]
+    patch_group_norm(norm, PatchContext(step=OneRank()))  # type: ignore[arg-type]
     output = norm(image)
     assert output.dtype == dtype and error(output) <= 1.1 * whole
 
