@@ -140,7 +140,7 @@ class Stage:
 
     def _run(self, order: Order, blob: bytes | None) -> Outcome:
         communicator = self._communicators[order.link]
-        self._engine.bind(communicator, order.parallel)  # requests have generators: no state to share
+        self._engine.join(communicator, order.parallel)  # requests have generators: no state to share
         began = time.perf_counter()
         state = self._state(order, blob)
         prepare_s = time.perf_counter() - began if order.step == 0 else 0.0
@@ -184,7 +184,7 @@ class Stage:
 
     def _steps(self, order: Order, state: DenoiseState, fresh: list[float], stale: list[float]) -> Ending:
         engine = self._engine
-        engine.restart(state.step)
+        engine.start_image(at_step=state.step)
         with self._lock:
             self._stepping = True
             if (wish := self._wishes.get(order.serial)) is not None:

@@ -1,4 +1,4 @@
-"""Which pipelines, layers and inputs the patch-parallel U-Net takes; the rest is refused by name."""
+"""Pipelines, layers and inputs that are supported; everything else is refused by name."""
 
 from __future__ import annotations
 

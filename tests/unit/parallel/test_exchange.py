@@ -64,7 +64,7 @@ def test_nothing_in_flight_is_read_or_overwritten(statistics: float, keys_values
         unet = parallelize(tiny_sdxl_unet(), Eager(), config)
         engine = engine_of(unet)
         assert engine is not None
-        engine.buckets = buckets
+        engine.bucket_count = buckets
         for step in range(4):
             noise = unet(sample, 900 - step, **inputs).sample
             assert noise.isfinite().all(), (buckets, step)
