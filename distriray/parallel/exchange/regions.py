@@ -100,11 +100,12 @@ class StatisticsRegion(Region):
         self._statistics[index][self.rank].copy_(everyone[self.rank])
 
     def predict(self, extrapolates: bool) -> None:
-        # Nothing arrives in this rank's own row: what it last sent stays there.
-        own = self._readable[self.rank].clone() if self._readable is not self._received else None
+        if self._previous is None:
+            return
+        # Nothing arrives in this rank's row, so nothing follows from it: what was last sent stays there.
+        own = self._readable[self.rank].clone()
         super().predict(extrapolates)
-        if own is not None:
-            self._readable[self.rank].copy_(own)
+        self._readable[self.rank].copy_(own)
 
     @staticmethod
     def _views(slots: Mapping[int, Slot], rows: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
+from distriray.config import GroupNormMode
 from distriray.parallel.context import PatchContext
 from distriray.parallel.moments import correct, group_statistics, merge
+
+if TYPE_CHECKING:
+    from distriray.parallel.exchange.steps import Step
 
 
 class PatchGroupNorm(nn.GroupNorm):
@@ -22,7 +28,7 @@ class PatchGroupNorm(nn.GroupNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.context is None or self.context.step is None:
             return super().forward(input)
-        statistics = self._whole_statistics(input)
+        statistics = self._statistics(input, self.context.step, self.context.group_norm)
         mean, variance = statistics.split(1, -1)
         scale = torch.rsqrt(variance + self.eps)
         scale = scale.expand(-1, -1, self.num_channels // self.num_groups)
@@ -36,10 +42,8 @@ class PatchGroupNorm(nn.GroupNorm):
         output = (input.float() * scale.reshape(shape)).add_(shift.reshape(shape))
         return output.to(input.dtype)
 
-    def _whole_statistics(self, input: torch.Tensor) -> torch.Tensor:
+    def _statistics(self, input: torch.Tensor, step: Step, mode: GroupNormMode) -> torch.Tensor:
         """Mean and variance to normalize with, float32 (batch, groups, 2)."""
-        assert self.context is not None and self.context.step is not None
-        step, mode = self.context.step, self.context.group_norm
         own = group_statistics(input, self.num_groups)
         if mode == "local" and step.displaced:
             return own
