@@ -1,4 +1,4 @@
-"""What the layers of one network look up during a call."""
+"""Context of a call: what the layers of one network look up during it."""
 
 from __future__ import annotations
 

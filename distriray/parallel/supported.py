@@ -123,7 +123,7 @@ def has_class_forward(module: nn.Module) -> bool:
 
 
 def image_layers(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
-    """What sees the image, by name: not what makes tokens of image prompts, which every rank has."""
+    """Layers that see the image, by name: all but those that make tokens of image prompts on every rank."""
     return ((name, m) for name, m in unet.named_modules() if not name.startswith("encoder_hid_proj"))
 
 

@@ -175,7 +175,10 @@ class Buckets:
 
     def has(self, index: int, slot: Slot) -> bool:
         """Whether `slot` is the one at `index`."""
-        return index < len(self.slots) and self.slots[index] == slot
+        if index >= len(self.slots):
+            return False
+        known = self.slots[index]
+        return known is slot or known == slot  # slots are cached, so nearly always the same object
 
     @property
     def measured_kind(self) -> Kind:

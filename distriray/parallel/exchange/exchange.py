@@ -54,11 +54,11 @@ class Exchange:
 
     @contextlib.contextmanager
     def step(self, displaced: bool = False, measure_drift: bool = False) -> Iterator[Step]:
-        """One step, which counts unless an exception ends it: `restart` must follow then.
+        """One step; if an exception ends it, `restart` must come before the next one.
 
         Args:
             displaced: needs a step of the same image before it.
-            measure_drift: whether a synchronous step shall know its `drift`.
+            measure_drift: whether a synchronous step measures its `drift`.
 
         Raises:
             RuntimeError: the layers' calls differ from those of the image's steps before.

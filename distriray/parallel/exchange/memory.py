@@ -1,4 +1,4 @@
-"""What becomes of the values that a synchronous step has moved: forgotten, recorded, or put into buckets."""
+"""Memory of a synchronous step: the values that it moves are forgotten, recorded, or put into buckets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank's patch and its peers: what a swap needs whatever the step."""
+"""One rank's patch and its peers, as every step of an exchange needs them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Patch:
         return shares
 
     def statistics_slot(self, own: torch.Tensor, input: torch.Tensor) -> Slot:
+        """The slot of a group norm with the statistics `own` of `input`."""
         return statistics_slot(self.partition, self.rank, input.shape, own.shape[1])
 
     def keys_values_slot(self, key: torch.Tensor) -> Slot:
+        """The slot of self-attention with keys and values shaped as `key`."""
         return keys_values_slot(self.partition, self.rank, key.shape, key.dtype)
