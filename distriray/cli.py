@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import __version__
 from .config import ExchangeMode, ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
 from .requests import GenerationRequest, GenerationResult, invalid_request
+from .version import __version__
 
 if TYPE_CHECKING:
     from .gang import BlockingHost

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .. import __version__
 from ..routing.latency import Entry, Profile
+from ..version import __version__
 from .config import HostConfig
 from .messages import WorkerFacts
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from distriray.errors import GangBroken, GangMismatch
-from distriray.parallel.gather import Gather, check_same_latents
+from distriray.parallel.agreement import check_same_latents
+from distriray.parallel.gather import Gather
+from distriray.parallel.layout import GangLayout
 from distriray.parallel.partition import Partition
 
 
@@ -31,9 +33,10 @@ class Aborted:
 
 
 def test_garbage_of_an_aborted_transfer_is_no_result() -> None:
-    gather = Gather(Aborted(), Partition(8, 8, 2, 2), (1, 4, 8, 8), torch.float32)  # type: ignore[arg-type]
+    communicator: Any = Aborted()
+    gather = Gather(communicator, GangLayout(2), Partition(8, 8, 2, 2), (1, 4, 8, 8), torch.float32)
     with pytest.raises(GangBroken, match="rank 1 died"):
-        gather(torch.zeros((1, 4, 4, 8)), (False, False), 0.0)
+        gather(torch.zeros((1, 4, 4, 8)))
 
 
 class Peer:
