@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator
 from distriray.errors import GangMismatch
 
@@ -67,10 +68,10 @@ def _compare(communicator: Communicator, numbers: dict[str, float], tensors: dic
     fingerprint = [float(len(values)), *(value for value, _ in values.values())]
     mine = torch.zeros(_FINGERPRINT, dtype=torch.float64, device=communicator.device)
     mine[: len(fingerprint)] = torch.tensor(fingerprint, dtype=torch.float64)
-    theirs = {r: torch.empty_like(mine) for r in range(communicator.world_size) if r != communicator.rank}
-    communicator.exchange(dict.fromkeys(theirs, mine), theirs).wait()
-    received = {rank: other.tolist() for rank, other in theirs.items()}
-    raise_if_broken(communicator)
+    everyone = [mine if r == communicator.rank else mine.clone() for r in range(communicator.world_size)]
+    all_gather(communicator, everyone).wait()
+    received = {peer: everyone[peer].tolist() for peer in communicator.peers}
+    communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
     for rank, (count, *other) in received.items():
         who = f"rank {communicator.rank} and rank {rank} were called with different inputs"
         if count != len(values):
@@ -88,12 +89,3 @@ def _compare(communicator: Communicator, numbers: dict[str, float], tensors: dic
 def _alike(a: float, b: float, tolerance: float) -> bool:
     """Whether two numbers agree; two infinities or NaNs do: what made them is not the gang's to judge."""
     return a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= tolerance < math.inf
-
-
-def raise_if_broken(communicator: Communicator) -> None:
-    """Raise the `GangBroken` of a broken communicator; to be called once received values came to the host.
-
-    On a GPU `wait` returns before the transfer is over. One that was aborted ends too, and leaves garbage.
-    """
-    if communicator.broken:
-        communicator.exchange({}, {})

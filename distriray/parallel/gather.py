@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator
-from distriray.parallel.agreement import raise_if_broken
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.partition import Partition
 
@@ -92,16 +92,13 @@ class Gather:
         header = torch.tensor([*map(float, flags), drift, 0.0], dtype=torch.float32)
         own[:_HEADER].view(torch.float32).copy_(header)
         self._parts[self._rank].copy_(part)
-        peers = [rank for rank in range(self._communicator.world_size) if rank != self._rank]
         started = time.perf_counter()
-        self._communicator.exchange(
-            dict.fromkeys(peers, own), {peer: self._messages[peer] for peer in peers}
-        ).wait()
+        all_gather(self._communicator, self._messages).wait()
         self.wait_s = time.perf_counter() - started
         whole = part.new_empty(self.shape)
         for (images, rows), theirs in zip(self._places, self._parts, strict=True):
             whole[images, :, rows] = theirs
         headers = torch.stack([message[:_HEADER].view(torch.float32) for message in self._messages])
         yields, cancels, drift, _ = headers.max(0).values.tolist()
-        raise_if_broken(self._communicator)
+        self._communicator.check()  # a transfer that was aborted on a GPU ends too, and leaves garbage
         return Gathered(whole, Flags(bool(yields), bool(cancels)), drift)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator, Work
 from distriray.config import Prediction
 from distriray.parallel.exchange.regions import (
@@ -42,7 +43,7 @@ class Bucket:
         self.first, self.last = min(slots), max(slots)
         self._communicator = communicator
         self._rank = communicator.rank
-        self._peers = [peer for peer in range(communicator.world_size) if peer != self._rank]
+        self._peers = communicator.peers
         self._works: list[Work] = []
         self._lay_out_flat(slots, prediction)
         self._lay_out_keys_values(slots, prediction)
@@ -73,9 +74,7 @@ class Bucket:
         }
         self._works.append(exchange(sends, receives))
         for region in self._levels:
-            parts = region.parts
-            sends = dict.fromkeys(self._peers, parts[self._rank])
-            self._works.append(exchange(sends, {peer: parts[peer] for peer in self._peers}))
+            self._works.append(all_gather(self._communicator, region.parts))
 
     def wait(self) -> None:
         """Wait for the transfers in flight: received values may be read, this rank's own overwritten."""

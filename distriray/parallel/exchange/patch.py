@@ -22,7 +22,6 @@ class Patch:
         self.communicator = communicator
         self.partition = partition
         self.rank = communicator.rank
-        self.peers = [peer for peer in range(communicator.world_size) if peer != self.rank]
         self._padded: dict[tuple[object, ...], PaddedPatch] = {}
         self._shares: dict[torch.Size, torch.Tensor] = {}
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from distriray.collective.messages import peers_of
 from distriray.parallel.partition import Partition
 
 Kind = Literal["statistics", "halos", "keys_values"]
@@ -38,7 +39,7 @@ def statistics_slot(partition: Partition, rank: int, shape: tuple[int, ...], gro
     """The slot of a group norm whose input has `shape`, (batch, channels, this rank's rows, columns)."""
     batch, _, rows, columns = shape
     level = partition.level_of(rank, (rows, columns))
-    messages = tuple((peer, (batch, groups, 2)) for peer in _peers(partition, rank))
+    messages = tuple((peer, (batch, groups, 2)) for peer in peers_of(rank, partition.world_size))
     return Slot("statistics", messages, messages, torch.float32, partition.counts(level))
 
 
@@ -49,7 +50,7 @@ def keys_values_slot(partition: Partition, rank: int, shape: tuple[int, ...], dt
     level = partition.level_of(rank, (own_tokens,))
     columns = partition.shape(level)[1]
     tokens = tuple(count * columns for count in partition.counts(level))
-    peers = _peers(partition, rank)
+    peers = peers_of(rank, partition.world_size)
     return Slot(
         "keys_values",
         tuple((peer, (own_tokens, 2, batch, channels)) for peer in peers),
@@ -57,7 +58,3 @@ def keys_values_slot(partition: Partition, rank: int, shape: tuple[int, ...], dt
         dtype,
         tokens,
     )
-
-
-def _peers(partition: Partition, rank: int) -> list[int]:
-    return [peer for peer in range(partition.world_size) if peer != rank]

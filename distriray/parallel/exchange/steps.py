@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import torch
 
+from distriray.collective.all_gather import all_gather
+from distriray.collective.base import Work
 from distriray.parallel.exchange.bucket import Bucket, Buckets
 from distriray.parallel.exchange.memory import LAYERS_CHANGED, Memory
 from distriray.parallel.exchange.patch import Patch
@@ -90,13 +92,12 @@ class Step(ABC):
         """Everyone's fresh `own`, (ranks, *shape of `own`): no slot, whatever the step."""
         everyone = own.new_empty((self._patch.communicator.world_size, *own.shape))
         everyone[self.rank] = own
-        own = own.contiguous()
-        self._swap(dict.fromkeys(self._patch.peers, own), {p: everyone[p] for p in self._patch.peers})
+        self._await(all_gather(self._patch.communicator, everyone.unbind()))
         return everyone
 
-    def _swap(self, sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]) -> None:
+    def _await(self, work: Work) -> None:
         started = time.perf_counter()
-        self._patch.communicator.exchange(sends, receives).wait()
+        work.wait()
         self.wait_s += time.perf_counter() - started
 
 
@@ -126,7 +127,8 @@ class SynchronousStep(Step):
         padded = self._patch.padded(input, window)
         self._memory = self._memory.expect(padded.slot)
         received = {peer: input.new_empty(shape) for peer, shape in padded.slot.receive}
-        self._swap({peer: rows.contiguous() for peer, rows in padded.sends(input).items()}, received)
+        sends = {peer: rows.contiguous() for peer, rows in padded.sends(input).items()}
+        self._await(self._patch.communicator.exchange(sends, received))
         whole = padded.fill(input, received)
         self._memory.keep(received)
         return whole
@@ -135,11 +137,11 @@ class SynchronousStep(Step):
         slot = self._patch.keys_values_slot(key)
         self._memory = self._memory.expect(slot)
         everyone = key.new_empty((sum(slot.extents), *slot.send[0][1][1:]))
-        parts = dict(enumerate(everyone.split(slot.extents)))
+        parts = everyone.split(slot.extents)
         own = parts[self.rank]
         own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
-        self._swap(dict.fromkeys(self._patch.peers, own), {peer: parts[peer] for peer in self._patch.peers})
-        self._memory.keep(parts)
+        self._await(all_gather(self._patch.communicator, parts))
+        self._memory.keep(dict(enumerate(parts)))
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 
     def end(self) -> Buckets | None:

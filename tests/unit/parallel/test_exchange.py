@@ -19,7 +19,7 @@ class Eager:
     Until it is waited for, what is being received is garbage; what was sent must still be what it was.
     """
 
-    rank, world_size, device, broken, bytes_sent = 0, 2, torch.device("cpu"), False, 0
+    rank, world_size, peers, device, broken, bytes_sent = 0, 2, (1,), torch.device("cpu"), False, 0
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Any:
         return _Flight(sends, receives)
@@ -27,6 +27,8 @@ class Eager:
     def subgroup(self, ranks: Sequence[int]) -> Eager:
         assert list(ranks) == [0, 1]
         return self
+
+    def check(self) -> None: ...
 
     def abort(self) -> None: ...
 

@@ -18,11 +18,13 @@ from distriray.parallel.partition import Partition
 class Aborted:
     """As on a GPU: the wait returns, the transfer is aborted meanwhile, and garbage is left."""
 
-    rank, world_size, device, broken = 0, 2, torch.device("cpu"), False
+    rank, world_size, peers, device, broken = 0, 2, (1,), torch.device("cpu"), False
 
-    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Any:
+    def check(self) -> None:
         if self.broken:
             raise GangBroken("rank 1 died")
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Any:
         self.broken = True
         for tensor in receives.values():
             tensor.fill_(0xFF)
@@ -42,7 +44,9 @@ def test_garbage_of_an_aborted_transfer_is_no_result() -> None:
 class Peer:
     """Rank 1 sends the same sums as rank 0, except that of its latents."""
 
-    rank, world_size, device, broken = 0, 2, torch.device("cpu"), False
+    rank, world_size, peers, device, broken = 0, 2, (1,), torch.device("cpu"), False
+
+    def check(self) -> None: ...
 
     def __init__(self, total: float) -> None:
         self.total = total
