@@ -18,7 +18,7 @@ from distriray.requests import GenerationRequest
 
 from .conftest import APP, Service, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 Ask = Callable[..., GenerationRequest]
 
 

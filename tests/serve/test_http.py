@@ -18,7 +18,7 @@ from distriray.status import HostStatus
 
 from .conftest import HTTP, Service, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 
 def body(service: Service, **fields: object) -> dict[str, object]:
