@@ -7,6 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from distriray.gang.devices import worker_resources
 from distriray.gang.placement import resolve_device
 
 from .autoscaling import QueuedWork
@@ -46,7 +47,7 @@ def build_app(args: AppConfig) -> Application:
 
 def pool_options(pool: PoolConfig) -> dict[str, Any]:
     """Serve's options for the deployment of a pool, whose device must not be `auto`."""
-    worker = {"CPU": pool.cpus_per_worker, **({"GPU": 1.0} if pool.device == "cuda" else {})}
+    worker = worker_resources(pool.device, pool.cpus_per_worker)
     options: dict[str, Any] = {
         "name": pool.name,
         "ray_actor_options": {"num_cpus": pool.cpus_per_host},

@@ -145,7 +145,7 @@ def test_the_earlier_deadline_goes_first(host: BlockingHost) -> None:
             await host.host.generate(ask(id=name, gang_size=4, deadline_s=deadline_s))
             order.append(name)
 
-        await asyncio.gather(one("first", None), one("none", None), one("late", 900), one("soon", 600))
+        await asyncio.gather(one("first", None), one("none", None), one("late", 50), one("soon", 40))
         return order
 
     assert host.do(scene())[-1] == "none"
