@@ -1,13 +1,18 @@
-# make demo   a picture by a gang of two      make test   every test that needs no GPU
-# make lint   ruff and mypy                   make clean  what this file made
+# make demo      a picture by a gang of two
+# make check     linters, and the tests that start neither Ray nor other processes: for the inner loop
+# make test      every test that needs neither a GPU nor minutes of training
+# make test-all  every test that needs no GPU
+# make lint      ruff, mypy and import-linter      make clean     what this file made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+IN_PROCESS := not (gpu or slow or ray or distributed)
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test lint clean
+.PHONY: demo check test test-all lint clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt
@@ -19,13 +24,21 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/distriray generate "a lake at dusk, snowy mountains" --gang-size 2 --compare --out out/lake.png
 
+check: lint
+	$(PYTEST) -n 2 -m "$(IN_PROCESS)"
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -n 2 -m "$(IN_PROCESS)"
+	$(PYTEST) -m "(ray or distributed) and not (gpu or slow)"
+
+test-all: test
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

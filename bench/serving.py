@@ -30,7 +30,7 @@ from ray import serve
 from bench.report import Report
 from deployments.app import build_app
 from deployments.config import AppConfig
-from distriray.gang import guard, open_host
+from distriray.gang import open_host, reaper
 from distriray.models import load_pipeline
 from distriray.requests import GenerationRequest
 
@@ -91,7 +91,7 @@ def service(max_queue: int) -> Iterator[tuple[str, AppConfig]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray.init(address="local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False)
-    watchman = guard.start()
+    watcher = reaper.start()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build_app(config), name=application["name"], route_prefix=application["route_prefix"])
@@ -99,7 +99,7 @@ def service(max_queue: int) -> Iterator[tuple[str, AppConfig]]:
     finally:
         serve.shutdown()
         ray.shutdown()
-        watchman.communicate()
+        watcher.communicate()
 
 
 def overhead(url: str, config: AppConfig, options: argparse.Namespace) -> Report:

@@ -7,13 +7,14 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from distriray.gang.devices import worker_resources
 from distriray.gang.placement import resolve_device
 
 from .autoscaling import QueuedWork
 from .config import AppConfig, PoolConfig
-from .directed import Directed
+from .ingress import Ingress
 from .pool import Pool
-from .router import Router
+from .request_router import ToNamedHost
 
 REQUESTS_PER_REPLICA = 4096  # hosts bound their queues themselves; Serve's bound must never come first
 
@@ -24,9 +25,9 @@ def build_app(args: AppConfig) -> Application:
     args = args.model_copy(update={"pools": tuple(pools)})
     router = args.router
     return (
-        serve.deployment(Router)
+        serve.deployment(Ingress)
         .options(
-            name="Router",
+            name="Ingress",
             autoscaling_config=AutoscalingConfig(
                 min_replicas=router.min_replicas,
                 max_replicas=router.max_replicas,
@@ -46,7 +47,7 @@ def build_app(args: AppConfig) -> Application:
 
 def pool_options(pool: PoolConfig) -> dict[str, Any]:
     """Serve's options for the deployment of a pool, whose device must not be `auto`."""
-    worker = {"CPU": pool.cpus_per_worker, **({"GPU": 1.0} if pool.device == "cuda" else {})}
+    worker = worker_resources(pool.device, pool.cpus_per_worker)
     options: dict[str, Any] = {
         "name": pool.name,
         "ray_actor_options": {"num_cpus": pool.cpus_per_host},
@@ -56,7 +57,7 @@ def pool_options(pool: PoolConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": pool.drain_s,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": pool.health_period_s,
-        "request_router_config": RequestRouterConfig(request_router_class=Directed),
+        "request_router_config": RequestRouterConfig(request_router_class=ToNamedHost),
         "user_config": {},
         "logging_config": {"enable_access_log": False},  # routers ask several times a second
     }
@@ -68,6 +69,6 @@ def pool_options(pool: PoolConfig) -> dict[str, Any]:
         look_back_period_s=pool.look_back_s,
         upscale_delay_s=pool.scale_up_after_s,
         downscale_delay_s=pool.scale_down_after_s,
-        policy={"policy_function": QueuedWork, "policy_kwargs": {"target_s": pool.target_work_s}},
+        policy={"policy_function": QueuedWork, "policy_kwargs": {"target_s": pool.target_backlog_s}},
     )
     return {**options, "autoscaling_config": scaling}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-WORK_S = "work_s"
+BACKLOG_S = "backlog_s"
 """The name under which a host reports its predicted seconds of accepted work to Serve."""
 
 
@@ -20,6 +20,6 @@ class QueuedWork:
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """The number of hosts to aim for, and no state; `context` is an `AutoscalingContext`."""
-        work_s = sum((context.aggregated_metrics or {}).get(WORK_S, {}).values())
+        backlog_s = sum((context.aggregated_metrics or {}).get(BACKLOG_S, {}).values())
         waiting = (context.total_queued_requests or 0) > 0
-        return max(math.ceil(work_s / self.target_s), int(waiting)), {}
+        return max(math.ceil(backlog_s / self.target_s), int(waiting)), {}

@@ -26,8 +26,8 @@ class PoolConfig(HostConfig):
         model: a name such as `builtin:landscapes`, or all fields of a `ModelSpec`.
         min_hosts: kept at all times; with 0 the pool costs nothing while nobody asks for it.
         max_hosts: started at most.
-        target_work_s: seconds of accepted work that a host should have before it; hosts are added above and
-            taken away below.
+        target_backlog_s: seconds of accepted work that a host should have before it; hosts are added above
+            and taken away below.
         look_back_s: work is averaged over this time before hosts are added or taken away.
         scale_up_after_s: how long more hosts must be wanted before they are started.
         scale_down_after_s: how long fewer must do before one is stopped, the last one included.
@@ -40,7 +40,7 @@ class PoolConfig(HostConfig):
     model: Model = ModelSpec()
     min_hosts: Annotated[int, Field(ge=0)] = 1
     max_hosts: Count = 1
-    target_work_s: Seconds = 30.0
+    target_backlog_s: Seconds = 30.0
     look_back_s: Seconds = 20.0
     scale_up_after_s: Share = 5.0
     scale_down_after_s: Share = 300.0

@@ -8,20 +8,21 @@ from typing import Any
 
 from ray import serve
 
-from distriray.gang import Host, HostStatus
-from distriray.gang.events import Event
+from distriray.events import Event
+from distriray.gang import Host
 from distriray.requests import GenerationRequest, GenerationResult
 from distriray.routing.router import publish
+from distriray.status import HostStatus
 
-from .autoscaling import WORK_S
+from .autoscaling import BACKLOG_S
 from .config import PoolConfig
-from .link import ANSWER_S
 from .logs import shorten_refusals
+from .pool_client import ANSWER_S
 from .state import HostReport, shifted
 
 
 class Pool:
-    """One host of a pool. `target` is for `Directed`, which has acted on it before a call gets here."""
+    """One host of a pool. `target` is for `ToNamedHost`, which has acted on it before a call gets here."""
 
     def __init__(self, config: PoolConfig) -> None:
         shorten_refusals()
@@ -72,7 +73,7 @@ class Pool:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `QueuedWork`."""
-        return {WORK_S: self._host.work_s()}
+        return {BACKLOG_S: self._host.backlog_s()}
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose check fails."""

@@ -1,61 +1,306 @@
-"""The ingress: HTTP and handle calls go in, each request goes out to a host."""
+"""The service itself, as HTTP and handles see it: each request goes to the host that has it done first."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass, field
 
-from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from distriray.gang.events import Event
-from distriray.requests import GenerationRequest, GenerationResult
-from distriray.service import Fleet, ModelCard
+from distriray.errors import (
+    DeadlineUnmet,
+    GangBroken,
+    InvalidRequest,
+    ModelNotFound,
+    NotEnoughDevices,
+    QueueFull,
+)
+from distriray.events import Event, Preview, Queued, Step
+from distriray.gang.admission import admit, check_gang_size
+from distriray.requests import GenerationRequest, GenerationResult, Limits
+from distriray.routing.policy import RequestView
+from distriray.service import Fleet, ModelCard, PoolReport
 
 from .config import AppConfig
-from .front import Front
-from .http import build_http
-from .logs import shorten_refusals
+from .models import size_of
+from .pool_client import PoolClient
+from .state import choose, wait_s
+
+LONGEST_RETRY_S = 3600.0
 
 
-@serve.ingress()
-class Router:
-    """Stateless: what it knows of the hosts it asks them, so that any number of replicas may serve.
+@dataclass
+class Attempts:
+    """The attempts at one request, which has a seed from the first one on.
 
-    Handle calls raise errors of `distriray.errors`.
-
-    Args:
-        created: what every replica says of its models, in seconds since the epoch.
+    `queued`, `step` and `previews` are what a stream has shown of
+    it, so that another attempt does not show it again.
     """
 
-    def __init__(self, config: AppConfig, pools: dict[str, DeploymentHandle], created: int) -> None:
-        shorten_refusals()
-        self._config = config
-        self._front = Front(config, pools, random.Random(), created)
+    request: GenerationRequest
+    began_s: float = field(default_factory=time.monotonic)
+    count: int = 0
+    queued: bool = False
+    step: int = 0
+    previews: int = 0
 
-    def __serve_build_asgi_app__(self) -> Any:
-        return build_http(self._front, self._config.http)
+    def __post_init__(self) -> None:
+        self.request = self.request.seeded()
+
+    def shows(self, event: Event) -> bool:
+        """Whether `event` is new to the client that listens."""
+        match event:
+            case Queued():
+                new, self.queued = not self.queued, True
+                return new
+            case Step(step=step):
+                new, self.step = step > self.step, max(step, self.step)
+                return new
+            case Preview(index=index):
+                new, self.previews = index >= self.previews, max(index + 1, self.previews)
+                return new
+            case _:
+                return True
+
+
+class Router:
+    """What `distriray.service.Service` asks for, over any number of pools."""
+
+    def __init__(
+        self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random, created: int
+    ) -> None:
+        self._config, self._draw = config, draw
+        refresh_s = config.router.refresh_s
+        self._clients = [PoolClient(pool, pools[pool.name], refresh_s) for pool in config.pools]
+        self._sizes = {pool.model.name: size_of(pool.model) for pool in config.pools}
+        self._created = created
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
-        """The images of `request`. Cancelling the call cancels the request."""
-        return await self._front.generate(request)
+        """The images of `request`. Cancelling this coroutine cancels the request."""
+        attempts = Attempts(request)
+        while True:
+            client, host, asked = await self._place(attempts)
+            try:
+                return await client.generate(host, asked)
+            except (QueueFull, RayActorError) as error:
+                self._again(attempts, client, host, error)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """What happens to `request`, ending with `Finished`. Cancelling the call cancels the request."""
-        async with aclosing(self._front.stream(request)) as events:
-            async for event in events:
-                yield event
+        """What happens to `request`, ending with `Finished`. Closing the generator cancels it."""
+        attempts = Attempts(request)
+        while True:
+            client, host, asked = await self._place(attempts)
+            try:
+                async with aclosing(client.stream(host, asked)) as events:
+                    async for event in events:
+                        if attempts.shows(event):
+                            yield event
+                return
+            except (QueueFull, RayActorError) as error:
+                self._again(attempts, client, host, error)
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a request, wherever it is; whether there was one."""
-        return await self._front.cancel(request_id)
+        answers = [await client.everyone("cancel", request_id) for client in self._clients]
+        return any(any(answer) for answer in answers)
 
-    async def models(self) -> list[ModelCard]:
-        """What can be asked for."""
-        return self._front.models()
+    def models(self) -> list[ModelCard]:
+        """Every model. Its size is known from its folder, or from the first host that had it.
+
+        Limits are as old as the hosts' last answers, and are asked for again; needs a running event loop.
+        """
+        cards = []
+        for client in self._clients:
+            client.poll_if_stale()
+        for name in self._config.models:
+            clients = self._clients_of(name)
+            limits, gang_sizes = _offer(clients)
+            seen = next((client.state.facts.default_size for client in clients if client.state.facts), None)
+            cards.append(
+                ModelCard(
+                    id=name,
+                    created=self._created,
+                    default_size=seen or self._sizes[name],
+                    limits=limits,
+                    gang_sizes=gang_sizes,
+                )
+            )
+        return cards
 
     async def fleet(self) -> Fleet:
-        """Every pool with its hosts."""
-        return await self._front.fleet()
+        """Hosts, gangs, queues and predicted waits, as they are now."""
+        pools = {}
+        for client in self._clients:
+            await client.wait_briefly_for_poll()
+            hosts = dict(await client.everyone("status"))
+            wait = wait_s(list(client.state.hosts.values()), time.monotonic())
+            pools[client.config.name] = PoolReport(
+                model=client.config.model.name, predicted_wait_s=wait, hosts=hosts
+            )
+        return Fleet(pools=pools)
+
+    async def check_health(self) -> None:
+        """Ask the workers. Returns if every model has one that answers, or a pool that starts when asked.
+
+        Raises:
+            GangBroken: hosts are up, or were a moment ago, and none of their workers answers.
+            NotEnoughDevices: no host is up.
+        """
+        for name in self._config.models:
+            clients = self._clients_of(name)
+            for client in clients:
+                await client.wait_briefly_for_poll()
+            answers = [answer for client in clients for answer in await client.everyone("ping")]
+            if any(answers) or any(
+                client.config.min_hosts == 0 and not client.state.hosts for client in clients
+            ):
+                continue
+            if hosts := sum(len(client.state.hosts) for client in clients) or len(answers):
+                raise GangBroken(f"no worker of the {hosts} hosts of {name!r} answers")
+            raise NotEnoughDevices(f"no host of {name!r} is up; `serve status` says what they wait for")
+
+    async def _place(self, attempts: Attempts) -> tuple[PoolClient, str | None, GenerationRequest]:
+        """Where to send a request now, and the request as it is to be sent.
+
+        Refused is on news only: what was sent to a host counts until its next report, done or not.
+
+        Raises:
+            ModelNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices: nowhere.
+        """
+        clients = self._clients_of(attempts.request.model)
+        for client in clients:
+            await client.wait_briefly_for_poll()
+        limits, gang_sizes = _offer(clients)
+        limits.check(attempts.request)
+        check_gang_size(attempts.request, gang_sizes)
+        try:
+            return self._choose(attempts, clients)
+        except (QueueFull, DeadlineUnmet, NotEnoughDevices):
+            for client in clients:
+                await client.poll_now()
+            return self._choose(attempts, clients)
+
+    def _choose(
+        self, attempts: Attempts, clients: list[PoolClient]
+    ) -> tuple[PoolClient, str | None, GenerationRequest]:
+        """`_place` by what is known of the hosts."""
+        now = time.monotonic()
+        request, left_s = attempts.request, None
+        if request.deadline_s is not None:
+            left_s = request.deadline_s - (now - attempts.began_s)
+            request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})
+        fitting = _fitting(request, clients, now, left_s)
+        up = [
+            (client, asked, view)
+            for client, asked, view in fitting
+            if client.state.hosts and view is not None
+        ]
+        chosen = choose(
+            [client.state for client, *_ in up],
+            [view for *_, view in up],
+            now,
+            self._draw,
+            self._config.router.error_margin,
+        )
+        if chosen is not None and chosen[1].host is not None:
+            client, asked, view = up[chosen[0]]
+            if not chosen[1].meets:
+                could_s = chosen[1].finish_s - now
+                message = f"deadline_s {attempts.request.deadline_s:g} cannot be met"
+                raise DeadlineUnmet(f"{message}; {could_s:.1f} s is possible now", could_s)
+            client.state.send(chosen[1], view, now)
+            return client, chosen[1].host, asked
+        down = [(client, asked) for client, asked, _ in fitting if not client.state.hosts]
+        for client, asked in down:
+            if client.undirected < client.config.max_queue:
+                return client, None, asked
+        hosts = [host for client, *_ in up for host in client.state.hosts.values()]
+        if hosts and not down and all(host.waiting < host.max_waiting for host in hosts):
+            raise NotEnoughDevices("too many workers are down for a gang that could serve this")
+        retry_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
+        retry_s = min(max(0.1, retry_s), LONGEST_RETRY_S)
+        raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)
+
+    def _again(
+        self, attempts: Attempts, client: PoolClient, host: str | None, error: QueueFull | RayActorError
+    ) -> None:
+        """A host refused a request or died under it: try another, unless that was tried often enough."""
+        if host is not None:
+            (client.state.refused if isinstance(error, QueueFull) else client.state.lost)(host)
+        attempts.count += 1
+        if attempts.count >= self._config.router.max_attempts:
+            if isinstance(error, QueueFull):
+                raise error
+            raise GangBroken(
+                f"request {attempts.request.id}: {attempts.count} hosts died under it: {error}"
+            ) from error
+
+    def _clients_of(self, model: str | None) -> list[PoolClient]:
+        name = self._config.models[0] if model is None else model
+        clients = [client for client in self._clients if client.config.model.name == name]
+        if not clients:
+            raise ModelNotFound(f"no model {name!r}; there is {', '.join(map(repr, self._config.models))}")
+        return clients
+
+
+def _offer(clients: list[PoolClient]) -> tuple[Limits, tuple[int, ...]]:
+    """The limits and the gang sizes of pools of one model: all that at least one of them allows."""
+    limits = Limits.widest(client.state.config.limits for client in clients)
+    return limits, tuple(sorted({size for client in clients for size in client.config.sizes}))
+
+
+def _fitting(
+    request: GenerationRequest, clients: list[PoolClient], now_s: float, left_s: float | None
+) -> list[tuple[PoolClient, GenerationRequest, RequestView | None]]:
+    """The pools that can serve a request, and the request as each of them would.
+
+    Raises:
+        InvalidRequest: there is none; what the first pool has against it.
+    """
+    fitting: list[tuple[PoolClient, GenerationRequest, RequestView | None]] = []
+    unfit: InvalidRequest | None = None
+    for client in clients:
+        try:
+            fitting.append((client, *_view_of(request, client, now_s, left_s)))
+        except InvalidRequest as error:
+            unfit = unfit or error
+    if unfit is not None and not fitting:
+        raise unfit
+    return fitting
+
+
+def _view_of(
+    request: GenerationRequest, client: PoolClient, now_s: float, left_s: float | None
+) -> tuple[GenerationRequest, RequestView | None]:
+    """The request as the pool's hosts would take it on, and as routing sees it.
+
+    While no host of the pool was ever seen, only what its configuration says can be checked.
+
+    Raises:
+        InvalidRequest: the pool cannot serve it.
+    """
+    config, facts = client.state.config, client.state.facts
+    if facts is None:
+        config.limits.check(request)
+        check_gang_size(request, config.sizes)
+        return request, None
+    settled, max_gang = admit(request, config, facts)
+    assert settled.height is not None and settled.width is not None
+    view = RequestView(
+        id=settled.id,
+        height=settled.height,
+        width=settled.width,
+        batch=settled.num_images,
+        steps_total=settled.num_inference_steps,
+        steps_done=0,
+        arrival_s=now_s,
+        deadline_s=None if left_s is None else now_s + left_s,
+        priority=settled.priority,
+        gang_size=None if settled.gang_size == "auto" else settled.gang_size,
+        max_gang=max_gang,
+    )
+    return settled, view

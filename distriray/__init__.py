@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .client import AsyncClient as AsyncClient
     from .client import Client as Client
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from .requests import GenerationResult as GenerationResult
     from .requests import Limits as Limits
     from .requests import SamplingParams as SamplingParams
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "AsyncClient": "client",

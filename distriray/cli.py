@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import __version__
 from .config import ExchangeMode, ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
 from .requests import GenerationRequest, GenerationResult, SamplingParams, invalid_request
+from .version import __version__
 
 if TYPE_CHECKING:
     from .gang import BlockingHost
@@ -137,7 +137,7 @@ def generate(
 
 
 def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
-    from .gang.events import Finished, Step
+    from .events import Finished, Step
 
     task = bar.add_task(f"gang of {request.gang_size}", total=request.num_inference_steps)
     for event in host.stream(request):

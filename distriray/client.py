@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from httpx_sse import EventSource
 
-from .gang.events import Event, Finished
+from .events import Event, Finished
 from .requests import GenerationRequest, GenerationResult
 from .service import Fleet, ModelCard
 from .wire import (

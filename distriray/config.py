@@ -29,7 +29,7 @@ class Prediction(BaseModel):
     keys_values: Weight = 0.0
 
     def statistics_among(self, patches: int) -> float:
-        """The weight of group-norm statistics with so many patches."""
+        """The weight of group-norm statistics among that many patches."""
         if self.statistics == "auto":
             return 0.75 if patches == 2 else 0.5
         return self.statistics
@@ -46,7 +46,8 @@ class ParallelConfig(BaseModel):
             until the drift of what is sent falls below `auto_warmup_drift`.
         auto_warmup_drift: relative change of the sent activations between two steps, largest over ranks.
         group_norm: whose statistics a displaced group norm uses: the peers' previous ones (`stale`), those
-            shifted by the own change (`corrected`, as in the paper), `fresh` ones, or only its own (`local`).
+            shifted by this rank's own change (`corrected`, as in the paper), `fresh` ones, or only its own
+            (`local`).
         prediction: extrapolation of stale values.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
             the unconditional and the conditional pass. `auto` does so whenever gang and batch are even.

@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from .errors import DistrirayError, GenerationCancelled
-from .gang.events import Event
+from .events import Event
 from .requests import GenerationRequest, GenerationResult
 
 if TYPE_CHECKING:

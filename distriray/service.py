@@ -7,9 +7,9 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from .gang.events import Event
-from .gang.status import HostStatus
+from .events import Event
 from .requests import GenerationRequest, GenerationResult, Limits, Seconds
+from .status import HostStatus
 
 
 class ModelCard(BaseModel):

@@ -24,7 +24,7 @@ from .errors import (
     OutOfMemory,
     QueueFull,
 )
-from .gang.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
+from .events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from .requests import GenerationRequest, GenerationResult
 from .service import ModelCard
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from distriray.gang.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
+from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from distriray.requests import GenerationResult
 
 from .encode import data_url, encode

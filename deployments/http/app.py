@@ -13,18 +13,18 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from distriray.errors import DistrirayError
-from distriray.gang.events import Event, Finished
+from distriray.events import Event, Finished
 from distriray.requests import Limits
 from distriray.service import Fleet, ModelCard, Service
 
-from .access import guard
+from .access_log import RequestIdAndLog
 from .answers import error_frame, event_frame, images_response
+from .auth import require_key
 from .body import read_body
 from .config import HttpConfig
-from .envelope import Envelope
+from .disconnect import EventStream, cancel_on_disconnect
 from .errors import Refusal, answer_errors, log, refusal_of
 from .images import ImageRequest
-from .leaving import EventStream, unless_left
 from .openapi import describe_images, document, errors
 
 T = TypeVar("T")
@@ -64,9 +64,9 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
     """
     app = FastAPI(redirect_slashes=False, redoc_url=None)
     app.openapi = document(app, service)  # type: ignore[method-assign]
-    app.add_middleware(Envelope)
+    app.add_middleware(RequestIdAndLog)
     answer_errors(app)
-    allowed = Depends(guard(config))
+    allowed = Depends(require_key(config))
 
     @app.post(
         "/v1/images/generations",
@@ -85,12 +85,12 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
         generation = asked.generation(_card(service, asked.model).id, name)
         ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s
         if not asked.stream:
-            result = await unless_left(request, _until(ends_at, service.generate(generation)))
+            result = await cancel_on_disconnect(request, _until(ends_at, service.generate(generation)))
             body = await asyncio.to_thread(images_response, asked, result)
             return Response(body, media_type="application/json")
         events = service.stream(generation)
         try:
-            first = await unless_left(request, _until(ends_at, anext(events)))
+            first = await cancel_on_disconnect(request, _until(ends_at, anext(events)))
         except BaseException:
             await events.aclose()
             raise
@@ -151,7 +151,7 @@ async def _frames(
                 yield frame
             coming = _until(ends_at, anext(events, None))
             # After the last event there is nothing to cancel, and a client need not wait for the end.
-            event = await (coming if isinstance(event, Finished) else unless_left(request, coming))
+            event = await (coming if isinstance(event, Finished) else cancel_on_disconnect(request, coming))
     except ClientDisconnect:
         request.state.noted["code"] = "client_left"
     except Exception as error:

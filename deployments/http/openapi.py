@@ -9,9 +9,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from distriray import __version__
 from distriray.requests import MULTIPLE_OF, Limits
 from distriray.service import ModelCard, Service
+from distriray.version import __version__
 from distriray.wire import PARAMS
 
 from .errors import ErrorResponse

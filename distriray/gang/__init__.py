@@ -6,17 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..status import HostStatus as HostStatus
     from .blocking import BlockingHost as BlockingHost
     from .blocking import open_host as open_host
     from .config import HostConfig as HostConfig
     from .host import Host as Host
-    from .status import HostStatus as HostStatus
 
 _HOMES = {
     "BlockingHost": "blocking",
     "Host": "host",
     "HostConfig": "config",
-    "HostStatus": "status",
     "open_host": "blocking",
 }
 

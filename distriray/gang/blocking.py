@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import ray
 
 from ..errors import NotEnoughDevices
+from ..events import Event
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.policy import HostPolicy
-from . import guard
+from ..status import HostStatus
+from . import reaper
 from .config import HostConfig
-from .events import Event
 from .host import Host
-from .status import HostStatus
 
 T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -89,7 +89,7 @@ def open_host(
         ConnectionError: no Ray at `address`.
     """
     started = not ray.is_initialized()
-    watchman = _start_ray(address, cpus) if started else None
+    watcher = _start_ray(address, cpus) if started else None
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="distriray-host", daemon=True)
     thread.start()
@@ -110,12 +110,12 @@ def open_host(
         loop.close()
         if started:
             ray.shutdown()
-        if watchman is not None:
-            watchman.communicate()
+        if watcher is not None:
+            watcher.communicate()
 
 
 def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] | None:
-    """Join the cluster at `address`, or start one here and return its guard."""
+    """Join the cluster at `address`, or start one here and return what watches it."""
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is not None:
         ray.init(address=address, **quiet)
@@ -130,4 +130,4 @@ def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] |
         )
     except (OSError, ValueError) as error:
         raise NotEnoughDevices(f"Ray does not start on this machine: {error}") from error
-    return guard.start()
+    return reaper.start()

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from .. import __version__
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.latency import Entry, Profile
+from ..version import __version__
 from .config import HostConfig
 from .messages import WorkerFacts
 from .profile import device_of, make_profile, warmup_steps

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
+from ..events import Queued, Repaired
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.buddy import WorkersUnavailable
 from ..routing.host_clock import busy_workers
@@ -17,8 +18,6 @@ from ..routing.router import backlog_s, predicted_s
 from .admission import admit, fit
 from .background import Background
 from .config import HostConfig
-from .crew import Crew
-from .events import Queued, Repaired
 from .job import Job, JobState
 from .messages import Progress, StopSignal, WorkerFacts, WorkerId
 from .metrics import HostMetrics
@@ -27,6 +26,7 @@ from .remote import RemoteWorker
 from .segment_result import IN_ORDER, SegmentResult
 from .segments import RunningSegment
 from .speed import Moment, Speed
+from .worker_group import WorkerGroup
 
 log = logging.getLogger("ray.serve.distriray")
 
@@ -53,7 +53,7 @@ class Dispatcher:
         self, config: HostConfig, launch: Callable[[int], RemoteWorker], policy: HostPolicy, name: str = ""
     ) -> None:
         self.config, self.policy = config, policy
-        self.crew = Crew(config, launch, self)
+        self.group = WorkerGroup(config, launch, self)
         self.leased: set[int] = set()
         self.jobs: dict[str, Job] = {}
         self.metrics = HostMetrics(config.model.name, name)
@@ -65,9 +65,9 @@ class Dispatcher:
         self._closed = False
 
     async def start(self) -> None:
-        """Bring the workers up; raises as `Crew.start`."""
-        await self.crew.start()
-        self.facts = self.crew.facts[0]
+        """Bring the workers up; raises as `WorkerGroup.start`."""
+        await self.group.start()
+        self.facts = self.group.facts[0]
         self.speed = Speed(guessed_profile(self.config, self.facts))
 
     async def close(self) -> None:
@@ -78,29 +78,29 @@ class Dispatcher:
         await self._background.close()
         for job in list(self.jobs.values()):
             self._end(job, GenerationCancelled(f"request {job.request.id}: the host was closed"))
-        await self.crew.close()
+        await self.group.close()
 
     @property
     def healthy(self) -> bool:
         """Whether the host can serve."""
-        return self.fault is None and self.crew.failure is None and not self._closed
+        return self.fault is None and self.group.failure is None and not self._closed
 
     @property
     def free(self) -> set[int]:
         """Workers that can be lent now."""
-        return self.crew.healthy - self.leased
+        return self.group.healthy - self.leased
 
     def view(self) -> HostView:
         """What a policy, or a router, may know now."""
         breaking = {w for job in self.jobs.values() if job.breaking for w in job.workers or ()}
         return HostView(
             now_s=time.monotonic(),
-            workers=tuple(sorted(self.crew.healthy - breaking)),
+            workers=tuple(sorted(self.group.healthy - breaking)),
             gang_sizes=self.config.sizes,
             requests=tuple(job.view() for job in self.jobs.values() if not job.breaking),
         )
 
-    def work_s(self) -> float:
+    def backlog_s(self) -> float:
         """Predicted seconds until everything accepted is finished, were it spread evenly over all workers."""
         everyone = tuple(range(self.config.workers))
         return backlog_s(replace(self.view(), workers=everyone), self.speed.model)
@@ -122,8 +122,8 @@ class Dispatcher:
         if waiting >= self.config.max_queue:
             self.metrics.refused()
             raise QueueFull(
-                f"{waiting} requests wait, which is the limit; try again in {self.work_s():.1f} s",
-                max(0.1, self.work_s()),
+                f"{waiting} requests wait, which is the limit; try again in {self.backlog_s():.1f} s",
+                max(0.1, self.backlog_s()),
             )
         return self._queue(request, max_gang)
 
@@ -142,7 +142,7 @@ class Dispatcher:
         job = Job(request, max_gang, self._accepted)
         waiting = sum(other.state is JobState.WAITING for other in self.jobs.values())
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
-        job.tell(Queued(request.id, waiting, self.work_s() if waiting else 0.0))
+        job.tell(Queued(request.id, waiting, self.backlog_s() if waiting else 0.0))
         self.jobs[request.id] = job
         self._wake()
         return job
@@ -202,9 +202,9 @@ class Dispatcher:
             running=len(running),
             free=len(self.free),
             busy=sum(len(job.workers or ()) for job in running),
-            down=self.config.workers - len(self.crew.healthy),
-            repairs=len(self.crew.repairs),
-            backlog_s=self.work_s(),
+            down=self.config.workers - len(self.group.healthy),
+            repairs=len(self.group.repairs),
+            backlog_s=self.backlog_s(),
         )
 
     def _at_work(self, job: Job) -> int:
@@ -214,28 +214,28 @@ class Dispatcher:
         return busy_workers(len(job.workers or ()), job.decoding, together)
 
     def worker_out(self, index: int) -> None:
-        """For `Crew`."""
+        """For `WorkerGroup`."""
         for job in self.jobs.values():
             if index in (job.workers or ()):
                 job.break_off()
         self._wake()
 
     def worker_dead(self, worker: WorkerId) -> None:
-        """For `Crew`."""
+        """For `WorkerGroup`."""
         for job in self.jobs.values():
             job.lose(worker)
 
     def worker_ready(self, index: int) -> None:
-        """For `Crew`."""
+        """For `WorkerGroup`."""
         self._wake()
 
     def unfinished(self) -> tuple[Collection[int], int]:
-        """For `Crew`."""
+        """For `WorkerGroup`."""
         return {job.number for job in self.jobs.values()}, self._accepted
 
     def _stop(self, job: Job, signal: StopSignal) -> None:
         for index in job.workers or ():
-            if (member := self.crew.member(index)) is not None:
+            if (member := self.group.member(index)) is not None:
                 member.remote.stop(job.serial, signal)
 
     # Working
@@ -245,7 +245,7 @@ class Dispatcher:
         self._segments += 1
         job.start(workers, self._segments)
         try:
-            segment = RunningSegment(self.crew, self.config, job)
+            segment = RunningSegment(self.group, self.config, job)
         except Exception as error:
             self._end(job, error)
             return
@@ -263,12 +263,12 @@ class Dispatcher:
             if job.state is not JobState.ENDED:  # as it is where the host has failed
                 self._take_back(job, result, began)
                 self._conclude(job, result)
-            if result.torn and len(gang) > 1 and all(map(self.crew.alive, gang)):
-                self.crew.relink(gang)
+            if result.torn and len(gang) > 1 and all(map(self.group.alive, gang)):
+                self.group.reform(gang)
         except Exception as error:
             log.exception("a segment of request %s failed", job.request.id)
             for worker in gang:
-                self.crew.lose(worker, f"the host failed in its segment: {error!r}")
+                self.group.replace(worker, f"the host failed in its segment: {error!r}")
             self._end(job, error)
         finally:
             self.leased.difference_update(worker.index for worker in gang)
@@ -276,13 +276,13 @@ class Dispatcher:
 
     def _take_back(self, job: Job, result: SegmentResult, began: Moment) -> None:
         """What a gang brings back, and what it teaches."""
-        job.come_back(result, {w: step for w, step in result.held.items() if self.crew.alive(w)})
+        job.come_back(result, {w: step for w, step in result.held.items() if self.group.alive(w)})
         if result.worked:
             self.metrics.segment(job, result.worked)
             self.speed.learn(job, began)
         for worker, rank in result.ranks.items():
             if rank.end in IN_ORDER:
-                self.crew.proved(worker)
+                self.group.proved(worker)
 
     def _conclude(self, job: Job, result: SegmentResult) -> None:
         request = job.request
@@ -315,7 +315,7 @@ class Dispatcher:
         self._wake()
         job.end(end)
         for worker in job.held:
-            if (remote := self.crew.remote(worker)) is not None:
+            if (remote := self.group.remote(worker)) is not None:
                 remote.retain(*self.unfinished())
 
     def _fail(self, error: BaseException) -> None:

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GangBroken
+from ..events import Event, Finished
 from ..requests import GenerationRequest, GenerationResult
 from ..routing.latency import LatencyModel
 from ..routing.policies import make_policy
 from ..routing.policy import HostPolicy, HostView
+from ..status import HostStatus
 from .calibrate import keep_profile
 from .config import LIVE_FIELDS, HostConfig
 from .dispatcher import Dispatcher
-from .events import Event, Finished
 from .messages import WorkerFacts
 from .placement import Placement
 from .remote import Launcher
 from .report import status_of
 from .speed import Speed
-from .status import HostStatus
 
 
 class Host:
@@ -131,9 +131,9 @@ class Host:
         """What a policy or a router may know now."""
         return self._dispatcher.view()
 
-    def work_s(self) -> float:
+    def backlog_s(self) -> float:
         """Predicted seconds until everything accepted is finished, were it spread evenly."""
-        return self._dispatcher.work_s()
+        return self._dispatcher.backlog_s()
 
     def configure(self, config: HostConfig) -> None:
         """Go on with another configuration: from the next request, segment and decision on it counts.
@@ -154,7 +154,7 @@ class Host:
 
     async def ping(self, timeout_s: float = 5.0) -> int:
         """How many workers answer within `timeout_s`."""
-        answers = [member.remote.ping() for member in self._dispatcher.crew.members]
+        answers = [member.remote.ping() for member in self._dispatcher.group.members]
         if not answers:
             return 0
         done, _ = await asyncio.wait(answers, timeout=timeout_s)
@@ -169,8 +169,8 @@ class Host:
         """
         if self._dispatcher.fault is not None:
             raise self._dispatcher.fault
-        if self._dispatcher.crew.failure is not None:
-            raise GangBroken(self._dispatcher.crew.failure)
+        if self._dispatcher.group.failure is not None:
+            raise GangBroken(self._dispatcher.group.failure)
 
     async def close(self) -> None:
         """Cancel what is unfinished, end the workers, give the bundles back. Idempotent."""

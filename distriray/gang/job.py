@@ -10,12 +10,12 @@ from enum import StrEnum
 
 from PIL import Image
 
+from ..events import Event, Preview, Regrouped, Started, Step
 from ..requests import GenerationRequest, GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
-from .events import Event, Preview, Regrouped, Started, Step
+from ..status import RequestStatus
 from .messages import Progress, RankResult, WorkerId
 from .segment_result import SegmentResult
-from .status import RequestStatus
 
 
 class JobState(StrEnum):

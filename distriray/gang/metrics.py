@@ -18,7 +18,7 @@ from ray.util import metrics as ray_metrics
 from ..errors import GenerationCancelled
 from ..requests import GenerationResult
 from ..routing.quantiles import Quantiles
-from .status import PredictionStatus
+from ..status import PredictionStatus
 
 if TYPE_CHECKING:
     from .job import Job

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..errors import NotEnoughDevices
 from .config import HostConfig
+from .devices import DEVICES, worker_resources
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Placement:
                     f"workers needs {config.workers + 1}, the first one for itself"
                 )
             return cls(current, 1, False, device, config.cpus_per_worker)
-        bundle = {"CPU": config.cpus_per_worker, **({"GPU": 1.0} if device == "cuda" else {})}
+        bundle = worker_resources(device, config.cpus_per_worker)
         _check_room(config, bundle)
         group = placement_group([bundle] * config.workers, strategy=config.strategy)
         try:
@@ -59,9 +60,9 @@ class Placement:
         """Ray's options for the actor of worker `index`."""
         return {
             "num_cpus": self.cpus_per_worker,
-            "num_gpus": 1 if self.device == "cuda" else 0,
+            "num_gpus": DEVICES[self.device].gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.first + index),
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"} if self.device == "cpu" else {}},
+            "runtime_env": {"env_vars": dict(DEVICES[self.device].environment)},
             "max_restarts": 0,
             "max_concurrency": 1000,
         }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .. import __version__
 from ..routing.latency import Entry, Profile
+from ..version import __version__
 from .config import HostConfig
+from .devices import DEVICES
 from .messages import WorkerFacts
 
-GUESSED_STEP_S = {"cpu": 1.0, "cuda": 0.1}
 GUESSED_SPEEDUP = 0.8
 GUESSED_AUTO_WARMUP = 4
 
@@ -15,7 +15,7 @@ GUESSED_AUTO_WARMUP = 4
 def guessed_profile(config: HostConfig, facts: WorkerFacts) -> Profile:
     """A gang of g is taken to be g ** 0.8 times as fast as one worker."""
     height, width = facts.default_size
-    step_s = GUESSED_STEP_S[facts.device.split(":")[0]]
+    step_s = DEVICES[facts.device.split(":")[0]].guessed_step_s
     entries = tuple(
         Entry(gang=size, height=height, width=width, step_s=step_s / size**GUESSED_SPEEDUP)
         for size in config.sizes

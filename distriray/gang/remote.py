@@ -52,7 +52,7 @@ class RemoteWorker(Protocol):
 
     def ping(self) -> asyncio.Future[tuple[int, int]]: ...
 
-    def attend(self) -> asyncio.Future[None]: ...
+    def until_death(self) -> asyncio.Future[None]: ...
 
     def kill(self) -> None:
         """End the process at once."""
@@ -107,8 +107,8 @@ class _Actor:
     def ping(self) -> asyncio.Future[tuple[int, int]]:
         return self._answer("ping")
 
-    def attend(self) -> asyncio.Future[None]:
-        return self._answer("attend")
+    def until_death(self) -> asyncio.Future[None]:
+        return self._answer("until_death")
 
     def kill(self) -> None:
         Context().run(ray.kill, self._actor)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
+from ..status import HostStatus, RepairStatus, WorkerStatus
 from .dispatcher import Dispatcher
-from .status import HostStatus, RepairStatus, WorkerStatus
 
 
 def status_of(dispatcher: Dispatcher, device: str) -> HostStatus:
     """Queue, gangs, workers, repairs, and how long what was accepted will take."""
-    now, crew, metrics, jobs = time.monotonic(), dispatcher.crew, dispatcher.metrics, dispatcher.jobs.values()
+    now, group = time.monotonic(), dispatcher.group
+    metrics, jobs = dispatcher.metrics, dispatcher.jobs.values()
     working = {worker: job.request.id for job in jobs for worker in job.workers or ()}
     return HostStatus(
         model=dispatcher.config.model.name,
@@ -21,21 +22,21 @@ def status_of(dispatcher: Dispatcher, device: str) -> HostStatus:
         workers=[
             WorkerStatus(
                 index=index,
-                healthy=index in crew.healthy,
+                healthy=index in group.healthy,
                 pid=facts.pid,
                 device=facts.device,
                 load_s=facts.load_s,
-                memory=member.memory if (member := crew.member(index)) else 0,
+                memory=member.memory if (member := group.member(index)) else 0,
                 request=working.get(index),
             )
-            for index, facts in sorted(crew.facts.items())
+            for index, facts in sorted(group.facts.items())
         ],
         free_workers=len(dispatcher.free),
         running=[job.status(now) for job in jobs if job.workers],
         waiting=[job.status(now) for job in jobs if not job.workers],
         max_queue=dispatcher.config.max_queue,
-        work_s=dispatcher.work_s(),
-        repairs=[RepairStatus(worker=r.worker, cause=r.cause, seconds=r.seconds) for r in crew.repairs],
+        backlog_s=dispatcher.backlog_s(),
+        repairs=[RepairStatus(worker=r.worker, cause=r.cause, seconds=r.seconds) for r in group.repairs],
         outcomes=dict(metrics.outcomes),
         regroupings=metrics.regroupings,
         predictions=metrics.predictions(),

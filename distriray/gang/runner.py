@@ -167,7 +167,7 @@ class SegmentRunner:
         """One segment, recorded in `work`."""
         began = time.perf_counter()
         try:
-            self._engine.bind(communicator, order.parallel)  # requests have generators: no state to share
+            self._engine.join(communicator, order.parallel)  # requests have generators: no state to share
             work.state = state = self._state(order, blob)
         except Exception:
             with suppress(GangBroken):
@@ -227,7 +227,6 @@ class SegmentRunner:
 
     def _steps(self, order: SegmentOrder, state: DenoiseState, work: _Work) -> SegmentEnd:
         engine = self._engine
-        engine.restart(state.step)
         with self.control.stepping():
             while not state.done:
                 began = time.perf_counter()

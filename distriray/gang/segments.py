@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 
 from .config import HostConfig
-from .crew import Crew
 from .job import Job
 from .messages import Progress, RankResult, SegmentEnd, SegmentOrder, WorkerId
 from .remote import RemoteWorker, StateLost, WorkerDied
 from .segment_result import SegmentResult
+from .worker_group import WorkerGroup
 
 WATCH_S = 0.05
 """Least time between two questions to rank 0 of a gang how far it is."""
@@ -26,18 +26,18 @@ class RunningSegment:
         LookupError: a member of the gang is not there, or its communicator is not.
     """
 
-    def __init__(self, crew: Crew, config: HostConfig, job: Job) -> None:
+    def __init__(self, group: WorkerGroup, config: HostConfig, job: Job) -> None:
         assert job.workers is not None
-        self._crew, self._job = crew, job
+        self._group, self._job = group, job
         self._grace_s = config.timeout_s + GRACE_S
-        members = [crew.member(index) for index in job.workers]
-        communicator = crew.links.get(job.workers)
+        members = [group.member(index) for index in job.workers]
+        communicator = group.communicators.get(job.workers)
         if communicator is None or None in members:
-            raise LookupError(f"workers {job.workers} are not linked; there is {sorted(crew.links)}")
+            raise LookupError(f"workers {job.workers} are not linked; there is {sorted(group.communicators)}")
         gang = [member for member in members if member is not None]
         state, holders = None, job.holders
         if holders and not holders.issuperset(member.id for member in gang):
-            sender = crew.remote(min(holders))
+            sender = group.remote(min(holders))
             assert sender is not None, "a job loses its holders when they die"
             state = sender.export(job.number)
         self.workers = [member.id for member in gang]
@@ -76,7 +76,7 @@ class RunningSegment:
         pending, trouble = set(self._running), False
 
         def give_up(worker: WorkerId, cause: str) -> None:
-            self._crew.lose(worker, cause)
+            self._group.replace(worker, cause)
             lost.append(worker)
 
         while pending:
@@ -106,7 +106,7 @@ class RunningSegment:
             if not done:
                 for future in pending:
                     cause = f"did not leave its broken gang within {self._grace_s:g} s"
-                    self._crew.lose(self._running[future], cause)
+                    self._group.replace(self._running[future], cause)
         in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
         return SegmentResult(in_order, tuple(lost), tuple(failures))
 

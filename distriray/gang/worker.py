@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import ray
-import torch
 
 from ..collective import open_store
 from ..models import ModelSpec
+from .devices import DEVICES
 from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ class Worker:
 
     def __init__(self, spec: ModelSpec, device: str, store: str, timeout_s: float) -> None:
         self._spec, self._timeout_s, self._store = spec, timeout_s, store
-        self._device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-        self._compute = ThreadPoolExecutor(1, "compute", initializer=self._one_thread)
+        self._kind = DEVICES[device]
+        self._compute = ThreadPoolExecutor(1, "compute", initializer=self._kind.bind)
         self._linking = ThreadPoolExecutor(1, "link")
         self._news = asyncio.Event()
         self._runner: SegmentRunner | None = None
@@ -49,7 +48,8 @@ class Worker:
             from .runner import SegmentRunner  # with diffusers, which hosts do without
 
             _quiet()
-            return SegmentRunner(self._spec, self._device, open_store(self._store), self._timeout_s, tell)
+            device, store = self._kind.device(), open_store(self._store)
+            return SegmentRunner(self._spec, device, store, self._timeout_s, tell)
 
         runner = await loop.run_in_executor(self._compute, make)
         self._runner = runner
@@ -59,14 +59,14 @@ class Worker:
         return WorkerFacts(
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
-            device=str(self._device),
-            device_name=torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu",
+            device=str(runner.device),
+            device_name=self._kind.product(),
             model=self._spec.name,
             default_size=(height * scale, width * scale),
             levels=len(unet.down_blocks) - 1,
             cuts_vae=runner.cuts_vae,
             load_s=runner.load_s,
-            memory=self._memory(),
+            memory=self._kind.memory(),
         )
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:
@@ -100,9 +100,9 @@ class Worker:
 
     async def ping(self) -> tuple[int, int]:
         """Alive: bytes of memory, and how many states are held."""
-        return self._memory(), self.runner.held if self._runner else 0
+        return self._kind.memory(), self.runner.held if self._runner else 0
 
-    async def attend(self) -> None:
+    async def until_death(self) -> None:
         """Never returns: whoever waits for it hears at once when this process dies."""
         await asyncio.Event().wait()
 
@@ -111,17 +111,6 @@ class Worker:
         if self._runner is None:
             raise RuntimeError("the worker has no model yet; call load first")
         return self._runner
-
-    def _memory(self) -> int:
-        if self._device.type == "cuda":
-            return int(torch.cuda.memory_reserved(self._device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _one_thread(self) -> None:
-        if self._device.type == "cpu":
-            torch.set_num_threads(1)
-        else:
-            torch.cuda.set_device(self._device)
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""The patch-parallel VAE decoder: every rank decodes its own rows of the latents."""
+"""Patch-parallel decoder of a VAE: every rank decodes its own rows of the latents."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from diffusers.models.autoencoders.vae import Decoder
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
-from distriray.parallel.exchange import Exchange
-from distriray.parallel.gather import Gather, check_same_latents
-from distriray.parallel.layers import adopt_decoder_layers
+from distriray.parallel.agreement import check_same_latents
+from distriray.parallel.context import PatchContext
+from distriray.parallel.convert import convert_decoder_layers
+from distriray.parallel.exchange.exchange import Exchange
+from distriray.parallel.gather import Gather
+from distriray.parallel.layout import GangLayout
 from distriray.parallel.partition import Partition
 from distriray.parallel.supported import can_be_cut
 
@@ -21,28 +24,31 @@ FRESH = ParallelConfig(exchange="sync", group_norm="fresh")
 
 
 class PatchDecoder:
-    """What makes one VAE's decoder patch-parallel within the gang of `communicator`.
+    """One VAE's decoder, made patch-parallel within a gang.
 
-    Its layers exchange synchronously, so the picture is one device's but for rounding.
+    Its layers exchange synchronously, so the picture is that of one device, up to rounding.
+
+    Args:
+        decoder: the network; its layers are converted in place, its parameters stay.
 
     Attributes:
-        communicator: the gang; None: this rank decodes alone.
-        exchange: what the layers use; None: they behave as the originals.
+        communicator: the gang; None where this rank decodes alone.
+        context: what its layers look up during a call.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.communicator: Communicator | None = None
-        self.exchange: Exchange | None = None
+        self.context = PatchContext(group_norm=FRESH.group_norm)
         self._decoder = decoder
         self._network: Callable[..., torch.Tensor]
 
     def install(self) -> None:
-        """Stand in for the decoder's forward as it is now, hooks and all."""
+        """Replace the decoder's current forward, hooks included."""
         self._network, self._decoder.forward = self._decoder.forward, self.forward
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Decode without the gang meanwhile."""
+        """Decode without the gang for as long as this lasts."""
         communicator, self.communicator = self.communicator, None
         try:
             yield
@@ -50,10 +56,10 @@ class PatchDecoder:
             self.communicator = communicator
 
     def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """`Decoder.forward`, the same on every rank of the gang: whole latents, whole picture.
+        """`Decoder.forward`, to be called alike on every rank of the gang: whole latents, whole picture.
 
-        Every rank decodes all of it where there are fewer latent rows than ranks, or where a layer was
-        replaced since by one that cannot be cut into patches. A gang's picture has no gradient.
+        Every rank decodes all of it where there are fewer latent rows than ranks, or where a layer has since
+        been replaced by one that cannot be cut into patches. A gang's picture has no gradient.
 
         Args:
             sample: (batch, latent channels, rows, columns).
@@ -78,15 +84,12 @@ class PatchDecoder:
     def _decode_rows(
         self, gang: Communicator, sample: torch.Tensor, latent_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        adopt_decoder_layers(self._decoder, self)
+        convert_decoder_layers(self._decoder, self.context)
         levels = len(self._decoder.up_blocks) - 1
         height, width = (side << levels for side in sample.shape[2:])
         partition = Partition(height, width, levels, gang.world_size)
         start, stop = partition.rows(gang.rank, levels)
-        self.exchange = Exchange(gang, partition, FRESH)
-        try:
+        with Exchange(gang, partition, FRESH).step() as step, self.context.during(step):
             rows = self._network(sample[:, :, start:stop].contiguous(), latent_embeds)
-        finally:
-            self.exchange = None
-        gather = Gather(gang, partition, (rows.shape[0], rows.shape[1], height, width), rows.dtype)
-        return gather(rows, (False, False), 0.0)[0]
+        shape = (rows.shape[0], rows.shape[1], height, width)
+        return Gather(gang, GangLayout(gang.world_size), partition, shape, rows.dtype)(rows).whole

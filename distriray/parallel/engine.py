@@ -1,34 +1,46 @@
-"""The patch-parallel U-Net: cuts the input, runs the network on the own rows, gathers the noise."""
+"""Patch-parallel U-Net: cuts the input, runs the network on this rank's rows, gathers the noise."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch.utils import _pytree as pytree
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
-from distriray.errors import GenerationCancelled, InvalidRequest
+from distriray.errors import GenerationCancelled
+from distriray.parallel.agreement import check_same_image
+from distriray.parallel.context import PatchContext
+from distriray.parallel.convert import convert_layers
 from distriray.parallel.decoder import PatchDecoder
-from distriray.parallel.exchange import Exchange
-from distriray.parallel.gather import Gather, check_same_image
-from distriray.parallel.layers import adopt_layers
+from distriray.parallel.exchange.cache import ExchangeCache
+from distriray.parallel.exchange.exchange import BUCKETS, Exchange
+from distriray.parallel.exchange.steps import Step
+from distriray.parallel.gather import Flags, Gather, Gathered
+from distriray.parallel.layout import GangLayout
+from distriray.parallel.new_image import NewImageDetector
 from distriray.parallel.partition import Partition
+from distriray.parallel.share import Share
 from distriray.parallel.supported import check_inputs
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What the last step did: its seconds, those spent waiting for peers, bytes sent, fresh or stale."""
+    """Figures of one step.
+
+    Attributes:
+        seconds: of the whole step on this rank.
+        wait_s: those of them that were spent waiting for peers.
+        bytes_sent: by this rank, to all peers.
+        synchronous: whether all values were fresh.
+    """
 
     seconds: float = 0.0
     wait_s: float = 0.0
@@ -36,74 +48,74 @@ class StepStatistics:
     synchronous: bool = True
 
 
-@dataclass(frozen=True)
-class Share:
-    """One rank's part of a call: a slice of the batch, and the ranks that share that slice's rows."""
-
-    batch: slice
-    communicator: Communicator
-    partition: Partition
-
-
 class Engine:
-    """What makes one U-Net patch-parallel within the gang of a communicator.
+    """One U-Net, made patch-parallel within a gang.
 
     Args:
-        unet: the network; its layers are replaced in place, its parameters stay.
+        unet: the network; its layers are converted in place, its parameters stay.
+
+    Attributes:
+        communicator, config: the gang, and how it shares a step; set by `join`.
+        context: what the network's layers look up during a call.
+        decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
+        bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
+        generation: counts the gangs that were joined.
+        drift: relative change of what the ranks sent in the last step, the largest of theirs; infinite where
+            it was not measured.
+        yielding: whether a rank has asked the gang to yield since the image began.
+        statistics: of the last step.
     """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.communicator: Communicator
         self.config: ParallelConfig
-        self.exchange: Exchange | None = None  # what the layers use; None: they behave as the originals
-        self.decoder: PatchDecoder | None = None  # of the pipeline's VAE, if it can be cut into patches
-        self.text_epoch = 0
+        self.context = PatchContext()
+        self.decoder: PatchDecoder | None = None
+        self.bucket_count = BUCKETS
         self.generation = 0
         self.drift = float("inf")
         self.yielding = False
         self.statistics = StepStatistics()
         self._unet = unet
         self._network: Callable[..., tuple[torch.Tensor]]
-        self._exchanges: OrderedDict[tuple[Any, ...], Exchange] = OrderedDict()
+        self._detector = NewImageDetector()
+        self._exchanges = ExchangeCache()
         self._gather: Gather | None = None
-        self._asked = [False, False]
         self._lock = threading.Lock()
+        self._asked = Flags()
         self._step = 0
         self._fresh_start = True
         self._warm = False
-        self._timesteps: WeakKeyDictionary[Any, torch.Tensor | None] = WeakKeyDictionary()
-        self._timestep = float("inf")
-        self._text: torch.Tensor | None = None
-        self._text_scale: Any = None
 
     # What a user or a worker calls
 
     def install(self) -> None:
-        """Stand in for the U-Net's forward as it is now, hooks and all."""
+        """Replace the U-Net's current forward, hooks included."""
         self._network, self._unet.forward = self._unet.forward, self.forward
 
-    def serve(self, pipeline: Any) -> None:
-        """Take a new `timesteps` tensor of this pipeline's scheduler for the start of an image."""
+    def watch_scheduler(self, pipeline: Any) -> None:
+        """Treat a new `timesteps` tensor on this pipeline's scheduler as the start of an image."""
         if pipeline is not self._unet:
-            self._timesteps.setdefault(pipeline, None)
+            self._detector.watch(pipeline)
 
-    def bind(self, communicator: Communicator, config: ParallelConfig) -> None:
-        """Join another gang: what was exchanged in the last one is dropped, and what was asked of it."""
-        self._drop_exchanges()
+    def join(self, communicator: Communicator, config: ParallelConfig) -> None:
+        """Join another gang, dropping the previous gang's buffers and pending signals."""
+        self._exchanges.clear()
         with self._lock:
-            self._asked = [False, False]
+            self._asked = Flags()
         self.communicator = communicator
         self.config = config
+        self.context.group_norm = config.group_norm
         if self.decoder is not None:
             together = config.parallel_vae and communicator.world_size > 1
             self.decoder.communicator = communicator if together else None
         self.generation += 1
         self._gather = None
-        self.restart()
+        self.start_image()
 
-    def restart(self, steps_done: int = 0) -> None:
-        """The next call is another image's, or a resumed one's, at step `steps_done`: it is synchronous."""
-        self._step = steps_done
+    def start_image(self, at_step: int = 0) -> None:
+        """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
+        self._step = at_step
         self._fresh_start = True
         self._warm = False
         self.yielding = False
@@ -111,17 +123,17 @@ class Engine:
     def ask_yield(self) -> None:
         """Let the whole gang leave after the next step that all ranks share. Any rank, any thread."""
         with self._lock:
-            self._asked[0] = True
+            self._asked = self._asked._replace(yield_=True)
 
     def ask_cancel(self) -> None:
         """Let the next step raise `GenerationCancelled` on every rank. Any rank, any thread."""
         with self._lock:
-            self._asked[1] = True
+            self._asked = self._asked._replace(cancel=True)
 
     @property
     def buffer_bytes(self) -> int:
         """Memory of all exchange buffers, in bytes."""
-        return sum(exchange.buffer_bytes for exchange in self._exchanges.values())
+        return self._exchanges.nbytes
 
     @property
     def decodes_together(self) -> bool:
@@ -147,7 +159,14 @@ class Engine:
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
-        """`UNet2DConditionModel.forward`, the same on every rank of the gang: whole inputs, whole noise.
+        """`UNet2DConditionModel.forward`, to be called alike on every rank: whole inputs, whole noise.
+
+        Args:
+            sample: latents, (batch, channels, rows, columns).
+            encoder_hidden_states: prompt embeddings, (batch, tokens, channels).
+
+        Returns:
+            The predicted noise, shaped as `sample`.
 
         Raises:
             UnsupportedModel: an input that patches cannot honour.
@@ -158,172 +177,102 @@ class Engine:
         """
         started, sent = time.perf_counter(), self.communicator.bytes_sent
         check_inputs(attention_mask, cross_attention_kwargs)
-        self._notice_new_image(timestep, encoder_hidden_states, cross_attention_kwargs)
+        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        self._notice_new_image(now, encoder_hidden_states, cross_attention_kwargs)
         share = self._share(sample)
         if self._fresh_start:
-            self._begin_image(sample, timestep, encoder_hidden_states)
-        batch = sample.shape[0]
-
-        def cut(tree: Any) -> Any:
-            return pytree.tree_map(lambda leaf: _cut_batch(leaf, share.batch, batch), tree)
-
-        def cut_rows(tree: Any) -> Any:
-            return pytree.tree_map(lambda leaf: _cut_rows(leaf, share), cut(tree))
-
-        exchange = self._begin_step(share, sample)
+            self._prepare_image(sample, now, encoder_hidden_states)
+        cut, cut_rows = share.cut, share.cut_rows
         try:
-            (noise,) = self._network(
-                cut_rows(sample),
-                cut(timestep),
-                cut(encoder_hidden_states),
-                class_labels=cut(class_labels),
-                timestep_cond=cut(timestep_cond),
-                cross_attention_kwargs=cross_attention_kwargs,
-                added_cond_kwargs=cut(added_cond_kwargs),
-                down_block_additional_residuals=cut_rows(down_block_additional_residuals),
-                mid_block_additional_residual=cut_rows(mid_block_additional_residual),
-                down_intrablock_additional_residuals=cut_rows(down_intrablock_additional_residuals),
-                encoder_attention_mask=cut(encoder_attention_mask),
-                return_dict=False,
-            )
-            drift = float("inf")
-            if exchange is not None:
-                exchange.end()
-                drift = exchange.drift
-            noise = self._collect(noise, share, batch, drift)
+            with self._exchange_step(share, sample) as step, self.context.during(step):
+                (noise,) = self._network(
+                    cut_rows(sample),
+                    cut(timestep),
+                    cut(encoder_hidden_states),
+                    class_labels=cut(class_labels),
+                    timestep_cond=cut(timestep_cond),
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    added_cond_kwargs=cut(added_cond_kwargs),
+                    down_block_additional_residuals=cut_rows(down_block_additional_residuals),
+                    mid_block_additional_residual=cut_rows(mid_block_additional_residual),
+                    down_intrablock_additional_residuals=cut_rows(down_intrablock_additional_residuals),
+                    encoder_attention_mask=cut(encoder_attention_mask),
+                    return_dict=False,
+                )
+            noise = self._collect(noise, share, float("inf") if step is None else step.drift)
         except BaseException:
-            self.restart(self._step)
+            self.start_image(self._step)  # a step that failed is nothing to go on from
             raise
-        finally:
-            self.exchange = None
-        wait_s = self._gather.wait_s if self._gather else 0.0
         self.statistics = StepStatistics(
             time.perf_counter() - started,
-            wait_s + (exchange.wait_s if exchange else 0.0),
+            (step.wait_s if step else 0.0) + (self._gather.wait_s if self._gather else 0.0),
             self.communicator.bytes_sent - sent,
-            exchange is None or not exchange.displacing,
+            step is None or not step.displaced,
         )
         self._step += 1
         self._fresh_start = False
         return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
 
-    def _notice_new_image(
-        self, timestep: torch.Tensor | float | int, text: torch.Tensor, cross_attention_kwargs: Any
-    ) -> None:
-        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        same_text = text is self._text or (
-            self._text is not None and text.shape == self._text.shape and torch.equal(text, self._text)
-        )
-        # Schedulers of second order repeat a timestep; without a scheduler to ask, it may be the next image.
-        another = not same_text or now > self._timestep or (now == self._timestep and not self._timesteps)
-        for pipeline, before in list(self._timesteps.items()):
-            scheduler = getattr(pipeline, "scheduler", None)
-            self._timesteps[pipeline] = timesteps = getattr(scheduler, "timesteps", None)
-            another |= timesteps is not before
-        if another and not self._fresh_start:
-            self.restart()
-        if self._fresh_start or not same_text or cross_attention_kwargs != self._text_scale:
-            self.text_epoch += 1
-        self._timestep = now
-        self._text, self._text_scale = text, cross_attention_kwargs
+    def _notice_new_image(self, timestep: float, text: torch.Tensor, scale: Any) -> None:
+        signs = self._detector.look(timestep, text, scale)
+        if signs.new_image and not self._fresh_start:
+            self.start_image()
+        if self._fresh_start or signs.new_text:
+            self.context.text_epoch += 1
 
-    def _begin_image(self, sample: torch.Tensor, timestep: Any, text: torch.Tensor) -> None:
+    def _prepare_image(self, sample: torch.Tensor, timestep: float, text: torch.Tensor) -> None:
         if self.communicator.world_size > 1:
-            check_same_image(self.communicator, sample, self._timestep, text, self._step)
-        if adopt_layers(self._unet, self):
-            self._drop_exchanges()
+            check_same_image(self.communicator, sample, timestep, text, self._step)
+        if convert_layers(self._unet, self.context):
+            self._exchanges.clear()
 
     def _share(self, sample: torch.Tensor) -> Share:
-        """This rank's part of a call with `sample` (batch, channels, rows, columns)."""
-        ranks, rank = self.communicator.world_size, self.communicator.rank
-        batch = sample.shape[0]
-        want = self.config.cfg_parallel
-        if want is True and ranks > 1 and (batch % 2 or ranks % 2):
-            raise InvalidRequest(
-                f"cfg_parallel=True needs an even gang and an even batch, not {ranks} ranks and a batch of "
-                f"{batch}; without guidance use 'auto'",
-                param="guidance_scale",
-            )
-        halves = 2 if want and ranks % 2 == 0 and batch % 2 == 0 else 1
-        size = ranks // halves
-        half, part = divmod(rank, size)
-        levels = len(self._unet.down_blocks) - 1
-        return Share(
-            slice(half * batch // halves, (half + 1) * batch // halves),
-            self.communicator.subgroup(range(half * size, (half + 1) * size)),
-            Partition(sample.shape[2], sample.shape[3], levels, size),
-        )
+        batch, _, height, width = sample.shape
+        rank = self.communicator.rank
+        layout = GangLayout.of(self.communicator.world_size, batch, self.config.cfg_parallel)
+        communicator = self.communicator.subgroup(layout.ranks(layout.half(rank)))
+        partition = Partition(height, width, len(self._unet.down_blocks) - 1, layout.patches)
+        return Share(layout, communicator, partition, batch, layout.batch_slice(rank, batch))
 
-    def _begin_step(self, share: Share, sample: torch.Tensor) -> Exchange | None:
-        if share.partition.world_size == 1 or self.config.exchange == "none":
-            self.exchange = None
-            return None
+    def _exchange_step(self, share: Share, sample: torch.Tensor) -> AbstractContextManager[Step | None]:
+        """The step of the exchange for this call; None without patches or without an exchange."""
+        config = self.config
+        if share.partition.world_size == 1 or config.exchange == "none":
+            return nullcontext()
         # Buffers made in inference mode cannot be written outside it.
         inference = torch.is_inference_mode_enabled()
-        key = (share.batch.start, share.batch.stop, share.partition, sample.dtype, inference)
-        anew = self._fresh_start or key != next(reversed(self._exchanges), None)
-        exchange = self._exchanges.get(key)
-        if exchange is None:
-            exchange = self._exchanges[key] = Exchange(share.communicator, share.partition, self.config)
-        self._exchanges.move_to_end(key)
-        if anew:
-            for other in self._exchanges.values():
-                other.restart()
-            self._evict()
-        warmup = self.config.warmup_steps
-        auto = warmup == "auto" and self.config.exchange == "displaced"
-        warm = self._warm if warmup == "auto" else self._step >= warmup
-        displace = self.config.exchange == "displaced" and warm and not anew
-        exchange.begin(displace, measure_drift=auto and not warm)
-        self.exchange = exchange
-        return exchange
+        key = (share.part.start, share.part.stop, share.partition, sample.dtype, inference)
+        follows = not self._fresh_start and key == self._exchanges.latest
+        exchange = self._exchanges.use(
+            key, lambda: Exchange(share.communicator, share.partition, config, self.bucket_count)
+        )
+        if not follows:
+            self._exchanges.restart()
+            self._exchanges.evict(config.max_buffer_bytes)
+        if config.exchange != "displaced":
+            return exchange.step()
+        if config.warmup_steps == "auto":
+            return exchange.step(self._warm and follows, measure_drift=not self._warm)
+        return exchange.step(self._step >= config.warmup_steps and follows)
 
-    def _collect(self, noise: torch.Tensor, share: Share, batch: int, drift: float) -> torch.Tensor:
+    def _collect(self, noise: torch.Tensor, share: Share, drift: float) -> torch.Tensor:
+        """The whole noise; what the ranks asked for is decided alike on all of them."""
         with self._lock:
-            asked, self._asked = tuple(self._asked), [False, False]
+            asked, self._asked = self._asked, Flags()
         if self.communicator.world_size == 1:
-            whole, (yielding, cancelled), self.drift = noise, asked, drift
+            gathered = Gathered(noise, asked, drift)
         else:
-            shape = (batch, noise.shape[1], share.partition.height, share.partition.width)
+            shape = (share.batch, noise.shape[1], share.partition.height, share.partition.width)
             if self._gather is None or self._gather.shape != shape or self._gather.dtype != noise.dtype:
                 with torch.inference_mode(False):  # writable in either mode
-                    self._gather = Gather(self.communicator, share.partition, shape, noise.dtype)
-            whole, (yielding, cancelled), self.drift = self._gather(noise, asked, drift)
+                    self._gather = Gather(
+                        self.communicator, share.layout, share.partition, shape, noise.dtype
+                    )
+            gathered = self._gather(noise, asked, drift)
+        self.drift = gathered.drift
         if self.drift < self.config.auto_warmup_drift:
             self._warm = True
-        self.yielding = self.yielding or yielding
-        if cancelled:
+        self.yielding = self.yielding or gathered.flags.yield_
+        if gathered.flags.cancel:
             raise GenerationCancelled(f"cancelled after step {self._step + 1}")
-        return whole
-
-    # Buffers
-
-    def _evict(self) -> None:
-        """Drop the shapes used longest ago until what is not in use fits the bound."""
-        while len(self._exchanges) > 1:
-            idle = sum(exchange.buffer_bytes for exchange in list(self._exchanges.values())[:-1])
-            if idle <= self.config.max_buffer_bytes:
-                return
-            self._exchanges.popitem(last=False)
-
-    def _drop_exchanges(self) -> None:
-        for exchange in self._exchanges.values():
-            exchange.abandon()
-        self._exchanges.clear()
-
-
-def _cut_batch(leaf: Any, part: slice, batch: int) -> Any:
-    if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == batch:
-        return leaf[part]
-    return leaf
-
-
-def _cut_rows(leaf: Any, share: Share) -> Any:
-    """The own rows of a feature map (batch, channels, rows, columns) at whatever level it is."""
-    if not isinstance(leaf, torch.Tensor) or share.partition.world_size == 1:
-        return leaf
-    for level in range(share.partition.levels + 1):
-        if tuple(leaf.shape[2:]) == share.partition.shape(level):
-            start, stop = share.partition.rows(share.communicator.rank, level)
-            return leaf[:, :, start:stop].contiguous()
-    raise InvalidRequest(f"a feature map of {tuple(leaf.shape)} is no level of {share.partition}")
+        return gathered.whole

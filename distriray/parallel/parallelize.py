@@ -1,4 +1,4 @@
-"""The library's entry point."""
+"""Entry point of the library: makes a diffusers pipeline patch-parallel."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
-from distriray.errors import InvalidRequest
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.engine import Engine
+from distriray.parallel.layout import GangLayout
 from distriray.parallel.supported import decoder_of, has_class_forward, unet_of
 
 Pipeline = TypeVar("Pipeline")
 Patches = TypeVar("Patches", Engine, PatchDecoder)
-PATCHES = "distriray_patches"  # the attribute of a network that holds what makes it patch-parallel
+PATCHES = "distriray_patches"  # the attribute of a network that holds its engine or decoder
 
 
 def parallelize(
@@ -24,11 +24,10 @@ def parallelize(
 ) -> Pipeline:
     """Let the gang of `communicator` denoise and decode `pipeline`'s images together, in patches.
 
-    Denoising is displaced unless `config` says otherwise; decoding is exact, by each rank its own rows.
-
+    Denoising is displaced unless `config` says otherwise. Decoding is exact: each rank decodes its own rows.
     A VAE that several pipelines share decodes in the gang of the last of them that was parallelized.
 
-    Every rank makes the same calls with the same arguments afterwards, and gets the whole image. The pipeline
+    Afterwards every rank makes the same calls with the same arguments and gets the whole image. The pipeline
     stays the class it was: any size, batch, step count, scheduler and guidance, LoRA, callbacks. On an
     already parallelized pipeline this joins another gang.
 
@@ -51,21 +50,16 @@ def parallelize(
     Source: Li et al., DistriFusion, CVPR 2024 (arXiv 2402.19481).
     """
     config = config or ParallelConfig()
-    if config.cfg_parallel is True and communicator.world_size > 1 and communicator.world_size % 2:
-        raise InvalidRequest(
-            f"cfg_parallel=True splits the gang into halves, but it has {communicator.world_size} ranks; "
-            "use 'auto'",
-            param="gang_size",
-        )
+    GangLayout.of(communicator.world_size, batch=2, cfg_parallel=config.cfg_parallel)  # refuses an odd gang
     unet = unet_of(pipeline)
     engine = _installed(unet, Engine)
-    engine.serve(pipeline)
-    if engine.decoder is not None:  # perhaps of another pipeline around this U-Net
+    engine.watch_scheduler(pipeline)
+    if engine.decoder is not None:  # perhaps that of another pipeline around this U-Net
         engine.decoder.communicator = None
     decoder = decoder_of(pipeline)
     engine.decoder = None if decoder is None else _installed(decoder, PatchDecoder)
     _share_random_state(communicator)
-    engine.bind(communicator, config)
+    engine.join(communicator, config)
     return pipeline
 
 
@@ -75,7 +69,7 @@ def engine_of(pipeline: Any) -> Engine | None:
 
 
 def _installed(network: Any, make: Callable[[Any], Patches]) -> Patches:
-    """What makes a network patch-parallel, made at the first call, in the place of its forward."""
+    """The network's engine (or decoder), created and installed on the first call."""
     patches: Patches | None = vars(network).get(PATCHES)
     if patches is None:
         patches = vars(network)[PATCHES] = make(network)

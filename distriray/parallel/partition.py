@@ -1,4 +1,4 @@
-"""Which rows of every feature map each rank owns, and which rows of its peers a convolution needs."""
+"""Row ranges: what each rank owns of every feature map, and what a convolution needs of its peers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Halo:
     Attributes:
         zeros: rows of padding (above, below) that lie outside the image.
         receive: rows that come from each peer; a lower rank's go above the patch, a higher rank's below.
-        send: for each peer, the rows [start, stop) of the own patch that it needs.
+        send: for each peer, the rows [start, stop) of this rank's patch that it needs.
     """
 
     zeros: tuple[int, int]
@@ -66,6 +66,7 @@ class Partition:
 
     @property
     def units(self) -> int:
+        """Units of rows, the last of which may be partial."""
         return -(-self.height // 2**self.levels)
 
     @cached_property
@@ -81,6 +82,11 @@ class Partition:
         """The rows [start, stop) that `rank` owns at `level`."""
         scale, height = 2 ** (self.levels - level), self.shape(level)[0]
         return self._unit_bounds[rank] * scale, min(self._unit_bounds[rank + 1] * scale, height)
+
+    def counts(self, level: int) -> tuple[int, ...]:
+        """How many rows each rank owns at `level`."""
+        bounds = (self.rows(rank, level) for rank in range(self.world_size))
+        return tuple(stop - start for start, stop in bounds)
 
     def level_of(self, rank: int, size: tuple[int, ...]) -> int:
         """The level at which `rank`'s patch has `size`: (rows, columns), or (tokens,)."""

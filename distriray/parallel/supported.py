@@ -1,4 +1,4 @@
-"""Which pipelines, layers and inputs the patch-parallel U-Net takes; the rest is refused by name."""
+"""Pipelines, layers and inputs that are supported; everything else is refused by name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 from distriray.errors import UnsupportedModel
-from distriray.parallel.attention import PatchSelfAttention, PatchSpatialAttention
-from distriray.parallel.conv import PatchConv2d
-from distriray.parallel.groupnorm import PatchGroupNorm
+from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
+from distriray.parallel.layers.conv import PatchConv2d
+from distriray.parallel.layers.group_norm import PatchGroupNorm
 
 PIPELINES = "pipelines around a UNet2DConditionModel: Stable Diffusion 1.x, 2.x and XL"
 BLOCKS = {
@@ -123,7 +123,7 @@ def has_class_forward(module: nn.Module) -> bool:
 
 
 def image_layers(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Module]]:
-    """What sees the image, by name: not what makes tokens of image prompts, which every rank has."""
+    """Layers that see the image, by name: all but those that make tokens of image prompts on every rank."""
     return ((name, m) for name, m in unet.named_modules() if not name.startswith("encoder_hid_proj"))
 
 

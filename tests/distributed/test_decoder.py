@@ -171,7 +171,7 @@ def _different(communicator: Communicator, what: str) -> str:
         ("dtype", "GangMismatch: .*precision of the latents"),
         ("rows", "GangMismatch: .*rows 16 and 1"),
         ("layers", "GangMismatch: .*decoding in patches 1 and 0"),
-        ("call", "GangMismatch: .*one is at a step"),
+        ("call", "GangMismatch: .*one is denoising while the other is decoding"),
     ],
 )
 def test_ranks_that_decode_different_things_are_told_so(what: str, said: str) -> None:

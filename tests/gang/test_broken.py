@@ -45,7 +45,7 @@ def pids(host: BlockingHost) -> list[int]:
 
 def within(host: BlockingHost, index: int, deed: Any) -> Any:
     """Do something in the process of a worker."""
-    member = host.host._dispatcher.crew.member(index)
+    member = host.host._dispatcher.group.member(index)
     assert member is not None
     return ray.get(member.remote._actor.__ray_call__.remote(deed))  # type: ignore[attr-defined]
 

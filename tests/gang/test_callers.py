@@ -11,9 +11,10 @@ import pytest
 import ray
 
 from distriray.config import ParallelConfig
-from distriray.gang import BlockingHost, Host, HostConfig, HostStatus
+from distriray.gang import BlockingHost, Host, HostConfig
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest, GenerationResult
+from distriray.status import HostStatus
 from tests.gang.conftest import ask
 from tests.gang.policies import NewestFirst
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from distriray.errors import GenerationCancelled, InvalidRequest, QueueFull
+from distriray.events import Finished, Preview, Queued, Regrouped, Started, Step
 from distriray.gang import BlockingHost
-from distriray.gang.events import Finished, Preview, Queued, Regrouped, Started, Step
 from distriray.requests import GenerationResult
 from tests.gang.conftest import ask, policy_of
 from tests.gang.policies import Script
@@ -130,7 +130,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_retry(host: BlockingHost)
         with pytest.raises(QueueFull) as refused:
             await host.host.generate(ask(gang_size=4))
         assert refused.value.retry_after_s > 0
-        assert len(host.host.status().waiting) == 4 and host.host.work_s() > 0
+        assert len(host.host.status().waiting) == 4 and host.host.backlog_s() > 0
         for result in await asyncio.gather(*tasks):
             assert result.timings.total_s >= result.timings.queued_s
 
@@ -145,7 +145,7 @@ def test_the_earlier_deadline_goes_first(host: BlockingHost) -> None:
             await host.host.generate(ask(id=name, gang_size=4, deadline_s=deadline_s))
             order.append(name)
 
-        await asyncio.gather(one("first", None), one("none", None), one("late", 900), one("soon", 600))
+        await asyncio.gather(one("first", None), one("none", None), one("late", 50), one("soon", 40))
         return order
 
     assert host.do(scene())[-1] == "none"
@@ -177,7 +177,7 @@ def test_a_worker_holds_no_state_of_finished_requests(host: BlockingHost) -> Non
     host.generate(ask(gang_size=4))
 
     async def none_held() -> None:  # nobody waits for a worker to forget
-        members = host.host._dispatcher.crew.members
+        members = host.host._dispatcher.group.members
         while sum([(await member.remote.ping())[1] for member in members]):
             await asyncio.sleep(0.05)
 

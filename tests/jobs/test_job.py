@@ -102,11 +102,11 @@ def test_a_job_that_is_terminated_finishes_what_is_under_way(
 
 SUBMIT = """
 import sys, time, ray
-from distriray.gang import guard
+from distriray.gang import reaper
 from ray.job_submission import JobStatus, JobSubmissionClient
 folder, *arguments = sys.argv[1:]
 context = ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
-watchman = guard.start()
+watcher = reaper.start()
 try:
     client = JobSubmissionClient(f"http://{context.dashboard_url}")
     entrypoint = " ".join([sys.executable, "-m", "distriray.jobs.generate", *arguments])
@@ -116,7 +116,7 @@ try:
     print(client.get_job_status(job).value, client.get_job_logs(job), sep="\\n")
 finally:
     ray.shutdown()
-    watchman.communicate()
+    watcher.communicate()
 """
 
 

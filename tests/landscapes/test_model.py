@@ -48,6 +48,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.distributed
 def test_the_folder_loads_in_a_process_without_distriray() -> None:
     subprocess.run([sys.executable, "-c", LOADING, str(MODEL_DIR)], check=True, cwd="/")
 
@@ -78,6 +79,7 @@ def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa:
     assert (encode_pictures(pipeline.vae, picture).float() - latents).abs().max() < 0.05
 
 
+@pytest.mark.slow
 def test_training_weighs_an_error_as_the_picture_shows_it(pipeline) -> None:  # noqa: ANN001
     from distriray.landscapes.codec import patch_code
     from distriray.landscapes.train_unet import encode_pictures, picture_weights
@@ -133,6 +135,7 @@ def test_every_size_has_its_share_of_the_training() -> None:
 
 
 @needs_muon
+@pytest.mark.slow
 def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from distriray.landscapes import dataset, train_unet
 
@@ -197,6 +200,7 @@ def test_the_critic_pulls_as_hard_as_it_may_and_no_harder() -> None:
 
 
 @needs_muon
+@pytest.mark.slow
 def test_the_decoders_training_resumes_exactly_and_leaves_the_encoder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

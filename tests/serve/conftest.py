@@ -46,7 +46,7 @@ class Service:
                     "model": models["elastic"],
                     "min_hosts": 0,
                     "max_hosts": 2,
-                    "target_work_s": 1.0,
+                    "target_backlog_s": 1.0,
                     "look_back_s": 1.0,
                     "scale_up_after_s": 0.5,
                     "scale_down_after_s": 3.0,

@@ -18,7 +18,7 @@ from distriray.requests import GenerationRequest
 
 from .conftest import APP, Service, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 Ask = Callable[..., GenerationRequest]
 
 
@@ -52,7 +52,7 @@ def asking(clients: int, request: Callable[[], GenerationRequest]) -> Iterator[l
 
 
 def test_two_routers_share_two_hosts_evenly(service: Service, client: HandleClient, ask: Ask) -> None:
-    assert service.running("Router") == 2 and service.running("twins") == 2
+    assert service.running("Ingress") == 2 and service.running("twins") == 2
     before, handle = finished(client, "twins"), serve.get_app_handle(APP)
     responses = [handle.generate.remote(ask("twins", num_inference_steps=40)) for _ in range(16)]
     assert len({response.result().id for response in responses}) == 16

@@ -12,13 +12,13 @@ from PIL import Image, ImageChops
 from ray import serve
 
 from distriray.errors import DeadlineUnmet, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
-from distriray.gang.events import Finished, Preview, Queued, Started, Step
+from distriray.events import Finished, Preview, Queued, Started, Step
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 
 from .conftest import APP, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 Ask = Callable[..., GenerationRequest]
 
 

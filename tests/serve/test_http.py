@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from distriray.client import Client
-from distriray.gang.events import Finished
-from distriray.gang.status import HostStatus
+from distriray.events import Finished
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
+from distriray.status import HostStatus
 
 from .conftest import HTTP, Service, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 
 def body(service: Service, **fields: object) -> dict[str, object]:

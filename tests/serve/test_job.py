@@ -17,7 +17,7 @@ from distriray.requests import GenerationRequest
 
 from .conftest import APP
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 
 def test_a_job_waits_where_the_queues_are_full_and_reports_what_the_service_refuses(

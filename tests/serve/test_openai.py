@@ -16,7 +16,7 @@ from distriray.requests import GenerationRequest
 
 from .conftest import HTTP, Service
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 SMALL = {"num_inference_steps": 4, "seed": 7}
 

@@ -15,7 +15,7 @@ from tests.unit.http.malformed import IMAGES, malformed
 
 from .conftest import HTTP, Service, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 KEY = {"Authorization": "Bearer right"}
 # Whatever is asked for within these is drawn in a moment, and what asks for the defaults is within these.

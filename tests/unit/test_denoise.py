@@ -285,6 +285,7 @@ def test_what_cannot_be_saved_is_an_error(denoiser: Denoiser) -> None:
         state.to_bytes()
 
 
+@pytest.mark.distributed
 def test_another_process_goes_on_with_the_same_bits(denoiser: Denoiser, tmp_path: Path) -> None:
     expected = {}
     for scheduler in SCHEDULERS:

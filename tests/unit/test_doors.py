@@ -19,9 +19,9 @@ from pydantic.fields import FieldInfo
 from distriray import AsyncClient, Client, HandleClient
 from distriray.cli import app
 from distriray.config import ParallelConfig
+from distriray.events import Event, Finished
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
-from distriray.gang.events import Event, Finished
 from distriray.gang.messages import SegmentOrder, WorkerFacts
 from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder

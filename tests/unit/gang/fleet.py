@@ -54,7 +54,7 @@ class FakeWorker:
         self.raises: Exception | None = None
         self.refuses: DistrirayError | None = None
         self.states: dict[int, int] = {}
-        self.links: set[str] = {"alone"}
+        self.communicators: set[str] = {"alone"}
         self.signals: dict[int, StopSignal] = {}
         self.retained: list[tuple[set[int], int]] = []
         self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -90,7 +90,7 @@ class FakeWorker:
                 if any(peer.hangs or peer.raises is not None for peer in peers):
                     await asyncio.sleep(self.fleet.timeout_s)
                     raise GangBroken(f"not all of {one.group} came")
-                self.links.add(one.name)
+                self.communicators.add(one.name)
 
         return self._call(link())
 
@@ -127,7 +127,7 @@ class FakeWorker:
 
         return self._call(ping())
 
-    def attend(self) -> asyncio.Future[None]:
+    def until_death(self) -> asyncio.Future[None]:
         return asyncio.shield(self._death)
 
     async def _run(self, order: SegmentOrder, state: Sent | None) -> RankResult:
@@ -139,7 +139,7 @@ class FakeWorker:
             self.states.setdefault(order.job, 0)
         if self.raises is None and self.refuses is None:
             assert self.states[order.job] == order.step, "the host takes this worker for a holder"
-        assert order.communicator in self.links
+        assert order.communicator in self.communicators
         gang = self.fleet.gangs.setdefault(order.serial, FakeGang(order))
         return await gang.run(self, order)
 

@@ -10,8 +10,8 @@ import pytest
 
 from distriray.config import ParallelConfig
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
+from distriray.events import Repaired
 from distriray.gang import segments
-from distriray.gang.events import Repaired
 from distriray.gang.job import Job
 from distriray.gang.messages import Progress
 from tests.gang.policies import NewestFirst, Script
@@ -96,7 +96,7 @@ def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(gang_size: int)
             assert gang_size == 1 or result.segments[-1].first_step >= 10  # the other one has the state
             await host.whole()
             assert not old.alive and fleet.at(0) is not old and host.dispatcher.healthy
-            assert "CUDA error" in host.dispatcher.crew.repairs[0].cause
+            assert "CUDA error" in host.dispatcher.group.repairs[0].cause
 
     do(scene())
 
@@ -238,7 +238,7 @@ def test_a_policy_that_lends_what_is_lent_fails_the_host_and_nobody_waits_for_ev
 
 
 def test_workers_forget_what_is_over_though_nobody_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distriray.gang.crew.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("distriray.gang.worker_group.HEARTBEAT_S", 0.01)
 
     async def scene() -> None:
         async with FakeHost(1, **opened()) as host:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distriray.errors import GenerationCancelled
-from distriray.gang.events import Regrouped, Started
+from distriray.events import Regrouped, Started
 from distriray.gang.job import TRANSITIONS, Job, JobState
 from distriray.gang.messages import Progress, RankResult, SegmentEnd, WorkerId
 from distriray.gang.segment_result import SegmentResult

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from distriray.errors import DistrirayError
+from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
-from distriray.gang.events import Event, Finished, Preview, Queued, Started, Step
-from distriray.gang.status import HostStatus, PredictionStatus, WorkerStatus
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 from distriray.service import Fleet, ModelCard, PoolReport
+from distriray.status import HostStatus, PredictionStatus, WorkerStatus
 
 LIMITS = Limits(max_side=256, max_pixels=256 * 256, max_steps=50, max_images=4, max_previews=3)
 CARDS = [
@@ -86,7 +86,7 @@ class FakeService:
             running=[],
             waiting=[],
             max_queue=8,
-            work_s=0.0,
+            backlog_s=0.0,
             repairs=[],
             outcomes={},
             regroupings=0,

@@ -9,18 +9,22 @@ import pytest
 import torch
 
 from distriray.errors import GangBroken, GangMismatch
-from distriray.parallel.gather import Gather, check_same_latents
+from distriray.parallel.agreement import check_same_latents
+from distriray.parallel.gather import Gather
+from distriray.parallel.layout import GangLayout
 from distriray.parallel.partition import Partition
 
 
 class Aborted:
     """As on a GPU: the wait returns, the transfer is aborted meanwhile, and garbage is left."""
 
-    rank, world_size, device, broken = 0, 2, torch.device("cpu"), False
+    rank, world_size, peers, device, broken = 0, 2, (1,), torch.device("cpu"), False
 
-    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Any:
+    def check(self) -> None:
         if self.broken:
             raise GangBroken("rank 1 died")
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Any:
         self.broken = True
         for tensor in receives.values():
             tensor.fill_(0xFF)
@@ -31,15 +35,18 @@ class Aborted:
 
 
 def test_garbage_of_an_aborted_transfer_is_no_result() -> None:
-    gather = Gather(Aborted(), Partition(8, 8, 2, 2), (1, 4, 8, 8), torch.float32)  # type: ignore[arg-type]
+    communicator: Any = Aborted()
+    gather = Gather(communicator, GangLayout(2), Partition(8, 8, 2, 2), (1, 4, 8, 8), torch.float32)
     with pytest.raises(GangBroken, match="rank 1 died"):
-        gather(torch.zeros((1, 4, 4, 8)), (False, False), 0.0)
+        gather(torch.zeros((1, 4, 4, 8)))
 
 
 class Peer:
     """Rank 1 sends the same sums as rank 0, except that of its latents."""
 
-    rank, world_size, device, broken = 0, 2, torch.device("cpu"), False
+    rank, world_size, peers, device, broken = 0, 2, (1,), torch.device("cpu"), False
+
+    def check(self) -> None: ...
 
     def __init__(self, total: float) -> None:
         self.total = total

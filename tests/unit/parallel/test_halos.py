@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distriray.parallel.halos import PaddedPatch
+from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.partition import Partition, Window
 
 

@@ -212,7 +212,13 @@ def _peak(count, policy):
     return tracemalloc.get_traced_memory()[1]
 
 
-@pytest.mark.parametrize("policy", [FixedSize(4), Elastic()], ids=["fixed", "elastic"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(FixedSize(4), id="fixed"),
+        pytest.param(Elastic(), id="elastic", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_does_not_grow_with_what_has_been(policy):
     """In a process of its own: another thread's allocations would count too."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as process:

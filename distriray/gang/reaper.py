@@ -17,15 +17,15 @@ GRACE_S = 3.0
 
 
 def start() -> subprocess.Popen[str]:
-    """Guard all processes that descend from this one now; close `stdin` to let the guard go."""
+    """Watch every current descendant of this process; close `stdin` to dismiss the watcher."""
     started = [(child.pid, child.create_time()) for child in psutil.Process().children(recursive=True)]
-    guard = subprocess.Popen(
+    watcher = subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert guard.stdin is not None
-    guard.stdin.write(json.dumps(started) + "\n")
-    guard.stdin.flush()
-    return guard
+    assert watcher.stdin is not None
+    watcher.stdin.write(json.dumps(started) + "\n")
+    watcher.stdin.flush()
+    return watcher
 
 
 def main() -> None:

@@ -7,17 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distriray.parallel.groupnorm import correct, group_statistics, merge, patch_group_norm
+from distriray.config import GroupNormMode
+from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.group_norm import patch_group_norm
+from distriray.parallel.moments import correct, group_statistics, merge
 
 
 class OneRank:
-    """An active exchange in a gang of one: the own statistics are everyone's."""
+    """A step in a gang of one: this rank's statistics are everyone's."""
 
-    displacing = False
-    exchange = property(lambda self: self)
+    displaced = False
 
-    def statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        return own
+    def shares(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ones((1, 1, 1))
+
+    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        return own[None]
+
+    def send_statistics(self, own: torch.Tensor) -> None: ...
 
 
 def test_merged_statistics_equal_nn_group_norm() -> None:
@@ -52,7 +59,7 @@ def test_half_precision_is_as_true_as_nn_group_norm(dtype: torch.dtype) -> None:
         return float((output.double() - truth).square().mean().sqrt())
 
     whole = error(norm(image))
-    patch_group_norm(norm, OneRank())  # type: ignore[arg-type]
+    patch_group_norm(norm, PatchContext(step=OneRank()))  # type: ignore[arg-type]
     output = norm(image)
     assert output.dtype == dtype and error(output) <= 1.1 * whole
 
@@ -81,3 +88,46 @@ def test_correction_without_change_is_the_stale_whole() -> None:
     stale = torch.tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]])
     shares = torch.tensor([0.25, 0.75]).view(-1, 1, 1)
     torch.testing.assert_close(correct(stale, stale[1], 1, shares), merge(stale, shares))
+
+
+class TwoRanks:
+    """A displaced step between two equal patches; every statistic of the step before was 0 and 1."""
+
+    displaced, rank = True, 0
+
+    def __init__(self, own: torch.Tensor) -> None:
+        self.everyone = torch.tensor([0.0, 1.0]).expand(2, *own.shape).clone()
+
+    def shares(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.full((2, 1, 1), 0.5)
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        return own.expand(2, *own.shape)
+
+    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        return self.everyone
+
+    def send_statistics(self, own: torch.Tensor) -> None:
+        self.everyone[self.rank].copy_(own)
+
+
+@pytest.mark.parametrize("mode", ["stale", "corrected", "fresh", "local"])
+def test_a_displaced_norm_uses_the_statistics_of_its_mode(
+    mode: GroupNormMode,
+) -> None:
+    image = torch.randn((2, 8, 4, 4), generator=torch.Generator().manual_seed(0)) + 2
+    own = group_statistics(image, 4)
+    step, before = TwoRanks(own), torch.tensor([0.0, 1.0]).expand(2, *own.shape)
+    shares = step.shares(image)
+    expected = {
+        "stale": merge(torch.stack([own, before[1]]), shares),
+        "corrected": correct(before, own, 0, shares),
+        "fresh": own,
+        "local": own,
+    }[mode]
+    norm = nn.GroupNorm(4, 8, eps=0.0, affine=False)
+    patch_group_norm(norm, PatchContext(step=step, group_norm=mode))  # type: ignore[arg-type]
+    mean, variance = expected.repeat_interleave(2, 1)[..., None, None].unbind(2)
+    torch.testing.assert_close(norm(image), (image - mean) / variance.sqrt())
+    sent = mode in ("stale", "corrected")
+    assert torch.equal(step.everyone[0], own) == sent, "others read what was sent, one step later"

@@ -58,10 +58,10 @@ class Owner(Protocol):
         """The numbers of all jobs that are not over, and of the newest that there was."""
 
 
-class Crew:
+class WorkerGroup:
     """The workers of one host. All methods belong to one event loop.
 
-    A place (an index) is filled by one process after another, each with a `WorkerId` of its own. `lose` is
+    A place (an index) is filled by one process after another, each with a `WorkerId` of its own. `replace` is
     where a process goes; the place is filled again in the background.
 
     Args:
@@ -76,7 +76,7 @@ class Crew:
 
     def __init__(self, config: HostConfig, launch: Callable[[int], RemoteWorker], owner: Owner) -> None:
         self.config = config
-        self.links: dict[Group, str] = {}
+        self.communicators: dict[Group, str] = {}
         self.healthy: set[int] = set()
         self.facts: dict[int, WorkerFacts] = {}
         self.repairs: list[Repair] = []
@@ -121,13 +121,13 @@ class Crew:
         member = self._members.get(worker.index)
         return member.remote if member is not None and member.id == worker else None
 
-    def lose(self, worker: WorkerId, cause: str) -> None:
+    def replace(self, worker: WorkerId, cause: str) -> None:
         """This process is dead or is to be given up: replace it in the background. Idempotent."""
         if not self.alive(worker) or self._closing:
             return
         index = worker.index
         self._members.pop(index).remote.kill()
-        self.links = {group: name for group, name in self.links.items() if index not in group}
+        self.communicators = {group: name for group, name in self.communicators.items() if index not in group}
         self.healthy.discard(index)
         self._owner.worker_out(index)
         self._owner.worker_dead(worker)
@@ -135,21 +135,21 @@ class Crew:
         if self._lost[index] > REPAIR_ATTEMPTS:
             self.failure = f"worker {index} was lost {self._lost[index]} times on end: {cause}"
         else:
-            self._background.spawn(self._replace(index, cause, time.monotonic()))
+            self._background.spawn(self._refill(index, cause, time.monotonic()))
 
     def proved(self, worker: WorkerId) -> None:
         """This process has done what it was asked: whatever ailed those before it is over."""
         if self.alive(worker):
             del self._lost[worker.index]
 
-    def relink(self, gang: Sequence[WorkerId]) -> None:
+    def reform(self, gang: Sequence[WorkerId]) -> None:
         """The communicator of `gang` broke: its members are out until all that they need is made anew."""
-        self.links.pop(tuple(worker.index for worker in gang), None)
+        self.communicators.pop(tuple(worker.index for worker in gang), None)
         living = [worker for worker in gang if self.alive(worker)]
         for worker in living:
             self.healthy.discard(worker.index)
             self._owner.worker_out(worker.index)
-        self._background.spawn(self._return(living))
+        self._background.spawn(self._rejoin(living))
 
     async def close(self) -> None:
         """End every worker. Idempotent."""
@@ -176,7 +176,7 @@ class Crew:
         """Form every group that is not formed and whose members all live; what those who could not raised."""
         async with self._linking:
             members = dict(self._members)
-            missing = [g for g in self._groups if g not in self.links and members.keys() >= set(g)]
+            missing = [g for g in self._groups if g not in self.communicators and members.keys() >= set(g)]
             names = {g: f"{'-'.join(map(str, g))}.{next(self._generations)}" for g in missing if len(g) > 1}
             works: dict[WorkerId, asyncio.Future[None]] = {}
             for index, member in members.items():
@@ -192,7 +192,7 @@ class Crew:
             for group in missing:
                 gang = [members[index].id for index in group]
                 if all(self.alive(worker) and worker not in failed for worker in gang):
-                    self.links[group] = names.get(group, "alone")
+                    self.communicators[group] = names.get(group, "alone")
             return failed
 
     async def _link_all(self) -> str | None:
@@ -203,10 +203,10 @@ class Crew:
                 return None
             for worker, error in failed.items():
                 if not isinstance(error, GangBroken):
-                    self.lose(worker, f"could not join a gang: {error!r}")
+                    self.replace(worker, f"could not join a gang: {error!r}")
         return "; ".join({str(error) for error in failed.values()})
 
-    async def _replace(self, index: int, cause: str, died: float) -> None:
+    async def _refill(self, index: int, cause: str, died: float) -> None:
         for attempt in range(REPAIR_ATTEMPTS):
             try:
                 member = await self._bring_up(index)
@@ -214,13 +214,13 @@ class Crew:
                 cause = f"{cause}; attempt {attempt + 1}: {error!r}"
                 continue
             self._background.spawn(self._watch(member))
-            await self._return([member.id])
+            await self._rejoin([member.id])
             if self.alive(member.id) and index in self.healthy:
                 self.repairs.append(Repair(index, cause, time.monotonic() - died))
             return
         self.failure = f"worker {index} could not be replaced: {cause}"
 
-    async def _return(self, workers: Sequence[WorkerId]) -> None:
+    async def _rejoin(self, workers: Sequence[WorkerId]) -> None:
         """Let them be lent once they are in all gangs that they can be in."""
         if (cause := await self._link_all()) is not None:
             places = [worker.index for worker in workers]
@@ -233,7 +233,7 @@ class Crew:
 
     async def _watch(self, member: Member) -> None:
         """Hear of the death of a worker at once, and of its silence in time; tell it what it may forget."""
-        death = member.remote.attend()
+        death = member.remote.until_death()
         try:
             while not death.done():
                 await asyncio.wait([death], timeout=HEARTBEAT_S)
@@ -250,7 +250,7 @@ class Crew:
             cause = f"failed: {error!r}"
         finally:
             death.cancel()
-        self.lose(member.id, cause)
+        self.replace(member.id, cause)
 
     def _fail(self, error: Exception) -> None:
         """A background task has ended with an error that nobody thought of."""

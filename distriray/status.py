@@ -52,7 +52,7 @@ class PredictionStatus(_Report):
 
 
 class HostStatus(_Report):
-    """One host at one moment. `work_s` is the predicted time until all it has accepted is finished, in
+    """One host at one moment. `backlog_s` is the predicted time until all it has accepted is finished, in
     seconds; `free_workers` are healthy and in no gang. `outcomes` counts the requests that ended as finished,
     cancelled, failed or refused, since the host started, and `regroupings` how often one changed its gang."""
 
@@ -66,7 +66,7 @@ class HostStatus(_Report):
     running: list[RequestStatus]
     waiting: list[RequestStatus]
     max_queue: int
-    work_s: float
+    backlog_s: float
     repairs: list[RepairStatus]
     outcomes: dict[str, int]
     regroupings: int

@@ -13,7 +13,7 @@ from distriray.wire import REQUEST_ID
 from .errors import log, refusal_of
 
 
-class Envelope:
+class RequestIdAndLog:
     """ASGI middleware. `request.state.request_id` is the X-Request-ID that the client or a proxy gave, or a
     new one; `request.state.noted` collects what the log line shall say besides."""
 

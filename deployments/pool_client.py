@@ -1,4 +1,4 @@
-"""A router's way to one pool: what it knows of the hosts, and calls to them through Serve."""
+"""A router's client of one pool: what is known of its hosts, and calls to them through Serve."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from distriray.errors import NotEnoughDevices
+from distriray.events import Event
 from distriray.gang.background import Background
-from distriray.gang.events import Event
 from distriray.handle import own_error
 from distriray.requests import GenerationRequest, GenerationResult
 
@@ -24,14 +24,14 @@ from .state import HostReport, PoolState
 
 log = logging.getLogger("ray.serve.distriray")
 
-ANSWER_S = 5.0  # a host that says nothing for so long is left to Serve's health check
-REPORT_S = 1.0  # so long all are waited for when they are asked how they are,
-ONE_REPORT_S = 0.5  # and so long each, when they are asked one by one because one of them is silent
-PATIENCE_S = 0.2  # a request does not wait longer than this for news of hosts that are known already,
-NEWS_S = 3.0  # nor longer than this where it would be refused by what is known
+ANSWER_S = 5.0  # timeout of a call to all hosts; a silent one is left to Serve's health check
+REPORT_S = 1.0  # timeout of a poll of all hosts
+ONE_REPORT_S = 0.5  # timeout per host where they are polled one by one, since one of them was silent
+PATIENCE_S = 0.2  # longest wait of a request for a poll of hosts that are known already
+NEWS_S = 3.0  # longest wait for a poll of a request that would be refused by what is known
 
 
-class PoolLink:
+class PoolClient:
     """One pool, as one router replica reaches it.
 
     Attributes:
@@ -45,37 +45,37 @@ class PoolLink:
         self.undirected = 0
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._refresh_s = refresh_s
-        self._asked_s = self._known_s = float("-inf")
-        self._asking: asyncio.Task[None] | None = None
+        self._polled_s = self._known_s = float("-inf")
+        self._poll: asyncio.Task[None] | None = None
         self._background = Background(self._log)
 
-    def renew(self) -> None:
-        """Begin to ask the hosts how they are, unless they were asked a moment ago."""
-        if time.monotonic() - self._asked_s >= self._refresh_s:
-            self._begin()
+    def poll_if_stale(self) -> None:
+        """Begin to poll the hosts, unless they were polled a moment ago."""
+        if time.monotonic() - self._polled_s >= self._refresh_s:
+            self._start_poll()
 
-    async def refresh(self) -> None:
-        """Know how the hosts are, as they were a moment ago."""
-        self.renew()
-        if self._asking is not None and not self._asking.done():
-            await asyncio.wait([self._asking], timeout=PATIENCE_S if self.state.hosts else None)
+    async def wait_briefly_for_poll(self) -> None:
+        """Poll the hosts if what is known is stale; wait for the answers, but not for long."""
+        self.poll_if_stale()
+        if self._poll is not None and not self._poll.done():
+            await asyncio.wait([self._poll], timeout=PATIENCE_S if self.state.hosts else None)
 
-    async def news(self) -> None:
-        """Know how the hosts are now, whenever they were asked last."""
+    async def poll_now(self) -> None:
+        """Poll the hosts now, whenever they were polled last."""
         now_s = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(NEWS_S):
                 for _ in range(2):  # the hosts may be asked already, but since before now
                     if self._known_s < now_s:
-                        await asyncio.wait([self._begin()])
+                        await asyncio.wait([self._start_poll()])
 
-    def _begin(self) -> asyncio.Task[None]:
-        if self._asking is None or self._asking.done():
-            self._asking = self._background.spawn(self._ask())
-        return self._asking
+    def _start_poll(self) -> asyncio.Task[None]:
+        if self._poll is None or self._poll.done():
+            self._poll = self._background.spawn(self._poll_hosts())
+        return self._poll
 
-    async def _ask(self) -> None:
-        self._asked_s = asked_s = time.monotonic()
+    async def _poll_hosts(self) -> None:
+        self._polled_s = asked_s = time.monotonic()
         try:
             answers = await self._together("report", REPORT_S)
         except TimeoutError:

@@ -21,7 +21,7 @@ _bearer = HTTPBearer(auto_error=False, description="A key of the service: `Autho
 _Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 
 
-def guard(config: HttpConfig) -> Callable[..., Any]:
+def require_key(config: HttpConfig) -> Callable[..., Any]:
     """A dependency that raises Refusal (401) for whoever may not ask.
 
     Raises:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from distriray.gang.config import HostConfig
-from distriray.gang.crew import REPAIR_ATTEMPTS, Crew
 from distriray.gang.messages import WorkerId
+from distriray.gang.worker_group import REPAIR_ATTEMPTS, WorkerGroup
 
 from .fleet import FakeFleet, until
 
@@ -40,17 +40,17 @@ class Scene:
     def __init__(self, workers: int = 2, **config: Any) -> None:
         self.fleet, self.told = FakeFleet(), Told()
         settings = {"workers": workers, "device": "cpu", **config}
-        self.crew = Crew(HostConfig.model_validate(settings), self.fleet, self.told)
+        self.group = WorkerGroup(HostConfig.model_validate(settings), self.fleet, self.told)
 
     async def __aenter__(self) -> Scene:
-        await self.crew.start()
+        await self.group.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.crew.close()
+        await self.group.close()
 
     def ids(self) -> list[WorkerId]:
-        return [member.id for member in self.crew.members]
+        return [member.id for member in self.group.members]
 
 
 def do(scene: Coroutine[Any, Any, None]) -> None:
@@ -61,9 +61,9 @@ def test_out_of_service_is_not_dead() -> None:
     async def scene() -> None:
         async with Scene() as s:
             before = s.ids()
-            s.crew.relink(before)
-            assert s.told.out == [0, 1] and s.crew.healthy == set()
-            await until(lambda: s.crew.healthy == {0, 1})
+            s.group.reform(before)
+            assert s.told.out == [0, 1] and s.group.healthy == set()
+            await until(lambda: s.group.healthy == {0, 1})
             assert not s.told.dead and s.told.ready == [0, 1] and s.ids() == before
 
     do(scene())
@@ -74,14 +74,14 @@ def test_a_worker_that_cannot_join_is_replaced_and_the_others_come_back() -> Non
         async with Scene(4) as s:
             s.fleet.at(1).raises = RuntimeError("CUDA error")
             before = s.ids()
-            s.crew.relink(before[:2])
-            await until(lambda: s.crew.healthy == {0, 1, 2, 3})
+            s.group.reform(before[:2])
+            await until(lambda: s.group.healthy == {0, 1, 2, 3})
             after = s.ids()
             assert after[1].incarnation > before[1].incarnation
             assert [after[i] for i in (0, 2, 3)] == [before[i] for i in (0, 2, 3)]
-            assert s.told.dead == [before[1]] and s.crew.failure is None
-            assert "CUDA error" in s.crew.repairs[0].cause
-            assert all(group in s.crew.links for group in [(0, 1, 2, 3), (0, 1), (1,)])
+            assert s.told.dead == [before[1]] and s.group.failure is None
+            assert "CUDA error" in s.group.repairs[0].cause
+            assert all(group in s.group.communicators for group in [(0, 1, 2, 3), (0, 1), (1,)])
 
     do(scene())
 
@@ -91,8 +91,8 @@ def test_a_worker_that_cannot_be_started_again_fails_the_host() -> None:
         async with Scene() as s:
             s.fleet.load_raises[1] = RuntimeError("no device")
             s.fleet.at(1).die()
-            await until(lambda: s.crew.failure)
-            assert s.crew.failure is not None and "no device" in s.crew.failure
+            await until(lambda: s.group.failure)
+            assert s.group.failure is not None and "no device" in s.group.failure
             assert len(s.fleet.launched) == 2 + REPAIR_ATTEMPTS
 
     do(scene())
@@ -102,9 +102,9 @@ def test_a_place_that_loses_its_worker_on_end_fails_the_host() -> None:
     async def scene() -> None:
         async with Scene() as s:
             for _ in range(REPAIR_ATTEMPTS + 1):
-                await until(lambda: s.crew.healthy == {0, 1})
-                s.crew.lose(s.ids()[1], "failed")
-            assert s.crew.failure is not None and "on end" in s.crew.failure
+                await until(lambda: s.group.healthy == {0, 1})
+                s.group.replace(s.ids()[1], "failed")
+            assert s.group.failure is not None and "on end" in s.group.failure
 
     do(scene())
 
@@ -113,10 +113,10 @@ def test_a_place_whose_workers_do_what_they_are_asked_may_lose_any_number() -> N
     async def scene() -> None:
         async with Scene() as s:
             for _ in range(2 * REPAIR_ATTEMPTS):
-                await until(lambda: s.crew.healthy == {0, 1})
-                s.crew.proved(s.ids()[1])
-                s.crew.lose(s.ids()[1], "failed")
-            assert s.crew.failure is None
+                await until(lambda: s.group.healthy == {0, 1})
+                s.group.proved(s.ids()[1])
+                s.group.replace(s.ids()[1], "failed")
+            assert s.group.failure is None
 
     do(scene())
 
@@ -125,26 +125,26 @@ def test_only_the_process_that_is_meant_is_lost() -> None:
     async def scene() -> None:
         async with Scene() as s:
             before = s.ids()[1]
-            s.crew.lose(before, "died")
-            s.crew.lose(before, "died")
-            await until(lambda: s.crew.healthy == {0, 1})
-            s.crew.lose(before, "died")
-            assert s.told.dead == [before] and s.crew.healthy == {0, 1}
-            assert not s.crew.alive(before) and s.crew.remote(before) is None
+            s.group.replace(before, "died")
+            s.group.replace(before, "died")
+            await until(lambda: s.group.healthy == {0, 1})
+            s.group.replace(before, "died")
+            assert s.told.dead == [before] and s.group.healthy == {0, 1}
+            assert not s.group.alive(before) and s.group.remote(before) is None
 
     do(scene())
 
 
 def test_a_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distriray.gang.crew.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("distriray.gang.worker_group.HEARTBEAT_S", 0.01)
 
     async def scene() -> None:
         async with Scene(silence_s=0.05) as s:
             hung = s.fleet.at(0)
             hung.hangs = True
             await until(lambda: s.told.dead)
-            await until(lambda: s.crew.healthy == {0, 1})
-            assert not hung.alive and "answered nothing" in s.crew.repairs[0].cause
+            await until(lambda: s.group.healthy == {0, 1})
+            assert not hung.alive and "answered nothing" in s.group.repairs[0].cause
             assert ({3, 5}, 7) in s.fleet.at(1).retained
 
     do(scene())
@@ -157,8 +157,8 @@ def test_no_error_of_a_background_task_goes_unseen(monkeypatch: pytest.MonkeyPat
             async def fails() -> str | None:
                 raise ZeroDivisionError
 
-            monkeypatch.setattr(s.crew, "_link_all", fails)
-            s.crew.relink(s.ids())
-            await until(lambda: s.crew.failure)
+            monkeypatch.setattr(s.group, "_link_all", fails)
+            s.group.reform(s.ids())
+            await until(lambda: s.group.failure)
 
     do(scene())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 
-class Directed(RequestRouter):
+class ToNamedHost(RequestRouter):
     """Sends a call to the replica whose id is its first argument.
 
     With None there, or once that replica is gone, any other will do: the least busy one gets it.

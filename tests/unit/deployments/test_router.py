@@ -16,7 +16,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config import AppConfig
-from deployments.front import Front
+from deployments.router import Router
 from deployments.state import HostReport
 from distriray.errors import (
     DeadlineUnmet,
@@ -26,8 +26,8 @@ from distriray.errors import (
     NotEnoughDevices,
     QueueFull,
 )
+from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.config import HostConfig
-from distriray.gang.events import Event, Finished, Preview, Queued, Step
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 from distriray.service import ModelCard
 
@@ -135,17 +135,17 @@ def is_full(host: str | None, request: GenerationRequest) -> Any:
     raise QueueFull("full", 3.0)
 
 
-def front(refresh_s: float = 1000.0, **handles: FakeHandle) -> Front:
+def front(refresh_s: float = 1000.0, **handles: FakeHandle) -> Router:
     pools = [{"name": name, "min_hosts": 0, "max_queue": 2} for name in handles]
     config = AppConfig.model_validate({"pools": pools, "router": {"refresh_s": refresh_s}})
-    return Front(config, handles, random.Random(0), CREATED)  # type: ignore[arg-type]
+    return Router(config, handles, random.Random(0), CREATED)  # type: ignore[arg-type]
 
 
 def request(**fields: Any) -> GenerationRequest:
     return GenerationRequest(prompt="a lake", num_inference_steps=10, **fields)
 
 
-def generate(service: Front, **fields: Any) -> GenerationResult:
+def generate(service: Router, **fields: Any) -> GenerationResult:
     return asyncio.run(service.generate(request(**fields)))
 
 
@@ -304,7 +304,7 @@ def test_what_no_pool_can_do_is_refused() -> None:
 def test_a_gang_size_wakes_the_pool_that_lends_it() -> None:
     pools = [{"name": f"gangs-of-{n}", "workers": n, "gang_sizes": [n], "min_hosts": 0} for n in (1, 2, 4)]
     handles = {str(pool["name"]): FakeHandle() for pool in pools}
-    service = Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED)  # type: ignore[arg-type]
+    service = Router(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED)  # type: ignore[arg-type]
     generate(service, gang_size=4)
     assert {name: len(handle.calls) for name, handle in handles.items()} == {
         "gangs-of-1": 0,
@@ -320,7 +320,7 @@ def test_a_refusal_names_what_the_pools_of_a_model_allow_together() -> None:
         for n in (1, 2)
     ]
     handles = {str(pool["name"]): FakeHandle() for pool in pools}
-    service = Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED)  # type: ignore[arg-type]
+    service = Router(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=r"gang_size 4 is not lent here; use one of \[1, 2\]"):
         generate(service, gang_size=4)
     steps = GenerationRequest(prompt="a lake", num_inference_steps=21)
@@ -337,7 +337,7 @@ def test_health_is_whether_workers_answer() -> None:
         asyncio.run(front(pool=broken).check_health())
     config = AppConfig.model_validate({"pools": [{"name": "pool"}]})
     with pytest.raises(NotEnoughDevices, match="no host"):
-        asyncio.run(Front(config, {"pool": FakeHandle()}, random.Random(0), CREATED).check_health())  # type: ignore[dict-item]
+        asyncio.run(Router(config, {"pool": FakeHandle()}, random.Random(0), CREATED).check_health())  # type: ignore[dict-item]
 
 
 def test_models_are_known_before_any_host_is_up() -> None:
@@ -357,7 +357,7 @@ def test_a_model_whose_size_no_host_has_told_yet_is_there_too() -> None:
             {"name": "own", "min_hosts": 0},
         ]
         handles = {str(pool["name"]): FakeHandle() for pool in pools}
-        return Front(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED).models()  # type: ignore[arg-type]
+        return Router(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED).models()  # type: ignore[arg-type]
 
     few = {"max_images": 1, "min_side": 128}
     hub, own = asyncio.run(scene())

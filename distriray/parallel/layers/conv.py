@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +10,26 @@ from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
 from distriray.errors import UnsupportedModel
+from distriray.parallel.context import PatchContext
 from distriray.parallel.partition import Window
-
-if TYPE_CHECKING:
-    from distriray.parallel.exchange import Exchanging
 
 
 class PatchConv2d(nn.Conv2d):
     """`nn.Conv2d` on one rank's rows, with the halo rows of its peers (Li et al. 2024, section 4.2).
 
     Shares the original's parameters under the same names: a convolution becomes one by changing its class.
-    Input and output are (batch, channels, own rows, columns). Without an active exchange it is `nn.Conv2d`.
+    Input and output are (batch, channels, this rank's rows, columns). Outside a step of an exchange it is
+    `nn.Conv2d`.
     """
 
-    engine: Exchanging | None = None
+    context: PatchContext | None = None
     pads_end: bool = False  # one row below and one column to the right, instead of its own padding
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        exchange = None if self.engine is None else self.engine.exchange
-        if exchange is None or self.kernel_size[0] == self.stride[0] == 1:
+        step = None if self.context is None else self.context.step
+        if step is None or self.kernel_size[0] == self.stride[0] == 1:
             return super().forward(input)
-        whole = exchange.padded(input, self.window)
+        whole = step.padded(input, self.window)
         if self.pads_end:
             whole = F.pad(whole, (0, 1))
         columns = int(self.padding[1])
@@ -50,17 +48,17 @@ class PatchDownsample2D(Downsample2D):
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        engine = self.conv.engine
-        if engine is None or engine.exchange is None:
+        context = self.conv.context
+        if context is None or context.step is None:
             return super().forward(hidden_states)
         return self.conv(hidden_states)
 
 
-def patch_conv(module: nn.Conv2d, engine: Exchanging) -> None:
-    """Turn `module` into a `PatchConv2d` of `engine`, in place."""
+def patch_conv(module: nn.Conv2d, context: PatchContext) -> None:
+    """Turn `module` into a `PatchConv2d` that looks its step up in `context`, in place."""
     module.__class__ = PatchConv2d
     assert isinstance(module, PatchConv2d)
-    module.engine = engine
+    module.context = context
 
 
 def patch_downsample(module: Downsample2D) -> None:

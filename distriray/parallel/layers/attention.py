@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-if TYPE_CHECKING:
-    from distriray.parallel.engine import Engine
-    from distriray.parallel.exchange import Exchanging
+from distriray.parallel.context import PatchContext
 
 
 class _Processor(AttnProcessor2_0, ABC):
-    """diffusers' own processor, but for where the keys and values come from."""
+    """diffusers' own processor, except for where the keys and values come from."""
 
     @abstractmethod
     def keys_values(
@@ -63,36 +60,36 @@ class _Processor(AttnProcessor2_0, ABC):
 
 
 class PatchSelfAttention(_Processor):
-    """Queries of the own tokens against the keys and values of every rank's (Li et al. 2024, section 4.2).
+    """Queries of this rank's tokens against the keys and values of all ranks' (Li et al. 2024, section 4.2).
 
-    Hidden states are (batch, own tokens, channels). Without an active exchange, diffusers' own processor.
+    Hidden states are (batch, this rank's tokens, channels). Outside a step of an exchange it is diffusers'
+    own processor.
     """
 
-    def __init__(self, engine: Exchanging | None = None) -> None:
-        # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; the
-        # engine finds and binds them before the next image.
+    def __init__(self, context: PatchContext | None = None) -> None:
+        # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; they are
+        # found and replaced before the next image.
         super().__init__()
-        self.engine = engine
+        self.context = context
 
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        exchange = None if self.engine is None else self.engine.exchange
-        if exchange is None:
+        if self.context is None or self.context.step is None:
             return None
-        return exchange.keys_values(attn.to_k(hidden_states), attn.to_v(hidden_states))
+        return self.context.step.keys_values(attn.to_k(hidden_states), attn.to_v(hidden_states))
 
 
 class PatchSpatialAttention(PatchSelfAttention):
-    """Self-attention over the pixels of a normalized feature map, added to it: the one of a VAE's decoder.
+    """Self-attention over the pixels of a normalized feature map, added to it, as in a VAE's decoder.
 
-    Hidden states are (batch, channels, own rows, columns).
+    Hidden states are (batch, channels, this rank's rows, columns).
     """
 
     def attend(
         self, attn: Attention, hidden_states: torch.Tensor, *inputs: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.engine is None or self.engine.exchange is None:
+        if self.context is None or self.context.step is None:
             return super().attend(attn, hidden_states, *inputs)
         normalized = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
         output = super().attend(attn, normalized.flatten(2).transpose(1, 2))
@@ -105,18 +102,18 @@ class PatchSpatialAttention(PatchSelfAttention):
 class CachedCrossAttention(_Processor):
     """Cross-attention whose text keys and values are computed once per image."""
 
-    def __init__(self, engine: Engine | None = None) -> None:
+    def __init__(self, context: PatchContext | None = None) -> None:
         super().__init__()
-        self.engine = engine
+        self.context = context
         self._epoch: int | None = None
         self._text: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.engine is None or text is None:
+        if self.context is None or text is None:
             return None
-        if self._text is None or self._epoch != self.engine.text_epoch:
+        if self._text is None or self._epoch != self.context.text_epoch:
             self._text = attn.to_k(text), attn.to_v(text)
-            self._epoch = self.engine.text_epoch
+            self._epoch = self.context.text_epoch
         return self._text

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 
 
-async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What `work` gives. If the client leaves first, or this is cancelled, `work` is cancelled and awaited.
 
     The body must have been read. Cancelling happens once, so that `work` can await while it clears up; a task

@@ -1,4 +1,4 @@
-"""What one layer sends and receives: it follows from the partition and the shape of the layer's input."""
+"""Slots: what one layer sends and receives, which follows from the partition and its input's shape."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Literal
 
 import torch
 
+from distriray.collective.messages import peers_of
 from distriray.parallel.partition import Partition
+
+Kind = Literal["statistics", "halos", "keys_values"]
 
 Messages = tuple[tuple[int, tuple[int, ...]], ...]
 """The shape of the message for each peer, or from it."""
@@ -24,38 +27,30 @@ class Slot:
         extents: what every rank owns: rows for statistics, tokens for keys and values, nothing for halos.
     """
 
-    kind: Literal["statistics", "halos", "keys_values"]
+    kind: Kind
     send: Messages
     receive: Messages
     dtype: torch.dtype
     extents: tuple[int, ...] = ()
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Every rank's part of the whole."""
-        return tuple(extent / sum(self.extents) for extent in self.extents)
-
 
 @lru_cache(4096)
 def statistics_slot(partition: Partition, rank: int, shape: tuple[int, ...], groups: int) -> Slot:
-    """For a group norm whose input has `shape`, (batch, channels, own rows, columns)."""
+    """The slot of a group norm whose input has `shape`, (batch, channels, this rank's rows, columns)."""
     batch, _, rows, columns = shape
     level = partition.level_of(rank, (rows, columns))
-    bounds = [partition.rows(peer, level) for peer in range(partition.world_size)]
-    messages = tuple((peer, (batch, groups, 2)) for peer in _peers(partition, rank))
-    return Slot(
-        "statistics", messages, messages, torch.float32, tuple(stop - start for start, stop in bounds)
-    )
+    messages = tuple((peer, (batch, groups, 2)) for peer in peers_of(rank, partition.world_size))
+    return Slot("statistics", messages, messages, torch.float32, partition.counts(level))
 
 
 @lru_cache(4096)
 def keys_values_slot(partition: Partition, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
-    """For self-attention whose keys have `shape`, (batch, own tokens, channels), as its values have."""
+    """The slot of self-attention whose keys have `shape`, (batch, this rank's tokens, channels)."""
     batch, own_tokens, channels = shape
     level = partition.level_of(rank, (own_tokens,))
     columns = partition.shape(level)[1]
-    tokens = tuple(count * columns for count in _rows(partition, level))
-    peers = _peers(partition, rank)
+    tokens = tuple(count * columns for count in partition.counts(level))
+    peers = peers_of(rank, partition.world_size)
     return Slot(
         "keys_values",
         tuple((peer, (own_tokens, 2, batch, channels)) for peer in peers),
@@ -63,12 +58,3 @@ def keys_values_slot(partition: Partition, rank: int, shape: tuple[int, ...], dt
         dtype,
         tokens,
     )
-
-
-def _peers(partition: Partition, rank: int) -> list[int]:
-    return [peer for peer in range(partition.world_size) if peer != rank]
-
-
-def _rows(partition: Partition, level: int) -> tuple[int, ...]:
-    bounds = (partition.rows(rank, level) for rank in range(partition.world_size))
-    return tuple(stop - start for start, stop in bounds)

@@ -1,12 +1,12 @@
-"""The rows around a patch that a convolution reads."""
+"""Halo rows: those around a patch that a convolution reads."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.partition import Partition, Window
-from distriray.parallel.slots import Slot
 
 
 class PaddedPatch:
@@ -15,7 +15,7 @@ class PaddedPatch:
     Args:
         partition: who owns which rows.
         rank: whose patch it is.
-        input: the own rows, (batch, channels, own rows, columns).
+        input: (batch, channels, this rank's rows, columns).
         window: the convolution that reads them.
     """
 
@@ -46,7 +46,7 @@ class PaddedPatch:
         return {peer: input[:, :, start:stop] for peer, (start, stop) in self._send.items()}
 
     def fill(self, input: torch.Tensor, received: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The own rows, those `received` of each peer, and zeros where the image ends."""
+        """`input` between the rows `received` from each peer, and zeros where the image ends."""
         self._rows[self._rank].copy_(input)
         for peer, rows in received.items():
             self._rows[peer].copy_(rows)

@@ -1,0 +1,61 @@
+"""The ingress: HTTP and handle calls go in, each request goes out to a host."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from distriray.events import Event
+from distriray.requests import GenerationRequest, GenerationResult
+from distriray.service import Fleet, ModelCard
+
+from .config import AppConfig
+from .http import build_http
+from .logs import shorten_refusals
+from .router import Router
+
+
+@serve.ingress()
+class Ingress:
+    """Stateless: what it knows of the hosts it asks them, so that any number of replicas may serve.
+
+    Handle calls raise errors of `distriray.errors`.
+
+    Args:
+        created: what every replica says of its models, in seconds since the epoch.
+    """
+
+    def __init__(self, config: AppConfig, pools: dict[str, DeploymentHandle], created: int) -> None:
+        shorten_refusals()
+        self._config = config
+        self._front = Router(config, pools, random.Random(), created)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_http(self._front, self._config.http)
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """The images of `request`. Cancelling the call cancels the request."""
+        return await self._front.generate(request)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """What happens to `request`, ending with `Finished`. Cancelling the call cancels the request."""
+        async with aclosing(self._front.stream(request)) as events:
+            async for event in events:
+                yield event
+
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a request, wherever it is; whether there was one."""
+        return await self._front.cancel(request_id)
+
+    async def models(self) -> list[ModelCard]:
+        """What can be asked for."""
+        return self._front.models()
+
+    async def fleet(self) -> Fleet:
+        """Every pool with its hosts."""
+        return await self._front.fleet()

@@ -1,0 +1,98 @@
+"""Kinds of device: what differs between them for whoever places, starts or measures workers."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DeviceKind(Protocol):
+    """One kind of device that workers compute on.
+
+    Attributes:
+        gpus: whole GPUs that Ray reserves for each worker.
+        environment: variables of a worker's process.
+        guessed_step_s: seconds of a step of the default size, until one was seen.
+    """
+
+    gpus: int
+    environment: Mapping[str, str]
+    guessed_step_s: float
+
+    def device(self) -> torch.device:
+        """The device of a worker, in its own process."""
+
+    def bind(self) -> None:
+        """Make the calling thread compute on that device, as one of several workers of a machine."""
+
+    def product(self) -> str:
+        """The name that the device's maker gave it, for profiles."""
+
+    def memory(self) -> int:
+        """Bytes that this process has taken."""
+
+
+class Cpu:
+    """One thread of a CPU."""
+
+    gpus = 0
+    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
+    guessed_step_s = 1.0
+
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def bind(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+
+    def product(self) -> str:
+        return "cpu"
+
+    def memory(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Cuda:
+    """One NVIDIA GPU. Ray shows each worker its own as the first."""
+
+    gpus = 1
+    environment: Mapping[str, str] = {}
+    guessed_step_s = 0.1
+
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", 0)
+
+    def bind(self) -> None:
+        import torch
+
+        torch.cuda.set_device(self.device())
+
+    def product(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name(self.device())
+
+    def memory(self) -> int:
+        import torch
+
+        return int(torch.cuda.memory_reserved(self.device()))
+
+
+DEVICES: Mapping[str, DeviceKind] = {"cpu": Cpu(), "cuda": Cuda()}
+"""Every kind of device by its name in a configuration, which is torch's name for it."""
+
+
+def worker_resources(device: str, cpus: float) -> dict[str, float]:
+    """What Ray reserves for one worker with that many logical CPUs."""
+    gpus = DEVICES[device].gpus
+    return {"CPU": cpus, **({"GPU": float(gpus)} if gpus else {})}

@@ -1,0 +1,38 @@
+"""Context of a call: what the layers of one network look up during it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distriray.config import GroupNormMode
+
+if TYPE_CHECKING:
+    from distriray.parallel.exchange.steps import Step
+
+
+@dataclass(eq=False)
+class PatchContext:
+    """What the layers of one network share; the network's engine or decoder owns it and writes it.
+
+    Attributes:
+        step: the step that layers exchange in; None outside a call and in a gang of one, where they behave
+            as the layers that they replace.
+        group_norm: whose statistics a group norm uses in a displaced step.
+        text_epoch: changes when cached text keys and values are no longer valid.
+    """
+
+    step: Step | None = None
+    group_norm: GroupNormMode = "stale"
+    text_epoch: int = 0
+
+    @contextmanager
+    def during(self, step: Step | None) -> Iterator[None]:
+        """Let the layers exchange in `step` for as long as this lasts."""
+        self.step = step
+        try:
+            yield
+        finally:
+            self.step = None

@@ -1,0 +1,1 @@
+"""The asynchronous swap of activations between the ranks of a gang."""

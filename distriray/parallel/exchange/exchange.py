@@ -1,0 +1,106 @@
+"""The exchange of one gang for one shape of its input, from step to step.
+
+A synchronous step moves every slot at once. A displaced step moves *buckets*, runs of consecutive slots, in
+the background (docs/decisions/buckets-of-slots.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from distriray.collective.base import Communicator
+from distriray.config import ParallelConfig
+from distriray.errors import GangBroken
+from distriray.parallel.exchange.bucket import Buckets
+from distriray.parallel.exchange.memory import Forgetting, Memory, Recording, Refilling, Values
+from distriray.parallel.exchange.patch import Patch
+from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.exchange.steps import DisplacedStep, Step, SynchronousStep
+from distriray.parallel.partition import Partition
+
+# Messages of a bucket have the time between its last slot and its first one, a step later, to arrive: the
+# more buckets, the nearer to a whole step, and the more messages.
+BUCKETS = 4
+
+
+class Exchange:
+    """Slots, buffers and transfers that outlast a step.
+
+    Args:
+        communicator: the ranks among which one image's rows are spread.
+        partition: who owns which rows.
+        config: the mode and the prediction.
+        bucket_count: buckets a step; fewer where there are fewer slots.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        partition: Partition,
+        config: ParallelConfig,
+        bucket_count: int = BUCKETS,
+    ) -> None:
+        self._patch = Patch(communicator, partition)
+        self._config = config
+        self._bucket_count = bucket_count
+        self._buckets: Buckets | None = None
+        self._steps = 0  # of this image
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory held between steps."""
+        return self._patch.nbytes + (0 if self._buckets is None else self._buckets.nbytes)
+
+    @contextlib.contextmanager
+    def step(self, displaced: bool = False, measure_drift: bool = False) -> Iterator[Step]:
+        """One step; if an exception ends it, `restart` must come before the next one.
+
+        Args:
+            displaced: needs a step of the same image before it.
+            measure_drift: whether a synchronous step measures its `drift`.
+
+        Raises:
+            RuntimeError: the layers' calls differ from those of the image's steps before.
+            GangBroken: a peer died or hung.
+        """
+        step: Step
+        if displaced:
+            assert self._buckets is not None, "no step came before"
+            step = DisplacedStep(self._patch, self._buckets, predicts=self._steps > 1)
+        else:
+            self.drain()
+            step = SynchronousStep(self._patch, self._memory(measure_drift))
+        yield step
+        self._buckets = step.end()
+        self._steps += 1
+
+    def restart(self) -> None:
+        """Forget the previous steps: the next one must be synchronous."""
+        self.drain()
+        self._steps = 0
+
+    def drain(self) -> None:
+        """Wait for the transfers in flight."""
+        if self._buckets is not None:
+            self._buckets.wait()
+
+    def abandon(self) -> None:
+        """Wait for transfers in flight, ignoring failures: nobody will read them."""
+        with contextlib.suppress(GangBroken):
+            self.drain()
+
+    def _memory(self, measure_drift: bool) -> Memory:
+        if self._config.exchange != "displaced":
+            return Forgetting()
+        if self._buckets is None:
+            return self._record([], [])
+        return Refilling(self._buckets, self._record, self._steps > 0, measure_drift)
+
+    def _record(self, slots: list[Slot], values: list[Values]) -> Recording:
+        self._buckets = None
+        self._patch.drop_padded()
+        return Recording(self._lay_out, slots, values)
+
+    def _lay_out(self, slots: list[Slot], values: list[Values]) -> Buckets:
+        return Buckets(self._patch.communicator, slots, values, self._bucket_count, self._config.prediction)

@@ -1,0 +1,139 @@
+"""Memory of a synchronous step: the values that it moves are forgotten, recorded, or put into buckets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from distriray.parallel.exchange.bucket import Buckets
+from distriray.parallel.exchange.slots import Slot
+
+Values = dict[int, torch.Tensor]
+"""What each rank has contributed to a slot."""
+
+LAYERS_CHANGED = "the network's layers changed in the middle of an image"
+
+
+class Memory(ABC):
+    """Keeps the slots of one synchronous step, in their order."""
+
+    @property
+    def drift(self) -> float:
+        """Relative change, since the step before, of what this rank sends; infinite if not measured."""
+        return float("inf")
+
+    @abstractmethod
+    def expect(self, slot: Slot) -> Memory:
+        """Prepare for the next slot; return the memory to keep it in, which is another where this one cannot.
+
+        Raises:
+            RuntimeError: the slot is not the one of the steps before, in the middle of an image.
+        """
+
+    @abstractmethod
+    def keep(self, everyone: Values) -> None:
+        """Keep what the expected slot has moved."""
+
+    @abstractmethod
+    def end(self) -> Buckets | None:
+        """End the step; return the buckets that hold its values, None if nothing does."""
+
+
+class Forgetting(Memory):
+    """Keeps nothing: no step is displaced."""
+
+    def expect(self, slot: Slot) -> Memory:
+        return self
+
+    def keep(self, everyone: Values) -> None:
+        pass
+
+    def end(self) -> None:
+        return None
+
+
+class Recording(Memory):
+    """Learns the slots in the first step of a shape, and keeps their values until buckets are laid out.
+
+    Args:
+        lay_out: makes buckets for slots and fills them with values, which it takes out of the list.
+        slots, values: those that were moved already.
+    """
+
+    def __init__(
+        self, lay_out: Callable[[list[Slot], list[Values]], Buckets], slots: list[Slot], values: list[Values]
+    ) -> None:
+        self._lay_out = lay_out
+        self._slots = slots
+        self._values = values
+
+    def expect(self, slot: Slot) -> Memory:
+        self._slots.append(slot)
+        return self
+
+    def keep(self, everyone: Values) -> None:
+        self._values.append(everyone)
+
+    def end(self) -> Buckets:
+        return self._lay_out(self._slots, self._values)
+
+
+class Refilling(Memory):
+    """Puts the values into buckets that were laid out before.
+
+    Where the layers are no longer those that the buckets were made for (a LoRA on a convolution, say, was
+    loaded or disabled since the last image), a recording takes over.
+
+    Args:
+        record: drops the buckets and returns a recording that begins with these slots and values.
+        follows: whether a step of the same image came before.
+        measure_drift: whether to compare with that step.
+    """
+
+    def __init__(
+        self,
+        buckets: Buckets,
+        record: Callable[[list[Slot], list[Values]], Recording],
+        follows: bool,
+        measure_drift: bool,
+    ) -> None:
+        self._buckets = buckets
+        self._record = record
+        self._follows = follows
+        self._measured = buckets.measured_kind if follows and measure_drift else None
+        self._index = 0
+        self._change = self._magnitude = 0.0
+
+    @property
+    def drift(self) -> float:
+        return (self._change / self._magnitude) ** 0.5 if self._magnitude else float("inf")
+
+    def expect(self, slot: Slot) -> Memory:
+        if not self._buckets.has(self._index, slot):
+            return self._give_up().expect(slot)
+        bucket = self._buckets[self._index]
+        if self._index == bucket.first:
+            bucket.remember()
+        return self
+
+    def keep(self, everyone: Values) -> None:
+        region = self._buckets.region(self._index)
+        if self._buckets.slots[self._index].kind == self._measured:
+            new, old = (of[region.rank].float() for of in (everyone, region.stored(self._index)))
+            self._change += float((new - old).square().sum())
+            self._magnitude += float(new.square().sum())
+        region.store(self._index, everyone)
+        self._index += 1
+
+    def end(self) -> Buckets:
+        if self._index < len(self._buckets.slots):
+            return self._give_up().end()
+        return self._buckets
+
+    def _give_up(self) -> Recording:
+        if self._follows:
+            raise RuntimeError(LAYERS_CHANGED)
+        values = [self._buckets.region(index).stored(index) for index in range(self._index)]
+        return self._record(self._buckets.slots[: self._index], values)

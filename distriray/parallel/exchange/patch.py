@@ -1,0 +1,66 @@
+"""One rank's patch and its peers, as every step of an exchange needs them."""
+
+from __future__ import annotations
+
+import torch
+
+from distriray.collective.base import Communicator
+from distriray.parallel.exchange.halos import PaddedPatch
+from distriray.parallel.exchange.slots import Slot, keys_values_slot, statistics_slot
+from distriray.parallel.partition import Partition, Window
+
+
+class Patch:
+    """This rank's rows of an image, among those of its peers.
+
+    Args:
+        communicator: the ranks among which one image's rows are spread.
+        partition: who owns which rows.
+    """
+
+    def __init__(self, communicator: Communicator, partition: Partition) -> None:
+        self.communicator = communicator
+        self.partition = partition
+        self.rank = communicator.rank
+        self._padded: dict[tuple[object, ...], PaddedPatch] = {}
+        self._shares: dict[torch.Size, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the padded inputs."""
+        return sum(padded.whole.nbytes for padded in self._padded.values())
+
+    def padded(self, input: torch.Tensor, window: Window) -> PaddedPatch:
+        """The buffer between whose halo rows `input` goes, one for all layers that are alike.
+
+        Args:
+            input: (batch, channels, this rank's rows, columns).
+        """
+        key = (input.shape, input.stride(), input.dtype, window)
+        padded = self._padded.get(key)
+        if padded is None:
+            padded = self._padded[key] = PaddedPatch(self.partition, self.rank, input, window)
+        return padded
+
+    def drop_padded(self) -> None:
+        """Give the memory of the padded inputs back."""
+        self._padded.clear()
+
+    def shares(self, input: torch.Tensor) -> torch.Tensor:
+        """Every rank's share of the rows at the level of `input`, float32 (ranks, 1, 1)."""
+        size = input.shape[2:]
+        shares = self._shares.get(size)
+        if shares is None:
+            rows = self.partition.counts(self.partition.level_of(self.rank, size))
+            values = [count / sum(rows) for count in rows]
+            shares = torch.tensor(values, device=self.communicator.device).view(-1, 1, 1)
+            self._shares[size] = shares
+        return shares
+
+    def statistics_slot(self, own: torch.Tensor, input: torch.Tensor) -> Slot:
+        """The slot of a group norm with the statistics `own` of `input`."""
+        return statistics_slot(self.partition, self.rank, input.shape, own.shape[1])
+
+    def keys_values_slot(self, key: torch.Tensor) -> Slot:
+        """The slot of self-attention with keys and values shaped as `key`."""
+        return keys_values_slot(self.partition, self.rank, key.shape, key.dtype)

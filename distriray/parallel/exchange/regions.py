@@ -1,0 +1,233 @@
+"""The memory of a bucket, a region for each kind of value."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from itertools import accumulate
+from math import prod
+
+import torch
+
+from distriray.parallel.exchange.slots import Messages, Slot
+
+
+class Region(ABC):
+    """One kind of value of a bucket's slots.
+
+    Three buffers of one layout: what arrives, what layers read, and what had arrived the step before. Without
+    prediction layers read what arrives, and nothing is kept of the step before.
+
+    Args:
+        received: where values arrive.
+        rank: this rank.
+        weight: extrapolation weight w of what is read: last + w * (last - one before).
+    """
+
+    def __init__(self, received: torch.Tensor, rank: int, weight: float) -> None:
+        self.rank = rank
+        self._weight = weight
+        self._received = received
+        self._readable = torch.zeros_like(received) if weight else received
+        self._previous = torch.zeros_like(received) if weight else None
+
+    @property
+    def prediction_bytes(self) -> int:
+        """Memory for prediction, which comes on top of what is received."""
+        return 0 if self._previous is None else self._readable.nbytes + self._previous.nbytes
+
+    @abstractmethod
+    def stored(self, index: int) -> dict[int, torch.Tensor]:
+        """What `store` stored for a slot, by rank."""
+
+    def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
+        """Keep what a synchronous step has moved, as if it had arrived."""
+        for rank, kept in self.stored(index).items():
+            kept.copy_(everyone[rank])
+
+    def remember(self) -> None:
+        """Before new values arrive, make the received ones those of the step before."""
+        if self._previous is not None:
+            self._previous.copy_(self._received)
+
+    def predict(self, extrapolates: bool) -> None:
+        """Make what layers read from what was received, and remember that."""
+        if self._previous is None:
+            return
+        if extrapolates:
+            torch.lerp(self._previous, self._received, 1.0 + self._weight, out=self._readable)
+        else:
+            self._readable.copy_(self._received)
+        self.remember()
+
+
+class StatisticsRegion(Region):
+    """Group-norm statistics: the head of every rank's row of the flat messages.
+
+    Args:
+        slots: by index.
+        outbox, inbox: the rows, float32 (ranks, numbers).
+    """
+
+    def __init__(
+        self, slots: Mapping[int, Slot], outbox: torch.Tensor, inbox: torch.Tensor, rank: int, weight: float
+    ) -> None:
+        super().__init__(inbox, rank, weight)
+        self._outbox = self._views(slots, outbox)
+        self._arrived = self._views(slots, inbox)
+        self._statistics = self._views(slots, self._readable)
+
+    @staticmethod
+    def row_bytes(slots: Mapping[int, Slot]) -> int:
+        """Bytes of a row."""
+        return sum(4 * prod(slot.send[0][1]) for slot in slots.values())
+
+    def read(self, index: int) -> torch.Tensor:
+        """(ranks, batch, groups, 2); this rank's row is what it last sent."""
+        return self._statistics[index]
+
+    def send(self, index: int, own: torch.Tensor) -> None:
+        """Put this rank's (batch, groups, 2) into the message to every peer, and into its row of `read`."""
+        outbox = self._outbox[index]
+        outbox.copy_(own.expand_as(outbox))
+        self._statistics[index][self.rank].copy_(own)
+
+    def stored(self, index: int) -> dict[int, torch.Tensor]:
+        return dict(enumerate(self._arrived[index]))
+
+    def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
+        super().store(index, everyone)
+        self._statistics[index][self.rank].copy_(everyone[self.rank])
+
+    def predict(self, extrapolates: bool) -> None:
+        if self._previous is None:
+            return
+        # Nothing arrives in this rank's row, so nothing follows from it: what was last sent stays there.
+        own = self._readable[self.rank].clone()
+        super().predict(extrapolates)
+        self._readable[self.rank].copy_(own)
+
+    @staticmethod
+    def _views(slots: Mapping[int, Slot], rows: torch.Tensor) -> dict[int, torch.Tensor]:
+        shapes = {index: slot.send[0][1] for index, slot in slots.items()}
+        starts = accumulate((prod(shape) for shape in shapes.values()), initial=0)
+        return {
+            index: rows[:, start : start + prod(shape)].view(len(rows), *shape)
+            for (index, shape), start in zip(shapes.items(), starts, strict=False)
+        }
+
+
+class HaloRegion(Region):
+    """Halo rows: the tail of every peer's row of the flat messages, as long as this pair of ranks needs.
+
+    Args:
+        sent, received: where the slots' messages lie in the rows.
+        outbox, inbox: the rows, (ranks, numbers) of the halos' dtype.
+    """
+
+    def __init__(
+        self,
+        sent: Packing,
+        received: Packing,
+        outbox: torch.Tensor,
+        inbox: torch.Tensor,
+        rank: int,
+        weight: float,
+    ) -> None:
+        super().__init__(inbox, rank, weight)
+        self._outbox = sent.views(outbox)
+        self._arrived = received.views(inbox)
+        self._halos = received.views(self._readable)
+
+    def read(self, index: int) -> dict[int, torch.Tensor]:
+        """Each peer's rows, (batch, channels, rows, columns)."""
+        return self._halos[index]
+
+    def send(self, index: int, sends: Mapping[int, torch.Tensor]) -> None:
+        """Put the rows that each peer needs into the message to it."""
+        outbox = self._outbox[index]
+        for peer, rows in sends.items():
+            outbox[peer].copy_(rows)
+
+    def stored(self, index: int) -> dict[int, torch.Tensor]:
+        return self._arrived[index]
+
+
+class Packing:
+    """Places of messages behind one another, for each peer.
+
+    Args:
+        messages: those of each slot, by its index.
+        ranks: ranks of the exchange.
+    """
+
+    def __init__(self, messages: Mapping[int, Messages], ranks: int) -> None:
+        self.lengths = [0] * ranks
+        """Numbers in the row of each rank."""
+        self._places: dict[int, dict[int, tuple[int, tuple[int, ...]]]] = {}
+        for index, pairs in messages.items():
+            self._places[index] = {}
+            for peer, shape in pairs:
+                self._places[index][peer] = self.lengths[peer], shape
+                self.lengths[peer] += prod(shape)
+
+    def views(self, rows: torch.Tensor) -> dict[int, dict[int, torch.Tensor]]:
+        """Each slot's messages within `rows` (ranks, numbers), by peer."""
+        return {
+            index: {
+                peer: rows[peer, start : start + prod(shape)].view(shape)
+                for peer, (start, shape) in places.items()
+            }
+            for index, places in self._places.items()
+        }
+
+
+class KeysValuesRegion(Region):
+    """Keys and values of the slots of one level, token by token, with each slot's columns side by side.
+
+    The layout is (tokens, slots x 2 x batch x channels): a peer's tokens are contiguous over all slots, so
+    they are received in place, into the buffer that attention reads.
+
+    Args:
+        slots: by index, all of the same tokens and dtype.
+    """
+
+    def __init__(self, slots: Mapping[int, Slot], device: torch.device, rank: int, weight: float) -> None:
+        slot = next(iter(slots.values()))
+        shapes = {index: slot.send[0][1][1:] for index, slot in slots.items()}
+        size = (sum(slot.extents), sum(map(prod, shapes.values())))
+        super().__init__(torch.zeros(size, dtype=slot.dtype, device=device), rank, weight)
+        self._tokens = slot.extents
+        self._arrived = self._views(shapes, self._received)
+        self._keys_values = self._views(shapes, self._readable) if weight else self._arrived
+
+    @property
+    def nbytes(self) -> int:
+        return self._received.nbytes + self.prediction_bytes
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tokens of each rank, received or to be sent."""
+        return self._received.split(self._tokens)
+
+    def read(self, index: int) -> torch.Tensor:
+        """(tokens of all ranks, 2, batch, channels)."""
+        return self._keys_values[index]
+
+    def send(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put this rank's keys and values, (batch, tokens, channels) each, among those of all ranks."""
+        arrived, readable = self._arrived[index], self._keys_values[index]
+        for buffer in (arrived,) if readable is arrived else (arrived, readable):
+            own = buffer.split(self._tokens)[self.rank]
+            own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
+
+    def stored(self, index: int) -> dict[int, torch.Tensor]:
+        return dict(enumerate(self._arrived[index].split(self._tokens)))
+
+    @staticmethod
+    def _views(shapes: Mapping[int, tuple[int, ...]], buffer: torch.Tensor) -> dict[int, torch.Tensor]:
+        starts = accumulate(map(prod, shapes.values()), initial=0)
+        return {
+            index: buffer[:, start : start + prod(shape)].unflatten(1, shape)
+            for (index, shape), start in zip(shapes.items(), starts, strict=False)
+        }

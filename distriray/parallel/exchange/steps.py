@@ -1,0 +1,227 @@
+"""One step of the exchange, synchronous or displaced: what layers call during a forward pass.
+
+Layers call the verbs in the order of the forward pass; the k-th call of a step is slot k.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from distriray.collective.all_gather import all_gather
+from distriray.collective.base import Work
+from distriray.parallel.exchange.bucket import Bucket, Buckets
+from distriray.parallel.exchange.memory import LAYERS_CHANGED, Memory
+from distriray.parallel.exchange.patch import Patch
+from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.partition import Window
+
+
+class Step(ABC):
+    """One step among the ranks of `patch`.
+
+    Attributes:
+        displaced: whether layers read what the peers sent one step ago, rather than fresh values.
+        wait_s: seconds that this rank has waited for its peers.
+    """
+
+    displaced: ClassVar[bool]
+
+    def __init__(self, patch: Patch) -> None:
+        self.rank = patch.rank
+        self.wait_s = 0.0
+        self._patch = patch
+
+    @property
+    def drift(self) -> float:
+        """Relative change of what this rank sends, since the step before; infinite if not measured."""
+        return float("inf")
+
+    @abstractmethod
+    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """Everyone's statistics; `send_statistics` follows and ends the slot.
+
+        In a displaced step all of them are the previous step's until then, this rank's row too.
+
+        Args:
+            own: float32 (batch, groups, 2), mean and biased variance of this rank's rows.
+            input: the feature map that they are of, (batch, channels, this rank's rows, columns).
+
+        Returns:
+            float32 (ranks, batch, groups, 2).
+        """
+
+    @abstractmethod
+    def send_statistics(self, own: torch.Tensor) -> None:
+        """Send this rank's statistics, and put them into its row of what `read_statistics` returned."""
+
+    @abstractmethod
+    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
+        """The rows that a convolution with `window` reads: halo or padding, `input`, halo or padding.
+
+        Args:
+            input: (batch, channels, this rank's rows, columns).
+
+        Returns:
+            The same with more rows, in a buffer that the next layer of this shape overwrites.
+        """
+
+    @abstractmethod
+    def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the whole image from those of this rank's tokens.
+
+        Args:
+            key, value: (batch, this rank's tokens, channels).
+
+        Returns:
+            Both, (batch, tokens of all ranks, channels).
+        """
+
+    @abstractmethod
+    def end(self) -> Buckets | None:
+        """End the step; return the buckets for the next one, None if nothing is kept."""
+
+    def shares(self, input: torch.Tensor) -> torch.Tensor:
+        """Every rank's share of the rows at the level of `input`, float32 (ranks, 1, 1)."""
+        return self._patch.shares(input)
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """Everyone's fresh `own`, (ranks, *shape of `own`): no slot, whatever the step."""
+        everyone = own.new_empty((self._patch.communicator.world_size, *own.shape))
+        everyone[self.rank] = own
+        self._await(all_gather(self._patch.communicator, everyone.unbind()))
+        return everyone
+
+    def _await(self, work: Work) -> None:
+        started = time.perf_counter()
+        work.wait()
+        self.wait_s += time.perf_counter() - started
+
+
+class SynchronousStep(Step):
+    """Every slot is swapped at once, and `memory` keeps it for the next step."""
+
+    displaced = False
+
+    def __init__(self, patch: Patch, memory: Memory) -> None:
+        super().__init__(patch)
+        self._memory = memory
+
+    @property
+    def drift(self) -> float:
+        return self._memory.drift
+
+    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        self._memory = self._memory.expect(self._patch.statistics_slot(own, input))
+        everyone = self.gather(own)
+        self._memory.keep(dict(enumerate(everyone)))
+        return everyone
+
+    def send_statistics(self, own: torch.Tensor) -> None:
+        """Nothing is left to do: reading has swapped them."""
+
+    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
+        padded = self._patch.padded(input, window)
+        self._memory = self._memory.expect(padded.slot)
+        received = {peer: input.new_empty(shape) for peer, shape in padded.slot.receive}
+        sends = {peer: rows.contiguous() for peer, rows in padded.sends(input).items()}
+        self._await(self._patch.communicator.exchange(sends, received))
+        whole = padded.fill(input, received)
+        self._memory.keep(received)
+        return whole
+
+    def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        slot = self._patch.keys_values_slot(key)
+        self._memory = self._memory.expect(slot)
+        everyone = key.new_empty((sum(slot.extents), *slot.send[0][1][1:]))
+        parts = everyone.split(slot.extents)
+        own = parts[self.rank]
+        own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
+        self._await(all_gather(self._patch.communicator, parts))
+        self._memory.keep(dict(enumerate(parts)))
+        return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
+
+    def end(self) -> Buckets | None:
+        return self._memory.end()
+
+
+class DisplacedStep(Step):
+    """Layers read what the peers sent one step ago; what they send now leaves in the background, by buckets.
+
+    When a bucket's last slot has been computed, its messages leave; when the next step reaches the bucket's
+    first slot, it waits for them. So what is read is always exactly one step old.
+
+    Args:
+        buckets: filled by the step before.
+        predicts: whether two steps came before, from which stale values can be extrapolated.
+    """
+
+    displaced = True
+
+    def __init__(self, patch: Patch, buckets: Buckets, predicts: bool) -> None:
+        super().__init__(patch)
+        self._buckets = buckets
+        self._predicts = predicts
+        self._index = 0
+        self._complete: Bucket | None = None
+
+    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        bucket = self._enter(self._patch.statistics_slot(own, input))
+        return bucket.statistics.read(self._index)
+
+    def send_statistics(self, own: torch.Tensor) -> None:
+        bucket = self._buckets[self._index]
+        bucket.statistics.send(self._index, own)
+        self._leave(bucket)
+
+    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
+        padded = self._patch.padded(input, window)
+        bucket = self._enter(padded.slot)
+        whole = padded.fill(input, bucket.halos.read(self._index))
+        bucket.halos.send(self._index, padded.sends(input))
+        self._leave(bucket)
+        return whole
+
+    def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        bucket = self._enter(self._patch.keys_values_slot(key))
+        region = bucket.keys_values[self._index]
+        everyone = region.read(self._index)
+        region.send(self._index, key, value)
+        self._leave(bucket)
+        return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
+
+    def end(self) -> Buckets:
+        self._launch_complete()
+        if self._index < len(self._buckets.slots):
+            raise RuntimeError(LAYERS_CHANGED)
+        return self._buckets
+
+    def _enter(self, slot: Slot) -> Bucket:
+        """The bucket of the next slot, ready to be read."""
+        self._launch_complete()
+        if not self._buckets.has(self._index, slot):
+            raise RuntimeError(LAYERS_CHANGED)
+        bucket = self._buckets[self._index]
+        if self._index == bucket.first:
+            started = time.perf_counter()
+            bucket.wait()
+            self.wait_s += time.perf_counter() - started
+            bucket.predict(self._predicts)
+        return bucket
+
+    def _leave(self, bucket: Bucket) -> None:
+        if self._index == bucket.last:
+            self._complete = bucket
+        self._index += 1
+
+    def _launch_complete(self) -> None:
+        """Send the bucket whose last slot is over.
+
+        Not earlier: its messages are received into the buffers that this slot's layer was still reading.
+        """
+        if self._complete is not None:
+            self._complete.launch()
+            self._complete = None
