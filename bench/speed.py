@@ -22,7 +22,7 @@ import torch
 
 from bench.barrier import barrier
 from bench.report import Report
-from distriray import GenerationRequest, HostConfig, ParallelConfig, parallelize
+from distriray import GenerationRequest, HostConfig, ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect, launch
 from distriray.denoise import Denoiser
 from distriray.gang import open_host
@@ -178,9 +178,10 @@ def _by_gang(pipeline: Any, communicator: Communicator, way: Way, size: int, ste
     denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
     assert engine is not None
     began = _now(communicator.device)
-    state = denoiser.prepare(
-        prompt=PROMPT, seeds=[0], height=size, width=size, num_inference_steps=steps, guidance_scale=5.0
+    params = SamplingParams(
+        prompt=PROMPT, seed=0, height=size, width=size, num_inference_steps=steps, guidance_scale=5.0
     )
+    state = denoiser.prepare(params)
     prepared, waiting = _now(communicator.device), 0.0
     while not state.done:
         denoiser.step(state)

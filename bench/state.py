@@ -14,6 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from bench.report import Report
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.landscapes import MODEL_DIR
+from distriray.requests import SamplingParams
 
 
 def main() -> None:
@@ -44,14 +45,15 @@ def main() -> None:
     )
     for size in arguments.sizes:
         for scheduler in arguments.schedulers:
-            state = denoiser.prepare(
+            params = SamplingParams(
                 prompt="a lake at dusk, snowy mountains",
-                seeds=[1],
+                seed=1,
                 height=size,
                 width=size,
                 num_inference_steps=25,
                 scheduler=scheduler,
             )
+            state = denoiser.prepare(params)
             denoiser.step(state)
             started = time.perf_counter()
             denoiser.step(state)

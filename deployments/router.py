@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -21,7 +20,7 @@ from distriray.errors import (
     QueueFull,
 )
 from distriray.events import Event, Preview, Queued, Step
-from distriray.gang.admission import admit
+from distriray.gang.admission import admit, check_gang_size
 from distriray.requests import GenerationRequest, GenerationResult, Limits
 from distriray.routing.policy import RequestView
 from distriray.service import Fleet, ModelCard, PoolReport
@@ -50,8 +49,7 @@ class Attempts:
     previews: int = 0
 
     def __post_init__(self) -> None:
-        if self.request.seed is None:
-            self.request = self.request.model_copy(update={"seed": secrets.randbelow(2**32)})
+        self.request = self.request.seeded()
 
     def shows(self, event: Event) -> bool:
         """Whether `event` is new to the client that listens."""
@@ -120,14 +118,15 @@ class Router:
             client.poll_if_stale()
         for name in self._config.models:
             clients = self._clients_of(name)
+            limits, gang_sizes = _offer(clients)
             seen = next((client.state.facts.default_size for client in clients if client.state.facts), None)
             cards.append(
                 ModelCard(
                     id=name,
                     created=self._created,
                     default_size=seen or self._sizes[name],
-                    limits=Limits.widest(client.state.config.limits for client in clients),
-                    gang_sizes=tuple(sorted({size for client in clients for size in client.config.sizes})),
+                    limits=limits,
+                    gang_sizes=gang_sizes,
                 )
             )
         return cards
@@ -175,6 +174,9 @@ class Router:
         clients = self._clients_of(attempts.request.model)
         for client in clients:
             await client.wait_briefly_for_poll()
+        limits, gang_sizes = _offer(clients)
+        limits.check(attempts.request)
+        check_gang_size(attempts.request, gang_sizes)
         try:
             return self._choose(attempts, clients)
         except (QueueFull, DeadlineUnmet, NotEnoughDevices):
@@ -245,6 +247,12 @@ class Router:
         return clients
 
 
+def _offer(clients: list[PoolClient]) -> tuple[Limits, tuple[int, ...]]:
+    """The limits and the gang sizes of pools of one model: all that at least one of them allows."""
+    limits = Limits.widest(client.state.config.limits for client in clients)
+    return limits, tuple(sorted({size for client in clients for size in client.config.sizes}))
+
+
 def _fitting(
     request: GenerationRequest, clients: list[PoolClient], now_s: float, left_s: float | None
 ) -> list[tuple[PoolClient, GenerationRequest, RequestView | None]]:
@@ -278,10 +286,7 @@ def _view_of(
     config, facts = client.state.config, client.state.facts
     if facts is None:
         config.limits.check(request)
-        if request.gang_size != "auto" and request.gang_size not in config.sizes:
-            raise InvalidRequest(
-                f"gang_size {request.gang_size} is not lent; use one of {list(config.sizes)}", "gang_size"
-            )
+        check_gang_size(request, config.sizes)
         return request, None
     settled, max_gang = admit(request, config, facts)
     assert settled.height is not None and settled.width is not None

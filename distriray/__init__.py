@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .requests import GenerationRequest as GenerationRequest
     from .requests import GenerationResult as GenerationResult
     from .requests import Limits as Limits
+    from .requests import SamplingParams as SamplingParams
 
 _HOMES = {
     "AsyncClient": "client",
@@ -38,6 +39,7 @@ _HOMES = {
     "Limits": "requests",
     "ParallelConfig": "config",
     "Prediction": "config",
+    "SamplingParams": "requests",
     "parallelize": "parallel",
 }
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-import secrets
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from PIL import Image
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .config import ExchangeMode, ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
-from .requests import GenerationRequest, GenerationResult, invalid_request
+from .requests import GenerationRequest, GenerationResult, SamplingParams, invalid_request
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +29,47 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 notes = Console(stderr=True, highlight=False)
+
+
+_SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"]}
+"""Second spellings of options with long names."""
+
+
+def _options() -> Iterator[inspect.Parameter]:
+    """The prompt as an argument, and an option for every other field of SamplingParams.
+
+    Values are text, which SamplingParams reads and checks, so that its messages are the only ones.
+    """
+    schema = SamplingParams.model_json_schema()["properties"]
+    for name, field in SamplingParams.model_fields.items():
+        if field.is_required():
+            argument = Annotated[str, typer.Argument(help=field.description)]
+            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=argument)
+            continue
+        kind = {**schema[name], **schema[name].get("anyOf", [{}])[0]}
+        option = typer.Option(
+            *(f"--{name.replace('_', '-')}", *_SHORT.get(name, ())),
+            help=field.description,
+            metavar=f"<{'|'.join(kind.get('enum', [kind['type']]))}>",
+        )
+        default = None if field.default is None else str(field.default)
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str | None, option], default=default
+        )
+
+
+def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of SamplingParams in place of its parameter `sampling`, a mapping."""
+
+    def run(**values: Any) -> None:
+        fields = {name: values.pop(name) for name in SamplingParams.model_fields}
+        command(sampling={k: v for k, v in fields.items() if v is not None}, **values)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    others = [each.replace(kind=each.KEYWORD_ONLY) for each in own if each.name != "sampling"]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([*_options(), *others])  # type: ignore[attr-defined]
+    return run
 
 
 @app.callback(invoke_without_command=True)
@@ -40,25 +81,18 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
+@_with_sampling
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    sampling: dict[str, Any],
     out: Annotated[
-        Path, typer.Option(help="Where to; several images get -1, -2, … before the suffix.")
+        Path, typer.Option(help="Output file; several images get -1, -2, … before the suffix.")
     ] = Path("out.png"),
     gang_size: Annotated[int, typer.Option(min=1, help="Workers that draw it together.")] = 1,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's own unless given.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's own unless given.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
-    seed: Annotated[int | None, typer.Option(help="Of the first image; drawn unless given.")] = None,
-    num_images: Annotated[int, typer.Option(help="Images, made together.")] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="The model's own unless given.")] = None,
     model: Annotated[
         str, typer.Option(help="builtin:…, a folder, or a Hugging Face id.")
     ] = "builtin:landscapes",
-    revision: Annotated[str | None, typer.Option(help="Of a Hugging Face model.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
     exchange: Annotated[ExchangeMode, typer.Option(help="What the gang exchanges.")] = "displaced",
     warmup_steps: Annotated[str, typer.Option(help="Synchronous steps at the start, or auto.")] = "4",
@@ -72,22 +106,11 @@ def generate(
 ) -> None:
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
-        request = GenerationRequest(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            seed=secrets.randbelow(2**32) if seed is None else seed,
-            num_images=num_images,
-            scheduler=scheduler,
-            gang_size=gang_size,
-        )
+        request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
         parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
         spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype)
         _check_out(out)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it talks while it is imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from .gang import HostConfig, open_host
 
         config = HostConfig(

@@ -13,7 +13,16 @@ from httpx_sse import EventSource
 from .events import Event, Finished
 from .requests import GenerationRequest, GenerationResult
 from .service import Fleet, ModelCard
-from .wire import IMAGES, body_of, cards_of, error_of, event_of, headers_of, not_the_service, result_of
+from .wire import (
+    IMAGES,
+    decode_cards,
+    decode_error,
+    decode_event,
+    decode_result,
+    encode_headers,
+    encode_request,
+    not_the_service,
+)
 
 T = TypeVar("T")
 
@@ -25,10 +34,10 @@ _CONNECT_S = 10.0
 class Client:
     """Asks a service for pictures.
 
-    A request is a `GenerationRequest`, or a prompt with its other fields as keywords. What comes back, and
-    the errors of `distriray.errors` that are raised, are those of a host or a handle. Besides them every
-    method raises NotAllowed without the right key, ConnectionError when the service cannot be reached or
-    breaks off, and TimeoutError. To leave early, as with Ctrl-C or by closing a stream, cancels the request.
+    A request is a `GenerationRequest`, or a prompt with its other fields as keywords. Results, events and
+    errors of `distriray.errors` are those of a host or a handle. Besides these, every method raises
+    NotAllowed without the right key, ConnectionError when the service cannot be reached or breaks off, and
+    TimeoutError. Leaving early, as with Ctrl-C or by closing a stream, cancels the request.
 
         with Client("http://localhost:8000") as client:
             client.generate("a lake at dawn", num_inference_steps=20).images[0].save("lake.png")
@@ -55,27 +64,29 @@ class Client:
     def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request, without loss."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers = body_of(wanted, stream=False), headers_of(wanted)
-        return self._ask("POST", IMAGES, lambda answer: result_of(answer.json()), json=body, headers=headers)
+        body, headers = encode_request(wanted, stream=False), encode_headers(wanted)
+        return self._ask(
+            "POST", IMAGES, lambda answer: decode_result(answer.json()), json=body, headers=headers
+        )
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
-        """What happens to a request for one image, ending with `Finished`."""
+        """The events of a request for one image, ending with `Finished`."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers, finished = body_of(wanted, stream=True), headers_of(wanted), False
+        body, headers, finished = encode_request(wanted, stream=True), encode_headers(wanted), False
         with _errors_of(self._http), self._http.stream("POST", IMAGES, json=body, headers=headers) as answer:
             if not answer.is_success:
                 answer.read()
-                raise error_of(answer)
+                raise decode_error(answer)
             for frame in EventSource(answer).iter_sse():  # to its end, which comes after the last event
-                event = event_of(frame)
+                event = decode_event(frame)
                 finished |= isinstance(event, Finished)
                 yield event
         if not finished:
             raise _broken_off(wanted)
 
     def models(self) -> list[ModelCard]:
-        """What can be asked for; the first is drawn by whoever names none."""
-        return self._ask("GET", "/v1/models", lambda answer: cards_of(answer.json()))
+        """The models on offer; the first is the default."""
+        return self._ask("GET", "/v1/models", lambda answer: decode_cards(answer.json()))
 
     def fleet(self) -> Fleet:
         """Every pool with its hosts, gangs and queues."""
@@ -105,30 +116,30 @@ class AsyncClient:
     async def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request, without loss. Cancelling this coroutine cancels the request."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers = body_of(wanted, stream=False), headers_of(wanted)
+        body, headers = encode_request(wanted, stream=False), encode_headers(wanted)
         return await self._ask(
-            "POST", IMAGES, lambda answer: result_of(answer.json()), json=body, headers=headers
+            "POST", IMAGES, lambda answer: decode_result(answer.json()), json=body, headers=headers
         )
 
     async def stream(self, request: GenerationRequest | str, **fields: Any) -> AsyncGenerator[Event, None]:
-        """What happens to a request for one image, ending with `Finished`."""
+        """The events of a request for one image, ending with `Finished`."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers, finished = body_of(wanted, stream=True), headers_of(wanted), False
+        body, headers, finished = encode_request(wanted, stream=True), encode_headers(wanted), False
         with _errors_of(self._http):
             async with self._http.stream("POST", IMAGES, json=body, headers=headers) as answer:
                 if not answer.is_success:
                     await answer.aread()
-                    raise error_of(answer)
+                    raise decode_error(answer)
                 async for frame in EventSource(answer).aiter_sse():
-                    event = event_of(frame)
+                    event = decode_event(frame)
                     finished |= isinstance(event, Finished)
                     yield event
         if not finished:
             raise _broken_off(wanted)
 
     async def models(self) -> list[ModelCard]:
-        """What can be asked for; the first is drawn by whoever names none."""
-        return await self._ask("GET", "/v1/models", lambda answer: cards_of(answer.json()))
+        """The models on offer; the first is the default."""
+        return await self._ask("GET", "/v1/models", lambda answer: decode_cards(answer.json()))
 
     async def fleet(self) -> Fleet:
         """Every pool with its hosts, gangs and queues."""
@@ -151,7 +162,7 @@ def _options(url: str, api_key: str | None, timeout_s: float | None) -> dict[str
 
 def _read(answer: httpx.Response, read: Callable[[httpx.Response], T]) -> T:
     if not answer.is_success:
-        raise error_of(answer)
+        raise decode_error(answer)
     try:
         return read(answer)
     except (ValueError, KeyError, TypeError) as error:

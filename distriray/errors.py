@@ -29,7 +29,7 @@ class NotEnoughDevices(DistrirayError, RuntimeError):
 
 
 class NotAllowed(DistrirayError, PermissionError):
-    """The service wants a key, or another one."""
+    """The API key is missing or wrong."""
 
 
 class QueueFull(DistrirayError, RuntimeError):

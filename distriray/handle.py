@@ -23,8 +23,8 @@ class HandleClient:
     """Calls a service through its Serve handle, so nothing is encoded and no port need be open.
 
     A request is a `GenerationRequest`, or a prompt with its other fields as keywords. Methods raise errors
-    of `distriray.errors` as themselves, and ConnectionError when the service cannot be reached. Those whose
-    name begins with an `a` belong into an event loop, the others block.
+    of `distriray.errors` as themselves, and ConnectionError when the service cannot be reached. Methods
+    prefixed with `a` are coroutines; the others block.
 
         client = HandleClient.connect()
         result = client.generate("a lake at dawn", num_inference_steps=20)
@@ -65,7 +65,7 @@ class HandleClient:
         return result
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
-        """What happens to a request, ending with `Finished`. Closing the generator cancels it."""
+        """The events of a request, ending with `Finished`. Closing the generator cancels it."""
         streaming = self._handle.options(stream=True)
         events = streaming.stream.remote(GenerationRequest.of(request, fields))
         with _cancelled_unless_over(events):
@@ -88,7 +88,7 @@ class HandleClient:
         return bool(await self._acall("cancel", request_id))
 
     def models(self) -> list[ModelCard]:
-        """What can be asked for; the first is drawn by whoever names none."""
+        """The models on offer; the first is the default."""
         cards: list[ModelCard] = self._call("models")
         return cards
 
@@ -119,7 +119,7 @@ class HandleClient:
 
 
 def own_error(error: RayTaskError) -> BaseException:
-    """What was raised on the other side of a call, where it is an error of distriray's."""
+    """The error that was raised on the other side of a call, where it is one of distriray's."""
     return error.cause if isinstance(error.cause, DistrirayError) else error
 
 

@@ -1,10 +1,10 @@
-"""What is asked of distriray and what it answers: one pair of types for scripts, handles, HTTP and jobs."""
+"""Requests and results, shared by scripts, Serve handles, HTTP, jobs and the command line."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from uuid import uuid4
 
 from PIL import Image
@@ -15,49 +15,60 @@ from .errors import InvalidRequest
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+SchedulerName = Literal[
+    "ddim",
+    "dpmpp-2m",
+    "dpmpp-2m-karras",
+    "dpmpp-2s",
+    "euler",
+    "euler-ancestral",
+    "heun",
+    "lcm",
+    "lms",
+    "pndm",
+    "unipc",
+]
+"""The names of `distriray.denoise.SCHEDULERS`, here because importing those loads torch and diffusers."""
 
 MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels: the reduction of the latent."""
 
 
-class GenerationRequest(BaseModel):
-    """One batch of images of one prompt.
+class SamplingParams(BaseModel):
+    """The fields that decide a picture: names, types, defaults and descriptions for every interface.
 
-    Attributes:
-        model: which of the models that are served; None is the only or the default one.
-        height, width: in pixels, multiples of 8; None is the model's own size.
-        seed: of the first image; image `i` has `seed + i`. None draws one.
-        scheduler: a name among `distriray.denoise.SCHEDULERS`; None is the model's own.
-        gang_size: workers to use, or `auto`: the host's policy decides, and may change it between steps.
-        deadline_s: seconds from submission by which it should be finished.
-        priority: larger is more important; each unit doubles its share.
-        previews: intermediate pictures to send while it runs, evenly spread over the steps.
-        parallel: how the gang shares a step; None is the host's own configuration.
-        id: names it in events, logs and `cancel`; unique among unfinished requests.
+    HTTP, the clients, handles, jobs and the command line derive their own fields from these, and a worker
+    hands the group to `Denoiser.prepare`. A field that is added here goes through all of them.
 
     Raises:
         InvalidRequest: a value is out of range; `param` names it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     prompt: str
-    model: str | None = None
+    """What the picture shows."""
     negative_prompt: str | None = None
+    """What the picture must not show."""
     height: Count | None = None
+    """In pixels, a multiple of 8; the model's own by default."""
     width: Count | None = None
+    """In pixels, a multiple of 8; the model's own by default."""
     num_inference_steps: Count = 25
+    """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 5.0
+    """Scale of classifier-free guidance; 1 or less turns it off."""
     guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """How far the guided noise is rescaled to the contrast of the unguided one, from 0 to 1."""
+    seed: Seed | None = None
+    """Seed of the first image; image i has seed + i. Random by default."""
     num_images: Count = 1
-    scheduler: str | None = None
-    gang_size: Count | Literal["auto"] = "auto"
-    deadline_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    previews: Annotated[int, Field(ge=0)] = 0
-    parallel: ParallelConfig | None = None
-    id: Annotated[str, Field(min_length=1, max_length=200)] = Field(default_factory=lambda: uuid4().hex)
+    """Images, made together."""
+    scheduler: SchedulerName | None = None
+    """Noise scheduler; the model's own by default."""
+    clip_skip: Annotated[int, Field(ge=0)] | None = None
+    """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
 
     if not TYPE_CHECKING:
 
@@ -76,6 +87,50 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"{info.field_name} {value} is not a multiple of {MULTIPLE_OF}; use {choices}")
         return value
 
+    @property
+    def seeds(self) -> list[int]:
+        """One seed for each image; raises InvalidRequest while there is none."""
+        if self.seed is None:
+            raise InvalidRequest("there is no seed yet; set `seed`, or call `seeded` first", "seed")
+        return [self.seed + i for i in range(self.num_images)]
+
+    def seeded(self, seed: int | None = None) -> Self:
+        """A copy with a seed: its own, else `seed`, else a random one."""
+        if self.seed is not None:
+            return self
+        return self.model_copy(update={"seed": secrets.randbelow(2**32) if seed is None else seed})
+
+    def settled(self, height: int, width: int) -> Self:
+        """A copy that leaves nothing open: a size, by default this one, and a seed."""
+        size = {
+            "height": height if self.height is None else self.height,
+            "width": width if self.width is None else self.width,
+        }
+        return self.seeded().model_copy(update=size)
+
+
+class GenerationRequest(SamplingParams):
+    """One batch of images of one prompt: the fields of `SamplingParams`, and how to serve them.
+
+    Raises:
+        InvalidRequest: a value is out of range; `param` names it.
+    """
+
+    model: str | None = None
+    """One of the served models; None is the only or the default one."""
+    gang_size: Count | Literal["auto"] = "auto"
+    """Workers to use; `auto` leaves it to the host's policy, which may change it between steps."""
+    deadline_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Seconds from submission to the finished picture; a service refuses at once what it cannot meet."""
+    priority: Annotated[int, Field(ge=-10, le=10)] = 0
+    """Larger is more important; each unit doubles its share."""
+    previews: Annotated[int, Field(ge=0)] = 0
+    """Intermediate pictures to send while it runs, evenly spread over the steps."""
+    parallel: ParallelConfig | None = None
+    """How the gang shares a step; None is the host's own configuration."""
+    id: Annotated[str, Field(min_length=1, max_length=200)] = Field(default_factory=lambda: uuid4().hex)
+    """Name in events, logs and `cancel`; unique among unfinished requests."""
+
     @classmethod
     def parse(cls, fields: dict[str, Any] | str | bytes) -> Self:
         """A request from a mapping or from JSON text; raises InvalidRequest."""
@@ -88,7 +143,7 @@ class GenerationRequest(BaseModel):
 
     @classmethod
     def of(cls, request: Self | str, fields: dict[str, Any]) -> Self:
-        """What is meant by a whole request, or by a prompt with the other fields.
+        """A whole request as it is, or one made of a prompt and the other fields.
 
         Raises:
             TypeError: `fields` beside a whole request, or a second prompt.
@@ -99,34 +154,17 @@ class GenerationRequest(BaseModel):
                 raise TypeError("the prompt was given twice")
             return cls.parse({"prompt": request, **fields})
         if fields:
-            raise TypeError(f"{sorted(fields)} belong into the GenerationRequest that was given")
+            raise TypeError(f"set {sorted(fields)} on the GenerationRequest itself")
         return request
 
-    @property
-    def seeds(self) -> list[int]:
-        """One seed for each image; raises InvalidRequest while no seed was chosen."""
-        if self.seed is None:
-            raise InvalidRequest("the request has no seed yet; call `settled` first", "seed")
-        return [self.seed + i for i in range(self.num_images)]
-
-    def settled(self, height: int, width: int) -> Self:
-        """This request with everything decided that it left open: its size and its seed."""
-        return self.model_copy(
-            update={
-                "height": height if self.height is None else self.height,
-                "width": width if self.width is None else self.width,
-                "seed": secrets.randbelow(2**32) if self.seed is None else self.seed,
-            }
-        )
-
     def preview_steps(self) -> frozenset[int]:
-        """After which steps (1 is the first) a preview is sent."""
+        """The steps (1 is the first) after which a preview is sent."""
         total, count = self.num_inference_steps, self.previews
         return frozenset(round((i + 1) * total / (count + 1)) for i in range(count)) - {0, total}
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:
-    """The first thing that pydantic found wrong, as one sentence with the field and the value."""
+    """The first error that pydantic found, as one sentence with the field and the value."""
     first = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in first["loc"] if isinstance(part, int | str)) or None
     param = param.split(".")[0] if param else None
@@ -149,7 +187,7 @@ def _shortened(value: Any) -> str:
 
 
 class Limits(BaseModel):
-    """What a service accepts. A request outside is refused with the limit in the message."""
+    """The largest and smallest values that a service accepts; a refusal names the limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -162,13 +200,21 @@ class Limits(BaseModel):
     max_prompt_chars: Count = 4000
     max_previews: Count = 8
 
+    LARGEST: ClassVar[dict[str, str]] = {
+        "num_inference_steps": "max_steps",
+        "num_images": "max_images",
+        "guidance_scale": "max_guidance_scale",
+        "previews": "max_previews",
+    }
+    """The limit of each field that has a largest value."""
+    TEXTS: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
+    """The fields that may have `max_prompt_chars` characters."""
+
     def check(self, request: GenerationRequest) -> None:
         """Raise InvalidRequest, with the limit and the field, unless `request` keeps every limit."""
-        self._at_most("num_inference_steps", request.num_inference_steps, self.max_steps)
-        self._at_most("num_images", request.num_images, self.max_images)
-        self._at_most("guidance_scale", request.guidance_scale, self.max_guidance_scale)
-        self._at_most("previews", request.previews, self.max_previews)
-        for field in ("prompt", "negative_prompt"):
+        for field, limit in self.LARGEST.items():
+            self._at_most(field, getattr(request, field), getattr(self, limit))
+        for field in self.TEXTS:
             length = len(getattr(request, field) or "")
             if length > self.max_prompt_chars:
                 raise InvalidRequest(
@@ -189,7 +235,7 @@ class Limits(BaseModel):
 
     @classmethod
     def widest(cls, limits: Iterable[Limits]) -> Limits:
-        """What at least one of `limits` allows, field by field."""
+        """Limits that allow, field by field, whatever at least one of `limits` does."""
         each = list(limits)
         return cls(
             **{
@@ -207,9 +253,9 @@ class Limits(BaseModel):
 class Segment(BaseModel):
     """Steps `first_step` to `last_step` (the latter not included) by one gang, rank 0 first.
 
-    Its gang was sent for at `sent_at`, complete at `formed_at` (prompt encoding aside) and through with its
-    steps at `left_at`, in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the mean seconds
-    of a synchronous and of a displaced step.
+    The order was sent at `sent_at`; all ranks were ready at `formed_at` (not counting prompt encoding); the
+    last step ended at `left_at`, all in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the
+    mean seconds of a synchronous and of a displaced step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -242,7 +288,7 @@ class Timings(BaseModel):
 
     @property
     def waiting_s(self) -> float:
-        """What no phase explains: forming gangs, waiting between them, sending results."""
+        """Seconds that no phase explains: forming gangs, waiting between them, sending results."""
         return max(0.0, self.total_s - self.queued_s - self.prepare_s - self.denoise_s - self.decode_s)
 
 
@@ -263,7 +309,7 @@ class GenerationResult(BaseModel):
 
     @property
     def gang_size(self) -> int:
-        """The size of the gang that made most of its steps."""
+        """Size of the gang that made most of the steps."""
         steps: dict[int, int] = {}
         for segment in self.segments:
             size = len(segment.workers)

@@ -1,4 +1,4 @@
-"""A service of images: what it does for those in front of it, and what it says of itself."""
+"""The interface of a service that makes images, and its reports."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .status import HostStatus
 
 
 class ModelCard(BaseModel):
-    """One model that can be asked for.
+    """One model on offer.
 
     Attributes:
         created: when the service was set up, in seconds since the epoch.
         default_size: (height, width) in pixels of a request that names none; None until a host was up.
-        limits: what a request of this model may ask for.
-        gang_sizes: all that the model's pools lend, ascending.
+        limits: those of requests for this model.
+        gang_sizes: the sizes that the model's pools lend, ascending.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,14 +64,14 @@ class Service(Protocol):
         ...
 
     def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """What happens to `request`, ending with `Finished`; closing the generator cancels it.
+        """The events of `request`, ending with `Finished`; closing the generator cancels it.
 
         The first event comes at once, or a refusal instead of it. Raises as `generate` does.
         """
         ...
 
     def models(self) -> list[ModelCard]:
-        """What can be asked for; the first is drawn by whoever names none."""
+        """The models on offer; the first is the default."""
         ...
 
     async def fleet(self) -> Fleet:

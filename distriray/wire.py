@@ -1,9 +1,10 @@
-"""What requests, results, events and errors are over HTTP, as a client writes and reads them."""
+"""The wire format: requests, results, events and errors as JSON over HTTP, and the names they have there."""
 
 from __future__ import annotations
 
 import re
 from base64 import b64decode
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -29,33 +30,47 @@ from .service import ModelCard
 
 IMAGES = "/v1/images/generations"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-"""What may stand in an X-Request-ID."""
+"""The form of an X-Request-ID."""
 
 PARAMS = {"num_images": "n", "previews": "partial_images", "height": "size", "width": "size"}
-"""What fields of a GenerationRequest are called over HTTP, where that differs."""
+"""HTTP names of the fields of a GenerationRequest that are called otherwise there."""
 
-_PLAIN = (
-    *("prompt", "model", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"),
-    *("scheduler", "gang_size", "deadline_s"),
-)
-"""Fields that are called the same over HTTP."""
-_NOT_CARRIED = ("guidance_rescale", "priority", "parallel")
+_NOT_CARRIED = ("priority", "parallel")
+CARRIED = GenerationRequest.model_fields.keys() - {"id", *_NOT_CARRIED}
+"""The fields of a GenerationRequest that an HTTP body has; the id is a header."""
 _FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two, the first
 
 
-def headers_of(request: GenerationRequest) -> dict[str, str]:
-    """What carries a request's id; raises InvalidRequest where that does not fit."""
+def encode_fields(request: GenerationRequest) -> dict[str, Any]:
+    """A request's fields by their HTTP names, without those that are None."""
+    fields = request.model_dump(mode="json", include=set(CARRIED), exclude_none=True)
+    height, width = fields.pop("height", None), fields.pop("width", None)
+    if height is not None and width is not None:
+        fields["size"] = f"{width}x{height}"
+    return {PARAMS.get(name, name): value for name, value in fields.items()}
+
+
+def decode_fields(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a GenerationRequest among those of an HTTP body; the inverse of `encode_fields`."""
+    fields = {_FIELDS.get(param, param): value for param, value in params.items() if param != "size"}
+    if params.get("size", "auto") != "auto":
+        fields["width"], fields["height"] = map(int, params["size"].split("x"))
+    return {name: value for name, value in fields.items() if name in CARRIED}
+
+
+def encode_headers(request: GenerationRequest) -> dict[str, str]:
+    """The headers that carry a request's id; raises InvalidRequest where it does not fit."""
     if not REQUEST_ID.fullmatch(request.id):
-        message = f"id {request.id!r}: over HTTP it is of up to 64 letters, digits, '.', '_' and '-'"
+        message = f"id {request.id!r}: over HTTP use at most 64 letters, digits, '.', '_' and '-'"
         raise InvalidRequest(message, "id")
     return {"X-Request-ID": request.id}
 
 
-def body_of(request: GenerationRequest, stream: bool) -> dict[str, Any]:
+def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
     """The JSON of a request.
 
     Raises:
-        InvalidRequest: it has something that HTTP does not carry.
+        InvalidRequest: it has a field that HTTP does not carry.
     """
     for name in _NOT_CARRIED:
         if getattr(request, name) != GenerationRequest.model_fields[name].default:
@@ -67,15 +82,10 @@ def body_of(request: GenerationRequest, stream: bool) -> dict[str, Any]:
         raise InvalidRequest(message, "num_images")
     if request.previews and not stream:
         raise InvalidRequest(f"previews {request.previews}: only a stream carries them", "previews")
-    body = {name: getattr(request, name) for name in _PLAIN}
-    body["n"] = request.num_images
-    if request.height is not None:
-        body["size"] = f"{request.width}x{request.height}"
-    if request.previews:
-        body["partial_images"] = request.previews
+    body = encode_fields(request)
     if stream:
         body |= {"stream": True, "progress": True}
-    return {name: value for name, value in body.items() if value is not None}
+    return body
 
 
 def _picture(encoded: str) -> Image.Image:
@@ -84,7 +94,7 @@ def _picture(encoded: str) -> Image.Image:
     return image
 
 
-def result_of(answer: dict[str, Any]) -> GenerationResult:
+def decode_result(answer: dict[str, Any]) -> GenerationResult:
     """The result in an answer, or in the event that completes a stream."""
     drawn = answer.get("data", [answer])  # an event is its own only image
     width, height = map(int, answer["size"].split("x"))
@@ -97,8 +107,8 @@ def result_of(answer: dict[str, Any]) -> GenerationResult:
     )
 
 
-def event_of(frame: ServerSentEvent) -> Event:
-    """What a server-sent event says; raises the error that it is."""
+def decode_event(frame: ServerSentEvent) -> Event:
+    """The event in a server-sent event; raises the error that it is."""
     try:
         return _event(frame.json())
     except DistrirayError:
@@ -114,7 +124,7 @@ def _event(data: dict[str, Any]) -> Event:
         case {"type": "error", "error": error}:
             raise _error(error)
         case {"type": "image_generation.completed", "id": name}:
-            return Finished(name, result_of(data))
+            return Finished(name, decode_result(data))
         case {"type": "image_generation.partial_image", "id": name, "step": step}:
             return Preview(name, step, data["partial_image_index"], _picture(data["b64_json"]))
         case {"state": "queued", "id": name}:
@@ -130,7 +140,7 @@ def _event(data: dict[str, Any]) -> Event:
     raise ValueError(data["type"])
 
 
-def cards_of(answer: dict[str, Any]) -> list[ModelCard]:
+def decode_cards(answer: dict[str, Any]) -> list[ModelCard]:
     """The models of GET /v1/models."""
     cards = []
     for model in answer["data"]:
@@ -139,8 +149,8 @@ def cards_of(answer: dict[str, Any]) -> list[ModelCard]:
     return cards
 
 
-def error_of(answer: httpx.Response) -> Exception:
-    """What an answer that is no success means."""
+def decode_error(answer: httpx.Response) -> Exception:
+    """The error in an answer that is no success."""
     try:
         error = answer.json()["error"]
         return _error(error, _seconds(answer.headers.get("Retry-After")))
@@ -149,7 +159,7 @@ def error_of(answer: httpx.Response) -> Exception:
 
 
 def not_the_service(answer: httpx.Response) -> DistrirayError:
-    """For an answer that something on the way gave, or another program."""
+    """The error for an answer of another program, or of something on the way."""
     return DistrirayError(f"{answer.url} answered {answer.status_code}: {answer.text[:200]!r}")
 
 
@@ -182,7 +192,7 @@ def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
         case "missing_api_key" | "invalid_api_key" | "keys_not_configured":
             return NotAllowed(message)
         case "unknown_url" | "method_not_allowed":
-            return DistrirayError(f"{message}; is the client's url that of the service, without a path?")
+            return DistrirayError(f"{message}; check that the client's URL is the service's, without a path")
     if error["type"] == "invalid_request_error":
         return InvalidRequest(message, _FIELDS.get(param, param))
     return DistrirayError(message)

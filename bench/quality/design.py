@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from distriray.config import ExchangeMode, GroupNormMode, ParallelConfig, Prediction
+from distriray.requests import SchedulerName
 
 PATCHES = (2, 4, 8)
-SCHEDULERS = ("ddim", "euler", "dpmpp-2m")
+SCHEDULERS: tuple[SchedulerName, ...] = ("ddim", "euler", "dpmpp-2m")
 STEPS = (10, 20, 50)
 
 
@@ -19,7 +20,7 @@ class Setting:
 
     patches: int = 4
     steps: int = 20
-    scheduler: str = "ddim"
+    scheduler: SchedulerName = "ddim"
     exchange: ExchangeMode = "displaced"
     warmup: int | Literal["auto"] = 4
     group_norm: GroupNormMode = "stale"
@@ -192,7 +193,9 @@ def _predictions(base: Setting, weights: tuple[dict[str, float], ...]) -> tuple[
     return tuple(Setting(patches=base.patches, **kinds) for kinds in weights)  # type: ignore[arg-type]
 
 
-def _crosses(patches: Iterable[int], steps: Iterable[int], schedulers: Iterable[str]) -> Iterator[Setting]:
+def _crosses(
+    patches: Iterable[int], steps: Iterable[int], schedulers: Iterable[SchedulerName]
+) -> Iterator[Setting]:
     steps, schedulers = tuple(steps), tuple(schedulers)
     for number in patches:
         for count in steps:

@@ -82,7 +82,7 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
         _note(request, asked, config)
         # The suffix keeps two requests apart to which a client gave the same id.
         name = f"{request.state.request_id}-{token_hex(4)}"
-        generation = asked.generation(_card(service, asked.model), name)
+        generation = asked.generation(_card(service, asked.model).id, name)
         ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s
         if not asked.stream:
             result = await cancel_on_disconnect(request, _until(ends_at, service.generate(generation)))

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    create_model,
+)
+from pydantic.fields import FieldInfo
 
-from distriray.errors import InvalidRequest
 from distriray.requests import GenerationRequest
-from distriray.service import ModelCard
+from distriray.wire import CARRIED, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat
 from .errors import Refusal, refusal_of_fields
-
-SchedulerName = Literal[
-    "ddim",
-    "dpmpp-2m",
-    "dpmpp-2m-karras",
-    "dpmpp-2s",
-    "euler",
-    "euler-ancestral",
-    "heun",
-    "lcm",
-    "lms",
-    "pndm",
-    "unipc",
-]
-"""The names of `distriray.denoise.SCHEDULERS`, without importing diffusers into every router."""
 
 
 def _whole(value: Any) -> Any:
@@ -38,14 +31,36 @@ WHOLE = BeforeValidator(_whole)
 Positive = Annotated[int, Field(ge=1), WHOLE]
 NotNegative = Annotated[int, Field(ge=0), WHOLE]
 Percent = Annotated[int, Field(ge=0, le=100), WHOLE]
-Seed = Annotated[int, Field(ge=0, lt=2**63), WHOLE]
+
+
+def _optional(field: FieldInfo) -> tuple[Any, None]:
+    """A field of a GenerationRequest as HTTP has it: null is its default, and 3.0 is an integer."""
+    kind: Any = field.annotation
+    for constraint in field.metadata:
+        kind = Annotated[kind, constraint]
+    default = "" if field.is_required() or field.default is None else f" {field.default} by default."
+    text = f"{field.description}{default}"
+    return Annotated[kind | None, WHOLE, Field(description=text)], None
+
+
+if TYPE_CHECKING:
+    _Shared = BaseModel
+else:
+    _Shared = create_model(
+        "_Shared",
+        **{
+            name: _optional(field)
+            for name, field in GenerationRequest.model_fields.items()
+            if name in CARRIED and name not in PARAMS
+        },
+    )
 
 
 def _rule(when: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
     return {"if": {"required": list(when), "properties": when}, "then": {"properties": then}}
 
 
-# What one field demands of another, for readers of the document; `_check_together` is what enforces it.
+# What one field demands of another, for readers of the document; `_check_together` enforces it.
 _RULES: list[JsonValue] = [
     _rule(
         {"stream": {"const": True}},
@@ -67,8 +82,8 @@ _RULES: list[JsonValue] = [
 ]
 
 
-class ImageRequest(BaseModel):
-    """What to draw. Absent fields and null mean the default; a field that is not here is refused."""
+class ImageRequest(_Shared):
+    """A request to draw. Absent fields and null mean the default; an unknown field is refused."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -116,34 +131,6 @@ class ImageRequest(BaseModel):
     progress: Annotated[
         bool | None, Field(description="Stream `image_generation.progress` events as well; false by default.")
     ] = None
-    negative_prompt: Annotated[str | None, Field(description="What the picture must not show.")] = None
-    seed: Annotated[
-        Seed | None,
-        Field(description="Of the first image; image i has seed + i. Drawn by default."),
-    ] = None
-    num_inference_steps: Annotated[
-        Positive | None,
-        Field(description=f"{GenerationRequest.model_fields['num_inference_steps'].default} by default."),
-    ] = None
-    guidance_scale: Annotated[
-        float | None,
-        Field(
-            ge=0.0,
-            allow_inf_nan=False,
-            description=f"{GenerationRequest.model_fields['guidance_scale'].default} by default.",
-        ),
-    ] = None
-    scheduler: Annotated[SchedulerName | None, Field(description="By default the model's own.")] = None
-    gang_size: Annotated[
-        Positive | Literal["auto"] | None,
-        Field(description="Workers to use; `auto`, the default, lets the fleet choose."),
-    ] = None
-    deadline_s: Annotated[
-        float | None,
-        Field(
-            gt=0.0, allow_inf_nan=False, description="Refuse at once what cannot be done in so many seconds."
-        ),
-    ] = None
 
     @classmethod
     def parse(cls, body: bytes) -> ImageRequest:
@@ -182,32 +169,7 @@ class ImageRequest(BaseModel):
     def compression(self) -> int:
         return FULL_QUALITY if self.output_compression is None else self.output_compression
 
-    def generation(self, card: ModelCard, request_id: str) -> GenerationRequest:
-        """The same in distriray's words, within what `card` allows; raises InvalidRequest."""
-        width = height = None
-        if self.size not in (None, "auto"):
-            width, height = map(int, self.size.split("x"))
-        fields = {
-            "model": card.id,
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "height": height,
-            "width": width,
-            "num_images": self.n,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "seed": self.seed,
-            "scheduler": self.scheduler,
-            "gang_size": self.gang_size,
-            "deadline_s": self.deadline_s,
-            "previews": self.partial_images,
-            "id": request_id,
-        }
-        request = GenerationRequest.parse(
-            {name: value for name, value in fields.items() if value is not None}
-        )
-        card.limits.check(request)
-        if request.gang_size != "auto" and request.gang_size not in card.gang_sizes:
-            message = f"gang_size {request.gang_size} is not lent here; use one of {list(card.gang_sizes)}"
-            raise InvalidRequest(message, "gang_size")
-        return request
+    def generation(self, model: str, request_id: str) -> GenerationRequest:
+        """The same in distriray's words; raises InvalidRequest."""
+        fields = decode_fields(self.model_dump(exclude_none=True))
+        return GenerationRequest.parse({**fields, "model": model, "id": request_id})

@@ -9,9 +9,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from distriray.requests import MULTIPLE_OF
+from distriray.requests import MULTIPLE_OF, Limits
 from distriray.service import ModelCard, Service
 from distriray.version import __version__
+from distriray.wire import PARAMS
 
 from .errors import ErrorResponse
 from .images import ImageRequest
@@ -44,7 +45,7 @@ _EVENT = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route documents of its errors."""
+    """A route's error responses."""
     return {status: {"model": ErrorResponse, "description": _REASONS[status]} for status in statuses}
 
 
@@ -78,7 +79,7 @@ def describe_images() -> dict[str, Any]:
 
 
 def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
-    """What `app.openapi` shall be: always of the models that are served now."""
+    """The function `app.openapi`, whose document always describes the models that are served now."""
 
     def openapi() -> dict[str, Any]:
         document = get_openapi(
@@ -104,22 +105,20 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
 
 
 def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
-    """Write into the fields what at least one model accepts."""
+    """Bound the fields by what at least one model accepts."""
     if not cards:
         return
-    limits = [card.limits for card in cards]
-    prompt_chars = max(each.max_prompt_chars for each in limits)
-    side = sides_pattern(min(each.min_side for each in limits), max(each.max_side for each in limits))
+    limits = Limits.widest(card.limits for card in cards)
+    side = sides_pattern(limits.min_side, limits.max_side)
     bounds: dict[str, dict[str, Any]] = {
-        "prompt": {"maxLength": prompt_chars},
-        "negative_prompt": {"maxLength": prompt_chars},
         "model": {"enum": [card.id for card in cards]},
-        "n": {"maximum": max(each.max_images for each in limits)},
         "size": {"pattern": f"^(auto|{side}x{side})$"},
-        "partial_images": {"maximum": max(each.max_previews for each in limits)},
-        "num_inference_steps": {"maximum": max(each.max_steps for each in limits)},
-        "guidance_scale": {"maximum": max(each.max_guidance_scale for each in limits)},
         "gang_size": {"enum": sorted({size for card in cards for size in card.gang_sizes})},
+    }
+    bounds |= {text: {"maxLength": limits.max_prompt_chars} for text in Limits.TEXTS}
+    bounds |= {
+        PARAMS.get(field, field): {"maximum": getattr(limits, limit)}
+        for field, limit in Limits.LARGEST.items()
     }
     for name, bound in bounds.items():
         field = fields[name]

@@ -16,8 +16,9 @@ from distriray.denoise.schedulers import make_scheduler
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
+from distriray.requests import SamplingParams
 
-PREVIEW_SCALE, PREVIEW_LATENT_SIDE = 0.25, 16  # of the picture, but at most so many latent rows and columns
+PREVIEW_SCALE, PREVIEW_LATENT_SIDE = 0.25, 16  # of the picture, with at most this many latent rows
 
 
 class Denoiser:
@@ -30,7 +31,7 @@ class Denoiser:
         pipeline: a `StableDiffusionXLPipeline` or one made from it.
 
     Raises:
-        UnsupportedModel: the pipeline has not SDXL's two text encoders and text-time conditioning.
+        UnsupportedModel: the pipeline lacks SDXL's two text encoders and text-time conditioning.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -49,16 +50,8 @@ class Denoiser:
     @torch.no_grad()
     def prepare(
         self,
+        params: SamplingParams,
         *,
-        prompt: str,
-        seeds: list[int],
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 5.0,
-        guidance_rescale: float = 0.0,
-        scheduler: str | None = None,
         image: Image.Image | None = None,
         mask_image: Image.Image | None = None,
         strength: float = 0.3,
@@ -66,22 +59,14 @@ class Denoiser:
         """Encode the prompt and draw the noise: the state before the first step.
 
         Args:
-            seeds: one an image; image `i` of any batch is the image of its seed alone.
-            height, width: pixels, multiples of 8; the model's own size if left out.
-            guidance_scale: 1 or less turns guidance off.
-            scheduler: a name among `SCHEDULERS`; the model's own if left out.
+            params: must have a seed; image `i` of any batch is the image of its seed alone.
             image: starts from this picture (image to image), or fills in where `mask_image` is white.
             strength: share of the steps that are done on `image`, above 0 and at most 1.
 
         Raises:
             InvalidRequest: a value is out of range; `param` names it.
         """
-        if not seeds:
-            raise InvalidRequest("give at least one seed", "seed")
-        if num_inference_steps < 1:
-            raise InvalidRequest(
-                f"num_inference_steps {num_inference_steps} is not at least 1", "num_inference_steps"
-            )
+        seeds, num_inference_steps = params.seeds, params.num_inference_steps
         if mask_image is not None and image is None:
             raise InvalidRequest("a mask_image needs an image", "image")
         if not 0.0 < strength <= 1.0:
@@ -89,20 +74,27 @@ class Denoiser:
         task = "text-to-image" if image is None else "image-to-image" if mask_image is None else "inpainting"
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         components = self._components
-        components.scheduler = make_scheduler(self._pipeline.scheduler, scheduler)
-        set_guidance(components, guidance_scale, guidance_rescale)
+        components.scheduler = make_scheduler(self._pipeline.scheduler, params.scheduler)
+        set_guidance(components, params.guidance_scale, params.guidance_rescale)
         pixels = components.vae_scale_factor * components.default_sample_size
-        height = pixels if height is None else height
-        width = pixels if width is None else width
+        height = pixels if params.height is None else params.height
+        width = pixels if params.width is None else params.width
         multiple = components.vae_scale_factor
         for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % multiple:
+            if size % multiple:
                 raise InvalidRequest(f"{name} {size} is not a multiple of {multiple}", name)
+        encoders = [e for e in (components.text_encoder, components.text_encoder_2) if e is not None]
+        most = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+        if params.clip_skip is not None and params.clip_skip > most:
+            raise InvalidRequest(
+                f"clip_skip {params.clip_skip} skips all of a text encoder; use at most {most}", "clip_skip"
+            )
 
         state = PipelineState()
         for name, value in {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
+            "prompt": params.prompt,
+            "negative_prompt": params.negative_prompt,
+            "clip_skip": params.clip_skip,
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
@@ -124,7 +116,7 @@ class Denoiser:
         loop = self._tasks[task].loop
         conditioning = tuple(dict.fromkeys(state.kwargs_mapping.get("denoiser_input_fields", ())))
         kept = ({p.name for p in loop.inputs} | set(conditioning)) - {"generator", None}
-        values = {name: _settled(value) for name, value in state.values.items() if name in kept}
+        values = {name: _contiguous(value) for name, value in state.values.items() if name in kept}
         values = {name: value for name, value in values.items() if value is not None}
         if not len(values["timesteps"]):
             raise InvalidRequest(
@@ -143,8 +135,8 @@ class Denoiser:
             conditioning=conditioning,
             scheduler=components.scheduler,
             generators=generators,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
+            guidance_scale=params.guidance_scale,
+            guidance_rescale=params.guidance_rescale,
             height=height,
             width=width,
         )
@@ -173,7 +165,7 @@ class Denoiser:
         with state.unchanged_on_error():
             block_state = task.step(components, block_state, i=state.step, t=timestep)
         state.estimate = _predicted_original(state.scheduler, before, block_state.noise_pred, timestep)
-        state.values["latents"] = _settled(block_state.latents)
+        state.values["latents"] = _contiguous(block_state.latents)
         state.step += 1
         self._last, self._last_at = weakref.ref(state), (state.step, self._gang)
 
@@ -218,7 +210,7 @@ class Denoiser:
         return -1 if engine is None else engine.generation
 
     def _follow(self, state: DenoiseState, task: Any) -> None:
-        """Unless this continues the previous step, restart the engine's image and drop the cached prompt."""
+        """Unless this continues the previous step, restart the engine and drop the cached prompt."""
         engine = engine_of(self._pipeline)
         same = self._last is not None and self._last() is state and self._last_at == (state.step, self._gang)
         if same and not (engine is not None and engine.yielding):
@@ -228,8 +220,8 @@ class Denoiser:
         task.denoiser.batched = None
 
 
-def _settled(value: Any) -> Any:
-    """A tensor in the memory layout that it comes back in from bytes: other layouts round differently."""
+def _contiguous(value: Any) -> Any:
+    """A tensor in the memory layout that bytes restore: other layouts round differently."""
     return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 

@@ -1,4 +1,4 @@
-"""Schedulers by name: what may be asked for, and what a saved state may bring back."""
+"""Schedulers by name: those that a request may name, which a saved state may bring back."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 from distriray.errors import InvalidRequest
+from distriray.requests import SchedulerName
 
 
 class SchedulerChoice(NamedTuple):
@@ -27,7 +28,7 @@ class SchedulerChoice(NamedTuple):
 
 
 # The SDE solvers with Brownian noise are left out: they draw from a tree that is no part of a state.
-SCHEDULERS: dict[str, SchedulerChoice] = {
+SCHEDULERS: dict[SchedulerName, SchedulerChoice] = {
     "ddim": SchedulerChoice(DDIMScheduler, {"clip_sample": False}),
     "dpmpp-2m": SchedulerChoice(DPMSolverMultistepScheduler, {}),
     "dpmpp-2m-karras": SchedulerChoice(DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
@@ -43,18 +44,14 @@ SCHEDULERS: dict[str, SchedulerChoice] = {
 _CLASSES = {choice.kind.__name__: choice.kind for choice in SCHEDULERS.values()}
 
 
-def make_scheduler(model_scheduler: SchedulerMixin, name: str | None) -> Any:
+def make_scheduler(model_scheduler: SchedulerMixin, name: SchedulerName | None) -> Any:
     """A scheduler of a request's own, with the model's noise schedule.
 
     Raises:
-        InvalidRequest: there is no scheduler of that name, or the model's own cannot be part of a state.
+        InvalidRequest: the model's own cannot be part of a state.
     """
     config = dict(model_scheduler.config)
     if name is not None:
-        if name not in SCHEDULERS:
-            raise InvalidRequest(
-                f"no scheduler {name!r}; there are {', '.join(sorted(SCHEDULERS))}", "scheduler"
-            )
         kind, options = SCHEDULERS[name]
         return kind.from_config(config, **options)
     return scheduler_class(type(model_scheduler).__name__).from_config(config)

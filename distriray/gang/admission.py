@@ -1,6 +1,8 @@
-"""What a host takes on: checks that need its workers' facts."""
+"""Admission: the checks that need a host's configuration or its workers' facts."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from ..errors import InvalidRequest
 from ..requests import GenerationRequest
@@ -8,10 +10,18 @@ from .config import HostConfig
 from .messages import WorkerFacts
 
 
+def check_gang_size(request: GenerationRequest, sizes: Collection[int]) -> None:
+    """Raise InvalidRequest unless the gang that `request` names is among the `sizes` that are lent."""
+    if request.gang_size != "auto" and request.gang_size not in sizes:
+        raise InvalidRequest(
+            f"gang_size {request.gang_size} is not lent here; use one of {sorted(sizes)}", "gang_size"
+        )
+
+
 def admit(
     request: GenerationRequest, config: HostConfig, facts: WorkerFacts
 ) -> tuple[GenerationRequest, int]:
-    """A client's `request` with everything settled, and the largest gang that its image can be cut for.
+    """A client's `request`, settled, and the largest gang that its image can be cut for.
 
     Raises:
         InvalidRequest: it is beyond a limit, or no gang of this host can serve it.
@@ -22,20 +32,14 @@ def admit(
 
 
 def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> tuple[GenerationRequest, int]:
-    """The same without limits."""
+    """`admit` without limits."""
     request = request.settled(*facts.default_size)
     assert request.height is not None
+    check_gang_size(request, config.sizes)
     max_gang = facts.max_gang(request.height)
-    if request.gang_size != "auto":
-        if request.gang_size not in config.sizes:
-            raise InvalidRequest(
-                f"gang_size {request.gang_size} is not lent here; use one of {list(config.sizes)}",
-                "gang_size",
-            )
-        if request.gang_size > max_gang:
-            raise InvalidRequest(
-                f"height {request.height} is too small for a gang of {request.gang_size}; "
-                f"use at most {max_gang}",
-                "gang_size",
-            )
+    if request.gang_size != "auto" and request.gang_size > max_gang:
+        raise InvalidRequest(
+            f"height {request.height} is too small for a gang of {request.gang_size}; use at most {max_gang}",
+            "gang_size",
+        )
     return request, max_gang

@@ -262,17 +262,7 @@ class SegmentRunner:
         if blob is not None:
             state = DenoiseState.from_bytes(blob).to(self.device)
         elif order.step == 0:
-            state = self._denoiser.prepare(
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
-                height=request.height,
-                width=request.width,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
-                guidance_rescale=request.guidance_rescale,
-                seeds=request.seeds,
-                scheduler=request.scheduler,
-            )
+            state = self._denoiser.prepare(request)
         else:
             raise LookupError(
                 f"request {request.id} is to go on at step {order.step}, but its state is not here"

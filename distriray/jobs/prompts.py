@@ -1,4 +1,4 @@
-"""What a file of prompts asks for: JSON lines of the fields of `GenerationRequest`."""
+"""Prompts from a file: JSON lines of the fields of `GenerationRequest`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadLine:
-    """One line that asks for nothing that can be made, and why; `param` is the field at fault."""
+    """One line that cannot be made, and why; `param` is the field at fault."""
 
     line: int
     message: str
@@ -35,12 +35,12 @@ def read_prompts(
 ) -> tuple[list[Prompt], list[BadLine]]:
     """The good and the bad lines of a file, in order. Empty lines are neither.
 
-    Equal lines are requests of their own: the second has `-2` behind its id. A line that leaves its seed open
-    gets one from its id, so that whoever makes it makes the same pictures.
+    Equal lines are requests of their own: the second has `-2` behind its id. A line without a seed gets one
+    from its id, so that making it again makes the same pictures.
 
     Args:
-        model: of the lines that name none.
-        limits: lines that break them are bad ones, too.
+        model: the model of lines that name none.
+        limits: lines beyond them are bad ones, too.
 
     Raises:
         OSError: the file cannot be read.
@@ -63,7 +63,7 @@ def read_prompts(
             digest = _digest(request)
             seen[digest] += 1
             name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-            good.append(Prompt(name, number, _settled(request, name)))
+            good.append(Prompt(name, number, _named(request, name)))
     return good, bad
 
 
@@ -73,6 +73,6 @@ def _digest(request: GenerationRequest) -> str:
     return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _settled(request: GenerationRequest, name: str) -> GenerationRequest:
-    seed = int.from_bytes(sha256(name.encode()).digest()[:4]) if request.seed is None else request.seed
-    return request.model_copy(update={"id": name, "seed": seed, "previews": 0})
+def _named(request: GenerationRequest, name: str) -> GenerationRequest:
+    seeded = request.seeded(int.from_bytes(sha256(name.encode()).digest()[:4]))
+    return seeded.model_copy(update={"id": name, "previews": 0})

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from distriray import Denoiser, ParallelConfig, parallelize
+from distriray import Denoiser, ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect, launch
 from distriray.errors import GangBroken, GangMismatch
 from tests.models import tiny_sdxl, tiny_vae
@@ -65,7 +65,7 @@ def _whole(communicator: Communicator) -> list[int]:
     sent.append(communicator.bytes_sent)
     parallelize(pipeline, communicator)
     denoiser = Denoiser(pipeline)
-    state = denoiser.prepare(prompt="x", seeds=[0], height=128, width=64, num_inference_steps=2)
+    state = denoiser.prepare(SamplingParams(prompt="x", seed=0, height=128, width=64, num_inference_steps=2))
     sent.append(communicator.bytes_sent)
     if communicator.rank == 0:
         denoiser.preview(state)

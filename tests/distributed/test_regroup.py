@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distriray import ParallelConfig, parallelize
+from distriray import ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import GangBroken
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 REQUEST: dict[str, Any] = {
     "prompt": "a lake",
-    "seeds": [1],
+    "seed": 1,
     "height": 136,
     "width": 96,
     "num_inference_steps": 10,
@@ -32,7 +32,7 @@ SCHEDULERS = ["ddim", "dpmpp-2m", "euler-ancestral"]
 
 def alone(scheduler: str) -> torch.Tensor:
     denoiser = Denoiser(tiny_sdxl())
-    state = denoiser.prepare(**REQUEST, scheduler=scheduler)
+    state = denoiser.prepare(SamplingParams(**REQUEST, scheduler=scheduler))
     while not state.done:
         denoiser.step(state)
     return state.latents
@@ -76,7 +76,7 @@ def changing_gangs(
 
         state = None
         if rank < 2:
-            state = denoiser.prepare(**REQUEST, scheduler=scheduler)
+            state = denoiser.prepare(SamplingParams(**REQUEST, scheduler=scheduler))
             steps(state, communicator.subgroup([0, 1]), 3)
         state = _hand_over(communicator, state)
         steps(state, communicator, 3)
@@ -109,7 +109,7 @@ def endless(rank: int, world_size: int, address: str, timeout_s: float) -> Itera
     communicator = connect("gloo", rank=rank, world_size=world_size, address=address, timeout_s=timeout_s)
     pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(warmup_steps=1, cfg_parallel=False))
     denoiser = Denoiser(pipeline)
-    state = denoiser.prepare(**{**REQUEST, "num_inference_steps": 900})
+    state = denoiser.prepare(SamplingParams(**{**REQUEST, "num_inference_steps": 900}))
     for _ in range(3):
         denoiser.step(state)
     yield "running"

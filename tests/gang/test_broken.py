@@ -16,7 +16,7 @@ from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest, OutOfMemory
 from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
-from distriray.requests import GenerationResult
+from distriray.requests import GenerationResult, SamplingParams
 from tests.gang.conftest import ask
 from tests.gang.test_host import difference
 
@@ -82,12 +82,12 @@ def test_memory_that_runs_out_ends_its_request_and_no_other(pair: BlockingHost) 
     def too_much(worker: Any) -> None:
         prepare = worker.runner._denoiser.prepare
 
-        def prepare_or_fail(**fields: Any) -> Any:
-            if fields["prompt"] == "too much":
+        def prepare_or_fail(params: SamplingParams) -> Any:
+            if params.prompt == "too much":
                 raise RuntimeError(
                     "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
                 )
-            return prepare(**fields)
+            return prepare(params)
 
         worker.runner._denoiser.prepare = prepare_or_fail
 

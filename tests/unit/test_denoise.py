@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from distriray.collective import connect
 from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
+from distriray.requests import SamplingParams, SchedulerName
 from tests.models import tiny_sd15, tiny_sdxl
 
 SIZE = {"height": 64, "width": 96}
@@ -37,6 +38,19 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def begin(
+    denoiser: Denoiser,
+    seeds: list[int],
+    image: Image.Image | None = None,
+    mask_image: Image.Image | None = None,
+    strength: float = 0.3,
+    **fields: Any,
+) -> DenoiseState:
+    """Those fields prepared, with consecutive seeds."""
+    params = SamplingParams(**{"seed": seeds[0], "num_images": len(seeds), **fields})
+    return denoiser.prepare(params, image=image, mask_image=mask_image, strength=strength)
+
+
 def finish(denoiser: Denoiser, state: DenoiseState) -> torch.Tensor:
     while not state.done:
         denoiser.step(state)
@@ -54,9 +68,7 @@ def ordinary(pipeline: Any, scheduler: str | None, seeds: list[int], **call: Any
             "a lake",
             num_images_per_prompt=len(seeds),
             generator=generators(seeds),
-            output_type="latent",
-            **SIZE,
-            **call,
+            **{"output_type": "latent", **SIZE, **call},
         ).images
     finally:
         pipeline.scheduler = before
@@ -68,7 +80,7 @@ def test_steps_by_hand_equal_the_ordinary_pipeline_also_through_bytes(
 ) -> None:
     call = {"num_inference_steps": 5, "guidance_scale": 5.0}
     expected = ordinary(pipeline, scheduler, [1, 2], **call)
-    state = denoiser.prepare(prompt="a lake", seeds=[1, 2], scheduler=scheduler, **SIZE, **call)
+    state = begin(denoiser, prompt="a lake", seeds=[1, 2], scheduler=scheduler, **SIZE, **call)
     carried = DenoiseState.from_bytes(state.to_bytes())
     torch.testing.assert_close(finish(denoiser, state), expected, rtol=1e-4, atol=1e-4)
     while not carried.done:
@@ -88,10 +100,30 @@ def test_steps_by_hand_equal_the_ordinary_pipeline_also_through_bytes(
 )
 def test_guidance_is_the_pipelines(pipeline: Any, denoiser: Denoiser, call: dict[str, Any]) -> None:
     call = {"num_inference_steps": 3, **call}
-    state = denoiser.prepare(prompt="a lake", seeds=[3], **SIZE, **call)
+    state = begin(denoiser, prompt="a lake", seeds=[3], **SIZE, **call)
     torch.testing.assert_close(
         finish(denoiser, state), ordinary(pipeline, None, [3], **call), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("negative_prompt", [None, "fog"])
+def test_clip_skip_is_the_ordinary_pipelines(
+    pipeline: Any, denoiser: Denoiser, skip: int, negative_prompt: str | None
+) -> None:
+    call = {"num_inference_steps": 3, "negative_prompt": negative_prompt, "clip_skip": skip}
+    state = begin(denoiser, [3], prompt="a lake", **SIZE, **call)
+    own = begin(denoiser, [3], prompt="a lake", **SIZE, **{**call, "clip_skip": None})
+    embeds, negative, pooled, _ = pipeline.encode_prompt(
+        "a lake", negative_prompt=negative_prompt, clip_skip=skip
+    )
+    assert torch.equal(state.values["prompt_embeds"], embeds)
+    assert torch.equal(state.values["negative_prompt_embeds"], negative)
+    assert torch.equal(state.values["pooled_prompt_embeds"], pooled)
+    assert torch.equal(own.values["prompt_embeds"], embeds) == (skip == 0)
+    (expected,) = ordinary(pipeline, None, [3], guidance_scale=5.0, output_type="np", **call)
+    finish(denoiser, state)
+    np.testing.assert_allclose(np.array(denoiser.decode(state)[0]) / 255, expected, atol=1 / 255)
 
 
 PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
@@ -109,7 +141,7 @@ def test_image_to_image_equals_the_ordinary_pipeline(channels: int) -> None:
     denoiser, other = Denoiser(pipeline), AutoPipelineForImage2Image.from_pipe(pipeline)
     other.set_progress_bar_config(disable=True)
     expected = other("x", generator=generators([1]), output_type="latent", **ON_PICTURE).images
-    state = denoiser.prepare(prompt="x", seeds=[1], **SIZE, **ON_PICTURE)
+    state = begin(denoiser, prompt="x", seeds=[1], **SIZE, **ON_PICTURE)
     torch.testing.assert_close(finish(denoiser, state), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -128,9 +160,7 @@ def test_inpainting_equals_the_ordinary_pipeline_also_through_bytes(channels: in
     expected = other(
         "x", mask_image=MASK, generator=generators([1]), output_type="latent", **SIZE, **ON_PICTURE
     ).images
-    state = denoiser.prepare(
-        prompt="x", seeds=[1], mask_image=MASK, scheduler=scheduler, **SIZE, **ON_PICTURE
-    )
+    state = begin(denoiser, prompt="x", seeds=[1], mask_image=MASK, scheduler=scheduler, **SIZE, **ON_PICTURE)
     denoiser.step(state)
     carried = DenoiseState.from_bytes(state.to_bytes())
     latents = finish(denoiser, state)
@@ -142,7 +172,7 @@ def test_inpainting_equals_the_ordinary_pipeline_also_through_bytes(channels: in
 def test_inpainting_keeps_the_rest_with_latents_of_any_width(strength: float) -> None:
     denoiser = Denoiser(tiny_sdxl(latent_channels=8))  # which the ordinary inpainting pipeline refuses
     call = {**ON_PICTURE, **SIZE, "strength": strength}
-    state = denoiser.prepare(prompt="x", seeds=[1], mask_image=MASK, **call)
+    state = begin(denoiser, prompt="x", seeds=[1], mask_image=MASK, **call)
     latents, kept = finish(denoiser, state), state.values["image_latents"]
     assert torch.equal(latents[..., 6:], kept[..., 6:])
     assert not torch.allclose(latents[..., :6], kept[..., :6], atol=0.1)
@@ -151,14 +181,14 @@ def test_inpainting_keeps_the_rest_with_latents_of_any_width(strength: float) ->
 @pytest.mark.parametrize("call", [{}, {"image": PICTURE}, {"image": PICTURE, "mask_image": MASK}])
 def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
     call = {"num_inference_steps": 3, "strength": 0.8, "scheduler": "euler-ancestral", **SIZE, **call}
-    together = denoiser.prepare(prompt="a lake", seeds=[1, 2, 3], **call)
-    alone = denoiser.prepare(prompt="a lake", seeds=[2], **call)
+    together = begin(denoiser, prompt="a lake", seeds=[1, 2, 3], **call)
+    alone = begin(denoiser, prompt="a lake", seeds=[2], **call)
     torch.testing.assert_close(finish(denoiser, together)[1:2], finish(denoiser, alone), rtol=1e-4, atol=1e-4)
 
 
 def test_states_take_turns_on_one_denoiser(denoiser: Denoiser) -> None:
     def fresh(prompt: str, scale: float) -> DenoiseState:
-        return denoiser.prepare(prompt=prompt, seeds=[1], num_inference_steps=3, guidance_scale=scale, **SIZE)
+        return begin(denoiser, prompt=prompt, seeds=[1], num_inference_steps=3, guidance_scale=scale, **SIZE)
 
     apart = [finish(denoiser, fresh("a lake", 5.0)), finish(denoiser, fresh("a hill", 1.0))]
     states = [fresh("a lake", 5.0), fresh("a hill", 1.0)]
@@ -172,8 +202,8 @@ def test_a_failed_step_leaves_the_state_as_it_was() -> None:
     pipeline = parallelize(tiny_sdxl(), connect("local"))
     denoiser = Denoiser(pipeline)
     options: dict[str, Any] = {"num_inference_steps": 5, "scheduler": "euler-ancestral"}
-    expected = finish(denoiser, denoiser.prepare(prompt="x", seeds=[1], **options, **SIZE))
-    state = denoiser.prepare(prompt="x", seeds=[1], **options, **SIZE)
+    expected = finish(denoiser, begin(denoiser, prompt="x", seeds=[1], **options, **SIZE))
+    state = begin(denoiser, prompt="x", seeds=[1], **options, **SIZE)
     for _ in range(2):
         denoiser.step(state)
     engine = engine_of(pipeline)
@@ -186,7 +216,7 @@ def test_a_failed_step_leaves_the_state_as_it_was() -> None:
 
 
 def test_pictures_and_previews(denoiser: Denoiser) -> None:
-    state = denoiser.prepare(prompt="x", seeds=[1, 2], num_inference_steps=2, height=192, width=256)
+    state = begin(denoiser, prompt="x", seeds=[1, 2], num_inference_steps=2, height=192, width=256)
     denoiser.step(state)
     assert denoiser.preview(state).size == (64, 48)
     denoiser.step(state)
@@ -198,7 +228,7 @@ def test_pictures_and_previews(denoiser: Denoiser) -> None:
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 @pytest.mark.parametrize("part", ["unet", "scheduler"])
 def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str, part: str) -> None:
-    state = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=4, scheduler=scheduler, **SIZE)
+    state = begin(denoiser, prompt="x", seeds=[1], num_inference_steps=4, scheduler=scheduler, **SIZE)
     unet = denoiser._components.unet
     for done in range(state.num_steps):
         owner, name = (unet, "forward") if part == "unet" else (state.scheduler, "step")
@@ -229,7 +259,7 @@ def signed(blob: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
-    blob = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=2, **SIZE).to_bytes()
+    blob = begin(denoiser, prompt="x", seeds=[1], num_inference_steps=2, **SIZE).to_bytes()
     assert DenoiseState.from_bytes(signed(blob, b"a", b"a")).step == 0
     flipped = [bytearray(blob) for _ in range(4)]
     for copy, place in zip(flipped, (20, 40, len(blob) // 2, len(blob) - 1), strict=True):
@@ -249,7 +279,7 @@ def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
 
 
 def test_what_cannot_be_saved_is_an_error(denoiser: Denoiser) -> None:
-    state = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=2, **SIZE)
+    state = begin(denoiser, prompt="x", seeds=[1], num_inference_steps=2, **SIZE)
     state.scheduler.memo = [len]  # print is replaced where Ray runs
     with pytest.raises(TypeError, match="scheduler/memo/0 is a builtin_function"):
         state.to_bytes()
@@ -259,7 +289,7 @@ def test_what_cannot_be_saved_is_an_error(denoiser: Denoiser) -> None:
 def test_another_process_goes_on_with_the_same_bits(denoiser: Denoiser, tmp_path: Path) -> None:
     expected = {}
     for scheduler in SCHEDULERS:
-        state = denoiser.prepare(prompt="x", seeds=[1, 2], num_inference_steps=4, scheduler=scheduler, **SIZE)
+        state = begin(denoiser, prompt="x", seeds=[1, 2], num_inference_steps=4, scheduler=scheduler, **SIZE)
         while not state.done:
             (tmp_path / f"{scheduler} {state.step}").write_bytes(state.to_bytes())
             denoiser.step(state)
@@ -284,7 +314,7 @@ def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
     pipeline = parallelize(tiny_sdxl(), connect("local"))
     denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
     assert engine is not None
-    state = denoiser.prepare(prompt="x", seeds=[1], num_inference_steps=4, **SIZE)
+    state = begin(denoiser, prompt="x", seeds=[1], num_inference_steps=4, **SIZE)
     engine.ask_yield()
     denoiser.step(state)
     assert engine.yielding
@@ -295,8 +325,11 @@ def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
 @pytest.mark.parametrize(
     ("call", "param"),
     [
-        ({"seeds": []}, "seed"),
+        ({"num_images": 0}, "num_images"),
+        ({"seed": None}, "seed"),
         ({"scheduler": "magic"}, "scheduler"),
+        ({"clip_skip": -1}, "clip_skip"),
+        ({"clip_skip": 2}, "clip_skip"),
         ({"mask_image": Image.new("L", (96, 64))}, "image"),
         ({"strength": 0.0}, "strength"),
         ({"height": 60}, "height"),
@@ -307,7 +340,7 @@ def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
 )
 def test_bad_input_names_its_field(denoiser: Denoiser, call: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as error:
-        denoiser.prepare(**{"prompt": "x", "seeds": [1], **SIZE, **call})
+        begin(denoiser, **{"prompt": "x", "seeds": [1], **SIZE, **call})
     assert error.value.param == param
 
 
@@ -318,14 +351,49 @@ def test_more_steps_than_a_scheduler_takes_are_refused_before_anything_is_drawn(
 ) -> None:
     """And what is not refused can be stepped from either end of the schedule."""
     try:
-        state = denoiser.prepare(
-            prompt="x", seeds=[1], num_inference_steps=steps, scheduler=scheduler, height=16, width=16
+        state = begin(
+            denoiser,
+            prompt="x",
+            seeds=[1],
+            num_inference_steps=steps,
+            scheduler=scheduler,
+            height=16,
+            width=16,
         )
     except InvalidRequest as error:
         assert str(steps) in str(error) and (scheduler == "lcm" or steps > 51)
         return
     denoiser.step(state)
     assert state.estimate is not None and torch.isfinite(state.estimate).all()
+
+
+def test_schedulers_are_those_that_a_request_may_name() -> None:
+    assert len(SCHEDULERS) > 5 and list(SCHEDULERS) == list(get_args(SchedulerName))
+
+
+OTHERS: dict[str, Any] = {
+    "prompt": "a hill",
+    "negative_prompt": "fog",
+    "height": 72,
+    "width": 104,
+    "num_inference_steps": 4,
+    "guidance_scale": 4.0,
+    "guidance_rescale": 0.7,
+    "seed": 2,
+    "num_images": 2,
+    "scheduler": "euler-ancestral",
+    "clip_skip": 1,
+}
+
+
+@pytest.mark.parametrize("field", SamplingParams.model_fields)
+def test_every_field_decides_the_picture(denoiser: Denoiser, field: str) -> None:
+    plain = {"prompt": "a lake", "seed": 1, "num_inference_steps": 3, **SIZE}
+    usual, other = (
+        finish(denoiser, denoiser.prepare(SamplingParams(**fields)))
+        for fields in (plain, {**plain, field: OTHERS[field]})
+    )
+    assert usual.shape != other.shape or not torch.allclose(usual, other, rtol=1e-3, atol=1e-3)
 
 
 def test_other_pipelines_are_refused() -> None:

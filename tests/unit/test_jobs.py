@@ -90,6 +90,12 @@ def test_a_line_beyond_the_limits_is_a_bad_one(file: Path) -> None:
     assert (2, "num_images") in [(line.line, line.param) for line in bad]
 
 
+def test_a_line_with_a_misspelt_scheduler_is_a_bad_one(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a lake", "scheduler": "eulr"}\n')
+    good, (line,) = read_prompts(tmp_path / "prompts.jsonl")
+    assert not good and line.param == "scheduler" and "'euler'" in line.message
+
+
 def test_equal_lines_are_prompts_of_their_own(file: Path) -> None:
     good, _ = read_prompts(file)
     assert good[2].id == f"{good[0].id}-2"

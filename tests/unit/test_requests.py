@@ -22,6 +22,7 @@ from distriray.requests import GenerationRequest, Limits
         ({"prompt": "x", "gang_size": "two"}, "gang_size", "'two'"),
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale", "finite"),
         ({"prompt": "x", "steps": 3}, "steps", "there is no field 'steps'"),
+        ({"prompt": "x", "scheduler": "eulr"}, "scheduler", "scheduler 'eulr': input should be 'ddim', "),
         ({}, "prompt", "prompt is missing"),
     ],
 )
@@ -54,9 +55,22 @@ def test_what_is_left_open_is_settled_once() -> None:
     request = GenerationRequest(prompt="x", num_images=3, width=64).settled(256, 512)
     assert (request.height, request.width) == (256, 64)
     assert request.seeds == [request.seed, request.seed + 1, request.seed + 2]  # type: ignore[operator]
-    assert request.settled(8, 8) == request
+    assert request.settled(8, 8) == request and request.seeded(7) == request
     assert pickle.loads(pickle.dumps(request)) == request
     assert GenerationRequest.parse(request.model_dump_json()) == request
+
+
+def test_a_seed_is_drawn_given_or_kept() -> None:
+    open_seed = GenerationRequest(prompt="x")
+    assert open_seed.seeded(7).seed == 7
+    assert open_seed.seeded().seed != open_seed.seeded().seed
+    with pytest.raises(InvalidRequest, match="seed"):
+        open_seed.seeds  # noqa: B018
+
+
+def test_every_field_says_what_it_is_for() -> None:
+    for name, field in GenerationRequest.model_fields.items():
+        assert field.description and len(field.description) > 8, name
 
 
 @pytest.mark.parametrize(

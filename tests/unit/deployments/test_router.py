@@ -313,6 +313,21 @@ def test_a_gang_size_wakes_the_pool_that_lends_it() -> None:
     }
 
 
+def test_a_refusal_names_what_the_pools_of_a_model_allow_together() -> None:
+    common = {"min_hosts": 0, "workers": 2}
+    pools = [
+        {"name": f"gangs-of-{n}", "gang_sizes": [n], "limits": {"max_steps": 10 * n}, **common}
+        for n in (1, 2)
+    ]
+    handles = {str(pool["name"]): FakeHandle() for pool in pools}
+    service = Router(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"gang_size 4 is not lent here; use one of \[1, 2\]"):
+        generate(service, gang_size=4)
+    steps = GenerationRequest(prompt="a lake", num_inference_steps=21)
+    with pytest.raises(InvalidRequest, match="num_inference_steps 21 is above the limit of 20"):
+        asyncio.run(service.generate(steps))
+
+
 def test_health_is_whether_workers_answer() -> None:
     asyncio.run(front(pool=FakeHandle("a")).check_health())
     asyncio.run(front(pool=FakeHandle()).check_health())  # it starts when asked

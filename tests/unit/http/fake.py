@@ -1,4 +1,7 @@
-"""A service that draws grey pictures, as slowly as a test asks, and remembers what became of them."""
+"""A service that draws grey pictures, as slowly as a test asks, and remembers what became of them.
+
+It checks requests as a router does, with the functions that a router calls.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from PIL import Image
 
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished, Preview, Queued, Started, Step
+from distriray.gang.admission import check_gang_size
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 from distriray.service import Fleet, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
@@ -39,10 +43,12 @@ class FakeService:
         raise AssertionError("a stream ends with Finished")
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        card = next(card for card in CARDS if card.id == request.model)
+        card.limits.check(request)
+        check_gang_size(request, card.gang_sizes)
         self.asked.append(request)
         if self.refusal is not None:
             raise self.refusal
-        card = next(card for card in CARDS if card.id == request.model)
         request = request.settled(*card.default_size)
         outcome = "cancelled"
         try:

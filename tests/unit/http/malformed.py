@@ -72,6 +72,7 @@ _WRONG: dict[str, list[Any]] = {
     "seed": [-1, 2**63, 0.5, "7"],
     "num_inference_steps": [0, -3, 10**6, 2.5, "9"],
     "guidance_scale": [-0.1, 1e30, "5", []],
+    "guidance_rescale": [-0.1, 1.1, "1", []],
     "scheduler": ["", "magic", 1],
     "gang_size": [0, -1, "two", 1.5, 10**6 + 1, False],
     "deadline_s": [0, -1, "1", [1]],

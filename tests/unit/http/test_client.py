@@ -40,6 +40,7 @@ REQUEST = GenerationRequest(
     width=64,
     num_inference_steps=9,
     guidance_scale=2.5,
+    guidance_rescale=0.5,
     seed=3,
     num_images=2,
     scheduler="ddim",
@@ -165,7 +166,6 @@ def test_a_time_limit_of_the_service_is_a_timeout() -> None:
     ("fields", "param"),
     [
         ({"priority": 1}, "priority"),
-        ({"guidance_rescale": 0.5}, "guidance_rescale"),
         ({"parallel": ParallelConfig(exchange="sync")}, "parallel"),
         ({"height": 64}, "height"),
         ({"id": "a b"}, "id"),
@@ -175,6 +175,8 @@ def test_a_time_limit_of_the_service_is_a_timeout() -> None:
         ({"height": 32, "width": 64}, "height"),
         ({"previews": 2}, "previews"),
         ({"stepz": 3}, "stepz"),
+        ({"scheduler": "eulr"}, "scheduler"),
+        ({"gang_size": 3}, "gang_size"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 from pathlib import Path
-from typing import get_args
 
 import httpx
 import pytest
@@ -17,9 +15,11 @@ from PIL import Image
 import deployments.http
 from deployments.http import HttpConfig, build_http
 from deployments.http.errors import ErrorResponse, refusal_of
-from deployments.http.images import ImageRequest, SchedulerName
+from deployments.http.images import ImageRequest
 from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
+from distriray.requests import GenerationRequest
+from distriray.wire import CARRIED, PARAMS
 from tests.unit.http.conformance import schemathesis
 from tests.unit.http.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService
@@ -66,18 +66,6 @@ def test_a_key_is_in_the_document_where_one_is_needed(monkeypatch: pytest.Monkey
         assert "security" not in paths["/healthz"]["get"]
 
 
-def test_schedulers_are_those_of_the_denoiser() -> None:
-    source = ast.parse(
-        (ROOT / "distriray" / "denoise" / "schedulers.py").read_text()
-    )  # importing takes seconds
-    table = next(
-        node for node in source.body if isinstance(node, ast.AnnAssign) and "SCHEDULERS" in ast.dump(node)
-    )
-    assert isinstance(table.value, ast.Dict)
-    names = [ast.literal_eval(key) for key in table.value.keys if key is not None]
-    assert len(names) > 5 and sorted(names) == list(get_args(SchedulerName))
-
-
 def test_the_page_names_every_field_and_every_code() -> None:
     page = DOCS.read_text()
     codes = {code for file in SOURCES for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', file.read_text())}
@@ -85,6 +73,16 @@ def test_the_page_names_every_field_and_every_code() -> None:
     assert len(codes) > 15
     for name in codes | set(ImageRequest.model_fields):
         assert f"`{name}`" in page, name
+
+
+def test_the_page_has_the_defaults_of_a_request() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \|([^|]*)\|$", DOCS.read_text(), re.MULTILINE))
+    for name, field in GenerationRequest.model_fields.items():
+        param = PARAMS.get(name, name)
+        if name in CARRIED and param in rows and field.default is not None and not field.is_required():
+            shown = field.default if isinstance(field.default, str) else f"{field.default:g}"
+            assert rows[param].strip(" `") == shown, name
+    assert {*rows, *PARAMS} >= CARRIED
 
 
 def test_an_error_that_crossed_ray_is_answered_as_the_original() -> None:

@@ -52,12 +52,14 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "seed": 3,
         "num_inference_steps": 9,
         "guidance_scale": 2.5,
+        "guidance_rescale": 0.5,
         "scheduler": "ddim",
+        "clip_skip": 1,
         "gang_size": 2,
         "deadline_s": 60,
     }
     client.images.generate(prompt="a hill", model="builtin:landscapes", n=3, size="64x96", extra_body=extra)
-    asked = service.asked[-1].model_dump(exclude={"id", "parallel", "priority", "guidance_rescale"})
+    asked = service.asked[-1].model_dump(exclude={"id", "parallel", "priority"})
     assert asked == {
         "prompt": "a hill",
         "model": "builtin:landscapes",

@@ -1,0 +1,202 @@
+"""Every field of SamplingParams arrives at the denoiser, by whichever door its request came in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
+
+from distriray import AsyncClient, Client, HandleClient
+from distriray.cli import app
+from distriray.config import ParallelConfig
+from distriray.events import Event, Finished
+from distriray.gang.admission import admit
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import SegmentOrder, WorkerFacts
+from distriray.gang.runner import SegmentRunner
+from distriray.jobs.folder import Folder
+from distriray.jobs.prompts import read_prompts
+from distriray.jobs.run import Run
+from distriray.requests import GenerationRequest, GenerationResult, SamplingParams
+from tests.unit.http.conftest import serving
+from tests.unit.http.fake import LIMITS, FakeService, result_of
+
+Fields = dict[str, Any]
+
+# What the service of these tests allows; a field that is not here may be whatever its type says.
+WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": st.text(min_size=1, max_size=30),
+    "height": st.integers(8, 16).map(lambda units: 8 * units),
+    "width": st.integers(8, 16).map(lambda units: 8 * units),
+    "num_inference_steps": st.integers(1, LIMITS.max_steps),
+    "guidance_scale": st.floats(0.0, LIMITS.max_guidance_scale),
+    "num_images": st.integers(1, 3),
+}
+
+
+def values(annotation: Any, constraints: list[Any]) -> st.SearchStrategy[Any]:
+    """Values of a field's type other than None, which is always a default."""
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return st.one_of([values(kind, constraints) for kind in kinds])
+    if get_origin(annotation) is Annotated:
+        kind, *more = get_args(annotation)
+        inner = [c for each in more for c in (each.metadata if isinstance(each, FieldInfo) else [each])]
+        return values(kind, [*constraints, *inner])
+    return st.from_type(Annotated[annotation, *constraints] if constraints else annotation)
+
+
+def others(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
+    """Values of a field that differ from its default."""
+    drawn = WITHIN_LIMITS[name] if name in WITHIN_LIMITS else values(field.annotation, field.metadata)
+    return drawn.filter(lambda value: value != field.default)
+
+
+every_field = st.fixed_dictionaries(
+    {name: others(name, f) for name, f in SamplingParams.model_fields.items()}
+)
+
+
+class Denoiser:
+    """Keeps what it is asked to prepare."""
+
+    def prepare(self, params: SamplingParams) -> Any:
+        self.prepared = params
+        return SimpleNamespace(step=0)
+
+
+def at_the_denoiser(request: GenerationRequest) -> Fields:
+    """The fields that a worker's denoiser is given, after its host admitted the request."""
+    facts = WorkerFacts(
+        pid=1, node="n", device="cpu", device_name="cpu", model="m", default_size=(64, 96), levels=1,
+        cuts_vae=False, load_s=0.0, memory=1,
+    )  # fmt: skip
+    admitted, _ = admit(request, HostConfig(limits=LIMITS), facts)
+    order = SegmentOrder(
+        serial=1, job=1, request=admitted, step=0, communicator="alone", rank=0, parallel=ParallelConfig()
+    )
+    runner = SegmentRunner.__new__(SegmentRunner)
+    runner._states, runner._denoiser = {}, Denoiser()  # type: ignore[assignment]
+    runner._state(order, None)
+    return {name: getattr(runner._denoiser.prepared, name) for name in SamplingParams.model_fields}
+
+
+def changed(fields: Fields) -> None:
+    """A field that is added must be drawn here, and be drawn as something else."""
+    assert fields.keys() == SamplingParams.model_fields.keys()
+    assert all(fields[name] != field.default for name, field in SamplingParams.model_fields.items())
+
+
+@pytest.fixture(scope="module")
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture(scope="module")
+def url(service: FakeService) -> Iterator[str]:
+    with serving(service) as address:
+        yield address
+
+
+@settings(max_examples=25)
+@given(fields=every_field)
+def test_every_field_arrives_by_http(url: str, service: FakeService, fields: Fields) -> None:
+    changed(fields)
+    own = {"height", "width", "num_images"}  # which are `size` and `n`, as at OpenAI
+    body = {name: value for name, value in fields.items() if name not in own}
+    body |= {"n": fields["num_images"], "size": f"{fields['width']}x{fields['height']}"}
+    answer = httpx.post(f"{url}/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    assert at_the_denoiser(service.asked[-1]) == fields
+
+
+@settings(max_examples=15)
+@given(fields=every_field)
+def test_every_field_arrives_by_the_clients(url: str, service: FakeService, fields: Fields) -> None:
+    async def draw() -> GenerationResult:
+        async with AsyncClient(url) as client:
+            return await client.generate(GenerationRequest(**fields))
+
+    with Client(url) as client:
+        client.generate(GenerationRequest(**fields))
+        assert at_the_denoiser(service.asked[-1]) == fields
+        one = {**fields, "num_images": 1}  # which is all that a stream makes
+        list(client.stream(GenerationRequest(**one)))
+        assert at_the_denoiser(service.asked[-1]) == one
+    asyncio.run(draw())
+    assert at_the_denoiser(service.asked[-1]) == fields
+
+
+@given(fields=every_field)
+def test_every_field_arrives_by_a_handle(fields: Fields) -> None:
+    def remote(request: GenerationRequest) -> Any:
+        asked.append(request)
+        return SimpleNamespace(result=lambda: result_of(request.model_copy(update={"model": "m"})))
+
+    asked: list[GenerationRequest] = []
+    client = HandleClient(SimpleNamespace(generate=SimpleNamespace(remote=remote)))
+    client.generate(fields["prompt"], **{name: v for name, v in fields.items() if name != "prompt"})
+    client.generate(GenerationRequest(**fields))
+    assert [at_the_denoiser(request) for request in asked] == [fields, fields]
+
+
+class Recorder:
+    """A host, or whoever else makes pictures for a script."""
+
+    def __init__(self) -> None:
+        self.asked: list[GenerationRequest] = []
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        self.asked.append(request)
+        return result_of(request.settled(64, 96).model_copy(update={"model": "m"}))
+
+    def stream(self, request: GenerationRequest) -> Iterator[Event]:
+        yield Finished(request.id, self.generate(request))
+
+    def cancel(self, request_id: str) -> None:
+        raise AssertionError
+
+
+@settings(max_examples=25)
+@given(fields=every_field)
+def test_every_field_arrives_by_a_line_of_a_job(
+    tmp_path_factory: pytest.TempPathFactory, fields: Fields
+) -> None:
+    folder, maker = tmp_path_factory.mktemp("job"), Recorder()
+    (folder / "prompts.jsonl").write_text(json.dumps(fields) + "\n")
+    good, bad = read_prompts(folder / "prompts.jsonl", limits=LIMITS)
+    assert not bad
+    with Folder(folder / "out") as out:
+        Run(good, out, [maker], in_flight=1).finish()
+    assert [at_the_denoiser(request) for request in maker.asked] == [fields]
+
+
+def options(fields: Fields) -> list[str]:
+    """The command line of those fields; a prompt may begin with a dash."""
+    named = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if name != "prompt"]
+    return [*named, "--", fields["prompt"]]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=every_field)
+def test_every_field_arrives_by_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fields: Fields
+) -> None:
+    @contextmanager
+    def open_host(config: HostConfig, **_: Any) -> Iterator[Recorder]:
+        yield host
+
+    host = Recorder()
+    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+    app(["generate", f"--out={tmp_path / 'out.png'}", *options(fields)], standalone_mode=False)
+    assert [at_the_denoiser(request) for request in host.asked] == [fields]
