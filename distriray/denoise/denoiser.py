@@ -210,7 +210,7 @@ class Denoiser:
         return -1 if engine is None else engine.generation
 
     def _follow(self, state: DenoiseState, task: Any) -> None:
-        """Unless this continues the previous step, restart the engine's image and drop the cached prompt."""
+        """Unless this continues the previous step, restart the engine and drop the cached prompt."""
         engine = engine_of(self._pipeline)
         same = self._last is not None and self._last() is state and self._last_at == (state.step, self._gang)
         if same and not (engine is not None and engine.yielding):
