@@ -153,11 +153,87 @@ def test_an_image_that_was_deleted_is_made_again(file: Path, tmp_path: Path) -> 
 
 
 def test_pictures_that_were_being_written_are_cleared_away(file: Path, tmp_path: Path) -> None:
-    images = tmp_path / "out" / "images"
+    out = tmp_path / "out"
+    images = out / "images"
     images.mkdir(parents=True)
-    (images / ".half.png.part").write_bytes(b"\x89PNG")
-    run(file, tmp_path / "out", Painter())
+    for prompt in read_prompts(file)[0]:
+        (images / f".{prompt.id}_0.png.part").write_bytes(b"\x89PNG")
+    (out / ".manifest.jsonl.part").write_bytes(b"{")
+    with Folder(out):
+        assert not list(out.glob("**/.*.part"))
+    run(file, out, Painter())
     assert all(path.suffix == ".png" for path in images.iterdir())
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "other/images/.0123456789abcdef_0.png.part",  # of a job that writes to a folder in this one
+        "other/.manifest.jsonl.part",
+        "images/.download.zip.part",
+        "images/.0123456789abcdef_0.png.part.part",
+        "images/sub/.0123456789abcdef_0.png.part",
+        ".film.mkv.part",
+        ".lock",
+    ],
+)
+def test_a_job_removes_nothing_that_it_did_not_begin(theirs: str, file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / theirs
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    run(file, tmp_path / "out", Painter())
+    assert path.read_text() == "precious"
+
+
+FOREIGN = ('{"a": "lake"}', "[]", "null", "7", '{"prompt_id": "x"}', '{"prompt_id": 1, "index": [], "of": 1}')
+
+
+def test_lines_of_a_manifest_that_no_job_wrote_end_no_run_and_stay(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text("\n".join(FOREIGN) + "\n")
+    assert run(file, out, Painter()).completed == 4
+    with (out / "manifest.jsonl").open("a") as manifest:
+        manifest.write("\n".join(FOREIGN) + "\n")
+    again = Painter()
+    run(file, out, again)
+    assert again.asked == []
+    kept = (out / "manifest.jsonl").read_text().splitlines()
+    assert [kept.count(line) for line in FOREIGN] == [2] * len(FOREIGN) and len(kept) == 12 + 5
+
+
+SECRET = "a secret lake"
+LEAKS = [
+    f"{SECRET}",
+    json.dumps(SECRET),
+    json.dumps([SECRET]),
+    json.dumps({"prompt": [SECRET]}),
+    json.dumps({"prompt": {"text": SECRET}}),
+    json.dumps({"prompt": "x", "seed": SECRET}),
+    json.dumps({"prompt": "x", "negative_prompt": [SECRET]}),
+    json.dumps({"prompt": "x", "height": SECRET}),
+    json.dumps({"prompt": "x", "parallel": {"prediction": {"halos": SECRET}}}),
+    json.dumps({"prompt": "x", "parallel": {SECRET: 1}}),
+    json.dumps({SECRET: 1, "prompt": "x"}),
+    json.dumps({"num_images": 2, "negative_prompt": SECRET}),
+    f'{{"prompt": "{SECRET}", }}',
+    f'{{"prompt": "{SECRET}"',
+]
+
+
+@pytest.mark.parametrize("line", LEAKS)
+def test_no_file_but_the_prompts_themselves_holds_text_of_a_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line + "\n" + json.dumps({"prompt": SECRET}) + "\n")
+
+    def refuse(request: GenerationRequest) -> None:
+        GenerationRequest.parse({"prompt": [request.prompt]})
+
+    run(path, tmp_path / "out", Painter(refuse))
+    errors = lines(tmp_path / "out" / "errors.jsonl")
+    assert [error["line"] for error in errors] == [1, 2] and all(error["error"] for error in errors)
+    for written in (tmp_path / "out").glob("*.json*"):
+        assert SECRET not in written.read_text() and SECRET[:6] not in written.read_text()
 
 
 def test_a_prompt_that_fails_is_reported_and_tried_again_by_the_next_run(file: Path, tmp_path: Path) -> None:
