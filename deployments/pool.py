@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +18,16 @@ from .autoscaling import BACKLOG_S
 from .config import PoolConfig
 from .logs import shorten_refusals
 from .pool_client import ANSWER_S
-from .state import HostReport, shifted
+from .state import HostKnowledge, HostReport, shifted
+
+
+def report_of(name: str, host: Host, configured: int, known: str | None) -> HostReport:
+    """What a router that has the edition `known` is told of a host that was configured so many times."""
+    view = host.view()
+    state = publish(name, view, host.latency, host.config.max_queue)
+    edition = f"{configured}.{host.latency.observations}"
+    new = HostKnowledge(host.latency, host.facts, host.config) if edition != known else None
+    return HostReport(shifted(state, -view.now_s), edition, new)
 
 
 class Pool:
@@ -29,6 +38,7 @@ class Pool:
         self._config = config
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._started: Host | None = None
+        self._configured = 0
 
     @property
     def _host(self) -> Host:
@@ -38,6 +48,7 @@ class Pool:
     async def reconfigure(self, live: dict[str, Any]) -> None:
         """Take Serve's `user_config` over: start the host with it, or let requests that run go on."""
         config = self._config.changed(live).host
+        self._configured += 1
         if self._started is None:
             self._started = await Host.start(config)
         else:
@@ -57,11 +68,9 @@ class Pool:
         """Stop a request after the step it is in; whether there was one."""
         return await self._host.cancel(request_id)
 
-    async def report(self, target: str | None) -> HostReport:
-        """What routers decide by."""
-        host, view = self._host, self._host.view()
-        state = publish(self._name, view, host.latency, host.config.max_queue)
-        return HostReport(shifted(state, -view.now_s), host.latency, host.facts, host.config)
+    async def report(self, target: str | None, editions: Mapping[str, str]) -> HostReport:
+        """What routers decide by, without what the router has already in the edition that it names."""
+        return report_of(self._name, self._host, self._configured, editions.get(self._name))
 
     async def status(self, target: str | None) -> tuple[str, HostStatus]:
         """The host's name and what it is doing."""

@@ -77,10 +77,10 @@ class PoolClient:
     async def _poll_hosts(self) -> None:
         self._polled_s = asked_s = time.monotonic()
         try:
-            answers = await self._together("report", REPORT_S)
+            answers = await self._together("report", REPORT_S, self.state.editions)
         except TimeoutError:
             asked_s = time.monotonic()
-            answers = await self._each("report", ONE_REPORT_S)
+            answers = await self._each("report", ONE_REPORT_S, self.state.editions)
         reports = [answer for answer in answers if isinstance(answer, HostReport)]
         if answers and not reports:
             return  # that nobody answers does not mean that nobody is there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -75,9 +75,11 @@ class FakeHandle:
     def _report(self, host: str) -> HostReport:
         requests = (view_of(f"r{i}", 100.0) for i in range(self.waiting))
         told = report(host, *requests, max_queue=4)
-        return replace(told, config=self.config, state=replace(told.state, gang_sizes=self.gang_sizes))
+        assert told.knowledge is not None
+        knowledge = replace(told.knowledge, config=self.config)
+        return replace(told, knowledge=knowledge, state=replace(told.state, gang_sizes=self.gang_sizes))
 
-    async def _tell(self, host: str) -> HostReport:
+    async def _tell(self, host: str, editions: Mapping[str, str]) -> HostReport:
         if host in self.silent:
             raise TimeoutError
         return self._report(host)
