@@ -14,6 +14,7 @@ from distriray.events import Event
 from distriray.requests import GenerationRequest, GenerationResult
 from distriray.service import Fleet, ModelCard
 
+from .callers import Callers, dead_drivers
 from .config import AppConfig
 from .http import build_http
 from .logs import shorten_refusals
@@ -24,7 +25,8 @@ from .router import Router
 class Ingress:
     """Stateless: what it knows of the hosts it asks them, so that any number of replicas may serve.
 
-    Handle calls raise errors of `distriray.errors`.
+    Handle calls raise errors of `distriray.errors`. A caller that is a driver names its Ray job (`driver`):
+    what it asked for ends with it.
 
     Args:
         created: what every replica says of its models, in seconds since the epoch.
@@ -34,19 +36,24 @@ class Ingress:
         shorten_refusals()
         self._config = config
         self._front = Router(config, pools, random.Random(), created)
+        self._callers = Callers(self._front.cancel, dead_drivers)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_http(self._front, self._config.http)
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
+    async def generate(self, request: GenerationRequest, driver: str | None = None) -> GenerationResult:
         """The images of `request`. Cancelling the call cancels the request."""
-        return await self._front.generate(request)
+        with self._callers.waiting(driver, request.id):
+            return await self._front.generate(request)
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: GenerationRequest, driver: str | None = None
+    ) -> AsyncGenerator[Event, None]:
         """What happens to `request`, ending with `Finished`. Cancelling the call cancels the request."""
-        async with aclosing(self._front.stream(request)) as events:
-            async for event in events:
-                yield event
+        with self._callers.waiting(driver, request.id):
+            async with aclosing(self._front.stream(request)) as events:
+                async for event in events:
+                    yield event
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a request, wherever it is; whether there was one."""

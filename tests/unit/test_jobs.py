@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, QueueFull
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotEnoughDevices, QueueFull
 from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
-from distriray.jobs.run import Run
+from distriray.jobs.run import MAX_TRIES, Run
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 
 PROMPTS = """\
@@ -31,15 +31,17 @@ no JSON
 
 
 class Painter:
-    """Answers with plain pictures, unless `trouble` raises."""
+    """Answers with plain pictures, unless `trouble` raises. `asked`: prompts; `attempts`: requests."""
 
     def __init__(self, trouble: Callable[[GenerationRequest], None] = lambda _: None) -> None:
         self.trouble = trouble
         self.asked: list[str] = []
+        self.attempts: list[str] = []
         self.cancelled: list[str] = []
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
-        self.asked.append(request.id)
+        self.asked.append(request.id.split(".")[0])
+        self.attempts.append(request.id)
         self.trouble(request)
         return GenerationResult(
             id=request.id,
@@ -69,7 +71,7 @@ def run(file: Path, out: Path, painter: Painter, in_flight: int = 2) -> Run:
     good, bad = read_prompts(file)
     with Folder(out) as folder:
         folder.begin_errors(bad)
-        work = Run(good, folder, [painter], in_flight=in_flight)
+        work = Run(good, folder, [painter], in_flight=in_flight, pause_s=0.001)
         work.finish()
     return work
 
@@ -262,6 +264,39 @@ def test_full_queues_are_waited_for(file: Path, tmp_path: Path) -> None:
 
     work = run(file, tmp_path / "out", Painter(refuse_twice))
     assert (work.completed, work.failed) == (4, 0)
+
+
+def test_a_run_is_not_in_the_way_of_the_one_that_follows_it(file: Path, tmp_path: Path) -> None:
+    at_work: set[str] = set()
+
+    def refuse_what_is_under_way(request: GenerationRequest) -> None:
+        if request.id in at_work:
+            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
+        at_work.add(request.id)
+
+    killed, painter = Painter(refuse_what_is_under_way), Painter(refuse_what_is_under_way)
+    run(file, tmp_path / "killed", killed)
+    assert run(file, tmp_path / "out", painter).failed == 0
+    assert sorted(painter.asked) == sorted(killed.asked), "the same prompts"
+
+
+def test_what_passes_is_tried_again_and_not_for_ever(file: Path, tmp_path: Path) -> None:
+    downs = iter([True] * 3)
+
+    def be_down(_: GenerationRequest) -> None:
+        if next(downs, False):
+            raise NotEnoughDevices("no host is up")
+
+    work = run(file, tmp_path / "out", Painter(be_down), in_flight=1)
+    assert (work.completed, work.failed) == (4, 0)
+
+    def stay_down(_: GenerationRequest) -> None:
+        raise NotEnoughDevices("no host is up")
+
+    painter = Painter(stay_down)
+    work = run(file, tmp_path / "other", painter, in_flight=1)
+    assert (work.completed, work.failed) == (0, 4)
+    assert len(painter.asked) == 4 * MAX_TRIES == len(set(painter.attempts))
 
 
 def test_what_no_prompt_is_to_blame_for_ends_the_run(file: Path, tmp_path: Path) -> None:
