@@ -15,6 +15,9 @@ from .prompts import Prompt
 MAX_TRIES = 5
 """How often a prompt is tried where what is in the way passes, such as workers that are being replaced."""
 
+LONGEST_WAIT_S = 10.0
+"""How long a job waits for a full queue before it asks again, whatever was predicted."""
+
 
 class Maker(Protocol):
     """Makes images, from any thread: a host in this process, or a running service."""
@@ -109,7 +112,7 @@ class Run:
             try:
                 result = self._attempt(maker, prompt)
             except QueueFull as full:
-                if self._stopping.wait(full.retry_after_s):
+                if self._stopping.wait(min(full.retry_after_s, LONGEST_WAIT_S)):
                     return None
                 continue
             except NotEnoughDevices as error:
