@@ -100,7 +100,8 @@ class RouterConfig(BaseModel):
         refresh_s: what is known of the hosts may be this old when a request is sent off.
         error_margin: how many of the latency model's errors two hosts' predictions may lie apart and count as
             equal, and by how many a deadline must be missed to be refused.
-        max_attempts: hosts that may die or refuse under one request before it fails.
+        max_attempts: hosts that may die, refuse or say nothing under one request before it fails.
+        accept_s: within which a host must say that it has a request, else another gets it.
         drain_s: a replica that is stopped may go on this long with the requests it has.
     """
 
@@ -113,6 +114,7 @@ class RouterConfig(BaseModel):
     refresh_s: Share = 0.25
     error_margin: Share = 1.0
     max_attempts: Count = 3
+    accept_s: Seconds = 5.0
     drain_s: Seconds = 300.0
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from .callers import Callers, dead_drivers
 from .config import AppConfig
 from .http import build_http
 from .logs import shorten_refusals
+from .pool_client import ANSWER_S
 from .router import Router
 
 
@@ -57,7 +58,18 @@ class Ingress:
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a request, wherever it is; whether there was one."""
-        return await self._front.cancel(request_id)
+        if await self._front.cancel(request_id):
+            return True
+        context = serve.get_replica_context()
+        routers = serve.get_deployment_handle(context.deployment, context.app_name)
+        answers = await routers.broadcast("call_off", request_id).results_async(
+            timeout_s=ANSWER_S, return_exceptions=True
+        )
+        return True in answers
+
+    async def call_off(self, request_id: str) -> bool:
+        """Stop a request that waits at this replica for a first host; whether there was one."""
+        return self._front.call_off(request_id)
 
     async def models(self) -> list[ModelCard]:
         """What can be asked for."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from ray import serve
 
-from distriray.events import Event
+from distriray.events import Event, Finished, Queued
 from distriray.gang import Host
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
 from distriray.routing.router import publish
 from distriray.status import HostStatus
 
@@ -54,9 +54,12 @@ class Pool:
         else:
             self._started.configure(config)
 
-    async def generate(self, target: str | None, request: GenerationRequest) -> GenerationResult:
-        """As `Host.generate`."""
-        return await self._host.generate(request)
+    async def generate(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """That the host has the request, at once, and in the end the result."""
+        async with aclosing(self._host.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, Queued | Finished):
+                    yield event
 
     async def stream(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As `Host.stream`."""

@@ -33,9 +33,15 @@ def ask(name: str, now_s: float, deadline_s: float | None = None, steps: int = 1
     return RequestView(name, 512, 512, 1, steps, 0, now_s, deadline_s)
 
 
-def report(host: str, *running: RequestView, max_queue: int = 8, step_s: float = 1.0) -> HostReport:
-    """A host of one worker, as it reports itself, with requests in its queue."""
-    view = HostView(100.0, (0,), (1,), running)
+def report(
+    host: str,
+    *running: RequestView,
+    max_queue: int = 8,
+    step_s: float = 1.0,
+    sizes: tuple[int, ...] = (1,),
+) -> HostReport:
+    """A host with workers for its largest gang, as it reports itself, with requests in its queue."""
+    view = HostView(100.0, tuple(range(sizes[-1])), sizes, running)
     state = publish(host, view, model(step_s), max_queue)
     return HostReport(shifted(state, -100.0), "1", HostKnowledge(model(step_s), FACTS, HostConfig()))
 
