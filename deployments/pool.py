@@ -23,8 +23,9 @@ from .state import HostKnowledge, HostReport, shifted
 
 def report_of(name: str, host: Host, configured: int, known: str | None) -> HostReport:
     """What a router that has the edition `known` is told of a host that was configured so many times."""
-    view = host.view()
-    state = publish(name, view, host.latency, host.config.max_queue)
+    view, repair_s = host.view(), host.repair_s()
+    repaired = range(0 if repair_s is None else host.config.workers)
+    state = publish(name, view, host.latency, host.config.max_queue, repaired, repair_s or 0.0)
     edition = f"{configured}.{host.latency.observations}"
     new = HostKnowledge(host.latency, host.facts, host.config) if edition != known else None
     return HostReport(shifted(state, -view.now_s), edition, new)

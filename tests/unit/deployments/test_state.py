@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,13 @@ def report(
     view = HostView(100.0, tuple(range(sizes[-1])), sizes, running)
     state = publish(host, view, model(step_s), max_queue)
     return HostReport(shifted(state, -100.0), "1", HostKnowledge(model(step_s), FACTS, HostConfig()))
+
+
+def host_of(view: HostView, latency: LatencyModel, config: HostConfig, repair_s: float | None = None) -> Any:
+    """A host in that state, as far as its reports need one."""
+    return SimpleNamespace(
+        view=lambda: view, repair_s=lambda: repair_s, latency=latency, facts=FACTS, config=config
+    )
 
 
 def pool(*reports: HostReport, asked_s: float = 0.0) -> PoolState:
@@ -159,14 +167,14 @@ def test_a_host_that_leaves_out_what_the_router_never_had_is_asked_for_all() -> 
 def test_a_host_reports_what_it_learned_once() -> None:
     latency, config = model(), HostConfig()
     view = HostView(100.0, (0,), (1,), ())
-    host = SimpleNamespace(view=lambda: view, latency=latency, facts=FACTS, config=config)
-    first = report_of("a", host, 1, None)  # type: ignore[arg-type]
+    host = host_of(view, latency, config)
+    first = report_of("a", host, 1, None)
     assert first.knowledge is not None and first.knowledge.latency is latency
-    again = report_of("a", host, 1, first.edition)  # type: ignore[arg-type]
+    again = report_of("a", host, 1, first.edition)
     assert again.knowledge is None and again.state.host == "a"
     latency.observe(1, 512, 512, 1, 1.0)
-    assert report_of("a", host, 1, first.edition).knowledge is not None  # type: ignore[arg-type]
-    assert report_of("a", host, 2, again.edition).knowledge is not None, "configured anew"  # type: ignore[arg-type]
+    assert report_of("a", host, 1, first.edition).knowledge is not None
+    assert report_of("a", host, 2, again.edition).knowledge is not None, "configured anew"
 
 
 def test_a_report_is_as_long_after_thousands_of_shapes_as_after_a_few() -> None:
@@ -176,8 +184,31 @@ def test_a_report_is_as_long_after_thousands_of_shapes_as_after_a_few() -> None:
             case = (1, 64 + 8 * (i % 71), 64 + 8 * (i // 71), 1 + i % 8)
             latency.observe(*case, 1.0)
             latency.times(*case)
-        host = SimpleNamespace(view=lambda: view, latency=latency, facts=FACTS, config=HostConfig())
-        return len(pickle.dumps(report_of("a", host, 1, None)))  # type: ignore[arg-type]
+        return len(pickle.dumps(report_of("a", host_of(view, latency, HostConfig()), 1, None)))
 
     view = HostView(100.0, (0,), (1,), ())
     assert size(5000) < 1.1 * size(MAX_OBSERVED)
+
+
+def repairing(*healthy: int, workers: int = 1, repair_s: float | None = 30.0) -> PoolState:
+    """A pool of one host whose other workers are being replaced."""
+    config = HostConfig(workers=workers)
+    view = HostView(100.0, healthy, config.sizes, ())
+    return pool(report_of("a", host_of(view, model(), config, repair_s), 1, None))
+
+
+def test_a_host_that_is_being_repaired_gets_requests_and_is_counted_on_from_then_on() -> None:
+    route = repairing().route(ask("n", 0.0), 0.0, random.Random(0))
+    assert route.host == "a" and route.finish_s == pytest.approx(40.0) and route.meets
+    beyond_repair = repairing(repair_s=None)
+    assert beyond_repair.route(ask("n", 0.0), 0.0, random.Random(0)).host is None
+    late = repairing().route(ask("n", 0.0, deadline_s=20.0), 0.0, random.Random(0))
+    assert not late.meets and late.finish_s == pytest.approx(40.0)
+
+
+def test_a_gang_that_needs_the_worker_under_repair_waits_for_it_and_others_do_not() -> None:
+    state = repairing(0, workers=2)
+    one, two = (replace(ask("n", 0.0), gang_size=size) for size in (1, 2))
+    assert state.route(one, 0.0, random.Random(0)).finish_s == pytest.approx(10.0)
+    assert state.route(two, 0.0, random.Random(0)).finish_s == pytest.approx(40.0)
+    assert wait_s(list(repairing().hosts.values()), 0.0) == pytest.approx(30.0)
