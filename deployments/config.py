@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,6 +17,16 @@ Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Model = Annotated[
     ModelSpec, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
 ]
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values that `change` names, at any depth; all else stays as it is in `base`."""
+    both = {
+        name: merged(base[name], value)
+        for name, value in change.items()
+        if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+    }
+    return {**base, **change, **both}
 
 
 class PoolConfig(HostConfig):
@@ -65,6 +76,8 @@ class PoolConfig(HostConfig):
     def changed(self, live: dict[str, Any]) -> PoolConfig:
         """This pool with other values of `LIVE_FIELDS`, which Serve's `user_config` may name.
 
+        What `live` leaves out, also within a field of fields, stays as it is here.
+
         Raises:
             ValueError: a field cannot be changed while hosts run, or has a bad value.
         """
@@ -73,7 +86,7 @@ class PoolConfig(HostConfig):
                 f"user_config of pool {self.name} names {fixed}, which hosts cannot change while they run; "
                 f"it may name {sorted(LIVE_FIELDS)}. Change the rest in the application's args"
             )
-        return PoolConfig.model_validate({**self.model_dump(mode="json"), **live})
+        return PoolConfig.model_validate(merged(self.model_dump(mode="json"), live))
 
 
 class RouterConfig(BaseModel):
@@ -87,7 +100,8 @@ class RouterConfig(BaseModel):
         refresh_s: what is known of the hosts may be this old when a request is sent off.
         error_margin: how many of the latency model's errors two hosts' predictions may lie apart and count as
             equal, and by how many a deadline must be missed to be refused.
-        max_attempts: hosts that may die or refuse under one request before it fails.
+        max_attempts: hosts that may die, refuse or say nothing under one request before it fails.
+        accept_s: within which a host must say that it has a request, else another gets it.
         drain_s: a replica that is stopped may go on this long with the requests it has.
     """
 
@@ -100,6 +114,7 @@ class RouterConfig(BaseModel):
     refresh_s: Share = 0.25
     error_margin: Share = 1.0
     max_attempts: Count = 3
+    accept_s: Seconds = 5.0
     drain_s: Seconds = 300.0
 
     @model_validator(mode="after")
@@ -112,12 +127,19 @@ class RouterConfig(BaseModel):
         return self
 
 
+def _as_fields(pool: Mapping[str, Any]) -> dict[str, Any]:
+    """`pool` with its limits as the fields that were set, also where they are `Limits` already."""
+    limits = pool.get("limits")
+    given = {"limits": limits.model_dump(exclude_unset=True)} if isinstance(limits, Limits) else {}
+    return {**pool, **given}
+
+
 class AppConfig(BaseModel):
     """The whole service.
 
     Attributes:
         model: of pools that name none.
-        limits: of pools that set none.
+        limits: of all pools; a pool may set some of them otherwise.
         pools: at least one, each name once; the first one's model is drawn by whoever names none.
         router: the replicas that take requests.
         http: keys and bounds of the HTTP interface.
@@ -137,8 +159,12 @@ class AppConfig(BaseModel):
         """Give the pools what they leave to the service."""
         if not isinstance(data, dict) or not isinstance(data.get("pools"), list | tuple):
             return data
-        common = {field: data[field] for field in ("model", "limits") if field in data}
-        pools = [{**common, **pool} if isinstance(pool, dict) else pool for pool in data["pools"]]
+        model = {"model": data["model"]} if "model" in data else {}
+        limits = {"limits": data["limits"]} if "limits" in data else {}
+        pools = [
+            {**model, **merged(_as_fields(limits), _as_fields(pool))} if isinstance(pool, dict) else pool
+            for pool in data["pools"]
+        ]
         return {**data, "pools": pools}
 
     @model_validator(mode="after")

@@ -14,9 +14,11 @@ from distriray.events import Event
 from distriray.requests import GenerationRequest, GenerationResult
 from distriray.service import Fleet, ModelCard
 
+from .callers import Callers, dead_drivers
 from .config import AppConfig
 from .http import build_http
 from .logs import shorten_refusals
+from .pool_client import ANSWER_S
 from .router import Router
 
 
@@ -24,7 +26,8 @@ from .router import Router
 class Ingress:
     """Stateless: what it knows of the hosts it asks them, so that any number of replicas may serve.
 
-    Handle calls raise errors of `distriray.errors`.
+    Handle calls raise errors of `distriray.errors`. A caller that is a driver names its Ray job (`driver`):
+    what it asked for ends with it.
 
     Args:
         created: what every replica says of its models, in seconds since the epoch.
@@ -34,23 +37,39 @@ class Ingress:
         shorten_refusals()
         self._config = config
         self._front = Router(config, pools, random.Random(), created)
+        self._callers = Callers(self._front.cancel, dead_drivers)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_http(self._front, self._config.http)
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
+    async def generate(self, request: GenerationRequest, driver: str | None = None) -> GenerationResult:
         """The images of `request`. Cancelling the call cancels the request."""
-        return await self._front.generate(request)
+        with self._callers.waiting(driver, request.id):
+            return await self._front.generate(request)
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: GenerationRequest, driver: str | None = None
+    ) -> AsyncGenerator[Event, None]:
         """What happens to `request`, ending with `Finished`. Cancelling the call cancels the request."""
-        async with aclosing(self._front.stream(request)) as events:
-            async for event in events:
-                yield event
+        with self._callers.waiting(driver, request.id):
+            async with aclosing(self._front.stream(request)) as events:
+                async for event in events:
+                    yield event
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a request, wherever it is; whether there was one."""
-        return await self._front.cancel(request_id)
+        if await self._front.cancel(request_id):
+            return True
+        context = serve.get_replica_context()
+        routers = serve.get_deployment_handle(context.deployment, context.app_name)
+        answers = await routers.broadcast("call_off", request_id).results_async(
+            timeout_s=ANSWER_S, return_exceptions=True
+        )
+        return True in answers
+
+    async def call_off(self, request_id: str) -> bool:
+        """Stop a request that waits at this replica for a first host; whether there was one."""
+        return self._front.call_off(request_id)
 
     async def models(self) -> list[ModelCard]:
         """What can be asked for."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from ray import serve
 
-from distriray.events import Event
+from distriray.events import Event, Finished, Queued
 from distriray.gang import Host
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
 from distriray.routing.router import publish
 from distriray.status import HostStatus
 
@@ -18,7 +18,17 @@ from .autoscaling import BACKLOG_S
 from .config import PoolConfig
 from .logs import shorten_refusals
 from .pool_client import ANSWER_S
-from .state import HostReport, shifted
+from .state import HostKnowledge, HostReport, shifted
+
+
+def report_of(name: str, host: Host, configured: int, known: str | None) -> HostReport:
+    """What a router that has the edition `known` is told of a host that was configured so many times."""
+    view, repair_s = host.view(), host.repair_s()
+    repaired = range(0 if repair_s is None else host.config.workers)
+    state = publish(name, view, host.latency, host.config.max_queue, repaired, repair_s or 0.0)
+    edition = f"{configured}.{host.latency.observations}"
+    new = HostKnowledge(host.latency, host.facts, host.config) if edition != known else None
+    return HostReport(shifted(state, -view.now_s), edition, new)
 
 
 class Pool:
@@ -29,6 +39,7 @@ class Pool:
         self._config = config
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._started: Host | None = None
+        self._configured = 0
 
     @property
     def _host(self) -> Host:
@@ -38,14 +49,18 @@ class Pool:
     async def reconfigure(self, live: dict[str, Any]) -> None:
         """Take Serve's `user_config` over: start the host with it, or let requests that run go on."""
         config = self._config.changed(live).host
+        self._configured += 1
         if self._started is None:
             self._started = await Host.start(config)
         else:
             self._started.configure(config)
 
-    async def generate(self, target: str | None, request: GenerationRequest) -> GenerationResult:
-        """As `Host.generate`."""
-        return await self._host.generate(request)
+    async def generate(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """That the host has the request, at once, and in the end the result."""
+        async with aclosing(self._host.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, Queued | Finished):
+                    yield event
 
     async def stream(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """As `Host.stream`."""
@@ -57,11 +72,9 @@ class Pool:
         """Stop a request after the step it is in; whether there was one."""
         return await self._host.cancel(request_id)
 
-    async def report(self, target: str | None) -> HostReport:
-        """What routers decide by."""
-        host, view = self._host, self._host.view()
-        state = publish(self._name, view, host.latency, host.config.max_queue)
-        return HostReport(shifted(state, -view.now_s), host.latency, host.facts, host.config)
+    async def report(self, target: str | None, editions: Mapping[str, str]) -> HostReport:
+        """What routers decide by, without what the router has already in the edition that it names."""
+        return report_of(self._name, self._host, self._configured, editions.get(self._name))
 
     async def status(self, target: str | None) -> tuple[str, HostStatus]:
         """The host's name and what it is doing."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -14,7 +14,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from distriray.errors import NotEnoughDevices
-from distriray.events import Event
+from distriray.events import Event, Finished
 from distriray.gang.background import Background
 from distriray.handle import own_error
 from distriray.requests import GenerationRequest, GenerationResult
@@ -31,18 +31,29 @@ PATIENCE_S = 0.2  # longest wait of a request for a poll of hosts that are known
 NEWS_S = 3.0  # longest wait for a poll of a request that would be refused by what is known
 
 
+class HostSilent(Exception):
+    """A host was sent a request and did not say that it has it. Nothing was drawn as far as anybody knows."""
+
+
 class PoolClient:
     """One pool, as one router replica reaches it.
 
+    Args:
+        accept_s: within which a host says that it has a request.
+
     Attributes:
         state: what is known of its hosts.
-        undirected: requests under way that no host was chosen for, because there was none.
+        waking: requests that wait for a first host.
     """
 
-    def __init__(self, config: PoolConfig, handle: DeploymentHandle, refresh_s: float) -> None:
+    def __init__(
+        self, config: PoolConfig, handle: DeploymentHandle, refresh_s: float, accept_s: float = 5.0
+    ) -> None:
         self.config = config
         self.state = PoolState(config.host)
-        self.undirected = 0
+        self.waking = 0
+        self._accept_s = accept_s
+        self._wake_up: asyncio.Task[None] | None = None
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._refresh_s = refresh_s
         self._polled_s = self._known_s = float("-inf")
@@ -69,6 +80,38 @@ class PoolClient:
                     if self._known_s < now_s:
                         await asyncio.wait([self._start_poll()])
 
+    async def wake(self) -> None:
+        """Wait until a host is up, which Serve starts because somebody waits, and has reported.
+
+        The request itself stays here meanwhile: its deadline runs, and it can be called off.
+
+        Raises:
+            NotEnoughDevices: Serve cannot run the pool.
+        """
+        self.waking += 1
+        try:
+            if self._wake_up is None or self._wake_up.done():
+                self._wake_up = self._background.spawn(self._wait_for_host())
+            await asyncio.shield(self._wake_up)
+        finally:
+            self.waking -= 1
+            if not self.waking and self._wake_up is not None:
+                self._wake_up.cancel()  # nobody wants a host any more
+                self._wake_up = None
+
+    async def _wait_for_host(self) -> None:
+        answer = self._handle.report.remote(None, {})
+        try:
+            await answer
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+        except DeploymentUnavailableError as error:
+            raise self._unavailable() from error
+        except RayError as error:
+            log.warning("a host of pool %s was lost as it came up: %s", self.config.name, error)
+        await self.poll_now()
+
     def _start_poll(self) -> asyncio.Task[None]:
         if self._poll is None or self._poll.done():
             self._poll = self._background.spawn(self._poll_hosts())
@@ -77,10 +120,10 @@ class PoolClient:
     async def _poll_hosts(self) -> None:
         self._polled_s = asked_s = time.monotonic()
         try:
-            answers = await self._together("report", REPORT_S)
+            answers = await self._together("report", REPORT_S, self.state.editions)
         except TimeoutError:
             asked_s = time.monotonic()
-            answers = await self._each("report", ONE_REPORT_S)
+            answers = await self._each("report", ONE_REPORT_S, self.state.editions)
         reports = [answer for answer in answers if isinstance(answer, HostReport)]
         if answers and not reports:
             return  # that nobody answers does not mean that nobody is there
@@ -126,40 +169,45 @@ class PoolClient:
                 answers.append(error)
         return answers
 
-    async def generate(self, host: str | None, request: GenerationRequest) -> GenerationResult:
-        """Let `host` make the images, or any host where it is None. Cancelling cancels the request.
+    async def generate(self, host: str, request: GenerationRequest) -> GenerationResult:
+        """Let `host` make the images. Cancelling cancels the request.
 
         Raises:
+            HostSilent: the host does not say that it has the request, which is cancelled there.
             RayActorError: the host died.
             NotEnoughDevices: Serve cannot run the pool.
             DistrirayError: as `Host.generate`.
         """
-        response = self._handle.generate.remote(host, request)
-        self.undirected += host is None
-        try:
-            return await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except RayTaskError as error:
-            raise own_error(error) from None
-        except DeploymentUnavailableError as error:
-            raise self._unavailable() from error
-        finally:
-            self.undirected -= host is None
-
-    async def stream(self, host: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """What happens to `request` on `host`; closing the generator cancels it. Raises as `generate`."""
-        events = self._streaming.stream.remote(host, request)
-        self.undirected += host is None
-        waits = host is None
-        over = False
-        try:
+        async with aclosing(self._events("generate", host, request)) as events:
             async for event in events:
-                self.undirected -= waits
-                waits = False
+                if isinstance(event, Finished):
+                    return event.result
+        raise HostSilent(f"host {host} ended request {request.id} without a result")
+
+    async def stream(self, host: str, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """What happens to `request` on `host`; closing the generator cancels it. Raises as `generate`."""
+        async with aclosing(self._events("stream", host, request)) as events:
+            async for event in events:
                 yield event
-            over = True
+
+    async def _events(
+        self, method: str, host: str, request: GenerationRequest
+    ) -> AsyncGenerator[Event, None]:
+        """What `method` of a host tells: first, and at once, that the host has the request."""
+        response = getattr(self._streaming, method).remote(host, request)
+        events, over = aiter(response), False
+        try:
+            try:
+                async with asyncio.timeout(self._accept_s):
+                    first = await anext(events)
+            except TimeoutError:
+                message = f"host {host} did not accept request {request.id} within {self._accept_s:g} s"
+                log.warning("%s; the request is cancelled there", message)
+                raise HostSilent(message) from None
+            yield first
+            async for event in events:
+                over = isinstance(event, Finished)
+                yield event
         except RayTaskError as error:
             over = True
             raise own_error(error) from None
@@ -167,9 +215,8 @@ class PoolClient:
             over = True
             raise self._unavailable() from error
         finally:
-            self.undirected -= waits
             if not over:
-                events.cancel()
+                response.cancel()
 
     def _unavailable(self) -> NotEnoughDevices:
         return NotEnoughDevices(f"pool {self.config.name} cannot be run; `serve status` says why")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -14,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
+    GenerationCancelled,
     InvalidRequest,
     ModelNotFound,
     NotEnoughDevices,
@@ -27,7 +29,7 @@ from distriray.service import Fleet, ModelCard, PoolReport
 
 from .config import AppConfig
 from .models import size_of
-from .pool_client import PoolClient
+from .pool_client import HostSilent, PoolClient
 from .state import choose, wait_s
 
 LONGEST_RETRY_S = 3600.0
@@ -37,19 +39,25 @@ LONGEST_RETRY_S = 3600.0
 class Attempts:
     """The attempts at one request, which has a seed from the first one on.
 
-    `queued`, `step` and `previews` are what a stream has shown of
-    it, so that another attempt does not show it again.
+    `count` are hosts that it was sent to in vain, `wakes` pools that it waited for. `queued`, `step` and
+    `previews` are what a stream has shown of it, so that another attempt does not show it again.
     """
 
     request: GenerationRequest
     began_s: float = field(default_factory=time.monotonic)
     count: int = 0
+    wakes: int = 0
     queued: bool = False
     step: int = 0
     previews: int = 0
 
     def __post_init__(self) -> None:
         self.request = self.request.seeded()
+
+    def left_s(self, now_s: float) -> float | None:
+        """Seconds until its deadline, which counts from when the client asked; None without one."""
+        deadline_s = self.request.deadline_s
+        return None if deadline_s is None else self.began_s + deadline_s - now_s
 
     def shows(self, event: Event) -> bool:
         """Whether `event` is new to the client that listens."""
@@ -67,6 +75,19 @@ class Attempts:
                 return True
 
 
+@dataclass
+class Wait:
+    """A request that waits for a first host, until `limit` runs out or somebody calls it off."""
+
+    limit: asyncio.Timeout
+    called_off: bool = False
+
+    def call_off(self) -> None:
+        """End it now."""
+        self.called_off = True
+        self.limit.reschedule(asyncio.get_running_loop().time())
+
+
 class Router:
     """What `distriray.service.Service` asks for, over any number of pools."""
 
@@ -74,8 +95,9 @@ class Router:
         self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random, created: int
     ) -> None:
         self._config, self._draw = config, draw
-        refresh_s = config.router.refresh_s
-        self._clients = [PoolClient(pool, pools[pool.name], refresh_s) for pool in config.pools]
+        refresh_s, accept_s = config.router.refresh_s, config.router.accept_s
+        self._clients = [PoolClient(pool, pools[pool.name], refresh_s, accept_s) for pool in config.pools]
+        self._waits: dict[str, Wait] = {}
         self._sizes = {pool.model.name: size_of(pool.model) for pool in config.pools}
         self._created = created
 
@@ -86,7 +108,7 @@ class Router:
             client, host, asked = await self._place(attempts)
             try:
                 return await client.generate(host, asked)
-            except (QueueFull, RayActorError) as error:
+            except (QueueFull, RayActorError, HostSilent) as error:
                 self._again(attempts, client, host, error)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
@@ -100,13 +122,22 @@ class Router:
                         if attempts.shows(event):
                             yield event
                 return
-            except (QueueFull, RayActorError) as error:
+            except (QueueFull, RayActorError, HostSilent) as error:
                 self._again(attempts, client, host, error)
 
     async def cancel(self, request_id: str) -> bool:
-        """Stop a request, wherever it is; whether there was one."""
+        """Stop a request, at its host or while it waits here for a first one; whether there was one."""
+        if self.call_off(request_id):
+            return True
         answers = [await client.everyone("cancel", request_id) for client in self._clients]
         return any(any(answer) for answer in answers)
+
+    def call_off(self, request_id: str) -> bool:
+        """Stop a request that waits here for a first host; whether there was one."""
+        wait = self._waits.get(request_id)
+        if wait is not None:
+            wait.call_off()
+        return wait is not None
 
     def models(self) -> list[ModelCard]:
         """Every model. Its size is known from its folder, or from the first host that had it.
@@ -163,15 +194,27 @@ class Router:
                 raise GangBroken(f"no worker of the {hosts} hosts of {name!r} answers")
             raise NotEnoughDevices(f"no host of {name!r} is up; `serve status` says what they wait for")
 
-    async def _place(self, attempts: Attempts) -> tuple[PoolClient, str | None, GenerationRequest]:
+    async def _place(self, attempts: Attempts) -> tuple[PoolClient, str, GenerationRequest]:
         """Where to send a request now, and the request as it is to be sent.
-
-        Refused is on news only: what was sent to a host counts until its next report, done or not.
 
         Raises:
             ModelNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices: nowhere.
+            GenerationCancelled: somebody called it off while it waited for a first host.
         """
         clients = self._clients_of(attempts.request.model)
+        while True:
+            client, host, asked = await self._find(attempts, clients)
+            if host is not None:
+                return client, host, asked
+            await self._wait_for_host(attempts, client)
+
+    async def _find(
+        self, attempts: Attempts, clients: list[PoolClient]
+    ) -> tuple[PoolClient, str | None, GenerationRequest]:
+        """The host for a request, or a pool without one that is to be woken for it.
+
+        Refused is on news only: what was sent to a host counts until its next report, done or not.
+        """
         for client in clients:
             await client.wait_briefly_for_poll()
         limits, gang_sizes = _offer(clients)
@@ -184,14 +227,35 @@ class Router:
                 await client.poll_now()
             return self._choose(attempts, clients)
 
+    async def _wait_for_host(self, attempts: Attempts, client: PoolClient) -> None:
+        """Wait until the pool has a host, for as long as the request has until its deadline."""
+        request, pool = attempts.request, client.config.name
+        attempts.wakes += 1
+        if attempts.wakes > self._config.router.max_attempts:
+            raise NotEnoughDevices(f"hosts of pool {pool} come up and are gone; `serve status` says why")
+        if request.id in self._waits:
+            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
+        wait = self._waits[request.id] = Wait(asyncio.timeout(attempts.left_s(time.monotonic())))
+        try:
+            async with wait.limit:
+                await client.wake()
+        except TimeoutError:
+            if wait.called_off:
+                raise GenerationCancelled(
+                    f"request {request.id} was cancelled before it had a host"
+                ) from None
+            message = f"deadline_s {request.deadline_s:g} cannot be met: pool {pool} had no host in that time"
+            raise DeadlineUnmet(message) from None
+        finally:
+            del self._waits[request.id]
+
     def _choose(
         self, attempts: Attempts, clients: list[PoolClient]
     ) -> tuple[PoolClient, str | None, GenerationRequest]:
-        """`_place` by what is known of the hosts."""
+        """`_find` by what is known of the hosts."""
         now = time.monotonic()
-        request, left_s = attempts.request, None
-        if request.deadline_s is not None:
-            left_s = request.deadline_s - (now - attempts.began_s)
+        request, left_s = attempts.request, attempts.left_s(now)
+        if left_s is not None:
             request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})
         fitting = _fitting(request, clients, now, left_s)
         up = [
@@ -216,7 +280,7 @@ class Router:
             return client, chosen[1].host, asked
         down = [(client, asked) for client, asked, _ in fitting if not client.state.hosts]
         for client, asked in down:
-            if client.undirected < client.config.max_queue:
+            if client.waking < client.config.max_queue:
                 return client, None, asked
         hosts = [host for client, *_ in up for host in client.state.hosts.values()]
         if hosts and not down and all(host.waiting < host.max_waiting for host in hosts):
@@ -226,15 +290,20 @@ class Router:
         raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)
 
     def _again(
-        self, attempts: Attempts, client: PoolClient, host: str | None, error: QueueFull | RayActorError
+        self,
+        attempts: Attempts,
+        client: PoolClient,
+        host: str,
+        error: QueueFull | RayActorError | HostSilent,
     ) -> None:
-        """A host refused a request or died under it: try another, unless that was tried often enough."""
-        if host is not None:
-            (client.state.refused if isinstance(error, QueueFull) else client.state.lost)(host)
+        """A host refused a request, did not accept it or died: try another, unless that was tried enough."""
+        (client.state.refused if isinstance(error, QueueFull) else client.state.lost)(host)
         attempts.count += 1
         if attempts.count >= self._config.router.max_attempts:
             if isinstance(error, QueueFull):
                 raise error
+            if isinstance(error, HostSilent):
+                raise NotEnoughDevices(f"{attempts.count} hosts failed to take it: {error}") from error
             raise GangBroken(
                 f"request {attempts.request.id}: {attempts.count} hosts died under it: {error}"
             ) from error

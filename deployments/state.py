@@ -17,14 +17,27 @@ REMEMBERED = 256  # requests sent to one host between two of its reports
 
 
 @dataclass(frozen=True, slots=True)
-class HostReport:
-    """One host's answer to a router. Times in `state` count from the moment of the report, so that machines
-    need not agree on a clock."""
+class HostKnowledge:
+    """The part of a report that seldom changes."""
 
-    state: HostState
     latency: LatencyModel
     facts: WorkerFacts
     config: HostConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """One host's answer to a router. Times in `state` count from the moment of the report, so that machines
+    need not agree on a clock.
+
+    Attributes:
+        edition: changes with the knowledge. A router says which one it has of each host.
+        knowledge: None where the router has this edition already.
+    """
+
+    state: HostState
+    edition: str
+    knowledge: HostKnowledge | None
 
 
 def shifted(state: HostState, by_s: float) -> HostState:
@@ -69,7 +82,13 @@ class PoolState:
         self.hosts: dict[str, HostState] = {}
         self.facts: WorkerFacts | None = None
         self._latency: LatencyModel | None = None
+        self._known: dict[str, tuple[str, HostKnowledge]] = {}
         self._sent: dict[str, deque[tuple[float, RequestView]]] = {}
+
+    @property
+    def editions(self) -> dict[str, str]:
+        """What is known of each host, for it to report only what is new."""
+        return {host: edition for host, (edition, _) in self._known.items()}
 
     def learn(self, reports: Sequence[HostReport], asked_s: float) -> None:
         """Take over what the hosts say that there are; the question was put at `asked_s`.
@@ -77,10 +96,17 @@ class PoolState:
         What was sent to a host after that may not be in its report, so it is added again.
         """
         self.hosts, self.config = {}, self._initial
+        before, self._known = self._known, {}
         for report in reports:
             state = shifted(report.state, asked_s)
-            self.hosts[state.host] = state
-            self.facts, self._latency, self.config = report.facts, report.latency, report.config
+            edition, knowledge = before.get(state.host, ("", None))
+            if report.knowledge is not None:
+                edition, knowledge = report.edition, report.knowledge
+            if knowledge is None:  # it will be asked again for all that it knows
+                continue
+            self.hosts[state.host], self._known[state.host] = state, (edition, knowledge)
+            self.facts, self._latency = knowledge.facts, knowledge.latency
+            self.config = knowledge.config
         sent, self._sent = self._sent, {}
         for host, requests in sent.items():
             for sent_s, view in requests:

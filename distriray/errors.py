@@ -10,14 +10,18 @@ class UnsupportedModel(DistrirayError, TypeError):
 
 
 class InvalidRequest(DistrirayError, ValueError):
-    """A request that cannot be served as it stands; `param` names the field at fault."""
+    """A request that cannot be served as it stands; `param` names the field at fault.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    `unquoted` is the message without any text of the request, for what is written down.
+    """
+
+    def __init__(self, message: str, param: str | None = None, unquoted: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.unquoted = message if unquoted is None else unquoted
 
-    def __reduce__(self) -> tuple[type["InvalidRequest"], tuple[str, str | None]]:
-        return type(self), (str(self), self.param)
+    def __reduce__(self) -> tuple[type["InvalidRequest"], tuple[str, str | None, str]]:
+        return type(self), (str(self), self.param, self.unquoted)
 
 
 class ModelNotFound(DistrirayError, FileNotFoundError):

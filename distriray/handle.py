@@ -24,7 +24,8 @@ class HandleClient:
 
     A request is a `GenerationRequest`, or a prompt with its other fields as keywords. Methods raise errors
     of `distriray.errors` as themselves, and ConnectionError when the service cannot be reached. Methods
-    prefixed with `a` are coroutines; the others block.
+    prefixed with `a` are coroutines; the others block. What a script asked for is cancelled within seconds of
+    its being killed.
 
         client = HandleClient.connect()
         result = client.generate("a lake at dawn", num_inference_steps=20)
@@ -52,14 +53,14 @@ class HandleClient:
 
     def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request. Leaving early, as with Ctrl-C, cancels it."""
-        response = self._handle.generate.remote(GenerationRequest.of(request, fields))
+        response = self._handle.generate.remote(GenerationRequest.of(request, fields), _driver())
         with _cancelled_unless_over(response):
             result: GenerationResult = response.result()
         return result
 
     async def agenerate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """As `generate`. Cancelling this coroutine cancels the request."""
-        response = self._handle.generate.remote(GenerationRequest.of(request, fields))
+        response = self._handle.generate.remote(GenerationRequest.of(request, fields), _driver())
         with _cancelled_unless_over(response):
             result: GenerationResult = await response
         return result
@@ -67,14 +68,14 @@ class HandleClient:
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
         """The events of a request, ending with `Finished`. Closing the generator cancels it."""
         streaming = self._handle.options(stream=True)
-        events = streaming.stream.remote(GenerationRequest.of(request, fields))
+        events = streaming.stream.remote(GenerationRequest.of(request, fields), _driver())
         with _cancelled_unless_over(events):
             yield from events
 
     async def astream(self, request: GenerationRequest | str, **fields: Any) -> AsyncGenerator[Event, None]:
         """As `stream`."""
         streaming = self._handle.options(stream=True)
-        events = streaming.stream.remote(GenerationRequest.of(request, fields))
+        events = streaming.stream.remote(GenerationRequest.of(request, fields), _driver())
         with _cancelled_unless_over(events):
             async for event in events:
                 yield event
@@ -121,6 +122,18 @@ class HandleClient:
 def own_error(error: RayTaskError) -> BaseException:
     """The error that was raised on the other side of a call, where it is one of distriray's."""
     return error.cause if isinstance(error.cause, DistrirayError) else error
+
+
+def _driver() -> str | None:
+    """The id of this program's Ray job, if the job ends with this process; the service cancels for the dead.
+
+    Tasks and actors may outlive the driver that began their job, so for them it is None.
+    """
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    mode = getattr(getattr(context, "worker", None), "mode", None)
+    return context.get_job_id() if mode == ray.SCRIPT_MODE else None
 
 
 @contextmanager

@@ -174,11 +174,12 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
             return cause
         return InvalidRequest(str(cause), param)
     if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"there is no field {param!r}", param)
+        return InvalidRequest(f"there is no field {param!r}", param, "there is no such field")
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is missing", param)
     message = first["msg"][0].lower() + first["msg"][1:]
-    return InvalidRequest(f"{param or 'request'} {_shortened(first['input'])}: {message}", param)
+    what = param or "request"
+    return InvalidRequest(f"{what} {_shortened(first['input'])}: {message}", param, f"{what}: {message}")
 
 
 def _shortened(value: Any) -> str:

@@ -100,6 +100,14 @@ class Dispatcher:
             requests=tuple(job.view() for job in self.jobs.values() if not job.breaking),
         )
 
+    def repair_s(self) -> float | None:
+        """Predicted seconds until all workers can be lent; None if they can be now, or will never be."""
+        if not self.healthy or len(self.view().workers) == self.config.workers:
+            return None
+        if self.group.repairs:
+            return self.group.repairs[-1].seconds
+        return max(facts.load_s for facts in self.group.facts.values())
+
     def backlog_s(self) -> float:
         """Predicted seconds until everything accepted is finished, were it spread evenly over all workers."""
         everyone = tuple(range(self.config.workers))

@@ -131,6 +131,10 @@ class Host:
         """What a policy or a router may know now."""
         return self._dispatcher.view()
 
+    def repair_s(self) -> float | None:
+        """Predicted seconds until the workers that are being replaced are back; None where none is."""
+        return self._dispatcher.repair_s()
+
     def backlog_s(self) -> float:
         """Predicted seconds until everything accepted is finished, were it spread evenly."""
         return self._dispatcher.backlog_s()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,10 @@ from typing import Any, Self
 
 from ..errors import InvalidRequest
 from ..requests import GenerationResult
-from .prompts import BadLine, Prompt
+from .prompts import BadLine, Prompt, plain
+
+UNFINISHED_IMAGE = re.compile(r"\.[0-9a-f]{16}(-[0-9]+)?_[0-9]+\.png\.part")
+"""The name of an image that is being written: that of the image, with its prompt's id, between two marks."""
 
 
 class Folder:
@@ -37,7 +41,7 @@ class Folder:
 
     def __enter__(self) -> Self:
         self.images.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / ".lock").open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,30 +49,44 @@ class Folder:
             raise InvalidRequest(
                 f"another job is writing to {self.path}; wait for it or use another --out"
             ) from None
-        for unfinished in self.path.glob("**/.*.part"):
-            unfinished.unlink()
+        self._clear_away_unfinished()
         self.made = self._tidy_manifest()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
+    def _clear_away_unfinished(self) -> None:
+        """Remove what a job that was killed had begun here, by its exact name: all else is somebody's."""
+        own = [_part_of(path) for path in (self.manifest, self.errors, self.summary)]
+        images = [path for path in self.images.iterdir() if UNFINISHED_IMAGE.fullmatch(path.name)]
+        for path in own + images:
+            if path.is_file():
+                path.unlink()
+
     def _tidy_manifest(self) -> set[str]:
-        """The prompts that were made; whatever the manifest has of others is taken out of it."""
+        """The prompts that were made; what the manifest has of prompts that were not is taken out of it.
+
+        JSON that is no entry of a job's is somebody else's, and stays.
+        """
         lines: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        foreign = b""
         before = self.manifest.read_bytes() if self.manifest.exists() else b""
         for text in before.splitlines():
             try:
                 entry = json.loads(text)
-            except ValueError:  # the line that was being written when the job was killed
+            except (ValueError, RecursionError):  # the line that was being written when the job was killed
                 continue
-            lines[entry["prompt_id"]][entry["index"]] = entry
+            if _is_entry(entry):
+                lines[entry["prompt_id"]][entry["index"]] = entry
+            else:
+                foreign += text + b"\n"
         whole = {
             prompt: entries
             for prompt, entries in lines.items()
             if all(len(entries) == e["of"] and (self.path / e["file"]).is_file() for e in entries.values())
         }
-        after = b"".join(_line(entry) for entries in whole.values() for entry in entries.values())
+        after = foreign + b"".join(_line(entry) for entries in whole.values() for entry in entries.values())
         if after != before:
             _replace(self.manifest, after)
         return set(whole)
@@ -80,7 +98,7 @@ class Folder:
         lines = b""
         for index, (image, seed) in enumerate(zip(result.images, seeds, strict=True)):
             path = self.images / f"{prompt.id}_{index}.png"
-            part = path.with_name(f".{path.name}.part")
+            part = _part_of(path)
             with part.open("wb") as file:
                 image.save(file, format="PNG")
                 _flush(file)
@@ -107,7 +125,9 @@ class Folder:
     def fail(self, prompt: Prompt, error: Exception) -> None:
         """Note that a prompt was not made; the next run tries it again."""
         param = error.param if isinstance(error, InvalidRequest) else None
-        self._append(self.errors, _line(_error(prompt.line, f"{type(error).__name__}: {error}", param)))
+        self._append(
+            self.errors, _line(_error(prompt.line, f"{type(error).__name__}: {plain(error)}", param))
+        )
 
     def write_summary(self, facts: Mapping[str, Any]) -> None:
         """How this run ended."""
@@ -119,6 +139,17 @@ class Folder:
             _flush(file)
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether a line of a manifest is one that a job wrote."""
+    kinds = {"prompt_id": str, "index": int, "of": int, "file": str}
+    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
+
+
+def _part_of(path: Path) -> Path:
+    """Where a file is written until all of it is on disk."""
+    return path.with_name(f".{path.name}.part")
+
+
 def _error(line: int, message: str, param: str | None) -> dict[str, Any]:
     return {"line": line, "error": message, "param": param}
 
@@ -128,7 +159,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
+    part = _part_of(path)
     with part.open("wb") as file:
         file.write(content)
         _flush(file)

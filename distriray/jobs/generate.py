@@ -21,7 +21,7 @@ from ..models import ModelSpec
 from ..requests import GenerationResult, Limits
 from .folder import Folder
 from .makers import own_hosts, running_app
-from .prompts import BadLine, Prompt, read_prompts
+from .prompts import BadLine, Prompt, plain, read_prompts
 from .run import Maker, Run
 
 ALL_MADE, SOME_MISSING, STOPPED = 0, 1, 130
@@ -121,7 +121,7 @@ def _finish(
         def tell(prompt: Prompt, end: GenerationResult | DistrirayError) -> None:
             bar.advance(task)
             if isinstance(end, DistrirayError):
-                notes.print(f"line {prompt.line}: {end}", markup=False)
+                notes.print(f"line {prompt.line}: {plain(end)}", markup=False)
             elif not notes.is_terminal:
                 done = before + run.completed + run.failed
                 notes.print(f"{done} of {len(prompts)}: line {prompt.line}, {end.timings.total_s:.1f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from ..errors import InvalidRequest
 from ..requests import GenerationRequest, Limits
+
+FIELD = re.compile(r"[a-z][a-z0-9_]{0,30}")
+"""What the name of a field may be; any other key of a line may be text that somebody meant to draw."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadLine:
-    """One line that cannot be made, and why; `param` is the field at fault."""
+    """One line that cannot be made, and why; `param` is the field at fault.
+
+    Neither holds text of the line, which may be a prompt.
+    """
 
     line: int
     message: str
@@ -57,7 +64,8 @@ def read_prompts(
                 if limits is not None:
                     limits.check(request)
             except InvalidRequest as error:
-                bad.append(BadLine(number, str(error), error.param))
+                param = error.param if FIELD.fullmatch(error.param or "") else None
+                bad.append(BadLine(number, plain(error), param))
                 continue
             request = request.model_copy(update={"model": request.model or model})
             digest = _digest(request)
@@ -65,6 +73,11 @@ def read_prompts(
             name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
             good.append(Prompt(name, number, _named(request, name)))
     return good, bad
+
+
+def plain(error: Exception) -> str:
+    """What `error` says, without text of the request."""
+    return error.unquoted if isinstance(error, InvalidRequest) else str(error)
 
 
 def _digest(request: GenerationRequest) -> str:

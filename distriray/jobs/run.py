@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from secrets import token_hex
 from typing import Protocol
 
-from ..errors import DistrirayError, GenerationCancelled, QueueFull
+from ..errors import DistrirayError, GenerationCancelled, NotEnoughDevices, QueueFull
 from ..requests import GenerationRequest, GenerationResult
 from .folder import Folder
 from .prompts import Prompt
+
+MAX_TRIES = 5
+"""How often a prompt is tried where what is in the way passes, such as workers that are being replaced."""
+
+LONGEST_WAIT_S = 10.0
+"""How long a job waits for a full queue before it asks again, whatever was predicted."""
 
 
 class Maker(Protocol):
@@ -26,6 +33,7 @@ class Run:
     Args:
         makers: share the prompts; whoever is free takes the next one.
         in_flight: prompts under way at each maker.
+        pause_s: before a prompt is tried for the second time; twice as long before each further time.
         tell: called with each prompt and the result or the error it came to, from any thread.
 
     Attributes:
@@ -39,11 +47,13 @@ class Run:
         makers: Sequence[Maker],
         *,
         in_flight: int,
+        pause_s: float = 1.0,
         tell: Callable[[Prompt, GenerationResult | DistrirayError], None] = lambda *_: None,
     ) -> None:
         self._prompts = iter([prompt for prompt in prompts if prompt.id not in folder.made])
         self._folder = folder
         self._tell = tell
+        self._pause_s = pause_s
         self._turn = threading.Lock()
         self._stopping = threading.Event()
         self._under_way: dict[str, Maker] = {}
@@ -86,25 +96,30 @@ class Run:
                 prompt = next(self._prompts, None)
             if prompt is None:
                 return
-            self._under_way[prompt.id] = maker
             try:
                 end = self._make(maker, prompt)
             except BaseException as fault:  # not the prompt's own: nobody could go on
                 self._fault = fault
                 self._stopping.set()
                 return
-            finally:
-                del self._under_way[prompt.id]
             if end is not None:
                 self._tell(prompt, end)
 
     def _make(self, maker: Maker, prompt: Prompt) -> GenerationResult | DistrirayError | None:
         """Make and keep one prompt; None if it was given up because the run stops."""
+        tries = 0
         while True:
             try:
-                result = maker.generate(prompt.request)
+                result = self._attempt(maker, prompt)
             except QueueFull as full:
-                if self._stopping.wait(full.retry_after_s):
+                if self._stopping.wait(min(full.retry_after_s, LONGEST_WAIT_S)):
+                    return None
+                continue
+            except NotEnoughDevices as error:
+                tries += 1
+                if tries >= MAX_TRIES:
+                    return self._failed(prompt, error)
+                if self._stopping.wait(self._pause_s * 2 ** (tries - 1)):
                     return None
                 continue
             except GenerationCancelled as error:
@@ -115,6 +130,15 @@ class Run:
             with self._turn:
                 self.completed += 1
             return result
+
+    def _attempt(self, maker: Maker, prompt: Prompt) -> GenerationResult:
+        """Ask once, by an id of its own: what a run before this one asked for may still be under way."""
+        name = f"{prompt.id}.{token_hex(4)}"
+        self._under_way[name] = maker
+        try:
+            return maker.generate(prompt.request.model_copy(update={"id": name}))
+        finally:
+            del self._under_way[name]
 
     def _failed(self, prompt: Prompt, error: DistrirayError) -> DistrirayError:
         self._folder.fail(prompt, error)

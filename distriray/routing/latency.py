@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,8 @@ MEASURED_ERROR = 0.05  # relative, of a case that the profile holds and nobody h
 ERROR_PER_DOUBLING = 0.15  # relative, for each factor of two away from the nearest measured case
 MIN_OBSERVATIONS = 3  # the smallest number whose median one outlier cannot move
 SHARED_WEIGHT = 3  # how many own observations outweigh what the other cases say
+MAX_OBSERVED = 64  # cases that a model keeps observations of; clients choose the shapes, so there is no end
+MAX_PREDICTED = 1024  # cases whose times are kept so that they need not be predicted again
 
 
 class Entry(BaseModel):
@@ -129,14 +131,21 @@ class LatencyModel:
     gang; beyond them the last slope goes on, but no gang is taken to speed up more than it has members, and
     a batch costs at most its size. `observe` corrects every later answer.
 
+    However many cases there are, what is remembered of them is bounded: the `MAX_OBSERVED` that were observed
+    last count as observed, and the others by what all have in common.
+
     Args:
         profile: the measurements to start from.
         window: how many observations of one case count. Their median is the correction, so that fewer than
             half of them may be outliers, and a lasting change is believed after half of them.
+
+    Attributes:
+        observations: how many there were; two copies that have the same number know the same.
     """
 
     def __init__(self, profile: Profile, window: int = 15) -> None:
         self.profile = profile
+        self.observations = 0
         self._window = window
         self._observed: dict[tuple[int, int, int, int], deque[float]] = {}
         self._shared: deque[float] = deque(maxlen=window)
@@ -147,6 +156,8 @@ class LatencyModel:
         key = (gang, height, width, batch)
         known = self._times.get(key)
         if known is None:
+            if len(self._times) >= MAX_PREDICTED:
+                self._times.clear()
             known = self._times[key] = self._predict(*key)
         return known
 
@@ -165,9 +176,18 @@ class LatencyModel:
         """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive."""
         key = (gang, height, width, batch)
         ratio = math.log(step_s / self._from_profile(lambda e: e.step_s, *key))
-        self._observed.setdefault(key, deque(maxlen=self._window)).append(ratio)
+        own = self._observed.pop(key, deque(maxlen=self._window))
+        own.append(ratio)
+        self._observed[key] = own  # last in order: the first one is forgotten first
+        if len(self._observed) > MAX_OBSERVED:
+            del self._observed[next(iter(self._observed))]
         self._shared.append(ratio)
+        self.observations += 1
         self._times.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The knowledge, without what follows from it."""
+        return {**self.__dict__, "_times": {}}
 
     def _predict(self, gang: int, height: int, width: int, batch: int) -> Times:
         key = (gang, height, width, batch)

@@ -34,7 +34,7 @@ class HostState:
         backlog_s: seconds of all its workers that stand before a new request and that
             `capacity_beside_all` does not count.
         waiting, max_waiting: its queue, and the bound at which it takes no more.
-        gang_sizes: those that its healthy workers can form.
+        workers, gang_sizes: those that it has, or will have once it is repaired, and what they can form.
     """
 
     host: str
@@ -76,12 +76,27 @@ class _Option(NamedTuple):
     candidate: Candidate
 
 
-def publish(host: str, view: HostView, model: LatencyModel, max_waiting: int = 1000) -> HostState:
-    """A host's state, predicted from all its requests."""
-    now, workers, capacity = view.now_s, len(view.workers), Capacity.of(view)
+def publish(
+    host: str,
+    view: HostView,
+    model: LatencyModel,
+    max_waiting: int = 1000,
+    repaired: Sequence[int] = (),
+    repair_s: float = 0.0,
+) -> HostState:
+    """A host's state, predicted from all its requests.
+
+    Args:
+        repaired: the workers that it will have in `repair_s` seconds, while some are being replaced.
+    """
+    now, steps = view.now_s, [CapacityStep(view.now_s, Capacity.of(view))]
+    if repaired:
+        view = replace(view, workers=tuple(repaired))
+        steps.append(CapacityStep(now + repair_s, Capacity.of(view)))
+    workers, capacity = len(view.workers), steps[-1].capacity
     costs_of = costs_by_request(view, model)
     known = [(r, costs) for r in view.requests if (costs := costs_of(r)).sizes]
-    beside_deadlines, beside_all = Timeline(now, capacity.copy()), Timeline(now, capacity.copy())
+    beside_deadlines, beside_all = Timeline.of(steps, now), Timeline.of(steps, now)
     with_deadline: list[Candidate] = []
     best_effort: list[Candidate] = []
     for r, costs in known:

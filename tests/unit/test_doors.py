@@ -139,7 +139,7 @@ def test_every_field_arrives_by_the_clients(url: str, service: FakeService, fiel
 
 @given(fields=every_field)
 def test_every_field_arrives_by_a_handle(fields: Fields) -> None:
-    def remote(request: GenerationRequest) -> Any:
+    def remote(request: GenerationRequest, driver: str | None = None) -> Any:
         asked.append(request)
         return SimpleNamespace(result=lambda: result_of(request.model_copy(update={"model": "m"})))
 

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, QueueFull
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotEnoughDevices, QueueFull
 from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
-from distriray.jobs.run import Run
+from distriray.jobs.run import MAX_TRIES, Run
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 
 PROMPTS = """\
@@ -31,15 +31,17 @@ no JSON
 
 
 class Painter:
-    """Answers with plain pictures, unless `trouble` raises."""
+    """Answers with plain pictures, unless `trouble` raises. `asked`: prompts; `attempts`: requests."""
 
     def __init__(self, trouble: Callable[[GenerationRequest], None] = lambda _: None) -> None:
         self.trouble = trouble
         self.asked: list[str] = []
+        self.attempts: list[str] = []
         self.cancelled: list[str] = []
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
-        self.asked.append(request.id)
+        self.asked.append(request.id.split(".")[0])
+        self.attempts.append(request.id)
         self.trouble(request)
         return GenerationResult(
             id=request.id,
@@ -69,7 +71,7 @@ def run(file: Path, out: Path, painter: Painter, in_flight: int = 2) -> Run:
     good, bad = read_prompts(file)
     with Folder(out) as folder:
         folder.begin_errors(bad)
-        work = Run(good, folder, [painter], in_flight=in_flight)
+        work = Run(good, folder, [painter], in_flight=in_flight, pause_s=0.001)
         work.finish()
     return work
 
@@ -159,11 +161,87 @@ def test_an_image_that_was_deleted_is_made_again(file: Path, tmp_path: Path) -> 
 
 
 def test_pictures_that_were_being_written_are_cleared_away(file: Path, tmp_path: Path) -> None:
-    images = tmp_path / "out" / "images"
+    out = tmp_path / "out"
+    images = out / "images"
     images.mkdir(parents=True)
-    (images / ".half.png.part").write_bytes(b"\x89PNG")
-    run(file, tmp_path / "out", Painter())
+    for prompt in read_prompts(file)[0]:
+        (images / f".{prompt.id}_0.png.part").write_bytes(b"\x89PNG")
+    (out / ".manifest.jsonl.part").write_bytes(b"{")
+    with Folder(out):
+        assert not list(out.glob("**/.*.part"))
+    run(file, out, Painter())
     assert all(path.suffix == ".png" for path in images.iterdir())
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "other/images/.0123456789abcdef_0.png.part",  # of a job that writes to a folder in this one
+        "other/.manifest.jsonl.part",
+        "images/.download.zip.part",
+        "images/.0123456789abcdef_0.png.part.part",
+        "images/sub/.0123456789abcdef_0.png.part",
+        ".film.mkv.part",
+        ".lock",
+    ],
+)
+def test_a_job_removes_nothing_that_it_did_not_begin(theirs: str, file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / theirs
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    run(file, tmp_path / "out", Painter())
+    assert path.read_text() == "precious"
+
+
+FOREIGN = ('{"a": "lake"}', "[]", "null", "7", '{"prompt_id": "x"}', '{"prompt_id": 1, "index": [], "of": 1}')
+
+
+def test_lines_of_a_manifest_that_no_job_wrote_end_no_run_and_stay(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text("\n".join(FOREIGN) + "\n")
+    assert run(file, out, Painter()).completed == 4
+    with (out / "manifest.jsonl").open("a") as manifest:
+        manifest.write("\n".join(FOREIGN) + "\n")
+    again = Painter()
+    run(file, out, again)
+    assert again.asked == []
+    kept = (out / "manifest.jsonl").read_text().splitlines()
+    assert [kept.count(line) for line in FOREIGN] == [2] * len(FOREIGN) and len(kept) == 12 + 5
+
+
+SECRET = "a secret lake"
+LEAKS = [
+    f"{SECRET}",
+    json.dumps(SECRET),
+    json.dumps([SECRET]),
+    json.dumps({"prompt": [SECRET]}),
+    json.dumps({"prompt": {"text": SECRET}}),
+    json.dumps({"prompt": "x", "seed": SECRET}),
+    json.dumps({"prompt": "x", "negative_prompt": [SECRET]}),
+    json.dumps({"prompt": "x", "height": SECRET}),
+    json.dumps({"prompt": "x", "parallel": {"prediction": {"halos": SECRET}}}),
+    json.dumps({"prompt": "x", "parallel": {SECRET: 1}}),
+    json.dumps({SECRET: 1, "prompt": "x"}),
+    json.dumps({"num_images": 2, "negative_prompt": SECRET}),
+    f'{{"prompt": "{SECRET}", }}',
+    f'{{"prompt": "{SECRET}"',
+]
+
+
+@pytest.mark.parametrize("line", LEAKS)
+def test_no_file_but_the_prompts_themselves_holds_text_of_a_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line + "\n" + json.dumps({"prompt": SECRET}) + "\n")
+
+    def refuse(request: GenerationRequest) -> None:
+        GenerationRequest.parse({"prompt": [request.prompt]})
+
+    run(path, tmp_path / "out", Painter(refuse))
+    errors = lines(tmp_path / "out" / "errors.jsonl")
+    assert [error["line"] for error in errors] == [1, 2] and all(error["error"] for error in errors)
+    for written in (tmp_path / "out").glob("*.json*"):
+        assert SECRET not in written.read_text() and SECRET[:6] not in written.read_text()
 
 
 def test_a_prompt_that_fails_is_reported_and_tried_again_by_the_next_run(file: Path, tmp_path: Path) -> None:
@@ -192,6 +270,39 @@ def test_full_queues_are_waited_for(file: Path, tmp_path: Path) -> None:
 
     work = run(file, tmp_path / "out", Painter(refuse_twice))
     assert (work.completed, work.failed) == (4, 0)
+
+
+def test_a_run_is_not_in_the_way_of_the_one_that_follows_it(file: Path, tmp_path: Path) -> None:
+    at_work: set[str] = set()
+
+    def refuse_what_is_under_way(request: GenerationRequest) -> None:
+        if request.id in at_work:
+            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
+        at_work.add(request.id)
+
+    killed, painter = Painter(refuse_what_is_under_way), Painter(refuse_what_is_under_way)
+    run(file, tmp_path / "killed", killed)
+    assert run(file, tmp_path / "out", painter).failed == 0
+    assert sorted(painter.asked) == sorted(killed.asked), "the same prompts"
+
+
+def test_what_passes_is_tried_again_and_not_for_ever(file: Path, tmp_path: Path) -> None:
+    downs = iter([True] * 3)
+
+    def be_down(_: GenerationRequest) -> None:
+        if next(downs, False):
+            raise NotEnoughDevices("no host is up")
+
+    work = run(file, tmp_path / "out", Painter(be_down), in_flight=1)
+    assert (work.completed, work.failed) == (4, 0)
+
+    def stay_down(_: GenerationRequest) -> None:
+        raise NotEnoughDevices("no host is up")
+
+    painter = Painter(stay_down)
+    work = run(file, tmp_path / "other", painter, in_flight=1)
+    assert (work.completed, work.failed) == (0, 4)
+    assert len(painter.asked) == 4 * MAX_TRIES == len(set(painter.attempts))
 
 
 def test_what_no_prompt_is_to_blame_for_ends_the_run(file: Path, tmp_path: Path) -> None:

@@ -52,6 +52,30 @@ def test_pools_take_what_they_leave_out_from_the_service() -> None:
     assert [pool.limits.max_steps for pool in config.pools] == [7, 8]
 
 
+def test_a_pool_that_sets_one_limit_keeps_the_services_others() -> None:
+    for limits in ({"max_side": 1024, "max_steps": 50}, Limits(max_side=1024, max_steps=50)):
+        (pool,) = AppConfig.model_validate(
+            {"limits": limits, "pools": [{"name": "a", "limits": {"max_steps": 9}}]}
+        ).pools
+        assert pool.limits == Limits(max_side=1024, max_steps=9)
+
+
+def test_user_config_opens_no_limit_and_resets_no_setting_that_it_does_not_name() -> None:
+    closed = {"max_side": 1024, "max_pixels": 1 << 20}
+    parallel = {"exchange": "sync", "prediction": {"halos": 0.25, "statistics": 0.5}}
+    pool = PoolConfig.model_validate({"name": "a", "limits": closed, "parallel": parallel})
+    changed = pool.changed({"limits": {"max_steps": 50}, "parallel": {"prediction": {"halos": 0.5}}})
+    assert changed.limits == Limits(max_side=1024, max_pixels=1 << 20, max_steps=50)
+    assert changed.parallel.exchange == "sync"
+    assert (changed.parallel.prediction.halos, changed.parallel.prediction.statistics) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="max_side"):
+        pool.changed({"limits": {"max_side": None}})
+    with pytest.raises(ValueError, match="limits"):
+        pool.changed({"limits": None})
+    with pytest.raises(ValueError, match="halo"):
+        pool.changed({"parallel": {"prediction": {"halo": 0.5}}})
+
+
 def test_user_config_changes_what_hosts_can_change_and_nothing_else() -> None:
     pool = PoolConfig(name="a", workers=2, limits=Limits(max_steps=9))
     changed = pool.changed({"max_queue": 3, "parallel": {"exchange": "sync"}})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from deployments.state import HostReport
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
+    GenerationCancelled,
     InvalidRequest,
     ModelNotFound,
     NotEnoughDevices,
@@ -36,11 +38,15 @@ from .test_state import ask as view_of
 from .test_state import report
 
 CREATED = 1_800_000_000
-Deed = Callable[[str | None, GenerationRequest], Any]
+Deed = Callable[[str, GenerationRequest], Any]
 
 
 class FakeHandle:
-    """A Serve handle of a pool: its hosts answer as told, and `calls` says what they were asked."""
+    """A Serve handle of a pool: its hosts answer as told, and `calls` says what they were asked.
+
+    Without hosts, a call to any of them waits `wakes_s`, and then there is one, which `woken` counts. Hosts
+    that are `hung` take calls and never answer; `cancelled` are those that were told to stop.
+    """
 
     def __init__(self, *hosts: str, waiting: int = 0) -> None:
         self.hosts = list(hosts)
@@ -49,11 +55,15 @@ class FakeHandle:
         self.silent: set[str] = set()
         self.answer: Exception | None = None
         self.callers: list[str | None] = []
-        self.gang_sizes: tuple[int, ...] = (1,)
+        self.gang_sizes: tuple[int, ...] | None = None
         self.workers, self.takes_s = 1, 0.0
-        self.report = SimpleNamespace(remote=self._tell)
+        self.wakes_s, self.woken = 0.0, 0
+        self.hung: set[str] = set()
+        self.cancelled: list[str] = []
+        self.undeployed = False
+        self.report = SimpleNamespace(remote=lambda *asked: Answer(self._tell(*asked)))
         self.deeds: list[Deed] = []
-        self.calls: list[tuple[str | None, GenerationRequest]] = []
+        self.calls: list[tuple[str, GenerationRequest]] = []
         self.generate = SimpleNamespace(remote=self._generate)
         self.stream = SimpleNamespace(remote=self._stream)
 
@@ -74,28 +84,44 @@ class FakeHandle:
 
     def _report(self, host: str) -> HostReport:
         requests = (view_of(f"r{i}", 100.0) for i in range(self.waiting))
-        told = report(host, *requests, max_queue=4)
-        return replace(told, config=self.config, state=replace(told.state, gang_sizes=self.gang_sizes))
+        told = report(host, *requests, max_queue=4, sizes=self.config.sizes)
+        assert told.knowledge is not None
+        knowledge = replace(told.knowledge, config=self.config)
+        sizes = told.state.gang_sizes if self.gang_sizes is None else self.gang_sizes
+        return replace(told, knowledge=knowledge, state=replace(told.state, gang_sizes=sizes))
 
-    async def _tell(self, host: str) -> HostReport:
+    async def _tell(self, host: str | None, editions: Mapping[str, str]) -> HostReport:
+        if self.undeployed:
+            raise DeploymentUnavailableError(DeploymentID("pool", "app"))
+        if host is None:
+            while not self.hosts:
+                await asyncio.sleep(self.wakes_s)
+                self.hosts.append(f"woken-{self.woken}")
+                self.woken += 1
+            host = self.hosts[0]
         if host in self.silent:
             raise TimeoutError
         return self._report(host)
 
-    def _do(self, host: str | None, request: GenerationRequest) -> Any:
+    def _do(self, host: str, request: GenerationRequest) -> Any:
         self.calls.append((host, request))
         return self.deeds.pop(0)(host, request) if self.deeds else result_of(request)
 
-    def _generate(self, host: str | None, request: GenerationRequest) -> Awaitable[GenerationResult]:
-        class Response:
-            def __await__(response) -> Generator[Any, None, GenerationResult]:
-                yield from asyncio.sleep(self.takes_s).__await__()
-                return self._do(host, request)
-
-        return Response()
-
-    def _stream(self, host: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    def _generate(self, host: str, request: GenerationRequest) -> Stream:
         async def events() -> AsyncGenerator[Event, None]:
+            made = self._do(host, request)
+            while host in self.hung:
+                await asyncio.sleep(0.001)
+            yield Queued(request.id, 0, 0.0)
+            await asyncio.sleep(self.takes_s)
+            yield Finished(request.id, made)
+
+        return Stream(events(), lambda: self.cancelled.append(host))
+
+    def _stream(self, host: str, request: GenerationRequest) -> Stream:
+        async def events() -> AsyncGenerator[Event, None]:
+            while host in self.hung:
+                await asyncio.sleep(0.001)
             for step in range(1, 4):
                 if step == 1:
                     yield Queued(request.id, 0, 0.0)
@@ -105,17 +131,30 @@ class FakeHandle:
                 yield Preview(request.id, step, step - 1, Image.new("RGB", (8, 8)))
             yield Finished(request.id, made)
 
-        class Response:
-            def __init__(self) -> None:
-                self.events = events()
+        return Stream(events(), lambda: self.cancelled.append(host))
 
-            def __aiter__(self) -> AsyncGenerator[Event, None]:
-                return self.events
 
-            def cancel(self) -> None:
-                pass
+class Answer:
+    """What a Serve handle's call gives: to be awaited, or cancelled."""
 
-        return Response()  # type: ignore[return-value]
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = work
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._work.__await__()
+
+    def cancel(self) -> None:
+        self._work.close()
+
+
+class Stream:
+    """The same of a streaming call."""
+
+    def __init__(self, events: AsyncGenerator[Event, None], stopped: Callable[[], None]) -> None:
+        self._events, self.cancel = events, stopped
+
+    def __aiter__(self) -> AsyncGenerator[Event, None]:
+        return self._events
 
 
 def result_of(request: GenerationRequest) -> GenerationResult:
@@ -127,17 +166,18 @@ def result_of(request: GenerationRequest) -> GenerationResult:
     )  # fmt: skip
 
 
-def dies(host: str | None, request: GenerationRequest) -> Any:
+def dies(host: str, request: GenerationRequest) -> Any:
     raise ActorDiedError()
 
 
-def is_full(host: str | None, request: GenerationRequest) -> Any:
+def is_full(host: str, request: GenerationRequest) -> Any:
     raise QueueFull("full", 3.0)
 
 
-def front(refresh_s: float = 1000.0, **handles: FakeHandle) -> Router:
+def front(refresh_s: float = 1000.0, accept_s: float = 5.0, **handles: FakeHandle) -> Router:
     pools = [{"name": name, "min_hosts": 0, "max_queue": 2} for name in handles]
-    config = AppConfig.model_validate({"pools": pools, "router": {"refresh_s": refresh_s}})
+    router = {"refresh_s": refresh_s, "accept_s": accept_s}
+    config = AppConfig.model_validate({"pools": pools, "router": router})
     return Router(config, handles, random.Random(0), CREATED)  # type: ignore[arg-type]
 
 
@@ -269,21 +309,21 @@ def test_hosts_are_asked_for_everybody_and_not_for_the_client_that_is_there() ->
 def test_a_pool_without_hosts_is_woken_when_there_is_no_other() -> None:
     handle = FakeHandle()
     generate(front(pool=handle))
-    assert [host for host, _ in handle.calls] == [None]
+    assert handle.woken == 1 and [host for host, _ in handle.calls] == ["woken-0"]
 
 
 def test_a_pool_without_hosts_is_woken_when_the_queues_of_the_others_are_full() -> None:
     asleep, full = FakeHandle(), FakeHandle("a", waiting=4)
     generate(front(asleep=asleep, full=full))
-    assert len(asleep.calls) == 1 and not full.calls
+    assert asleep.woken == len(asleep.calls) == 1 and not full.calls
     asleep, free = FakeHandle(), FakeHandle("a")
     generate(front(asleep=asleep, free=free))
-    assert len(free.calls) == 1 and not asleep.calls
+    assert len(free.calls) == 1 and not asleep.calls and not asleep.woken
 
 
 def test_no_more_wait_for_a_first_host_than_its_queue_may_hold() -> None:
     handle = FakeHandle()
-    handle.takes_s = 0.2
+    handle.wakes_s = 0.2
     service = front(pool=handle)
 
     async def scene() -> list[GenerationResult | BaseException]:
@@ -291,6 +331,117 @@ def test_no_more_wait_for_a_first_host_than_its_queue_may_hold() -> None:
 
     outcomes = asyncio.run(scene())
     assert sum(isinstance(outcome, QueueFull) for outcome in outcomes) == 3
+
+
+def test_a_deadline_runs_while_a_pool_without_hosts_starts() -> None:
+    late = FakeHandle()
+    late.wakes_s = 60
+    began = time.monotonic()
+    with pytest.raises(DeadlineUnmet, match="had no host"):
+        generate(front(pool=late), deadline_s=0.1)
+    assert time.monotonic() - began < 5 and not late.calls
+    slow = FakeHandle()
+    slow.wakes_s = 0.3
+    generate(front(pool=slow), deadline_s=20)
+    ((_, sent),) = slow.calls
+    assert sent.deadline_s is not None and sent.deadline_s <= 20 - 0.3
+    with pytest.raises(DeadlineUnmet, match="is possible"):  # ten steps of a second each
+        slow.hosts.clear()
+        generate(front(pool=slow), deadline_s=9.7)
+    assert len(slow.calls) == 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_waits_for_its_first_host_can_be_cancelled_by_id(streams: bool) -> None:
+    async def scene() -> None:
+        async def ask(name: str) -> GenerationResult:
+            if not streams:
+                return await service.generate(request(id=name))
+            async for event in service.stream(request(id=name)):
+                if isinstance(event, Finished):
+                    return event.result
+            raise AssertionError("a stream ends with Finished")
+
+        one, other = asyncio.ensure_future(ask("one")), asyncio.ensure_future(ask("other"))
+        while not await service.cancel("one"):
+            await asyncio.sleep(0)
+        with pytest.raises(GenerationCancelled, match="one"):
+            await one
+        assert not await service.cancel("one") and not await service.cancel("nobody's")
+        assert (await other).id == "other"
+        assert not service.call_off("other")
+
+    handle = FakeHandle()
+    handle.wakes_s = 0.1
+    service = front(pool=handle)
+    asyncio.run(scene())
+    assert [sent.id for _, sent in handle.calls] == ["other"]
+
+
+def test_an_id_is_taken_while_it_waits_for_its_first_host() -> None:
+    async def scene() -> list[GenerationResult | BaseException]:
+        asks = (service.generate(request(id="twin")) for _ in range(2))
+        return await asyncio.gather(*asks, return_exceptions=True)
+
+    handle = FakeHandle()
+    handle.wakes_s = 0.05
+    service = front(pool=handle)
+    result, error = asyncio.run(scene())
+    assert isinstance(result, GenerationResult) and isinstance(error, InvalidRequest) and error.param == "id"
+
+
+def test_nobody_is_started_for_a_client_that_has_left() -> None:
+    async def scene() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(service.generate(request()), 0.02)
+        await asyncio.sleep(0.1)
+        assert handle.woken == 0 and not handle.calls
+        await service.generate(request())
+
+    handle = FakeHandle()
+    handle.wakes_s = 0.05
+    service = front(pool=handle)
+    asyncio.run(scene())
+    assert handle.woken == 1 and len(handle.calls) == 1
+
+
+def test_hosts_that_come_up_and_are_gone_are_not_waited_for_without_end() -> None:
+    handle = FakeHandle()
+    handle.answer = TaskCancelledError()  # a host is up, and reports nothing
+    with pytest.raises(NotEnoughDevices, match="come up and are gone"):
+        generate(front(refresh_s=0.0, pool=handle))
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_host_that_accepts_nothing_is_given_up_and_another_gets_it(streams: bool) -> None:
+    async def scene() -> None:
+        for _ in range(4):
+            if streams:
+                assert [isinstance(e, Finished) async for e in service.stream(request())][-1]
+            else:
+                await service.generate(request())
+
+    handle = FakeHandle("a", "b")
+    handle.hung = {"a"}
+    service = front(accept_s=0.05, pool=handle)
+    asyncio.run(scene())
+    assert handle.cancelled == ["a"] * len(handle.cancelled) and len(handle.cancelled) == 1
+    assert handle.calls[-1][0] == "b"
+
+
+def test_what_a_host_has_accepted_may_take_long() -> None:
+    handle = FakeHandle("a", "b")
+    handle.takes_s = 0.3
+    generate(front(accept_s=0.05, pool=handle))
+    assert len(handle.calls) == 1 and not handle.cancelled
+
+
+def test_what_no_host_accepts_is_unavailable_and_stopped_everywhere() -> None:
+    handle = FakeHandle(*"abcd")
+    handle.hung = set("abcd")
+    with pytest.raises(NotEnoughDevices, match="did not accept"):
+        generate(front(accept_s=0.02, pool=handle))
+    assert len(handle.calls) == 3 and sorted(host for host, _ in handle.calls) == sorted(handle.cancelled)
 
 
 def test_what_no_pool_can_do_is_refused() -> None:
@@ -304,6 +455,8 @@ def test_what_no_pool_can_do_is_refused() -> None:
 def test_a_gang_size_wakes_the_pool_that_lends_it() -> None:
     pools = [{"name": f"gangs-of-{n}", "workers": n, "gang_sizes": [n], "min_hosts": 0} for n in (1, 2, 4)]
     handles = {str(pool["name"]): FakeHandle() for pool in pools}
+    for n in (1, 2, 4):
+        handles[f"gangs-of-{n}"].config = HostConfig(workers=n, gang_sizes=(n,))
     service = Router(AppConfig.model_validate({"pools": pools}), handles, random.Random(0), CREATED)  # type: ignore[arg-type]
     generate(service, gang_size=4)
     assert {name: len(handle.calls) for name, handle in handles.items()} == {
@@ -311,6 +464,7 @@ def test_a_gang_size_wakes_the_pool_that_lends_it() -> None:
         "gangs-of-2": 0,
         "gangs-of-4": 1,
     }
+    assert [handle.woken for handle in handles.values()] == [0, 0, 1]
 
 
 def test_a_refusal_names_what_the_pools_of_a_model_allow_together() -> None:
@@ -373,13 +527,17 @@ def test_too_few_workers_are_no_full_queue() -> None:
 
 
 def test_what_serve_cannot_run_is_unavailable() -> None:
-    def undeployed(host: str | None, request: GenerationRequest) -> Any:
+    def undeployed(host: str, request: GenerationRequest) -> Any:
         raise DeploymentUnavailableError(DeploymentID("pool", "app"))
 
     handle = FakeHandle("a")
     handle.deeds = [undeployed]
     with pytest.raises(NotEnoughDevices, match="serve status"):
         generate(front(pool=handle))
+    asleep = FakeHandle()
+    asleep.undeployed = True
+    with pytest.raises(NotEnoughDevices, match="serve status"):
+        generate(front(pool=asleep))
 
 
 def test_models_follow_the_limits_that_hosts_have_now() -> None:

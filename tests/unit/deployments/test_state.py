@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from deployments.state import HostReport, PoolState, choose, shifted, wait_s
+from deployments.pool import report_of
+from deployments.state import HostKnowledge, HostReport, PoolState, choose, shifted, wait_s
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
-from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.latency import MAX_OBSERVED, Entry, LatencyModel, Profile
 from distriray.routing.policy import HostView, RequestView
 from distriray.routing.router import publish
 
@@ -29,11 +34,24 @@ def ask(name: str, now_s: float, deadline_s: float | None = None, steps: int = 1
     return RequestView(name, 512, 512, 1, steps, 0, now_s, deadline_s)
 
 
-def report(host: str, *running: RequestView, max_queue: int = 8, step_s: float = 1.0) -> HostReport:
-    """A host of one worker, as it reports itself, with requests in its queue."""
-    view = HostView(100.0, (0,), (1,), running)
+def report(
+    host: str,
+    *running: RequestView,
+    max_queue: int = 8,
+    step_s: float = 1.0,
+    sizes: tuple[int, ...] = (1,),
+) -> HostReport:
+    """A host with workers for its largest gang, as it reports itself, with requests in its queue."""
+    view = HostView(100.0, tuple(range(sizes[-1])), sizes, running)
     state = publish(host, view, model(step_s), max_queue)
-    return HostReport(shifted(state, -100.0), model(step_s), FACTS, HostConfig())
+    return HostReport(shifted(state, -100.0), "1", HostKnowledge(model(step_s), FACTS, HostConfig()))
+
+
+def host_of(view: HostView, latency: LatencyModel, config: HostConfig, repair_s: float | None = None) -> Any:
+    """A host in that state, as far as its reports need one."""
+    return SimpleNamespace(
+        view=lambda: view, repair_s=lambda: repair_s, latency=latency, facts=FACTS, config=config
+    )
 
 
 def pool(*reports: HostReport, asked_s: float = 0.0) -> PoolState:
@@ -129,3 +147,68 @@ def test_the_wait_is_until_a_worker_is_free() -> None:
     busy = pool(report("a", ask("r", 100.0)))
     assert wait_s(list(busy.hosts.values()), 0.0) == pytest.approx(10.0)
     assert wait_s(list(pool(report("a")).hosts.values()), 0.0) == 0.0
+
+
+def test_what_a_router_knows_already_is_not_sent_again() -> None:
+    first = report("a", step_s=2.0)
+    state = pool(first, report("b"))
+    assert state.editions == {"a": "1", "b": "1"}
+    state.learn([replace(first, knowledge=None)], asked_s=1.0)
+    route = state.route(ask("n", 1.0), 1.0, random.Random(0))
+    assert route.host == "a" and route.finish_s == pytest.approx(21.0) and state.facts == FACTS
+    assert state.editions == {"a": "1"}, "of hosts that are gone nothing is kept"
+
+
+def test_a_host_that_leaves_out_what_the_router_never_had_is_asked_for_all() -> None:
+    state = pool(replace(report("a"), knowledge=None))
+    assert not state.hosts and not state.editions
+
+
+def test_a_host_reports_what_it_learned_once() -> None:
+    latency, config = model(), HostConfig()
+    view = HostView(100.0, (0,), (1,), ())
+    host = host_of(view, latency, config)
+    first = report_of("a", host, 1, None)
+    assert first.knowledge is not None and first.knowledge.latency is latency
+    again = report_of("a", host, 1, first.edition)
+    assert again.knowledge is None and again.state.host == "a"
+    latency.observe(1, 512, 512, 1, 1.0)
+    assert report_of("a", host, 1, first.edition).knowledge is not None
+    assert report_of("a", host, 2, again.edition).knowledge is not None, "configured anew"
+
+
+def test_a_report_is_as_long_after_thousands_of_shapes_as_after_a_few() -> None:
+    def size(shapes: int) -> int:
+        latency = model()
+        for i in range(shapes):
+            case = (1, 64 + 8 * (i % 71), 64 + 8 * (i // 71), 1 + i % 8)
+            latency.observe(*case, 1.0)
+            latency.times(*case)
+        return len(pickle.dumps(report_of("a", host_of(view, latency, HostConfig()), 1, None)))
+
+    view = HostView(100.0, (0,), (1,), ())
+    assert size(5000) < 1.1 * size(MAX_OBSERVED)
+
+
+def repairing(*healthy: int, workers: int = 1, repair_s: float | None = 30.0) -> PoolState:
+    """A pool of one host whose other workers are being replaced."""
+    config = HostConfig(workers=workers)
+    view = HostView(100.0, healthy, config.sizes, ())
+    return pool(report_of("a", host_of(view, model(), config, repair_s), 1, None))
+
+
+def test_a_host_that_is_being_repaired_gets_requests_and_is_counted_on_from_then_on() -> None:
+    route = repairing().route(ask("n", 0.0), 0.0, random.Random(0))
+    assert route.host == "a" and route.finish_s == pytest.approx(40.0) and route.meets
+    beyond_repair = repairing(repair_s=None)
+    assert beyond_repair.route(ask("n", 0.0), 0.0, random.Random(0)).host is None
+    late = repairing().route(ask("n", 0.0, deadline_s=20.0), 0.0, random.Random(0))
+    assert not late.meets and late.finish_s == pytest.approx(40.0)
+
+
+def test_a_gang_that_needs_the_worker_under_repair_waits_for_it_and_others_do_not() -> None:
+    state = repairing(0, workers=2)
+    one, two = (replace(ask("n", 0.0), gang_size=size) for size in (1, 2))
+    assert state.route(one, 0.0, random.Random(0)).finish_s == pytest.approx(10.0)
+    assert state.route(two, 0.0, random.Random(0)).finish_s == pytest.approx(40.0)
+    assert wait_s(list(repairing().hosts.values()), 0.0) == pytest.approx(30.0)

@@ -40,6 +40,7 @@ OWN = {
     ("gang/calibrate.py", "_draw"): "awaited within the start of the host",
     ("gang/host.py", "stream"): "waits for the events of its own request",
     ("deployments/pool_client.py", "_each"): "awaits a call of its own",
+    ("deployments/callers.py", "_look"): "awaited within a background task",
     ("deployments/http/disconnect.py", "cancel_on_disconnect"): "the work of its own request",
     ("deployments/http/app.py", "*"): "encodes the answer to its own request",
 }

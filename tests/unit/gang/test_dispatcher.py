@@ -280,3 +280,35 @@ def test_a_gang_that_decodes_counts_as_busy_with_all_who_decode(cuts_vae: bool) 
                 assert host.dispatcher._at_work(job) == busy
 
     do(scene())
+
+
+def test_a_host_says_that_it_is_being_repaired_and_takes_requests_meanwhile() -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            assert host.dispatcher.repair_s() is None
+            host.fleet.load_s = 0.1
+            for index in (0, 1):
+                host.fleet.at(index).die()
+            await until(lambda: not host.dispatcher.view().workers)
+            assert host.dispatcher.repair_s() is not None
+            job = host.accept(gang_size=2)
+            assert (await job.ended).segments[0].workers == (0, 1)
+            await host.whole()
+            assert host.dispatcher.repair_s() is None
+            took_s = host.dispatcher.group.repairs[-1].seconds
+            host.fleet.at(1).die()
+            await until(lambda: len(host.dispatcher.view().workers) == 1)
+            assert host.dispatcher.repair_s() == took_s
+
+    do(scene())
+
+
+def test_a_host_that_cannot_be_repaired_does_not_say_that_it_will_be() -> None:
+    async def scene() -> None:
+        async with FakeHost(1) as host:
+            host.fleet.load_raises[0] = RuntimeError("the device is gone")
+            host.fleet.at(0).die()
+            await until(lambda: host.dispatcher.group.failure is not None)
+            assert host.dispatcher.repair_s() is None
+
+    do(scene())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distriray.routing.host_clock import HostClock
-from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.latency import MAX_OBSERVED, Entry, LatencyModel, Profile
 
 
 def entry(gang, side, step_s, batch=1, **more):
@@ -138,3 +138,12 @@ def test_a_profile_with_the_old_name_of_contention_says_what_to_do(tmp_path):
     path.write_text(FOUR.model_dump_json().replace('"contention"', '"crowding"'))
     with pytest.raises(ValidationError, match="`crowding` is now `contention`: rename it"):
         Profile.load(path)
+
+
+def test_a_case_that_is_seen_again_and_again_is_known_among_thousands_that_are_not():
+    model = LatencyModel(FOUR)
+    for i in range(5000):
+        model.observe(1, 64 + 8 * (i % 71), 64 + 8 * (i // 71), 1, 0.01)
+        if i % (MAX_OBSERVED // 2) == 0:
+            model.observe(1, 1024, 1024, 1, 0.8)
+    assert model.step_s(1, 1024, 1024, 1) > 0.4
