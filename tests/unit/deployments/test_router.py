@@ -60,7 +60,7 @@ class FakeHandle:
         self.wakes_s, self.woken = 0.0, 0
         self.hung: set[str] = set()
         self.cancelled: list[str] = []
-        self.undeployed = False
+        self.undeployed = self.lost_at_start = False
         self.report = SimpleNamespace(remote=lambda *asked: Answer(self._tell(*asked)))
         self.deeds: list[Deed] = []
         self.calls: list[tuple[str, GenerationRequest]] = []
@@ -98,7 +98,9 @@ class FakeHandle:
                 await asyncio.sleep(self.wakes_s)
                 self.hosts.append(f"woken-{self.woken}")
                 self.woken += 1
-            host = self.hosts[0]
+            if self.lost_at_start:
+                raise ActorDiedError
+            host = next(host for host in self.hosts if host not in self.silent)
         if host in self.silent:
             raise TimeoutError
         return self._report(host)
@@ -276,6 +278,13 @@ def test_a_host_that_says_nothing_gets_nothing() -> None:
     assert [host for host, _ in handle.calls] == ["b"] * 6
 
 
+def test_a_router_that_starts_while_a_host_hangs_finds_the_others() -> None:
+    handle = FakeHandle("a", "b")
+    handle.silent = handle.hung = {"a"}
+    generate(front(refresh_s=0.0, accept_s=0.05, pool=handle))
+    assert [host for host, _ in handle.calls] == ["b"]
+
+
 @pytest.mark.parametrize("trouble", ["silent", "fails"])
 def test_that_no_host_answers_does_not_mean_that_there_is_none(trouble: str) -> None:
     async def scene() -> None:
@@ -407,7 +416,7 @@ def test_nobody_is_started_for_a_client_that_has_left() -> None:
 
 def test_hosts_that_come_up_and_are_gone_are_not_waited_for_without_end() -> None:
     handle = FakeHandle()
-    handle.answer = TaskCancelledError()  # a host is up, and reports nothing
+    handle.lost_at_start, handle.answer = True, TaskCancelledError()
     with pytest.raises(NotEnoughDevices, match="come up and are gone"):
         generate(front(refresh_s=0.0, pool=handle))
 
