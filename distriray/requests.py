@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from uuid import uuid4
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .config import ParallelConfig
 from .errors import InvalidRequest
@@ -18,6 +18,9 @@ Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels: the reduction of the latent."""
+
+MAX_SEEDS = 2**63
+"""Seeds are below this, those of all images of a request."""
 
 
 class GenerationRequest(BaseModel):
@@ -49,7 +52,7 @@ class GenerationRequest(BaseModel):
     num_inference_steps: Count = 25
     guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 5.0
     guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=MAX_SEEDS)] | None = None
     num_images: Count = 1
     scheduler: str | None = None
     gang_size: Count | Literal["auto"] = "auto"
@@ -75,6 +78,17 @@ class GenerationRequest(BaseModel):
             choices = f"{below} or {below + MULTIPLE_OF}" if below else f"{MULTIPLE_OF}"
             raise ValueError(f"{info.field_name} {value} is not a multiple of {MULTIPLE_OF}; use {choices}")
         return value
+
+    @model_validator(mode="after")
+    def _check_seeds(self) -> Self:
+        if self.seed is not None and self.seed + self.num_images > MAX_SEEDS:
+            raise InvalidRequest(
+                f"seed {self.seed}: the last of {self.num_images} images would have seed "
+                f"{self.seed + self.num_images - 1}, and the largest is {MAX_SEEDS - 1}; "
+                f"use at most {MAX_SEEDS - self.num_images}",
+                "seed",
+            )
+        return self
 
     @classmethod
     def parse(cls, fields: dict[str, Any] | str | bytes) -> Self:

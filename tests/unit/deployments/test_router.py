@@ -27,6 +27,7 @@ from distriray.errors import (
     ModelNotFound,
     NotEnoughDevices,
     QueueFull,
+    TooLong,
 )
 from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.config import HostConfig
@@ -247,6 +248,29 @@ def test_a_deadline_out_of_reach_is_refused_without_a_call() -> None:
     with pytest.raises(DeadlineUnmet) as refused:
         generate(front(pool=handle), deadline_s=2.0)
     assert refused.value.possible_s == pytest.approx(10.0, abs=0.5) and not handle.calls
+
+
+def test_what_would_be_given_up_before_it_is_done_is_refused_and_says_so() -> None:
+    async def scene() -> None:
+        for ask in (service.generate(request(), 9.0), anext(service.stream(request(), 9.0))):
+            with pytest.raises(TooLong, match=r"about 10 s.* given up after 9 s") as refused:
+                await ask
+            assert refused.value.possible_s == pytest.approx(10.0, abs=0.5)
+        assert not handle.calls
+        await service.generate(request(), 9.7)  # within what the prediction is sure of
+        await service.generate(request())  # whoever waits for ever
+
+    handle = FakeHandle("a")
+    service = front(refresh_s=0.0, pool=handle)
+    asyncio.run(scene())
+    assert len(handle.calls) == 2 and handle.calls[0][1].deadline_s is None
+
+
+def test_what_is_queued_counts_against_the_patience_of_a_client() -> None:
+    handle = FakeHandle("a", waiting=2)
+    with pytest.raises(TooLong, match="about 30 s"):
+        asyncio.run(front(pool=handle).generate(request(), 25.0))
+    asyncio.run(front(pool=handle).generate(request(), 35.0))
 
 
 def test_a_stream_that_is_taken_over_shows_nothing_twice() -> None:
