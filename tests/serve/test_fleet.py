@@ -84,6 +84,7 @@ def test_what_is_sent_to_a_host_that_hangs_is_done_by_another(
     victim = next(iter(client.fleet().pools["twins"].hosts))
     replica = ray.get_actor(f"SERVE_REPLICA::{APP}#twins#{victim}", namespace="serve")
     pid = actors(replica._actor_id.hex())["Pid"]
+    before = finished(client, "twins")
     os.kill(pid, signal.SIGSTOP)
     try:
         began, handle = time.monotonic(), serve.get_app_handle(APP)
@@ -93,6 +94,8 @@ def test_what_is_sent_to_a_host_that_hangs_is_done_by_another(
     finally:
         os.kill(pid, signal.SIGCONT)
     until(lambda: len(client.fleet().pools["twins"].hosts) == 2)
+    time.sleep(2)  # a request that it had in its mailbox would be done by now
+    assert finished(client, "twins").get(victim, before[victim]) == before[victim], "nothing is done twice"
 
 
 def test_what_waits_for_a_first_host_keeps_its_deadline_and_can_be_cancelled_at_any_router(
