@@ -28,6 +28,7 @@ ANSWER_S = 5.0  # timeout of a call to all hosts; a silent one is left to Serve'
 REPORT_S = 1.0  # timeout of a poll of all hosts
 ONE_REPORT_S = 0.5  # timeout per host where they are polled one by one, since one of them was silent
 PATIENCE_S = 0.2  # longest wait of a request for a poll of hosts that are known already
+ASK_AGAIN_S = 10.0  # wait for the report of a first host before any host is asked once more
 NEWS_S = 3.0  # longest wait for a poll of a request that would be refused by what is known
 
 
@@ -102,7 +103,14 @@ class PoolClient:
     async def _wait_for_host(self) -> None:
         answer = self._handle.report.remote(None, {})
         try:
-            await answer
+            while True:
+                try:
+                    async with asyncio.timeout(ASK_AGAIN_S):
+                        report = await answer
+                    break
+                except TimeoutError:  # Serve may have given the call to a host that hangs
+                    former, answer = answer, self._handle.report.remote(None, {})
+                    former.cancel()  # not before: while nobody waits, Serve starts no host
         except asyncio.CancelledError:
             answer.cancel()
             raise
@@ -110,7 +118,9 @@ class PoolClient:
             raise self._unavailable() from error
         except RayError as error:
             log.warning("a host of pool %s was lost as it came up: %s", self.config.name, error)
-        await self.poll_now()
+            return
+        if not self.state.hosts:  # it may be the only one that answers: a poll of all would not tell
+            self.state.learn([report], time.monotonic())
 
     def _start_poll(self) -> asyncio.Task[None]:
         if self._poll is None or self._poll.done():

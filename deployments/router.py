@@ -20,6 +20,7 @@ from distriray.errors import (
     ModelNotFound,
     NotEnoughDevices,
     QueueFull,
+    TooLong,
 )
 from distriray.events import Event, Preview, Queued, Step
 from distriray.gang.admission import admit, check_gang_size
@@ -39,11 +40,13 @@ LONGEST_RETRY_S = 3600.0
 class Attempts:
     """The attempts at one request, which has a seed from the first one on.
 
+    Whoever asked waits for `give_up_s` seconds, or for ever.
     `count` are hosts that it was sent to in vain, `wakes` pools that it waited for. `queued`, `step` and
     `previews` are what a stream has shown of it, so that another attempt does not show it again.
     """
 
     request: GenerationRequest
+    give_up_s: float | None = None
     began_s: float = field(default_factory=time.monotonic)
     count: int = 0
     wakes: int = 0
@@ -101,9 +104,9 @@ class Router:
         self._sizes = {pool.model.name: size_of(pool.model) for pool in config.pools}
         self._created = created
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
+    async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
         """The images of `request`. Cancelling this coroutine cancels the request."""
-        attempts = Attempts(request)
+        attempts = Attempts(request, give_up_s)
         while True:
             client, host, asked = await self._place(attempts)
             try:
@@ -111,9 +114,11 @@ class Router:
             except (QueueFull, RayActorError, HostSilent) as error:
                 self._again(attempts, client, host, error)
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: GenerationRequest, give_up_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
         """What happens to `request`, ending with `Finished`. Closing the generator cancels it."""
-        attempts = Attempts(request)
+        attempts = Attempts(request, give_up_s)
         while True:
             client, host, asked = await self._place(attempts)
             try:
@@ -276,6 +281,7 @@ class Router:
                 could_s = chosen[1].finish_s - now
                 message = f"deadline_s {attempts.request.deadline_s:g} cannot be met"
                 raise DeadlineUnmet(f"{message}; {could_s:.1f} s is possible now", could_s)
+            self._check_patience(attempts, chosen[1].finish_s - now, client.state.error(view), now)
             client.state.send(chosen[1], view, now)
             return client, chosen[1].host, asked
         down = [(client, asked) for client, asked, _ in fitting if not client.state.hosts]
@@ -288,6 +294,18 @@ class Router:
         retry_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
         retry_s = min(max(0.1, retry_s), LONGEST_RETRY_S)
         raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)
+
+    def _check_patience(self, attempts: Attempts, takes_s: float, error: float, now_s: float) -> None:
+        """Raise TooLong if the request would surely be given up before it is done."""
+        if attempts.give_up_s is None:
+            return
+        soonest_s = takes_s * (1 - self._config.router.error_margin * error)
+        if soonest_s > attempts.began_s + attempts.give_up_s - now_s:
+            raise TooLong(
+                f"this would take about {takes_s:.0f} s, and a request is given up after "
+                f"{attempts.give_up_s:g} s; ask for fewer steps or smaller images, or when less is queued",
+                takes_s,
+            )
 
     def _again(
         self,

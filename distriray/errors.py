@@ -58,6 +58,10 @@ class DeadlineUnmet(DistrirayError, RuntimeError):
         return type(self), (str(self), self.possible_s)
 
 
+class TooLong(DeadlineUnmet):
+    """It would be given up before it is done; `possible_s` is the time that it would take."""
+
+
 class OutOfMemory(DistrirayError, MemoryError):
     """The image does not fit into a device's memory; a smaller one or fewer at once may."""
 

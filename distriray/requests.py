@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from uuid import uuid4
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .config import ParallelConfig
 from .errors import InvalidRequest
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_SEEDS = 2**63
+"""Seeds are below this, those of all images of a request."""
+
+Seed = Annotated[int, Field(ge=0, lt=MAX_SEEDS)]
 SchedulerName = Literal[
     "ddim",
     "dpmpp-2m",
@@ -86,6 +89,17 @@ class SamplingParams(BaseModel):
             choices = f"{below} or {below + MULTIPLE_OF}" if below else f"{MULTIPLE_OF}"
             raise ValueError(f"{info.field_name} {value} is not a multiple of {MULTIPLE_OF}; use {choices}")
         return value
+
+    @model_validator(mode="after")
+    def _check_seeds(self) -> Self:
+        if self.seed is not None and self.seed + self.num_images > MAX_SEEDS:
+            raise InvalidRequest(
+                f"seed {self.seed}: the last of {self.num_images} images would have seed "
+                f"{self.seed + self.num_images - 1}, and the largest is {MAX_SEEDS - 1}; "
+                f"use at most {MAX_SEEDS - self.num_images}",
+                "seed",
+            )
+        return self
 
     @property
     def seeds(self) -> list[int]:

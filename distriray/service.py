@@ -54,16 +54,22 @@ class Fleet(BaseModel):
 class Service(Protocol):
     """Makes images. Every method raises errors of `distriray.errors`, unwrapped."""
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
+    async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
         """The images of `request`. Cancelling this coroutine stops the gang after the step it is in.
 
+        Args:
+            give_up_s: after so many seconds the caller cancels what is not done.
+
         Raises:
-            InvalidRequest, ModelNotFound, QueueFull, DeadlineUnmet: at once.
+            InvalidRequest, ModelNotFound, QueueFull, DeadlineUnmet: at once; TooLong too, for what would
+                be given up.
             GenerationCancelled, GangBroken, NotEnoughDevices: it cannot be finished.
         """
         ...
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    def stream(
+        self, request: GenerationRequest, give_up_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
         """The events of `request`, ending with `Finished`; closing the generator cancels it.
 
         The first event comes at once, or a refusal instead of it. Raises as `generate` does.

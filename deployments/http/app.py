@@ -24,6 +24,8 @@ from .body import read_body
 from .config import HttpConfig
 from .disconnect import EventStream, cancel_on_disconnect
 from .errors import Refusal, answer_errors, log, refusal_of
+from .head import HeadAsGet
+from .health import Health
 from .images import ImageRequest
 from .openapi import describe_images, document, errors
 
@@ -50,7 +52,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class Health(BaseModel):
+class Healthy(BaseModel):
     """A request that came now could be served."""
 
     status: Literal["ok"] = "ok"
@@ -64,8 +66,10 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
     """
     app = FastAPI(redirect_slashes=False, redoc_url=None)
     app.openapi = document(app, service)  # type: ignore[method-assign]
+    app.add_middleware(HeadAsGet)
     app.add_middleware(RequestIdAndLog)
     answer_errors(app)
+    health = Health(service)
     allowed = Depends(require_key(config))
 
     @app.post(
@@ -85,10 +89,11 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
         generation = asked.generation(_card(service, asked.model).id, name)
         ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s
         if not asked.stream:
-            result = await cancel_on_disconnect(request, _until(ends_at, service.generate(generation)))
+            work = service.generate(generation, give_up_s=config.timeout_s)
+            result = await cancel_on_disconnect(request, _until(ends_at, work))
             body = await asyncio.to_thread(images_response, asked, result)
             return Response(body, media_type="application/json")
-        events = service.stream(generation)
+        events = service.stream(generation, give_up_s=config.timeout_s)
         try:
             first = await cancel_on_disconnect(request, _until(ends_at, anext(events)))
         except BaseException:
@@ -127,12 +132,12 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
         return await service.fleet()
 
     @app.get("/healthz", responses=errors(503), summary="Whether a request could be served", tags=["fleet"])
-    async def get_health() -> Health:
+    async def get_health() -> Healthy:
         try:
-            await service.check_health()
+            await health.check()
         except DistrirayError as error:
             raise Refusal(503, "unavailable", str(error)) from error
-        return Health()
+        return Healthy()
 
     return app
 

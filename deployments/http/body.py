@@ -5,6 +5,7 @@ from __future__ import annotations
 from email.message import Message
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from .errors import Refusal
 
@@ -26,10 +27,15 @@ async def read_body(request: Request, limit: int) -> bytes:
         message = f"the content type is {given}; send JSON, with Content-Type: application/json"
         raise Refusal(400, "unsupported_content_type", message)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise _too_large(limit)
+    except (Refusal, ClientDisconnect):
+        raise
+    except Exception as error:  # of the server before us, which has lost the client
+        raise ClientDisconnect() from error
     return bytes(body)
 
 

@@ -19,7 +19,8 @@ class HttpConfig(BaseModel):
         keys_file: a file with a bearer key a line; lines that begin with # are comments. With no key in
             either place only clients on this machine are answered.
         max_body_bytes: the longest request body that is read.
-        timeout_s: after so many seconds a request is given up and its gang freed; None waits for ever.
+        timeout_s: after so many seconds a request is given up and its gang freed; what is predicted to take
+            longer is refused. None waits for ever.
         log_prompts: whether prompts are written to the log.
     """
 

@@ -23,6 +23,7 @@ from distriray.errors import (
     NotEnoughDevices,
     OutOfMemory,
     QueueFull,
+    TooLong,
 )
 from distriray.requests import invalid_request
 from distriray.wire import PARAMS
@@ -114,10 +115,11 @@ def refusal_of(error: Exception) -> Refusal:
                 429, "queue_full", str(error), headers={"Retry-After": str(max(1, math.ceil(seconds)))}
             )
         case DeadlineUnmet():
+            param = None if isinstance(error, TooLong) else "deadline_s"
             possible = error.possible_s
             if possible is not None and not math.isfinite(possible):
                 possible = None
-            return Refusal(429, "deadline_unmet", str(error), "deadline_s", dict(_NO_RETRY), possible)
+            return Refusal(429, "deadline_unmet", str(error), param, dict(_NO_RETRY), possible)
         case GenerationCancelled():
             return Refusal(503, "cancelled", str(error), headers=dict(_NO_RETRY))
         case NotEnoughDevices():
@@ -142,6 +144,10 @@ def refusal_of_fields(error: ValidationError) -> Refusal:
     if found["type"] == "json_invalid":
         return Refusal(400, "invalid_json", f"the body cannot be read: {found['msg']}")
     first = invalid_request(error)
+    if found["type"] == "string_pattern_mismatch" and first.param == "size":  # words for the expression
+        given = str(error.errors(include_url=False)[0]["input"])[:60]
+        message = f"size {given!r} is no size; write WIDTHxHEIGHT in pixels, such as 512x768, or auto"
+        return Refusal(400, "invalid_value", message, "size")
     return Refusal(400, _CODES.get(found["type"], "invalid_value"), str(first), first.param)
 
 
@@ -162,10 +168,13 @@ def answer_errors(app: FastAPI) -> None:
             refusal = Refusal(404, "unknown_url", f"there is no {where}; /docs lists what there is")
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
+            allowed = "GET, HEAD" if allowed == "GET" else allowed
             refusal = Refusal(405, "method_not_allowed", f"there is no {where}; use {allowed}")
         else:
             refusal = Refusal(error.status_code, "invalid_value", str(error.detail))
         refusal.headers = dict(error.headers or {})
+        if error.status_code == 405:
+            refusal.headers = {**refusal.headers, "Allow": allowed}
         request.state.noted["code"] = refusal.code
         return refusal.response()
 

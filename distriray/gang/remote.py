@@ -117,23 +117,35 @@ class _Actor:
         return Context().run(getattr(self._actor, method).remote, *args)
 
     def _answer(self, method: str, *args: Any) -> asyncio.Future[Any]:
-        answer = asyncio.get_running_loop().create_task(
-            _answer_of(self._submit(method, *args)), context=Context()
-        )
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(_retrieve)
+
+        def settle(told: asyncio.Future[Any]) -> None:
+            if answer.done():
+                return
+            if (error := told.exception()) is None:
+                answer.set_result(told.result())
+            else:
+                answer.set_exception(_own_error(error))
+
+        told = asyncio.wrap_future(self._submit(method, *args).future())
+        told.add_done_callback(settle, context=Context())
         return answer
 
 
-async def _answer_of(ref: Any) -> Any:
-    """What a call returned, or raised in the worker; Ray's own errors as ours."""
-    try:
-        return await asyncio.wrap_future(ref.future())
-    except RayTaskError as error:
-        if isinstance(error.cause, RayActorError | ObjectLostError | RayTaskError):  # that of an argument
-            raise StateLost(f"the state's sender is gone: {error.cause}") from error
-        raise error.cause from error
-    except RayError as error:
-        raise WorkerDied(str(error)) from error
+def _own_error(error: BaseException) -> BaseException:
+    """What a worker raised, or an error of ours for one of Ray's own."""
+    if isinstance(error, RayTaskError):
+        if not isinstance(error.cause, RayActorError | ObjectLostError | RayTaskError):
+            return error.cause
+        lost = StateLost(f"the state's sender is gone: {error.cause}")  # an argument's error
+        lost.__cause__ = error
+        return lost
+    if isinstance(error, RayError):
+        died = WorkerDied(str(error))
+        died.__cause__ = error
+        return died
+    return error
 
 
 def _retrieve(answer: asyncio.Future[Any]) -> None:

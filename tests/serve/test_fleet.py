@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,8 +14,10 @@ from functools import partial
 import pytest
 import ray
 from ray import serve
+from ray._private.state import actors
+from ray.exceptions import RayTaskError
 
-from distriray.errors import InvalidRequest
+from distriray.errors import DeadlineUnmet, GenerationCancelled, InvalidRequest
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 
@@ -71,6 +76,45 @@ def test_requests_of_a_host_that_dies_are_done_by_another(
     assert all(response.result().images for response in responses)
     until(lambda: service.running("twins") == 2 and victim not in client.fleet().pools["twins"].hosts)
     assert client.generate(ask("twins")).images
+
+
+def test_what_is_sent_to_a_host_that_hangs_is_done_by_another(
+    service: Service, client: HandleClient, ask: Ask
+) -> None:
+    victim = next(iter(client.fleet().pools["twins"].hosts))
+    replica = ray.get_actor(f"SERVE_REPLICA::{APP}#twins#{victim}", namespace="serve")
+    pid = actors(replica._actor_id.hex())["Pid"]
+    before = finished(client, "twins")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began, handle = time.monotonic(), serve.get_app_handle(APP)
+        responses = [handle.generate.remote(ask("twins")) for _ in range(6)]
+        assert all(response.result(timeout_s=25).images for response in responses)
+        assert time.monotonic() - began < 25
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: len(client.fleet().pools["twins"].hosts) == 2)
+    time.sleep(2)  # a request that it had in its mailbox would be done by now
+    assert finished(client, "twins").get(victim, before[victim]) == before[victim], "nothing is done twice"
+
+
+def test_what_waits_for_a_first_host_keeps_its_deadline_and_can_be_cancelled_at_any_router(
+    service: Service, client: HandleClient, ask: Ask
+) -> None:
+    until(lambda: service.running("elastic") == 0)
+    began = time.monotonic()
+    with pytest.raises(DeadlineUnmet, match="no host"):
+        client.generate(ask("elastic", deadline_s=0.5))
+    assert time.monotonic() - began < 3
+    handle = serve.get_app_handle(APP)
+    for n in range(4):
+        response = handle.generate.remote(ask("elastic", id=f"sleeper-{n}"))
+        until(partial(client.cancel, f"sleeper-{n}"))
+        with pytest.raises(RayTaskError) as error:
+            response.result(timeout_s=20)
+        assert isinstance(error.value.cause, GenerationCancelled)
+    assert client.generate(ask("elastic")).images
+    until(lambda: service.running("elastic") == 0, 90)
 
 
 def test_user_config_changes_running_hosts_and_no_request_fails(

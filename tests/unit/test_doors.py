@@ -27,7 +27,7 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.requests import GenerationRequest, GenerationResult, SamplingParams
+from distriray.requests import MAX_SEEDS, GenerationRequest, GenerationResult, SamplingParams
 from tests.unit.http.conftest import serving
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
@@ -41,6 +41,7 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "num_inference_steps": st.integers(1, LIMITS.max_steps),
     "guidance_scale": st.floats(0.0, LIMITS.max_guidance_scale),
     "num_images": st.integers(1, 3),
+    "seed": st.integers(0, MAX_SEEDS - 3),  # the last image has a seed too
 }
 
 

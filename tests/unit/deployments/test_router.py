@@ -27,6 +27,7 @@ from distriray.errors import (
     ModelNotFound,
     NotEnoughDevices,
     QueueFull,
+    TooLong,
 )
 from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.config import HostConfig
@@ -60,7 +61,7 @@ class FakeHandle:
         self.wakes_s, self.woken = 0.0, 0
         self.hung: set[str] = set()
         self.cancelled: list[str] = []
-        self.undeployed = False
+        self.undeployed = self.lost_at_start = False
         self.report = SimpleNamespace(remote=lambda *asked: Answer(self._tell(*asked)))
         self.deeds: list[Deed] = []
         self.calls: list[tuple[str, GenerationRequest]] = []
@@ -98,7 +99,9 @@ class FakeHandle:
                 await asyncio.sleep(self.wakes_s)
                 self.hosts.append(f"woken-{self.woken}")
                 self.woken += 1
-            host = self.hosts[0]
+            if self.lost_at_start:
+                raise ActorDiedError
+            host = next(host for host in self.hosts if host not in self.silent)
         if host in self.silent:
             raise TimeoutError
         return self._report(host)
@@ -247,6 +250,29 @@ def test_a_deadline_out_of_reach_is_refused_without_a_call() -> None:
     assert refused.value.possible_s == pytest.approx(10.0, abs=0.5) and not handle.calls
 
 
+def test_what_would_be_given_up_before_it_is_done_is_refused_and_says_so() -> None:
+    async def scene() -> None:
+        for ask in (service.generate(request(), 9.0), anext(service.stream(request(), 9.0))):
+            with pytest.raises(TooLong, match=r"about 10 s.* given up after 9 s") as refused:
+                await ask
+            assert refused.value.possible_s == pytest.approx(10.0, abs=0.5)
+        assert not handle.calls
+        await service.generate(request(), 9.7)  # within what the prediction is sure of
+        await service.generate(request())  # whoever waits for ever
+
+    handle = FakeHandle("a")
+    service = front(refresh_s=0.0, pool=handle)
+    asyncio.run(scene())
+    assert len(handle.calls) == 2 and handle.calls[0][1].deadline_s is None
+
+
+def test_what_is_queued_counts_against_the_patience_of_a_client() -> None:
+    handle = FakeHandle("a", waiting=2)
+    with pytest.raises(TooLong, match="about 30 s"):
+        asyncio.run(front(pool=handle).generate(request(), 25.0))
+    asyncio.run(front(pool=handle).generate(request(), 35.0))
+
+
 def test_a_stream_that_is_taken_over_shows_nothing_twice() -> None:
     async def scene() -> list[Event]:
         return [event async for event in service.stream(request())]
@@ -274,6 +300,13 @@ def test_a_host_that_says_nothing_gets_nothing() -> None:
     service = front(pool=handle, refresh_s=0.0)
     asyncio.run(scene())
     assert [host for host, _ in handle.calls] == ["b"] * 6
+
+
+def test_a_router_that_starts_while_a_host_hangs_finds_the_others() -> None:
+    handle = FakeHandle("a", "b")
+    handle.silent = handle.hung = {"a"}
+    generate(front(refresh_s=0.0, accept_s=0.05, pool=handle))
+    assert [host for host, _ in handle.calls] == ["b"]
 
 
 @pytest.mark.parametrize("trouble", ["silent", "fails"])
@@ -407,7 +440,7 @@ def test_nobody_is_started_for_a_client_that_has_left() -> None:
 
 def test_hosts_that_come_up_and_are_gone_are_not_waited_for_without_end() -> None:
     handle = FakeHandle()
-    handle.answer = TaskCancelledError()  # a host is up, and reports nothing
+    handle.lost_at_start, handle.answer = True, TaskCancelledError()
     with pytest.raises(NotEnoughDevices, match="come up and are gone"):
         generate(front(refresh_s=0.0, pool=handle))
 

@@ -35,18 +35,23 @@ class FakeService:
     pace_s: float = 0.0
     asked: list[GenerationRequest] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
+    patience: list[float | None] = field(default_factory=list)
+    looks: int = 0
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
-        async for event in self.stream(request):
+    async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
+        async for event in self.stream(request, give_up_s):
             if isinstance(event, Finished):
                 return event.result
         raise AssertionError("a stream ends with Finished")
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: GenerationRequest, give_up_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
         card = next(card for card in CARDS if card.id == request.model)
         card.limits.check(request)
         check_gang_size(request, card.gang_sizes)
         self.asked.append(request)
+        self.patience.append(give_up_s)
         if self.refusal is not None:
             raise self.refusal
         request = request.settled(*card.default_size)
@@ -96,6 +101,7 @@ class FakeService:
         return Fleet(pools={"pool": pool})
 
     async def check_health(self) -> None:
+        self.looks += 1
         if self.illness is not None:
             raise self.illness
 

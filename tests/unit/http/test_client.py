@@ -107,7 +107,7 @@ def test_a_stream_tells_everything_and_ends_with_the_result(client: Client, serv
 
 
 class Eventful(FakeService):
-    async def stream(self, request: GenerationRequest):  # type: ignore[no-untyped-def]
+    async def stream(self, request: GenerationRequest, give_up_s: float | None = None):  # type: ignore[no-untyped-def]
         yield Started(request.id, (0, 1))
         yield Repaired(request.id, (1,), 3)
         yield Regrouped(request.id, (0, 2), 4)
@@ -201,8 +201,8 @@ def test_a_stream_makes_one_image(client: Client) -> None:
 
 def test_a_stream_that_was_heard_to_its_end_is_no_client_that_left(caplog: pytest.LogCaptureFixture) -> None:
     class Lingering(FakeService):
-        async def stream(self, request: GenerationRequest):  # type: ignore[no-untyped-def]
-            async for event in super().stream(request):
+        async def stream(self, request: GenerationRequest, give_up_s: float | None = None):  # type: ignore[no-untyped-def]
+            async for event in super().stream(request, give_up_s):
                 yield event
             await asyncio.sleep(0.05)
             self.ended.append("over")
