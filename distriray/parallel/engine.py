@@ -183,7 +183,6 @@ class Engine:
             with ExitStack() as exchanging:
                 step = exchanging.enter_context(self._exchange_step(call, branch, share))
                 exchanging.enter_context(self.context.during(step))
-
                 collected = 0
 
                 def collect(part: torch.Tensor) -> torch.Tensor:
@@ -194,7 +193,8 @@ class Engine:
 
                 output = self.network.compute(call, share, collect)
                 if collected != 1:
-                    raise RuntimeError(f"{self.network} collected its output {collected} times, not once")
+                    family = type(self.network).__name__
+                    raise RuntimeError(f"{family} collected its output {collected} times, not once")
         except BaseException:
             self.start_image(branch.step)  # a step that failed is nothing to go on from
             raise

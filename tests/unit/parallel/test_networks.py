@@ -131,7 +131,7 @@ def test_ranks_with_another_caption_are_told_so_in_the_words_of_the_family() -> 
 def test_an_output_that_is_not_gathered_once_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PondNetwork, "compute", lambda self, call, share, collect: None)
     network = parallelize(pond(), connect("local"))
-    with pytest.raises(RuntimeError, match="collected its output 0 times"):
+    with pytest.raises(RuntimeError, match="PondNetwork collected its output 0 times"):
         network(torch.ones((1, 4, 7, 5)), 0.0, caption=torch.ones((1, 3, CHANNELS)))
 
 
