@@ -15,7 +15,8 @@ class Family:
     """One family of networks.
 
     Attributes:
-        home: module and name of its `Network`, imported when a pipeline has such a network.
+        home: module and name of its `Network`, imported when a pipeline has such a network; a leading dot is
+            this folder.
         models: those that it stands for, in the words of the message that lists what there is.
     """
 
@@ -26,14 +27,12 @@ class Family:
     def network(self) -> type[Network]:
         """Its subclass of `Network`."""
         module, name = self.home.split(":")
-        network: type[Network] = getattr(import_module(module), name)
+        network: type[Network] = getattr(import_module(module, __package__), name)
         return network
 
 
 NETWORKS: dict[str, Family] = {
-    "UNet2DConditionModel": Family(
-        "distriray.parallel.networks.unet:UNet", "Stable Diffusion 1.x, 2.x and XL"
-    ),
+    "UNet2DConditionModel": Family(".unet:UNet", "Stable Diffusion 1.x, 2.x and XL"),
 }
 """Every family, by the name of its networks' class."""
 
