@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..config import ParallelConfig
 from ..errors import DistrirayError
-from ..requests import MULTIPLE_OF, GenerationRequest
+from ..requests import GenerationRequest
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -114,7 +114,7 @@ class WorkerFacts:
     """A worker's report once its weights are loaded.
 
     Attributes:
-        levels: of the U-Net below its full resolution, each half as high as the one above.
+        row_unit: pixel rows of the smallest patch.
         cuts_vae: the VAE's decoder can be cut into patches.
         load_s: seconds that loading took.
         memory: in bytes.
@@ -126,11 +126,11 @@ class WorkerFacts:
     device_name: str
     model: str
     default_size: tuple[int, int]
-    levels: int
+    row_unit: int
     cuts_vae: bool
     load_s: float
     memory: int
 
     def max_gang(self, height: int) -> int:
         """The largest gang among which an image of `height` pixels can be cut: one unit of rows each."""
-        return max(1, -(-height // (MULTIPLE_OF * 2**self.levels)))
+        return max(1, -(-height // self.row_unit))

@@ -53,8 +53,10 @@ class Worker:
 
         runner = await loop.run_in_executor(self._compute, make)
         self._runner = runner
-        unet, scale = runner.pipeline.unet, runner.pipeline.vae_scale_factor
-        sample = unet.config.sample_size
+        from ..parallel import network_of  # the runner has imported diffusers
+
+        network, scale = network_of(runner.pipeline), runner.pipeline.vae_scale_factor
+        sample = network.module.config.sample_size
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return WorkerFacts(
             pid=os.getpid(),
@@ -63,7 +65,7 @@ class Worker:
             device_name=self._kind.product(),
             model=self._spec.name,
             default_size=(height * scale, width * scale),
-            levels=len(unet.down_blocks) - 1,
+            row_unit=network.row_unit * scale,
             cuts_vae=runner.cuts_vae,
             load_s=runner.load_s,
             memory=self._kind.memory(),

@@ -1,6 +1,7 @@
 """Displaced patch parallelism for diffusers' U-Nets and VAEs: plain torch, no Ray."""
 
 from distriray.parallel.engine import Engine, StepStatistics
+from distriray.parallel.networks.registry import network_of
 from distriray.parallel.parallelize import engine_of, parallelize
 
-__all__ = ["Engine", "StepStatistics", "engine_of", "parallelize"]
+__all__ = ["Engine", "StepStatistics", "engine_of", "network_of", "parallelize"]

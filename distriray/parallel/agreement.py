@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,26 +15,40 @@ from distriray.errors import GangMismatch
 _FINGERPRINT = 16  # numbers, of which `_compare` uses as many as it needs
 
 
-def check_same_image(
-    communicator: Communicator, sample: torch.Tensor, timestep: float, text: torch.Tensor, step: int
-) -> None:
+class Compared(NamedTuple):
+    """What the ranks of a gang compare, by the names that an error calls it.
+
+    Attributes:
+        numbers: that must be equal.
+        tensors: whose sums must be, within the tolerance that different devices need.
+    """
+
+    numbers: Mapping[str, float]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def described(
+    tensor: torch.Tensor, dimensions: Sequence[str] = ("batch", "channels", "rows", "columns")
+) -> dict[str, float]:
+    """Shape and dtype of latents as numbers, by the names of the dimensions."""
+    shape = dict(zip(dimensions, tensor.shape, strict=True))
+    return {**shape, "precision of the latents": torch.finfo(tensor.dtype).eps}
+
+
+def check_same_image(communicator: Communicator, compared: Compared, step: int, timestep: float) -> None:
     """Compare what the ranks were called with, before anything of a size that depends on it is sent.
 
-    Latents and text are compared by their sums, with the tolerance that different devices need.
-
     Args:
-        sample: (batch, channels, rows, columns).
-        timestep: of the scheduler.
-        text: prompt embeddings, (batch, tokens, channels).
+        compared: what decides the picture, and the size of messages.
         step: number of the step within the image.
+        timestep: of the scheduler.
 
     Raises:
         GangMismatch: on every rank, naming what differs and the values.
         GangBroken: a peer died or hung.
     """
-    shapes = {"text batch": text.shape[0], "text tokens": text.shape[1]}
-    numbers = {**_kind(sample), **shapes, "step": step, "timestep": timestep}
-    _compare(communicator, numbers, {"sum of the latents": sample, "sum of the prompt embeddings": text})
+    numbers = {**compared.numbers, "step": step, "timestep": timestep}
+    _compare(communicator, numbers, compared.tensors)
 
 
 def check_same_latents(communicator: Communicator, latents: torch.Tensor, in_patches: bool) -> None:
@@ -46,17 +62,13 @@ def check_same_latents(communicator: Communicator, latents: torch.Tensor, in_pat
         GangMismatch: on every rank, naming what differs and the values.
         GangBroken: a peer died or hung.
     """
-    numbers = {**_kind(latents), "decoding in patches": float(in_patches)}
+    numbers = {**described(latents), "decoding in patches": float(in_patches)}
     _compare(communicator, numbers, {"sum of the latents": latents})
 
 
-def _kind(sample: torch.Tensor) -> dict[str, float]:
-    """Shape and dtype as numbers."""
-    shape = dict(zip(("batch", "channels", "rows", "columns"), sample.shape, strict=True))
-    return {**shape, "precision of the latents": torch.finfo(sample.dtype).eps}
-
-
-def _compare(communicator: Communicator, numbers: dict[str, float], tensors: dict[str, torch.Tensor]) -> None:
+def _compare(
+    communicator: Communicator, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Raise unless all ranks have exactly these numbers, and nearly the sums of these tensors.
 
     The message has one size, whatever is compared.

@@ -12,12 +12,10 @@ from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.parallel.agreement import check_same_latents
 from distriray.parallel.context import PatchContext
-from distriray.parallel.convert import convert_decoder_layers
 from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.gather import Gather
 from distriray.parallel.layout import GangLayout
-from distriray.parallel.partition import Partition
-from distriray.parallel.supported import can_be_cut
+from distriray.parallel.networks.vae import can_be_cut, convert_decoder, picture_partition
 
 # Every value is fresh: a decoder runs once an image, so there is no step before it to take old ones from.
 FRESH = ParallelConfig(exchange="sync", group_norm="fresh")
@@ -84,12 +82,10 @@ class PatchDecoder:
     def _decode_rows(
         self, gang: Communicator, sample: torch.Tensor, latent_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        convert_decoder_layers(self._decoder, self.context)
-        levels = len(self._decoder.up_blocks) - 1
-        height, width = (side << levels for side in sample.shape[2:])
-        partition = Partition(height, width, levels, gang.world_size)
-        start, stop = partition.rows(gang.rank, levels)
+        convert_decoder(self._decoder, self.context)
+        partition = picture_partition(self._decoder, sample, gang.world_size)
+        start, stop = partition.rows(gang.rank, partition.levels)
         with Exchange(gang, partition, FRESH).step() as step, self.context.during(step):
             rows = self._network(sample[:, :, start:stop].contiguous(), latent_embeds)
-        shape = (rows.shape[0], rows.shape[1], height, width)
+        shape = (rows.shape[0], rows.shape[1], partition.height, partition.width)
         return Gather(gang, GangLayout(gang.world_size), partition, shape, rows.dtype)(rows).whole

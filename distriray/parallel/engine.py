@@ -1,34 +1,30 @@
-"""Patch-parallel U-Net: cuts the input, runs the network on this rank's rows, gathers the noise."""
+"""Engine of one network in a gang: which step a call is, what it exchanges in, what becomes of its output."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GenerationCancelled
 from distriray.parallel.agreement import check_same_image
 from distriray.parallel.context import PatchContext
-from distriray.parallel.convert import convert_layers
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Gathered
 from distriray.parallel.layout import GangLayout
+from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.new_image import NewImageDetector
-from distriray.parallel.partition import Partition
 from distriray.parallel.share import Share
-from distriray.parallel.supported import check_inputs
 
 
 @dataclass(frozen=True)
@@ -48,13 +44,33 @@ class StepStatistics:
     synchronous: bool = True
 
 
-class Engine:
-    """One U-Net, made patch-parallel within a gang.
-
-    Args:
-        unet: the network; its layers are converted in place, its parameters stay.
+@dataclass(eq=False)
+class Branch:
+    """One guidance branch of an image, or both where one call has both.
 
     Attributes:
+        step: number of the next one.
+        fresh_start: whether that has no step to go on from.
+        warm: whether drift has fallen so far that steps may be displaced.
+        exchange: key of the last step's; None if it had none.
+        text_epoch: of its cached text keys and values.
+    """
+
+    step: int
+    fresh_start: bool = True
+    warm: bool = False
+    exchange: Hashable = None
+    text_epoch: int = 0
+
+
+class Engine:
+    """One network, made patch-parallel within a gang.
+
+    Args:
+        network: its layers are converted in place, its parameters stay.
+
+    Attributes:
+        network: what is particular to its family.
         communicator, config: the gang, and how it shares a step; set by `join`.
         context: what the network's layers look up during a call.
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
@@ -66,7 +82,8 @@ class Engine:
         statistics: of the last step.
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, network: Network) -> None:
+        self.network = network
         self.communicator: Communicator
         self.config: ParallelConfig
         self.context = PatchContext()
@@ -76,26 +93,24 @@ class Engine:
         self.drift = float("inf")
         self.yielding = False
         self.statistics = StepStatistics()
-        self._unet = unet
-        self._network: Callable[..., tuple[torch.Tensor]]
         self._detector = NewImageDetector()
         self._exchanges = ExchangeCache()
         self._gather: Gather | None = None
         self._lock = threading.Lock()
         self._asked = Flags()
-        self._step = 0
-        self._fresh_start = True
-        self._warm = False
+        self._first_step = 0
+        self._branches: dict[Hashable, Branch] = {}
+        self._text_epochs = 0
 
     # What a user or a worker calls
 
     def install(self) -> None:
-        """Replace the U-Net's current forward, hooks included."""
-        self._network, self._unet.forward = self._unet.forward, self.forward
+        """Replace the network's current forward, hooks included."""
+        self.network.replace_forward(self.forward)
 
     def watch_scheduler(self, pipeline: Any) -> None:
         """Treat a new `timesteps` tensor on this pipeline's scheduler as the start of an image."""
-        if pipeline is not self._unet:
+        if pipeline is not self.network.module:
             self._detector.watch(pipeline)
 
     def join(self, communicator: Communicator, config: ParallelConfig) -> None:
@@ -115,9 +130,8 @@ class Engine:
 
     def start_image(self, at_step: int = 0) -> None:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
-        self._step = at_step
-        self._fresh_start = True
-        self._warm = False
+        self._first_step = at_step
+        self._branches.clear()
         self.yielding = False
 
     def ask_yield(self) -> None:
@@ -140,68 +154,49 @@ class Engine:
         """Whether all ranks take part in decoding, so that all must call it."""
         return self.decoder is not None and self.decoder.communicator is not None
 
-    # The U-Net's forward pass
+    # The network's forward pass
 
     @torch.no_grad()
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
-        mid_block_additional_residual: torch.Tensor | None = None,
-        down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
-        """`UNet2DConditionModel.forward`, to be called alike on every rank: whole inputs, whole noise.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward, to be called alike on every rank: whole inputs, whole output.
 
         Args:
-            sample: latents, (batch, channels, rows, columns).
-            encoder_hidden_states: prompt embeddings, (batch, tokens, channels).
+            args, kwargs: those of the network (`Network.read`).
 
         Returns:
-            The predicted noise, shaped as `sample`.
+            The network's output, in the form that it has without the engine.
 
         Raises:
-            UnsupportedModel: an input that patches cannot honour.
+            UnsupportedModel: a layer or an input that patches cannot honour.
             InvalidRequest: too few rows for the gang, or `cfg_parallel=True` with an odd batch.
             GangMismatch: the ranks were called with different inputs.
             GangBroken: a peer died or hung.
             GenerationCancelled: a rank asked for it.
         """
         started, sent = time.perf_counter(), self.communicator.bytes_sent
-        check_inputs(attention_mask, cross_attention_kwargs)
-        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        self._notice_new_image(now, encoder_hidden_states, cross_attention_kwargs)
-        share = self._share(sample)
-        if self._fresh_start:
-            self._prepare_image(sample, now, encoder_hidden_states)
-        cut, cut_rows = share.cut, share.cut_rows
+        call = self.network.read(*args, **kwargs)
+        branch = self._branch(call)
+        share = self._share(call)
+        if branch.fresh_start:
+            self._prepare_image(call, branch)
         try:
-            with self._exchange_step(share, sample) as step, self.context.during(step):
-                (noise,) = self._network(
-                    cut_rows(sample),
-                    cut(timestep),
-                    cut(encoder_hidden_states),
-                    class_labels=cut(class_labels),
-                    timestep_cond=cut(timestep_cond),
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    added_cond_kwargs=cut(added_cond_kwargs),
-                    down_block_additional_residuals=cut_rows(down_block_additional_residuals),
-                    mid_block_additional_residual=cut_rows(mid_block_additional_residual),
-                    down_intrablock_additional_residuals=cut_rows(down_intrablock_additional_residuals),
-                    encoder_attention_mask=cut(encoder_attention_mask),
-                    return_dict=False,
-                )
-            noise = self._collect(noise, share, float("inf") if step is None else step.drift)
+            with ExitStack() as exchanging:
+                step = exchanging.enter_context(self._exchange_step(call, branch, share))
+                exchanging.enter_context(self.context.during(step))
+                collected = 0
+
+                def collect(part: torch.Tensor) -> torch.Tensor:
+                    nonlocal collected
+                    collected += 1
+                    exchanging.close()  # only now is the drift of the whole step known
+                    return self._collect(part, branch, share, float("inf") if step is None else step.drift)
+
+                output = self.network.compute(call, share, collect)
+                if collected != 1:
+                    family = type(self.network).__name__
+                    raise RuntimeError(f"{family} collected its output {collected} times, not once")
         except BaseException:
-            self.start_image(self._step)  # a step that failed is nothing to go on from
+            self.start_image(branch.step)  # a step that failed is nothing to go on from
             raise
         self.statistics = StepStatistics(
             time.perf_counter() - started,
@@ -209,70 +204,79 @@ class Engine:
             self.communicator.bytes_sent - sent,
             step is None or not step.displaced,
         )
-        self._step += 1
-        self._fresh_start = False
-        return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+        branch.step += 1
+        branch.fresh_start = False
+        return output
 
-    def _notice_new_image(self, timestep: float, text: torch.Tensor, scale: Any) -> None:
-        signs = self._detector.look(timestep, text, scale)
-        if signs.new_image and not self._fresh_start:
-            self.start_image()
-        if self._fresh_start or signs.new_text:
-            self.context.text_epoch += 1
+    def _branch(self, call: Call) -> Branch:
+        """The branch that a call goes on with, or begins."""
+        signs = self._detector.look(call.timestep, call.text, call.text_scale, call.branch)
+        branch = self._branches.get(call.branch)
+        if branch is None or (signs.new_image and not branch.fresh_start):
+            if branch is not None:
+                self.start_image()
+            branch = self._branches[call.branch] = Branch(self._first_step)
+        if branch.fresh_start or signs.new_text:
+            self._text_epochs += 1
+            branch.text_epoch = self._text_epochs
+        self.context.text_epoch = branch.text_epoch
+        return branch
 
-    def _prepare_image(self, sample: torch.Tensor, timestep: float, text: torch.Tensor) -> None:
+    def _prepare_image(self, call: Call, branch: Branch) -> None:
         if self.communicator.world_size > 1:
-            check_same_image(self.communicator, sample, timestep, text, self._step)
-        if convert_layers(self._unet, self.context):
+            check_same_image(self.communicator, self.network.compared(call), branch.step, call.timestep)
+        if self.network.convert(self.context):
             self._exchanges.clear()
+            for begun in self._branches.values():
+                begun.exchange = None
 
-    def _share(self, sample: torch.Tensor) -> Share:
-        batch, _, height, width = sample.shape
+    def _share(self, call: Call) -> Share:
         rank = self.communicator.rank
-        layout = GangLayout.of(self.communicator.world_size, batch, self.config.cfg_parallel)
+        layout = GangLayout.of(self.communicator.world_size, call.batch, self.config.cfg_parallel)
         communicator = self.communicator.subgroup(layout.ranks(layout.half(rank)))
-        partition = Partition(height, width, len(self._unet.down_blocks) - 1, layout.patches)
-        return Share(layout, communicator, partition, batch, layout.batch_slice(rank, batch))
+        partition = self.network.partition(call, layout.patches)
+        return Share(layout, communicator, partition, call.batch, layout.batch_slice(rank, call.batch))
 
-    def _exchange_step(self, share: Share, sample: torch.Tensor) -> AbstractContextManager[Step | None]:
+    def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
         """The step of the exchange for this call; None without patches or without an exchange."""
-        config = self.config
+        config, before = self.config, branch.exchange
         if share.partition.world_size == 1 or config.exchange == "none":
+            branch.exchange = None
             return nullcontext()
         # Buffers made in inference mode cannot be written outside it.
         inference = torch.is_inference_mode_enabled()
-        key = (share.part.start, share.part.stop, share.partition, sample.dtype, inference)
-        follows = not self._fresh_start and key == self._exchanges.latest
+        part = share.part.start, share.part.stop
+        key = branch.exchange = (call.branch, part, share.partition, call.sample.dtype, inference)
+        follows = not branch.fresh_start and key == before
         exchange = self._exchanges.use(
             key, lambda: Exchange(share.communicator, share.partition, config, self.bucket_count)
         )
         if not follows:
-            self._exchanges.restart()
-            self._exchanges.evict(config.max_buffer_bytes)
+            in_use = {branch.exchange for branch in self._branches.values()}
+            self._exchanges.restart(but=in_use - {key})
+            self._exchanges.evict(in_use, config.max_buffer_bytes)
         if config.exchange != "displaced":
             return exchange.step()
         if config.warmup_steps == "auto":
-            return exchange.step(self._warm and follows, measure_drift=not self._warm)
-        return exchange.step(self._step >= config.warmup_steps and follows)
+            return exchange.step(branch.warm and follows, measure_drift=not branch.warm)
+        return exchange.step(branch.step >= config.warmup_steps and follows)
 
-    def _collect(self, noise: torch.Tensor, share: Share, drift: float) -> torch.Tensor:
-        """The whole noise; what the ranks asked for is decided alike on all of them."""
+    def _collect(self, part: torch.Tensor, branch: Branch, share: Share, drift: float) -> torch.Tensor:
+        """The whole output; what the ranks asked for is decided alike on all of them."""
         with self._lock:
             asked, self._asked = self._asked, Flags()
         if self.communicator.world_size == 1:
-            gathered = Gathered(noise, asked, drift)
+            gathered = Gathered(part, asked, drift)
         else:
-            shape = (share.batch, noise.shape[1], share.partition.height, share.partition.width)
-            if self._gather is None or self._gather.shape != shape or self._gather.dtype != noise.dtype:
+            shape = (share.batch, part.shape[1], share.partition.height, part.shape[3])
+            if self._gather is None or self._gather.shape != shape or self._gather.dtype != part.dtype:
                 with torch.inference_mode(False):  # writable in either mode
-                    self._gather = Gather(
-                        self.communicator, share.layout, share.partition, shape, noise.dtype
-                    )
-            gathered = self._gather(noise, asked, drift)
+                    self._gather = Gather(self.communicator, share.layout, share.partition, shape, part.dtype)
+            gathered = self._gather(part, asked, drift)
         self.drift = gathered.drift
         if self.drift < self.config.auto_warmup_drift:
-            self._warm = True
+            branch.warm = True
         self.yielding = self.yielding or gathered.flags.yield_
         if gathered.flags.cancel:
-            raise GenerationCancelled(f"cancelled after step {self._step + 1}")
+            raise GenerationCancelled(f"cancelled after step {branch.step + 1}")
         return gathered.whole

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
 
+class _Seen(NamedTuple):
+    timestep: float
+    text: torch.Tensor
+    scale: Any
+
+
 class Signs(NamedTuple):
-    """How a call differs from the one before.
+    """How a call differs from the one before of the same branch.
 
     Attributes:
         new_image: it does not go on from that one.
@@ -21,7 +28,7 @@ class Signs(NamedTuple):
 
 
 class NewImageDetector:
-    """Compares every call of the network with the one before.
+    """Compares every call of the network with the one before of the same guidance branch.
 
     An image starts where the text changes, where time goes back, and where a watched pipeline's scheduler has
     been given other timesteps. A driver that knows better says so to the engine, and needs none of this.
@@ -29,32 +36,36 @@ class NewImageDetector:
 
     def __init__(self) -> None:
         self._timesteps: WeakKeyDictionary[Any, torch.Tensor | None] = WeakKeyDictionary()
-        self._timestep = float("inf")
-        self._text: torch.Tensor | None = None
-        self._scale: Any = None
+        self._last: dict[Hashable, _Seen] = {}
 
     def watch(self, pipeline: Any) -> None:
         """Treat a new `timesteps` tensor on this pipeline's scheduler as the start of an image."""
         self._timesteps.setdefault(pipeline, None)
 
-    def look(self, timestep: float, text: torch.Tensor, scale: Any) -> Signs:
+    def look(self, timestep: float, text: torch.Tensor, scale: Any, branch: Hashable = None) -> Signs:
         """Compare a call with the one before.
 
         Args:
-            timestep: of the scheduler; falls from call to call within an image.
+            timestep: falls from call to call within an image.
             text: prompt embeddings, (batch, tokens, channels).
             scale: what else the text's keys and values depend on, such as a LoRA's scale.
+            branch: of guidance, where each has calls of its own.
         """
-        same_text = text is self._text or (
-            self._text is not None and text.shape == self._text.shape and torch.equal(text, self._text)
-        )
+        last, self._last[branch] = self._last.get(branch), _Seen(timestep, text, scale)
+        new_schedule = self._new_schedule()
+        if last is None:
+            return Signs(new_image=True, new_text=True)
+        same_text = text is last.text or (text.shape == last.text.shape and torch.equal(text, last.text))
         # Schedulers of second order repeat a timestep; without a scheduler to ask, it may be the next image.
-        repeats = timestep == self._timestep and not self._timesteps
-        new_image = not same_text or timestep > self._timestep or repeats
+        repeats = timestep == last.timestep and not self._timesteps
+        new_image = not same_text or timestep > last.timestep or repeats or new_schedule
+        return Signs(new_image, not same_text or scale != last.scale)
+
+    def _new_schedule(self) -> bool:
+        """Whether a watched pipeline's scheduler has been given other timesteps since the last call."""
+        changed = False
         for pipeline, before in list(self._timesteps.items()):
             scheduler = getattr(pipeline, "scheduler", None)
             self._timesteps[pipeline] = timesteps = getattr(scheduler, "timesteps", None)
-            new_image |= timesteps is not before
-        new_text = not same_text or scale != self._scale
-        self._timestep, self._text, self._scale = timestep, text, scale
-        return Signs(new_image, new_text)
+            changed |= timesteps is not before
+        return changed

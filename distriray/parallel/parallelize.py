@@ -12,7 +12,9 @@ from distriray.config import ParallelConfig
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.engine import Engine
 from distriray.parallel.layout import GangLayout
-from distriray.parallel.supported import decoder_of, has_class_forward, unet_of
+from distriray.parallel.networks.base import has_class_forward
+from distriray.parallel.networks.registry import denoising_module, network_of
+from distriray.parallel.networks.vae import decoder_of
 
 Pipeline = TypeVar("Pipeline")
 Patches = TypeVar("Patches", Engine, PatchDecoder)
@@ -35,7 +37,8 @@ def parallelize(
     that calls without a `generator` draw the same latents everywhere.
 
     Args:
-        pipeline: a diffusers pipeline around a `UNet2DConditionModel`, or such a U-Net.
+        pipeline: a diffusers pipeline around a network of a family in `networks.registry.NETWORKS`, or such a
+            network.
         communicator: the gang.
         config: how its ranks share a step; the default is displaced.
 
@@ -43,7 +46,7 @@ def parallelize(
         The same pipeline.
 
     Raises:
-        UnsupportedModel: the network is not one that can be cut into patches.
+        UnsupportedModel: the network is of no such family, or its family refuses it.
         InvalidRequest: `cfg_parallel=True` in a gang of odd size.
         GangBroken: a peer did not call it.
 
@@ -51,10 +54,10 @@ def parallelize(
     """
     config = config or ParallelConfig()
     GangLayout.of(communicator.world_size, batch=2, cfg_parallel=config.cfg_parallel)  # refuses an odd gang
-    unet = unet_of(pipeline)
-    engine = _installed(unet, Engine)
+    network = network_of(pipeline)
+    engine = _installed(network.module, lambda _: Engine(network))
     engine.watch_scheduler(pipeline)
-    if engine.decoder is not None:  # perhaps that of another pipeline around this U-Net
+    if engine.decoder is not None:  # perhaps that of another pipeline around this network
         engine.decoder.communicator = None
     decoder = decoder_of(pipeline)
     engine.decoder = None if decoder is None else _installed(decoder, PatchDecoder)
@@ -64,17 +67,17 @@ def parallelize(
 
 
 def engine_of(pipeline: Any) -> Engine | None:
-    """The engine of a parallelized pipeline or U-Net; None if it is not parallelized."""
-    return getattr(getattr(pipeline, "unet", pipeline), PATCHES, None)
+    """The engine of a parallelized pipeline or network; None if it is not parallelized."""
+    return getattr(denoising_module(pipeline), PATCHES, None)
 
 
-def _installed(network: Any, make: Callable[[Any], Patches]) -> Patches:
-    """The network's engine (or decoder), created and installed on the first call."""
-    patches: Patches | None = vars(network).get(PATCHES)
+def _installed(module: Any, make: Callable[[Any], Patches]) -> Patches:
+    """The module's engine (or decoder), created and installed on the first call."""
+    patches: Patches | None = vars(module).get(PATCHES)
     if patches is None:
-        patches = vars(network)[PATCHES] = make(network)
+        patches = vars(module)[PATCHES] = make(module)
         patches.install()
-    elif has_class_forward(network):  # a hook that was there before was removed
+    elif has_class_forward(module):  # a hook that was there before was removed
         patches.install()
     return patches
 

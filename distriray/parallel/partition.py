@@ -42,7 +42,7 @@ class Halo:
 class Partition:
     """Contiguous row ranges of a latent of `height` by `width` over `world_size` ranks.
 
-    Rows are dealt in units of `2 ** levels`, so that a boundary is a boundary at every scale of a U-Net
+    Rows are dealt in units of `2 ** levels`, so that a boundary is a boundary at every scale of a network
     with that many downsamplings. Level 0 is the latent; level l has `ceil(height / 2**l)` rows. The first
     ranks get one unit more where they do not divide; the last unit may be partial.
 
@@ -122,7 +122,7 @@ class Partition:
         outputs = (height + sum(window.padding) - window.reach) // window.stride + 1
         if output_level > self.levels or outputs != self.shape(output_level)[0]:
             raise UnsupportedModel(
-                f"{window} turns {height} rows into {outputs}, which is no level of this U-Net's partition"
+                f"{window} turns {height} rows into {outputs}, which is no level of this network's partition"
             )
         start, stop = self.rows(rank, output_level)
         top = window.padding[0]

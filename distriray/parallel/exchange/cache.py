@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 
 from distriray.parallel.exchange.exchange import Exchange
 
@@ -19,11 +19,6 @@ class ExchangeCache:
         """Memory of all buffers."""
         return sum(exchange.buffer_bytes for exchange in self._exchanges.values())
 
-    @property
-    def latest(self) -> Hashable:
-        """The key that was used last; None if there is none."""
-        return next(reversed(self._exchanges), None)
-
     def use(self, key: Hashable, make: Callable[[], Exchange]) -> Exchange:
         """The exchange of a key, made if there is none."""
         exchange = self._exchanges.get(key)
@@ -32,18 +27,21 @@ class ExchangeCache:
         self._exchanges.move_to_end(key)
         return exchange
 
-    def restart(self) -> None:
-        """Let none of the exchanges go on from its last step."""
-        for exchange in self._exchanges.values():
-            exchange.restart()
+    def restart(self, but: Collection[Hashable]) -> None:
+        """Let none of the exchanges go on from its last step, but those of these keys."""
+        for key, exchange in self._exchanges.items():
+            if key not in but:
+                exchange.restart()
 
-    def evict(self, max_idle_bytes: int) -> None:
-        """Drop those used longest ago until all but the latest have at most `max_idle_bytes`."""
-        while len(self._exchanges) > 1:
-            idle = sum(exchange.buffer_bytes for exchange in list(self._exchanges.values())[:-1])
-            if idle <= max_idle_bytes:
+    def evict(self, in_use: Collection[Hashable], max_idle_bytes: int) -> None:
+        """Drop those used longest ago until all that are not in use have at most `max_idle_bytes`."""
+        idle = {key: exchange for key, exchange in self._exchanges.items() if key not in in_use}
+        excess = sum(exchange.buffer_bytes for exchange in idle.values()) - max_idle_bytes
+        for key, exchange in idle.items():
+            if excess <= 0:
                 return
-            self._exchanges.popitem(last=False)
+            excess -= exchange.buffer_bytes
+            del self._exchanges[key]
 
     def clear(self) -> None:
         """Drop all, once their transfers in flight have ended."""

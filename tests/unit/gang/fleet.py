@@ -75,7 +75,7 @@ class FakeWorker:
                 raise self.fleet.load_raises[self.index]
             return WorkerFacts(
                 pid=id(self), node="n", device="cpu", device_name="cpu", model="m", default_size=(128, 128),
-                levels=1, cuts_vae=self.fleet.cuts_vae, load_s=0.0, memory=1,
+                row_unit=16, cuts_vae=self.fleet.cuts_vae, load_s=0.0, memory=1,
             )  # fmt: skip
 
         return self._call(load())

@@ -13,7 +13,7 @@ from torch import nn
 from distriray import parallelize
 from distriray.collective import connect
 from distriray.errors import UnsupportedModel
-from distriray.parallel.supported import can_be_cut
+from distriray.parallel.networks.vae import can_be_cut
 from tests.distributed.cases import Case, call
 from tests.models import tiny_sdxl, tiny_vae
 

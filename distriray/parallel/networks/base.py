@@ -1,0 +1,144 @@
+"""What the engine asks of a network family (docs/adding-a-model.md)."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from distriray.parallel.agreement import Compared
+from distriray.parallel.context import PatchContext
+from distriray.parallel.partition import Partition
+from distriray.parallel.share import Share
+
+Collect = Callable[[torch.Tensor], torch.Tensor]
+"""End the exchange of a step, and gather the whole output from every rank's part of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a network, in the engine's terms.
+
+    Attributes:
+        sample: what is denoised, whole; its first dimension is the batch.
+        timestep: falls from call to call within an image; where a network's time rises, its negative.
+        text: prompt embeddings, (batch, tokens, channels); other text means another image.
+        text_scale: what cached text keys and values depend on besides the text, such as a LoRA's scale.
+        branch: names the guidance branch where each has calls of its own; None where one call has all.
+        arguments: the other arguments, by the names of the network's parameters.
+    """
+
+    sample: torch.Tensor
+    timestep: float
+    text: torch.Tensor
+    text_scale: Any = None
+    branch: Hashable = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        """Images of the call, both guidance branches counted where it has both."""
+        return self.sample.shape[0]
+
+
+class Network(ABC):
+    """One network of a family, as an engine drives it.
+
+    A subclass knows everything of its family's network and nothing of gangs, steps and buffers.
+
+    Args:
+        module: the network, of class `kind` or a subclass.
+
+    Attributes:
+        kind: the class of the networks.
+        forward: what answered the module's calls before the engine did, hooks included.
+
+    Raises:
+        UnsupportedModel: as `check`.
+    """
+
+    kind: ClassVar[type[nn.Module]]
+    forward: Callable[..., Any]
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.check()
+
+    def replace_forward(self, forward: Callable[..., Any]) -> None:
+        """Let `forward` answer the module's calls, and keep what did as `self.forward`."""
+        self.forward = self.module.forward
+
+        @functools.wraps(self.forward)  # diffusers' modular blocks pass on the parameters that they find here
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        self.module.forward = answer
+
+    @property
+    @abstractmethod
+    def row_unit(self) -> int:
+        """Latent rows of the smallest patch: an image of n units can be cut among n ranks."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `UnsupportedModel`, naming it, for anything about the network that patches cannot honour.
+
+        Called by `parallelize`, before anything is changed. What may change later is for `convert`.
+        """
+
+    @abstractmethod
+    def convert(self, context: PatchContext) -> bool:
+        """Convert every layer that is not yet patch-parallel; called when an image begins.
+
+        Args:
+            context: where the layers look up the step that they exchange in.
+
+        Returns:
+            Whether any layer was converted (a LoRA was loaded, say), so that buffers are laid out anew.
+
+        Raises:
+            UnsupportedModel: a layer that is not known to be cut, by its name.
+        """
+
+    @abstractmethod
+    def read(self, *args: Any, **kwargs: Any) -> Call:
+        """A call of the network, whose parameters an implementation repeats with their defaults.
+
+        Raises:
+            UnsupportedModel: an input that patches cannot honour.
+        """
+
+    @abstractmethod
+    def partition(self, call: Call, patches: int) -> Partition:
+        """Who of `patches` ranks owns which rows of the sample.
+
+        Raises:
+            InvalidRequest: fewer units of rows than ranks.
+        """
+
+    @abstractmethod
+    def compared(self, call: Call) -> Compared:
+        """What decides the picture, and the size of messages: compared among ranks when an image begins."""
+
+    @abstractmethod
+    def compute(self, call: Call, share: Share, collect: Collect) -> Any:
+        """Compute this rank's part, and return the whole output in the form that the caller asked for.
+
+        Args:
+            call: whole inputs.
+            share: this rank's part of them, and how to cut them to it.
+            collect: to be called once, after the last layer that exchanges, with this rank's part of the
+                output, (part of the batch, channels, this rank's rows, columns), and on every rank; it
+                returns (batch, channels, rows, columns).
+        """
+
+
+def has_class_forward(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its class: never hooked, or left so by a hook that was removed."""
+    own = vars(module).get("forward")
+    return own is None or getattr(own, "__func__", None) is type(module).forward

@@ -1,0 +1,66 @@
+"""Table of the network families. A new one is a file of this folder and one line of `NETWORKS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from distriray.errors import UnsupportedModel
+from distriray.parallel.networks.base import Network
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of networks.
+
+    Attributes:
+        home: module and name of its `Network`, imported when a pipeline has such a network; a leading dot is
+            this folder.
+        models: those that it stands for, in the words of the message that lists what there is.
+    """
+
+    home: str
+    models: str
+
+    @property
+    def network(self) -> type[Network]:
+        """Its subclass of `Network`."""
+        module, name = self.home.split(":")
+        network: type[Network] = getattr(import_module(module, __package__), name)
+        return network
+
+
+NETWORKS: dict[str, Family] = {
+    "UNet2DConditionModel": Family(".unet:UNet", "Stable Diffusion 1.x, 2.x and XL"),
+}
+"""Every family, by the name of its networks' class."""
+
+_DENOISERS = ("unet", "transformer")  # the attributes of diffusers' pipelines that hold their network
+
+
+def denoising_module(pipeline: Any) -> Any:
+    """The module that a pipeline denoises with; what has none counts as such a module itself."""
+    for name in _DENOISERS:
+        module = getattr(pipeline, name, None)
+        if module is not None:
+            return module
+    return pipeline
+
+
+def network_of(pipeline: Any) -> Network:
+    """The network of a diffusers pipeline, or of a module by itself, if patch parallelism knows it.
+
+    Raises:
+        UnsupportedModel: it is of no family in `NETWORKS`, which the message lists, or its family refuses it.
+    """
+    module = denoising_module(pipeline)
+    for base in type(module).__mro__:
+        family = NETWORKS.get(base.__name__)
+        if family is not None and isinstance(module, family.network.kind):
+            return family.network(module)
+    known = "; ".join(f"a {name}: {family.models}" for name, family in NETWORKS.items())
+    raise UnsupportedModel(
+        f"{type(pipeline).__name__} denoises with {type(module).__name__}; "
+        f"supported are pipelines around {known}"
+    )

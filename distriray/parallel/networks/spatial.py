@@ -1,0 +1,61 @@
+"""Layers over feature maps, as U-Nets and VAEs have them: which are known to be cut, and their conversion."""
+
+from __future__ import annotations
+
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from torch import nn
+
+from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
+from distriray.parallel.layers.conv import PatchConv2d, patch_conv
+from distriray.parallel.layers.group_norm import PatchGroupNorm, patch_group_norm
+from distriray.parallel.networks.base import has_class_forward
+
+# Exactly these: a subclass may compute something else.
+CONVOLUTIONS = {nn.Conv2d, PatchConv2d}
+NORMS = {nn.GroupNorm, PatchGroupNorm}
+SELF_ATTENTION = {AttnProcessor, AttnProcessor2_0, PatchSelfAttention, PatchSpatialAttention}
+_SPATIAL_MODULES = {
+    f"torch.nn.modules.{name}"
+    for name in ("conv", "pooling", "batchnorm", "instancenorm", "upsampling", "padding", "fold")
+}
+# They call the convolution that they adapt, and convolutions of their own.
+_ADAPTERS = ("peft.tuners.lora.", "peft.tuners.ia3.")
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a layer looks at more than one position in a way that is not known to be cut into patches."""
+    kind = type(module)
+    adapted = getattr(module, "base_layer", None)
+    if adapted is not None and any(isinstance(layer, nn.Conv2d) for layer in adapted.modules()):
+        return not kind.__module__.startswith(_ADAPTERS)
+    if kind in CONVOLUTIONS:
+        assert isinstance(module, nn.Conv2d)
+        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return not zeros or module.stride[0] not in (1, 2) or "_conv_forward" in vars(module)
+    spatial = issubclass(kind, nn.GroupNorm) or any(
+        base.__module__ in _SPATIAL_MODULES for base in kind.mro()
+    )
+    return spatial and kind not in NORMS
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a hook (layerwise casting, offloading) holds the forward of a layer that is not cut yet.
+
+    Cutting it changes its class, which the hook would pass by.
+    """
+    return type(module) in (nn.Conv2d, nn.GroupNorm, Downsample2D) and not has_class_forward(module)
+
+
+def convert_conv_or_norm(module: nn.Module, context: PatchContext) -> bool:
+    """Convert a convolution or a group norm that is not yet converted; return whether it was one."""
+    if not isinstance(module, nn.Conv2d | nn.GroupNorm) or getattr(module, "context", None) is context:
+        return False
+    if type(module) in (nn.Conv2d, nn.GroupNorm):
+        vars(module).pop("forward", None)  # left by a hook that was removed; it is not the new class's
+    if isinstance(module, nn.Conv2d):
+        patch_conv(module, context)
+    else:
+        patch_group_norm(module, context)
+    return True

@@ -1,0 +1,221 @@
+"""The U-Net of Stable Diffusion: `UNet2DConditionModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import nn
+
+from distriray.errors import UnsupportedModel
+from distriray.parallel.agreement import Compared, described
+from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.attention import CachedCrossAttention, PatchSelfAttention
+from distriray.parallel.layers.conv import patch_downsample
+from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.spatial import (
+    SELF_ATTENTION,
+    convert_conv_or_norm,
+    has_own_forward,
+    is_foreign,
+)
+from distriray.parallel.partition import Partition
+from distriray.parallel.share import Share
+
+BLOCKS = {
+    "DownBlock2D",
+    "CrossAttnDownBlock2D",
+    "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+}
+ADDED_EMBEDDINGS = {None, "text", "text_time"}
+# How the inputs that are neither sample, timestep nor text are cut.
+BY_ROWS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+BY_BATCH = ("class_labels", "timestep_cond", "added_cond_kwargs", "encoder_attention_mask")
+
+
+class UNet(Network):
+    """A `UNet2DConditionModel` with Stable Diffusion's blocks: both guidance branches come in one call."""
+
+    kind = UNet2DConditionModel
+
+    @property
+    def row_unit(self) -> int:
+        return 2**self._levels
+
+    @property
+    def _levels(self) -> int:
+        return len(self.module.down_blocks) - 1
+
+    def check(self) -> None:
+        unet = self.module
+        middle = [unet.mid_block] if unet.mid_block is not None else []
+        blocks = [*unet.down_blocks, *middle, *unet.up_blocks]
+        foreign = sorted({type(block).__name__ for block in blocks} - BLOCKS)
+        if foreign:
+            raise UnsupportedModel(
+                f"U-Net blocks {', '.join(foreign)}; supported are {', '.join(sorted(BLOCKS))}"
+            )
+        if unet.config.addition_embed_type not in ADDED_EMBEDDINGS:
+            raise UnsupportedModel(
+                f"addition_embed_type {unet.config.addition_embed_type!r}; supported are text, text_time"
+            )
+        for name, module in unet.named_modules():
+            if type(module).__name__ in ("GatedSelfAttentionDense", "DualTransformer2DModel"):
+                raise UnsupportedModel(f"layer {name} is a {type(module).__name__} (GLIGEN, dual attention)")
+
+    def convert(self, context: PatchContext) -> bool:
+        self._check_layers()
+        converted = False
+        for name, module in self._image_layers():
+            if isinstance(module, Attention):
+                converted |= _convert_attention(name, module, context)
+            else:
+                converted |= convert_conv_or_norm(module, context)
+        for _, module in self._image_layers():
+            if type(module) is Downsample2D:
+                vars(module).pop("forward", None)
+                patch_downsample(module)
+        return converted
+
+    def read(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Call:
+        """A call of `UNet2DConditionModel.forward`.
+
+        Args:
+            sample: latents, (batch, channels, rows, columns).
+            encoder_hidden_states: prompt embeddings, (batch, tokens, channels).
+        """
+        _check_inputs(attention_mask, cross_attention_kwargs)
+        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        arguments = {
+            "timestep": timestep,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "added_cond_kwargs": added_cond_kwargs,
+            "down_block_additional_residuals": down_block_additional_residuals,
+            "mid_block_additional_residual": mid_block_additional_residual,
+            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
+            "encoder_attention_mask": encoder_attention_mask,
+            "return_dict": return_dict,
+        }
+        return Call(sample, now, encoder_hidden_states, cross_attention_kwargs, arguments=arguments)
+
+    def partition(self, call: Call, patches: int) -> Partition:
+        _, _, height, width = call.sample.shape
+        return Partition(height, width, self._levels, patches)
+
+    def compared(self, call: Call) -> Compared:
+        text = {"text batch": call.text.shape[0], "text tokens": call.text.shape[1]}
+        return Compared(
+            {**described(call.sample), **text},
+            {"sum of the latents": call.sample, "sum of the prompt embeddings": call.text},
+        )
+
+    def compute(
+        self, call: Call, share: Share, collect: Collect
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        arguments = call.arguments
+        (rows,) = self.forward(
+            share.cut_rows(call.sample),
+            share.cut(arguments["timestep"]),
+            share.cut(call.text),
+            cross_attention_kwargs=arguments["cross_attention_kwargs"],
+            **{name: share.cut(arguments[name]) for name in BY_BATCH},
+            **{name: share.cut_rows(arguments[name]) for name in BY_ROWS},
+            return_dict=False,
+        )
+        noise = collect(rows)
+        return UNet2DConditionOutput(sample=noise) if arguments["return_dict"] else (noise,)
+
+    def _image_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Layers that see the image, by name: not those that make tokens of image prompts on every rank."""
+        named = self.module.named_modules()
+        return ((name, module) for name, module in named if not name.startswith("encoder_hid_proj"))
+
+    def _check_layers(self) -> None:
+        """Raise `UnsupportedModel` where a layer looks at the image in a way that is not known to be cut."""
+        for name, module in self._image_layers():
+            if is_foreign(module):
+                raise UnsupportedModel(
+                    f"layer {name}, {type(module).__name__}({module.extra_repr()}), is not cut into patches"
+                )
+            if has_own_forward(module):
+                raise UnsupportedModel(
+                    f"a hook holds the forward of layer {name}: call enable_layerwise_casting, "
+                    "enable_group_offload and the like after the first image"
+                )
+        for name, block in self.module.up_blocks.named_children():
+            if getattr(block, "s1", None):
+                raise UnsupportedModel(
+                    f"up block {name} uses FreeU, a filter over the whole image; call disable_freeu()"
+                )
+
+
+def _convert_attention(name: str, attn: Attention, context: PatchContext) -> bool:
+    processor = attn.processor
+    if attn.is_cross_attention:
+        # Local as it stands: text or image-prompt tokens are on every rank. Only the default is cached.
+        unbound = isinstance(processor, CachedCrossAttention) and processor.context is not context
+        if type(processor) not in (AttnProcessor, AttnProcessor2_0) and not unbound:
+            return False
+        attn.processor = CachedCrossAttention(context)
+    else:
+        if isinstance(processor, PatchSelfAttention) and processor.context is context:
+            return False
+        _check_self_attention(name, attn)
+        attn.processor = PatchSelfAttention(context)
+    return True
+
+
+def _check_self_attention(name: str, attn: Attention) -> None:
+    """Raise `UnsupportedModel` where self-attention does more than keys and values of the same tokens."""
+    if type(attn.processor) not in SELF_ATTENTION:
+        raise UnsupportedModel(
+            f"{name} uses {type(attn.processor).__name__}; patch parallelism brings its own self-attention: "
+            "undo attention slicing, xFormers, PAG or fused projections first"
+        )
+    for extra in ("group_norm", "spatial_norm", "norm_q", "norm_k"):
+        if getattr(attn, extra, None) is not None:
+            raise UnsupportedModel(f"{name} has a {extra}, which no supported U-Net has")
+    if attn.residual_connection or attn.rescale_output_factor != 1.0 or attn.added_kv_proj_dim is not None:
+        raise UnsupportedModel(f"{name} is not the self-attention of a supported U-Net")
+
+
+def _check_inputs(attention_mask: object, cross_attention_kwargs: dict[str, Any] | None) -> None:
+    """Raise `UnsupportedModel` for an input of the U-Net that patches cannot honour."""
+    if attention_mask is not None:
+        raise UnsupportedModel(
+            "attention_mask is over the tokens of the whole image and is not cut into patches"
+        )
+    foreign = sorted(set(cross_attention_kwargs or ()) - {"scale"})
+    if foreign:
+        raise UnsupportedModel(
+            f"cross_attention_kwargs {', '.join(foreign)}; with patches only 'scale' (LoRA) works"
+        )
