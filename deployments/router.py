@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
@@ -22,73 +21,19 @@ from distriray.errors import (
     QueueFull,
     TooLong,
 )
-from distriray.events import Event, Preview, Queued, Step
-from distriray.gang.admission import admit, check_gang_size
-from distriray.requests import GenerationRequest, GenerationResult, Limits
-from distriray.routing.policy import RequestView
+from distriray.events import Event
+from distriray.gang.admission import check_gang_size
+from distriray.requests import GenerationRequest, GenerationResult
 from distriray.service import Fleet, ModelCard, PoolReport
 
+from .attempts import Attempts, Wait
 from .config import AppConfig
+from .fitting import fitting, offer
 from .models import size_of
 from .pool_client import HostSilent, PoolClient
 from .state import choose, wait_s
 
 LONGEST_RETRY_S = 3600.0
-
-
-@dataclass
-class Attempts:
-    """The attempts at one request, which has a seed from the first one on.
-
-    Whoever asked waits for `give_up_s` seconds, or for ever.
-    `count` are hosts that it was sent to in vain, `wakes` pools that it waited for. `queued`, `step` and
-    `previews` are what a stream has shown of it, so that another attempt does not show it again.
-    """
-
-    request: GenerationRequest
-    give_up_s: float | None = None
-    began_s: float = field(default_factory=time.monotonic)
-    count: int = 0
-    wakes: int = 0
-    queued: bool = False
-    step: int = 0
-    previews: int = 0
-
-    def __post_init__(self) -> None:
-        self.request = self.request.seeded()
-
-    def left_s(self, now_s: float) -> float | None:
-        """Seconds until its deadline, which counts from when the client asked; None without one."""
-        deadline_s = self.request.deadline_s
-        return None if deadline_s is None else self.began_s + deadline_s - now_s
-
-    def shows(self, event: Event) -> bool:
-        """Whether `event` is new to the client that listens."""
-        match event:
-            case Queued():
-                new, self.queued = not self.queued, True
-                return new
-            case Step(step=step):
-                new, self.step = step > self.step, max(step, self.step)
-                return new
-            case Preview(index=index):
-                new, self.previews = index >= self.previews, max(index + 1, self.previews)
-                return new
-            case _:
-                return True
-
-
-@dataclass
-class Wait:
-    """A request that waits for a first host, until `limit` runs out or somebody calls it off."""
-
-    limit: asyncio.Timeout
-    called_off: bool = False
-
-    def call_off(self) -> None:
-        """End it now."""
-        self.called_off = True
-        self.limit.reschedule(asyncio.get_running_loop().time())
 
 
 class Router:
@@ -154,7 +99,7 @@ class Router:
             client.poll_if_stale()
         for name in self._config.models:
             clients = self._clients_of(name)
-            limits, gang_sizes = _offer(clients)
+            limits, gang_sizes = offer(clients)
             seen = next((client.state.facts.default_size for client in clients if client.state.facts), None)
             cards.append(
                 ModelCard(
@@ -222,7 +167,7 @@ class Router:
         """
         for client in clients:
             await client.wait_briefly_for_poll()
-        limits, gang_sizes = _offer(clients)
+        limits, gang_sizes = offer(clients)
         limits.check(attempts.request)
         check_gang_size(attempts.request, gang_sizes)
         try:
@@ -262,11 +207,9 @@ class Router:
         request, left_s = attempts.request, attempts.left_s(now)
         if left_s is not None:
             request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})
-        fitting = _fitting(request, clients, now, left_s)
+        fits = fitting(request, clients, now, left_s)
         up = [
-            (client, asked, view)
-            for client, asked, view in fitting
-            if client.state.hosts and view is not None
+            (client, asked, view) for client, asked, view in fits if client.state.hosts and view is not None
         ]
         chosen = choose(
             [client.state for client, *_ in up],
@@ -284,7 +227,7 @@ class Router:
             self._check_patience(attempts, chosen[1].finish_s - now, client.state.error(view), now)
             client.state.send(chosen[1], view, now)
             return client, chosen[1].host, asked
-        down = [(client, asked) for client, asked, _ in fitting if not client.state.hosts]
+        down = [(client, asked) for client, asked, _ in fits if not client.state.hosts]
         for client, asked in down:
             if client.waking < client.config.max_queue:
                 return client, None, asked
@@ -332,62 +275,3 @@ class Router:
         if not clients:
             raise ModelNotFound(f"no model {name!r}; there is {', '.join(map(repr, self._config.models))}")
         return clients
-
-
-def _offer(clients: list[PoolClient]) -> tuple[Limits, tuple[int, ...]]:
-    """The limits and the gang sizes of pools of one model: all that at least one of them allows."""
-    limits = Limits.widest(client.state.config.limits for client in clients)
-    return limits, tuple(sorted({size for client in clients for size in client.config.sizes}))
-
-
-def _fitting(
-    request: GenerationRequest, clients: list[PoolClient], now_s: float, left_s: float | None
-) -> list[tuple[PoolClient, GenerationRequest, RequestView | None]]:
-    """The pools that can serve a request, and the request as each of them would.
-
-    Raises:
-        InvalidRequest: there is none; what the first pool has against it.
-    """
-    fitting: list[tuple[PoolClient, GenerationRequest, RequestView | None]] = []
-    unfit: InvalidRequest | None = None
-    for client in clients:
-        try:
-            fitting.append((client, *_view_of(request, client, now_s, left_s)))
-        except InvalidRequest as error:
-            unfit = unfit or error
-    if unfit is not None and not fitting:
-        raise unfit
-    return fitting
-
-
-def _view_of(
-    request: GenerationRequest, client: PoolClient, now_s: float, left_s: float | None
-) -> tuple[GenerationRequest, RequestView | None]:
-    """The request as the pool's hosts would take it on, and as routing sees it.
-
-    While no host of the pool was ever seen, only what its configuration says can be checked.
-
-    Raises:
-        InvalidRequest: the pool cannot serve it.
-    """
-    config, facts = client.state.config, client.state.facts
-    if facts is None:
-        config.limits.check(request)
-        check_gang_size(request, config.sizes)
-        return request, None
-    settled, max_gang = admit(request, config, facts)
-    assert settled.height is not None and settled.width is not None
-    view = RequestView(
-        id=settled.id,
-        height=settled.height,
-        width=settled.width,
-        batch=settled.num_images,
-        steps_total=settled.num_inference_steps,
-        steps_done=0,
-        arrival_s=now_s,
-        deadline_s=None if left_s is None else now_s + left_s,
-        priority=settled.priority,
-        gang_size=None if settled.gang_size == "auto" else settled.gang_size,
-        max_gang=max_gang,
-    )
-    return settled, view
