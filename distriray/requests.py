@@ -214,12 +214,14 @@ class Limits(BaseModel):
     max_guidance_scale: Annotated[float, Field(gt=0.0)] = 50.0
     max_prompt_chars: Count = 4000
     max_previews: Count = 8
+    max_clip_skip: Annotated[int, Field(ge=0)] = 11
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
         "num_images": "max_images",
         "guidance_scale": "max_guidance_scale",
         "previews": "max_previews",
+        "clip_skip": "max_clip_skip",
     }
     """The limit of each field that has a largest value."""
     TEXTS: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
@@ -260,8 +262,8 @@ class Limits(BaseModel):
         )
 
     @staticmethod
-    def _at_most(field: str, value: float, limit: float) -> None:
-        if value > limit:
+    def _at_most(field: str, value: float | None, limit: float) -> None:
+        if value is not None and value > limit:
             raise InvalidRequest(f"{field} {value} is above the limit of {limit}", field)
 
 

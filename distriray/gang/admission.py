@@ -42,4 +42,9 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> t
             f"height {request.height} is too small for a gang of {request.gang_size}; use at most {max_gang}",
             "gang_size",
         )
+    if min(config.sizes) > max_gang:
+        raise InvalidRequest(
+            f"height {request.height} is too small for the gangs lent here, of {min(config.sizes)} or more",
+            "height",
+        )
     return request, max_gang

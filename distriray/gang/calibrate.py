@@ -99,5 +99,5 @@ def _entry(size: int, runs: Sequence[Sequence[GenerationResult]]) -> Entry:
 
 def _step_s(results: Sequence[GenerationResult]) -> float:
     """Seconds of a displaced step; of a synchronous one where there is no other."""
-    last = [result.segments[-1] for result in results]
-    return median(step_s for s in last if (step_s := s.stale_step_s or s.fresh_step_s) is not None)
+    segments = [segment for result in results for segment in result.segments]
+    return median(step_s for s in segments if (step_s := s.stale_step_s or s.fresh_step_s) is not None)

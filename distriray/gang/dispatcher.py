@@ -148,6 +148,8 @@ class Dispatcher:
             raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
         self._accepted += 1
         job = Job(request, max_gang, self._accepted)
+        if not self._can_serve(job):
+            raise GangBroken(f"no gang here can serve this any more: {self.group.failure}")
         waiting = sum(other.state is JobState.WAITING for other in self.jobs.values())
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
         job.tell(Queued(request.id, waiting, self.backlog_s() if waiting else 0.0))
@@ -237,6 +239,11 @@ class Dispatcher:
         """For `WorkerGroup`."""
         self._wake()
 
+    def beyond_repair(self) -> None:
+        """For `WorkerGroup`."""
+        for job in list(self.jobs.values()):
+            self._end_if_hopeless(job)
+
     def unfinished(self) -> tuple[Collection[int], int]:
         """For `WorkerGroup`."""
         return {job.number for job in self.jobs.values()}, self._accepted
@@ -251,13 +258,15 @@ class Dispatcher:
     def _start(self, job: Job, workers: tuple[int, ...]) -> None:
         """Send a gang off with a request."""
         self._segments += 1
+        self.leased.update(workers)
         job.start(workers, self._segments)
         try:
             segment = RunningSegment(self.group, self.config, job)
         except Exception as error:
+            log.exception("request %s could not be sent to workers %s", job.request.id, workers)
+            self.leased.difference_update(workers)
             self._end(job, error)
             return
-        self.leased.update(workers)
         self._background.spawn(self._work(job, segment))
 
     async def _work(self, job: Job, segment: RunningSegment) -> None:
@@ -309,6 +318,17 @@ class Dispatcher:
                 self._end(job, GangBroken(message))
             else:
                 job.tell(Repaired(request.id, tuple(worker.index for worker in result.lost), job.step))
+        if job.state is JobState.WAITING:
+            self._end_if_hopeless(job)
+
+    def _can_serve(self, job: Job) -> bool:
+        """Whether a gang of a size that suits it is there, or will be when repairs are done."""
+        return any(map(job.view().allows, self.group.sizes))
+
+    def _end_if_hopeless(self, job: Job) -> None:
+        """End a request that waits for a gang that will never be there again."""
+        if job.state is JobState.WAITING and not self._can_serve(job):
+            self._end(job, GangBroken(f"request {job.request.id}: {self.group.failure}"))
 
     def _heard(self, job: Job, progress: Progress) -> None:
         job.progress(progress)
@@ -319,9 +339,9 @@ class Dispatcher:
         """The one place where a request ends."""
         if self.jobs.pop(job.request.id, None) is None:
             return
+        job.end(end)
         self.metrics.ended(job, end)
         self._wake()
-        job.end(end)
         for worker in job.held:
             if (remote := self.group.remote(worker)) is not None:
                 remote.retain(*self.unfinished())

@@ -180,5 +180,7 @@ class Host:
         """Cancel what is unfinished, end the workers, give the bundles back. Idempotent."""
         if not self._closed:
             self._closed = True
-            await self._dispatcher.close()
-            self._placement.release()
+            try:
+                await self._dispatcher.close()
+            finally:
+                self._placement.release()

@@ -121,9 +121,12 @@ class _Actor:
         answer.add_done_callback(_retrieve)
 
         def settle(told: asyncio.Future[Any]) -> None:
+            error = None if told.cancelled() else told.exception()
             if answer.done():
                 return
-            if (error := told.exception()) is None:
+            if told.cancelled():
+                answer.cancel()
+            elif error is None:
                 answer.set_result(told.result())
             else:
                 answer.set_exception(_own_error(error))

@@ -54,6 +54,9 @@ class Owner(Protocol):
     def worker_ready(self, index: int) -> None:
         """There is a worker in this place that can be lent."""
 
+    def beyond_repair(self) -> None:
+        """Some gangs will never be there again: `WorkerGroup.sizes` has fewer, or none."""
+
     def unfinished(self) -> tuple[Collection[int], int]:
         """The numbers of all jobs that are not over, and of the newest that there was."""
 
@@ -84,6 +87,7 @@ class WorkerGroup:
         self._launch, self._owner = launch, owner
         self._members: dict[int, Member] = {}
         self._lost: Counter[int] = Counter()
+        self._beyond_repair: set[int] = set()
         self._groups = aligned_blocks(config.workers, config.sizes)
         self._generations, self._incarnations = itertools.count(), itertools.count()
         self._linking = asyncio.Lock()
@@ -97,11 +101,16 @@ class WorkerGroup:
             ModelNotFound, UnsupportedModel, GangBroken: as the workers do.
         """
         members = await _together(self._bring_up(index) for index in range(self.config.workers))
-        for error in (await self._link()).values():
-            raise error
         for member in members:
             self._background.spawn(self._watch(member))
-            self.healthy.add(member.id.index)
+        for error in (await self._link()).values():
+            raise error
+        self.healthy.update(member.id.index for member in members if self.alive(member.id))
+
+    @property
+    def sizes(self) -> set[int]:
+        """Of the gangs that can be formed, now or when repairs are done."""
+        return {len(group) for group in self._groups if self._beyond_repair.isdisjoint(group)}
 
     @property
     def members(self) -> list[Member]:
@@ -133,7 +142,7 @@ class WorkerGroup:
         self._owner.worker_dead(worker)
         self._lost[index] += 1
         if self._lost[index] > REPAIR_ATTEMPTS:
-            self.failure = f"worker {index} was lost {self._lost[index]} times on end: {cause}"
+            self._give_up([index], f"worker {index} was lost {self._lost[index]} times on end: {cause}")
         else:
             self._background.spawn(self._refill(index, cause, time.monotonic()))
 
@@ -154,17 +163,18 @@ class WorkerGroup:
     async def close(self) -> None:
         """End every worker. Idempotent."""
         self._closing = True
-        await self._background.close()
         for member in self._members.values():
             member.remote.kill()
         self._members.clear()
         self.healthy.clear()
+        await self._background.close()
 
     async def _bring_up(self, index: int) -> Member:
         """Start a worker and load its weights; only then is it a member."""
         remote = self._launch(index)
         try:
-            facts = await asyncio.wait_for(remote.load(), self.config.start_timeout_s)
+            async with asyncio.timeout(self.config.start_timeout_s):
+                facts = await remote.load()
         except BaseException:
             remote.kill()
             raise
@@ -178,17 +188,24 @@ class WorkerGroup:
             members = dict(self._members)
             missing = [g for g in self._groups if g not in self.communicators and members.keys() >= set(g)]
             names = {g: f"{'-'.join(map(str, g))}.{next(self._generations)}" for g in missing if len(g) > 1}
-            works: dict[WorkerId, asyncio.Future[None]] = {}
-            for index, member in members.items():
-                mine = [
+            plans = {
+                members[index].id: [
                     GangMembership(group=group, name=name, rank=group.index(index), world_size=len(group))
                     for group, name in names.items()
                     if index in group
                 ]
-                if mine:
-                    works[member.id] = member.remote.link(mine)
-            ends = await asyncio.gather(*works.values(), return_exceptions=True)
-            failed = {w: end for w, end in zip(works, ends, strict=True) if isinstance(end, Exception)}
+                for index in {index for group in names for index in group}
+            }
+            works = {worker: members[worker.index].remote.link(links) for worker, links in plans.items()}
+            if works:
+                patience_s = self.config.timeout_s * (1 + max(map(len, plans.values())))
+                await asyncio.wait(works.values(), timeout=patience_s)
+            failed: dict[WorkerId, Exception] = {}
+            for worker, work in works.items():
+                if not work.done():
+                    failed[worker] = TimeoutError(f"joined no gang within {patience_s:g} s")
+                elif isinstance(error := work.exception(), Exception):
+                    failed[worker] = error
             for group in missing:
                 gang = [members[index].id for index in group]
                 if all(self.alive(worker) and worker not in failed for worker in gang):
@@ -218,13 +235,13 @@ class WorkerGroup:
             if self.alive(member.id) and index in self.healthy:
                 self.repairs.append(Repair(index, cause, time.monotonic() - died))
             return
-        self.failure = f"worker {index} could not be replaced: {cause}"
+        self._give_up([index], f"worker {index} could not be replaced: {cause}")
 
     async def _rejoin(self, workers: Sequence[WorkerId]) -> None:
         """Let them be lent once they are in all gangs that they can be in."""
         if (cause := await self._link_all()) is not None:
             places = [worker.index for worker in workers]
-            self.failure = f"workers {places} could not form their gangs: {cause}"
+            self._give_up(places, f"workers {places} could not form their gangs: {cause}")
             return
         for worker in workers:
             if self.alive(worker) and worker.index not in self.healthy:
@@ -235,11 +252,12 @@ class WorkerGroup:
         """Hear of the death of a worker at once, and of its silence in time; tell it what it may forget."""
         death = member.remote.until_death()
         try:
-            while not death.done():
+            while not death.done() and not self._closing:
                 await asyncio.wait([death], timeout=HEARTBEAT_S)
                 if not death.done():
                     member.remote.retain(*self._owner.unfinished())
-                    member.memory, _ = await asyncio.wait_for(member.remote.ping(), self.config.silence_s)
+                    async with asyncio.timeout(self.config.silence_s):
+                        member.memory, _ = await member.remote.ping()
             cause = "left"
             await death
         except TimeoutError:
@@ -252,9 +270,15 @@ class WorkerGroup:
             death.cancel()
         self.replace(member.id, cause)
 
+    def _give_up(self, places: Collection[int], cause: str) -> None:
+        """These places are beyond repair, and with them the host, though others may still work."""
+        self.failure = cause
+        self._beyond_repair.update(places)
+        self._owner.beyond_repair()
+
     def _fail(self, error: Exception) -> None:
-        """A background task has ended with an error that nobody thought of."""
-        self.failure = f"the host's own fault: {error!r}"
+        """A background task has ended with an error that nobody thought of: trust no place."""
+        self._give_up(range(self.config.workers), f"the host's own fault: {error!r}")
 
 
 async def _together(works: Iterable[Any]) -> list[Any]:

@@ -19,7 +19,14 @@ pytestmark = pytest.mark.ray
 
 KEY = {"Authorization": "Bearer right"}
 # Whatever is asked for within these is drawn in a moment, and what asks for the defaults is within these.
-LIMITS = {"max_side": 128, "max_pixels": 128 * 128, "max_steps": 25, "max_images": 2, "max_previews": 2}
+LIMITS = {
+    "max_side": 128,
+    "max_pixels": 128 * 128,
+    "max_steps": 25,
+    "max_images": 2,
+    "max_previews": 2,
+    "max_clip_skip": 1,
+}
 PREFIX = "/strict"
 URL = HTTP + PREFIX
 

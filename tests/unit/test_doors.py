@@ -41,6 +41,7 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "num_inference_steps": st.integers(1, LIMITS.max_steps),
     "guidance_scale": st.floats(0.0, LIMITS.max_guidance_scale),
     "num_images": st.integers(1, 3),
+    "clip_skip": st.integers(0, LIMITS.max_clip_skip),
     "seed": st.integers(0, MAX_SEEDS - 3),  # the last image has a seed too
 }
 

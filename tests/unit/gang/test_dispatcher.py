@@ -312,3 +312,71 @@ def test_a_host_that_cannot_be_repaired_does_not_say_that_it_will_be() -> None:
             assert host.dispatcher.repair_s() is None
 
     do(scene())
+
+
+def test_requests_that_wait_for_a_gang_that_will_never_be_end_and_others_are_done() -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            host.fleet.load_raises[1] = RuntimeError("no device")
+            running = host.accept(id="running", gang_size=2, num_inference_steps=60)
+            waiting = host.accept(id="waiting", gang_size=2)
+            small = host.accept(id="small", gang_size=1)
+            await at(running, 10)
+            host.fleet.at(1).die()
+            for hopeless in (running, waiting):
+                with pytest.raises(GangBroken, match="no device"):
+                    await hopeless.ended
+            assert (await small.ended).gang_size == 1
+            with pytest.raises(GangBroken, match="no device"):
+                host.accept(gang_size=2)
+            assert not host.dispatcher.jobs and not host.dispatcher.healthy
+
+    do(scene())
+
+
+def test_a_picture_too_small_for_every_gang_is_refused() -> None:
+    async def scene() -> None:
+        async with FakeHost(4, gang_sizes=(4,), limits={"min_side": 8}) as host:
+            with pytest.raises(InvalidRequest, match="too small") as refused:
+                host.accept(height=16)
+            assert refused.value.param == "height"
+
+    do(scene())
+
+
+def test_closing_ends_though_a_worker_answers_at_that_very_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distriray.gang.worker_group.HEARTBEAT_S", 0.0)
+
+    async def scene() -> None:
+        for turn in range(40):
+            async with FakeHost(2, **opened()) as host:
+                host.accept(num_inference_steps=LONG)
+                await asyncio.sleep(0.0002 * turn)
+            assert not any(worker.alive for worker in host.fleet.launched)
+
+    do(scene())
+
+
+def test_a_link_that_never_ends_costs_its_worker_and_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            stuck = host.fleet.at(1)
+            monkeypatch.setattr(stuck, "link", lambda _: asyncio.get_running_loop().create_future())
+            host.dispatcher.group.reform([member.id for member in host.dispatcher.group.members])
+            await host.whole()
+            assert not stuck.alive and host.dispatcher.healthy
+
+    do(scene())
+
+
+def test_a_request_ends_whatever_becomes_of_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with FakeHost(1) as host:
+
+            def fails(*_: object) -> None:
+                raise ZeroDivisionError
+
+            monkeypatch.setattr(host.dispatcher.metrics, "ended", fails)
+            assert (await host.accept().ended).images
+
+    do(scene())

@@ -19,6 +19,7 @@ class Told:
     """What a crew tells whoever lends its workers."""
 
     def __init__(self) -> None:
+        self.hopeless = 0
         self.out: list[int] = []
         self.dead: list[WorkerId] = []
         self.ready: list[int] = []
@@ -31,6 +32,9 @@ class Told:
 
     def worker_ready(self, index: int) -> None:
         self.ready.append(index)
+
+    def beyond_repair(self) -> None:
+        self.hopeless += 1
 
     def unfinished(self) -> tuple[Collection[int], int]:
         return {3, 5}, 7
@@ -94,6 +98,7 @@ def test_a_worker_that_cannot_be_started_again_fails_the_host() -> None:
             await until(lambda: s.group.failure)
             assert s.group.failure is not None and "no device" in s.group.failure
             assert len(s.fleet.launched) == 2 + REPAIR_ATTEMPTS
+            assert s.told.hopeless == 1 and s.group.sizes == {1}
 
     do(scene())
 
