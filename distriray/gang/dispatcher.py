@@ -90,6 +90,11 @@ class Dispatcher:
         """Workers that can be lent now."""
         return self.group.healthy - self.leased
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for workers."""
+        return sum(job.state is JobState.WAITING for job in self.jobs.values())
+
     def view(self) -> HostView:
         """What a policy, or a router, may know now."""
         breaking = {w for job in self.jobs.values() if job.breaking for w in job.workers or ()}
@@ -126,11 +131,10 @@ class Dispatcher:
         if request.model not in (None, self.config.model.name):
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
         request, max_gang = admit(request, self.config, self.facts)
-        waiting = sum(job.state is JobState.WAITING for job in self.jobs.values())
-        if waiting >= self.config.max_queue:
+        if self.waiting >= self.config.max_queue:
             self.metrics.refused()
             raise QueueFull(
-                f"{waiting} requests wait, which is the limit; try again in {self.backlog_s():.1f} s",
+                f"{self.waiting} requests wait, which is the limit; try again in {self.backlog_s():.1f} s",
                 max(0.1, self.backlog_s()),
             )
         return self._queue(request, max_gang)
@@ -150,9 +154,8 @@ class Dispatcher:
         job = Job(request, max_gang, self._accepted)
         if not self._can_serve(job):
             raise GangBroken(f"no gang here can serve this any more: {self.group.failure}")
-        waiting = sum(other.state is JobState.WAITING for other in self.jobs.values())
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
-        job.tell(Queued(request.id, waiting, self.backlog_s() if waiting else 0.0))
+        job.tell(Queued(request.id, self.waiting, self.backlog_s() if self.waiting else 0.0))
         self.jobs[request.id] = job
         self._wake()
         return job
@@ -175,6 +178,7 @@ class Dispatcher:
             self._background.soon(self._decide)
 
     def _decide(self) -> None:
+        """Carry out what the policy plans now; its errors, like all in the background, fail the host."""
         self._waking = False
         if self._review is not None:
             self._review.cancel()
@@ -185,18 +189,13 @@ class Dispatcher:
         view = self.view()
         if not view.requests:
             return
-        try:
-            todo = moves(view, self.policy.plan(view, self.speed.model))
-        except Exception as error:
-            self._fail(error)
-            return
+        todo = moves(view, self.policy.plan(view, self.speed.model))
         for name in todo.yields:
             if self.jobs[name].yield_():
                 self._stop(self.jobs[name], StopSignal.YIELD)
         for name, workers in todo.starts.items():
             if missing := set(workers) - self.free:
-                self._fail(WorkersUnavailable(f"workers {sorted(missing)} are leased or dead"))
-                return
+                raise WorkersUnavailable(f"workers {sorted(missing)} are leased or dead")
             self._start(self.jobs[name], workers)
         if todo.starts:
             self._tell_levels()
@@ -208,7 +207,7 @@ class Dispatcher:
         running = [job for job in self.jobs.values() if job.workers]
         self.speed.busy(sum(map(self._at_work, running)))
         self.metrics.level(
-            waiting=len(self.jobs) - len(running),
+            waiting=self.waiting,
             running=len(running),
             free=len(self.free),
             busy=sum(len(job.workers or ()) for job in running),
