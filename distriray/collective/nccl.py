@@ -6,7 +6,7 @@ import contextlib
 import struct
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,10 +30,14 @@ class NcclWork:
 
     `wait` orders the current stream behind it and returns. A failure that comes later shows in `broken` and
     in every later call: after bringing received values to the host, call `check` before trusting them.
+
+    The work holds its tensors, so that the allocator cannot give their memory away under a transfer: until
+    the current stream is behind it, or it is over.
     """
 
-    def __init__(self, owner: NcclCommunicator, peers: list[int]) -> None:
+    def __init__(self, owner: NcclCommunicator, peers: list[int], messages: list[Message]) -> None:
         self._owner = owner
+        self._messages = messages
         self.peers = peers
         self.begun = torch.cuda.Event()
         self.done = torch.cuda.Event()
@@ -42,6 +46,7 @@ class NcclWork:
     def wait(self) -> None:
         self._owner.check()
         torch.cuda.current_stream(self._owner.device).wait_event(self.done)
+        self._messages = []
 
 
 class NcclCommunicator(BackendCommunicator):
@@ -70,12 +75,13 @@ class NcclCommunicator(BackendCommunicator):
         self._calling = threading.Lock()
         self._called: tuple[float, list[int]] | None = None
         self._pending: deque[NcclWork] = deque()
-        self._stream = torch.cuda.Stream(self.device)
+        self._over: deque[NcclWork] = deque()
+        self._stream = _take_stream(self.device)
         self._closing = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="distriray-nccl-watchdog", daemon=True)
         try:
             self._communicator = self._start(self._agree_on_identity(control))
-        except GangBroken:
+        except BaseException:
             control.close()
             raise
         self._lifeline = Lifeline(control, self._fail)
@@ -86,8 +92,9 @@ class NcclCommunicator(BackendCommunicator):
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> NcclWork:
         incoming = as_messages(receives, self.rank, self.world_size, self.device)
         outgoing = as_messages(sends, self.rank, self.world_size, self.device)
-        work = NcclWork(self, sorted({*receives, *sends}))
+        work = NcclWork(self, sorted({*receives, *sends}), [*incoming, *outgoing])
         stream = self._stream
+        self._over.clear()  # here, since freeing events can hang with the device, and the watchdog must not
         cause = None
         with self._calling, torch.cuda.device(self.device):
             self.check()
@@ -102,8 +109,6 @@ class NcclCommunicator(BackendCommunicator):
             work.done.record(stream)
         if cause is not None:
             raise self._fail(cause)
-        for _, data in (*incoming, *outgoing):
-            data.record_stream(stream)  # the allocator must not give it away while the stream uses it
         self._bytes_sent += sum(data.numel() for _, data in outgoing)
         self._pending.append(work)
         return work
@@ -134,9 +139,11 @@ class NcclCommunicator(BackendCommunicator):
     def _agree_on_identity(self, control: GlooCommunicator) -> bytes:
         """NCCL's unique id, made by rank 0."""
         if self.rank == 0:
-            identity = torch.tensor(
-                [number & 0xFF for number in self._nccl.get_unique_id()], dtype=torch.uint8
-            )
+            try:
+                numbers = self._nccl.get_unique_id()
+            except Exception as error:
+                raise GangBroken(f"NCCL finds no way to its peers: {error!r}") from error
+            identity = torch.tensor([number & 0xFF for number in numbers], dtype=torch.uint8)
             control.exchange(dict.fromkeys(self.peers, identity), {}).wait()
         else:
             identity = torch.empty(128, dtype=torch.uint8)
@@ -164,10 +171,14 @@ class NcclCommunicator(BackendCommunicator):
         return result[0]
 
     def _greet(self) -> None:
-        """Exchange one byte with every peer: NCCL connects each pair at its first transfer."""
-        hellos = [torch.ones(1, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
+        """Exchange one byte with every peer: NCCL connects each pair at its first transfer.
+
+        On a stream of its own, so that this does not wait for what the device has been given to compute.
+        """
         try:
-            all_gather(self, hellos)
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                hello = torch.ones(self.world_size, 1, dtype=torch.uint8, device=self.device)
+                all_gather(self, hello.unbind())
             self._await(self._stream.query, self._timeout_s, "exchange the first byte")
         except GangBroken:
             self.close()
@@ -192,8 +203,12 @@ class NcclCommunicator(BackendCommunicator):
         finally:
             if locked:
                 self._calling.release()
+        self._pending.clear()  # nothing is in flight any more
+        _give_back(self._stream)
 
     def _watch(self) -> None:
+        # A new thread is on GPU 0, and asking an event there would give this process a context on it.
+        torch.cuda.set_device(self.device)
         while not self.broken and not self._closing.wait(WATCH_INTERVAL_S):
             cause = self._complaint()
             if cause is not None:
@@ -206,7 +221,7 @@ class NcclCommunicator(BackendCommunicator):
             return f"ranks {called[1]} did not connect within {self._timeout_s:g} s"
         try:
             while self._pending and self._pending[0].done.query():
-                self._pending.popleft()
+                self._over.append(self._pending.popleft())
             if self._pending and self._pending[0].begun.query():
                 oldest = self._pending[0]
                 oldest.begun_at = oldest.begun_at or now
@@ -226,6 +241,21 @@ def join(rendezvous: Rendezvous) -> NcclCommunicator:
     """Connect the ranks over gloo first, which carries NCCL's id and then watches over the processes."""
     load_nccl()  # before anybody waits for this rank
     return NcclCommunicator(gloo.join(rendezvous), rendezvous.device, rendezvous.timeout_s)
+
+
+_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other communicator of this process uses, whose kernels go before computing ones.
+
+    Torch deals 32 streams in turn, so taking a new one each time would let two gangs share one in the end.
+    """
+    return _idle_streams[device].pop() if _idle_streams[device] else torch.cuda.Stream(device, priority=-1)
+
+
+def _give_back(stream: torch.cuda.Stream) -> None:
+    _idle_streams[stream.device].append(stream)
 
 
 def _for_cupy(identity: bytes) -> bytes | tuple[int, ...]:

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 from distriray.collective import BACKENDS, Communicator, all_gather, connect
 from distriray.collective.lifeline import Lifeline
 from distriray.errors import GangBroken, GangMismatch
+from tests.distributed.gpus import gpu_of
 from tests.distributed.ranks import Ranks, free_address, run_processes
 
 pytestmark = pytest.mark.distributed
@@ -30,10 +31,9 @@ DTYPES = [
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64),
 ]
 HAS_CUPY = find_spec("cupy") is not None
-ENOUGH_GPUS = torch.cuda.device_count() >= 2 and HAS_CUPY
+HAS_GPU = torch.cuda.is_available() and HAS_CUPY
 NCCL = pytest.param(
-    "nccl",
-    marks=[pytest.mark.gpu, pytest.mark.skipif(not ENOUGH_GPUS, reason="needs two NVIDIA GPUs and CuPy")],
+    "nccl", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU and CuPy")]
 )
 _names = count()
 
@@ -51,7 +51,7 @@ def gang(served: str) -> dict[str, Any]:
 
 
 def size(backend: str) -> int:
-    return {"local": 1, "gloo": 3}.get(backend) or min(torch.cuda.device_count(), 4)
+    return {"local": 1, "gloo": 3}.get(backend) or max(2, min(torch.cuda.device_count(), 4))
 
 
 def device_type(backend: str) -> str:
@@ -63,7 +63,7 @@ with_peers = pytest.mark.parametrize("backend", ["gloo", NCCL])
 
 
 def join(backend: str, rank: int, world_size: int, gang: dict[str, Any], **changes: Any) -> Communicator:
-    device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+    device = gpu_of(rank, world_size) if backend == "nccl" else "cpu"
     return connect(backend, rank=rank, world_size=world_size, device=device, **{**gang, **changes})
 
 

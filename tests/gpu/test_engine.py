@@ -1,0 +1,183 @@
+"""The engine, the decoder and the denoiser on an NVIDIA GPU: ranks in lock-step, and over NCCL.
+
+NCCL's ranks are held against those in lock-step bit for bit, since both do the same arithmetic on the same
+device. One GPU is enough; nothing here says anything about speed.
+"""
+
+from __future__ import annotations
+
+import random
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.denoise import Denoiser, DenoiseState
+from distriray.requests import SamplingParams
+from tests.distributed.cases import PIPELINES, Case, call
+from tests.distributed.gpus import gpu_of
+from tests.distributed.ranks import run_processes
+from tests.models import tiny_sdxl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+needs_nccl = pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy")
+
+CASES = [
+    Case(config={"exchange": "sync", "cfg_parallel": False}),
+    Case(config={"warmup_steps": 1, "cfg_parallel": False}),
+    Case(config={"warmup_steps": 1, "cfg_parallel": False, "prediction": {"halos": 0.5, "keys_values": 0.5}}),
+    Case(images=3, config={"warmup_steps": 2, "group_norm": "corrected", "cfg_parallel": False}),
+    Case(height=264, scheduler="euler", config={"warmup_steps": "auto", "cfg_parallel": False}),
+    Case(config={"warmup_steps": 0, "cfg_parallel": True}),
+]
+SLEEPS = (0, 0, 200_000, 5_000_000)
+"""Clock cycles by which a transfer is made to come late; a tenth of a millisecond and some."""
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    found, wanted = found.float().cpu(), wanted.float().cpu()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+# -------------------------------------------------------------------------------------- against diffusers
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("model", ["sdxl", "sd15"])
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)], ids=str
+)
+def test_synchronous_gangs_draw_what_one_device_draws(
+    model: str, dtype: torch.dtype, most: float, ranks: int
+) -> None:
+    case = Case(model, height=328, steps=6, scheduler="euler", config={"exchange": "sync"})
+    wanted = call(PIPELINES[model](), case)
+    alone = distance(call(PIPELINES[model]().to("cuda", dtype), case), wanted)
+
+    def rank(communicator: Communicator) -> torch.Tensor:
+        pipeline = PIPELINES[model]().to(communicator.device, dtype)
+        return call(parallelize(pipeline, communicator, ParallelConfig(**case.config)), case)
+
+    found = run_in_lockstep(ranks, rank, "cuda")
+    assert all(torch.equal(found[0], other) for other in found)
+    assert distance(found[0], wanted) < most
+    assert distance(found[0], wanted) < 2 * alone + 1e-5, alone
+
+
+# ------------------------------------------------------------------------------------------- over NCCL
+
+
+def results(communicator: Communicator, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Latents and pictures of all cases, on the CPU."""
+    torch.backends.cudnn.allow_tf32 = False
+    pipeline = tiny_sdxl().to(communicator.device, dtype)
+    found = []
+    for case in CASES:
+        parallelize(pipeline, communicator, ParallelConfig(**case.config))
+        found.append(call(pipeline, case).cpu())
+        picture = pipeline(
+            "a lake at dusk",
+            height=case.height,
+            width=case.width,
+            num_inference_steps=2,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(1),
+        ).images
+        found.append(picture.cpu())
+    return found
+
+
+def _over_nccl(
+    rank: int, world_size: int, address: str, dtype: torch.dtype, late: bool
+) -> list[torch.Tensor]:
+    device = gpu_of(rank, world_size)
+    torch.cuda.set_device(device)
+    communicator = connect(
+        "nccl", rank=rank, world_size=world_size, address=address, device=device, timeout_s=60.0
+    )
+    if late:
+        _make_late(communicator, random.Random(rank))
+    try:
+        return results(communicator, dtype)
+    finally:
+        communicator.close()
+
+
+def _make_late(communicator: Any, dice: random.Random) -> None:
+    """Let transfers begin late, and what follows them: an order that nothing enforces then breaks."""
+    enqueue, stream = communicator._enqueue, communicator._stream
+
+    def enqueue_late(*messages: Any) -> None:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(dice.choice(SLEEPS))
+        if dice.random() < 0.3:
+            torch.cuda._sleep(3_000_000)
+        enqueue(*messages)
+
+    communicator._enqueue = enqueue_late
+
+
+@needs_nccl
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "late"),
+    [
+        (2, torch.float32, False),
+        (2, torch.float16, False),
+        (2, torch.float16, True),
+        (4, torch.float16, False),
+    ],
+    ids=str,
+)
+def test_a_gang_over_nccl_draws_what_ranks_in_lockstep_draw(
+    ranks: int, dtype: torch.dtype, late: bool
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    wanted = run_in_lockstep(ranks, lambda communicator: results(communicator, dtype), "cuda")
+    work = (f"127.0.0.1:{store.port}", dtype, late)
+    found = run_processes(ranks, _over_nccl, *work, device_type="cuda", timeout_s=240.0)
+    for ours, theirs in zip(found, wanted, strict=True):
+        for index, (here, there) in enumerate(zip(ours, theirs, strict=True)):
+            assert torch.isfinite(here).all(), index
+            assert torch.equal(here, there), (index, distance(here, there))
+
+
+# ------------------------------------------------------------------------------- step by step, regrouped
+
+
+def test_a_state_moves_between_gangs_on_the_gpu() -> None:
+    params = SamplingParams(prompt="a lake at dusk", seed=7, num_inference_steps=6, height=128, width=96)
+    config = ParallelConfig(exchange="sync")
+
+    def steps(count: int, blob: bytes | None) -> Any:
+        def rank(communicator: Communicator) -> tuple[bytes, torch.Tensor]:
+            pipeline = parallelize(tiny_sdxl().to(communicator.device), communicator, config)
+            denoiser = Denoiser(pipeline)
+            state = (
+                denoiser.prepare(params)
+                if blob is None
+                else DenoiseState.from_bytes(blob).to(communicator.device)
+            )
+            for _ in range(count):
+                denoiser.step(state)
+            return state.to_bytes(), state.latents.cpu()
+
+        return rank
+
+    whole = run_in_lockstep(1, steps(6, None), "cuda")[0][1]
+    blob = run_in_lockstep(2, steps(2, None), "cuda")[1][0]
+    blob = run_in_lockstep(4, steps(2, blob), "cuda")[3][0]
+    moved = run_in_lockstep(1, steps(2, blob), "cuda")[0][1]
+    assert distance(moved, whole) < 1e-4
