@@ -53,6 +53,8 @@ class ParallelConfig(BaseModel):
             the unconditional and the conditional pass. `auto` does so whenever gang and batch are even.
         parallel_vae: the ranks decode the picture together, each its own rows, exactly; all of them must ask
             for the picture then. Otherwise, and where the VAE cannot be cut, every rank decodes all of it.
+        cuda_graphs: on a GPU, launch a step that was met before as a few CUDA graphs rather than kernel by
+            kernel; elsewhere nothing changes.
         max_buffer_bytes: bound on exchange buffers kept for shapes not in use.
     """
 
@@ -65,4 +67,5 @@ class ParallelConfig(BaseModel):
     prediction: Prediction = Prediction()
     cfg_parallel: bool | Literal["auto"] = "auto"
     parallel_vae: bool = True
+    cuda_graphs: bool = True
     max_buffer_bytes: Annotated[int, Field(ge=0)] = 4 * 2**30

@@ -90,6 +90,7 @@ class NcclCommunicator(BackendCommunicator):
         self._greet()
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> NcclWork:
+        self.check()  # before the lock, which an abort may hold for a while
         incoming = as_messages(receives, self.rank, self.world_size, self.device)
         outgoing = as_messages(sends, self.rank, self.world_size, self.device)
         work = NcclWork(self, sorted({*receives, *sends}), [*incoming, *outgoing])

@@ -21,12 +21,12 @@ class PatchContext:
         step: the step that layers exchange in; None outside a call and in a gang of one, where they behave
             as the layers that they replace.
         group_norm: whose statistics a group norm uses in a displaced step.
-        text_epoch: changes when cached text keys and values are no longer valid.
+        new_text: whether text keys and values that layers have cached are no longer valid.
     """
 
     step: Step | None = None
     group_norm: GroupNormMode = "stale"
-    text_epoch: int = 0
+    new_text: bool = True
 
     @contextmanager
     def during(self, step: Step | None) -> Iterator[None]:

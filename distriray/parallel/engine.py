@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Gathered
+from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, fingerprint
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.new_image import NewImageDetector
@@ -101,12 +102,19 @@ class Engine:
         self._first_step = 0
         self._branches: dict[Hashable, Branch] = {}
         self._text_epochs = 0
+        self._cached_text = 0
+        self._graph_maker: GraphMaker | None = None
+        self._graphs: StepGraphs | None = None
+        self._graphs_of_call: StepGraphs | None = None
+        self._captured: Hashable = None
 
     # What a user or a worker calls
 
     def install(self) -> None:
         """Replace the network's current forward, hooks included."""
         self.network.replace_forward(self.forward)
+        compute = self.network.forward
+        self.network.forward = lambda *args, **kwargs: self._compute(compute, args, kwargs)
 
     def watch_scheduler(self, pipeline: Any) -> None:
         """Treat a new `timesteps` tensor on this pipeline's scheduler as the start of an image."""
@@ -121,12 +129,20 @@ class Engine:
         self.communicator = communicator
         self.config = config
         self.context.group_norm = config.group_norm
+        captures = config.cuda_graphs and communicator.device.type == "cuda"
+        self.capture_with(CudaGraphs(communicator.device) if captures else None)
         if self.decoder is not None:
             together = config.parallel_vae and communicator.world_size > 1
             self.decoder.communicator = communicator if together else None
         self.generation += 1
         self._gather = None
         self.start_image()
+
+    def capture_with(self, maker: GraphMaker | None) -> None:
+        """Let later steps be graphs that `maker` makes; none if it is None."""
+        self._exchanges.clear()
+        self._graph_maker = maker
+        self._graphs = self._new_graphs()
 
     def start_image(self, at_step: int = 0) -> None:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
@@ -219,7 +235,8 @@ class Engine:
         if branch.fresh_start or signs.new_text:
             self._text_epochs += 1
             branch.text_epoch = self._text_epochs
-        self.context.text_epoch = branch.text_epoch
+        self.context.new_text = branch.text_epoch != self._cached_text
+        self._cached_text = branch.text_epoch
         return branch
 
     def _prepare_image(self, call: Call, branch: Branch) -> None:
@@ -229,6 +246,22 @@ class Engine:
             self._exchanges.clear()
             for begun in self._branches.values():
                 begun.exchange = None
+        if self._graphs is not None and (now := fingerprint(self.network.module)) != self._captured:
+            self._captured = now
+            self._graphs.clear()
+            self._exchanges.drop_graphs()
+
+    def _new_graphs(self) -> StepGraphs | None:
+        return None if self._graph_maker is None else StepGraphs(self._graph_maker)
+
+    def _compute(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The network's own forward, by graphs where steps like this one were captured."""
+        step, graphs = self.context.step, self._graphs_of_call
+        kind = "alone" if step is None else step.kind
+        if graphs is None or kind is None:
+            return compute(*args, **kwargs)
+        modes = (self.context.new_text, self.context.group_norm, torch.is_inference_mode_enabled())
+        return graphs.run((kind, *modes), compute, step, args, kwargs)
 
     def _share(self, call: Call) -> Share:
         rank = self.communicator.rank
@@ -242,6 +275,7 @@ class Engine:
         config, before = self.config, branch.exchange
         if share.partition.world_size == 1 or config.exchange == "none":
             branch.exchange = None
+            self._graphs_of_call = self._graphs
             return nullcontext()
         # Buffers made in inference mode cannot be written outside it.
         inference = torch.is_inference_mode_enabled()
@@ -249,8 +283,16 @@ class Engine:
         key = branch.exchange = (call.branch, part, share.partition, call.sample.dtype, inference)
         follows = not branch.fresh_start and key == before
         exchange = self._exchanges.use(
-            key, lambda: Exchange(share.communicator, share.partition, config, self.bucket_count)
+            key,
+            lambda: Exchange(
+                share.communicator,
+                share.partition,
+                config,
+                self.bucket_count,
+                self._new_graphs(),
+            ),
         )
+        self._graphs_of_call = exchange.graphs
         if not follows:
             in_use = {branch.exchange for branch in self._branches.values()}
             self._exchanges.restart(but=in_use - {key})

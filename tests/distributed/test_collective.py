@@ -208,7 +208,9 @@ def _views(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> No
         alone.exchange({1: torch.zeros(1)}, {})
     communicator.exchange({}, {}).wait()
     if world_size > 1:  # nobody breaks the parent while others still use it
-        all_gather(communicator, list(torch.zeros(world_size, 1, device=communicator.device))).wait()
+        tensors = list(torch.zeros(world_size, 1, device=communicator.device))
+        all_gather(communicator, tensors).wait()
+        assert not any(tensor.item() for tensor in tensors)  # on a GPU waiting does not wait, reading does
     alone.abort()
     assert communicator.broken and backwards.broken
 

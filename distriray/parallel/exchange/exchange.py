@@ -17,6 +17,7 @@ from distriray.parallel.exchange.memory import Forgetting, Memory, Recording, Re
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.exchange.steps import DisplacedStep, Step, SynchronousStep
+from distriray.parallel.graphs import StepGraphs
 from distriray.parallel.partition import Partition
 
 # Messages of a bucket have the time between its last slot and its first one, a step later, to arrive: the
@@ -32,6 +33,7 @@ class Exchange:
         partition: who owns which rows.
         config: the mode and the prediction.
         bucket_count: buckets a step; fewer where there are fewer slots.
+        graphs: where its steps are captured, if they are.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Exchange:
         partition: Partition,
         config: ParallelConfig,
         bucket_count: int = BUCKETS,
+        graphs: StepGraphs | None = None,
     ) -> None:
+        self.graphs = graphs
         self._patch = Patch(communicator, partition)
         self._config = config
         self._bucket_count = bucket_count
@@ -99,7 +103,9 @@ class Exchange:
 
     def _record(self, slots: list[Slot], values: list[Values]) -> Recording:
         self._buckets = None
-        self._patch.drop_padded()
+        if self.graphs is not None:
+            self.graphs.clear()
+        self._patch.drop_buffers()
         return Recording(self._lay_out, slots, values)
 
     def _lay_out(self, slots: list[Slot], values: list[Values]) -> Buckets:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,17 @@ class Memory(ABC):
     def keep(self, everyone: Values) -> None:
         """Keep what the expected slot has moved."""
 
+    borrows: ClassVar[bool] = True
+    """Whether what it keeps may be overwritten after `keep`."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal where the same is done with what is moved; None where no other step does that."""
+        return None
+
+    def skip(self) -> None:  # noqa: B027 - most need nothing
+        """Let all slots be kept: graphs stand for the layers."""
+
     @abstractmethod
     def end(self) -> Buckets | None:
         """End the step; return the buckets that hold its values, None if nothing does."""
@@ -43,6 +55,10 @@ class Memory(ABC):
 
 class Forgetting(Memory):
     """Keeps nothing: no step is displaced."""
+
+    @property
+    def kind(self) -> Hashable:
+        return "forgetting"
 
     def expect(self, slot: Slot) -> Memory:
         return self
@@ -61,6 +77,8 @@ class Recording(Memory):
         lay_out: makes buckets for slots and fills them with values, which it takes out of the list.
         slots, values: those that were moved already.
     """
+
+    borrows = False
 
     def __init__(
         self, lay_out: Callable[[list[Slot], list[Values]], Buckets], slots: list[Slot], values: list[Values]
@@ -109,6 +127,13 @@ class Refilling(Memory):
     @property
     def drift(self) -> float:
         return (self._change / self._magnitude) ** 0.5 if self._magnitude else float("inf")
+
+    @property
+    def kind(self) -> Hashable:
+        return "refilling" if self._measured is None else None
+
+    def skip(self) -> None:
+        self._index = len(self._buckets.slots)
 
     def expect(self, slot: Slot) -> Memory:
         if not self._buckets.has(self._index, slot):

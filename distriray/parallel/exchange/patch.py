@@ -23,12 +23,14 @@ class Patch:
         self.partition = partition
         self.rank = communicator.rank
         self._padded: dict[tuple[object, ...], PaddedPatch] = {}
+        self._scratch: dict[tuple[object, ...], torch.Tensor] = {}
         self._shares: dict[torch.Size, torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
-        """Memory of the padded inputs."""
-        return sum(padded.whole.nbytes for padded in self._padded.values())
+        """Memory of the padded inputs and of what steps scribble on."""
+        padded = sum(padded.whole.nbytes for padded in self._padded.values())
+        return padded + sum(scratch.nbytes for scratch in self._scratch.values())
 
     def padded(self, input: torch.Tensor, window: Window) -> PaddedPatch:
         """The buffer between whose halo rows `input` goes, one for all layers that are alike.
@@ -42,9 +44,18 @@ class Patch:
             padded = self._padded[key] = PaddedPatch(self.partition, self.rank, input, window)
         return padded
 
-    def drop_padded(self) -> None:
-        """Give the memory of the padded inputs back."""
+    def scratch(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """A buffer that the next layer which asks for this shape overwrites."""
+        key = (shape, like.dtype, like.device)
+        scratch = self._scratch.get(key)
+        if scratch is None:
+            scratch = self._scratch[key] = like.new_empty(shape)
+        return scratch
+
+    def drop_buffers(self) -> None:
+        """Give the memory of the padded inputs and of the scratch back."""
         self._padded.clear()
+        self._scratch.clear()
 
     def shares(self, input: torch.Tensor) -> torch.Tensor:
         """Every rank's share of the rows at the level of `input`, float32 (ranks, 1, 1)."""

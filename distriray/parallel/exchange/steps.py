@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable, Hashable
+from typing import ClassVar, Self
 
 import torch
 
@@ -17,6 +18,7 @@ from distriray.parallel.exchange.bucket import Bucket, Buckets
 from distriray.parallel.exchange.memory import LAYERS_CHANGED, Memory
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.graphs import Recorder
 from distriray.parallel.partition import Window
 
 
@@ -26,11 +28,13 @@ class Step(ABC):
     Attributes:
         displaced: whether layers read what the peers sent one step ago, rather than fresh values.
         wait_s: seconds that this rank has waited for its peers.
+        recorder: of the graphs that the layers are being captured into, if they are.
     """
 
     displaced: ClassVar[bool]
 
     def __init__(self, patch: Patch) -> None:
+        self.recorder: Recorder | None = None
         self.rank = patch.rank
         self.wait_s = 0.0
         self._patch = patch
@@ -80,6 +84,15 @@ class Step(ABC):
             Both, (batch, tokens of all ranks, channels).
         """
 
+    @property
+    @abstractmethod
+    def kind(self) -> Hashable:
+        """What layers do in it besides what follows from their inputs; None where no other step does that."""
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Let all slots be over: graphs stand for the layers."""
+
     @abstractmethod
     def end(self) -> Buckets | None:
         """End the step; return the buckets for the next one, None if nothing is kept."""
@@ -92,8 +105,15 @@ class Step(ABC):
         """Everyone's fresh `own`, (ranks, *shape of `own`): no slot, whatever the step."""
         everyone = own.new_empty((self._patch.communicator.world_size, *own.shape))
         everyone[self.rank] = own
-        self._await(all_gather(self._patch.communicator, everyone.unbind()))
+        self._talk(lambda step: step._await(all_gather(step._patch.communicator, everyone.unbind())))
         return everyone
+
+    def _talk(self, action: Callable[[Self], None]) -> None:
+        """Say something to the peers: now, or in every replay of the graphs that are being captured."""
+        if self.recorder is None:
+            action(self)
+        else:
+            self.recorder.between(action)
 
     def _await(self, work: Work) -> None:
         started = time.perf_counter()
@@ -128,7 +148,7 @@ class SynchronousStep(Step):
         self._memory = self._memory.expect(padded.slot)
         received = {peer: input.new_empty(shape) for peer, shape in padded.slot.receive}
         sends = {peer: rows.contiguous() for peer, rows in padded.sends(input).items()}
-        self._await(self._patch.communicator.exchange(sends, received))
+        self._talk(lambda step: step._await(step._patch.communicator.exchange(sends, received)))
         whole = padded.fill(input, received)
         self._memory.keep(received)
         return whole
@@ -136,13 +156,21 @@ class SynchronousStep(Step):
     def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(key)
         self._memory = self._memory.expect(slot)
-        everyone = key.new_empty((sum(slot.extents), *slot.send[0][1][1:]))
+        shape = (sum(slot.extents), *slot.send[0][1][1:])
+        everyone = self._patch.scratch(shape, key) if self._memory.borrows else key.new_empty(shape)
         parts = everyone.split(slot.extents)
         own = parts[self.rank]
         own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
-        self._await(all_gather(self._patch.communicator, parts))
+        self._talk(lambda step: step._await(all_gather(step._patch.communicator, parts)))
         self._memory.keep(dict(enumerate(parts)))
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
+
+    @property
+    def kind(self) -> Hashable:
+        return self._memory.kind
+
+    def skip(self) -> None:
+        self._memory.skip()
 
     def end(self) -> Buckets | None:
         return self._memory.end()
@@ -193,23 +221,29 @@ class DisplacedStep(Step):
         self._leave(bucket)
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 
+    @property
+    def kind(self) -> Hashable:
+        return "displaced"
+
+    def skip(self) -> None:
+        self._index = len(self._buckets.slots)
+        self._complete = self._buckets[self._index - 1]
+
     def end(self) -> Buckets:
-        self._launch_complete()
+        self._turn(self._complete, None)
         if self._index < len(self._buckets.slots):
             raise RuntimeError(LAYERS_CHANGED)
         return self._buckets
 
     def _enter(self, slot: Slot) -> Bucket:
         """The bucket of the next slot, ready to be read."""
-        self._launch_complete()
         if not self._buckets.has(self._index, slot):
             raise RuntimeError(LAYERS_CHANGED)
         bucket = self._buckets[self._index]
-        if self._index == bucket.first:
-            started = time.perf_counter()
-            bucket.wait()
-            self.wait_s += time.perf_counter() - started
-            bucket.predict(self._predicts)
+        complete, self._complete = self._complete, None
+        entered = bucket if self._index == bucket.first else None
+        if complete is not None or entered is not None:
+            self._talk(lambda step: step._turn(complete, entered))
         return bucket
 
     def _leave(self, bucket: Bucket) -> None:
@@ -217,11 +251,15 @@ class DisplacedStep(Step):
             self._complete = bucket
         self._index += 1
 
-    def _launch_complete(self) -> None:
-        """Send the bucket whose last slot is over.
+    def _turn(self, complete: Bucket | None, entered: Bucket | None) -> None:
+        """Send the bucket whose last slot is over, and wait for the one whose first slot begins.
 
-        Not earlier: its messages are received into the buffers that this slot's layer was still reading.
+        Not earlier: messages are received into the buffers that the layer of the last slot was still reading.
         """
-        if self._complete is not None:
-            self._complete.launch()
-            self._complete = None
+        if complete is not None:
+            complete.launch()
+        if entered is not None:
+            started = time.perf_counter()
+            entered.wait()
+            self.wait_s += time.perf_counter() - started
+            entered.predict(self._predicts)

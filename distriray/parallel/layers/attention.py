@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
@@ -100,20 +101,27 @@ class PatchSpatialAttention(PatchSelfAttention):
 
 
 class CachedCrossAttention(_Processor):
-    """Cross-attention whose text keys and values are computed once per image."""
+    """Cross-attention whose text keys and values are computed once per image.
+
+    Those of one shape stay in the same tensors, where graphs of captured steps find them.
+    """
 
     def __init__(self, context: PatchContext | None = None) -> None:
         super().__init__()
         self.context = context
-        self._epoch: int | None = None
-        self._text: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._text: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.context is None or text is None:
             return None
-        if self._text is None or self._epoch != self.context.text_epoch:
-            self._text = attn.to_k(text), attn.to_v(text)
-            self._epoch = self.context.text_epoch
-        return self._text
+        # Tensors made in inference mode cannot be written outside it.
+        of = (text.shape, text.dtype, text.device, torch.is_inference_mode_enabled())
+        if of not in self._text:
+            self._text[of] = attn.to_k(text), attn.to_v(text)
+        elif self.context.new_text:
+            key, value = self._text[of]
+            key.copy_(attn.to_k(text))
+            value.copy_(attn.to_v(text))
+        return self._text[of]

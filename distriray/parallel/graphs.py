@@ -1,0 +1,236 @@
+"""Steps of a network as CUDA graphs, cut where ranks talk to each other.
+
+A step of a network is thousands of kernels, and a host launches them more slowly than a GPU runs them. A
+graph launches all of them at once. Transfers between ranks stay outside, so a graph never waits for a peer
+and holds no communicator: a step is a few graphs in a row, with what is said to the peers in between
+(docs/decisions/graphs-between-messages.md).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from distriray.errors import UnsupportedModel
+
+Between = Callable[[Any], None]
+"""Something that is done between two graphs, to the step that is under way."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+MOST_GRAPHS = 16
+"""Steps of one shape that are kept as graphs; those used longest ago go first."""
+
+
+class Graph(Protocol):
+    """What a device is given to do between `capture_begin` and `capture_end`, as often as it is replayed."""
+
+    def capture_begin(self, pool: Any = ...) -> None: ...
+
+    def capture_end(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+
+class GraphMaker(Protocol):
+    """Where graphs come from: a device's own (`CudaGraphs`), or a stand-in for it."""
+
+    def capturing(self) -> Any:
+        """The context in which graphs are captured."""
+
+    def new(self) -> tuple[Graph, dict[str, Any]]:
+        """A graph, and the arguments with which its capture begins."""
+
+
+class CudaGraphs:
+    """Graphs of one GPU, whose tensors share one pool of memory, since no two are replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def new(self) -> tuple[Graph, dict[str, Any]]:
+        # Other threads, such as a watchdog that asks events, may go on calling CUDA meanwhile.
+        return torch.cuda.CUDAGraph(), {"pool": self._pool, "capture_error_mode": "thread_local"}
+
+
+class Recorder:
+    """The pieces of a step that is being captured."""
+
+    def __init__(self, maker: GraphMaker) -> None:
+        self.pieces: list[tuple[Graph, Between | None]] = []
+        self._maker = maker
+        self._begin()
+
+    def between(self, action: Between) -> None:
+        """Do `action` here in every replay, and nothing now."""
+        self._graph.capture_end()
+        self.pieces.append((self._graph, action))
+        self._begin()
+
+    def end(self) -> None:
+        self._graph.capture_end()
+        self.pieces.append((self._graph, None))
+
+    def _begin(self) -> None:
+        self._graph, arguments = self._maker.new()
+        self._graph.capture_begin(**arguments)
+
+
+class StepGraph:
+    """One step, captured: `forward(*args, **kwargs)` with inputs that may differ from step to step.
+
+    Args:
+        forward: must neither read what the device computes nor keep what it returns.
+        step: the step of the exchange that its layers are in, None without one. It is given to `Recorder`.
+        args, kwargs: trees of tensors; what is no tensor becomes a part of the graph.
+    """
+
+    def __init__(
+        self,
+        maker: GraphMaker,
+        forward: Callable[..., Any],
+        step: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        own_args, own_kwargs = pytree.tree_unflatten(self._inputs, spec)
+        with maker.capturing():
+            recorder = Recorder(maker)
+            if step is not None:
+                step.recorder = recorder
+            try:
+                self._output = forward(*own_args, **own_kwargs)
+            finally:
+                recorder.end()
+                if step is not None:
+                    step.recorder = None
+        self._pieces = recorder.pieces
+
+    def replay(self, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output for these inputs, in tensors of its own."""
+        leaves, _ = pytree.tree_flatten((args, kwargs))
+        for own, leaf in zip(self._inputs, leaves, strict=True):
+            if isinstance(own, torch.Tensor):
+                own.copy_(leaf)
+        for graph, action in self._pieces:
+            graph.replay()
+            if action is not None:
+                action(step)
+        return pytree.tree_map(
+            lambda out: out.clone() if isinstance(out, torch.Tensor) else out, self._output
+        )
+
+
+class StepGraphs:
+    """The captured steps of one exchange, or of a network without one.
+
+    A step is captured when it is met for the second time: the first time compiles kernels, and makes the
+    buffers that later steps find.
+    """
+
+    def __init__(self, maker: GraphMaker) -> None:
+        self._maker = maker
+        self._graphs: OrderedDict[Hashable, StepGraph | None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def run(
+        self,
+        kind: Hashable,
+        forward: Callable[..., Any],
+        step: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """`forward(*args, **kwargs)`, by a graph where there is one.
+
+        Args:
+            kind: all that decides what `forward` does, besides its inputs' shapes and what is no tensor.
+            step: as in `StepGraph`.
+
+        Raises:
+            UnsupportedModel: the network does something that no graph can hold.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (kind, spec, tuple(_described(leaf) for leaf in leaves))
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return forward(*args, **kwargs)
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._graphs[key] = self._captured(forward, step, args, kwargs)
+            while len(self) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        elif step is not None:
+            step.skip()
+        return graph.replay(step, args, kwargs)
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._graphs.clear()
+
+    def _captured(
+        self, forward: Callable[..., Any], step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepGraph:
+        try:
+            return StepGraph(self._maker, forward, step, args, kwargs)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"a step of this network cannot be a CUDA graph ({error}); use cuda_graphs=False"
+            ) from error
+
+
+def _described(leaf: Any) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), repr(leaf)
+
+
+def fingerprint(network: nn.Module) -> Hashable:
+    """What captured steps of a network depend on besides inputs: it changes with whatever they cannot see.
+
+    Layers, where their parameters lie, and every plain value that is set on a layer or its processor: scales,
+    active adapters, switches.
+    """
+    signs: list[Hashable] = []
+    for module in network.modules():
+        signs.append((id(module), type(module), vars(module).get("forward")))
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        signs += [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        signs.append(_plain(module))
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            signs.append((id(processor), _plain(processor)))
+    return tuple(signs)
+
+
+def _plain(thing: object) -> str:
+    """The plain values among the attributes of a layer or a processor."""
+    return repr([(k, v) for k, v in vars(thing).items() if k not in _OF_EVERY_MODULE and _is_plain(v)])
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, tuple | list | set):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

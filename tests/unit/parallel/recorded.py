@@ -1,0 +1,74 @@
+"""A stand-in for CUDA graphs: operations, recorded as they run, and run again into the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HOST_READS = {"_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero"}
+
+
+class RecordedGraph(TorchDispatchMode):
+    """What a graph does: the same operations on the same memory, and nothing of the Python around them.
+
+    As on a GPU, nothing that is computed can be read meanwhile, and no memory that outlasts the capture is
+    written by it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.replays = 0
+        self._before: dict[int, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket.__name__ in HOST_READS:
+            raise RuntimeError(f"{func} reads a value while it is captured")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                storage = value.untyped_storage()
+                self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        output = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, output))
+        return output
+
+    def capture_begin(self) -> None:
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        self.__exit__(None, None, None)
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        self._before.clear()
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, output in self.operations:
+            again = func(*args, **kwargs)
+            pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(again), strict=True)
+            for before, now in pairs:
+                if isinstance(before, torch.Tensor) and before.data_ptr() != now.data_ptr():
+                    before.copy_(now)
+
+
+class RecordedGraphs:
+    """Makes them, and remembers all that it made."""
+
+    def __init__(self) -> None:
+        self.made: list[RecordedGraph] = []
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        yield
+
+    def new(self) -> tuple[RecordedGraph, dict[str, Any]]:
+        self.made.append(RecordedGraph())
+        return self.made[-1], {}
