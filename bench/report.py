@@ -23,12 +23,19 @@ class Report:
             "seed": seed,
             "settings": settings,
             "machine": f"{_processor()}, {os.cpu_count()} cores",
-            "versions": {name: _version(name) for name in ("torch", "diffusers", "ray", "numpy")},
+            "versions": {
+                name: _version(name)
+                for name in ("torch", "diffusers", "transformers", "triton", "ray", "numpy")
+            },
         }
 
     def add(self, *cells: str) -> None:
         assert len(cells) == len(self.columns)
         self.rows.append(cells)
+
+    def print_last(self) -> None:
+        """The row that was added last, unaligned, for whoever watches."""
+        print(*self.rows[-1], sep="  ", flush=True)
 
     def publish(self, path: str | Path | None) -> None:
         """Print the table; write it to `path` too, if there is one."""

@@ -101,7 +101,7 @@ def measure_gang(
     parallelize(unet, communicator, ParallelConfig(warmup_steps=1, cfg_parallel=cfg_parallel))
     engine = engine_of(unet)
     assert engine is not None
-    inputs, seconds = _inputs(unet, size), []
+    inputs, seconds = step_inputs(unet, size), []
     for step in range(steps + 2):
         unet(timestep=900 - step, **inputs)
         seconds.append(engine.statistics.seconds)
@@ -109,7 +109,7 @@ def measure_gang(
 
 
 def _steps(unet: UNet2DConditionModel, peers: AbsentPeers, size: int, count: int) -> list[Step]:
-    inputs = _inputs(unet, size)
+    inputs = step_inputs(unet, size)
     taken = []
     for step in range(count):
         peers.fills = step == 0
@@ -119,7 +119,9 @@ def _steps(unet: UNet2DConditionModel, peers: AbsentPeers, size: int, count: int
     return taken
 
 
-def _inputs(unet: UNet2DConditionModel, size: int) -> dict[str, Any]:
+def step_inputs(unet: UNet2DConditionModel, size: int) -> dict[str, Any]:
+    """Seeded inputs of one guided step at `size` pixels, where the U-Net computes and in its dtype."""
+
     def place(leaf: Any) -> Any:
         return leaf.to(unet.device, unet.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
