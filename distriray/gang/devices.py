@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
+
+import ray
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +64,11 @@ class Cpu:
 
 
 class Cuda:
-    """One NVIDIA GPU. Ray shows each worker its own as the first."""
+    """One NVIDIA GPU: the one that Ray has reserved for the worker.
+
+    Where Ray was told of more GPUs than there are, workers share them, which is how one GPU tests a gang.
+    Each worker must see them all then: `RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1`.
+    """
 
     gpus = 1
     environment: Mapping[str, str] = {}
@@ -70,7 +77,7 @@ class Cuda:
     def device(self) -> torch.device:
         import torch
 
-        return torch.device("cuda", 0)
+        return torch.device("cuda", place_of(ray.get_gpu_ids()[0], os.environ, torch.cuda.device_count()))
 
     def bind(self) -> None:
         import torch
@@ -90,6 +97,16 @@ class Cuda:
 
 DEVICES: Mapping[str, DeviceKind] = {"cpu": Cpu(), "cuda": Cuda()}
 """Every kind of device by its name in a configuration, which is torch's name for it."""
+
+
+def place_of(gpu: int | str, environment: Mapping[str, str], gpus: int) -> int:
+    """Torch's number of the GPU that Ray calls `gpu`, in a process that sees `gpus` of them.
+
+    Torch counts those that `CUDA_VISIBLE_DEVICES` of `environment` lists, Ray names them as it does there.
+    """
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    place = int(gpu) if listed is None else listed.replace(" ", "").split(",").index(str(gpu))
+    return place % max(1, gpus)  # without any, torch says so
 
 
 def worker_resources(device: str, cpus: float) -> dict[str, float]:
