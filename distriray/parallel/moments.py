@@ -5,16 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def group_statistics(input: torch.Tensor, groups: int) -> torch.Tensor:
-    """Mean and biased variance of each group of (batch, channels, ...): float32 (batch, groups, 2)."""
-    grouped = input.reshape(input.shape[0], groups, -1)
-    mean = grouped.mean(-1, keepdim=True, dtype=torch.float32)
-    # Two passes: E[x^2] - E[x]^2 loses everything in float32 where the mean is large; and torch.var_mean
-    # is ten times slower than this on a CPU.
-    deviation = torch.linalg.vector_norm(grouped - mean, dim=-1, keepdim=True)
-    return torch.cat([mean, deviation.square() / grouped.shape[-1]], -1)
-
-
 def merge(statistics: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Mean and variance of a whole from those of its parts (Chan et al. 1979), never negative.
 

@@ -68,9 +68,9 @@ class Patch:
             self._shares[size] = shares
         return shares
 
-    def statistics_slot(self, own: torch.Tensor, input: torch.Tensor) -> Slot:
-        """The slot of a group norm with the statistics `own` of `input`."""
-        return statistics_slot(self.partition, self.rank, input.shape, own.shape[1])
+    def statistics_slot(self, input: torch.Tensor, groups: int) -> Slot:
+        """The slot of a group norm of `input`."""
+        return statistics_slot(self.partition, self.rank, input.shape, groups)
 
     def keys_values_slot(self, key: torch.Tensor) -> Slot:
         """The slot of self-attention with keys and values shaped as `key`."""

@@ -73,7 +73,7 @@ class StatisticsRegion(Region):
         self, slots: Mapping[int, Slot], outbox: torch.Tensor, inbox: torch.Tensor, rank: int, weight: float
     ) -> None:
         super().__init__(inbox, rank, weight)
-        self._outbox = self._views(slots, outbox)
+        self._outbox = outbox
         self._arrived = self._views(slots, inbox)
         self._statistics = self._views(slots, self._readable)
 
@@ -83,14 +83,12 @@ class StatisticsRegion(Region):
         return sum(4 * prod(slot.send[0][1]) for slot in slots.values())
 
     def read(self, index: int) -> torch.Tensor:
-        """(ranks, batch, groups, 2); this rank's row is what it last sent."""
+        """(ranks, batch, groups, 2); this rank's row is what it last sent, until it puts in what it sends."""
         return self._statistics[index]
 
-    def send(self, index: int, own: torch.Tensor) -> None:
-        """Put this rank's (batch, groups, 2) into the message to every peer, and into its row of `read`."""
-        outbox = self._outbox[index]
-        outbox.copy_(own.expand_as(outbox))
-        self._statistics[index][self.rank].copy_(own)
+    def pack(self) -> None:
+        """Put this rank's row into the message to every peer."""
+        self._outbox.copy_(self._readable[self.rank].expand_as(self._outbox))
 
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         return dict(enumerate(self._arrived[index]))

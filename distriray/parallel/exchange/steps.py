@@ -45,22 +45,22 @@ class Step(ABC):
         return float("inf")
 
     @abstractmethod
-    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """Everyone's statistics; `send_statistics` follows and ends the slot.
+    def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
+        """Everyone's statistics; this rank puts its own into its row, and `send_statistics` ends the slot.
 
-        In a displaced step all of them are the previous step's until then, this rank's row too.
+        In a displaced step all of them are the previous step's until then, this rank's row too; in a
+        synchronous one nothing is in them yet.
 
         Args:
-            own: float32 (batch, groups, 2), mean and biased variance of this rank's rows.
             input: the feature map that they are of, (batch, channels, this rank's rows, columns).
 
         Returns:
-            float32 (ranks, batch, groups, 2).
+            float32 (ranks, batch, groups, 2), means and biased variances.
         """
 
     @abstractmethod
-    def send_statistics(self, own: torch.Tensor) -> None:
-        """Send this rank's statistics, and put them into its row of what `read_statistics` returned."""
+    def send_statistics(self, everyone: torch.Tensor) -> None:
+        """Send this rank's row of what `read_statistics` returned; a synchronous step fills the others'."""
 
     @abstractmethod
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
@@ -134,14 +134,14 @@ class SynchronousStep(Step):
     def drift(self) -> float:
         return self._memory.drift
 
-    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        self._memory = self._memory.expect(self._patch.statistics_slot(own, input))
-        everyone = self.gather(own)
-        self._memory.keep(dict(enumerate(everyone)))
-        return everyone
+    def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
+        self._memory = self._memory.expect(self._patch.statistics_slot(input, groups))
+        ranks = self._patch.communicator.world_size
+        return input.new_empty((ranks, input.shape[0], groups, 2), dtype=torch.float32)
 
-    def send_statistics(self, own: torch.Tensor) -> None:
-        """Nothing is left to do: reading has swapped them."""
+    def send_statistics(self, everyone: torch.Tensor) -> None:
+        self._await(all_gather(self._patch.communicator, everyone.unbind()))
+        self._memory.keep(dict(enumerate(everyone)))
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
         padded = self._patch.padded(input, window)
@@ -196,14 +196,12 @@ class DisplacedStep(Step):
         self._index = 0
         self._complete: Bucket | None = None
 
-    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        bucket = self._enter(self._patch.statistics_slot(own, input))
+    def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
+        bucket = self._enter(self._patch.statistics_slot(input, groups))
         return bucket.statistics.read(self._index)
 
-    def send_statistics(self, own: torch.Tensor) -> None:
-        bucket = self._buckets[self._index]
-        bucket.statistics.send(self._index, own)
-        self._leave(bucket)
+    def send_statistics(self, everyone: torch.Tensor) -> None:
+        self._leave(self._buckets[self._index])  # they leave with the bucket, from where the layer put them
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
         padded = self._patch.padded(input, window)

@@ -9,10 +9,12 @@ from torch import nn
 
 from distriray.config import GroupNormMode
 from distriray.parallel.context import PatchContext
-from distriray.parallel.moments import correct, group_statistics, merge
+from distriray.parallel.kernels.group_norm import group_norm_kernels
+from distriray.parallel.moments import correct
 
 if TYPE_CHECKING:
     from distriray.parallel.exchange.steps import Step
+    from distriray.parallel.kernels.group_norm import GroupNormKernels
 
 
 class PatchGroupNorm(nn.GroupNorm):
@@ -28,36 +30,30 @@ class PatchGroupNorm(nn.GroupNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.context is None or self.context.step is None:
             return super().forward(input)
-        statistics = self._statistics(input, self.context.step, self.context.group_norm)
-        mean, variance = statistics.split(1, -1)
-        scale = torch.rsqrt(variance + self.eps)
-        scale = scale.expand(-1, -1, self.num_channels // self.num_groups)
-        if self.affine:
-            scale = scale * self.weight.view(self.num_groups, -1)
-            shift = self.bias.view(self.num_groups, -1) - mean * scale
-        else:
-            shift = -mean * scale
-        shape = (input.shape[0], self.num_channels, *(1 for _ in input.shape[2:]))
-        # In float32: half precision scales and shifts would cost ten times the rounding of `nn.GroupNorm`.
-        output = (input.float() * scale.reshape(shape)).add_(shift.reshape(shape))
-        return output.to(input.dtype)
+        kernels = group_norm_kernels(input.device.type)
+        statistics, shares = self._statistics(input, self.context.step, self.context.group_norm, kernels)
+        return kernels.normalize(input, statistics, shares, self.weight, self.bias, self.eps)
 
-    def _statistics(self, input: torch.Tensor, step: Step, mode: GroupNormMode) -> torch.Tensor:
-        """Mean and variance to normalize with, float32 (batch, groups, 2)."""
-        own = group_statistics(input, self.num_groups)
+    def _statistics(
+        self, input: torch.Tensor, step: Step, mode: GroupNormMode, kernels: GroupNormKernels
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Statistics to normalize with, and the share of each of them, as `GroupNormKernels.normalize`."""
         if mode == "local" and step.displaced:
-            return own
+            return kernels.group_statistics(input, self.num_groups)[None], None
         shares = step.shares(input)
         if mode in ("fresh", "local"):
-            return merge(step.gather(own), shares)
-        everyone = step.read_statistics(own, input)
+            return step.gather(kernels.group_statistics(input, self.num_groups)), shares
+        everyone = step.read_statistics(input, self.num_groups)
         if mode == "corrected" and step.displaced:
-            # The correction needs this rank's row of the previous step, which sending overwrites.
+            # The correction needs this rank's row of the previous step, so its own come beside it first.
+            own = kernels.group_statistics(input, self.num_groups)
             corrected = correct(everyone, own, step.rank, shares)
-            step.send_statistics(own)
-            return corrected
-        step.send_statistics(own)
-        return merge(everyone, shares)
+            everyone[step.rank] = own
+            step.send_statistics(everyone)
+            return corrected[None], None
+        kernels.group_statistics(input, self.num_groups, out=everyone[step.rank])
+        step.send_statistics(everyone)
+        return everyone, shares
 
 
 def patch_group_norm(module: nn.GroupNorm, context: PatchContext) -> None:

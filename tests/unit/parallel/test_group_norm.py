@@ -9,22 +9,23 @@ from torch import nn
 
 from distriray.config import GroupNormMode
 from distriray.parallel.context import PatchContext
+from distriray.parallel.kernels.plain import group_statistics
 from distriray.parallel.layers.group_norm import patch_group_norm
-from distriray.parallel.moments import correct, group_statistics, merge
+from distriray.parallel.moments import correct, merge
 
 
 class OneRank:
     """A step in a gang of one: this rank's statistics are everyone's."""
 
-    displaced = False
+    displaced, rank = False, 0
 
     def shares(self, input: torch.Tensor) -> torch.Tensor:
         return torch.ones((1, 1, 1))
 
-    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        return own[None]
+    def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
+        return torch.empty((1, len(input), groups, 2))
 
-    def send_statistics(self, own: torch.Tensor) -> None: ...
+    def send_statistics(self, everyone: torch.Tensor) -> None: ...
 
 
 def test_merged_statistics_equal_nn_group_norm() -> None:
@@ -104,11 +105,11 @@ class TwoRanks:
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         return own.expand(2, *own.shape)
 
-    def read_statistics(self, own: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
         return self.everyone
 
-    def send_statistics(self, own: torch.Tensor) -> None:
-        self.everyone[self.rank].copy_(own)
+    def send_statistics(self, everyone: torch.Tensor) -> None:
+        assert everyone is self.everyone
 
 
 @pytest.mark.parametrize("mode", ["stale", "corrected", "fresh", "local"])

@@ -1,0 +1,265 @@
+"""Triton's group norm is torch's: in Triton's interpreter everywhere, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distriray.config import GroupNormMode
+from distriray.parallel.context import PatchContext
+from distriray.parallel.kernels import plain
+from distriray.parallel.kernels.group_norm import group_norm_kernels
+from distriray.parallel.layers import group_norm
+from distriray.parallel.layers.group_norm import patch_group_norm
+from tests.unit.parallel.test_group_norm import TwoRanks
+
+Run = Callable[..., None]
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+# One rounding of the output; the interpreter cuts bfloat16 off instead of rounding it.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(ROUNDING)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Run]:
+    """Runs a check in a process of its own: whether Triton interprets is settled when it is imported."""
+    if find_spec("triton") is None:
+        pytest.skip("needs triton")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):
+            pool.submit(torch.set_num_threads, 1).result()  # starts the process
+        yield lambda check, *case: pool.submit(check, "cpu", *case).result()
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a check: a function of a device and of its case."""
+    if request.param == "cuda":
+        return lambda check, *case: check("cuda", *case)
+    return request.getfixturevalue("interpreter")
+
+
+def feature_map(device: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
+    """Normal numbers around 0, 1 and so on for each image of the batch."""
+    generator = torch.Generator(device).manual_seed(0)
+    image = torch.randn(shape, generator=generator, device=device)
+    image += torch.arange(len(image), device=device).view(-1, *(1 for _ in shape[1:]))
+    image = image.to(dtype)
+    if layout == "channels last":
+        return image.to(memory_format=torch.channels_last)
+    if layout == "rows of a larger map":
+        return F.pad(image, (0, 0, 2, 1))[:, :, 2:-1]
+    return image
+
+
+def affine(channels: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    numbers = torch.arange(channels, device=like.device, dtype=like.dtype) / channels
+    return numbers + 0.5, numbers - 0.5
+
+
+def assert_statistics(statistics: torch.Tensor, input: torch.Tensor, groups: int) -> None:
+    grouped = input.double().reshape(len(input), groups, -1)
+    mean, variance = grouped.mean(-1), grouped.var(-1, correction=0)
+    assert statistics.dtype == torch.float32
+    torch.testing.assert_close(statistics[..., 0].double(), mean, rtol=2e-7, atol=1e-6)
+    torch.testing.assert_close(statistics[..., 1].double(), variance, rtol=1e-5, atol=1e-9)
+
+
+def check_one_rank(
+    device: str, shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: str, mean: float
+) -> None:
+    from distriray.parallel.kernels import fused
+
+    image = feature_map(device, shape, dtype, layout).add_(mean)
+    statistics = fused.group_statistics(image, groups)
+    assert_statistics(statistics, image, groups)
+    weight, bias = affine(shape[1], image)
+    case = image, statistics[None], None, weight, bias, 1e-5
+    output = fused.normalize(*case)
+    assert output.dtype == dtype and output.shape == image.shape
+    if layout == "channels last":
+        assert output.is_contiguous(memory_format=torch.channels_last)
+    expected = F.group_norm(image.double(), groups, weight.double(), bias.double())
+    near = max(1e-6, 1e-6 * mean)
+    torch.testing.assert_close(output.double(), expected, rtol=ROUNDING[dtype], atol=near)
+    torch.testing.assert_close(output, plain.normalize(*case), rtol=ROUNDING[dtype], atol=5 * near)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "rows of a larger map"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 8, 7, 5), 4), ((1, 12, 3, 3), 3), ((2, 48, 10, 33), 8), ((1, 2, 160, 211), 2), ((3, 80, 2, 2), 1)],
+)
+def test_kernels_equal_nn_group_norm(
+    run: Run, shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: str, mean: float
+) -> None:
+    run(check_one_rank, shape, groups, dtype, layout, mean)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 9), (3, 8)])
+def test_maps_of_other_ranks_than_four(run: Run, shape: tuple[int, ...]) -> None:
+    run(check_one_rank, shape, 2, torch.float32, "contiguous", 0.0)
+
+
+def check_no_scales(device: str) -> None:
+    from distriray.parallel.kernels import fused
+
+    image = feature_map(device, (2, 4, 3, 3), torch.float32, "contiguous")
+    case = image, fused.group_statistics(image, 2)[None], None
+    for weight in (None, affine(4, image)[0]):
+        output = fused.normalize(*case, weight, None, 1e-5)
+        torch.testing.assert_close(output, F.group_norm(image, 2, weight))
+        torch.testing.assert_close(output, plain.normalize(*case, weight, None, 1e-5))
+
+
+def test_norms_without_scale_or_shift(run: Run) -> None:
+    run(check_no_scales)
+
+
+def check_ranks(device: str, ranks: int, dtype: torch.dtype, layout: str) -> None:
+    from distriray.parallel.kernels import fused
+
+    image = feature_map(device, (2, 16, 37, 5), dtype, layout).add_(30)
+    rows = [37 // ranks + (rank < 37 % ranks) for rank in range(ranks)]
+    parts = image.split(rows, 2)
+    everyone = torch.full((ranks, 3, 2, 4, 2), float("nan"), device=device)[
+        :, 1
+    ]  # rows apart, as in a bucket
+    for own, part in zip(everyone, parts, strict=True):
+        assert fused.group_statistics(part, 4, out=own) is own
+    shares = torch.tensor([count / 37 for count in rows], device=device).view(-1, 1, 1)
+    weight, bias = affine(16, image)
+    output = torch.cat([fused.normalize(part, everyone, shares, weight, bias, 1e-5) for part in parts], 2)
+    expected = F.group_norm(image.double(), 4, weight.double(), bias.double())
+    torch.testing.assert_close(output.double(), expected, rtol=ROUNDING[dtype], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, "contiguous"),
+        (torch.float16, "channels last"),
+        (torch.bfloat16, "contiguous"),
+    ],
+)
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_patches_of_any_gang_make_the_norm_of_the_whole(
+    run: Run, ranks: int, dtype: torch.dtype, layout: str
+) -> None:
+    run(check_ranks, ranks, dtype, layout)
+
+
+def check_prediction(device: str) -> None:
+    from distriray.parallel.kernels import fused
+
+    image = feature_map(device, (1, 2, 4, 4), torch.float32, "contiguous")
+    predicted = torch.tensor([[[[1.0, -0.5]]], [[[1.0, 0.5]]]], device=device)
+    case = image, predicted, torch.full((2, 1, 1), 0.5, device=device), None, None, 1e-5
+    torch.testing.assert_close(fused.normalize(*case), plain.normalize(*case))
+
+
+def test_a_variance_predicted_below_zero_counts_as_zero(run: Run) -> None:
+    run(check_prediction)
+
+
+def check_layer(device: str, mode: GroupNormMode) -> None:
+    from distriray.parallel.kernels import fused
+
+    image = feature_map("cpu", (2, 8, 4, 4), torch.float32, "contiguous") + 2
+
+    def displaced(where: str) -> tuple[torch.Tensor, torch.Tensor]:
+        step = TwoRanks(plain.group_statistics(image, 4))
+        step.everyone = step.everyone.to(where)
+        with patch.object(step, "shares", lambda input: torch.full((2, 1, 1), 0.5, device=where)):
+            norm = nn.GroupNorm(4, 8, device=where).requires_grad_(False)
+            patch_group_norm(norm, PatchContext(step=step, group_norm=mode))  # type: ignore[arg-type]
+            return norm(image.to(where)).cpu(), step.everyone.cpu()
+
+    expected = displaced("cpu")
+    with patch.object(group_norm, "group_norm_kernels", lambda device_type: fused):
+        torch.testing.assert_close(displaced(device), expected)
+
+
+@pytest.mark.parametrize("mode", ["stale", "corrected", "fresh", "local"])
+def test_a_displaced_norm_is_the_same_with_either_kernels(run: Run, mode: GroupNormMode) -> None:
+    run(check_layer, mode)
+
+
+def check_refusals(device: str) -> None:
+    from distriray.parallel.kernels import fused
+
+    empty, statistics = torch.empty((2, 4, 0, 3), device=device), torch.ones((1, 2, 2, 2), device=device)
+    with pytest.raises(ValueError, match=r"\(2, 4, 0, 3\) has no elements"):
+        fused.group_statistics(empty, 2)
+    with pytest.raises(ValueError, match="has no elements"):
+        fused.normalize(empty, statistics, None, None, None, 1e-5)
+    with pytest.raises(ValueError, match="4 channels are no multiple of 3 groups"):
+        fused.group_statistics(torch.ones((1, 4, 2, 2), device=device), 3)
+
+
+def test_what_has_no_statistics_is_refused(run: Run) -> None:
+    run(check_refusals)
+
+
+def test_a_cpu_has_the_plain_kernels() -> None:
+    assert group_norm_kernels("cpu") is plain
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines where Triton does not work")
+def test_without_triton_the_plain_kernels_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert group_norm_kernels.__wrapped__("cuda") is plain
+    assert "Triton does not work here: " in caplog.text
+
+
+@CUDA
+@pytest.mark.gpu
+def test_a_gpu_has_the_fused_kernels() -> None:
+    assert group_norm_kernels("cuda").__name__.endswith("fused")  # type: ignore[attr-defined]
+
+
+@CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 320, 32, 128),  # SDXL at 1024 x 1024, one of four patches
+        (2, 1280, 8, 32),
+        (2, 960, 120, 480),  # at 3840 x 3840
+        (2, 320, 480, 480),
+        (1, 1920, 61, 121),  # odd
+        (1, 256, 960, 1920),  # a VAE's
+    ],
+)
+def test_maps_of_sdxl_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    check_one_rank("cuda", shape, 32, dtype, layout, 10.0)
+
+
+@CUDA
+@pytest.mark.gpu
+def test_a_map_of_more_than_two_to_the_31_elements() -> None:
+    from distriray.parallel.kernels import fused
+
+    image = torch.empty((1, 160, 3840, 3840), dtype=torch.float16, device="cuda").normal_(5.0)
+    assert image.numel() > 2**31
+    statistics = fused.group_statistics(image, 32)
+    output = fused.normalize(image, statistics[None], None, None, None, 1e-5)
+    for group in (0, 29, 31):
+        part, normalized = (of[:, 5 * group : 5 * group + 5] for of in (image, output))
+        assert_statistics(statistics[:, group : group + 1], part, 1)
+        torch.testing.assert_close(normalized, F.group_norm(part.float(), 1).half(), rtol=1e-3, atol=1e-5)
