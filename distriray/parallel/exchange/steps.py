@@ -140,7 +140,7 @@ class SynchronousStep(Step):
         return input.new_empty((ranks, input.shape[0], groups, 2), dtype=torch.float32)
 
     def send_statistics(self, everyone: torch.Tensor) -> None:
-        self._await(all_gather(self._patch.communicator, everyone.unbind()))
+        self._talk(lambda step: step._await(all_gather(step._patch.communicator, everyone.unbind())))
         self._memory.keep(dict(enumerate(everyone)))
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:

@@ -32,8 +32,9 @@ class RecordedGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket.__name__ in HOST_READS:
             raise RuntimeError(f"{func} reads a value while it is captured")
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs[argument.name]
                 storage = value.untyped_storage()
                 self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         output = func(*args, **kwargs)

@@ -1,0 +1,173 @@
+"""One rank's share of a step of SDXL on one GPU: `python -m bench.gpu.shares`.
+
+The U-Net of SDXL with random weights does a guided step for diffusers alone, and one rank's share of it in a
+gang of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and as CUDA graphs.
+Each row has the time until the host has given everything to the device, and until the device is done. What a
+link between GPUs costs is not in it; `bench.projection` adds that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.projection.peers import AbsentPeers
+from bench.projection.share import SDXL, random_unet, step_inputs
+from bench.report import Report
+from distriray import ParallelConfig, parallelize
+from distriray.parallel import engine_of
+
+COLUMNS = (
+    "size",
+    "share of",
+    "guidance",
+    "launched by",
+    "kernels",
+    "kernels take, ms",
+    "host, ms",
+    "step, ms",
+    "faster than diffusers",
+    "buffers, MB",
+    "memory, GB",
+)
+TINY: dict[str, Any] = {
+    **SDXL,
+    "block_out_channels": (32, 32, 32),
+    "attention_head_dim": (1, 1, 1),
+    "cross_attention_dim": 32,
+    "transformer_layers_per_block": (1, 1, 1),
+}
+"""SDXL's layout in a size for dry runs."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over some steps; kernels and what they take are those of one step, by the profiler."""
+
+    host_ms: float
+    step_ms: float
+    kernels: int = 0
+    kernels_ms: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels of a side; default 1024 2048 3840")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--json", help="also write the table to this file")
+    arguments = parser.parse_args()
+    on_gpu = arguments.device == "cuda"
+    arguments.sizes = arguments.sizes or ([1024, 2048, 3840] if on_gpu else [128])
+    arguments.dtype = arguments.dtype or ("float16" if on_gpu else "float32")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    name = torch.cuda.get_device_name() if on_gpu else "a CPU, in a tiny size"
+    report = Report(
+        f"bench.gpu.shares: a guided step of SDXL in {arguments.dtype} on {name}",
+        COLUMNS,
+        seed=0,
+        settings=vars(arguments),
+    )
+    unet = random_unet(SDXL if on_gpu else TINY, device, getattr(torch, arguments.dtype))
+
+    def add(size: int, of: str, guidance: str, launched: str, timing: Timing, buffers: int) -> None:
+        memory = torch.cuda.max_memory_reserved() if on_gpu else 0
+        report.add(
+            f"{size}x{size}",
+            of,
+            guidance,
+            launched,
+            str(timing.kernels),
+            f"{timing.kernels_ms:.1f}",
+            f"{timing.host_ms:.1f}",
+            f"{timing.step_ms:.1f}",
+            f"{alone[size].step_ms / timing.step_ms:.2f}x",
+            f"{buffers / 1e6:.0f}",
+            f"{memory / 1e9:.1f}",
+        )
+        report.print_last()
+
+    alone = {}
+    for size in arguments.sizes:
+        alone[size] = whole_step(unet, size, arguments.steps)
+        add(size, "diffusers", "together", "kernel", alone[size], 0)
+    for size, ranks in product(arguments.sizes, arguments.ranks):
+        for split, graphs in product((True, False), (False, True) if on_gpu else (False,)):
+            if not split or ranks % 2 == 0:
+                timing, buffers = share(unet, ranks, size, split, graphs, arguments.steps)
+                guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
+                add(size, f"a gang of {ranks}", guidance, launched, timing, buffers)
+    report.publish(arguments.json)
+
+
+def whole_step(unet: Any, size: int, steps: int) -> Timing:
+    """Timing of a step by diffusers, before the U-Net is parallelized."""
+    inputs, timestep = step_inputs(unet, size), torch.full((), 500.0, device=unet.device)
+    with torch.no_grad():
+        return timed(lambda: unet(timestep=timestep, **inputs), steps)
+
+
+def share(unet: Any, ranks: int, size: int, split: bool, graphs: bool, steps: int) -> tuple[Timing, int]:
+    """Timing of one rank's share of a displaced step, and the bytes of its buffers.
+
+    The rank has a neighbour on each side, where one of the gang does.
+    """
+    peers = AbsentPeers(ranks // 2 if ranks > 2 else 0, ranks, unet.device)
+    parallelize(unet, peers, ParallelConfig(warmup_steps=1, cfg_parallel=split, cuda_graphs=graphs))
+    engine = engine_of(unet)
+    assert engine is not None
+    inputs, timesteps = step_inputs(unet, size), iter(range(999, 0, -1))
+
+    def step() -> None:
+        engine.announce_more()
+        unet(timestep=float(next(timesteps)), **inputs)
+
+    step()
+    peers.fills = False
+    for _ in range(3):
+        step()
+    return timed(step, steps), engine.buffer_bytes
+
+
+def timed(step: Callable[[], Any], steps: int) -> Timing:
+    """Time `step`, which is warm after one call more."""
+    step()
+    finish()
+    host, whole = [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step()
+        host.append(1e3 * (time.perf_counter() - began))
+        finish()
+        whole.append(1e3 * (time.perf_counter() - began))
+    if not torch.cuda.is_available():
+        return Timing(median(host), median(whole))
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        finish()
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return Timing(
+        median(host), median(whole), len(kernels), sum(event.device_time for event in kernels) / 1e3
+    )
+
+
+def finish() -> None:
+    """Wait until the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
