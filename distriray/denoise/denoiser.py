@@ -12,9 +12,10 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
 from distriray.denoise.blocks import DECODE, make_components, make_tasks, set_guidance
+from distriray.denoise.prediction import Prediction
 from distriray.denoise.schedulers import make_scheduler
 from distriray.denoise.state import DenoiseState
-from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.errors import GangBroken, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams
 
@@ -139,11 +140,15 @@ class Denoiser:
             guidance_rescale=params.guidance_rescale,
             height=height,
             width=width,
-        )
+        ).to(values["latents"].device)
 
     @torch.no_grad()
     def step(self, state: DenoiseState) -> None:
         """Do the next step of `state`, in place; if it raises, the state is as it was.
+
+        In a gang of GPUs a displaced step that is not the last returns before it is known to have gone well.
+        If it has not, the next one raises, and the state is as it was before both. `settle` a state before
+        it leaves its gang between two steps.
 
         Raises:
             GenerationCancelled, GangBroken: from the gang.
@@ -161,13 +166,39 @@ class Denoiser:
         pipeline_state.set("generator", state.generators)
         block_state = task.loop.get_block_state(pipeline_state)
         timestep, before = state.values["timesteps"][state.step], block_state.latents
-        self._last = None
-        with state.unchanged_on_error():
+        engine = engine_of(self._pipeline)
+        if engine is not None and state.step + 1 < state.num_steps:
+            engine.announce_more()
+        self._last, snapshot = None, state.snapshot()
+        try:
             block_state = task.step(components, block_state, i=state.step, t=timestep)
-        state.estimate = _predicted_original(state.scheduler, before, block_state.noise_pred, timestep)
+        except BaseException as error:
+            broken = isinstance(error, GangBroken)
+            state.restore(state.unsettled if broken and state.unsettled is not None else snapshot)
+            raise
+        state.prediction = Prediction(before, block_state.noise_pred, timestep)
         state.values["latents"] = _contiguous(block_state.latents)
         state.step += 1
+        state.unsettled = None if engine is None or engine.settled else snapshot
         self._last, self._last_at = weakref.ref(state), (state.step, self._gang)
+
+    def settle(self, state: DenoiseState) -> None:
+        """Wait until the last step of `state` is known to have gone well. All ranks alike.
+
+        Raises:
+            GangBroken: from the gang; the state is as it was before that step.
+            GenerationCancelled: from the gang.
+        """
+        engine, before = engine_of(self._pipeline), state.unsettled
+        if engine is None or before is None:
+            return
+        try:
+            engine.settle()
+        except GangBroken:
+            state.restore(before)
+            raise
+        finally:
+            state.unsettled = None
 
     @torch.no_grad()
     def decode(self, state: DenoiseState) -> list[Image.Image]:
@@ -191,7 +222,8 @@ class Denoiser:
 
         Any rank may call it, alone.
         """
-        latents = (state.latents if state.estimate is None else state.estimate)[:1]
+        estimate = state.estimate
+        latents = (state.latents if estimate is None else estimate)[:1]
         scale = min(PREVIEW_SCALE, PREVIEW_LATENT_SIDE / max(latents.shape[2:]))
         sides = [max(1, round(scale * side)) for side in latents.shape[2:]]
         latents = F.interpolate(latents.float(), size=sides, mode="area")
@@ -215,6 +247,9 @@ class Denoiser:
         same = self._last is not None and self._last() is state and self._last_at == (state.step, self._gang)
         if same and not (engine is not None and engine.yielding):
             return
+        last = None if self._last is None else self._last()
+        if last is not None:
+            self.settle(last)
         if engine is not None:
             engine.start_image(at_step=state.step)
         task.denoiser.batched = None
@@ -223,19 +258,3 @@ class Denoiser:
 def _contiguous(value: Any) -> Any:
     """A tensor in the memory layout that bytes restore: other layouts round differently."""
     return value.contiguous() if isinstance(value, torch.Tensor) else value
-
-
-def _predicted_original(
-    scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """x0 of the noisy latents by the network's prediction, in float32 (Song et al. 2021, equation 12)."""
-    alpha = float(scheduler.alphas_cumprod[int(timestep.long())])
-    x, noise = latents.float(), noise.float()
-    if float(scheduler.init_noise_sigma) != 1.0:  # latents of these schedulers grow with sigma
-        x = x * alpha**0.5
-    kind = scheduler.config.prediction_type
-    if kind == "v_prediction":
-        return alpha**0.5 * x - (1 - alpha) ** 0.5 * noise
-    if kind == "epsilon":
-        return (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
-    return noise

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from distriray.denoise.prediction import Prediction
 from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
 
@@ -23,9 +22,22 @@ _VERSION = b"1\n"
 _DIGEST_SIZE = 16
 
 
+class Snapshot(NamedTuple):
+    """All that a step changes of a state."""
+
+    step: int
+    latents: torch.Tensor
+    prediction: Prediction | None
+    memory: dict[str, Any]
+    drawn: list[torch.Tensor]
+
+
 @dataclass(eq=False)
 class DenoiseState:
     """A request after `step` of `num_steps` steps. Every rank of its gang holds all of it.
+
+    Latents, embeddings and masks are on the pipeline's device. `timesteps` and the scheduler's tables stay on
+    the host, which looks numbers up in them in every step: on a GPU each look would stop it.
 
     Attributes:
         values: what the pipeline's blocks hand on: `latents` (batch, channels, height / 8, width / 8),
@@ -33,7 +45,9 @@ class DenoiseState:
         conditioning: names in `values` of the denoiser's conditional inputs.
         scheduler: the request's own scheduler, whose memory is part of the state.
         generators: one CPU generator an image.
-        estimate: the picture so far, predicted from the last step's noise; not part of the bytes.
+        prediction: the last step's; not part of the bytes.
+        unsettled: how it was before the last step, as long as that step's latents may turn out to be garbage
+            of a gang that broke (`Denoiser.settle`).
     """
 
     task: str
@@ -46,12 +60,18 @@ class DenoiseState:
     height: int
     width: int
     step: int = 0
-    estimate: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    prediction: Prediction | None = field(default=None, repr=False)
+    unsettled: Snapshot | None = field(default=None, repr=False)
 
     @property
     def latents(self) -> torch.Tensor:
         latents: torch.Tensor = self.values["latents"]
         return latents
+
+    @property
+    def estimate(self) -> torch.Tensor | None:
+        """The picture's latents so far, predicted in the last step; None before a step and after bytes."""
+        return None if self.prediction is None else self.prediction.original(self.scheduler)
 
     @property
     def batch(self) -> int:
@@ -72,7 +92,10 @@ class DenoiseState:
 
         Raises:
             TypeError: the scheduler remembers something that is neither a tensor nor a plain value.
+            RuntimeError: the last step is not settled.
         """
+        if self.unsettled is not None:
+            raise RuntimeError("the last step may have left garbage; call `Denoiser.settle` first")
         tensors: dict[str, torch.Tensor] = {}
         memory = {k: v for k, v in vars(self.scheduler).items() if k != "_internal_dict"}
         header = {
@@ -135,32 +158,44 @@ class DenoiseState:
                 f"these bytes are not a saved state: {type(error).__name__}: {error}"
             ) from error
 
-    @contextmanager
-    def unchanged_on_error(self) -> Iterator[None]:
-        """Put the scheduler's memory and the generators back if the block raises.
+    def snapshot(self) -> Snapshot:
+        """What `restore` needs to undo the steps that follow.
 
         Schedulers replace the tensors they remember, and write into lists; so lists are what is copied.
         """
         memory = {k: v.copy() if isinstance(v, list | deque) else v for k, v in vars(self.scheduler).items()}
         drawn = [generator.get_state() for generator in self.generators]
-        try:
-            yield
-        except BaseException:
-            vars(self.scheduler).clear()
-            vars(self.scheduler).update(memory)
-            for generator, before in zip(self.generators, drawn, strict=True):
-                generator.set_state(before)
-            raise
+        return Snapshot(self.step, self.latents, self.prediction, memory, drawn)
+
+    def restore(self, before: Snapshot) -> None:
+        """Be as it was when `before` was taken; that can be restored once."""
+        self.step, self.prediction, self.unsettled = before.step, before.prediction, None
+        self.values["latents"] = before.latents
+        vars(self.scheduler).clear()
+        vars(self.scheduler).update(before.memory)
+        for generator, drawn in zip(self.generators, before.drawn, strict=True):
+            generator.set_state(drawn)
 
     def to(self, device: torch.device | str) -> DenoiseState:
-        """This state with its tensors on `device`; the scheduler keeps its tables where it wants them."""
-        self.values = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.values.items()}
-        for name, value in vars(self.scheduler).items():
+        """This state with its tensors on `device`, and `timesteps` and the scheduler's tables on the host."""
+
+        def moved(name: str, value: Any) -> Any:
+            return (
+                value.to("cpu" if name == "timesteps" else device)
+                if isinstance(value, torch.Tensor)
+                else value
+            )
+
+        def remembered(value: Any) -> Any:
             if isinstance(value, list | deque):
-                moved = [v.to(device) if isinstance(v, torch.Tensor) and v.ndim == 4 else v for v in value]
-                setattr(self.scheduler, name, type(value)(moved))
-            elif isinstance(value, torch.Tensor) and (value.ndim == 4 or name == "timesteps"):
-                setattr(self.scheduler, name, value.to(device))
+                return type(value)(map(remembered, value))
+            return (
+                value.to(device if value.ndim == 4 else "cpu") if isinstance(value, torch.Tensor) else value
+            )
+
+        self.values = {name: moved(name, value) for name, value in self.values.items()}
+        for name, value in vars(self.scheduler).items():
+            setattr(self.scheduler, name, remembered(value))
         return self
 
 

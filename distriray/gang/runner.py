@@ -18,6 +18,7 @@ from ..denoise import Denoiser, DenoiseState
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
+from ..parallel.stopwatch import Stopwatch
 from .control import SegmentControl
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
 
@@ -38,6 +39,18 @@ class _Work:
     images: list[Image.Image] | None = None
     formed_at: float = 0.0
     left_at: float = 0.0
+    _last: tuple[Stopwatch, bool] | None = None
+
+    def step_launched(self, watch: Stopwatch, synchronous: bool) -> None:
+        """Note the seconds of the step before this one, which a GPU may still be at: it is waited for."""
+        self.step_over()
+        self._last = watch, synchronous
+
+    def step_over(self) -> None:
+        """Note the seconds of the last step that was launched."""
+        if self._last is not None:
+            (watch, synchronous), self._last = self._last, None
+            (self.fresh_s if synchronous else self.stale_s).append(watch.seconds)
 
 
 class SegmentRunner:
@@ -226,19 +239,27 @@ class SegmentRunner:
             return False
 
     def _steps(self, order: SegmentOrder, state: DenoiseState, work: _Work) -> SegmentEnd:
+        """The steps of a segment. On a GPU the host launches one while the device is at the one before."""
         engine = self._engine
         with self.control.stepping():
             while not state.done:
-                began = time.perf_counter()
-                self._denoiser.step(state)
-                seconds = time.perf_counter() - began
-                (work.fresh_s if engine.statistics.synchronous else work.stale_s).append(seconds)
+                with Stopwatch(self.device) as watch:
+                    self._denoiser.step(state)
+                work.step_launched(watch, engine.statistics.synchronous)
                 if order.rank == 0:
-                    preview = self._denoiser.preview(state) if state.step in order.preview_steps else None
-                    self.control.report(state.step, state.num_steps, preview)
+                    self.control.report(state.step, state.num_steps, self._preview(order, state))
                 if engine.yielding and not state.done:
-                    return SegmentEnd.YIELDED
-        return SegmentEnd.DONE
+                    self._denoiser.settle(state)
+                    break
+            work.step_over()
+        return SegmentEnd.DONE if state.done else SegmentEnd.YIELDED
+
+    def _preview(self, order: SegmentOrder, state: DenoiseState) -> Image.Image | None:
+        """The picture so far, if it is to be shown after this step and is known not to be garbage."""
+        if state.step not in order.preview_steps:
+            return None
+        preview = self._denoiser.preview(state)
+        return None if self._engine.communicator.broken else preview
 
     def _decode(self, order: SegmentOrder, state: DenoiseState) -> list[Image.Image] | None:
         """The pictures, on rank 0; the other ranks help if the VAE is parallel."""

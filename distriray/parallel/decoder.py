@@ -88,4 +88,6 @@ class PatchDecoder:
         with Exchange(gang, partition, FRESH).step() as step, self.context.during(step):
             rows = self._network(sample[:, :, start:stop].contiguous(), latent_embeds)
         shape = (rows.shape[0], rows.shape[1], partition.height, partition.width)
-        return Gather(gang, GangLayout(gang.world_size), partition, shape, rows.dtype)(rows).whole
+        gathered = Gather(gang, GangLayout(gang.world_size), partition, shape, rows.dtype)(rows)
+        gathered.header.read()
+        return gathered.whole

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,12 +19,14 @@ from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
-from distriray.parallel.gather import Flags, Gather, Gathered
+from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay
 from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, fingerprint
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.new_image import NewImageDetector
+from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
+from distriray.parallel.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,26 @@ class StepStatistics:
     """Figures of one step.
 
     Attributes:
-        seconds: of the whole step on this rank.
-        wait_s: those of them that were spent waiting for peers.
+        whole: the time of the step on this rank.
+        waiting: the time of it in which this rank waited for peers.
         bytes_sent: by this rank, to all peers.
         synchronous: whether all values were fresh.
     """
 
-    seconds: float = 0.0
-    wait_s: float = 0.0
+    whole: Stopwatch = field(default_factory=Stopwatch)
+    waiting: tuple[Stopwatch, ...] = ()
     bytes_sent: int = 0
     synchronous: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step; on a GPU this waits for its end."""
+        return self.whole.seconds
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds of waiting: of a GPU's stream where there is one. Waits for the end of the step there."""
+        return sum(waiting.seconds for waiting in self.waiting)
 
 
 @dataclass(eq=False)
@@ -77,6 +88,8 @@ class Engine:
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
         bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
         generation: counts the gangs that were joined.
+        lags: whether what the ranks ask for in a displaced step is read one step later, when it has arrived
+            anyway; set by `join` for GPUs, which would be stopped by reading it at once.
         drift: relative change of what the ranks sent in the last step, the largest of theirs; infinite where
             it was not measured.
         yielding: whether a rank has asked the gang to yield since the image began.
@@ -94,9 +107,13 @@ class Engine:
         self.drift = float("inf")
         self.yielding = False
         self.statistics = StepStatistics()
+        self.lags = False
+        self._schedules = Schedules()
         self._detector = NewImageDetector()
         self._exchanges = ExchangeCache()
         self._gather: Gather | None = None
+        self._unread: HeaderOnItsWay | None = None
+        self._more_follow = False
         self._lock = threading.Lock()
         self._asked = Flags()
         self._first_step = 0
@@ -119,7 +136,7 @@ class Engine:
     def watch_scheduler(self, pipeline: Any) -> None:
         """Treat a new `timesteps` tensor on this pipeline's scheduler as the start of an image."""
         if pipeline is not self.network.module:
-            self._detector.watch(pipeline)
+            self._schedules.watch(pipeline)
 
     def join(self, communicator: Communicator, config: ParallelConfig) -> None:
         """Join another gang, dropping the previous gang's buffers and pending signals."""
@@ -128,6 +145,7 @@ class Engine:
             self._asked = Flags()
         self.communicator = communicator
         self.config = config
+        self.lags = communicator.device.type == "cuda"
         self.context.group_norm = config.group_norm
         captures = config.cuda_graphs and communicator.device.type == "cuda"
         self.capture_with(CudaGraphs(communicator.device) if captures else None)
@@ -148,15 +166,46 @@ class Engine:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
         self._first_step = at_step
         self._branches.clear()
+        self._unread, self._more_follow = None, False
         self.yielding = False
 
+    def announce_more(self) -> None:
+        """Promise that a further call of the same image follows the next one, or else `settle`.
+
+        Without the promise, and unless the timestep is known as one of a watched pipeline's schedule and not
+        as its last, a call returns when its output is known to be whole: a GPU has nothing to do then.
+        """
+        self._more_follow = True
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last call's output is known to be whole."""
+        return self._unread is None
+
+    def settle(self) -> None:
+        """Wait until the last call's output is known to be whole. All ranks alike.
+
+        Raises:
+            GangBroken: a peer died or hung, and the output is garbage.
+            GenerationCancelled: a rank asked for it.
+        """
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._heed(unread.read())
+
     def ask_yield(self) -> None:
-        """Let the whole gang leave after the next step that all ranks share. Any rank, any thread."""
+        """Let the whole gang leave after the next step that all ranks share. Any rank, any thread.
+
+        Where steps lag, after the one that follows it; a wish of an image's last step has no effect there.
+        """
         with self._lock:
             self._asked = self._asked._replace(yield_=True)
 
     def ask_cancel(self) -> None:
-        """Let the next step raise `GenerationCancelled` on every rank. Any rank, any thread."""
+        """Let the next step raise `GenerationCancelled` on every rank. Any rank, any thread.
+
+        Where steps lag, the one that follows it; a wish of an image's last step has no effect there.
+        """
         with self._lock:
             self._asked = self._asked._replace(cancel=True)
 
@@ -189,12 +238,24 @@ class Engine:
             GangBroken: a peer died or hung.
             GenerationCancelled: a rank asked for it.
         """
-        started, sent = time.perf_counter(), self.communicator.bytes_sent
+        sent = self.communicator.bytes_sent
         call = self.network.read(*args, **kwargs)
-        branch = self._branch(call)
+        with Stopwatch(call.sample.device) as whole:
+            output, step = self._run(call)
+        waiting = [timed.waiting for timed in (step, self._gather) if timed is not None]
+        self.statistics = StepStatistics(
+            whole, tuple(waiting), self.communicator.bytes_sent - sent, step is None or not step.displaced
+        )
+        return output
+
+    def _run(self, call: Call) -> tuple[Any, Step | None]:
+        """The network's output, and the step of the exchange that it was computed in."""
+        promised, self._more_follow = self._more_follow, False
+        moment = self._schedules.read(call.timestep)
+        branch = self._branch(call, moment)
         share = self._share(call)
         if branch.fresh_start:
-            self._prepare_image(call, branch)
+            self._prepare_image(call, moment, branch)
         try:
             with ExitStack() as exchanging:
                 step = exchanging.enter_context(self._exchange_step(call, branch, share))
@@ -205,7 +266,10 @@ class Engine:
                     nonlocal collected
                     collected += 1
                     exchanging.close()  # only now is the drift of the whole step known
-                    return self._collect(part, branch, share, float("inf") if step is None else step.drift)
+                    lags = (
+                        self.lags and (promised or moment.more_follow) and step is not None and step.displaced
+                    )
+                    return self._collect(part, branch, share, step, lags)
 
                 output = self.network.compute(call, share, collect)
                 if collected != 1:
@@ -214,19 +278,13 @@ class Engine:
         except BaseException:
             self.start_image(branch.step)  # a step that failed is nothing to go on from
             raise
-        self.statistics = StepStatistics(
-            time.perf_counter() - started,
-            (step.wait_s if step else 0.0) + (self._gather.wait_s if self._gather else 0.0),
-            self.communicator.bytes_sent - sent,
-            step is None or not step.displaced,
-        )
         branch.step += 1
         branch.fresh_start = False
-        return output
+        return output, step
 
-    def _branch(self, call: Call) -> Branch:
+    def _branch(self, call: Call, moment: Moment) -> Branch:
         """The branch that a call goes on with, or begins."""
-        signs = self._detector.look(call.timestep, call.text, call.text_scale, call.branch)
+        signs = self._detector.look(moment, call.text, call.text_scale, call.branch)
         branch = self._branches.get(call.branch)
         if branch is None or (signs.new_image and not branch.fresh_start):
             if branch is not None:
@@ -239,9 +297,10 @@ class Engine:
         self._cached_text = branch.text_epoch
         return branch
 
-    def _prepare_image(self, call: Call, branch: Branch) -> None:
+    def _prepare_image(self, call: Call, moment: Moment, branch: Branch) -> None:
         if self.communicator.world_size > 1:
-            check_same_image(self.communicator, self.network.compared(call), branch.step, call.timestep)
+            compared = self.network.compared(call)
+            check_same_image(self.communicator, compared, branch.step, moment.timestep)
         if self.network.convert(self.context):
             self._exchanges.clear()
             for begun in self._branches.values():
@@ -303,22 +362,40 @@ class Engine:
             return exchange.step(branch.warm and follows, measure_drift=not branch.warm)
         return exchange.step(branch.step >= config.warmup_steps and follows)
 
-    def _collect(self, part: torch.Tensor, branch: Branch, share: Share, drift: float) -> torch.Tensor:
-        """The whole output; what the ranks asked for is decided alike on all of them."""
+    def _collect(
+        self, part: torch.Tensor, branch: Branch, share: Share, step: Step | None, lags: bool
+    ) -> torch.Tensor:
+        """The whole output; what the ranks asked for is decided alike on all of them.
+
+        Args:
+            lags: whether the next call decides.
+        """
         with self._lock:
             asked, self._asked = self._asked, Flags()
         if self.communicator.world_size == 1:
-            gathered = Gathered(part, asked, drift)
+            self._heed(Header(asked, float("inf")))
+            return part
+        gather = self._gather_of(part, share)
+        whole, header = gather(part, asked, float("inf") if step is None else step.drift)
+        self.settle()  # the call before, whose header has come while this one was launched
+        if lags:
+            self._unread = header
         else:
-            shape = (share.batch, part.shape[1], share.partition.height, part.shape[3])
-            if self._gather is None or self._gather.shape != shape or self._gather.dtype != part.dtype:
-                with torch.inference_mode(False):  # writable in either mode
-                    self._gather = Gather(self.communicator, share.layout, share.partition, shape, part.dtype)
-            gathered = self._gather(part, asked, drift)
-        self.drift = gathered.drift
-        if self.drift < self.config.auto_warmup_drift:
-            branch.warm = True
-        self.yielding = self.yielding or gathered.flags.yield_
-        if gathered.flags.cancel:
-            raise GenerationCancelled(f"cancelled after step {branch.step + 1}")
-        return gathered.whole
+            drift = self._heed(header.read())
+            branch.warm |= drift < self.config.auto_warmup_drift
+        return whole
+
+    def _gather_of(self, part: torch.Tensor, share: Share) -> Gather:
+        shape = (share.batch, part.shape[1], share.partition.height, part.shape[3])
+        if self._gather is None or self._gather.shape != shape or self._gather.dtype != part.dtype:
+            with torch.inference_mode(False):  # writable in either mode
+                self._gather = Gather(self.communicator, share.layout, share.partition, shape, part.dtype)
+        return self._gather
+
+    def _heed(self, header: Header) -> float:
+        """Do what the ranks ask for; return the drift."""
+        self.drift = header.drift
+        self.yielding = self.yielding or header.flags.yield_
+        if header.flags.cancel:
+            raise GenerationCancelled("a rank of the gang asked for it")
+        return self.drift

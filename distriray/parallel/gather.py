@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.partition import Partition
+from distriray.parallel.stopwatch import Stopwatch
 
 _HEADER = 16  # bytes: yield, cancel and drift as float32, and padding
 
@@ -25,18 +25,60 @@ class Flags(NamedTuple):
 NO_FLAGS = Flags()
 
 
-class Gathered(NamedTuple):
-    """What every rank knows after a gather.
+class Header(NamedTuple):
+    """What every rank knows of all of them after a gather.
 
     Attributes:
-        whole: the noise or the picture, (batch, channels, rows, columns).
         flags: those that any rank has set.
         drift: the largest of the ranks'.
     """
 
-    whole: torch.Tensor
     flags: Flags
     drift: float
+
+
+class HeaderOnItsWay:
+    """The header of a gather, which a GPU brings to the host when it gets there.
+
+    Args:
+        communicator: the gang.
+        values: yield, cancel, drift and padding, float32 (4,), on the gang's device.
+    """
+
+    def __init__(self, communicator: Communicator, values: torch.Tensor) -> None:
+        self._communicator = communicator
+        self._values, self._arrived = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> Header:
+        """Wait for the header; only now is what was gathered known to be whole.
+
+        On a GPU this waits for all that was launched up to the gather: read it when more has been launched.
+
+        Raises:
+            GangBroken: a peer died or hung.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        yields, cancels, drift, _ = self._values.tolist()
+        self._communicator.check()  # a transfer that was aborted on a GPU ends too, and leaves garbage
+        return Header(Flags(bool(yields), bool(cancels)), drift)
+
+
+class Gathered(NamedTuple):
+    """What a gather returns.
+
+    Attributes:
+        whole: the noise or the picture, (batch, channels, rows, columns); garbage if `header.read()` raises.
+        header: what the ranks said.
+    """
+
+    whole: torch.Tensor
+    header: HeaderOnItsWay
 
 
 class Gather:
@@ -50,7 +92,7 @@ class Gather:
         dtype: of the noise or of the picture.
 
     Attributes:
-        wait_s: seconds that the last call has waited for the peers.
+        waiting: the time in which the last call waited for the peers.
     """
 
     def __init__(
@@ -63,7 +105,7 @@ class Gather:
     ) -> None:
         self.shape = shape
         self.dtype = dtype
-        self.wait_s = 0.0
+        self.waiting = Stopwatch(communicator.device)
         self._communicator = communicator
         self._rank = communicator.rank
         self._places: list[tuple[slice, slice]] = []
@@ -79,26 +121,34 @@ class Gather:
             self._messages.append(message)
             self._parts.append(message[_HEADER:].view(dtype).view(part))
 
-    def __call__(self, part: torch.Tensor, flags: Flags = NO_FLAGS, drift: float = 0.0) -> Gathered:
+    def __call__(
+        self, part: torch.Tensor, flags: Flags = NO_FLAGS, drift: torch.Tensor | float = 0.0
+    ) -> Gathered:
         """Swap this rank's part and flags for everybody's.
 
         Args:
             part: (this rank's part of the batch, channels, this rank's rows, columns).
+            drift: a number, or a scalar on the device.
 
         Raises:
             GangBroken: a peer died or hung.
         """
-        own = self._messages[self._rank]
-        header = torch.tensor([*map(float, flags), drift, 0.0], dtype=torch.float32)
-        own[:_HEADER].view(torch.float32).copy_(header)
+        self._write_header(flags, drift)
         self._parts[self._rank].copy_(part)
-        started = time.perf_counter()
-        all_gather(self._communicator, self._messages).wait()
-        self.wait_s = time.perf_counter() - started
+        self.waiting = Stopwatch(self._communicator.device)
+        with self.waiting:
+            all_gather(self._communicator, self._messages).wait()
         whole = part.new_empty(self.shape)
         for (images, rows), theirs in zip(self._places, self._parts, strict=True):
             whole[images, :, rows] = theirs
         headers = torch.stack([message[:_HEADER].view(torch.float32) for message in self._messages])
-        yields, cancels, drift, _ = headers.max(0).values.tolist()
-        self._communicator.check()  # a transfer that was aborted on a GPU ends too, and leaves garbage
-        return Gathered(whole, Flags(bool(yields), bool(cancels)), drift)
+        return Gathered(whole, HeaderOnItsWay(self._communicator, headers.amax(0)))
+
+    def _write_header(self, flags: Flags, drift: torch.Tensor | float) -> None:
+        """Fill numbers in: they go to a GPU with the kernel, where a copy from the host would stop it."""
+        header = self._messages[self._rank][:_HEADER].view(torch.float32)
+        for place, value in enumerate((*flags, drift)):
+            if isinstance(value, torch.Tensor):
+                header[place].copy_(value)
+            else:
+                header[place].fill_(float(value))

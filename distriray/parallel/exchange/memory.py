@@ -21,8 +21,11 @@ class Memory(ABC):
     """Keeps the slots of one synchronous step, in their order."""
 
     @property
-    def drift(self) -> float:
-        """Relative change, since the step before, of what this rank sends; infinite if not measured."""
+    def drift(self) -> torch.Tensor | float:
+        """Relative change, since the step before, of what this rank sends; infinite if not measured.
+
+        What was measured is a scalar on the device.
+        """
         return float("inf")
 
     @abstractmethod
@@ -122,11 +125,14 @@ class Refilling(Memory):
         self._follows = follows
         self._measured = buckets.measured_kind if follows and measure_drift else None
         self._index = 0
-        self._change = self._magnitude = 0.0
+        self._sums: torch.Tensor | None = None  # float64: squares of the changes, and of the values
 
     @property
-    def drift(self) -> float:
-        return (self._change / self._magnitude) ** 0.5 if self._magnitude else float("inf")
+    def drift(self) -> torch.Tensor | float:
+        if self._sums is None:
+            return float("inf")
+        change, magnitude = self._sums
+        return torch.where(magnitude > 0, change / magnitude, float("inf")).sqrt()
 
     @property
     def kind(self) -> Hashable:
@@ -147,8 +153,8 @@ class Refilling(Memory):
         region = self._buckets.region(self._index)
         if self._buckets.slots[self._index].kind == self._measured:
             new, old = (of[region.rank].float() for of in (everyone, region.stored(self._index)))
-            self._change += float((new - old).square().sum())
-            self._magnitude += float(new.square().sum())
+            sums = torch.stack([(new - old).square().sum(), new.square().sum()]).double()
+            self._sums = sums if self._sums is None else self._sums + sums
         region.store(self._index, everyone)
         self._index += 1
 

@@ -5,7 +5,6 @@ Layers call the verbs in the order of the forward pass; the k-th call of a step 
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import ClassVar, Self
@@ -20,6 +19,7 @@ from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.graphs import Recorder
 from distriray.parallel.partition import Window
+from distriray.parallel.stopwatch import Stopwatch
 
 
 class Step(ABC):
@@ -27,7 +27,7 @@ class Step(ABC):
 
     Attributes:
         displaced: whether layers read what the peers sent one step ago, rather than fresh values.
-        wait_s: seconds that this rank has waited for its peers.
+        waiting: the time in which this rank waited for its peers.
         recorder: of the graphs that the layers are being captured into, if they are.
     """
 
@@ -36,12 +36,15 @@ class Step(ABC):
     def __init__(self, patch: Patch) -> None:
         self.recorder: Recorder | None = None
         self.rank = patch.rank
-        self.wait_s = 0.0
+        self.waiting = Stopwatch(patch.communicator.device)
         self._patch = patch
 
     @property
-    def drift(self) -> float:
-        """Relative change of what this rank sends, since the step before; infinite if not measured."""
+    def drift(self) -> torch.Tensor | float:
+        """Relative change of what this rank sends, since the step before; infinite if not measured.
+
+        What was measured is a scalar on the device.
+        """
         return float("inf")
 
     @abstractmethod
@@ -116,9 +119,8 @@ class Step(ABC):
             self.recorder.between(action)
 
     def _await(self, work: Work) -> None:
-        started = time.perf_counter()
-        work.wait()
-        self.wait_s += time.perf_counter() - started
+        with self.waiting:
+            work.wait()
 
 
 class SynchronousStep(Step):
@@ -131,7 +133,7 @@ class SynchronousStep(Step):
         self._memory = memory
 
     @property
-    def drift(self) -> float:
+    def drift(self) -> torch.Tensor | float:
         return self._memory.drift
 
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
@@ -257,7 +259,6 @@ class DisplacedStep(Step):
         if complete is not None:
             complete.launch()
         if entered is not None:
-            started = time.perf_counter()
-            entered.wait()
-            self.wait_s += time.perf_counter() - started
+            with self.waiting:
+                entered.wait()
             entered.predict(self._predicts)

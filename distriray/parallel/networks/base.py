@@ -26,7 +26,8 @@ class Call:
 
     Attributes:
         sample: what is denoised, whole; its first dimension is the batch.
-        timestep: falls from call to call within an image; where a network's time rises, its negative.
+        timestep: falls from call to call within an image; where a network's time rises, its negative. As the
+            network was given it: a tensor on a GPU is not to be read there (`Schedules`).
         text: prompt embeddings, (batch, tokens, channels); other text means another image.
         text_scale: what cached text keys and values depend on besides the text, such as a LoRA's scale.
         branch: names the guidance branch where each has calls of its own; None where one call has all.
@@ -34,7 +35,7 @@ class Call:
     """
 
     sample: torch.Tensor
-    timestep: float
+    timestep: torch.Tensor | float
     text: torch.Tensor
     text_scale: Any = None
     branch: Hashable = None

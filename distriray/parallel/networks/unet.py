@@ -112,7 +112,6 @@ class UNet(Network):
             encoder_hidden_states: prompt embeddings, (batch, tokens, channels).
         """
         _check_inputs(attention_mask, cross_attention_kwargs)
-        now = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         arguments = {
             "timestep": timestep,
             "class_labels": class_labels,
@@ -125,7 +124,7 @@ class UNet(Network):
             "encoder_attention_mask": encoder_attention_mask,
             "return_dict": return_dict,
         }
-        return Call(sample, now, encoder_hidden_states, cross_attention_kwargs, arguments=arguments)
+        return Call(sample, timestep, encoder_hidden_states, cross_attention_kwargs, arguments=arguments)
 
     def partition(self, call: Call, patches: int) -> Partition:
         _, _, height, width = call.sample.shape
@@ -144,7 +143,7 @@ class UNet(Network):
         arguments = call.arguments
         (rows,) = self.forward(
             share.cut_rows(call.sample),
-            share.cut(arguments["timestep"]),
+            share.cut(_on_device(arguments["timestep"], call.sample.device)),
             share.cut(call.text),
             cross_attention_kwargs=arguments["cross_attention_kwargs"],
             **{name: share.cut(arguments[name]) for name in BY_BATCH},
@@ -176,6 +175,16 @@ class UNet(Network):
                 raise UnsupportedModel(
                     f"up block {name} uses FreeU, a filter over the whole image; call disable_freeu()"
                 )
+
+
+def _on_device(timestep: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """A timestep where the network computes. A single one of the host's is filled in: a copy stops a GPU."""
+    if not isinstance(timestep, torch.Tensor):
+        dtype = torch.float64 if isinstance(timestep, float) else torch.int64
+        return torch.full((), timestep, dtype=dtype, device=device)
+    if timestep.device.type == "cpu" and timestep.numel() == 1:
+        return torch.full(timestep.shape, timestep.item(), dtype=timestep.dtype, device=device)
+    return timestep
 
 
 def _convert_attention(name: str, attn: Attention, context: PatchContext) -> bool:

@@ -1,0 +1,34 @@
+"""What the network predicted in one step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Prediction(NamedTuple):
+    """The output of one step's network, and what it is about; nobody writes into these tensors later.
+
+    Attributes:
+        latents: the noisy ones before the step, (batch, channels, rows, columns).
+        output: with guidance, of the same shape.
+        timestep: on the host.
+    """
+
+    latents: torch.Tensor
+    output: torch.Tensor
+    timestep: torch.Tensor
+
+    def original(self, scheduler: Any) -> torch.Tensor:
+        """x0 of the noisy latents by the prediction, in float32 (Song et al. 2021, equation 12)."""
+        alpha = float(scheduler.alphas_cumprod[int(self.timestep)])
+        x, output = self.latents.float(), self.output.float()
+        if float(scheduler.init_noise_sigma) != 1.0:  # latents of these schedulers grow with sigma
+            x = x * alpha**0.5
+        kind = scheduler.config.prediction_type
+        if kind == "v_prediction":
+            return alpha**0.5 * x - (1 - alpha) ** 0.5 * output
+        if kind == "epsilon":
+            return (x - (1 - alpha) ** 0.5 * output) / alpha**0.5
+        return output

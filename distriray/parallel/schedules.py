@@ -1,0 +1,88 @@
+"""The timesteps of pipelines' schedulers, as numbers on the host."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+
+
+class Moment(NamedTuple):
+    """Where in its image a call of the network is.
+
+    Attributes:
+        timestep: as a number.
+        more_follow: whether it is known that its schedule has further ones.
+        renewed: whether a watched scheduler has been given other timesteps since the last call; None where
+            none is watched.
+    """
+
+    timestep: float
+    more_follow: bool = False
+    renewed: bool | None = None
+
+
+class Schedules:
+    """The schedules of the pipelines that are watched.
+
+    A pipeline calls its network with an element of its scheduler's `timesteps`, which are on the device; to
+    read it there would stop a GPU in every step. So they are read once, when the tensor is a new one, and an
+    element is recognized by where it lies in memory.
+    """
+
+    def __init__(self) -> None:
+        self._watched: WeakKeyDictionary[Any, _Schedule] = WeakKeyDictionary()
+
+    def watch(self, pipeline: Any) -> None:
+        """Look at this pipeline's scheduler from now on."""
+        self._watched.setdefault(pipeline, _Schedule(None))
+
+    def read(self, timestep: torch.Tensor | float) -> Moment:
+        """The moment of a call with `timestep`.
+
+        A tensor on a GPU that is no part of a watched schedule is read there, which stops it.
+
+        Args:
+            timestep: a number, or a tensor of which the first element counts.
+        """
+        renewed = self._look() if self._watched else None
+        if not isinstance(timestep, torch.Tensor):
+            return Moment(float(timestep), renewed=renewed)
+        first = timestep[(0,) * timestep.ndim]
+        for schedule in self._watched.values():
+            index = schedule.index(first)
+            if index is not None:
+                return Moment(schedule.numbers[index], index + 1 < len(schedule.numbers), renewed)
+        return Moment(float(first), renewed=renewed)
+
+    def _look(self) -> bool:
+        """Whether a watched scheduler has other timesteps than when this was last called."""
+        renewed = False
+        for pipeline, before in list(self._watched.items()):
+            timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+            if timesteps is not before.timesteps:
+                self._watched[pipeline] = _Schedule(timesteps)
+                renewed = True
+        return renewed
+
+
+class _Schedule:
+    """The timesteps of a scheduler; None before it has any."""
+
+    def __init__(self, timesteps: torch.Tensor | None) -> None:
+        self.timesteps = timesteps
+        listed = isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 and timesteps.is_contiguous()
+        self.numbers: list[float] = [float(t) for t in timesteps.tolist()] if listed else []  # type: ignore[union-attr]
+
+    def index(self, element: torch.Tensor) -> int | None:
+        """Which of the timesteps `element` is a view of, if it is one of theirs."""
+        table = self.timesteps
+        if (
+            not self.numbers
+            or table is None
+            or (table.device, table.dtype) != (element.device, element.dtype)
+        ):
+            return None
+        index, rest = divmod(element.data_ptr() - table.data_ptr(), table.element_size())
+        return index if not rest and 0 <= index < len(self.numbers) else None

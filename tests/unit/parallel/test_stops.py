@@ -1,0 +1,105 @@
+"""A displaced step launches its work and reads nothing of it: on a GPU each read would be a full stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import distriray.parallel.gather
+from bench.projection.peers import AbsentPeers
+from distriray import ParallelConfig, parallelize
+from distriray.denoise import SCHEDULERS, Denoiser
+from distriray.parallel import engine_of
+from distriray.parallel.gather import HeaderOnItsWay
+from distriray.requests import SamplingParams
+from tests.models import tiny_sdxl
+from tests.unit.parallel.stand_in import DEVICE, OnDevice, StandIn
+
+STEPS = 7
+
+LEFT = {"euler-ancestral": 1, "lcm": 1, "unipc": 7}
+"""Stops in a step that are diffusers' own: the host's generators draw its noise, UniPC solves a system."""
+
+
+class LateHeader(HeaderOnItsWay):
+    """A header that has come once another one was sent off."""
+
+    newest: LateHeader | None = None
+
+    def __init__(self, communicator: Any, values: torch.Tensor) -> None:
+        super().__init__(communicator, values)
+        LateHeader.newest = self
+
+    def read(self) -> Any:
+        if isinstance(self._values, OnDevice) and LateHeader.newest is not self:
+            self._values = self._values.inner
+        return super().read()
+
+
+@pytest.mark.parametrize("group_norm", ["stale", "corrected"])
+def test_a_displaced_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, group_norm: str) -> None:
+    assert _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=2, group_norm=group_norm)) == 0
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_no_scheduler_stops_the_device(monkeypatch: pytest.MonkeyPatch, scheduler: Any) -> None:
+    stops = _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=2), scheduler)
+    assert stops == LEFT.get(scheduler, 0)
+
+
+def test_a_pipelines_timesteps_are_read_once_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distriray.parallel.gather, "HeaderOnItsWay", LateHeader)
+    pipeline = tiny_sdxl()
+    with StandIn() as device:
+        device.take(pipeline.unet)
+        peers = AbsentPeers(0, 2, DEVICE)
+        engine = engine_of(parallelize(pipeline, peers, ParallelConfig(warmup_steps=1)))
+        assert engine is not None
+        engine.lags = True
+        pipeline.scheduler.set_timesteps(STEPS)
+        pipeline.scheduler.timesteps = pipeline.scheduler.timesteps.to(DEVICE)
+        sample = torch.ones((1, 4, 16, 8)).to(DEVICE)
+        text = torch.ones((1, 7, 32)).to(DEVICE)
+        added = {"text_embeds": torch.ones((1, 16)).to(DEVICE), "time_ids": torch.ones((1, 6)).to(DEVICE)}
+        stops = []
+        for timestep in pipeline.scheduler.timesteps:
+            device.stops.clear()
+            pipeline.unet(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=added)
+            stops.append(len(device.stops))
+    assert stops[1:-1] == [0] * (STEPS - 2)
+    assert stops[-1] == 1 and engine.settled  # the last one waits to be known to be whole
+
+
+def _stops_in_displaced_steps(
+    monkeypatch: pytest.MonkeyPatch, config: ParallelConfig, scheduler: Any = None
+) -> int:
+    """The most stops in a displaced step of an image, the last step apart: that ends the image, and reads."""
+    monkeypatch.setattr(distriray.parallel.gather, "HeaderOnItsWay", LateHeader)
+    pipeline = tiny_sdxl()
+    denoiser = Denoiser(pipeline)
+    params = SamplingParams(
+        prompt="a", seed=0, height=256, width=256, num_inference_steps=STEPS, scheduler=scheduler
+    )
+    state = denoiser.prepare(params)
+    stops: list[list[str]] = []
+    with StandIn() as device:
+        device.take(pipeline.unet)
+        peers = AbsentPeers(0, 4, DEVICE)
+        engine = engine_of(parallelize(pipeline, peers, config))
+        assert engine is not None
+        engine.lags = True
+        state.to(DEVICE)
+        while state.step + 1 < state.num_steps:
+            peers.fills = state.step == 0
+            device.stops.clear()
+            denoiser.step(state)
+            if not engine.statistics.synchronous:
+                stops.append(device.stops.copy())
+                assert isinstance(state.latents, OnDevice) and not engine.settled
+        denoiser.step(state)
+        assert engine.settled and state.unsettled is None
+    assert len(stops) >= STEPS - 3
+    print(*max(stops, key=len), sep="\n")  # pytest shows it with a failure
+    return max(map(len, stops))
