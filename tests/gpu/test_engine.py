@@ -30,12 +30,11 @@ pytestmark = [
 needs_nccl = pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy")
 
 CASES = [
-    Case(config={"exchange": "sync", "cfg_parallel": False}),
-    Case(config={"warmup_steps": 1, "cfg_parallel": False}),
-    Case(config={"warmup_steps": 1, "cfg_parallel": False, "prediction": {"halos": 0.5, "keys_values": 0.5}}),
-    Case(images=3, config={"warmup_steps": 2, "group_norm": "corrected", "cfg_parallel": False}),
-    Case(height=264, scheduler="euler", config={"warmup_steps": "auto", "cfg_parallel": False}),
-    Case(config={"warmup_steps": 0, "cfg_parallel": True}),
+    Case(steps=6, config={"exchange": "sync", "cfg_parallel": False}),
+    Case(steps=6, config={"warmup_steps": 1, "cfg_parallel": False, "prediction": {"keys_values": 0.5}}),
+    Case(steps=6, images=3, config={"warmup_steps": 2, "group_norm": "corrected", "cfg_parallel": False}),
+    Case(steps=6, height=264, scheduler="euler", config={"warmup_steps": "auto", "cfg_parallel": False}),
+    Case(steps=6, config={"warmup_steps": 0, "cfg_parallel": True}),
 ]
 SLEEPS = (0, 0, 200_000, 5_000_000)
 """Clock cycles by which a transfer is made to come late; a tenth of a millisecond and some."""
@@ -54,7 +53,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 # -------------------------------------------------------------------------------------- against diffusers
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("model", ["sdxl", "sd15"])
 @pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)], ids=str
@@ -62,7 +61,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_synchronous_gangs_draw_what_one_device_draws(
     model: str, dtype: torch.dtype, most: float, ranks: int
 ) -> None:
-    case = Case(model, height=328, steps=6, scheduler="euler", config={"exchange": "sync"})
+    case = Case(model, height=328, steps=4, scheduler="euler", config={"exchange": "sync"})
     wanted = call(PIPELINES[model](), case)
     alone = distance(call(PIPELINES[model]().to("cuda", dtype), case), wanted)
 
@@ -76,27 +75,37 @@ def test_synchronous_gangs_draw_what_one_device_draws(
     assert distance(found[0], wanted) < 2 * alone + 1e-5, alone
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_steps_that_were_captured_draw_what_they_draw_without(dtype: torch.dtype, ranks: int) -> None:
+    wanted = run_in_lockstep(ranks, lambda communicator: results(communicator, dtype, False), "cuda")
+    found = run_in_lockstep(ranks, lambda communicator: results(communicator, dtype, True), "cuda")
+    for ours, theirs in zip(found, wanted, strict=True):
+        for index, (here, there) in enumerate(zip(ours, theirs, strict=True)):
+            assert torch.isfinite(here).all(), index
+            assert torch.equal(here, there), (index, distance(here, there))
+
+
 # ------------------------------------------------------------------------------------------- over NCCL
 
 
-def results(communicator: Communicator, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Latents and pictures of all cases, on the CPU."""
+def results(communicator: Communicator, dtype: torch.dtype, graphs: bool = True) -> list[torch.Tensor]:
+    """Latents of all cases, those of the first two twice, and a picture; on the CPU."""
     torch.backends.cudnn.allow_tf32 = False
     pipeline = tiny_sdxl().to(communicator.device, dtype)
     found = []
     for case in CASES:
-        parallelize(pipeline, communicator, ParallelConfig(**case.config))
-        found.append(call(pipeline, case).cpu())
-        picture = pipeline(
-            "a lake at dusk",
-            height=case.height,
-            width=case.width,
-            num_inference_steps=2,
-            output_type="pt",
-            generator=torch.Generator().manual_seed(1),
-        ).images
-        found.append(picture.cpu())
-    return found
+        parallelize(pipeline, communicator, ParallelConfig(**case.config, cuda_graphs=graphs))
+        found += [call(pipeline, case).cpu() for _ in range(2 if case in CASES[:2] else 1)]
+    picture = pipeline(
+        "a lake at dusk",
+        height=128,
+        width=96,
+        num_inference_steps=2,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(1),
+    ).images
+    return [*found, picture.cpu()]
 
 
 def _over_nccl(
@@ -135,7 +144,6 @@ def _make_late(communicator: Any, dice: random.Random) -> None:
     ("ranks", "dtype", "late"),
     [
         (2, torch.float32, False),
-        (2, torch.float16, False),
         (2, torch.float16, True),
         (4, torch.float16, False),
     ],
