@@ -55,6 +55,12 @@ class CudaGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        # A pool ends with the last of its graphs, even where tensors in it live on; this one never ends.
+        self._keeper, arguments = self.new()
+        with self.capturing():
+            self._keeper.capture_begin(**arguments)
+            torch.zeros(1, device=device)
+            self._keeper.capture_end()
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -229,8 +235,9 @@ def _plain(thing: object) -> str:
 
 
 def _is_plain(value: object) -> bool:
+    """Whether it is numbers and texts all through; what is empty may yet become something else."""
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
+        return bool(value) and all(map(_is_plain, value.values()))
     if isinstance(value, tuple | list | set):
-        return all(map(_is_plain, value))
+        return bool(value) and all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)

@@ -55,12 +55,9 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("model", ["sdxl", "sd15"])
-@pytest.mark.parametrize(
-    ("dtype", "most"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)], ids=str
-)
-def test_synchronous_gangs_draw_what_one_device_draws(
-    model: str, dtype: torch.dtype, most: float, ranks: int
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_synchronous_gangs_draw_what_one_device_draws(model: str, dtype: torch.dtype, ranks: int) -> None:
+    """As near to float32 on the CPU as diffusers alone is on this device in this dtype."""
     case = Case(model, height=328, steps=4, scheduler="euler", config={"exchange": "sync"})
     wanted = call(PIPELINES[model](), case)
     alone = distance(call(PIPELINES[model]().to("cuda", dtype), case), wanted)
@@ -71,8 +68,9 @@ def test_synchronous_gangs_draw_what_one_device_draws(
 
     found = run_in_lockstep(ranks, rank, "cuda")
     assert all(torch.equal(found[0], other) for other in found)
-    assert distance(found[0], wanted) < most
-    assert distance(found[0], wanted) < 2 * alone + 1e-5, alone
+    ours = distance(found[0], wanted)
+    print(f"{model} {dtype} ranks {ranks}: {ours:.1e} from float32 on the CPU, diffusers alone {alone:.1e}")
+    assert ours < 2 * alone + 1e-5, alone
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

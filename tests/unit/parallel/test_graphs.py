@@ -74,6 +74,23 @@ def test_what_graphs_cannot_see_drops_them() -> None:
     assert fingerprint(unet) != after
 
 
+def test_graphs_outlast_an_image_and_nothing_is_captured_again() -> None:
+    def rank(communicator: LockstepCommunicator) -> list[int]:
+        pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(warmup_steps=2, cfg_parallel=False))
+        maker, engine = RecordedGraphs(), engine_of(pipeline)
+        assert engine is not None
+        engine.capture_with(maker)
+        made = []
+        for _ in range(4):
+            call(pipeline, Case(steps=6))
+            made.append(len(maker.made))
+        return made
+
+    # The first step of an image lays buffers out once, and then does what no other step does.
+    first, second, third, fourth = run_in_lockstep(2, rank)[0]
+    assert 0 < first < second < third == fourth
+
+
 def test_what_cannot_be_captured_is_refused_by_name() -> None:
     graphs = StepGraphs(RecordedGraphs())
 

@@ -91,7 +91,8 @@ def check_one_rank(
     if layout == "channels last":
         assert output.is_contiguous(memory_format=torch.channels_last)
     expected = F.group_norm(image.double(), groups, weight.double(), bias.double())
-    near = max(1e-6, 1e-6 * mean)
+    # Where all values are alike, a rounding of the mean is divided by the root of eps.
+    near = max(1e-6, 1e-6 * mean) * float((statistics[..., 1].min() + 1e-5).rsqrt().clamp_min(1.0))
     torch.testing.assert_close(output.double(), expected, rtol=ROUNDING[dtype], atol=near)
     torch.testing.assert_close(output, plain.normalize(*case), rtol=ROUNDING[dtype], atol=5 * near)
 
