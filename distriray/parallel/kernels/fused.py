@@ -15,8 +15,8 @@ import triton.language as tl
 _STATISTICS_TILE = 8192
 _NORMALIZED_TILE = 4096
 _WARPS = 8
-# A program of the statistics reads that many elements at least, and a group has that many programs at most:
-# 32 groups fill 132 multiprocessors from half a million elements, and small groups need no second launch.
+# A program of the statistics reads that many elements at least, so that small groups need no second launch;
+# and a group has that many programs at most.
 _SPAN = 32768
 _MAX_PARTS = 128
 
