@@ -88,8 +88,8 @@ class Engine:
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
         bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
         generation: counts the gangs that were joined.
-        lags: whether what the ranks ask for in a displaced step is read one step later, when it has arrived
-            anyway; set by `join` for GPUs, which would be stopped by reading it at once.
+        lags: whether what the ranks ask for is read a step later, except in synchronous steps; set by `join`
+            for GPUs, where it has arrived by then, and reading it at once would stop the device.
         drift: relative change of what the ranks sent in the last step, the largest of theirs; infinite where
             it was not measured.
         yielding: whether a rank has asked the gang to yield since the image began.
@@ -266,9 +266,8 @@ class Engine:
                     nonlocal collected
                     collected += 1
                     exchanging.close()  # only now is the drift of the whole step known
-                    lags = (
-                        self.lags and (promised or moment.more_follow) and step is not None and step.displaced
-                    )
+                    fresh = step is not None and not step.displaced
+                    lags = self.lags and not fresh and (promised or moment.more_follow)
                     return self._collect(part, branch, share, step, lags)
 
                 output = self.network.compute(call, share, collect)

@@ -49,6 +49,31 @@ def test_no_scheduler_stops_the_device(monkeypatch: pytest.MonkeyPatch, schedule
     assert stops == LEFT.get(scheduler, 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("scheduler", sorted(set(SCHEDULERS) - set(LEFT)))
+def test_a_gpu_is_not_stopped(scheduler: Any) -> None:
+    device = torch.device("cuda", 0)
+    pipeline = tiny_sdxl().to(device)
+    denoiser, peers = Denoiser(pipeline), AbsentPeers(0, 4, device)
+    engine = engine_of(parallelize(pipeline, peers, ParallelConfig(warmup_steps=2)))
+    assert engine is not None and engine.lags
+    params = SamplingParams(
+        prompt="a", seed=0, height=256, width=256, num_inference_steps=STEPS, scheduler=scheduler
+    )
+    state = denoiser.prepare(params)
+    while state.step + 1 < state.num_steps:
+        peers.fills = state.step == 0
+        torch.cuda.set_sync_debug_mode("error" if state.step > 3 else "default")
+        try:
+            denoiser.step(state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not engine.statistics.synchronous and not engine.settled
+    denoiser.step(state)
+    assert engine.settled and state.latents.isfinite().all() and engine.statistics.seconds > 0.0
+
+
 def test_a_pipelines_timesteps_are_read_once_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distriray.parallel.gather, "HeaderOnItsWay", LateHeader)
     pipeline = tiny_sdxl()
