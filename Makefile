@@ -2,6 +2,7 @@
 # make check     linters, and the tests that start neither Ray nor other processes: for the inner loop
 # make test      every test that needs neither a GPU nor minutes of training
 # make test-all  every test that needs no GPU
+# make gpu       what one NVIDIA GPU shows, in stages (STAGE=2 for one of them, DRY=1 on a CPU)
 # make lint      ruff, mypy and import-linter      make clean     what this file made
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ IN_PROCESS := not (gpu or slow or ray or distributed)
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo check test test-all lint clean
+.PHONY: demo check test test-all gpu lint clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +34,10 @@ test: $(STAMP)
 
 test-all: test
 	$(PYTEST) -m "slow and not gpu"
+
+# The machine's own Python, where torch and CuPy fit its driver.
+gpu:
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m bench.gpu $(if $(STAGE),--stage $(STAGE)) $(if $(DRY),--dry)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 from ray import serve
 
+from bench.gpu.sharing import has_switch, sharing_environment
 from bench.report import Report
 from deployments.app import build_app
 from deployments.config import AppConfig
@@ -43,7 +44,6 @@ WORKERS, POOL, PROMPT, SEED = 2, "pair", "a lake at dusk, snowy mountains", 1
 SCENES = {"cpu": (128, 24), "cuda": (512, 60)}
 """Pixels of a side and steps, by device."""
 LOGICAL_CPUS = 8  # of Ray's accounting
-SHARING_VERSION = 23000  # the NCCL from which two ranks of one machine may have the same GPU
 ALIKE_DB = 20.0  # PSNR that two displaced patches reach against one device's picture, with room
 LOGS = Path("/tmp/ray/session_latest/logs")
 COMPLAINT = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*.*|.*NCCL WARN.*")
@@ -144,22 +144,16 @@ def _sharing(report: Report) -> dict[str, object]:
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         "RAY_LD_PRELOAD_ON_WORKERS": "1",
         "NCCL_DEBUG": "WARN",
-        "NCCL_MAX_CTAS": "4",
-        "NCCL_NVLS_ENABLE": "0",
-        "NCCL_SOCKET_IFNAME": "lo",
     }
-    has_switch = nccl.get_version() >= SHARING_VERSION
-    more = (
-        {"NCCL_MULTI_RANK_GPU_ENABLE": "1"} if has_switch else {"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"}
-    )
-    tell(report, "NCCL", f"{nccl.get_version()}, {'its switch' if has_switch else 'sockets'} to share a GPU")
-    for name, value in {**inherited, **more}.items():
+    switch = has_switch()
+    tell(report, "NCCL", f"{nccl.get_version()}, {'its switch' if switch else 'sockets'} to share a GPU")
+    for name, value in {**inherited, **(sharing_environment(None) if switch else {})}.items():
         os.environ.setdefault(name, value)
-    return {} if has_switch else {"worker_process_setup_hook": _be_a_machine}
+    return {} if switch else {"worker_process_setup_hook": _be_a_machine}
 
 
 def _be_a_machine() -> None:
-    os.environ["NCCL_HOSTID"] = f"process-{os.getpid()}"
+    os.environ.update(sharing_environment(f"process-{os.getpid()}"))
 
 
 def watch_a_gang(client: Client, report: Report, options: argparse.Namespace) -> None:

@@ -98,6 +98,8 @@ def main() -> None:
             f"{memory / 1e9:.1f}",
         )
         report.print_last()
+        if arguments.json:
+            report.write(arguments.json)  # after each row: what was measured is kept if time runs out
 
     alone = {}
     for size in arguments.sizes:
@@ -109,7 +111,7 @@ def main() -> None:
                 timing, buffers = share(unet, ranks, size, split, graphs, arguments.steps)
                 guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
                 add(size, f"a gang of {ranks}", guidance, launched, timing, buffers)
-    report.publish(arguments.json)
+    report.print()
 
 
 def whole_step(unet: Any, size: int, steps: int) -> Timing:

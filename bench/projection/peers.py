@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from distriray.collective.messages import as_messages, peers_of
 from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
+from distriray.parallel.stopwatch import Mark, mark, seconds_between
 
 
 @dataclass
@@ -47,28 +47,6 @@ class Step:
         return dict(total)
 
 
-class Clock:
-    """Points in the work of a device: of a GPU's current stream, or of the processor."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def seconds(self, first: Any, then: Any) -> float:
-        """Between two marks; on a GPU both must be over."""
-        return then - first if self._device.type != "cuda" else first.elapsed_time(then) / 1000
-
-    def finish(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
 class AbsentPeers:
     """Rank `rank` of `world_size`; whatever it receives is there at once.
 
@@ -86,22 +64,25 @@ class AbsentPeers:
         self.bytes_sent = 0
         self.broken = False
         self.fills = True
-        self.clock = Clock(device)
         self._transfers = 0
-        self._began: Any = None
-        self._marks: list[tuple[Moment, Any]] = []
+        self._began: Mark = 0.0
+        self._marks: list[tuple[Moment, Mark]] = []
 
     def begin_step(self) -> None:
-        self.clock.finish()
+        self._finish()
         self._marks = []
-        self._began = self.clock.mark()
+        self._began = mark(self.device)
 
     def end_step(self) -> Step:
-        ended = self.clock.mark()
-        self.clock.finish()
-        for moment, mark in self._marks:
-            moment.at_s = self.clock.seconds(self._began, mark)
-        return Step(self.clock.seconds(self._began, ended), [moment for moment, _ in self._marks])
+        ended = mark(self.device)
+        self._finish()
+        for moment, reached in self._marks:
+            moment.at_s = seconds_between(self._began, reached)
+        return Step(seconds_between(self._began, ended), [moment for moment, _ in self._marks])
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> AbsentWork:
         sent = {
@@ -121,7 +102,7 @@ class AbsentPeers:
             raise GangBroken("the rank whose peers are absent gave up")
 
     def note(self, moment: Moment) -> None:
-        self._marks.append((moment, self.clock.mark()))
+        self._marks.append((moment, mark(self.device)))
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)

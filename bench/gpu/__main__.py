@@ -1,0 +1,96 @@
+"""Everything that a machine with an NVIDIA GPU shows, in stages: `python -m bench.gpu`, or `make gpu`.
+
+One GPU is enough. Each stage ends within ten minutes, and what it measured is in a file when it ends; a stage
+that fails does not keep later ones from running. `--dry` runs the same commands on a CPU, on something tiny.
+The last stage needs Ray, and none needs a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path("docs/measurements/gpu")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of `python -m`.
+
+    Attributes:
+        arguments: on a GPU; `{out}` is the folder of the measurements.
+        dry: on a CPU.
+    """
+
+    title: str
+    arguments: str
+    dry: str
+    limit_s: float = 600.0
+
+
+TESTS = "pytest -m gpu tests"
+STAGES = (
+    Stage("tests that need a GPU", TESTS, f"{TESTS} --collect-only -q"),
+    Stage(
+        "shares of a step of SDXL",
+        "bench.gpu.shares --json {out}/shares.json",
+        "bench.gpu.shares --device cpu --steps 1 --ranks 1 2 --json {out}/shares.json",
+    ),
+    Stage(
+        "projection at 1024 and 2048",
+        "bench.projection --device cuda --sizes 1024 2048 --json {out}/projection.json",
+        "bench.projection --sizes 128 --steps 2 --rounds 1 --ranks 1 2 --json {out}/projection.json",
+    ),
+    Stage(
+        "projection at 3840",
+        "bench.projection --device cuda --sizes 3840 --rounds 1 --json {out}/projection-3840.json",
+        "bench.projection --sizes 192 --steps 2 --rounds 1 --ranks 1 --json {out}/projection-3840.json",
+    ),
+    Stage(
+        "the service, and a worker killed",
+        "bench.gpu.serve --out {out}/serve.json",
+        "bench.gpu.serve --device cpu --out {out}/serve.json",
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = "; ".join(f"{number} {stage.title}" for number, stage in enumerate(STAGES, 1))
+    parser.add_argument("--stage", type=int, nargs="+", choices=range(1, len(STAGES) + 1), help=names)
+    parser.add_argument("--dry", action="store_true", help="on a CPU")
+    parser.add_argument("--out", type=Path, help=f"default {FOLDER}; out/gpu for a dry run")
+    arguments = parser.parse_args()
+    out = arguments.out or (Path("out/gpu") if arguments.dry else FOLDER)
+    out.mkdir(parents=True, exist_ok=True)
+    failed = [
+        number
+        for number in arguments.stage or range(1, len(STAGES) + 1)
+        if not done(number, STAGES[number - 1], out, dry=arguments.dry)
+    ]
+    if failed:
+        raise SystemExit(f"stages {failed} failed")
+
+
+def done(number: int, stage: Stage, out: Path, *, dry: bool) -> bool:
+    """Run a stage; whether it ended well, and in time."""
+    module, *rest = (stage.dry if dry else stage.arguments).format(out=out).split()
+    print(f"== stage {number}: {stage.title}: python -m {' '.join((module, *rest))}", flush=True)
+    began = time.monotonic()
+    try:
+        code = subprocess.run([sys.executable, "-m", module, *rest], timeout=stage.limit_s).returncode
+        outcome = "done" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        code, outcome = 1, f"cut off after {stage.limit_s:g} s"
+    print(f"== stage {number}: {outcome}, {time.monotonic() - began:.0f} s", flush=True)
+    return code == 0
+
+
+if __name__ == "__main__":
+    main()

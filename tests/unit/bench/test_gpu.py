@@ -1,0 +1,26 @@
+"""What measures GPUs runs on a CPU too, in a tiny size, so that a GPU's time is not lost to a slip."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import __main__ as stages
+from bench.gpu.shares import COLUMNS
+
+
+@pytest.mark.distributed  # it starts processes
+def test_a_stage_runs_dry_and_its_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--dry", "--stage", "2", "--out", str(tmp_path)])
+    stages.main()
+    rows = json.loads((tmp_path / "shares.json").read_text())["rows"]
+    assert {row["share of"] for row in rows} == {"diffusers", "a gang of 1", "a gang of 2"}
+    assert set(rows[0]) == set(COLUMNS)
+
+    bad = stages.Stage("bad", "bench.gpu.shares --bad", "bench.gpu.shares --bad")
+    slow = stages.Stage("slow", "timeit", "timeit -n 1 -r 1 import(time);time.sleep(9)", limit_s=0.1)
+    assert not stages.done(1, bad, tmp_path, dry=True)
+    assert not stages.done(2, slow, tmp_path, dry=True)
