@@ -15,6 +15,7 @@ import argparse
 import os
 import time
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -25,7 +26,6 @@ from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect, launch
 from distriray.denoise import Denoiser
-from distriray.gang import open_host
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--gangs", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-host", action="store_true", help="leave out the hosts, which need Ray")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     compared = ways(arguments.gangs, arguments.device)
@@ -111,13 +112,13 @@ def main() -> None:
         settings=vars(arguments),
     )
     rounds = launch(max(arguments.gangs), measure, compared, arguments, device=arguments.device)[0]
-    hosted = measure_host(arguments)
+    hosted = [] if arguments.no_host else measure_host(arguments)
     for size in arguments.sizes:
         for way in compared:
             base = compared[0].name
             ratio = median(r[size, base].image / r[size, way.name].image for r in rounds)
             _add(report, size, way.name, f"{ratio:.2f}x", [r[size, way.name] for r in rounds])
-        for name in dict.fromkeys(name for of_size, name in hosted[0] if of_size == size):
+        for name in dict.fromkeys(name for of_size, name in chain(*hosted[:1]) if of_size == size):
             _add(report, size, name, "-", [r[size, name] for r in hosted])
     report.publish(arguments.json)
 
@@ -195,6 +196,8 @@ def _by_gang(pipeline: Any, communicator: Communicator, way: Way, size: int, ste
 
 def measure_host(arguments: argparse.Namespace) -> list[Round]:
     """The same image asked of a host on Ray; `service` is what no phase of its workers explains."""
+    from distriray.gang import open_host  # with Ray, which the rest does without
+
     rounds: list[Round] = []
     config = HostConfig(
         model=ModelSpec(name=arguments.model), workers=max(arguments.gangs), device=arguments.device

@@ -116,7 +116,16 @@ class ImageRequest(_Shared):
         Percent | None,
         Field(description="Quality of jpeg and webp; 100, the best, by default and for png."),
     ] = None
-    quality: Annotated[Literal["auto"] | None, Field(description="Use num_inference_steps instead.")] = None
+    quality: Annotated[
+        Literal["auto", "low", "medium", "high", "standard", "hd"] | None,
+        Field(description="For clients that always send it: num_inference_steps decides, whatever it says."),
+    ] = None
+    moderation: Annotated[
+        Literal["auto", "low"] | None, Field(description="For clients that always send it: there is none.")
+    ] = None
+    style: Annotated[
+        None, Field(description="null, for clients that always send it: the prompt decides.")
+    ] = None
     background: Annotated[Literal["auto", "opaque"] | None, Field(description="Every picture is opaque.")] = (
         None
     )

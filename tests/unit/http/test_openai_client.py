@@ -33,10 +33,17 @@ def test_an_image_comes_with_its_seed_gang_and_timings(client: openai.OpenAI) ->
         model="builtin:landscapes",
         size="128x64",
         n=2,
-        quality="auto",
+        quality="hd",
+        moderation="low",
         background="opaque",
         user="me",
-        extra_body={"seed": 7, "num_inference_steps": 3, "guidance_scale": 4, "scheduler": "euler"},
+        extra_body={
+            "seed": 7,
+            "num_inference_steps": 3,
+            "guidance_scale": 4,
+            "scheduler": "euler",
+            "style": None,
+        },
     )
     assert answer.data is not None and answer.usage is None
     assert [picture(image.b64_json).size for image in answer.data] == [(128, 64)] * 2
@@ -135,7 +142,14 @@ def test_models_are_listed_and_found_by_name(client: openai.OpenAI) -> None:
         ({"size": "8x8"}, openai.BadRequestError, "invalid_value", "size", "below the limit of 64"),
         ({"n": 5}, openai.BadRequestError, "invalid_value", "n", "n 5 is above the limit of 4"),
         ({"model": "dall-e-3"}, openai.NotFoundError, "model_not_found", "model", "'dall-e-3'"),
-        ({"style": "vivid"}, openai.BadRequestError, "unknown_parameter", "style", "no field 'style'"),
+        ({"style": "vivid"}, openai.BadRequestError, "invalid_value", "style", "style"),
+        (
+            {"extra_body": {"safety_identifier": "me"}},
+            openai.BadRequestError,
+            "unknown_parameter",
+            "safety_identifier",
+            "no field 'safety_identifier'",
+        ),
         ({"stream": True, "n": 2}, openai.BadRequestError, "invalid_value", "n", "streaming makes one image"),
         ({"partial_images": 1}, openai.BadRequestError, "invalid_value", "partial_images", "set stream"),
         (
