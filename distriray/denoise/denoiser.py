@@ -13,7 +13,7 @@ from PIL import Image
 
 from distriray.denoise.blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.prediction import Prediction
-from distriray.denoise.schedulers import make_scheduler
+from distriray.denoise.schedulers import make_scheduler, scheduler_class
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
@@ -31,20 +31,22 @@ class Denoiser:
     Args:
         pipeline: a `StableDiffusionXLPipeline` or one made from it.
 
+    Attributes:
+        needs_image: whether the U-Net takes a picture and its mask besides the latents.
+
     Raises:
-        UnsupportedModel: the pipeline lacks SDXL's two text encoders and text-time conditioning.
+        UnsupportedModel: the pipeline is not Stable Diffusion XL's, is its refiner, or has a scheduler that
+            cannot be part of a state.
     """
 
     def __init__(self, pipeline: Any) -> None:
-        components = getattr(pipeline, "components", {})
-        if components.get("text_encoder_2") is None or components.get("unet") is None:
-            raise UnsupportedModel(
-                f"{type(pipeline).__name__} cannot be denoised step by step; Stable Diffusion XL can"
-            )
+        _check(pipeline)
         self._pipeline = pipeline
         self._components = make_components(pipeline)
         self._tasks = make_tasks()
         self._decode = DECODE()
+        takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+        self.needs_image = takes != latents
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
 
@@ -72,6 +74,8 @@ class Denoiser:
             raise InvalidRequest("a mask_image needs an image", "image")
         if not 0.0 < strength <= 1.0:
             raise InvalidRequest(f"strength {strength} is not above 0 and at most 1", "strength")
+        if self.needs_image and mask_image is None:
+            raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", "image")
         task = "text-to-image" if image is None else "image-to-image" if mask_image is None else "inpainting"
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         components = self._components
@@ -253,6 +257,21 @@ class Denoiser:
         if engine is not None:
             engine.start_image(at_step=state.step)
         task.denoiser.batched = None
+
+
+def _check(pipeline: Any) -> None:
+    """Raise `UnsupportedModel` for a pipeline of which no request could be drawn."""
+    what, components = type(pipeline).__name__, getattr(pipeline, "components", {})
+    if components.get("text_encoder_2") is None or components.get("unet") is None:
+        raise UnsupportedModel(f"{what} cannot be denoised step by step; Stable Diffusion XL can")
+    if pipeline.config.get("requires_aesthetics_score") or components.get("text_encoder") is None:
+        raise UnsupportedModel(f"{what} is SDXL's refiner, which goes on from another model's latents")
+    try:
+        scheduler_class(type(components["scheduler"]).__name__)
+    except InvalidRequest as error:
+        raise UnsupportedModel(
+            f"the model's own {error}; save the model with a scheduler of these names"
+        ) from error
 
 
 def _contiguous(value: Any) -> Any:

@@ -61,7 +61,7 @@ def scheduler_class(name: str) -> type[Any]:
     """The class of that name, if a state may hold one; raises InvalidRequest."""
     if name not in _CLASSES:
         raise InvalidRequest(
-            f"scheduler {name} cannot be part of a state; pass one by name: {', '.join(sorted(SCHEDULERS))}",
+            f"scheduler {name} cannot be part of a state; there are {', '.join(sorted(SCHEDULERS))}",
             "scheduler",
         )
     return _CLASSES[name]

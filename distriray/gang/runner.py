@@ -15,7 +15,7 @@ from torch.distributed import Store
 
 from ..collective import Communicator, all_gather, backend_of, connect
 from ..denoise import Denoiser, DenoiseState
-from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory
+from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory, UnsupportedModel
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
@@ -88,6 +88,10 @@ class SegmentRunner:
         assert engine is not None
         self._engine = engine
         self._denoiser = Denoiser(self.pipeline)
+        if self._denoiser.needs_image:
+            raise UnsupportedModel(
+                f"{spec.name} fills in masks, which requests do not carry; serve a model that draws from text"
+            )
         self.load_s = time.perf_counter() - began
 
     def link(self, memberships: Sequence[GangMembership]) -> None:

@@ -10,7 +10,16 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    EDMEulerScheduler,
+    KDPM2DiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    TCDScheduler,
+)
 from PIL import Image
 
 from distriray import parallelize
@@ -394,6 +403,31 @@ def test_every_field_decides_the_picture(denoiser: Denoiser, field: str) -> None
         for fields in (plain, {**plain, field: OTHERS[field]})
     )
     assert usual.shape != other.shape or not torch.allclose(usual, other, rtol=1e-3, atol=1e-3)
+
+
+UNKNOWN = [DEISMultistepScheduler, DDPMScheduler, EDMEulerScheduler, KDPM2DiscreteScheduler, TCDScheduler]
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_a_model_with_a_scheduler_that_no_state_can_hold_is_refused_at_once(kind: Any) -> None:
+    pipeline = tiny_sdxl()
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    with pytest.raises(UnsupportedModel, match=rf"own scheduler {kind.__name__} .* there are ddim"):
+        Denoiser(pipeline)
+
+
+def test_the_refiner_is_refused() -> None:
+    parts = {**tiny_sdxl().components, "text_encoder": None, "tokenizer": None}
+    refiner = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
+    with pytest.raises(UnsupportedModel, match="refiner"):
+        Denoiser(refiner)
+
+
+def test_a_network_that_takes_a_mask_draws_nothing_without_one() -> None:
+    denoiser = Denoiser(tiny_sdxl(in_channels=9))
+    assert denoiser.needs_image
+    with pytest.raises(InvalidRequest, match="needs an image and a mask_image"):
+        begin(denoiser, prompt="x", seeds=[1], **SIZE)
 
 
 def test_other_pipelines_are_refused() -> None:

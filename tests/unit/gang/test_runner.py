@@ -12,10 +12,11 @@ import torch
 from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
-from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory
+from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory, UnsupportedModel
 from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
 from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
+from tests.models import tiny_sdxl
 
 from .fleet import ask
 
@@ -175,3 +176,9 @@ def test_only_states_of_jobs_that_are_over_are_dropped(gang: Gang) -> None:
     runner = gang.runners[0]
     runner.retain({11}, 12)
     assert {11, 13} <= runner._states.keys() and 12 not in runner._states
+
+
+def test_a_model_that_no_request_can_be_drawn_with_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    tiny_sdxl(in_channels=9).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="fills in masks, which requests do not carry"):
+        SegmentRunner(ModelSpec(name=str(tmp_path)), torch.device("cpu"), HashStore(), timeout_s=10.0)
