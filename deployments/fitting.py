@@ -58,7 +58,7 @@ def _view_of(
         height=settled.height,
         width=settled.width,
         batch=settled.num_images,
-        steps_total=settled.num_inference_steps,
+        steps_total=settled.num_steps,
         steps_done=0,
         arrival_s=now_s,
         deadline_s=None if left_s is None else now_s + left_s,

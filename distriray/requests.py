@@ -102,6 +102,15 @@ class SamplingParams(BaseModel):
         return self
 
     @property
+    def num_steps(self) -> int:
+        """Calls of the network: schedulers of second order make two of a step, and pndm repeats its second.
+
+        Where the scheduler is the model's own it is taken for one that does not.
+        """
+        asked = self.num_inference_steps
+        return {"heun": 2 * asked - 1, "pndm": asked + (asked > 1)}.get(self.scheduler or "", asked)
+
+    @property
     def seeds(self) -> list[int]:
         """One seed for each image; raises InvalidRequest while there is none."""
         if self.seed is None:
@@ -172,8 +181,8 @@ class GenerationRequest(SamplingParams):
         return request
 
     def preview_steps(self) -> frozenset[int]:
-        """The steps (1 is the first) after which a preview is sent."""
-        total, count = self.num_inference_steps, self.previews
+        """The steps of the network (1 is the first) after which a preview is sent."""
+        total, count = self.num_steps, self.previews
         return frozenset(round((i + 1) * total / (count + 1)) for i in range(count)) - {0, total}
 
 

@@ -68,7 +68,7 @@ class Job:
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(_retrieve)
         self.predicted_s = 0.0
-        self.step, self.num_steps = 0, request.num_inference_steps
+        self.step, self.num_steps = 0, request.num_steps
         self.workers: tuple[int, ...] | None = None
         self.held: dict[WorkerId, int] = {}
         self.serial = -1

@@ -416,6 +416,15 @@ def test_a_model_with_a_scheduler_that_no_state_can_hold_is_refused_at_once(kind
         Denoiser(pipeline)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_a_request_knows_how_many_steps_its_state_will_have(
+    denoiser: Denoiser, scheduler: SchedulerName, steps: int
+) -> None:
+    params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, **SIZE)
+    assert params.num_steps == denoiser.prepare(params).num_steps
+
+
 def test_the_refiner_is_refused() -> None:
     parts = {**tiny_sdxl().components, "text_encoder": None, "tokenizer": None}
     refiner = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)

@@ -88,3 +88,9 @@ def test_limits_are_in_the_refusal(fields: dict[str, Any], says: str) -> None:
     limits.check(GenerationRequest(prompt="x", num_inference_steps=50, num_images=2, height=256))
     with pytest.raises(InvalidRequest, match=says):
         limits.check(GenerationRequest.parse({"prompt": "x", **fields}))
+
+
+def test_previews_of_a_second_order_scheduler_are_spread_over_all_of_its_steps() -> None:
+    request = GenerationRequest(prompt="x", num_inference_steps=10, previews=3, scheduler="heun")
+    assert request.num_steps == 19
+    assert request.preview_steps() == {5, 10, 14}
