@@ -66,19 +66,19 @@ class AbsentPeers:
         self.fills = True
         self._transfers = 0
         self._began: Mark = 0.0
-        self._marks: list[tuple[Moment, Mark]] = []
+        self.marks: list[tuple[Moment, Mark]] = []
 
     def begin_step(self) -> None:
         self._finish()
-        self._marks = []
+        self.marks = []
         self._began = mark(self.device)
 
     def end_step(self) -> Step:
         ended = mark(self.device)
         self._finish()
-        for moment, reached in self._marks:
+        for moment, reached in self.marks:
             moment.at_s = seconds_between(self._began, reached)
-        return Step(seconds_between(self._began, ended), [moment for moment, _ in self._marks])
+        return Step(seconds_between(self._began, ended), [moment for moment, _ in self.marks])
 
     def _finish(self) -> None:
         if self.device.type == "cuda":
@@ -102,7 +102,7 @@ class AbsentPeers:
             raise GangBroken("the rank whose peers are absent gave up")
 
     def note(self, moment: Moment) -> None:
-        self._marks.append((moment, mark(self.device)))
+        self.marks.append((moment, mark(self.device)))
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)

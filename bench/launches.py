@@ -1,0 +1,234 @@
+"""What a step of SDXL asks of a GPU, counted without one: `python -m bench.launches`.
+
+A guided step of SDXL's U-Net in float16 runs on torch's meta device, which knows shapes and computes nothing.
+Counted are the operations that launch something on a GPU, and the bytes that they read and write: for
+diffusers alone, and for one rank of a gang in each mode of the exchange, kernel by kernel. Attention counts
+as one launch, and group norm as its kernels (`distriray.parallel.kernels.fused`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.projection.peers import AbsentPeers
+from bench.projection.share import SDXL, step_inputs
+from bench.report import Report
+from distriray import ParallelConfig, parallelize
+from distriray.parallel import engine as engines
+from distriray.parallel import engine_of, gather
+from distriray.parallel.kernels import fused
+from distriray.parallel.layers import group_norm
+
+COLUMNS = (
+    "size",
+    "share of",
+    "guidance",
+    "exchange",
+    "launches",
+    "of diffusers",
+    "GB moved",
+    "of none",
+    "exchanges",
+    "messages",
+    "MB sent",
+    "MB of buffers",
+)
+OVERWRITES = {"copy_", "fill_", "zero_"}
+"""Operations that do not read what they write to."""
+
+
+@dataclass
+class Count:
+    """Launches of a step, and the bytes that they move."""
+
+    launches: int = 0
+    nbytes: int = 0
+
+    def add(self, *moved: Any) -> None:
+        """One launch that reads or writes these tensors."""
+        self.launches += 1
+        tensors = [leaf for leaf in pytree.tree_leaves(moved) if isinstance(leaf, torch.Tensor)]
+        self.nbytes += sum(_distinct_bytes(tensor) for tensor in tensors)
+
+
+def _distinct_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of its elements, each once however often it is repeated."""
+    lengths = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(lengths) * tensor.element_size()
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations on the way to the device."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not (func.is_view or "empty" in name or name in ("_unsafe_view", "lift_fresh")):
+            in_place = name.endswith("_")
+            read = args[1:] if name in OVERWRITES else args
+            self._count.add(read, kwargs or {}, args[0] if in_place else output)
+        return output
+
+
+@dataclass
+class Kernel:
+    """Stands for a kernel of Triton: a launch is counted, and nothing runs."""
+
+    count: Count
+    moved: Callable[[tuple[Any, ...]], Any]
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *args, **constants: self.count.add(self.moved(args))
+
+
+@dataclass
+class Unread(gather.HeaderOnItsWay):
+    """A header that says nothing, since the meta device has no values."""
+
+    communicator: Any
+    values: torch.Tensor
+    said: gather.Header = field(default=gather.Header(gather.NO_FLAGS, math.inf))
+
+    def read(self) -> gather.Header:
+        return self.said
+
+
+@contextmanager
+def counting() -> Iterator[Count]:
+    """Count everything that is done within, on the meta device."""
+    count = Count()
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+        output = query.new_empty(query.shape)
+        count.add(query, key, value, output)
+        return output
+
+    with ExitStack() as patches:
+        for owner, name, stand_in in (
+            (F, "scaled_dot_product_attention", attend),
+            (gather, "HeaderOnItsWay", Unread),
+            (engines, "check_same_image", lambda *_: None),
+            (group_norm, "group_norm_kernels", lambda device_type: fused),
+            (fused, "_part_moments", Kernel(count, lambda args: args[:2])),
+            (fused, "_merge_parts", Kernel(count, lambda args: args[:2])),
+            (fused, "_normalize", Kernel(count, lambda args: args[:6])),
+        ):
+            patches.enter_context(patch.object(owner, name, stand_in))
+        patches.enter_context(Counting(count))
+        yield count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 3840], help="pixels of a side")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--json", help="also write the table to this file")
+    arguments = parser.parse_args()
+    report = Report(
+        "bench.launches: a guided step of SDXL in float16, counted on the meta device",
+        COLUMNS,
+        seed=0,
+        settings=vars(arguments),
+    )
+    for size in arguments.sizes:
+        alone = alone_of(size)
+        report.add(*cells(size, "diffusers", "together", "-", alone, alone, None), "-", "-", "-", "-")
+        for ranks, split in product(arguments.ranks, (True, False)):
+            least: Count | None = None
+            for exchange in ("none", "displaced", "sync"):
+                count, peers, buffers = share(size, ranks, split, exchange)
+                least = least or count
+                sent = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
+                report.add(
+                    *cells(
+                        size,
+                        f"a gang of {ranks}",
+                        "split" if split else "together",
+                        exchange,
+                        count,
+                        alone,
+                        least,
+                    ),
+                    str(len(sent)),
+                    str(sum(map(len, sent))),
+                    f"{sum(sum(bytes_.values()) for bytes_ in sent) / 1e6:.0f}",
+                    f"{buffers / 1e6:.0f}",
+                )
+    report.publish(arguments.json)
+
+
+def cells(
+    size: int, of: str, guidance: str, exchange: str, count: Count, alone: Count, least: Count | None
+) -> tuple[str, ...]:
+    """The part of a row that is about what the device does."""
+    return (
+        f"{size}x{size}",
+        of,
+        guidance,
+        exchange,
+        str(count.launches),
+        f"{count.launches / alone.launches:.2f}x",
+        f"{count.nbytes / 1e9:.1f}",
+        "-" if least is None else f"{count.nbytes / least.nbytes:.2f}x",
+    )
+
+
+def sdxl() -> UNet2DConditionModel:
+    """SDXL's U-Net without values."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SDXL).to(torch.float16).eval().requires_grad_(False)
+
+
+def alone_of(size: int) -> Count:
+    """A step by diffusers."""
+    unet = sdxl()
+    inputs, timestep = step_inputs(unet, size), torch.zeros((), device="meta")
+    with torch.no_grad(), counting() as count:
+        unet(timestep=timestep, **inputs)
+    return count
+
+
+def share(size: int, ranks: int, split: bool, exchange: Any) -> tuple[Count, AbsentPeers, int]:
+    """One rank's part of the third step: its count, its peers, and the bytes of its buffers."""
+    unet, device = sdxl(), torch.device("meta")
+    peers = AbsentPeers(ranks // 2 if ranks > 2 else 0, ranks, device)
+    peers.fills = False
+    parallelizing = import_module("distriray.parallel.parallelize")  # which the function of that name hides
+    with patch.object(parallelizing, "_share_random_state", lambda communicator: None):
+        config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=split)
+        parallelize(unet, peers, config)
+    engine = engine_of(unet)
+    assert engine is not None
+    inputs = step_inputs(unet, size)
+    for step in range(3):
+        engine.announce_more()
+        peers.begin_step()
+        with counting() as count:
+            unet(timestep=900.0 - step, **inputs)
+    return count, peers, engine.buffer_bytes
+
+
+if __name__ == "__main__":
+    main()
