@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -14,19 +15,22 @@ from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GenerationCancelled
 from distriray.parallel.agreement import check_same_image
+from distriray.parallel.baked import Baked
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay
-from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, fingerprint
+from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.new_image import NewImageDetector
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ class Engine:
         self._graph_maker: GraphMaker | None = None
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
-        self._captured: Hashable = None
+        self._baked: Baked | None = None
+        self._told: str | None = None
 
     # What a user or a worker calls
 
@@ -160,7 +165,7 @@ class Engine:
         """Let later steps be graphs that `maker` makes; none if it is None."""
         self._exchanges.clear()
         self._graph_maker = maker
-        self._graphs = self._new_graphs()
+        self._graphs = self._graphs_of_call = self._new_graphs()
 
     def start_image(self, at_step: int = 0) -> None:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
@@ -304,10 +309,8 @@ class Engine:
             self._exchanges.clear()
             for begun in self._branches.values():
                 begun.exchange = None
-        if self._graphs is not None and (now := fingerprint(self.network.module)) != self._captured:
-            self._captured = now
-            self._graphs.clear()
-            self._exchanges.drop_graphs()
+        if self._baked is not None and self._baked.obstacle is not None:
+            self._baked = None  # it may be gone
 
     def _new_graphs(self) -> StepGraphs | None:
         return None if self._graph_maker is None else StepGraphs(self._graph_maker)
@@ -316,10 +319,26 @@ class Engine:
         """The network's own forward, by graphs where steps like this one were captured."""
         step, graphs = self.context.step, self._graphs_of_call
         kind = "alone" if step is None else step.kind
-        if graphs is None or kind is None:
+        if graphs is None or kind is None or not self._may_capture(compute):
             return compute(*args, **kwargs)
-        modes = (self.context.new_text, self.context.group_norm, torch.is_inference_mode_enabled())
-        return graphs.run((kind, *modes), compute, step, args, kwargs)
+        modes = self.context.new_text, self.context.group_norm, torch.is_inference_mode_enabled()
+        return graphs.run((kind, *modes, *arithmetic()), compute, step, args, kwargs)
+
+    def _may_capture(self, compute: Callable[..., Any]) -> bool:
+        """Whether graphs can stand for this step; those of a network that was another are dropped."""
+        baked = self._baked
+        if baked is None or (baked.obstacle is None and not baked.holds()):
+            assert self._graphs is not None
+            self._graphs.clear()
+            self._exchanges.drop_graphs()
+            baked = self._baked = Baked(self.network.module, compute)
+        obstacle = baked.obstacle
+        if torch.is_autocast_enabled(self.communicator.device.type):
+            obstacle = "autocast is on, and drops the weights that it has cast when it ends"
+        if obstacle not in (None, self._told):
+            log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", obstacle)
+        self._told = obstacle
+        return obstacle is None
 
     def _share(self, call: Call) -> Share:
         rank = self.communicator.rank
