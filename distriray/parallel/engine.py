@@ -123,7 +123,7 @@ class Engine:
         self._first_step = 0
         self._branches: dict[Hashable, Branch] = {}
         self._text_epochs = 0
-        self._cached_text = 0
+        self._cached_text: Hashable = None
         self._graph_maker: GraphMaker | None = None
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
@@ -297,8 +297,9 @@ class Engine:
         if branch.fresh_start or signs.new_text:
             self._text_epochs += 1
             branch.text_epoch = self._text_epochs
-        self.context.new_text = branch.text_epoch != self._cached_text
-        self._cached_text = branch.text_epoch
+        text = branch.text_epoch, torch.is_inference_mode_enabled()  # in tensors of its own, or not
+        self.context.new_text = text != self._cached_text
+        self._cached_text = text
         return branch
 
     def _prepare_image(self, call: Call, moment: Moment, branch: Branch) -> None:
