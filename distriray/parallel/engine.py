@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -14,19 +15,22 @@ from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.errors import GenerationCancelled
 from distriray.parallel.agreement import check_same_image
+from distriray.parallel.baked import Baked
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay
-from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, fingerprint
+from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.new_image import NewImageDetector
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,12 @@ class Engine:
         self._first_step = 0
         self._branches: dict[Hashable, Branch] = {}
         self._text_epochs = 0
-        self._cached_text = 0
+        self._cached_text: Hashable = None
         self._graph_maker: GraphMaker | None = None
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
-        self._captured: Hashable = None
+        self._baked: Baked | None = None
+        self._told: str | None = None
 
     # What a user or a worker calls
 
@@ -160,7 +165,7 @@ class Engine:
         """Let later steps be graphs that `maker` makes; none if it is None."""
         self._exchanges.clear()
         self._graph_maker = maker
-        self._graphs = self._new_graphs()
+        self._graphs = self._graphs_of_call = self._new_graphs()
 
     def start_image(self, at_step: int = 0) -> None:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
@@ -292,8 +297,9 @@ class Engine:
         if branch.fresh_start or signs.new_text:
             self._text_epochs += 1
             branch.text_epoch = self._text_epochs
-        self.context.new_text = branch.text_epoch != self._cached_text
-        self._cached_text = branch.text_epoch
+        text = branch.text_epoch, torch.is_inference_mode_enabled()  # in tensors of its own, or not
+        self.context.new_text = text != self._cached_text
+        self._cached_text = text
         return branch
 
     def _prepare_image(self, call: Call, moment: Moment, branch: Branch) -> None:
@@ -304,10 +310,8 @@ class Engine:
             self._exchanges.clear()
             for begun in self._branches.values():
                 begun.exchange = None
-        if self._graphs is not None and (now := fingerprint(self.network.module)) != self._captured:
-            self._captured = now
-            self._graphs.clear()
-            self._exchanges.drop_graphs()
+        if self._baked is not None and self._baked.obstacle is not None:
+            self._baked = None  # it may be gone
 
     def _new_graphs(self) -> StepGraphs | None:
         return None if self._graph_maker is None else StepGraphs(self._graph_maker)
@@ -316,10 +320,26 @@ class Engine:
         """The network's own forward, by graphs where steps like this one were captured."""
         step, graphs = self.context.step, self._graphs_of_call
         kind = "alone" if step is None else step.kind
-        if graphs is None or kind is None:
+        if graphs is None or kind is None or not self._may_capture(compute):
             return compute(*args, **kwargs)
-        modes = (self.context.new_text, self.context.group_norm, torch.is_inference_mode_enabled())
-        return graphs.run((kind, *modes), compute, step, args, kwargs)
+        modes = self.context.new_text, self.context.group_norm, torch.is_inference_mode_enabled()
+        return graphs.run((kind, *modes, *arithmetic()), compute, step, args, kwargs)
+
+    def _may_capture(self, compute: Callable[..., Any]) -> bool:
+        """Whether graphs can stand for this step; those of a network that was another are dropped."""
+        baked = self._baked
+        if baked is None or (baked.obstacle is None and not baked.holds()):
+            assert self._graphs is not None
+            self._graphs.clear()
+            self._exchanges.drop_graphs()
+            baked = self._baked = Baked(self.network.module, compute)
+        obstacle = baked.obstacle
+        if torch.is_autocast_enabled(self.communicator.device.type):
+            obstacle = "autocast is on, and drops the weights that it has cast when it ends"
+        if obstacle not in (None, self._told):
+            log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", obstacle)
+        self._told = obstacle
+        return obstacle is None
 
     def _share(self, call: Call) -> Share:
         rank = self.communicator.rank

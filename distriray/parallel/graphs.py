@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from numbers import Number
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from distriray.errors import UnsupportedModel
@@ -22,10 +22,13 @@ from distriray.errors import UnsupportedModel
 Between = Callable[[Any], None]
 """Something that is done between two graphs, to the step that is under way."""
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
 MOST_GRAPHS = 16
 """Steps of one shape that are kept as graphs; those used longest ago go first."""
+
+MOST_MET = 64
+"""Steps that were met once and are remembered: those whose numbers are others every time never end."""
+
+_NUMBERS = (Number, str, type(None), torch.dtype, torch.device)
 
 
 class Graph(Protocol):
@@ -123,10 +126,14 @@ class StepGraph:
                 step.recorder = recorder
             try:
                 self._output = forward(*own_args, **own_kwargs)
+            except BaseException:
+                with suppress(RuntimeError):  # of a capture that has failed; what made it fail says why
+                    recorder.end()
+                raise
             finally:
-                recorder.end()
                 if step is not None:
                     step.recorder = None
+            recorder.end()
         self._pieces = recorder.pieces
 
     def replay(self, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -168,6 +175,8 @@ class StepGraphs:
     ) -> Any:
         """`forward(*args, **kwargs)`, by a graph where there is one.
 
+        Not where an input is neither a tensor nor a number or a text: it might change and stay the same.
+
         Args:
             kind: all that decides what `forward` does, besides its inputs' shapes and what is no tensor.
             step: as in `StepGraph`.
@@ -176,8 +185,13 @@ class StepGraphs:
             UnsupportedModel: the network does something that no graph can hold.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        if not all(isinstance(leaf, (torch.Tensor, *_NUMBERS)) for leaf in leaves):
+            return forward(*args, **kwargs)
         key = (kind, spec, tuple(_described(leaf) for leaf in leaves))
         if key not in self._graphs:
+            met = [other for other, graph in self._graphs.items() if graph is None]
+            if len(met) == MOST_MET:
+                del self._graphs[met[0]]
             self._graphs[key] = None
             return forward(*args, **kwargs)
         self._graphs.move_to_end(key)
@@ -199,6 +213,8 @@ class StepGraphs:
     ) -> StepGraph:
         try:
             return StepGraph(self._maker, forward, step, args, kwargs)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:
             raise UnsupportedModel(
                 f"a step of this network cannot be a CUDA graph ({error}); use cuda_graphs=False"
@@ -211,33 +227,25 @@ def _described(leaf: Any) -> Hashable:
     return type(leaf), repr(leaf)
 
 
-def fingerprint(network: nn.Module) -> Hashable:
-    """What captured steps of a network depend on besides inputs: it changes with whatever they cannot see.
-
-    Layers, where their parameters lie, and every plain value that is set on a layer or its processor: scales,
-    active adapters, switches.
-    """
-    signs: list[Hashable] = []
-    for module in network.modules():
-        signs.append((id(module), type(module), vars(module).get("forward")))
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        signs += [tensor.data_ptr() for tensor in tensors if tensor is not None]
-        signs.append(_plain(module))
-        processor = getattr(module, "processor", None)
-        if processor is not None:
-            signs.append((id(processor), _plain(processor)))
-    return tuple(signs)
+def arithmetic() -> tuple[Hashable, ...]:
+    """The switches of torch that decide which kernels an operation launches."""
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.enabled,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        *_tf32(),
+    )
 
 
-def _plain(thing: object) -> str:
-    """The plain values among the attributes of a layer or a processor."""
-    return repr([(k, v) for k, v in vars(thing).items() if k not in _OF_EVERY_MODULE and _is_plain(v)])
-
-
-def _is_plain(value: object) -> bool:
-    """Whether it is numbers and texts all through; what is empty may yet become something else."""
-    if isinstance(value, dict):
-        return bool(value) and all(map(_is_plain, value.values()))
-    if isinstance(value, tuple | list | set):
-        return bool(value) and all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+def _tf32() -> tuple[Hashable, ...]:
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # they were set in torch 2.9's way, and may not be read in the other
+        convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        return torch.backends.cuda.matmul.fp32_precision, convolution.fp32_precision

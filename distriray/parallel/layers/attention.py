@@ -103,13 +103,15 @@ class PatchSpatialAttention(PatchSelfAttention):
 class CachedCrossAttention(_Processor):
     """Cross-attention whose text keys and values are computed once per image.
 
-    Those of one shape stay in the same tensors, where graphs of captured steps find them.
+    They stay in the same memory, where graphs of captured steps find them; all shapes share it, since one
+    text at a time is cached.
     """
 
     def __init__(self, context: PatchContext | None = None) -> None:
         super().__init__()
         self.context = context
         self._text: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._memory: dict[Hashable, torch.Tensor] = {}
 
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
@@ -118,10 +120,24 @@ class CachedCrossAttention(_Processor):
             return None
         # Tensors made in inference mode cannot be written outside it.
         of = (text.shape, text.dtype, text.device, torch.is_inference_mode_enabled())
-        if of not in self._text:
-            self._text[of] = attn.to_k(text), attn.to_v(text)
-        elif self.context.new_text:
-            key, value = self._text[of]
-            key.copy_(attn.to_k(text))
-            value.copy_(attn.to_v(text))
+        if of not in self._text or self.context.new_text:
+            fresh = attn.to_k(text), attn.to_v(text)
+            if of not in self._text or self._text[of][0].dtype != fresh[0].dtype:
+                self._text[of] = self._room(fresh[0])
+            for kept, now in zip(self._text[of], fresh, strict=True):
+                kept.copy_(now)
         return self._text[of]
+
+    def _room(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for keys and values of this shape."""
+        of = (key.dtype, key.device, torch.is_inference_mode_enabled())
+        memory = self._memory.get(of)
+        if memory is None or memory[0].numel() < key.numel():
+            memory = key.new_empty((2, key.numel()))
+            self._memory = {
+                **self._memory,
+                of: memory,
+            }  # another object, by which graphs are known to be stale
+            self._text = {}
+        room = memory[:, : key.numel()].unflatten(1, key.shape)
+        return room[0], room[1]

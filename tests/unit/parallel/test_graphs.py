@@ -8,22 +8,23 @@ import pytest
 import torch
 
 from distriray import ParallelConfig, parallelize
-from distriray.collective import LockstepCommunicator, run_in_lockstep
-from distriray.errors import UnsupportedModel
+from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
+from distriray.errors import GangBroken, UnsupportedModel
 from distriray.parallel import engine_of
-from distriray.parallel.graphs import StepGraphs, fingerprint
+from distriray.parallel.graphs import MOST_MET, StepGraphs
 from tests.distributed.cases import Case, call
 from tests.models import tiny_sdxl
-from tests.unit.parallel.recorded import RecordedGraphs
+from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
 
-CONFIGS = [
-    {"warmup_steps": 2},
-    {"warmup_steps": 3, "cfg_parallel": False, "prediction": {"halos": 0.5, "keys_values": 0.5}},
-    {"warmup_steps": 1, "group_norm": "corrected", "cfg_parallel": False},
-    {"warmup_steps": 1, "group_norm": "fresh", "cfg_parallel": False},
-    {"warmup_steps": "auto", "cfg_parallel": False},
-    {"exchange": "sync", "cfg_parallel": False},
-    {"exchange": "none"},
+CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (4, {"warmup_steps": 2}),
+    (2, {"warmup_steps": 2, "cfg_parallel": False, "prediction": {"halos": 0.5, "keys_values": 0.5}}),
+    (2, {"warmup_steps": 1, "group_norm": "corrected", "cfg_parallel": False}),
+    (2, {"warmup_steps": 1, "group_norm": "fresh", "cfg_parallel": False}),
+    (2, {"warmup_steps": "auto", "auto_warmup_drift": 5.0, "cfg_parallel": False}),
+    (2, {"exchange": "sync", "cfg_parallel": False}),
+    (2, {"exchange": "none"}),
 ]
 IMAGES = [  # the second is of another size, the third as the first, the fourth is a batch
     {"height": 128},
@@ -32,10 +33,13 @@ IMAGES = [  # the second is of another size, the third as the first, the fourth 
     {"height": 128, "images": 2},
     {"height": 128},
 ]
+STEPS = 4
 
 
-def drawn(ranks: int, config: dict[str, Any], graphs: bool) -> tuple[list[list[torch.Tensor]], list[int]]:
-    """The latents of all images by each rank, and how often its graphs were replayed."""
+def drawn(
+    ranks: int, config: dict[str, Any], images: int, graphs: bool
+) -> tuple[list[list[torch.Tensor]], list[int]]:
+    """The latents of the first images by each rank, and how often its graphs were replayed."""
     replays = []
 
     def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
@@ -45,33 +49,22 @@ def drawn(ranks: int, config: dict[str, Any], graphs: bool) -> tuple[list[list[t
             engine = engine_of(pipeline)
             assert engine is not None
             engine.capture_with(maker)
-        found = [call(pipeline, Case(steps=8, config=config, **image)) for image in IMAGES]
+        found = [call(pipeline, Case(steps=STEPS, config=config, **image)) for image in IMAGES[:images]]
         replays.append(sum(graph.replays for graph in maker.made))
         return found
 
     return run_in_lockstep(ranks, rank), replays
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_captured_steps_draw_the_same_bit_for_bit(config: dict[str, Any], ranks: int) -> None:
-    wanted, _ = drawn(ranks, config, graphs=False)
-    found, replays = drawn(ranks, config, graphs=True)
+@pytest.mark.parametrize(("ranks", "config"), CASES, ids=str)
+def test_captured_steps_draw_the_same_bit_for_bit(ranks: int, config: dict[str, Any]) -> None:
+    images = len(IMAGES) if ranks == 1 or "prediction" in config else 3
+    wanted, _ = drawn(ranks, config, images, graphs=False)
+    found, replays = drawn(ranks, config, images, graphs=True)
     for ours, theirs in zip(found, wanted, strict=True):
         for index, (here, there) in enumerate(zip(ours, theirs, strict=True)):
             assert torch.equal(here, there), index
-    assert min(replays) > 10
-
-
-def test_what_graphs_cannot_see_drops_them() -> None:
-    unet = tiny_sdxl().unet
-    before = fingerprint(unet)
-    assert fingerprint(unet) == before
-    unet.mid_block.attentions[0].transformer_blocks[0].attn1.scale = 2.0
-    after = fingerprint(unet)
-    assert after != before
-    unet.to(torch.float64)
-    assert fingerprint(unet) != after
+    assert min(replays) > 5
 
 
 def test_graphs_outlast_an_image_and_nothing_is_captured_again() -> None:
@@ -103,6 +96,53 @@ def test_what_cannot_be_captured_is_refused_by_name() -> None:
         graphs.run("reads", reads, None, (x,), {})
 
 
+def test_why_a_capture_failed_is_what_failed_first() -> None:
+    class Failing(RecordedGraph):
+        def capture_end(self) -> None:
+            super().capture_end()
+            raise RuntimeError("the capture has failed")
+
+    maker = RecordedGraphs()
+    maker.new = lambda: (Failing(), {})  # type: ignore[method-assign]
+    graphs, x = StepGraphs(maker), torch.ones(3)
+    graphs.run("reads", lambda x: x, None, (x,), {})
+    with pytest.raises(UnsupportedModel, match="reads a value"):
+        graphs.run("reads", lambda x: x * float(x.sum()), None, (x,), {})
+
+
+def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:
+    case = Case(steps=3)
+
+    def rank(communicator: LockstepCommunicator) -> torch.Tensor:
+        config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+        pipeline = parallelize(tiny_sdxl(), communicator, config)
+        maker, engine, exchange = RecordedGraphs(), engine_of(pipeline), communicator.exchange
+        assert engine is not None
+        engine.capture_with(maker)
+        for _ in range(2):
+            call(pipeline, case)
+        replays = sum(graph.replays for graph in maker.made)
+        sent = []
+
+        def breaks(sends: Any, receives: Any) -> Any:
+            sent.append(sum(graph.replays for graph in maker.made) - replays)
+            if communicator.rank == 1 and sent[-1] > 8:
+                communicator.abort()
+            return exchange(sends, receives)
+
+        communicator.exchange = breaks  # type: ignore[method-assign]
+        with pytest.raises(GangBroken):
+            call(pipeline, case)
+        assert max(sent) > 0
+        alone = parallelize(pipeline, connect("local"), ParallelConfig())
+        engine.capture_with(RecordedGraphs())
+        return torch.stack([call(alone, case) for _ in range(3)])
+
+    wanted = call(parallelize(tiny_sdxl(), connect("local"), ParallelConfig()), case)
+    for found in run_in_lockstep(2, rank):
+        assert torch.equal(found, torch.stack([wanted] * 3))
+
+
 def test_a_value_that_is_no_tensor_is_a_part_of_the_graph() -> None:
     graphs = StepGraphs(RecordedGraphs())
     for scale in (1.0, 2.0, 1.0, 2.0, 1.0, 2.0):
@@ -111,3 +151,38 @@ def test_a_value_that_is_no_tensor_is_a_part_of_the_graph() -> None:
             out = graphs.run("scaled", lambda x, scale: x * scale, None, (x,), {"scale": scale})
             assert out.tolist() == [value * scale] * 2
     assert len(graphs) == 2
+
+
+def test_steps_whose_numbers_never_repeat_are_forgotten() -> None:
+    graphs = StepGraphs(RecordedGraphs())
+    for scale in range(3 * MOST_MET):
+        graphs.run("scaled", lambda x, scale: x * scale, None, (torch.ones(2),), {"scale": scale})
+    assert len(graphs._graphs) == MOST_MET
+
+
+def test_an_input_that_cannot_be_told_apart_is_in_no_graph() -> None:
+    class Box:
+        value = 1.0
+
+        def __repr__(self) -> str:
+            return "a box"
+
+    graphs, box = StepGraphs(RecordedGraphs()), Box()
+    for value in (1.0, 2.0, 3.0):
+        box.value = value
+        out = graphs.run("scaled", lambda x, box: x * box.value, None, (torch.ones(2),), {"box": box})
+        assert out.tolist() == [value] * 2
+
+
+def test_running_out_of_memory_stays_what_it_is() -> None:
+    graphs, calls = StepGraphs(RecordedGraphs()), []
+
+    def needs(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return x
+
+    graphs.run("needs", needs, None, (torch.ones(1),), {})
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        graphs.run("needs", needs, None, (torch.ones(1),), {})

@@ -1,0 +1,188 @@
+"""What changes in a network counts in captured steps, in the middle of an image too."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
+from torch import nn
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import connect
+from distriray.parallel import engine_of
+from distriray.parallel.baked import Baked
+from tests.models import tiny_sdxl_unet
+from tests.unit.parallel.recorded import RecordedGraphs
+
+Change = Callable[[UNet2DConditionModel, int], None]
+"""What is done to a network before one of its steps."""
+
+STEPS = 5
+
+
+def noise(unet: UNet2DConditionModel, step: int, *, images: int = 1, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    text = torch.randn((images, 9, 32), generator=torch.Generator().manual_seed(seed))
+    added = {"text_embeds": torch.ones((images, 16)), "time_ids": torch.ones((images, 6))}
+    sample = torch.randn((images, 4, 16, 8), generator=generator)
+    return unet(sample, 900 - step, text, added_cond_kwargs=added).sample.clone()
+
+
+def drawn(change: Change, graphs: bool) -> tuple[torch.Tensor, int]:
+    """The noise of two images, and how many steps of the second one were replayed."""
+    unet = tiny_sdxl_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    parameters = [p for name, p in unet.named_parameters() if "lora" in name]
+    for index, parameter in enumerate(parameters):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+    parallelize(unet, connect("local"), ParallelConfig())
+    maker, engine = RecordedGraphs(), engine_of(unet)
+    assert engine is not None
+    engine.capture_with(maker if graphs else None)
+    steps = [noise(unet, step) for step in range(STEPS)]
+    before = sum(graph.replays for graph in maker.made)
+    assert not graphs or before > 0
+    for step in range(STEPS):
+        change(unet, step)
+        steps.append(noise(unet, step))
+    return torch.stack(steps), sum(graph.replays for graph in maker.made) - before
+
+
+def change_scale(unet: UNet2DConditionModel, step: int) -> None:
+    if step == 3:
+        unet.set_adapters(["default"], [0.2])
+
+
+def train(unet: UNet2DConditionModel, step: int) -> None:
+    """A layer that is another while it is trained."""
+    if step == 0:
+        unet.mid_block.resnets[0].dropout.p = 1.0
+    unet.train(step > 2)
+
+
+def replace_weights(unet: UNet2DConditionModel, step: int) -> None:
+    if step == 3:
+        unet.conv_out.weight = nn.Parameter(2 * unet.conv_out.weight)
+
+
+def hook(unet: UNet2DConditionModel, step: int) -> None:
+    if step == 3:
+        unet.mid_block.register_forward_hook(lambda layer, inputs, output: 2 * output)
+
+
+def hook_that_counts(unet: UNet2DConditionModel, step: int) -> None:
+    calls = []
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return type(unet.mid_block).forward(unet.mid_block, *args, **kwargs) * len(calls)
+
+    if step == 0:
+        unet.mid_block.forward = forward
+
+
+def store_weights_in_half_precision(unet: UNet2DConditionModel, step: int) -> None:
+    if step == 0:
+        unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+
+
+class Counting(AttnProcessor2_0):
+    """A processor that does something else in every step, by a state that is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = iter(range(1000))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().__call__(*args, **kwargs) * next(self.calls)
+
+
+def count_by_a_processor(unet: UNet2DConditionModel, step: int) -> None:
+    if step == 0:
+        unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = Counting()
+
+
+@pytest.mark.parametrize("change", [change_scale, train, replace_weights])
+def test_what_changes_in_the_middle_of_an_image_is_captured_again(change: Change) -> None:
+    found, replayed = drawn(change, graphs=True)
+    assert torch.equal(found, drawn(change, graphs=False)[0])
+    assert replayed > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "obstacle"),
+    [
+        (hook, "layer mid_block has a hook"),
+        (hook_that_counts, "layer mid_block has a hook"),
+        (store_weights_in_half_precision, "layer conv_in has a hook"),
+        (count_by_a_processor, "attn2 uses a Counting, which is not known"),
+    ],
+)
+def test_code_that_a_graph_would_pass_by_is_run_and_named(
+    change: Change, obstacle: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = drawn(change, graphs=False)[0]
+    caplog.clear()
+    found, replayed = drawn(change, graphs=True)
+    assert torch.equal(found, wanted)
+    assert (replayed > 0) == (change is hook)  # before it was there
+    (warning,) = caplog.messages
+    assert "not as CUDA graphs" in warning and obstacle in warning
+
+
+def test_what_autocast_has_cast_is_in_no_graph() -> None:
+    def images(graphs: bool) -> torch.Tensor:
+        unet = parallelize(tiny_sdxl_unet(), connect("local"), ParallelConfig())
+        engine = engine_of(unet)
+        assert engine is not None
+        engine.capture_with(RecordedGraphs() if graphs else None)
+        steps = []
+        for image in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=image % 2 == 0):
+                steps += [noise(unet, step).float() for step in range(3)]
+        return torch.stack(steps)
+
+    assert torch.equal(images(graphs=True), images(graphs=False))
+
+
+def test_a_comparison_sees_what_is_set_and_what_is_exchanged() -> None:
+    unet = tiny_sdxl_unet()
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    changes: list[Callable[[], Any]] = [
+        lambda: setattr(attention, "scale", 2.0),
+        lambda: setattr(attention, "something", None),
+        lambda: delattr(attention, "something"),
+        lambda: setattr(attention, "processor", type(attention.processor)()),
+        lambda: setattr(attention.processor, "lengths", [1]),
+        lambda: attention.processor.lengths.append(2),
+        lambda: setattr(unet.mid_block.resnets[0], "norm1", unet.mid_block.resnets[0].norm2),
+        lambda: unet.to(torch.float64),
+        lambda: unet.train(),
+    ]
+    for index, change in enumerate(changes):
+        baked = Baked(unet, unet.forward)
+        assert baked.holds()
+        change()
+        assert not baked.holds(), index
+
+
+def test_leaving_a_gang_lets_go_of_its_graphs() -> None:
+    unet = parallelize(tiny_sdxl_unet(), connect("local"), ParallelConfig())
+    maker, engine = RecordedGraphs(), engine_of(unet)
+    assert engine is not None
+    engine.capture_with(maker)
+    for step in range(4):
+        noise(unet, step)
+    graph = weakref.ref(maker.made.pop())
+    assert graph() is not None
+    maker.made.clear()
+    parallelize(unet, connect("local"), ParallelConfig())
+    gc.collect()
+    assert graph() is None
