@@ -7,8 +7,6 @@ import resource
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-import ray
-
 if TYPE_CHECKING:
     import torch
 
@@ -20,11 +18,13 @@ class DeviceKind(Protocol):
         gpus: whole GPUs that Ray reserves for each worker.
         environment: variables of a worker's process.
         guessed_step_s: seconds of a step of the default size, until one was seen.
+        links_at_rest: no worker of a host may compute while gangs are formed.
     """
 
     gpus: int
     environment: Mapping[str, str]
     guessed_step_s: float
+    links_at_rest: bool
 
     def device(self) -> torch.device:
         """The device of a worker, in its own process."""
@@ -38,6 +38,9 @@ class DeviceKind(Protocol):
     def memory(self) -> int:
         """Bytes that this process has taken."""
 
+    def trim(self) -> None:
+        """Give back what torch keeps of the device's memory and does not use."""
+
 
 class Cpu:
     """One thread of a CPU."""
@@ -45,6 +48,7 @@ class Cpu:
     gpus = 0
     environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
     guessed_step_s = 1.0
+    links_at_rest = False
 
     def device(self) -> torch.device:
         import torch
@@ -62,6 +66,9 @@ class Cpu:
     def memory(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def trim(self) -> None:
+        """Torch keeps none of a CPU's."""
+
 
 class Cuda:
     """One NVIDIA GPU: the one that Ray has reserved for the worker.
@@ -73,8 +80,10 @@ class Cuda:
     gpus = 1
     environment: Mapping[str, str] = {}
     guessed_step_s = 0.1
+    links_at_rest = True
 
     def device(self) -> torch.device:
+        import ray
         import torch
 
         return torch.device("cuda", place_of(ray.get_gpu_ids()[0], os.environ, torch.cuda.device_count()))
@@ -93,6 +102,11 @@ class Cuda:
         import torch
 
         return int(torch.cuda.memory_reserved(self.device()))
+
+    def trim(self) -> None:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 DEVICES: Mapping[str, DeviceKind] = {"cpu": Cpu(), "cuda": Cuda()}

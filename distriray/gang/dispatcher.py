@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
@@ -61,7 +62,8 @@ class Dispatcher:
         self._accepted = self._segments = 0
         self._background = Background(self._fail)
         self._review: asyncio.TimerHandle | None = None
-        self._waking = False
+        self._waking = self._resting = False
+        self._all_back = asyncio.Event()
         self._closed = False
 
     async def start(self) -> None:
@@ -183,7 +185,7 @@ class Dispatcher:
         if self._review is not None:
             self._review.cancel()
             self._review = None
-        if self._closed:
+        if self._closed or self._resting:
             return
         self._tell_levels()
         view = self.view()
@@ -238,6 +240,23 @@ class Dispatcher:
         """For `WorkerGroup`."""
         self._wake()
 
+    @asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """For `WorkerGroup`. Requests leave after the step that they are in, and go on afterwards."""
+        self._resting = True
+        try:
+            for job in self.jobs.values():
+                if job.yield_():
+                    self._stop(job, StopSignal.YIELD)
+            while self.leased:
+                self._all_back.clear()
+                await self._all_back.wait()
+            yield
+        finally:
+            self._resting = False
+            if self.jobs:
+                self._wake()
+
     def beyond_repair(self) -> None:
         """For `WorkerGroup`."""
         for job in list(self.jobs.values()):
@@ -288,6 +307,7 @@ class Dispatcher:
             self._end(job, error)
         finally:
             self.leased.difference_update(worker.index for worker in gang)
+            self._all_back.set()
             self._wake()
 
     def _take_back(self, job: Job, result: SegmentResult, began: Moment) -> None:

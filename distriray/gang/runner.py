@@ -20,6 +20,7 @@ from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
 from .control import SegmentControl
+from .devices import DEVICES
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
 
 log = logging.getLogger("ray.serve.distriray.worker")
@@ -97,9 +98,12 @@ class SegmentRunner:
     def link(self, memberships: Sequence[GangMembership]) -> None:
         """Make communicators, in this order; one of a group that has one replaces it.
 
+        They take memory of the device that torch must not sit on.
+
         Raises:
             GangBroken: a member did not come.
         """
+        DEVICES[self.device.type].trim()
         for membership in memberships:
             self._join(membership)
 
@@ -222,8 +226,7 @@ class SegmentRunner:
         log.error("segment %d of request %s failed", order.serial, order.request.id, exc_info=error)
         if _is_out_of_memory(error):
             self._states.pop(order.job, None)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            DEVICES[self.device.type].trim()
             request = order.request
             what = f"{request.num_images} of {request.width}x{request.height}"
             return SegmentEnd.REFUSED, OutOfMemory(f"{what} do not fit into memory: {error}"), ""

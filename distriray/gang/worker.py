@@ -25,15 +25,15 @@ class Worker:
     """One process with one device and one full copy of the model.
 
     Every method is a coroutine of the actor's event loop. `run` occupies a thread of its own and no other
-    call does, so a worker answers while it computes; forming gangs has a thread of its own too, so that the
-    gangs of others can be repaired meanwhile.
+    call does, so a worker answers while it computes. Forming gangs has a thread of its own too, so that the
+    gangs of others can be repaired meanwhile; except on devices where that must wait until all are at rest.
     """
 
     def __init__(self, spec: ModelSpec, device: str, store: str, timeout_s: float) -> None:
         self._spec, self._timeout_s, self._store = spec, timeout_s, store
         self._kind = DEVICES[device]
         self._compute = ThreadPoolExecutor(1, "compute", initializer=self._kind.bind)
-        self._linking = ThreadPoolExecutor(1, "link")
+        self._linking = self._compute if self._kind.links_at_rest else ThreadPoolExecutor(1, "link")
         self._news = asyncio.Event()
         self._runner: SegmentRunner | None = None
 

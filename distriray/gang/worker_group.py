@@ -7,6 +7,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ..errors import GangBroken
 from ..routing.buddy import aligned_blocks
 from .background import Background
 from .config import HostConfig
+from .devices import DEVICES
 from .messages import GangMembership, WorkerFacts, WorkerId
 from .remote import RemoteWorker, WorkerDied
 
@@ -53,6 +55,9 @@ class Owner(Protocol):
 
     def worker_ready(self, index: int) -> None:
         """There is a worker in this place that can be lent."""
+
+    def at_rest(self) -> AbstractAsyncContextManager[None]:
+        """A time in which nobody works, as soon as everybody has left the step that they are in."""
 
     def beyond_repair(self) -> None:
         """Some gangs will never be there again: `WorkerGroup.sizes` has fewer, or none."""
@@ -184,9 +189,8 @@ class WorkerGroup:
 
     async def _link(self) -> dict[WorkerId, Exception]:
         """Form every group that is not formed and whose members all live; what those who could not raised."""
-        async with self._linking:
-            members = dict(self._members)
-            missing = [g for g in self._groups if g not in self.communicators and members.keys() >= set(g)]
+        async with self._linking, self._peace():
+            members, missing = dict(self._members), self._missing()
             names = {g: f"{'-'.join(map(str, g))}.{next(self._generations)}" for g in missing if len(g) > 1}
             plans = {
                 members[index].id: [
@@ -211,6 +215,16 @@ class WorkerGroup:
                 if all(self.alive(worker) and worker not in failed for worker in gang):
                     self.communicators[group] = names.get(group, "alone")
             return failed
+
+    def _missing(self) -> list[Group]:
+        """Groups that are not formed and whose members all live."""
+        return [g for g in self._groups if g not in self.communicators and self._members.keys() >= set(g)]
+
+    def _peace(self) -> AbstractAsyncContextManager[None]:
+        """The time to form what is missing."""
+        kinds = {DEVICES[member.facts.device.partition(":")[0]] for member in self.members}
+        at_rest = any(kind.links_at_rest for kind in kinds) and any(len(g) > 1 for g in self._missing())
+        return self._owner.at_rest() if at_rest else nullcontext()
 
     async def _link_all(self) -> str | None:
         """`_link` until nobody fails, or why somebody does. Who fails alone is given up."""

@@ -74,8 +74,8 @@ class FakeWorker:
             if self.fleet.load_raises.get(self.index) is not None:
                 raise self.fleet.load_raises[self.index]
             return WorkerFacts(
-                pid=id(self), node="n", device="cpu", device_name="cpu", model="m", default_size=(128, 128),
-                row_unit=16, cuts_vae=self.fleet.cuts_vae, load_s=0.0, memory=1,
+                pid=id(self), node="n", device=self.fleet.device, device_name="cpu", model="m",
+                default_size=(128, 128), row_unit=16, cuts_vae=self.fleet.cuts_vae, load_s=0.0, memory=1,
             )  # fmt: skip
 
         return self._call(load())
@@ -85,6 +85,7 @@ class FakeWorker:
             if self.raises is not None:
                 raise self.raises
             await asyncio.sleep(0.001)
+            self.fleet.linked_beside |= any(not gang.over for gang in self.fleet.gangs.values())
             for one in links:
                 peers = [self.fleet.at(index) for index in one.group]
                 if any(peer.hangs or peer.raises is not None for peer in peers):
@@ -217,10 +218,17 @@ class FakeGang:
 
 
 class FakeFleet:
-    """The processes of one host. `callers` is for whom each call to a worker was made."""
+    """The processes of one host.
+
+    Attributes:
+        callers: for whom each call to a worker was made.
+        linked_beside: whether gangs were formed while others worked.
+    """
 
     def __init__(self, timeout_s: float = 0.05) -> None:
         self.timeout_s = timeout_s
+        self.device = "cpu"
+        self.linked_beside = False
         self.cuts_vae = True
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}

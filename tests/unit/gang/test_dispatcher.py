@@ -101,6 +101,71 @@ def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(gang_size: int)
     do(scene())
 
 
+@pytest.mark.parametrize(("device", "beside"), [("cpu", True), ("cuda:0", False)])
+def test_gangs_are_formed_beside_others_only_where_devices_allow_it(device: str, beside: bool) -> None:
+    async def scene() -> None:
+        host = FakeHost(4, **opened())
+        host.fleet.device = device
+        async with host:
+            job = host.accept(gang_size=2, num_inference_steps=LONG)
+            decoding = host.accept(gang_size=1, num_inference_steps=200)
+            await at(job, 3)
+            await at(decoding, 3)
+            assert job.workers is not None and decoding.workers is not None
+            spare = ({0, 1, 2, 3} - set(job.workers) - set(decoding.workers)).pop()
+            host.fleet.at(spare).die()
+            await until(lambda: host.dispatcher.group.repairs)
+            assert host.fleet.linked_beside is beside
+            await at(job, job.step + 3)
+            assert job.breaks == 0 and len(job.segments) == (0 if beside else 1)
+            assert (await decoding.ended).repairs == 0
+
+    do(scene())
+
+
+def test_requests_go_on_after_a_rest_that_brings_nobody_back() -> None:
+    async def scene() -> None:
+        async with FakeHost(2, **opened()) as host:
+            job = host.accept(gang_size=2, num_inference_steps=LONG)
+            await at(job, 3)
+            async with host.dispatcher.at_rest():
+                assert not host.dispatcher.leased and job.workers is None
+                await asyncio.sleep(0.02)
+                assert job.workers is None
+            await at(job, job.step + 3)
+            assert job.breaks == 0
+
+    do(scene())
+
+
+@pytest.mark.parametrize("lost", ["dies", "hangs", "raises"])
+def test_a_gang_that_breaks_while_all_come_to_rest_is_formed_with_the_others(
+    lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distriray.gang.worker_group.HEARTBEAT_S", 0.01)
+
+    async def scene() -> None:
+        host = FakeHost(4, **opened(), silence_s=0.1)
+        host.fleet.device = "cuda:0"
+        async with host:
+            job = host.accept(gang_size=2, num_inference_steps=300)
+            await at(job, 3)
+            assert job.workers is not None
+            spare, member = ({0, 1, 2, 3} - set(job.workers)).pop(), host.fleet.at(job.workers[1])
+            host.fleet.at(spare).die()
+            if lost == "dies":
+                member.die()
+            elif lost == "hangs":
+                member.hangs = True
+            else:
+                member.raises = RuntimeError("CUDA error")
+            await job.ended
+            await host.whole()
+            assert not host.fleet.linked_beside and host.dispatcher.healthy
+
+    do(scene())
+
+
 def test_a_failing_worker_does_not_eat_the_queue() -> None:
     async def scene() -> None:
         async with FakeHost(2) as host:

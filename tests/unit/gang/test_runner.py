@@ -13,6 +13,7 @@ from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
 from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory, UnsupportedModel
+from distriray.gang.devices import DEVICES
 from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
 from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
@@ -85,6 +86,19 @@ def gang(shared: Gang, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gang]:
 def endings(outcomes: list[RankResult]) -> list[SegmentEnd]:
     assert not any(outcome.broken for outcome in outcomes)
     return [outcome.end for outcome in outcomes]
+
+
+def test_memory_is_given_back_before_gangs_are_formed_and_when_it_has_run_out(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[str] = []
+    monkeypatch.setattr(DEVICES["cpu"], "trim", lambda: trimmed.append("now"))
+    gang.runners[0].link([])
+    assert len(trimmed) == 1
+    for runner in gang.runners:
+        monkeypatch.setattr(runner._denoiser, "prepare", raises(MemoryError()))
+    gang.run()
+    assert len(trimmed) == 3
 
 
 def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> None:
