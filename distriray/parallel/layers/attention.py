@@ -134,10 +134,8 @@ class CachedCrossAttention(_Processor):
         memory = self._memory.get(of)
         if memory is None or memory[0].numel() < key.numel():
             memory = key.new_empty((2, key.numel()))
-            self._memory = {
-                **self._memory,
-                of: memory,
-            }  # another object, by which graphs are known to be stale
+            # Another object, by which graphs are known to be stale.
+            self._memory = self._memory | {of: memory}
             self._text = {}
         room = memory[:, : key.numel()].unflatten(1, key.shape)
         return room[0], room[1]
