@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import signal
 import time
@@ -18,6 +17,7 @@ from statistics import median
 
 import numpy as np
 
+from bench.likeness import psnr
 from bench.report import Report
 from distriray import GenerationRequest, GenerationResult, HostConfig, ParallelConfig
 from distriray.gang import BlockingHost, open_host
@@ -112,7 +112,7 @@ def main() -> None:
                 result = draw([gang], parallel=parallel)
                 split = "guidance split" if parallel.cfg_parallel else "patches only"
                 way = f"{parallel.exchange}, {split}, {len(gang)} workers, against one worker"
-                report.add(f"{way}: PSNR, dB", f"{_psnr(alone, result):.1f}")
+                report.add(f"{way}: PSNR, dB", f"{psnr(alone.images[0], result.images[0]):.1f}")
                 report.add(f"{way}: largest difference of a colour, of 255", str(_difference(alone, result)))
         _kill(host, policy, options, report)
     report.publish(options.json)
@@ -162,12 +162,6 @@ def _gaps(result: GenerationResult) -> list[float]:
 def _difference(one: GenerationResult, other: GenerationResult) -> int:
     pair = [np.asarray(result.images[0], dtype=int) for result in (one, other)]
     return int(np.abs(pair[0] - pair[1]).max())
-
-
-def _psnr(one: GenerationResult, other: GenerationResult) -> float:
-    pair = [np.asarray(result.images[0], dtype=float) for result in (one, other)]
-    error = float(np.square(pair[0] - pair[1]).mean())
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.barrier import barrier
+from bench.barrier import barrier, finish
 from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect, launch
@@ -224,8 +224,7 @@ def measure_host(arguments: argparse.Namespace) -> list[Round]:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     return time.perf_counter()
 
 

@@ -23,14 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import psutil
 import ray
 import torch
-from PIL import Image
 from ray import serve
 
 from bench.gpu.sharing import has_switch, sharing_environment
+from bench.likeness import psnr
 from bench.report import Report
 from deployments.app import build_app
 from deployments.config import AppConfig
@@ -273,13 +272,6 @@ def until(condition: Callable[[], object], timeout_s: float) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"not so within {timeout_s:g} s")
         time.sleep(0.2)
-
-
-def psnr(ours: Image.Image, theirs: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures, in dB."""
-    difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    error = float(np.mean(difference**2))
-    return float("inf") if error == 0.0 else 10 * float(np.log10(255.0**2 / error))
 
 
 def _devices(device: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.barrier import finish
 from bench.projection.peers import AbsentPeers
 from bench.projection.share import SDXL, random_unet, step_inputs
 from bench.report import Report
@@ -118,7 +119,7 @@ def whole_step(unet: Any, size: int, steps: int) -> Timing:
     """Timing of a step by diffusers, before the U-Net is parallelized."""
     inputs, timestep = step_inputs(unet, size), torch.full((), 500.0, device=unet.device)
     with torch.no_grad():
-        return timed(lambda: unet(timestep=timestep, **inputs), steps)
+        return timed(lambda: unet(timestep=timestep, **inputs), steps, unet.device)
 
 
 def share(unet: Any, ranks: int, size: int, split: bool, graphs: bool, steps: int) -> tuple[Timing, int]:
@@ -140,35 +141,29 @@ def share(unet: Any, ranks: int, size: int, split: bool, graphs: bool, steps: in
     peers.fills = False
     for _ in range(3):
         step()
-    return timed(step, steps), engine.buffer_bytes
+    return timed(step, steps, unet.device), engine.buffer_bytes
 
 
-def timed(step: Callable[[], Any], steps: int) -> Timing:
+def timed(step: Callable[[], Any], steps: int, device: torch.device) -> Timing:
     """Time `step`, which is warm after one call more."""
     step()
-    finish()
+    finish(device)
     host, whole = [], []
     for _ in range(steps):
         began = time.perf_counter()
         step()
         host.append(1e3 * (time.perf_counter() - began))
-        finish()
+        finish(device)
         whole.append(1e3 * (time.perf_counter() - began))
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return Timing(median(host), median(whole))
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
-        finish()
+        finish(device)
     kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return Timing(
         median(host), median(whole), len(kernels), sum(event.device_time for event in kernels) / 1e3
     )
-
-
-def finish() -> None:
-    """Wait until the device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from bench.barrier import finish
 from distriray.collective.messages import as_messages, peers_of
 from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
@@ -69,20 +70,16 @@ class AbsentPeers:
         self.marks: list[tuple[Moment, Mark]] = []
 
     def begin_step(self) -> None:
-        self._finish()
+        finish(self.device)
         self.marks = []
         self._began = mark(self.device)
 
     def end_step(self) -> Step:
         ended = mark(self.device)
-        self._finish()
+        finish(self.device)
         for moment, reached in self.marks:
             moment.at_s = seconds_between(self._began, reached)
         return Step(seconds_between(self._began, ended), [moment for moment, _ in self.marks])
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> AbsentWork:
         sent = {

@@ -12,7 +12,7 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
 from distriray.denoise.blocks import DECODE, make_components, make_tasks, set_guidance
-from distriray.denoise.prediction import Prediction
+from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.schedulers import make_scheduler, scheduler_class
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, InvalidRequest, UnsupportedModel
@@ -180,7 +180,7 @@ class Denoiser:
             broken = isinstance(error, GangBroken)
             state.restore(state.unsettled if broken and state.unsettled is not None else snapshot)
             raise
-        state.prediction = Prediction(before, block_state.noise_pred, timestep)
+        state.network_output = NetworkOutput(before, block_state.noise_pred, timestep)
         state.values["latents"] = _contiguous(block_state.latents)
         state.step += 1
         state.unsettled = None if engine is None or engine.settled else snapshot

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from distriray.denoise.prediction import Prediction
+from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
 
@@ -27,7 +27,7 @@ class Snapshot(NamedTuple):
 
     step: int
     latents: torch.Tensor
-    prediction: Prediction | None
+    network_output: NetworkOutput | None
     memory: dict[str, Any]
     drawn: list[torch.Tensor]
 
@@ -45,7 +45,7 @@ class DenoiseState:
         conditioning: names in `values` of the denoiser's conditional inputs.
         scheduler: the request's own scheduler, whose memory is part of the state.
         generators: one CPU generator an image.
-        prediction: the last step's; not part of the bytes.
+        network_output: the last step's; not part of the bytes.
         unsettled: how it was before the last step, as long as that step's latents may turn out to be garbage
             of a gang that broke (`Denoiser.settle`).
     """
@@ -60,7 +60,7 @@ class DenoiseState:
     height: int
     width: int
     step: int = 0
-    prediction: Prediction | None = field(default=None, repr=False)
+    network_output: NetworkOutput | None = field(default=None, repr=False)
     unsettled: Snapshot | None = field(default=None, repr=False)
 
     @property
@@ -71,7 +71,7 @@ class DenoiseState:
     @property
     def estimate(self) -> torch.Tensor | None:
         """The picture's latents so far, predicted in the last step; None before a step and after bytes."""
-        return None if self.prediction is None else self.prediction.original(self.scheduler)
+        return None if self.network_output is None else self.network_output.original(self.scheduler)
 
     @property
     def batch(self) -> int:
@@ -165,11 +165,11 @@ class DenoiseState:
         """
         memory = {k: v.copy() if isinstance(v, list | deque) else v for k, v in vars(self.scheduler).items()}
         drawn = [generator.get_state() for generator in self.generators]
-        return Snapshot(self.step, self.latents, self.prediction, memory, drawn)
+        return Snapshot(self.step, self.latents, self.network_output, memory, drawn)
 
     def restore(self, before: Snapshot) -> None:
         """Be as it was when `before` was taken; that can be restored once."""
-        self.step, self.prediction, self.unsettled = before.step, before.prediction, None
+        self.step, self.network_output, self.unsettled = before.step, before.network_output, None
         self.values["latents"] = before.latents
         vars(self.scheduler).clear()
         vars(self.scheduler).update(before.memory)

@@ -162,7 +162,7 @@ class Engine:
         self.start_image()
 
     def capture_with(self, maker: GraphMaker | None) -> None:
-        """Let later steps be graphs that `maker` makes; none if it is None."""
+        """Let later steps be graphs that `maker` makes, none if it is None; exchanges begin anew."""
         self._exchanges.clear()
         self._graph_maker = maker
         self._graphs = self._graphs_of_call = self._new_graphs()
@@ -363,11 +363,7 @@ class Engine:
         exchange = self._exchanges.use(
             key,
             lambda: Exchange(
-                share.communicator,
-                share.partition,
-                config,
-                self.bucket_count,
-                self._new_graphs(),
+                share.communicator, share.partition, config, self.bucket_count, self._new_graphs()
             ),
         )
         self._graphs_of_call = exchange.graphs

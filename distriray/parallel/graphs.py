@@ -106,7 +106,8 @@ class StepGraph:
     Args:
         forward: must neither read what the device computes nor keep what it returns.
         step: the step of the exchange that its layers are in, None without one. It is given to `Recorder`.
-        args, kwargs: trees of tensors; what is no tensor becomes a part of the graph.
+        leaves, spec: args and kwargs, as `pytree` takes them apart; what is no tensor becomes a part of the
+            graph.
     """
 
     def __init__(
@@ -114,10 +115,9 @@ class StepGraph:
         maker: GraphMaker,
         forward: Callable[..., Any],
         step: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
     ) -> None:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
         self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(self._inputs, spec)
         with maker.capturing():
@@ -136,9 +136,8 @@ class StepGraph:
             recorder.end()
         self._pieces = recorder.pieces
 
-    def replay(self, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replay(self, step: Any, leaves: list[Any]) -> Any:
         """The output for these inputs, in tensors of its own."""
-        leaves, _ = pytree.tree_flatten((args, kwargs))
         for own, leaf in zip(self._inputs, leaves, strict=True):
             if isinstance(own, torch.Tensor):
                 own.copy_(leaf)
@@ -197,22 +196,22 @@ class StepGraphs:
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = self._captured(forward, step, args, kwargs)
+            graph = self._graphs[key] = self._captured(forward, step, leaves, spec)
             while len(self) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         elif step is not None:
             step.skip()
-        return graph.replay(step, args, kwargs)
+        return graph.replay(step, leaves)
 
     def clear(self) -> None:
         """Drop all."""
         self._graphs.clear()
 
     def _captured(
-        self, forward: Callable[..., Any], step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, forward: Callable[..., Any], step: Any, leaves: list[Any], spec: pytree.TreeSpec
     ) -> StepGraph:
         try:
-            return StepGraph(self._maker, forward, step, args, kwargs)
+            return StepGraph(self._maker, forward, step, leaves, spec)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What the network predicted in one step."""
+"""What the network gave in one step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 
-class Prediction(NamedTuple):
+class NetworkOutput(NamedTuple):
     """The output of one step's network, and what it is about; nobody writes into these tensors later.
 
     Attributes:
@@ -21,7 +21,7 @@ class Prediction(NamedTuple):
     timestep: torch.Tensor
 
     def original(self, scheduler: Any) -> torch.Tensor:
-        """x0 of the noisy latents by the prediction, in float32 (Song et al. 2021, equation 12)."""
+        """x0 of the noisy latents by the output, in float32 (Song et al. 2021, equation 12)."""
         alpha = float(scheduler.alphas_cumprod[int(self.timestep)])
         x, output = self.latents.float(), self.output.float()
         if float(scheduler.init_noise_sigma) != 1.0:  # latents of these schedulers grow with sigma
