@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table here, pictures and logs beside it")
     parser.add_argument("--deadline", type=float, default=420.0, help="seconds until all is ended (420)")
     options = parser.parse_args()
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     report = Report(
         f"bench.gpu.serve: a gang of {WORKERS} workers on {_devices(options.device)}",
         ("what", "figure"),
