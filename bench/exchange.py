@@ -25,18 +25,20 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, Work, connect, launch
 from distriray.collective.local import NothingInFlight
 from distriray.collective.subgroup import Subgroup
+from distriray.config import MIXES
 from distriray.landscapes import MODEL_DIR
 from distriray.parallel import engine_of
 
-MODES = ("one rank", "none", "unsent", "displaced", "sync")
+MODES = ("one rank", "none", "unsent", *MIXES)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One round of one mode: seconds of a step (median), those spent waiting, and bytes a rank sends."""
+    """One round of one mode: seconds of a step (median) and of waiting, waits, bytes a rank sends."""
 
     step_s: float
     wait_s: float
+    waits: int
     bytes_sent: int
 
 
@@ -69,7 +71,7 @@ def main() -> None:
     report = Report(
         f"bench.exchange: one step of builtin:landscapes at {arguments.size}x{arguments.size} with guidance, "
         f"{arguments.ranks} ranks, one thread each, patches only",
-        columns=("mode", "s/step", "waiting", "sent/step", "faster than one rank", "of none"),
+        columns=("mode", "s/step", "waiting", "waits", "sent/step", "faster than one rank", "of none"),
         seed=0,
         settings=vars(arguments),
     )
@@ -80,6 +82,7 @@ def main() -> None:
             mode,
             f"{step_s:.4f}",
             f"{median(t.wait_s / t.step_s for t in timings):.1%}",
+            str(timings[-1].waits),
             f"{timings[-1].bytes_sent / 2**20:.2f} MiB",
             f"{median(t['one rank'].step_s / t[mode].step_s for t in rounds):.2f}x",
             f"{median(t[mode].step_s / t['none'].step_s for t in rounds):.3f}x",
@@ -103,7 +106,7 @@ def _time_mode(
         barrier(communicator)  # the other ranks wait, without computing, for this one
         if communicator.rank:
             barrier(communicator)
-            return Timing(0.0, 0.0, 0)
+            return Timing(0.0, 0.0, 0, 0)
         parallelize(unet, connect("local"))
     else:
         exchange: Any = "displaced" if mode == "unsent" else mode
@@ -121,7 +124,8 @@ def _time_mode(
     if mode == "one rank":
         barrier(communicator)
     kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one
-    return Timing(median(s.seconds for s in kept), median(s.wait_s for s in kept), kept[-1].bytes_sent)
+    step_s, wait_s = median(s.seconds for s in kept), median(s.wait_s for s in kept)
+    return Timing(step_s, wait_s, kept[-1].waits, kept[-1].bytes_sent)
 
 
 def unet_inputs(unet: UNet2DConditionModel, size: int) -> dict[str, object]:

@@ -95,7 +95,10 @@ def generate(
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
     exchange: Annotated[ExchangeMode, typer.Option(help="What the gang exchanges.")] = "displaced",
-    warmup_steps: Annotated[str, typer.Option(help="Synchronous steps at the start, or auto.")] = "4",
+    warmup_steps: Annotated[
+        str | None,
+        typer.Option(help="Synchronous steps at the start, or auto; by default as --exchange needs."),
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster; else start one here.")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs of a Ray started here.")] = None,
@@ -107,7 +110,8 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
-        parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
+        warm_up = {} if warmup_steps is None else {"warmup_steps": warmup_steps}
+        parallel = ParallelConfig.model_validate({"exchange": exchange, **warm_up})
         spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype)
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported

@@ -2,14 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ExchangeMode = Literal["displaced", "sync", "none"]
-GroupNormMode = Literal["stale", "corrected", "fresh", "local"]
+ExchangeMode = Literal["displaced", "displaced_attention", "compressed", "sync", "none"]
+StatisticsMode = Literal["stale", "corrected", "fresh", "local"]
+Freshness = Literal["stale", "fresh"]
+Width = Literal["whole", "int8", "int4", "int2"]
 
 Weight = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Mix(BaseModel):
+    """Which of the peers' activations a displaced step takes from the previous step, and which it waits for.
+
+    Attributes:
+        statistics: whose statistics a group norm uses: the peers' previous ones (`stale`), those shifted by
+            this rank's own change (`corrected`, as in the paper), `fresh` ones, or only its own (`local`).
+        halos: the rows around a patch, which convolutions read.
+        keys_values: of self-attention.
+        halos_width, keys_values_width: what is sent of them in a displaced step: all (`whole`), or the change
+            since what the receivers have, in numbers of that many bits, whose error is made up for by the
+            next step's change. Halos need to be fresh for that.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    statistics: StatisticsMode = "fresh"
+    halos: Freshness = "fresh"
+    keys_values: Freshness = "fresh"
+    halos_width: Width = "whole"
+    keys_values_width: Width = "whole"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.halos == "stale" and self.halos_width != "whole":
+            raise ValueError("stale halos are sent whole; halos_width is for fresh ones")
+        return self
+
+    def bits(self, kind: Literal["halos", "keys_values"]) -> int | None:
+        """Of a number of this kind's changes; None where values are sent whole."""
+        width = self.halos_width if kind == "halos" else self.keys_values_width
+        return None if width == "whole" else int(width.removeprefix("int"))
+
+    def is_stale(self, kind: Literal["statistics", "halos", "keys_values"]) -> bool:
+        """Whether displaced steps read values of this kind that were sent one step ago."""
+        return getattr(self, kind) in ("stale", "corrected")
+
+    @property
+    def exact(self) -> bool:
+        """Whether all values are fresh and the gang's numbers are one device's."""
+        return self == Mix()
+
+
+MIXES: Mapping[str, Mix] = MappingProxyType(
+    {
+        "displaced": Mix(statistics="stale", halos="stale", keys_values="stale"),
+        "displaced_attention": Mix(keys_values="stale"),
+        "compressed": Mix(keys_values_width="int4"),
+        "sync": Mix(),
+    }
+)
+"""The mixes that have a name."""
+
+PAPER = Mix(statistics="corrected", halos="stale", keys_values="stale")
+"""DistriFusion's own: `displaced` with corrected statistics."""
+
+
+class Weights(NamedTuple):
+    """Extrapolation weights of each kind of stale value."""
+
+    statistics: float = 0.0
+    halos: float = 0.0
+    keys_values: float = 0.0
 
 
 class Prediction(BaseModel):
@@ -19,20 +87,34 @@ class Prediction(BaseModel):
         statistics: of group norm's statistics; `auto` is 0.75 between two patches and 0.5 among more, where
             a larger weight loses when steps are few (docs/measurements.md, Fidelity).
         halos: of the rows around a patch.
-        keys_values: of self-attention's keys and values.
+        keys_values: of self-attention's keys and values; `auto` is 0.5 where they alone are stale, else 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     statistics: Weight | Literal["auto"] = "auto"
     halos: Weight = 0.0
-    keys_values: Weight = 0.0
+    keys_values: Weight | Literal["auto"] = "auto"
 
-    def statistics_among(self, patches: int) -> float:
-        """The weight of group-norm statistics among that many patches."""
-        if self.statistics == "auto":
-            return 0.75 if patches == 2 else 0.5
-        return self.statistics
+    def weights(self, mix: Mix, patches: int) -> Weights:
+        """In numbers, for that mix among that many patches."""
+        statistics, keys_values = self.statistics, self.keys_values
+        if statistics == "auto":
+            statistics = 0.75 if patches == 2 else 0.5
+        if keys_values == "auto":
+            keys_values = 0.5 if mix.statistics == mix.halos == "fresh" else 0.0
+        return Weights(statistics, self.halos, keys_values)
+
+
+def _warmup_steps(given: Mapping[str, Any]) -> int:
+    """The default for the fields that were given before."""
+    exchange = given.get("exchange", "none")
+    mix = MIXES.get(exchange) if isinstance(exchange, str) else exchange
+    if mix is None:
+        return 1
+    if mix.is_stale("halos") or mix.is_stale("statistics"):
+        return 4
+    return 2 if mix.is_stale("keys_values") else 1
 
 
 class ParallelConfig(BaseModel):
@@ -40,14 +122,13 @@ class ParallelConfig(BaseModel):
 
     Attributes:
         exchange: `displaced` uses the other patches' activations of the previous step (Li et al., CVPR
-            2024); `sync` exchanges fresh ones at every layer and gives one device's numbers; `none`
-            exchanges nothing but the output, the naive baseline.
+            2024); `displaced_attention` does so for self-attention's keys and values alone; `compressed`
+            waits for those too, as changes of 4 bits; `sync` exchanges fresh ones at every layer and gives
+            one device's numbers; `none` exchanges nothing but the output, the naive baseline. Or a `Mix`.
         warmup_steps: synchronous steps at the start of every image (the first one always is), or `auto`:
-            until the drift of what is sent falls below `auto_warmup_drift`.
+            until the drift of what is sent falls below `auto_warmup_drift`. Unless given, 4 where halos or
+            statistics are stale, 2 where keys and values alone are, and 1 where nothing is.
         auto_warmup_drift: relative change of the sent activations between two steps, largest over ranks.
-        group_norm: whose statistics a displaced group norm uses: the peers' previous ones (`stale`), those
-            shifted by this rank's own change (`corrected`, as in the paper), `fresh` ones, or only its own
-            (`local`).
         prediction: extrapolation of stale values.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
             the unconditional and the conditional pass. `auto` does so whenever gang and batch are even.
@@ -60,12 +141,18 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    exchange: ExchangeMode = "displaced"
-    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = 4
+    exchange: ExchangeMode | Mix = "displaced"
+    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(default_factory=_warmup_steps)
     auto_warmup_drift: Annotated[float, Field(gt=0.0)] = 0.12
-    group_norm: GroupNormMode = "stale"
     prediction: Prediction = Prediction()
     cfg_parallel: bool | Literal["auto"] = "auto"
     parallel_vae: bool = True
     cuda_graphs: bool = True
     max_buffer_bytes: Annotated[int, Field(ge=0)] = 4 * 2**30
+
+    @property
+    def mix(self) -> Mix | None:
+        """What a displaced step takes from the previous one; None where layers exchange nothing."""
+        if isinstance(self.exchange, Mix):
+            return self.exchange
+        return MIXES.get(self.exchange)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from distriray.config import ExchangeMode, GroupNormMode, ParallelConfig, Prediction
+from distriray.config import MIXES, PAPER, ExchangeMode, Mix, ParallelConfig, Prediction
 from distriray.requests import SchedulerName
 
 PATCHES = (2, 4, 8)
@@ -21,9 +21,8 @@ class Setting:
     patches: int = 4
     steps: int = 20
     scheduler: SchedulerName = "ddim"
-    exchange: ExchangeMode = "displaced"
+    exchange: ExchangeMode | Mix = "displaced"
     warmup: int | Literal["auto"] = 4
-    group_norm: GroupNormMode = "stale"
     statistics: float = 0.0
     halos: float = 0.0
     keys_values: float = 0.0
@@ -34,7 +33,6 @@ class Setting:
         return ParallelConfig(
             exchange=self.exchange,
             warmup_steps=self.warmup,
-            group_norm=self.group_norm,
             prediction=Prediction(statistics=self.statistics, halos=self.halos, keys_values=self.keys_values),
             cfg_parallel=self.cfg_parallel,
             parallel_vae=False,  # one device decodes all latents
@@ -51,7 +49,7 @@ class Setting:
 
     @property
     def plain(self) -> Setting:
-        """The base method with as many patches and steps: stale group norm, warm-up 4, no prediction."""
+        """The base method with as many patches and steps: all stale, warm-up 4, no prediction."""
         return Setting(patches=self.patches, steps=self.steps, scheduler=self.scheduler)
 
     @property
@@ -64,9 +62,9 @@ class Setting:
         """The exchange in words, without patches, steps and scheduler."""
         if self.patches == 1:
             return "one device"
-        words: list[str] = [self.exchange]
-        if self.exchange == "displaced":
-            words += [f"warm-up {self.warmup}", self.group_norm]
+        words: list[str] = [self.exchange] if isinstance(self.exchange, str) else _differences(self.exchange)
+        if not (self.config.mix is None or self.config.mix.exact):
+            words.append(f"warm-up {self.warmup}")
             weights = {
                 "statistics": self.statistics,
                 "halos": self.halos,
@@ -82,6 +80,15 @@ class Setting:
         """Unique among settings, and fit for a file name."""
         where = f"{self.patches} patches, {self.steps} steps {self.scheduler}, {self.method}"
         return where.replace(", ", "_").replace(" ", "-")
+
+
+def _differences(mix: Mix) -> list[str]:
+    """What a mix without a name has other than `displaced`."""
+    kinds = mix.model_dump().items() - MIXES["displaced"].model_dump().items()
+    return [
+        "displaced",
+        *(f"{kind.replace('keys_values', 'keys and values')} {how}" for kind, how in sorted(kinds)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ WEIGHTS: tuple[dict[str, float], ...] = (
 )
 METHODS: tuple[Setting, ...] = (
     BASE,
-    replace(BASE, group_norm="corrected"),
+    replace(BASE, exchange=PAPER),
     replace(BASE, statistics=0.5),
     replace(BASE, statistics=0.75),
 )
@@ -128,10 +135,12 @@ def sections(full: int, half: int, few: int) -> list[Section]:
     return [
         Section("one device", (BASE.alone,), full),
         Section("exchange", (replace(BASE, exchange="none"), BASE), full),
+        Section("mixes", _mixes(BASE, (1, 2, 4)), full),
+        *_columns("mixes", half, lambda base: _mixes(base, (1, 2, 4)), (2, 8)),
         *_columns("exchange", half, lambda base: (replace(base, exchange="none"), base), (2, 8)),
         *_columns("exchange", few, lambda base: (replace(base, exchange="sync"),), PATCHES),
         *_columns("warm-up", full, _warmups, (4,)),
-        Section("group norm", (BASE, replace(BASE, group_norm="corrected")), full),
+        Section("group norm", (BASE, replace(BASE, exchange=PAPER)), full),
         Section("prediction", _predictions(BASE, PREDICTIONS[:1]), full),
         *_columns("group norm", half, _group_norms, (4, 8)),
         *_columns("prediction", half, lambda base: _predictions(base, PREDICTIONS), (4, 8)),
@@ -159,7 +168,7 @@ def quick(count: int) -> list[Section]:
     methods = (
         replace(few_steps, exchange="none"),
         few_steps,
-        replace(few_steps, group_norm="corrected"),
+        replace(few_steps, exchange=PAPER),
         replace(few_steps, statistics=0.5),
         replace(few_steps, exchange="sync"),
     )
@@ -180,13 +189,29 @@ def _warmups(base: Setting) -> tuple[Setting, ...]:
 
 
 def _default_warmups(base: Setting) -> tuple[Setting, ...]:
-    weight = Prediction().statistics_among(base.patches)
+    weight = Prediction().weights(MIXES["displaced"], base.patches).statistics
     return tuple(replace(base, statistics=weight, warmup=steps) for steps in (1, 2, 4, 8))
 
 
+ATTENTION: dict[str, Any] = {"exchange": "displaced_attention"}
+
+
+def _mixes(base: Setting, warmups: Iterable[int]) -> tuple[Setting, ...]:
+    """The default of all that is displaced, the paper's method, and attention alone."""
+    methods = (
+        replace(base, statistics=0.75 if base.patches == 2 else 0.5),
+        replace(base, exchange=PAPER),
+        replace(base, **ATTENTION),
+        replace(base, **ATTENTION, keys_values=0.5),
+        replace(base, exchange="compressed"),
+    )
+    return tuple(replace(method, warmup=steps) for steps in warmups for method in methods)
+
+
 def _group_norms(base: Setting) -> tuple[Setting, ...]:
-    kinds: tuple[GroupNormMode, ...] = ("stale", "corrected", "fresh", "local")
-    return tuple(replace(base, group_norm=kind) for kind in kinds)
+    displaced = MIXES["displaced"]
+    others = (displaced.model_copy(update={"statistics": kind}) for kind in ("corrected", "fresh", "local"))
+    return base, *(replace(base, exchange=mix) for mix in others)
 
 
 def _predictions(base: Setting, weights: tuple[dict[str, float], ...]) -> tuple[Setting, ...]:

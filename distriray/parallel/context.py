@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distriray.config import GroupNormMode
-
 if TYPE_CHECKING:
     from distriray.parallel.exchange.steps import Step
 
@@ -20,12 +18,10 @@ class PatchContext:
     Attributes:
         step: the step that layers exchange in; None outside a call and in a gang of one, where they behave
             as the layers that they replace.
-        group_norm: whose statistics a group norm uses in a displaced step.
         new_text: whether text keys and values that layers have cached are no longer valid.
     """
 
     step: Step | None = None
-    group_norm: GroupNormMode = "stale"
     new_text: bool = True
 
     @contextmanager

@@ -9,16 +9,17 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder
 
 from distriray.collective.base import Communicator
-from distriray.config import ParallelConfig
+from distriray.config import Mix, Weights
 from distriray.parallel.agreement import check_same_latents
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.gather import Gather
 from distriray.parallel.layout import GangLayout
+from distriray.parallel.networks.spatial import takes_whole
 from distriray.parallel.networks.vae import can_be_cut, convert_decoder, picture_partition
 
 # Every value is fresh: a decoder runs once an image, so there is no step before it to take old ones from.
-FRESH = ParallelConfig(exchange="sync", group_norm="fresh")
+FRESH = Mix(), Weights()
 
 
 class PatchDecoder:
@@ -36,7 +37,7 @@ class PatchDecoder:
 
     def __init__(self, decoder: Decoder) -> None:
         self.communicator: Communicator | None = None
-        self.context = PatchContext(group_norm=FRESH.group_norm)
+        self.context = PatchContext()
         self._decoder = decoder
         self._network: Callable[..., torch.Tensor]
 
@@ -84,9 +85,11 @@ class PatchDecoder:
     ) -> torch.Tensor:
         convert_decoder(self._decoder, self.context)
         partition = picture_partition(self._decoder, sample, gang.world_size)
-        start, stop = partition.rows(gang.rank, partition.levels)
-        with Exchange(gang, partition, FRESH).step() as step, self.context.during(step):
-            rows = self._network(sample[:, :, start:stop].contiguous(), latent_embeds)
+        if not takes_whole(self._decoder):
+            start, stop = partition.rows(gang.rank, partition.levels)
+            sample = sample[:, :, start:stop].contiguous()
+        with Exchange(gang, partition, *FRESH).step() as step, self.context.during(step):
+            rows = self._network(sample, latent_embeds)
         shape = (rows.shape[0], rows.shape[1], partition.height, partition.width)
         gathered = Gather(gang, GangLayout(gang.world_size), partition, shape, rows.dtype)(rows)
         gathered.header.read()

@@ -40,12 +40,14 @@ class StepStatistics:
     Attributes:
         whole: the time of the step on this rank.
         waiting: the time of it in which this rank waited for peers.
+        waits: how often it did.
         bytes_sent: by this rank, to all peers.
         synchronous: whether all values were fresh.
     """
 
     whole: Stopwatch = field(default_factory=Stopwatch)
     waiting: tuple[Stopwatch, ...] = ()
+    waits: int = 0
     bytes_sent: int = 0
     synchronous: bool = True
 
@@ -151,7 +153,6 @@ class Engine:
         self.communicator = communicator
         self.config = config
         self.lags = communicator.device.type == "cuda"
-        self.context.group_norm = config.group_norm
         captures = config.cuda_graphs and communicator.device.type == "cuda"
         self.capture_with(CudaGraphs(communicator.device) if captures else None)
         if self.decoder is not None:
@@ -249,7 +250,11 @@ class Engine:
             output, step = self._run(call)
         waiting = [timed.waiting for timed in (step, self._gather) if timed is not None]
         self.statistics = StepStatistics(
-            whole, tuple(waiting), self.communicator.bytes_sent - sent, step is None or not step.displaced
+            whole,
+            tuple(waiting),
+            (0 if step is None else step.waits) + (self._gather is not None),
+            self.communicator.bytes_sent - sent,
+            step is None or not step.displaced,
         )
         return output
 
@@ -322,7 +327,7 @@ class Engine:
         kind = "alone" if step is None else step.kind
         if graphs is None or kind is None or not self._may_capture(compute):
             return compute(*args, **kwargs)
-        modes = self.context.new_text, self.context.group_norm, torch.is_inference_mode_enabled()
+        modes = self.context.new_text, torch.is_inference_mode_enabled()
         return graphs.run((kind, *modes, *arithmetic()), compute, step, args, kwargs)
 
     def _may_capture(self, compute: Callable[..., Any]) -> bool:
@@ -346,12 +351,14 @@ class Engine:
         layout = GangLayout.of(self.communicator.world_size, call.batch, self.config.cfg_parallel)
         communicator = self.communicator.subgroup(layout.ranks(layout.half(rank)))
         partition = self.network.partition(call, layout.patches)
-        return Share(layout, communicator, partition, call.batch, layout.batch_slice(rank, call.batch))
+        part = layout.batch_slice(rank, call.batch)
+        exchanges = layout.patches > 1 and self.config.mix is not None
+        return Share(layout, communicator, partition, call.batch, part, exchanges)
 
     def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
         """The step of the exchange for this call; None without patches or without an exchange."""
-        config, before = self.config, branch.exchange
-        if share.partition.world_size == 1 or config.exchange == "none":
+        config, mix, before = self.config, self.config.mix, branch.exchange
+        if mix is None or not share.exchanges:
             branch.exchange = None
             self._graphs_of_call = self._graphs
             return nullcontext()
@@ -363,7 +370,12 @@ class Engine:
         exchange = self._exchanges.use(
             key,
             lambda: Exchange(
-                share.communicator, share.partition, config, self.bucket_count, self._new_graphs()
+                share.communicator,
+                share.partition,
+                mix,
+                config.prediction.weights(mix, share.partition.world_size),
+                self.bucket_count,
+                self._new_graphs(),
             ),
         )
         self._graphs_of_call = exchange.graphs
@@ -371,7 +383,7 @@ class Engine:
             in_use = {branch.exchange for branch in self._branches.values()}
             self._exchanges.restart(but=in_use - {key})
             self._exchanges.evict(in_use, config.max_buffer_bytes)
-        if config.exchange != "displaced":
+        if mix.exact:
             return exchange.step()
         if config.warmup_steps == "auto":
             return exchange.step(branch.warm and follows, measure_drift=not branch.warm)

@@ -99,7 +99,7 @@ class Partition:
 
     def halo(self, rank: int, level: int, window: Window) -> Halo:
         """What `rank` exchanges for a convolution with `window` whose input is at `level`."""
-        needs = [self._needed(peer, level, window) for peer in range(self.world_size)]
+        needs = [self.reads(peer, level, window) for peer in range(self.world_size)]
         height = self.shape(level)[0]
         first, last = self.rows(rank, level)
         receive: dict[int, int] = {}
@@ -115,7 +115,7 @@ class Partition:
                 send[peer] = (start - first, stop - first)
         return Halo((max(0, -needs[rank][0]), max(0, needs[rank][1] - height)), receive, send)
 
-    def _needed(self, rank: int, level: int, window: Window) -> tuple[int, int]:
+    def reads(self, rank: int, level: int, window: Window) -> tuple[int, int]:
         """Input rows [start, stop) of the output that `rank` owns; outside the image they are padding."""
         height = self.shape(level)[0]
         output_level = level + window.stride.bit_length() - 1

@@ -24,6 +24,7 @@ class Share:
         partition: their rows.
         batch: images of the whole call, both guidance branches counted.
         part: those that this rank computes.
+        exchanges: whether layers exchange anything.
     """
 
     layout: GangLayout
@@ -31,6 +32,7 @@ class Share:
     partition: Partition
     batch: int
     part: slice
+    exchanges: bool
 
     def cut(self, tree: Any) -> Any:
         """This rank's part of the batch, of every tensor that has one; the rest as it is."""

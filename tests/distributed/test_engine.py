@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from distriray.collective import launch
+from distriray.config import MIXES, PAPER
 from tests.distributed.cases import Case, Outcome, alone, together
 
 pytestmark = pytest.mark.distributed
 
+STALE = MIXES["displaced"]
 SYNC = {"exchange": "sync", "cfg_parallel": False}
 SPLIT = {"exchange": "sync", "cfg_parallel": True}
 
@@ -79,16 +81,17 @@ def test_displaced_mode() -> None:
     assert 1e-4 < difference(first, reference) < difference(naive, reference) / 2
 
 
-def test_every_group_norm_and_prediction_makes_a_picture_of_its_own() -> None:
+def test_every_mix_and_prediction_makes_a_picture_of_its_own() -> None:
     patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": 2}
     variants = [
-        {"group_norm": "stale", "prediction": {"statistics": 0.0}},
-        {"group_norm": "stale", "prediction": {"statistics": 0.5}},
-        {"group_norm": "stale", "prediction": {"statistics": 0.0, "halos": 0.5}},
-        {"group_norm": "stale", "prediction": {"statistics": 0.0, "keys_values": 0.5}},
-        {"group_norm": "corrected", "prediction": {"statistics": 0.0}},
-        {"group_norm": "fresh"},
-        {"group_norm": "local"},
+        {"prediction": {"statistics": 0.0}},
+        {"prediction": {"statistics": 0.5}},
+        {"prediction": {"statistics": 0.0, "halos": 0.5}},
+        {"prediction": {"statistics": 0.0, "keys_values": 0.5}},
+        {"exchange": PAPER, "prediction": {"statistics": 0.0}},
+        *({"exchange": STALE.model_copy(update={"statistics": how})} for how in ("fresh", "local")),
+        {"exchange": "displaced_attention"},
+        {"exchange": "compressed"},
     ]
     cases = [Case(config={**patches, **variant}) for variant in variants]
     pictures = [outcome.latents for outcome in run(2, *cases)]

@@ -14,13 +14,15 @@ from distriray.collective import (
     launch,
     run_in_lockstep,
 )
+from distriray.config import PAPER
 from distriray.errors import GangBroken
 from tests.distributed.cases import Case, call, together
 from tests.models import tiny_sdxl
 
 CASES = [
     Case(images=2, config={"warmup_steps": 2, "cfg_parallel": False, "prediction": {"halos": 0.5}}),
-    Case(images=2, config={"warmup_steps": 1, "cfg_parallel": False, "group_norm": "corrected"}),
+    Case(images=2, config={"exchange": PAPER, "warmup_steps": 1, "cfg_parallel": False}),
+    Case(images=2, config={"exchange": "displaced_attention", "warmup_steps": 1, "cfg_parallel": False}),
     Case(height=136, config={"exchange": "sync", "cfg_parallel": False}),
     Case(config={"exchange": "none", "cfg_parallel": False}),
 ]

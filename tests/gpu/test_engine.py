@@ -16,6 +16,7 @@ from torch.distributed import TCPStore
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.config import PAPER
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.requests import SamplingParams
 from tests.distributed.cases import PIPELINES, Case, call
@@ -32,7 +33,7 @@ needs_nccl = pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy")
 CASES = [
     Case(steps=6, config={"exchange": "sync", "cfg_parallel": False}),
     Case(steps=6, config={"warmup_steps": 1, "cfg_parallel": False, "prediction": {"keys_values": 0.5}}),
-    Case(steps=6, images=3, config={"warmup_steps": 2, "group_norm": "corrected", "cfg_parallel": False}),
+    Case(steps=6, images=3, config={"exchange": PAPER, "warmup_steps": 2, "cfg_parallel": False}),
     Case(steps=6, height=264, scheduler="euler", config={"warmup_steps": "auto", "cfg_parallel": False}),
     Case(steps=6, config={"warmup_steps": 0, "cfg_parallel": True}),
 ]

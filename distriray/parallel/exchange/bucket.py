@@ -7,9 +7,8 @@ from itertools import pairwise
 
 import torch
 
-from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator, Work
-from distriray.config import Prediction
+from distriray.config import Weights
 from distriray.parallel.exchange.regions import (
     HaloRegion,
     KeysValuesRegion,
@@ -31,7 +30,8 @@ class Bucket:
     Args:
         communicator: the ranks of the exchange.
         slots: consecutive ones, by their index within the step.
-        prediction: extrapolation weights.
+        weights: of extrapolation.
+        keys_values_bits: of the changes that are sent of keys and values; None to send these whole.
 
     Attributes:
         first, last: index of the first and of the last slot.
@@ -39,14 +39,21 @@ class Bucket:
         keys_values: the region of each slot of keys and values, by its index.
     """
 
-    def __init__(self, communicator: Communicator, slots: Mapping[int, Slot], prediction: Prediction) -> None:
+    def __init__(
+        self,
+        communicator: Communicator,
+        slots: Mapping[int, Slot],
+        weights: Weights,
+        keys_values_bits: int | None,
+    ) -> None:
         self.first, self.last = min(slots), max(slots)
         self._communicator = communicator
         self._rank = communicator.rank
         self._peers = communicator.peers
         self._works: list[Work] = []
-        self._lay_out_flat(slots, prediction)
-        self._lay_out_keys_values(slots, prediction)
+        self._under_way = False
+        self._lay_out_flat(slots, weights)
+        self._lay_out_keys_values(slots, weights, keys_values_bits)
         self._regions: list[Region] = [self.statistics, self.halos, *self._levels]
         self._region_of: dict[int, Region] = {
             **dict.fromkeys(_of_kind(slots, "statistics"), self.statistics),
@@ -73,14 +80,21 @@ class Bucket:
         receives = {
             peer: self._inbox[peer, : self._received[peer]] for peer in self._peers if self._received[peer]
         }
-        self._works.append(exchange(sends, receives))
+        if sends or receives:
+            self._works.append(exchange(sends, receives))
         for region in self._levels:
-            self._works.append(all_gather(self._communicator, region.parts))
+            self._works.append(exchange(*region.messages(self._peers)))
+        self._under_way = True
 
     def wait(self) -> None:
         """Wait for the transfers in flight: received values may be read, this rank's own overwritten."""
+        if not self._under_way:
+            return
+        self._under_way = False
         while self._works:
             self._works.pop(0).wait()
+        for region in self._levels:
+            region.arrive()
 
     def remember(self) -> None:
         """Before new values arrive, make the received ones those of the step before."""
@@ -92,7 +106,7 @@ class Bucket:
         for region in self._regions:
             region.predict(extrapolates)
 
-    def _lay_out_flat(self, slots: Mapping[int, Slot], prediction: Prediction) -> None:
+    def _lay_out_flat(self, slots: Mapping[int, Slot], weights: Weights) -> None:
         """One row of bytes per rank: all statistics first, then the halos that this pair of ranks swaps."""
         ranks, device = self._communicator.world_size, self._communicator.device
         statistics, halos = _of_kind(slots, "statistics"), _of_kind(slots, "halos")
@@ -112,7 +126,7 @@ class Bucket:
             self._outbox[:, :head].view(torch.float32),
             self._inbox[:, :head].view(torch.float32),
             self._rank,
-            prediction.statistics_among(ranks),
+            weights.statistics,
         )
         self.halos = HaloRegion(
             sent,
@@ -120,16 +134,16 @@ class Bucket:
             self._outbox[:, head:].view(dtype),
             self._inbox[:, head:].view(dtype),
             self._rank,
-            prediction.halos,
+            weights.halos,
         )
 
-    def _lay_out_keys_values(self, slots: Mapping[int, Slot], prediction: Prediction) -> None:
+    def _lay_out_keys_values(self, slots: Mapping[int, Slot], weights: Weights, bits: int | None) -> None:
         self._levels: list[KeysValuesRegion] = []
         self.keys_values: dict[int, KeysValuesRegion] = {}
         attentions = _of_kind(slots, "keys_values")
         for tokens in dict.fromkeys(slot.extents for slot in attentions.values()):
             level = {index: slot for index, slot in attentions.items() if slot.extents == tokens}
-            region = KeysValuesRegion(level, self._communicator.device, self._rank, prediction.keys_values)
+            region = KeysValuesRegion(level, self._communicator.device, self._rank, weights.keys_values, bits)
             self._levels.append(region)
             self.keys_values |= dict.fromkeys(level, region)
 
@@ -142,7 +156,8 @@ class Buckets:
         slots: in order.
         values: what the slots have moved, by rank; given back slot by slot as the buckets fill.
         count: buckets; one a slot where there are fewer slots.
-        prediction: extrapolation weights.
+        weights: of extrapolation.
+        keys_values_bits: of the changes that are sent of keys and values; None to send these whole.
     """
 
     def __init__(
@@ -151,14 +166,18 @@ class Buckets:
         slots: list[Slot],
         values: list[dict[int, torch.Tensor]],
         count: int,
-        prediction: Prediction,
+        weights: Weights,
+        keys_values_bits: int | None = None,
     ) -> None:
         self.slots = slots
         self._buckets: list[Bucket] = []
         self._of_slot: list[Bucket] = []
         count = min(count, len(slots))
-        for first, stop in pairwise(len(slots) * i // count for i in range(count + 1)):
-            bucket = Bucket(communicator, {i: slots[i] for i in range(first, stop)}, prediction)
+        bounds = [len(slots) * i // count for i in range(count + 1)] if slots else []
+        for first, stop in pairwise(bounds):
+            bucket = Bucket(
+                communicator, {i: slots[i] for i in range(first, stop)}, weights, keys_values_bits
+            )
             self._buckets.append(bucket)
             for index in range(first, stop):
                 self._of_slot.append(bucket)

@@ -10,12 +10,14 @@ import contextlib
 from collections.abc import Iterator
 
 from distriray.collective.base import Communicator
-from distriray.config import ParallelConfig
+from distriray.config import Mix, Weights
 from distriray.errors import GangBroken
 from distriray.parallel.exchange.bucket import Buckets
+from distriray.parallel.exchange.carriers import AsResiduals, Carrier, WholeAndKept
 from distriray.parallel.exchange.memory import Forgetting, Memory, Recording, Refilling, Values
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.exchange.residuals import Residuals
+from distriray.parallel.exchange.slots import Kind, Slot
 from distriray.parallel.exchange.steps import DisplacedStep, Step, SynchronousStep
 from distriray.parallel.graphs import StepGraphs
 from distriray.parallel.partition import Partition
@@ -31,7 +33,8 @@ class Exchange:
     Args:
         communicator: the ranks among which one image's rows are spread.
         partition: who owns which rows.
-        config: the mode and the prediction.
+        mix: which values displaced steps read from the step before.
+        weights: of their extrapolation.
         bucket_count: buckets a step; fewer where there are fewer slots.
         graphs: where its steps are captured, if they are.
     """
@@ -40,21 +43,29 @@ class Exchange:
         self,
         communicator: Communicator,
         partition: Partition,
-        config: ParallelConfig,
+        mix: Mix,
+        weights: Weights,
         bucket_count: int = BUCKETS,
         graphs: StepGraphs | None = None,
     ) -> None:
         self.graphs = graphs
         self._patch = Patch(communicator, partition)
-        self._config = config
+        self._mix = mix
+        self._weights = weights
         self._bucket_count = bucket_count
+        self._bits: dict[Kind, int | None] = {
+            "halos": mix.bits("halos"),
+            "keys_values": None if mix.is_stale("keys_values") else mix.bits("keys_values"),
+        }
+        self._residuals = Residuals()
         self._buckets: Buckets | None = None
         self._steps = 0  # of this image
 
     @property
     def buffer_bytes(self) -> int:
         """Memory held between steps."""
-        return self._patch.nbytes + (0 if self._buckets is None else self._buckets.nbytes)
+        buckets = 0 if self._buckets is None else self._buckets.nbytes
+        return self._patch.nbytes + self._residuals.nbytes + buckets
 
     @contextlib.contextmanager
     def step(self, displaced: bool = False, measure_drift: bool = False) -> Iterator[Step]:
@@ -71,11 +82,19 @@ class Exchange:
         step: Step
         if displaced:
             assert self._buckets is not None, "no step came before"
-            step = DisplacedStep(self._patch, self._buckets, predicts=self._steps > 1)
+            residual = AsResiduals(self._residuals)
+            carriers = {kind: residual if self._bits[kind] else Carrier() for kind in self._bits}
+            step = DisplacedStep(self._patch, carriers, self._mix, self._buckets, predicts=self._steps > 1)
         else:
             self.drain()
-            step = SynchronousStep(self._patch, self._memory(measure_drift))
+            carriers = {
+                kind: WholeAndKept(self._residuals, bits) if bits else Carrier()
+                for kind, bits in self._bits.items()
+            }
+            step = SynchronousStep(self._patch, carriers, self._mix, self._memory(measure_drift))
+        self._residuals.rewind()
         yield step
+        self._residuals.end(displaced)
         self._buckets = step.end()
         self._steps += 1
 
@@ -95,7 +114,7 @@ class Exchange:
             self.drain()
 
     def _memory(self, measure_drift: bool) -> Memory:
-        if self._config.exchange != "displaced":
+        if self._mix.exact:
             return Forgetting()
         if self._buckets is None:
             return self._record([], [])
@@ -109,4 +128,5 @@ class Exchange:
         return Recording(self._lay_out, slots, values)
 
     def _lay_out(self, slots: list[Slot], values: list[Values]) -> Buckets:
-        return Buckets(self._patch.communicator, slots, values, self._bucket_count, self._config.prediction)
+        bits = self._mix.bits("keys_values")
+        return Buckets(self._patch.communicator, slots, values, self._bucket_count, self._weights, bits)

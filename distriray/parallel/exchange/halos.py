@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
@@ -28,9 +30,9 @@ class PaddedPatch:
         below = sum(heights[rank + 2 :]) + halo.zeros[1]
         self.whole = F.pad(torch.zeros_like(input), (0, 0, above, below))  # keeps the memory format
         self._rank = rank
-        self._rows = {
-            peer: self.whole[:, :, sum(heights[: peer + 1]) : sum(heights[: peer + 2])] for peer in counts
-        }
+        self._places = {peer: slice(sum(heights[: peer + 1]), sum(heights[: peer + 2])) for peer in counts}
+        self._edges = [slice(0, halo.zeros[0]), slice(sum(heights), sum(heights) + halo.zeros[1])]
+        self._rows = {peer: self.whole[:, :, place] for peer, place in self._places.items()}
         self._send = halo.send
         self.slot = Slot(
             "halos",
@@ -45,7 +47,21 @@ class PaddedPatch:
         """The rows of `input` that each peer reads, as views."""
         return {peer: input[:, :, start:stop] for peer, (start, stop) in self._send.items()}
 
-    def fill(self, input: torch.Tensor, received: dict[int, torch.Tensor]) -> torch.Tensor:
+    def room(self) -> dict[int, torch.Tensor]:
+        """Tensors for the rows of each peer."""
+        return {peer: self.whole.new_empty(shape) for peer, shape in self.slot.receive}
+
+    def halos(self, padded: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The rows of each peer in a tensor of the shape of `whole`, as views."""
+        return {peer: padded[:, :, place] for peer, place in self._places.items() if peer != self._rank}
+
+    def clear_edges(self, padded: torch.Tensor) -> None:
+        """Put zeros where the image ends into a tensor of the shape of `whole`."""
+        for place in self._edges:
+            if place.start < place.stop:
+                padded[:, :, place] = 0
+
+    def fill(self, input: torch.Tensor, received: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """`input` between the rows `received` from each peer, and zeros where the image ends."""
         self._rows[self._rank].copy_(input)
         for peer, rows in received.items():

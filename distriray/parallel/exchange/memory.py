@@ -9,12 +9,10 @@ from typing import ClassVar
 import torch
 
 from distriray.parallel.exchange.bucket import Buckets
-from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
 
 Values = dict[int, torch.Tensor]
 """What each rank has contributed to a slot."""
-
-LAYERS_CHANGED = "the network's layers changed in the middle of an image"
 
 
 class Memory(ABC):

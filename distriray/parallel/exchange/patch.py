@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from distriray.collective.base import Communicator
 from distriray.parallel.exchange.halos import PaddedPatch
@@ -23,6 +24,7 @@ class Patch:
         self.partition = partition
         self.rank = communicator.rank
         self._padded: dict[tuple[object, ...], PaddedPatch] = {}
+        self._of_shape: dict[tuple[object, ...], PaddedPatch] = {}
         self._scratch: dict[tuple[object, ...], torch.Tensor] = {}
         self._shares: dict[torch.Size, torch.Tensor] = {}
 
@@ -42,7 +44,24 @@ class Patch:
         padded = self._padded.get(key)
         if padded is None:
             padded = self._padded[key] = PaddedPatch(self.partition, self.rank, input, window)
+            self._of_shape[padded.whole.shape, window] = padded
         return padded
+
+    def like(self, padded: torch.Tensor, window: Window) -> PaddedPatch:
+        """A buffer that `padded` has made for this shape, halo rows included."""
+        return self._of_shape[padded.shape, window]
+
+    def cut(self, whole: torch.Tensor, window: Window) -> torch.Tensor:
+        """The rows that a convolution reads for this rank's output, zeros outside the image.
+
+        Args:
+            whole: (batch, channels, rows of all ranks, columns).
+        """
+        size = tuple(whole.shape[2:])
+        level = next(n for n in range(self.partition.levels + 1) if self.partition.shape(n) == size)
+        start, stop = self.partition.reads(self.rank, level, window)
+        rows = whole[:, :, max(start, 0) : min(stop, size[0])]
+        return F.pad(rows, (0, 0, max(-start, 0), max(stop - size[0], 0)))
 
     def scratch(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """A buffer that the next layer which asks for this shape overwrites."""
@@ -55,6 +74,7 @@ class Patch:
     def drop_buffers(self) -> None:
         """Give the memory of the padded inputs and of the scratch back."""
         self._padded.clear()
+        self._of_shape.clear()
         self._scratch.clear()
 
     def shares(self, input: torch.Tensor) -> torch.Tensor:

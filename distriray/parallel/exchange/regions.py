@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from distriray.parallel.exchange.residuals import Residual
 from distriray.parallel.exchange.slots import Messages, Slot
 
 
@@ -186,11 +187,16 @@ class KeysValuesRegion(Region):
     The layout is (tokens, slots x 2 x batch x channels): a peer's tokens are contiguous over all slots, so
     they are received in place, into the buffer that attention reads.
 
+    Or, as changes in few bits, beside it.
+
     Args:
         slots: by index, all of the same tokens and dtype.
+        bits: of a number of a change; None where values travel whole.
     """
 
-    def __init__(self, slots: Mapping[int, Slot], device: torch.device, rank: int, weight: float) -> None:
+    def __init__(
+        self, slots: Mapping[int, Slot], device: torch.device, rank: int, weight: float, bits: int | None
+    ) -> None:
         slot = next(iter(slots.values()))
         shapes = {index: slot.send[0][1][1:] for index, slot in slots.items()}
         size = (sum(slot.extents), sum(map(prod, shapes.values())))
@@ -198,15 +204,35 @@ class KeysValuesRegion(Region):
         self._tokens = slot.extents
         self._arrived = self._views(shapes, self._received)
         self._keys_values = self._views(shapes, self._readable) if weight else self._arrived
+        self._parts = self._received.split(self._tokens)
+        self._sent: Residual | None = None
+        if bits is not None:
+            self._sent = Residual(torch.zeros_like(self._parts[rank]), bits)
+            self._known = self._views(shapes, self._sent.values)
+            self._residuals = {
+                peer: Residual(part, bits) for peer, part in enumerate(self._parts) if peer != rank
+            }
+            self._changes = {
+                peer: residual.values.new_empty(residual.message_bytes, dtype=torch.uint8)
+                for peer, residual in self._residuals.items()
+            }
 
     @property
     def nbytes(self) -> int:
-        return self._received.nbytes + self.prediction_bytes
+        changes = () if self._sent is None else (self._sent.values, *self._changes.values())
+        return self._received.nbytes + self.prediction_bytes + sum(tensor.nbytes for tensor in changes)
 
-    @property
-    def parts(self) -> tuple[torch.Tensor, ...]:
-        """The tokens of each rank, received or to be sent."""
-        return self._received.split(self._tokens)
+    def messages(self, peers: tuple[int, ...]) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """What is sent to each peer, and where what it sends is received."""
+        if self._sent is None:
+            return dict.fromkeys(peers, self._parts[self.rank]), {peer: self._parts[peer] for peer in peers}
+        return dict.fromkeys(peers, self._sent.encode(self._parts[self.rank])), self._changes
+
+    def arrive(self) -> None:
+        """Make values of the messages that have arrived."""
+        if self._sent is not None:
+            for peer, residual in self._residuals.items():
+                residual.decode(self._changes[peer])
 
     def read(self, index: int) -> torch.Tensor:
         """(tokens of all ranks, 2, batch, channels)."""
@@ -221,6 +247,11 @@ class KeysValuesRegion(Region):
 
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         return dict(enumerate(self._arrived[index].split(self._tokens)))
+
+    def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
+        super().store(index, everyone)
+        if self._sent is not None:
+            self._known[index].copy_(everyone[self.rank])
 
     @staticmethod
     def _views(shapes: Mapping[int, tuple[int, ...]], buffer: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -13,6 +13,8 @@ from distriray.parallel.partition import Partition
 
 Kind = Literal["statistics", "halos", "keys_values"]
 
+LAYERS_CHANGED = "the network's layers changed in the middle of an image"
+
 Messages = tuple[tuple[int, tuple[int, ...]], ...]
 """The shape of the message for each peer, or from it."""
 
@@ -32,6 +34,11 @@ class Slot:
     receive: Messages
     dtype: torch.dtype
     extents: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of keys and values of all ranks, (tokens, 2, batch, channels)."""
+        return sum(self.extents), *self.send[0][1][1:]
 
 
 @lru_cache(4096)

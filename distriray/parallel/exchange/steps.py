@@ -1,43 +1,54 @@
 """One step of the exchange, synchronous or displaced: what layers call during a forward pass.
 
-Layers call the verbs in the order of the forward pass; the k-th call of a step is slot k.
+Layers call the verbs in the order of the forward pass; the k-th call of a step whose values outlast it is
+slot k.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import ClassVar, Self
 
 import torch
 
 from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Work
+from distriray.config import Mix, StatisticsMode
 from distriray.parallel.exchange.bucket import Bucket, Buckets
-from distriray.parallel.exchange.memory import LAYERS_CHANGED, Memory
+from distriray.parallel.exchange.carriers import Carrier, Values
+from distriray.parallel.exchange.halos import PaddedPatch
+from distriray.parallel.exchange.memory import Memory
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.exchange.slots import LAYERS_CHANGED, Kind, Slot
+from distriray.parallel.exchange.statistics_and_rows import StatisticsAndRows
 from distriray.parallel.graphs import Recorder
 from distriray.parallel.partition import Window
 from distriray.parallel.stopwatch import Stopwatch
 
 
 class Step(ABC):
-    """One step among the ranks of `patch`.
+    """One step among the ranks of `patch`. What it does not override swaps fresh values.
 
     Attributes:
-        displaced: whether layers read what the peers sent one step ago, rather than fresh values.
+        displaced: whether layers read what the peers sent one step ago, of the kinds that are stale then.
         waiting: the time in which this rank waited for its peers.
+        waits: how often it did.
         recorder: of the graphs that the layers are being captured into, if they are.
+
+    Args:
+        carriers: how fresh values of each kind but statistics travel.
     """
 
     displaced: ClassVar[bool]
 
-    def __init__(self, patch: Patch) -> None:
+    def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier]) -> None:
         self.recorder: Recorder | None = None
         self.rank = patch.rank
         self.waiting = Stopwatch(patch.communicator.device)
+        self.waits = 0
         self._patch = patch
+        self._carriers = carriers
 
     @property
     def drift(self) -> torch.Tensor | float:
@@ -47,12 +58,21 @@ class Step(ABC):
         """
         return float("inf")
 
+    @property
     @abstractmethod
+    def statistics(self) -> StatisticsMode:
+        """Whose statistics a group norm uses."""
+
+    @property
+    @abstractmethod
+    def fuses(self) -> bool:
+        """Whether a group norm swaps the rows of the convolution behind it too: where both are fresh."""
+
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
         """Everyone's statistics; this rank puts its own into its row, and `send_statistics` ends the slot.
 
-        In a displaced step all of them are the previous step's until then, this rank's row too; in a
-        synchronous one nothing is in them yet.
+        Where they are stale, all of them are the previous step's until then, this rank's row too; else
+        nothing is in them yet.
 
         Args:
             input: the feature map that they are of, (batch, channels, this rank's rows, columns).
@@ -60,12 +80,55 @@ class Step(ABC):
         Returns:
             float32 (ranks, batch, groups, 2), means and biased variances.
         """
+        shape = self._patch.communicator.world_size, input.shape[0], groups, 2
+        return input.new_empty(shape, dtype=torch.float32)
 
-    @abstractmethod
     def send_statistics(self, everyone: torch.Tensor) -> None:
-        """Send this rank's row of what `read_statistics` returned; a synchronous step fills the others'."""
+        """Send this rank's row of what `read_statistics` returned; fresh ones fill the others' now."""
+        self._talk(lambda step: step._await(all_gather(step._patch.communicator, everyone.unbind())))
 
-    @abstractmethod
+    def norm_padded(
+        self, input: torch.Tensor, window: Window, own: torch.Tensor
+    ) -> tuple[PaddedPatch, torch.Tensor]:
+        """What a group norm needs to normalize all rows that the convolution behind it reads, in one message.
+
+        Only in a step that `fuses`.
+
+        Args:
+            input: of the norm, (batch, channels, this rank's rows, columns).
+            window: of the convolution.
+            own: this rank's statistics, float32 (batch, groups, 2).
+
+        Returns:
+            `input` between its halo rows and the statistics of all ranks, float32 (ranks, batch, groups, 2).
+        """
+        padded = self._patch.padded(input, window)
+        slot, carrier = padded.slot, self._carriers["halos"]
+        rows = carrier.pack(slot, padded.sends(input))
+        room = carrier.room(slot, padded.room())
+        messages = StatisticsAndRows(self._patch.communicator.peers, own, rows, room)
+        self._swap(messages.sends, messages.receives)
+        padded.fill(input, carrier.unpack(slot, messages.rows))
+        return padded, messages.statistics(self.rank)
+
+    def keep_halos(self, padded: torch.Tensor, window: Window) -> None:  # noqa: B027 - most need nothing
+        """Take note of what a convolution reads that has got its halo rows by `norm_padded`.
+
+        Args:
+            padded: (batch, channels, halo rows and this rank's, columns).
+        """
+
+    def cut(self, whole: torch.Tensor, window: Window) -> torch.Tensor:
+        """The rows that a convolution with `window` reads, of an input that every rank has.
+
+        Args:
+            whole: (batch, channels, rows of all ranks, columns).
+
+        Returns:
+            (batch, channels, halo rows and this rank's, columns).
+        """
+        return self._patch.cut(whole, window)
+
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
         """The rows that a convolution with `window` reads: halo or padding, `input`, halo or padding.
 
@@ -75,6 +138,8 @@ class Step(ABC):
         Returns:
             The same with more rows, in a buffer that the next layer of this shape overwrites.
         """
+        padded = self._patch.padded(input, window)
+        return padded.fill(input, self._swap_halos(padded, input))
 
     @abstractmethod
     def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +157,10 @@ class Step(ABC):
     def kind(self) -> Hashable:
         """What layers do in it besides what follows from their inputs; None where no other step does that."""
 
-    @abstractmethod
     def skip(self) -> None:
         """Let all slots be over: graphs stand for the layers."""
+        for carrier in self._carriers.values():
+            carrier.skip()
 
     @abstractmethod
     def end(self) -> Buckets | None:
@@ -104,12 +170,32 @@ class Step(ABC):
         """Every rank's share of the rows at the level of `input`, float32 (ranks, 1, 1)."""
         return self._patch.shares(input)
 
-    def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """Everyone's fresh `own`, (ranks, *shape of `own`): no slot, whatever the step."""
-        everyone = own.new_empty((self._patch.communicator.world_size, *own.shape))
-        everyone[self.rank] = own
-        self._talk(lambda step: step._await(all_gather(step._patch.communicator, everyone.unbind())))
-        return everyone
+    def _swap_halos(self, padded: PaddedPatch, input: torch.Tensor) -> Values:
+        """The rows around `input`, fresh, by the peer that they come from."""
+        slot, carrier = padded.slot, self._carriers["halos"]
+        sends = carrier.pack(slot, padded.sends(input))
+        receives = carrier.room(slot, padded.room())
+        self._swap(sends, receives)
+        return carrier.unpack(slot, receives)
+
+    def _swap_keys_values(
+        self, key: torch.Tensor, value: torch.Tensor, slot: Slot, everyone: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Fill `everyone`, (tokens of all ranks, 2, batch, channels); return each rank's part of it."""
+        parts, carrier = everyone.split(slot.extents), self._carriers["keys_values"]
+        own = parts[self.rank]
+        own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
+        peers = self._patch.communicator.peers
+        sends = carrier.pack(slot, dict.fromkeys(peers, own))
+        receives = carrier.room(slot, {peer: parts[peer] for peer in peers})
+        self._swap(sends, receives)
+        for peer, values in carrier.unpack(slot, receives).items():
+            if values is not parts[peer]:
+                parts[peer].copy_(values)
+        return parts
+
+    def _swap(self, sends: Values, receives: Values) -> None:
+        self._talk(lambda step: step._await(step._patch.communicator.exchange(sends, receives)))
 
     def _talk(self, action: Callable[[Self], None]) -> None:
         """Say something to the peers: now, or in every replay of the graphs that are being captured."""
@@ -119,17 +205,25 @@ class Step(ABC):
             self.recorder.between(action)
 
     def _await(self, work: Work) -> None:
+        self.waits += 1
         with self.waiting:
             work.wait()
 
 
 class SynchronousStep(Step):
-    """Every slot is swapped at once, and `memory` keeps it for the next step."""
+    """Every value is swapped at once, and `memory` keeps those that the next step reads as stale ones.
+
+    Args:
+        mix: which those are.
+    """
 
     displaced = False
+    statistics = "fresh"
+    fuses = True
 
-    def __init__(self, patch: Patch, memory: Memory) -> None:
-        super().__init__(patch)
+    def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, memory: Memory) -> None:
+        super().__init__(patch, carriers)
+        self._mix = mix
         self._memory = memory
 
     @property
@@ -137,34 +231,46 @@ class SynchronousStep(Step):
         return self._memory.drift
 
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
-        self._memory = self._memory.expect(self._patch.statistics_slot(input, groups))
-        ranks = self._patch.communicator.world_size
-        return input.new_empty((ranks, input.shape[0], groups, 2), dtype=torch.float32)
+        self._expect(self._patch.statistics_slot(input, groups))
+        return super().read_statistics(input, groups)
 
     def send_statistics(self, everyone: torch.Tensor) -> None:
-        self._talk(lambda step: step._await(all_gather(step._patch.communicator, everyone.unbind())))
-        self._memory.keep(dict(enumerate(everyone)))
+        super().send_statistics(everyone)
+        if self._mix.is_stale("statistics"):
+            self._memory.keep(dict(enumerate(everyone)))
+
+    def norm_padded(
+        self, input: torch.Tensor, window: Window, own: torch.Tensor
+    ) -> tuple[PaddedPatch, torch.Tensor]:
+        self._expect(self._patch.statistics_slot(input, own.shape[1]))
+        padded, everyone = super().norm_padded(input, window, own)
+        if self._mix.is_stale("statistics"):
+            self._memory.keep(dict(enumerate(everyone)))
+        return padded, everyone
+
+    def keep_halos(self, padded: torch.Tensor, window: Window) -> None:
+        if self._mix.is_stale("halos"):
+            buffer = self._patch.like(padded, window)
+            self._expect(buffer.slot)
+            self._memory.keep(buffer.halos(padded))
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
         padded = self._patch.padded(input, window)
-        self._memory = self._memory.expect(padded.slot)
-        received = {peer: input.new_empty(shape) for peer, shape in padded.slot.receive}
-        sends = {peer: rows.contiguous() for peer, rows in padded.sends(input).items()}
-        self._talk(lambda step: step._await(step._patch.communicator.exchange(sends, received)))
-        whole = padded.fill(input, received)
-        self._memory.keep(received)
-        return whole
+        self._expect(padded.slot)
+        received = self._swap_halos(padded, input)
+        if self._mix.is_stale("halos"):
+            self._memory.keep(dict(received))
+        return padded.fill(input, received)
 
     def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(key)
-        self._memory = self._memory.expect(slot)
-        shape = (sum(slot.extents), *slot.send[0][1][1:])
-        everyone = self._patch.scratch(shape, key) if self._memory.borrows else key.new_empty(shape)
-        parts = everyone.split(slot.extents)
-        own = parts[self.rank]
-        own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
-        self._talk(lambda step: step._await(all_gather(step._patch.communicator, parts)))
-        self._memory.keep(dict(enumerate(parts)))
+        self._expect(slot)
+        stale = self._mix.is_stale("keys_values")
+        lasts = stale and not self._memory.borrows
+        everyone = key.new_empty(slot.whole) if lasts else self._patch.scratch(slot.whole, key)
+        parts = self._swap_keys_values(key, value, slot, everyone)
+        if stale:
+            self._memory.keep(dict(enumerate(parts)))
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 
     @property
@@ -172,40 +278,64 @@ class SynchronousStep(Step):
         return self._memory.kind
 
     def skip(self) -> None:
+        super().skip()
         self._memory.skip()
 
     def end(self) -> Buckets | None:
         return self._memory.end()
 
+    def _expect(self, slot: Slot) -> None:
+        if self._mix.is_stale(slot.kind):
+            self._memory = self._memory.expect(slot)
+
 
 class DisplacedStep(Step):
-    """Layers read what the peers sent one step ago; what they send now leaves in the background, by buckets.
+    """Layers read stale values of some kinds; what they send of them leaves in the background, by buckets.
 
     When a bucket's last slot has been computed, its messages leave; when the next step reaches the bucket's
-    first slot, it waits for them. So what is read is always exactly one step old.
+    first slot, it waits for them. So what is stale is always exactly one step old.
 
     Args:
+        mix: the kinds of stale values.
         buckets: filled by the step before.
         predicts: whether two steps came before, from which stale values can be extrapolated.
     """
 
     displaced = True
 
-    def __init__(self, patch: Patch, buckets: Buckets, predicts: bool) -> None:
-        super().__init__(patch)
+    def __init__(
+        self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, buckets: Buckets, predicts: bool
+    ) -> None:
+        super().__init__(patch, carriers)
+        self._mix = mix
         self._buckets = buckets
         self._predicts = predicts
         self._index = 0
         self._complete: Bucket | None = None
 
+    @property
+    def statistics(self) -> StatisticsMode:
+        return self._mix.statistics
+
+    @property
+    def fuses(self) -> bool:
+        return self._mix.statistics == self._mix.halos == "fresh"
+
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
+        if not self._mix.is_stale("statistics"):
+            return super().read_statistics(input, groups)
         bucket = self._enter(self._patch.statistics_slot(input, groups))
         return bucket.statistics.read(self._index)
 
     def send_statistics(self, everyone: torch.Tensor) -> None:
+        if not self._mix.is_stale("statistics"):
+            return super().send_statistics(everyone)
         self._leave(self._buckets[self._index])  # they leave with the bucket, from where the layer put them
+        return None
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
+        if not self._mix.is_stale("halos"):
+            return super().padded(input, window)
         padded = self._patch.padded(input, window)
         bucket = self._enter(padded.slot)
         whole = padded.fill(input, bucket.halos.read(self._index))
@@ -214,11 +344,16 @@ class DisplacedStep(Step):
         return whole
 
     def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        bucket = self._enter(self._patch.keys_values_slot(key))
-        region = bucket.keys_values[self._index]
-        everyone = region.read(self._index)
-        region.send(self._index, key, value)
-        self._leave(bucket)
+        slot = self._patch.keys_values_slot(key)
+        if not self._mix.is_stale("keys_values"):
+            everyone = self._patch.scratch(slot.whole, key)
+            self._swap_keys_values(key, value, slot, everyone)
+        else:
+            bucket = self._enter(slot)
+            region = bucket.keys_values[self._index]
+            everyone = region.read(self._index)
+            region.send(self._index, key, value)
+            self._leave(bucket)
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 
     @property
@@ -226,8 +361,10 @@ class DisplacedStep(Step):
         return "displaced"
 
     def skip(self) -> None:
+        super().skip()
         self._index = len(self._buckets.slots)
-        self._complete = self._buckets[self._index - 1]
+        if self._index:
+            self._complete = self._buckets[self._index - 1]
 
     def end(self) -> Buckets:
         self._turn(self._complete, None)
@@ -259,6 +396,7 @@ class DisplacedStep(Step):
         if complete is not None:
             complete.launch()
         if entered is not None:
+            self.waits += 1
             with self.waiting:
                 entered.wait()
             entered.predict(self._predicts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,31 @@ class PatchConv2d(nn.Conv2d):
     Shares the original's parameters under the same names: a convolution becomes one by changing its class.
     Input and output are (batch, channels, this rank's rows, columns). Outside a step of an exchange it is
     `nn.Conv2d`.
+
+    Attributes:
+        halos_from: what the input has in a step besides this rank's rows: its halo rows, where a group norm
+            that fuses has put them (`norm`); the rows of all ranks (`whole`); or nothing.
     """
 
     context: PatchContext | None = None
+    halos_from: Literal["norm", "whole"] | None = None
     pads_end: bool = False  # one row below and one column to the right, instead of its own padding
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         step = None if self.context is None else self.context.step
         if step is None or self.kernel_size[0] == self.stride[0] == 1:
             return super().forward(input)
-        whole = step.padded(input, self.window)
+        if self.halos_from == "whole":
+            read = step.cut(input, self.window)
+        elif self.halos_from == "norm" and step.fuses:
+            read = input
+            step.keep_halos(read, self.window)
+        else:
+            read = step.padded(input, self.window)
         if self.pads_end:
-            whole = F.pad(whole, (0, 1))
+            read = F.pad(read, (0, 1))
         columns = int(self.padding[1])
-        return F.conv2d(whole, self.weight, self.bias, self.stride, (0, columns), self.dilation, self.groups)
+        return F.conv2d(read, self.weight, self.bias, self.stride, (0, columns), self.dilation, self.groups)
 
     @cached_property
     def window(self) -> Window:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from distriray.config import GroupNormMode
 from distriray.parallel.context import PatchContext
 from distriray.parallel.kernels.group_norm import group_norm_kernels
 from distriray.parallel.moments import correct
+from distriray.parallel.partition import Window
 
 if TYPE_CHECKING:
     from distriray.parallel.exchange.steps import Step
@@ -23,28 +23,39 @@ class PatchGroupNorm(nn.GroupNorm):
     Each rank contributes mean and (biased) variance of its own part of every group, in float32. Input and
     output are (batch, channels, this rank's rows, columns). Outside a step of an exchange it is
     `nn.GroupNorm`.
+
+    Attributes:
+        window: of the convolution that alone reads the output, if there is one. In a step that fuses, the
+            output then has the rows around this rank's too, which its peers sent with their statistics.
     """
 
     context: PatchContext | None = None
+    window: Window | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.context is None or self.context.step is None:
             return super().forward(input)
+        step = self.context.step
         kernels = group_norm_kernels(input.device.type)
-        statistics, shares = self._statistics(input, self.context.step, self.context.group_norm, kernels)
-        return kernels.normalize(input, statistics, shares, self.weight, self.bias, self.eps)
+        affine = self.weight, self.bias, self.eps
+        if self.window is None or not step.fuses:
+            statistics, shares = self._statistics(input, step, kernels)
+            return kernels.normalize(input, statistics, shares, *affine)
+        own = kernels.group_statistics(input, self.num_groups)
+        padded, statistics = step.norm_padded(input, self.window, own)
+        output = kernels.normalize(padded.whole, statistics, step.shares(input), *affine)
+        padded.clear_edges(output)
+        return output
 
     def _statistics(
-        self, input: torch.Tensor, step: Step, mode: GroupNormMode, kernels: GroupNormKernels
+        self, input: torch.Tensor, step: Step, kernels: GroupNormKernels
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Statistics to normalize with, and the share of each of them, as `GroupNormKernels.normalize`."""
-        if mode == "local" and step.displaced:
+        if step.statistics == "local":
             return kernels.group_statistics(input, self.num_groups)[None], None
         shares = step.shares(input)
-        if mode in ("fresh", "local"):
-            return step.gather(kernels.group_statistics(input, self.num_groups)), shares
         everyone = step.read_statistics(input, self.num_groups)
-        if mode == "corrected" and step.displaced:
+        if step.statistics == "corrected":
             # The correction needs this rank's row of the previous step, so its own come beside it first.
             own = kernels.group_statistics(input, self.num_groups)
             corrected = correct(everyone, own, step.rank, shares)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, Literal
+
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from distriray.parallel.context import PatchContext
@@ -11,6 +15,7 @@ from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatial
 from distriray.parallel.layers.conv import PatchConv2d, patch_conv
 from distriray.parallel.layers.group_norm import PatchGroupNorm, patch_group_norm
 from distriray.parallel.networks.base import has_class_forward
+from distriray.parallel.partition import Window
 
 # Exactly these: a subclass may compute something else.
 CONVOLUTIONS = {nn.Conv2d, PatchConv2d}
@@ -20,6 +25,8 @@ _SPATIAL_MODULES = {
     f"torch.nn.modules.{name}"
     for name in ("conv", "pooling", "batchnorm", "instancenorm", "upsampling", "padding", "fold")
 }
+# What may stand between a group norm and its convolution: of each number alone, and 0 stays 0 at the edges.
+_ACTIVATIONS = {nn.SiLU, nn.ReLU, nn.GELU, nn.Mish}
 # They call the convolution that they adapt, and convolutions of their own.
 _ADAPTERS = ("peft.tuners.lora.", "peft.tuners.ia3.")
 
@@ -59,3 +66,61 @@ def convert_conv_or_norm(module: nn.Module, context: PatchContext) -> bool:
     else:
         patch_group_norm(module, context)
     return True
+
+
+def spare_messages(network: Any) -> None:
+    """Let no convolution ask its peers for rows that come without a message of their own.
+
+    Those behind a group norm come with its statistics. The first convolution takes its own from the network's
+    input, which every rank has whole.
+
+    Args:
+        network: with diffusers' names of layers; all that can be converted is.
+    """
+    for module in network.modules():
+        if isinstance(module, PatchConv2d):
+            module.halos_from = None
+        elif isinstance(module, PatchGroupNorm):
+            module.window = None
+    _give_halos(network.conv_in, "whole")
+    for norm, conv in _norms_with_convolutions(network):
+        norm.window = _give_halos(conv, "norm")
+
+
+def takes_whole(network: Any) -> bool:
+    """Whether the first convolution, in a step, is to be given the rows of all ranks."""
+    return any(conv.halos_from == "whole" for conv in _wide(network.conv_in))
+
+
+def _give_halos(layer: Any, source: Literal["norm", "whole"]) -> Window | None:
+    """Let the convolutions of a layer find halo rows in its input, if they all read that, with one window.
+
+    Returns:
+        The window; None where that is not known.
+    """
+    readers = [getattr(layer, "base_layer", layer), *getattr(layer, "lora_A", {}).values()]
+    wide = _wide(layer)
+    if set(wide) != set(readers) or len({conv.window for conv in wide}) != 1:
+        return None
+    for conv in wide:
+        conv.halos_from = source
+    return wide[0].window
+
+
+def _norms_with_convolutions(network: Any) -> Iterator[tuple[PatchGroupNorm, nn.Module]]:
+    """Group norms, and the layer that alone reads what they give, but for an activation."""
+    for block in network.modules():
+        if type(block) is not ResnetBlock2D or type(block.nonlinearity) not in _ACTIVATIONS:
+            continue
+        if block.upsample is None and block.downsample is None:
+            yield block.norm1, block.conv1
+        if block.time_embedding_norm == "default":
+            yield block.norm2, block.conv2
+    if type(network.conv_norm_out) is PatchGroupNorm and type(network.conv_act) in _ACTIVATIONS:
+        yield network.conv_norm_out, network.conv_out
+
+
+def _wide(layer: nn.Module) -> list[PatchConv2d]:
+    """The convolutions within a layer that read more than one row."""
+    convs = [module for module in layer.modules() if isinstance(module, PatchConv2d)]
+    return [conv for conv in convs if conv.kernel_size[0] > 1]

@@ -23,6 +23,8 @@ from distriray.parallel.networks.spatial import (
     convert_conv_or_norm,
     has_own_forward,
     is_foreign,
+    spare_messages,
+    takes_whole,
 )
 from distriray.parallel.partition import Partition
 from distriray.parallel.share import Share
@@ -87,6 +89,7 @@ class UNet(Network):
             if type(module) is Downsample2D:
                 vars(module).pop("forward", None)
                 patch_downsample(module)
+        spare_messages(self.module)
         return converted
 
     def read(
@@ -141,8 +144,9 @@ class UNet(Network):
         self, call: Call, share: Share, collect: Collect
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
         arguments = call.arguments
+        whole = share.exchanges and takes_whole(self.module)
         (rows,) = self.forward(
-            share.cut_rows(call.sample),
+            share.cut(call.sample) if whole else share.cut_rows(call.sample),
             share.cut(_on_device(arguments["timestep"], call.sample.device)),
             share.cut(call.text),
             cross_attention_kwargs=arguments["cross_attention_kwargs"],

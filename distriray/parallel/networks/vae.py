@@ -17,6 +17,7 @@ from distriray.parallel.networks.spatial import (
     convert_conv_or_norm,
     has_own_forward,
     is_foreign,
+    spare_messages,
 )
 from distriray.parallel.partition import Partition
 
@@ -55,6 +56,7 @@ def convert_decoder(decoder: Decoder, context: PatchContext) -> None:
                 module.processor = PatchSpatialAttention(context)
         else:
             convert_conv_or_norm(module, context)
+    spare_messages(decoder)
 
 
 def picture_partition(decoder: Decoder, latents: torch.Tensor, patches: int) -> Partition:

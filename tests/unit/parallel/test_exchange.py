@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distriray import ParallelConfig, parallelize
+from distriray.config import Mix
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
 
@@ -51,9 +52,16 @@ class _Flight:
             arrived.zero_()[:count].copy_(bytes_sent[:count])
 
 
+FEW_BITS = Mix(halos_width="int8", keys_values_width="int4")
+LATE_AND_FEW_BITS = Mix(statistics="stale", halos="stale", keys_values="stale", keys_values_width="int4")
+
+
 @pytest.mark.parametrize("statistics", [0.0, 0.5])
 @pytest.mark.parametrize("keys_values", [0.0, 0.5])
-def test_nothing_in_flight_is_read_or_overwritten(statistics: float, keys_values: float) -> None:
+@pytest.mark.parametrize("exchange", ["displaced", "displaced_attention", FEW_BITS, LATE_AND_FEW_BITS])
+def test_nothing_in_flight_is_read_or_overwritten(
+    exchange: Any, statistics: float, keys_values: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "encoder_hidden_states": torch.randn((1, 7, 32), generator=generator),
@@ -62,7 +70,7 @@ def test_nothing_in_flight_is_read_or_overwritten(statistics: float, keys_values
     sample = torch.randn((1, 4, 16, 8), generator=generator)
     for buckets in (1, 4, 7, 1000):  # so that slots of every kind come last in one
         prediction = {"statistics": statistics, "keys_values": keys_values}
-        config = ParallelConfig(warmup_steps=1, prediction=prediction)
+        config = ParallelConfig(exchange=exchange, warmup_steps=1, prediction=prediction)
         unet = parallelize(tiny_sdxl_unet(), Eager(), config)
         engine = engine_of(unet)
         assert engine is not None

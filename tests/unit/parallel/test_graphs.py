@@ -9,6 +9,7 @@ import torch
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
+from distriray.config import PAPER, Mix
 from distriray.errors import GangBroken, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.graphs import MOST_MET, StepGraphs
@@ -16,12 +17,14 @@ from tests.distributed.cases import Case, call
 from tests.models import tiny_sdxl
 from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
 
+COMPRESSED = Mix(halos_width="int8", keys_values_width="int4")
 CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (4, {"warmup_steps": 2}),
     (2, {"warmup_steps": 2, "cfg_parallel": False, "prediction": {"halos": 0.5, "keys_values": 0.5}}),
-    (2, {"warmup_steps": 1, "group_norm": "corrected", "cfg_parallel": False}),
-    (2, {"warmup_steps": 1, "group_norm": "fresh", "cfg_parallel": False}),
+    (2, {"exchange": PAPER, "warmup_steps": 1, "cfg_parallel": False}),
+    (2, {"exchange": "displaced_attention", "warmup_steps": 1, "cfg_parallel": False}),
+    (2, {"exchange": COMPRESSED, "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"warmup_steps": "auto", "auto_warmup_drift": 5.0, "cfg_parallel": False}),
     (2, {"exchange": "sync", "cfg_parallel": False}),
     (2, {"exchange": "none"}),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distriray.config import GroupNormMode
+from distriray.config import StatisticsMode
 from distriray.parallel.context import PatchContext
 from distriray.parallel.kernels.plain import group_statistics
 from distriray.parallel.layers.group_norm import patch_group_norm
@@ -17,7 +17,7 @@ from distriray.parallel.moments import correct, merge
 class OneRank:
     """A step in a gang of one: this rank's statistics are everyone's."""
 
-    displaced, rank = False, 0
+    statistics, fuses, rank = "fresh", False, 0
 
     def shares(self, input: torch.Tensor) -> torch.Tensor:
         return torch.ones((1, 1, 1))
@@ -94,31 +94,31 @@ def test_correction_without_change_is_the_stale_whole() -> None:
 class TwoRanks:
     """A displaced step between two equal patches; every statistic of the step before was 0 and 1."""
 
-    displaced, rank = True, 0
+    rank, fuses = 0, False
 
-    def __init__(self, own: torch.Tensor) -> None:
+    def __init__(self, own: torch.Tensor, statistics: StatisticsMode) -> None:
+        self.statistics = statistics
         self.everyone = torch.tensor([0.0, 1.0]).expand(2, *own.shape).clone()
 
     def shares(self, input: torch.Tensor) -> torch.Tensor:
         return torch.full((2, 1, 1), 0.5)
-
-    def gather(self, own: torch.Tensor) -> torch.Tensor:
-        return own.expand(2, *own.shape)
 
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
         return self.everyone
 
     def send_statistics(self, everyone: torch.Tensor) -> None:
         assert everyone is self.everyone
+        if self.statistics == "fresh":  # the peer's are the same
+            everyone[1] = everyone[0]
 
 
 @pytest.mark.parametrize("mode", ["stale", "corrected", "fresh", "local"])
 def test_a_displaced_norm_uses_the_statistics_of_its_mode(
-    mode: GroupNormMode,
+    mode: StatisticsMode,
 ) -> None:
     image = torch.randn((2, 8, 4, 4), generator=torch.Generator().manual_seed(0)) + 2
     own = group_statistics(image, 4)
-    step, before = TwoRanks(own), torch.tensor([0.0, 1.0]).expand(2, *own.shape)
+    step, before = TwoRanks(own, mode), torch.tensor([0.0, 1.0]).expand(2, *own.shape)
     shares = step.shares(image)
     expected = {
         "stale": merge(torch.stack([own, before[1]]), shares),
@@ -127,8 +127,8 @@ def test_a_displaced_norm_uses_the_statistics_of_its_mode(
         "local": own,
     }[mode]
     norm = nn.GroupNorm(4, 8, eps=0.0, affine=False)
-    patch_group_norm(norm, PatchContext(step=step, group_norm=mode))  # type: ignore[arg-type]
+    patch_group_norm(norm, PatchContext(step=step))  # type: ignore[arg-type]
     mean, variance = expected.repeat_interleave(2, 1)[..., None, None].unbind(2)
     torch.testing.assert_close(norm(image), (image - mean) / variance.sqrt())
-    sent = mode in ("stale", "corrected")
+    sent = mode != "local"
     assert torch.equal(step.everyone[0], own) == sent, "others read what was sent, one step later"

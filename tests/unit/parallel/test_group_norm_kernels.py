@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distriray.config import GroupNormMode
+from distriray.config import StatisticsMode
 from distriray.parallel.context import PatchContext
 from distriray.parallel.kernels import plain
 from distriray.parallel.kernels.group_norm import group_norm_kernels
@@ -176,17 +176,17 @@ def test_a_variance_predicted_below_zero_counts_as_zero(run: Run) -> None:
     run(check_prediction)
 
 
-def check_layer(device: str, mode: GroupNormMode) -> None:
+def check_layer(device: str, mode: StatisticsMode) -> None:
     from distriray.parallel.kernels import fused
 
     image = feature_map("cpu", (2, 8, 4, 4), torch.float32, "contiguous") + 2
 
     def displaced(where: str) -> tuple[torch.Tensor, torch.Tensor]:
-        step = TwoRanks(plain.group_statistics(image, 4))
+        step = TwoRanks(plain.group_statistics(image, 4), mode)
         step.everyone = step.everyone.to(where)
         with patch.object(step, "shares", lambda input: torch.full((2, 1, 1), 0.5, device=where)):
             norm = nn.GroupNorm(4, 8, device=where).requires_grad_(False)
-            patch_group_norm(norm, PatchContext(step=step, group_norm=mode))  # type: ignore[arg-type]
+            patch_group_norm(norm, PatchContext(step=step))  # type: ignore[arg-type]
             return norm(image.to(where)).cpu(), step.everyone.cpu()
 
     expected = displaced("cpu")
@@ -195,7 +195,7 @@ def check_layer(device: str, mode: GroupNormMode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stale", "corrected", "fresh", "local"])
-def test_a_displaced_norm_is_the_same_with_either_kernels(run: Run, mode: GroupNormMode) -> None:
+def test_a_displaced_norm_is_the_same_with_either_kernels(run: Run, mode: StatisticsMode) -> None:
     run(check_layer, mode)
 
 

@@ -10,6 +10,7 @@ import torch
 import distriray.parallel.gather
 from bench.projection.peers import AbsentPeers
 from distriray import ParallelConfig, parallelize
+from distriray.config import PAPER
 from distriray.denoise import SCHEDULERS, Denoiser
 from distriray.parallel import engine_of
 from distriray.parallel.gather import HeaderOnItsWay
@@ -38,9 +39,9 @@ class LateHeader(HeaderOnItsWay):
         return super().read()
 
 
-@pytest.mark.parametrize("group_norm", ["stale", "corrected"])
-def test_a_displaced_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, group_norm: str) -> None:
-    assert _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=2, group_norm=group_norm)) == 0
+@pytest.mark.parametrize("exchange", ["displaced", "displaced_attention", PAPER])
+def test_a_displaced_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, exchange: Any) -> None:
+    assert _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=2, exchange=exchange)) == 0
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))

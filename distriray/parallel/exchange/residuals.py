@@ -1,0 +1,134 @@
+"""Fresh values in few bits: what has changed since the last reconstruction, quantized.
+
+Sender and receivers hold the same reconstruction of a message. A step sends the difference of the new values
+from it, and both sides add what was sent. So the error of one step is part of the next step's difference
+(error feedback; Seide et al. 2014), and activations, which change little from step to step, need few bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
+
+GROUP = 32
+"""Consecutive numbers that share a scale."""
+
+
+class Residual:
+    """The reconstruction of one message.
+
+    Args:
+        values: what both sides know, contiguous; written in place.
+        bits: of a quantized number, 2, 4 or 8.
+    """
+
+    def __init__(self, values: torch.Tensor, bits: int) -> None:
+        self.values = values
+        self._bits = bits
+        self._levels = 2**bits - 1
+        self._groups = -(-values.numel() // GROUP)
+
+    @property
+    def message_bytes(self) -> int:
+        """Of a message: a bfloat16 scale a group, and the quantized numbers."""
+        return self._groups * (2 + GROUP * self._bits // 8)
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """The message, uint8, that brings this reconstruction nearer to `values`, at both ends."""
+        change = (values.float() - self.values.float()).flatten()
+        change = F.pad(change, (0, self._groups * GROUP - len(change))).view(self._groups, GROUP)
+        scales = (change.abs().amax(1, keepdim=True) * (2 / self._levels)).bfloat16()
+        inverse = torch.where(scales > 0, scales.float().reciprocal(), 0.0)
+        numbers = change.mul_(inverse).add_(self._levels / 2).round_().clamp_(0, self._levels).byte()
+        message = torch.cat([scales.view(torch.uint8).flatten(), self._packed(numbers).flatten()])
+        self._add(scales, numbers)
+        return message
+
+    def decode(self, message: torch.Tensor) -> torch.Tensor:
+        """The reconstruction that the sender has after it has sent `message`."""
+        scales, packed = message.split([2 * self._groups, len(message) - 2 * self._groups])
+        self._add(scales.view(torch.bfloat16).view(-1, 1), self._unpacked(packed.view(self._groups, -1)))
+        return self.values
+
+    def _add(self, scales: torch.Tensor, numbers: torch.Tensor) -> None:
+        change = (numbers.float() - self._levels / 2).mul_(scales.float())
+        self.values.add_(change.view(-1)[: self.values.numel()].view(self.values.shape).to(self.values.dtype))
+
+    def _packed(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Several numbers a byte: a group's parts above each other."""
+        packed, *parts = numbers.split(GROUP * self._bits // 8, 1)
+        for index, part in enumerate(parts, 1):
+            packed = packed | (part << (index * self._bits))
+        return packed
+
+    def _unpacked(self, packed: torch.Tensor) -> torch.Tensor:
+        shifts = range(0, 8, self._bits)
+        return torch.cat([(packed >> shift) & self._levels for shift in shifts], 1)
+
+
+class Residuals:
+    """The reconstructions of an exchange, slot by slot in the order of a step."""
+
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
+        self._ends: list[tuple[dict[int, Residual], dict[int, Residual]]] = []
+        self._index = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all reconstructions."""
+        held = {residual for ends in self._ends for side in ends for residual in side.values()}
+        return sum(residual.values.nbytes for residual in held)
+
+    def rewind(self) -> None:
+        """Begin a step."""
+        self._index = 0
+
+    def keep(
+        self, slot: Slot, sent: Mapping[int, torch.Tensor], received: Mapping[int, torch.Tensor], bits: int
+    ) -> None:
+        """Reconstruct the next slot's values, by peer, from themselves: they were swapped whole."""
+        if self._slots[self._index : self._index + 1] != [slot]:
+            del self._slots[self._index :], self._ends[self._index :]
+            self._slots.append(slot)
+            made = {id(values): Residual(values.contiguous().clone(), bits) for values in sent.values()}
+            self._ends.append(
+                (
+                    {peer: made[id(values)] for peer, values in sent.items()},
+                    {peer: Residual(values.contiguous().clone(), bits) for peer, values in received.items()},
+                )
+            )
+        else:
+            for side, values in zip(self._ends[self._index], (sent, received), strict=True):
+                for peer, residual in side.items():
+                    residual.values.copy_(values[peer])
+        self._index += 1
+
+    def next(self, slot: Slot) -> tuple[dict[int, Residual], dict[int, Residual]]:
+        """The reconstructions of the next slot, of what is sent and of what is received, by peer.
+
+        Raises:
+            RuntimeError: the slot is not the one of the steps before.
+        """
+        if self._slots[self._index : self._index + 1] != [slot]:
+            raise RuntimeError(LAYERS_CHANGED)
+        self._index += 1
+        return self._ends[self._index - 1]
+
+    def skip(self) -> None:
+        """Let all slots be over: graphs stand for the layers."""
+        self._index = len(self._slots)
+
+    def end(self, displaced: bool) -> None:
+        """End a step.
+
+        Raises:
+            RuntimeError: a displaced one had fewer slots than the steps before.
+        """
+        if displaced and self._index < len(self._slots):
+            raise RuntimeError(LAYERS_CHANGED)
+        del self._slots[self._index :], self._ends[self._index :]

@@ -1,0 +1,163 @@
+"""What each mix of fresh and stale values gives, and how often a step waits for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import LockstepCommunicator, run_in_lockstep
+from distriray.config import MIXES, PAPER, Mix
+from distriray.parallel import StepStatistics, engine_of
+from distriray.parallel.layers.conv import PatchConv2d
+from distriray.parallel.layers.group_norm import PatchGroupNorm
+from tests.models import tiny_sdxl_unet
+
+INT4 = Mix(keys_values_width="int4")
+INT8_HALOS = Mix(halos_width="int8", keys_values_width="int4")
+STALE_INT4 = Mix(keys_values="stale", keys_values_width="int4")
+FRESH_HALOS = Mix(statistics="stale", keys_values="stale")
+FRESH_STATISTICS = Mix(halos="stale", keys_values="stale")
+LOCAL = Mix(statistics="local")
+ALL: list[Any] = [*MIXES, PAPER, INT4, INT8_HALOS, STALE_INT4, FRESH_HALOS, FRESH_STATISTICS, LOCAL]
+
+INPUTS = {
+    "encoder_hidden_states": torch.randn((2, 7, 32), generator=torch.Generator().manual_seed(1)),
+    "added_cond_kwargs": {"text_embeds": torch.ones((2, 16)), "time_ids": torch.ones((2, 6))},
+}
+
+
+def sample(step: int, rows: int = 20) -> torch.Tensor:
+    """Latents that change a little from step to step."""
+    start, end = (torch.randn((2, 4, rows, 12), generator=torch.Generator().manual_seed(i)) for i in (2, 3))
+    return start + 0.02 * step * end
+
+
+def steps(
+    unet: UNet2DConditionModel, communicator: Any, count: int = 3, rows: int = 20, **config: Any
+) -> tuple[list[torch.Tensor], StepStatistics]:
+    """The outputs of some steps of one image, and the figures of the last."""
+    parallelize(unet, communicator, ParallelConfig(cfg_parallel=False, **config))
+    engine = engine_of(unet)
+    assert engine is not None
+    outputs = [unet(sample(step, rows), 900.0 - step, **INPUTS).sample for step in range(count)]
+    return outputs, engine.statistics
+
+
+def gang(ranks: int, **arguments: Any) -> list[tuple[list[torch.Tensor], StepStatistics]]:
+    def rank(communicator: LockstepCommunicator) -> tuple[list[torch.Tensor], StepStatistics]:
+        return steps(tiny_sdxl_unet(), communicator, **arguments)
+
+    return run_in_lockstep(ranks, rank)
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[torch.Tensor]:
+    unet = tiny_sdxl_unet()
+    return [unet(sample(step), 900.0 - step, **INPUTS).sample for step in range(3)]
+
+
+def error(outputs: list[torch.Tensor], alone: list[torch.Tensor], step: int) -> float:
+    return float((outputs[step] - alone[step]).abs().max() / alone[step].abs().max())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_fresh_values_of_every_kind_are_one_devices_numbers(ranks: int, alone: list[torch.Tensor]) -> None:
+    for outputs, _ in gang(ranks, exchange="sync"):
+        assert all(error(outputs, alone, step) < 1e-5 for step in range(3))
+
+
+@pytest.mark.parametrize("mix", ALL, ids=str)
+def test_the_first_step_of_every_mix_is_exact_and_later_ones_are_near(
+    mix: Any, alone: list[torch.Tensor]
+) -> None:
+    (outputs, statistics), (others, _) = gang(2, exchange=mix, warmup_steps=1)
+    assert all(map(torch.equal, outputs, others))
+    assert error(outputs, alone, 0) < 1e-5
+    assert statistics.synchronous == (mix == "sync")
+    if mix != "sync":
+        assert 1e-6 < error(outputs, alone, 2) < 0.3
+
+
+def test_fresher_is_nearer(alone: list[torch.Tensor]) -> None:
+    def off(mix: Any) -> float:
+        return error(gang(4, exchange=mix, warmup_steps=1)[0][0], alone, 2)
+
+    errors = [off(mix) for mix in ("displaced", "displaced_attention", "compressed")]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert off(Mix(keys_values_width="int2")) > off(INT4) > off(Mix(keys_values_width="int8"))
+    assert off(Mix(halos_width="int4")) > off(Mix(halos_width="int8"))
+
+
+def test_a_mix_of_every_kind_by_hand_is_the_one_with_the_name() -> None:
+    for name, mix in MIXES.items():
+        (by_name, _), (by_hand, _) = (
+            gang(2, exchange=exchange, warmup_steps=1)[0] for exchange in (name, mix)
+        )
+        assert all(map(torch.equal, by_name, by_hand))
+
+
+def test_residuals_are_counted_and_begin_anew_with_every_image() -> None:
+    def rank(communicator: LockstepCommunicator) -> tuple[list[list[torch.Tensor]], list[int]]:
+        unet = tiny_sdxl_unet()
+        images, held = [], []
+        for mix in ("sync", INT8_HALOS, INT8_HALOS):
+            images.append(steps(unet, communicator, exchange=mix, warmup_steps=1)[0])
+            engine = engine_of(unet)
+            assert engine is not None
+            engine.start_image()
+            again = [unet(sample(step), 900.0 - step, **INPUTS).sample for step in range(3)]
+            assert all(map(torch.equal, images[-1], again))
+            held.append(engine.buffer_bytes)
+        return images, held
+
+    (_, (sync, first, second)), _ = run_in_lockstep(2, rank)
+    assert sync < first == second
+
+
+def test_stale_keys_and_values_in_few_bits_send_fewer_bytes() -> None:
+    whole, few = (
+        gang(2, exchange=mix, warmup_steps=1)[0][1].bytes_sent
+        for mix in (MIXES["displaced_attention"], STALE_INT4)
+    )
+    assert few < 0.6 * whole
+
+
+def test_widths_that_nothing_sends_are_refused() -> None:
+    with pytest.raises(ValueError, match="stale halos are sent whole"):
+        Mix(halos="stale", halos_width="int8")
+
+
+def sdxl_layers() -> UNet2DConditionModel:
+    """All layers of SDXL's U-Net, narrow."""
+    return tiny_sdxl_unet(
+        layers_per_block=2, transformer_layers_per_block=(1, 2, 10), block_out_channels=(8, 16, 16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mix", "most"), [("sync", 125), ("compressed", 125), ("displaced_attention", 55), ("displaced", 5)]
+)
+def test_a_step_of_sdxl_waits_seldom(mix: Any, most: int) -> None:
+    def rank(communicator: LockstepCommunicator) -> int:
+        return steps(sdxl_layers(), communicator, count=2, exchange=mix, warmup_steps=1)[1].waits
+
+    waits = run_in_lockstep(2, rank)
+    assert waits[0] == waits[1] <= most
+
+
+def test_norms_bring_the_rows_of_their_convolutions_and_the_first_convolution_needs_none() -> None:
+    def rank(communicator: LockstepCommunicator) -> UNet2DConditionModel:
+        unet = sdxl_layers()
+        steps(unet, communicator, count=1)
+        return unet
+
+    unet, _ = run_in_lockstep(2, rank)
+    convs = [m for m in unet.modules() if isinstance(m, PatchConv2d) and m.kernel_size[0] > 1]
+    windows = [m.window for m in unet.modules() if isinstance(m, PatchGroupNorm)]
+    assert unet.conv_in.halos_from == "whole"
+    assert sum(conv.halos_from is None for conv in convs) == 4  # what samples up and down
+    assert sum(window is not None for window in windows) == len(convs) - 5
