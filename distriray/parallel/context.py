@@ -22,11 +22,13 @@ class PatchContext:
             as the layers that they replace.
         group_norm: whose statistics a group norm uses in a displaced step.
         new_text: whether text keys and values that layers have cached are no longer valid.
+        caches_text: whether all cross-attention is known to be given the text of the call.
     """
 
     step: Step | None = None
     group_norm: GroupNormMode = "stale"
     new_text: bool = True
+    caches_text: bool = True
 
     @contextmanager
     def during(self, step: Step | None) -> Iterator[None]:

@@ -25,6 +25,7 @@ from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay
 from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
+from distriray.parallel.networks.outline import Outline
 from distriray.parallel.new_image import NewImageDetector
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
@@ -128,6 +129,7 @@ class Engine:
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
         self._baked: Baked | None = None
+        self._outline: Outline | None = None
         self._told: str | None = None
 
     # What a user or a worker calls
@@ -261,6 +263,8 @@ class Engine:
         share = self._share(call)
         if branch.fresh_start:
             self._prepare_image(call, moment, branch)
+        elif self._outline is None or not self._outline.holds():
+            self._convert()
         try:
             with ExitStack() as exchanging:
                 step = exchanging.enter_context(self._exchange_step(call, branch, share))
@@ -306,12 +310,18 @@ class Engine:
         if self.communicator.world_size > 1:
             compared = self.network.compared(call)
             check_same_image(self.communicator, compared, branch.step, moment.timestep)
+        self._convert()
+        if self._baked is not None and self._baked.obstacle is not None:
+            self._baked = None  # it may be gone
+
+    def _convert(self) -> None:
+        """Convert what has joined the network's layers since the last time; what cannot be cut is refused."""
+        self._outline = None
         if self.network.convert(self.context):
             self._exchanges.clear()
             for begun in self._branches.values():
                 begun.exchange = None
-        if self._baked is not None and self._baked.obstacle is not None:
-            self._baked = None  # it may be gone
+        self._outline = Outline(self.network.module)
 
     def _new_graphs(self) -> StepGraphs | None:
         return None if self._graph_maker is None else StepGraphs(self._graph_maker)
