@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 )
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
@@ -26,6 +27,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.attention import CachedCrossAttention, PatchSelfAttention
 from distriray.parallel.layers.conv import patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
 from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
@@ -147,10 +149,41 @@ class UNet(Network):
         return Partition(height, width, self._levels, patches)
 
     def compared(self, call: Call) -> Compared:
-        text = {"text batch": call.text.shape[0], "text tokens": call.text.shape[1]}
+        given, added = call.arguments, call.arguments["added_cond_kwargs"] or {}
+        timestep, images = given["timestep"], added.get("image_embeds")
+        residuals = {
+            "ControlNet residuals": given["down_block_additional_residuals"],
+            "ControlNet residuals of the middle": given["mid_block_additional_residual"],
+            "T2I-Adapter residuals": given["down_intrablock_additional_residuals"],
+            "image prompts": images,
+        }
         return Compared(
-            {**described(call.sample), **text},
-            {"sum of the latents": call.sample, "sum of the prompt embeddings": call.text},
+            {
+                **described(call.sample),
+                "text batch": call.text.shape[0],
+                "text tokens": call.text.shape[1],
+                "scale of adapters": (given["cross_attention_kwargs"] or {}).get("scale"),
+                **{f"number of {name}": len(_tensors(some)) for name, some in residuals.items()},
+            },
+            near={
+                "latents": call.sample,
+                "prompt embeddings": call.text,
+                "pooled prompt embeddings": added.get("text_embeds"),
+                **{name: _tensors(some) for name, some in residuals.items()},
+            },
+            equal={
+                "timesteps": timestep if isinstance(timestep, torch.Tensor) and timestep.ndim else None,
+                "size conditions": added.get("time_ids"),
+                "guidance scale embedding": given["timestep_cond"],
+                "class labels": given["class_labels"],
+                "text mask": given["encoder_attention_mask"],
+                "weights": weights_of(self.module),
+            },
+            texts={
+                "further conditions": " ".join(sorted(added)),
+                "adapters, their scales, or which are active": adapters_of(self.module),
+                "attention processors, or their scales": processors_of(self.module),
+            },
         )
 
     def compute(
@@ -221,6 +254,10 @@ class UNet(Network):
         else:
             raise UnsupportedModel(f"{name} uses {type(processor).__name__}: {ADVICE}")
         return True
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _on_device(timestep: torch.Tensor | float, device: torch.device) -> torch.Tensor:

@@ -12,10 +12,11 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from distriray import ParallelConfig, parallelize
-from distriray.collective import Communicator, run_in_lockstep
+from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
+from tests.unit.parallel.test_agreement import outcomes
 from tests.unit.parallel.test_local import noise, transformer
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
@@ -58,11 +59,10 @@ def test_what_attention_does_not_use_is_refused(
         unet = tiny_sdxl_unet()
         block = transformer(unet)
         setattr(block, layer, Handing(getattr(block, layer), more))
-        block.attn1.only_cross_attention = False
-        with pytest.raises(UnsupportedModel, match=name):
-            noise(parallelize(unet, communicator, SYNC, local=[Handing]))
+        noise(parallelize(unet, communicator, SYNC, local=[Handing]))
 
-    run_in_lockstep(2, rank)
+    for outcome in outcomes(2, rank):
+        assert outcome.startswith("UnsupportedModel") and name in outcome
 
 
 @pytest.mark.parametrize("same", [lambda x: {"encoder_hidden_states": x}, lambda x: {}])
@@ -108,31 +108,29 @@ def test_reference_only_attention_is_refused() -> None:
         reference = {"encoder_hidden_states": torch.cat([hidden_states, hidden_states.flip(0)], dim=1)}
         return Attention.forward(attn, hidden_states, **{**kwargs, **reference})
 
-    def rank(communicator: Communicator, local: list[Any], name: str) -> None:
+    def rank(communicator: Communicator, local: list[Any]) -> None:
         unet = tiny_sdxl_unet()
         attn = transformer(unet).attn1
         attn.forward = types.MethodType(attend, attn)
-        with pytest.raises(UnsupportedModel, match=name):
-            noise(parallelize(unet, communicator, SYNC, local=local))
+        noise(parallelize(unet, communicator, SYNC, local=local))
 
-    run_in_lockstep(2, lambda communicator: rank(communicator, [], "forward of layer .*attn1 was replaced"))
-    run_in_lockstep(2, lambda communicator: rank(communicator, [attend], "other tokens"))
+    for outcome in outcomes(2, lambda communicator: rank(communicator, [])):
+        assert "UnsupportedModel: the forward of layer mid_block" in outcome
+    for outcome in outcomes(2, lambda communicator: rank(communicator, [attend])):
+        assert "UnsupportedModel: self-attention that is given other tokens" in outcome
 
 
 def test_processors_and_downsampling_use_all_that_they_are_given() -> None:
-    def rank(communicator: Communicator) -> None:
-        unet = parallelize(tiny_sdxl_unet(downsample_padding=0), communicator, SYNC)
-        noise(unet)
-        engine = engine_of(unet)
-        assert engine is not None
-        attn, x = transformer(unet).attn1, torch.ones((1, 6, 32))
-        step: Any = object()
-        with engine.context.during(step):
-            with pytest.raises(UnsupportedModel, match="given focus, which is not used"):
-                attn.processor(attn, x, focus=1)
-            with pytest.raises(UnsupportedModel, match="given 1 more arguments"):
-                attn.processor(attn, x, None, None, None, 0.5)
-            with pytest.raises(UnsupportedModel, match="downsampling that is given more"):
-                unet.down_blocks[0].downsamplers[0](torch.ones((1, 16, 4, 8)), scale=0.5)
-
-    run_in_lockstep(2, rank)
+    unet = parallelize(tiny_sdxl_unet(downsample_padding=0), connect("local"), SYNC)
+    noise(unet)
+    engine = engine_of(unet)
+    assert engine is not None
+    attn, x = transformer(unet).attn1, torch.ones((1, 6, 32))
+    step: Any = object()
+    with engine.context.during(step):
+        with pytest.raises(UnsupportedModel, match="given focus, which is not used"):
+            attn.processor(attn, x, focus=1)
+        with pytest.raises(UnsupportedModel, match="given 1 more arguments"):
+            attn.processor(attn, x, None, None, None, 0.5)
+        with pytest.raises(UnsupportedModel, match="downsampling that is given more"):
+            unet.down_blocks[0].downsamplers[0](torch.ones((1, 16, 4, 8)), scale=0.5)
