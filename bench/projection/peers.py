@@ -13,6 +13,7 @@ from bench.barrier import finish
 from distriray.collective.messages import as_messages, peers_of
 from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
+from distriray.parallel.gather import HEADER
 from distriray.parallel.stopwatch import Mark, mark, seconds_between
 
 
@@ -53,8 +54,9 @@ class AbsentPeers:
 
     While `fills`, a peer sends what this rank sends (with nothing like it at hand, zeros): values of the
     right size, so that no later arithmetic meets garbage. Afterwards what was received stays as it is, as if
-    the peers' activations did not change, and a transfer costs the rank no time: that is for a model of the
-    link to add. Every transfer is noted, with its bytes and its time within the step.
+    the peers' activations did not change, but for the headers of gathers, which are always this rank's own.
+    A transfer costs the rank no time: that is for a model of the link to add. Every transfer is noted, with
+    its bytes and its time within the step.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
@@ -89,6 +91,10 @@ class AbsentPeers:
         if self.fills:
             for tensor in receives.values():
                 _fill(tensor, list(sends.values()))
+        elif len({id(flat) for flat in sends.values()}) == 1:
+            for peer, message in receives.items():
+                if message.dtype == torch.uint8:
+                    message[:HEADER].copy_(sends[peer][:HEADER])
         self.bytes_sent += sum(sent.values())
         self._transfers += 1
         self.note(Moment("launch", self._transfers, 0.0, sent))

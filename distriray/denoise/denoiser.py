@@ -15,7 +15,7 @@ from distriray.denoise.blocks import DECODE, make_components, make_tasks, set_gu
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.schedulers import make_scheduler, scheduler_class
 from distriray.denoise.state import DenoiseState
-from distriray.errors import GangBroken, InvalidRequest, UnsupportedModel
+from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams
 
@@ -155,7 +155,7 @@ class Denoiser:
         it leaves its gang between two steps.
 
         Raises:
-            GenerationCancelled, GangBroken: from the gang.
+            GenerationCancelled, GangBroken, GangMismatch: from the gang.
             ValueError: the state is done.
         """
         if state.done:
@@ -177,7 +177,7 @@ class Denoiser:
         try:
             block_state = task.step(components, block_state, i=state.step, t=timestep)
         except BaseException as error:
-            broken = isinstance(error, GangBroken)
+            broken = isinstance(error, GangBroken | GangMismatch)
             state.restore(state.unsettled if broken and state.unsettled is not None else snapshot)
             raise
         state.network_output = NetworkOutput(before, block_state.noise_pred, timestep)
@@ -190,7 +190,7 @@ class Denoiser:
         """Wait until the last step of `state` is known to have gone well. All ranks alike.
 
         Raises:
-            GangBroken: from the gang; the state is as it was before that step.
+            GangBroken, GangMismatch: from the gang; the state is as it was before that step.
             GenerationCancelled: from the gang.
         """
         engine, before = engine_of(self._pipeline), state.unsettled
@@ -198,7 +198,7 @@ class Denoiser:
             return
         try:
             engine.settle()
-        except GangBroken:
+        except (GangBroken, GangMismatch):
             state.restore(before)
             raise
         finally:

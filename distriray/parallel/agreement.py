@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator
 from distriray.errors import GangMismatch
+from distriray.parallel.sums import WEIGHTED, Sums
 
-_FINGERPRINT = 16  # numbers, of which `_compare` uses as many as it needs
+_FINGERPRINT = 160  # numbers, of which `_compare` uses as many as it needs
+_NEAR = 3e-3  # of what networks have computed, at least: devices of another kind round otherwise
+_EQUAL = 1e-6  # of what was given, and is only summed in another order
+
+Tensors = torch.Tensor | Sequence[torch.Tensor] | None
 
 
 class Compared(NamedTuple):
     """What the ranks of a gang compare, by the names that an error calls it.
 
+    The names are the same whatever a call is given: what is not given is None.
+
     Attributes:
         numbers: that must be equal.
-        tensors: whose sums must be, within the tolerance that different devices need.
+        near: tensors that must be equal, within the tolerance that different devices need.
+        equal: tensors that must be equal.
+        texts: that must be equal, and may be long.
     """
 
-    numbers: Mapping[str, float]
-    tensors: Mapping[str, torch.Tensor]
+    numbers: Mapping[str, float | None]
+    near: Mapping[str, Tensors] = {}
+    equal: Mapping[str, Tensors] = {}
+    texts: Mapping[str, str] = {}
 
 
 def described(
@@ -35,20 +49,35 @@ def described(
     return {**shape, "precision of the latents": torch.finfo(tensor.dtype).eps}
 
 
-def check_same_image(communicator: Communicator, compared: Compared, step: int, timestep: float) -> None:
+def check_same_image(
+    communicator: Communicator,
+    compared: Compared,
+    step: int,
+    timestep: float,
+    num_steps: int | None = None,
+    refused: bool = False,
+) -> None:
     """Compare what the ranks were called with, before anything of a size that depends on it is sent.
 
     Args:
         compared: what decides the picture, and the size of messages.
         step: number of the step within the image.
         timestep: of the scheduler.
+        num_steps: of the whole image; None if it is not known.
+        refused: whether this rank refuses the call.
 
     Raises:
         GangMismatch: on every rank, naming what differs and the values.
         GangBroken: a peer died or hung.
     """
-    numbers = {**compared.numbers, "step": step, "timestep": timestep}
-    _compare(communicator, numbers, compared.tensors)
+    numbers = {
+        "refused calls": float(refused),
+        **compared.numbers,
+        "number of steps": num_steps,
+        "step": step,
+        "timestep": timestep,
+    }
+    _compare(communicator, compared._replace(numbers=numbers))
 
 
 def check_same_latents(communicator: Communicator, latents: torch.Tensor, in_patches: bool) -> None:
@@ -63,41 +92,88 @@ def check_same_latents(communicator: Communicator, latents: torch.Tensor, in_pat
         GangBroken: a peer died or hung.
     """
     numbers = {**described(latents), "decoding in patches": float(in_patches)}
-    _compare(communicator, numbers, {"sum of the latents": latents})
+    _compare(communicator, Compared(numbers, near={"latents": latents}))
 
 
-def _compare(
-    communicator: Communicator, numbers: Mapping[str, float], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Raise unless all ranks have exactly these numbers, and nearly the sums of these tensors.
+def _compare(communicator: Communicator, compared: Compared) -> None:
+    """Raise, on all ranks alike, unless they have the same of everything.
 
     The message has one size, whatever is compared.
     """
-    values = {name: (float(number), 0.0) for name, number in numbers.items()}
-    for name, tensor in tensors.items():
-        whole = tensor.double()
-        values[name] = float(whole.sum()), 1e-3 * float(whole.abs().sum()) + 1e-6
-    fingerprint = [float(len(values)), *(value for value, _ in values.values())]
-    mine = torch.zeros(_FINGERPRINT, dtype=torch.float64, device=communicator.device)
-    mine[: len(fingerprint)] = torch.tensor(fingerprint, dtype=torch.float64)
+    names = [*compared.numbers, *compared.near, *compared.equal, *compared.texts]
+    numbers = [
+        float(zlib.crc32("\0".join(names).encode())),
+        *(math.nan if number is None else float(number) for number in compared.numbers.values()),
+        *(float(zlib.crc32(text.encode())) for text in compared.texts.values()),
+    ]
+    device = communicator.device
+    sums = [
+        *(_summed(tensors, _NEAR, device) for tensors in compared.near.values()),
+        *(_summed(tensors, _EQUAL, device) for tensors in compared.equal.values()),
+    ]
+    mine = torch.cat((torch.tensor(numbers, dtype=torch.float64, device=device), *sums))
+    mine = F.pad(mine, (0, _FINGERPRINT - len(mine)))
     everyone = [mine if r == communicator.rank else mine.clone() for r in range(communicator.world_size)]
     all_gather(communicator, everyone).wait()
-    received = {peer: everyone[peer].tolist() for peer in communicator.peers}
+    table = torch.stack(everyone).tolist()
     communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
-    for rank, (count, *other) in received.items():
-        who = f"rank {communicator.rank} and rank {rank} were called with different inputs"
-        if count != len(values):
-            raise GangMismatch(
-                f"{who}: one is denoising while the other is decoding; let all ranks make the same calls"
-            )
-        for (name, (a, tolerance)), b in zip(values.items(), other, strict=False):
-            if not _alike(a, b, tolerance):
-                raise GangMismatch(
-                    f"{who}: {name} {a:g} and {b:g}; give all ranks the same arguments and equally seeded "
-                    "generators"
-                )
+    columns = iter(zip(*table, strict=True))
+    different = _different(next(columns))
+    if different is not None:
+        raise GangMismatch(
+            f"{_who(*different)}: one is denoising while the other is decoding; let all ranks make the same "
+            "calls"
+        )
+    for name in compared.numbers:
+        _check(name, next(columns))
+    for name in compared.texts:
+        _check(name, next(columns), tells=False)
+    for name in (*compared.near, *compared.equal):
+        tolerance = max(next(columns))
+        _check(f"sum of the {name}", next(columns), tolerance)
+        for _ in range(WEIGHTED):
+            _check(f"weighted sum of the {name}", next(columns), tolerance)
+
+
+def _check(name: str, values: Sequence[float], tolerance: float = 0.0, tells: bool = True) -> None:
+    """Raise unless all ranks' values are alike.
+
+    Args:
+        tells: whether the values say something to a reader.
+    """
+    different = _different(values, tolerance)
+    if different is not None:
+        first, second = different
+        what = f"{name} {values[first]:g} and {values[second]:g}" if tells else name
+        raise GangMismatch(
+            f"{_who(first, second)}: {what}; give all ranks the same arguments and adapters, and equally "
+            "seeded generators"
+        )
+
+
+def _different(values: Sequence[float], tolerance: float = 0.0) -> tuple[int, int] | None:
+    """Two ranks whose values differ."""
+    pairs = combinations(range(len(values)), 2)
+    return next(((a, b) for a, b in pairs if not _alike(values[a], values[b], tolerance)), None)
+
+
+def _who(first: int, second: int) -> str:
+    return f"rank {first} and rank {second} were called with different inputs"
 
 
 def _alike(a: float, b: float, tolerance: float) -> bool:
     """Whether two numbers agree; two infinities or NaNs do: what made them is not the gang's to judge."""
     return a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= tolerance < math.inf
+
+
+def _summed(tensors: Tensors, tolerance: float, device: torch.device) -> torch.Tensor:
+    """The tolerance of the `Sums` of tensors together, and the sums, on the gang's device."""
+    listed = [tensors] if isinstance(tensors, torch.Tensor) else tensors or ()
+    total = torch.zeros(2 + WEIGHTED, dtype=torch.float64, device=device)
+    for place, tensor in enumerate(listed):
+        rounding = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
+        sums = Sums(tensor.numel(), tensor.device)(tensor).to(device)
+        sums[0] *= max(tolerance, 5 * rounding if tolerance == _NEAR else 0.0)
+        sums[1:] *= 1.0 + place / 7  # so that it counts in which order they are
+        total += sums
+    return total

@@ -19,10 +19,12 @@ class PatchContext:
         step: the step that layers exchange in; None outside a call and in a gang of one, where they behave
             as the layers that they replace.
         new_text: whether text keys and values that layers have cached are no longer valid.
+        caches_text: whether all cross-attention is known to be given the text of the call.
     """
 
     step: Step | None = None
     new_text: bool = True
+    caches_text: bool = True
 
     @contextmanager
     def during(self, step: Step | None) -> Iterator[None]:

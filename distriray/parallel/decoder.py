@@ -15,6 +15,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.gather import Gather
 from distriray.parallel.layout import GangLayout
+from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.spatial import takes_whole
 from distriray.parallel.networks.vae import can_be_cut, convert_decoder, picture_partition
 
@@ -33,10 +34,12 @@ class PatchDecoder:
     Attributes:
         communicator: the gang; None where this rank decodes alone.
         context: what its layers look up during a call.
+        local: the code in it that works on some rows without the others.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.communicator: Communicator | None = None
+        self.local = LocalCode()
         self.context = PatchContext()
         self._decoder = decoder
         self._network: Callable[..., torch.Tensor]
@@ -73,7 +76,8 @@ class PatchDecoder:
         gang = self.communicator
         if gang is None:
             return self._network(sample, latent_embeds)
-        in_patches = sample.shape[2] >= gang.world_size and can_be_cut(self._decoder)
+        enough = sample.shape[2] >= gang.world_size
+        in_patches = enough and can_be_cut(self._decoder, self.local, self._network)
         check_same_latents(gang, sample, in_patches)
         if not in_patches:
             return self._network(sample, latent_embeds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
-from distriray.errors import GenerationCancelled
+from distriray.errors import DistrirayError, GangMismatch, GenerationCancelled
 from distriray.parallel.agreement import check_same_image
 from distriray.parallel.baked import Baked
 from distriray.parallel.context import PatchContext
@@ -21,14 +21,16 @@ from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
-from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay
+from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay, Place
 from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
+from distriray.parallel.networks.outline import Outline
 from distriray.parallel.new_image import NewImageDetector
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.stopwatch import Stopwatch
+from distriray.parallel.sums import Sums
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,8 @@ class Engine:
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
         self._baked: Baked | None = None
+        self._outline: Outline | None = None
+        self._sums: Sums | None = None
         self._told: str | None = None
 
     # What a user or a worker calls
@@ -193,6 +197,7 @@ class Engine:
 
         Raises:
             GangBroken: a peer died or hung, and the output is garbage.
+            GangMismatch: the ranks were in different steps, and the output is garbage.
             GenerationCancelled: a rank asked for it.
         """
         unread, self._unread = self._unread, None
@@ -240,7 +245,8 @@ class Engine:
         Raises:
             UnsupportedModel: a layer or an input that patches cannot honour.
             InvalidRequest: too few rows for the gang, or `cfg_parallel=True` with an odd batch.
-            GangMismatch: the ranks were called with different inputs.
+            GangMismatch: the ranks were called with different inputs; where steps lag, in this call or in
+                the one before, whose output is garbage then.
             GangBroken: a peer died or hung.
             GenerationCancelled: a rank asked for it.
         """
@@ -263,9 +269,8 @@ class Engine:
         promised, self._more_follow = self._more_follow, False
         moment = self._schedules.read(call.timestep)
         branch = self._branch(call, moment)
-        share = self._share(call)
-        if branch.fresh_start:
-            self._prepare_image(call, moment, branch)
+        share = self._prepare(call, moment, branch)
+        place = self._place(call, moment, branch)
         try:
             with ExitStack() as exchanging:
                 step = exchanging.enter_context(self._exchange_step(call, branch, share))
@@ -278,7 +283,7 @@ class Engine:
                     exchanging.close()  # only now is the drift of the whole step known
                     fresh = step is not None and not step.displaced
                     lags = self.lags and not fresh and (promised or moment.more_follow)
-                    return self._collect(part, branch, share, step, lags)
+                    return self._collect(part, branch, share, step, place, lags)
 
                 output = self.network.compute(call, share, collect)
                 if collected != 1:
@@ -307,16 +312,45 @@ class Engine:
         self._cached_text = text
         return branch
 
-    def _prepare_image(self, call: Call, moment: Moment, branch: Branch) -> None:
-        if self.communicator.world_size > 1:
-            compared = self.network.compared(call)
-            check_same_image(self.communicator, compared, branch.step, moment.timestep)
+    def _prepare(self, call: Call, moment: Moment, branch: Branch) -> Share:
+        """This rank's share of a call that all ranks make alike, on a network that can be cut."""
+        refusal: DistrirayError | None = None
+        try:
+            share = self._share(call)
+            if branch.fresh_start or self._outline is None or not self._outline.holds():
+                self._convert()
+        except DistrirayError as error:
+            refusal = error
+        if branch.fresh_start:
+            if self.communicator.world_size > 1:
+                compared, refused = self.network.compared(call), refusal is not None
+                with suppress(GangMismatch) if refused else nullcontext():
+                    check_same_image(
+                        self.communicator, compared, branch.step, moment.timestep, moment.num_steps, refused
+                    )
+            if self._baked is not None and self._baked.obstacle is not None:
+                self._baked = None  # it may be gone
+        if refusal is not None:
+            raise refusal
+        return share
+
+    def _place(self, call: Call, moment: Moment, branch: Branch) -> Place | None:
+        """Where this rank is, for the others to compare; None without others."""
+        if self.communicator.world_size == 1:
+            return None
+        sample = call.sample
+        if self._sums is None or self._sums.of != (sample.numel(), sample.device):
+            self._sums = Sums(sample.numel(), sample.device)
+        return Place(branch.step, moment.timestep, self._sums(sample)[:3])
+
+    def _convert(self) -> None:
+        """Convert what has joined the network's layers since the last time; what cannot be cut is refused."""
+        self._outline = None
         if self.network.convert(self.context):
             self._exchanges.clear()
             for begun in self._branches.values():
                 begun.exchange = None
-        if self._baked is not None and self._baked.obstacle is not None:
-            self._baked = None  # it may be gone
+        self._outline = Outline(self.network.module)
 
     def _new_graphs(self) -> StepGraphs | None:
         return None if self._graph_maker is None else StepGraphs(self._graph_maker)
@@ -390,11 +424,18 @@ class Engine:
         return exchange.step(branch.step >= config.warmup_steps and follows)
 
     def _collect(
-        self, part: torch.Tensor, branch: Branch, share: Share, step: Step | None, lags: bool
+        self,
+        part: torch.Tensor,
+        branch: Branch,
+        share: Share,
+        step: Step | None,
+        place: Place | None,
+        lags: bool,
     ) -> torch.Tensor:
         """The whole output; what the ranks asked for is decided alike on all of them.
 
         Args:
+            place: where this rank is.
             lags: whether the next call decides.
         """
         with self._lock:
@@ -403,7 +444,7 @@ class Engine:
             self._heed(Header(asked, float("inf")))
             return part
         gather = self._gather_of(part, share)
-        whole, header = gather(part, asked, float("inf") if step is None else step.drift)
+        whole, header = gather(part, asked, float("inf") if step is None else step.drift, place)
         self.settle()  # the call before, whose header has come while this one was launched
         if lags:
             self._unread = header

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.engine import Engine
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import has_class_forward
+from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.registry import denoising_module, network_of
 from distriray.parallel.networks.vae import decoder_of
 
@@ -22,7 +23,11 @@ PATCHES = "distriray_patches"  # the attribute of a network that holds its engin
 
 
 def parallelize(
-    pipeline: Pipeline, communicator: Communicator, config: ParallelConfig | None = None
+    pipeline: Pipeline,
+    communicator: Communicator,
+    config: ParallelConfig | None = None,
+    *,
+    local: Iterable[Any] = (),
 ) -> Pipeline:
     """Let the gang of `communicator` denoise and decode `pipeline`'s images together, in patches.
 
@@ -41,12 +46,17 @@ def parallelize(
             network.
         communicator: the gang.
         config: how its ranks share a step; the default is displaced.
+        local: code in the network and the VAE's decoder that is not diffusers', and that works on some rows
+            of the picture without the others: classes (of modules, attention processors, hooks) and functions
+            (hooks, or what stands in the place of a layer's forward). What is not known to be local is
+            refused when an image begins. It is remembered when another gang is joined.
 
     Returns:
         The same pipeline.
 
     Raises:
         UnsupportedModel: the network is of no such family, or its family refuses it.
+        TypeError: something in `local` is neither a class nor a function.
         InvalidRequest: `cfg_parallel=True` in a gang of odd size.
         GangBroken: a peer did not call it.
 
@@ -54,13 +64,18 @@ def parallelize(
     """
     config = config or ParallelConfig()
     GangLayout.of(communicator.world_size, batch=2, cfg_parallel=config.cfg_parallel)  # refuses an odd gang
-    network = network_of(pipeline)
+    before = engine_of(pipeline)
+    said = LocalCode(local) | (LocalCode() if before is None else before.network.local)
+    network = network_of(pipeline, said)
     engine = _installed(network.module, lambda _: Engine(network))
+    engine.network.local = said
     engine.watch_scheduler(pipeline)
     if engine.decoder is not None:  # perhaps that of another pipeline around this network
         engine.decoder.communicator = None
-    decoder = decoder_of(pipeline)
+    decoder = decoder_of(pipeline, said)
     engine.decoder = None if decoder is None else _installed(decoder, PatchDecoder)
+    if engine.decoder is not None:
+        engine.decoder.local = said
     _share_random_state(communicator)
     engine.join(communicator, config)
     return pipeline

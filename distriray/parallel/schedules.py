@@ -14,6 +14,7 @@ class Moment(NamedTuple):
     Attributes:
         timestep: as a number.
         more_follow: whether it is known that its schedule has further ones.
+        num_steps: of its schedule; None where that is not known.
         renewed: whether a watched scheduler has been given other timesteps since the last call; None where
             none is watched.
     """
@@ -21,6 +22,7 @@ class Moment(NamedTuple):
     timestep: float
     more_follow: bool = False
     renewed: bool | None = None
+    num_steps: int | None = None
 
 
 class Schedules:
@@ -53,7 +55,8 @@ class Schedules:
         for schedule in self._watched.values():
             index = schedule.index(first)
             if index is not None:
-                return Moment(schedule.numbers[index], index + 1 < len(schedule.numbers), renewed)
+                steps = len(schedule.numbers)
+                return Moment(schedule.numbers[index], index + 1 < steps, renewed, steps)
         return Moment(float(first), renewed=renewed)
 
     def _look(self) -> bool:

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
+
+if TYPE_CHECKING:
+    from distriray.parallel.exchange.steps import Step
 
 
 class _Processor(AttnProcessor2_0, ABC):
     """diffusers' own processor, except for where the keys and values come from."""
+
+    def __init__(self, context: PatchContext | None = None) -> None:
+        # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; they are
+        # found and replaced before the next step.
+        super().__init__()
+        self.context = context
+
+    @property
+    def step(self) -> Step | None:
+        """The step of the exchange that is under way."""
+        return None if self.context is None else self.context.step
 
     @abstractmethod
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(batch, tokens, channels) each, or None for those that diffusers computes."""
+
+    def check(
+        self,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        temb: torch.Tensor | None,
+    ) -> None:
+        """Raise `UnsupportedModel` for what is handed over in a step of an exchange and would not be used."""
+        if temb is not None:
+            raise UnsupportedModel(
+                f"attention that is given a temb, which {type(self).__name__} does not use"
+            )
 
     def __call__(
         self,
@@ -32,6 +61,11 @@ class _Processor(AttnProcessor2_0, ABC):
         **kwargs: object,
     ) -> torch.Tensor:
         # diffusers passes on what this signature names, and warns of the rest.
+        if self.step is not None:
+            if args or kwargs:
+                unused = ", ".join(sorted(kwargs)) or f"{len(args)} more arguments"
+                raise UnsupportedModel(f"attention that is given {unused}, which is not used")
+            self.check(hidden_states, encoder_hidden_states, attention_mask, temb)
         return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
     def attend(
@@ -67,18 +101,28 @@ class PatchSelfAttention(_Processor):
     own processor.
     """
 
-    def __init__(self, context: PatchContext | None = None) -> None:
-        # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; they are
-        # found and replaced before the next image.
-        super().__init__()
-        self.context = context
+    def check(
+        self,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        temb: torch.Tensor | None,
+    ) -> None:
+        super().check(hidden_states, text, attention_mask, temb)
+        if text is not None and text is not hidden_states:
+            raise UnsupportedModel(
+                "self-attention that is given other tokens (encoder_hidden_states), as reference-only "
+                "attention does: patches attend to the tokens of their own hidden states"
+            )
+        if attention_mask is not None:
+            raise UnsupportedModel("self-attention with an attention_mask, which is not cut into patches")
 
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.context is None or self.context.step is None:
+        if self.step is None:
             return None
-        return self.context.step.keys_values(attn.to_k(hidden_states), attn.to_v(hidden_states))
+        return self.step.keys_values(attn.to_k(hidden_states), attn.to_v(hidden_states))
 
 
 class PatchSpatialAttention(PatchSelfAttention):
@@ -90,7 +134,7 @@ class PatchSpatialAttention(PatchSelfAttention):
     def attend(
         self, attn: Attention, hidden_states: torch.Tensor, *inputs: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.context is None or self.context.step is None:
+        if self.step is None:
             return super().attend(attn, hidden_states, *inputs)
         normalized = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
         output = super().attend(attn, normalized.flatten(2).transpose(1, 2))
@@ -108,15 +152,27 @@ class CachedCrossAttention(_Processor):
     """
 
     def __init__(self, context: PatchContext | None = None) -> None:
-        super().__init__()
-        self.context = context
+        super().__init__(context)
         self._text: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
         self._memory: dict[Hashable, torch.Tensor] = {}
+
+    def check(
+        self,
+        hidden_states: torch.Tensor,
+        text: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        temb: torch.Tensor | None,
+    ) -> None:
+        super().check(hidden_states, text, attention_mask, temb)
+        if text is None:
+            raise UnsupportedModel(
+                "cross-attention that is given no text, and would attend to the tokens of one rank's rows"
+            )
 
     def keys_values(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.context is None or text is None:
+        if self.context is None or text is None or not self.context.caches_text:
             return None
         # Tensors made in inference mode cannot be written outside it.
         of = (text.shape, text.dtype, text.device, torch.is_inference_mode_enabled())

@@ -62,7 +62,9 @@ class PatchDownsample2D(Downsample2D):
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         context = self.conv.context
         if context is None or context.step is None:
-            return super().forward(hidden_states)
+            return super().forward(hidden_states, *args, **kwargs)
+        if args or kwargs:
+            raise UnsupportedModel("downsampling that is given more than hidden states, which is not used")
         return self.conv(hidden_states)
 
 

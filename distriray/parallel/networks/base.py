@@ -13,6 +13,7 @@ from torch import nn
 
 from distriray.parallel.agreement import Compared
 from distriray.parallel.context import PatchContext
+from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.partition import Partition
 from distriray.parallel.share import Share
 
@@ -54,10 +55,13 @@ class Network(ABC):
 
     Args:
         module: the network, of class `kind` or a subclass.
+        local: the code in it that works on some rows without the others.
 
     Attributes:
         kind: the class of the networks.
-        forward: what answered the module's calls before the engine did, hooks included.
+        forward: what computes a rank's part; what answered the module's calls before the engine did, hooks
+            included, or graphs of it.
+        replaced: what answered the module's calls before the engine did; None until then.
 
     Raises:
         UnsupportedModel: as `check`.
@@ -65,14 +69,16 @@ class Network(ABC):
 
     kind: ClassVar[type[nn.Module]]
     forward: Callable[..., Any]
+    replaced: Callable[..., Any] | None = None
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, local: LocalCode | None = None) -> None:
         self.module = module
+        self.local = local or LocalCode()
         self.check()
 
     def replace_forward(self, forward: Callable[..., Any]) -> None:
-        """Let `forward` answer the module's calls, and keep what did as `self.forward`."""
-        self.forward = self.module.forward
+        """Let `forward` answer the module's calls, and keep what did as `forward` and `replaced`."""
+        self.forward = self.replaced = self.module.forward
 
         @functools.wraps(self.forward)  # diffusers' modular blocks pass on the parameters that they find here
         def answer(*args: Any, **kwargs: Any) -> Any:

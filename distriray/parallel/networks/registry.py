@@ -8,6 +8,7 @@ from typing import Any
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.networks.base import Network
+from distriray.parallel.networks.local import LocalCode
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ def denoising_module(pipeline: Any) -> Any:
     return pipeline
 
 
-def network_of(pipeline: Any) -> Network:
+def network_of(pipeline: Any, local: LocalCode | None = None) -> Network:
     """The network of a diffusers pipeline, or of a module by itself, if patch parallelism knows it.
+
+    Args:
+        local: the code in it that works on some rows without the others; what is known to if None.
 
     Raises:
         UnsupportedModel: it is of no family in `NETWORKS`, which the message lists, or its family refuses it.
@@ -58,7 +62,7 @@ def network_of(pipeline: Any) -> Network:
     for base in type(module).__mro__:
         family = NETWORKS.get(base.__name__)
         if family is not None and isinstance(module, family.network.kind):
-            return family.network(module)
+            return family.network(module, local)
     known = "; ".join(f"a {name}: {family.models}" for name, family in NETWORKS.items())
     raise UnsupportedModel(
         f"{type(pipeline).__name__} denoises with {type(module).__name__}; "

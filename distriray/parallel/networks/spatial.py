@@ -47,6 +47,14 @@ def is_foreign(module: nn.Module) -> bool:
     return spatial and kind not in NORMS
 
 
+def adapter_of(module: nn.Module) -> str:
+    """What an error says of the adapter around a layer; empty if there is none."""
+    if getattr(module, "base_layer", None) is None:
+        return ""
+    family = type(module).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    return f": it is an adapter ({family}), and on convolutions only LoRA and IA3 are"
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a hook (layerwise casting, offloading) holds the forward of a layer that is not cut yet.
 

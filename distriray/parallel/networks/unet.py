@@ -9,8 +9,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
@@ -18,8 +27,11 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.attention import CachedCrossAttention, PatchSelfAttention
 from distriray.parallel.layers.conv import patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
+from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
+    adapter_of,
     convert_conv_or_norm,
     has_own_forward,
     is_foreign,
@@ -30,12 +42,12 @@ from distriray.parallel.partition import Partition
 from distriray.parallel.share import Share
 
 BLOCKS = {
-    "DownBlock2D",
-    "CrossAttnDownBlock2D",
-    "UNetMidBlock2D",
-    "UNetMidBlock2DCrossAttn",
-    "CrossAttnUpBlock2D",
-    "UpBlock2D",
+    DownBlock2D,
+    CrossAttnDownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    CrossAttnUpBlock2D,
+    UpBlock2D,
 }
 ADDED_EMBEDDINGS = {None, "text", "text_time"}
 # How the inputs that are neither sample, timestep nor text are cut.
@@ -62,13 +74,16 @@ class UNet(Network):
 
     def check(self) -> None:
         unet = self.module
+        if type(unet) is not UNet2DConditionModel and not self.local.says(unet):
+            raise UnsupportedModel(f"{type(unet).__name__} is a subclass of UNet2DConditionModel: {ADVICE}")
         middle = [unet.mid_block] if unet.mid_block is not None else []
         blocks = [*unet.down_blocks, *middle, *unet.up_blocks]
-        foreign = sorted({type(block).__name__ for block in blocks} - BLOCKS)
-        if foreign:
-            raise UnsupportedModel(
-                f"U-Net blocks {', '.join(foreign)}; supported are {', '.join(sorted(BLOCKS))}"
+        kinds = {type(block) for block in blocks if not self.local.says(block)}
+        if kinds - BLOCKS:
+            foreign, known = (
+                ", ".join(sorted(kind.__name__ for kind in some)) for some in (kinds - BLOCKS, BLOCKS)
             )
+            raise UnsupportedModel(f"U-Net blocks {foreign}; supported are exactly {known}")
         if unet.config.addition_embed_type not in ADDED_EMBEDDINGS:
             raise UnsupportedModel(
                 f"addition_embed_type {unet.config.addition_embed_type!r}; supported are text, text_time"
@@ -79,10 +94,13 @@ class UNet(Network):
 
     def convert(self, context: PatchContext) -> bool:
         self._check_layers()
+        context.caches_text = not self.local  # what a user brings may hand other texts to some layers
         converted = False
         for name, module in self._image_layers():
+            if self.local.says(module):
+                continue
             if isinstance(module, Attention):
-                converted |= _convert_attention(name, module, context)
+                converted |= self._convert_attention(name, module, context)
             else:
                 converted |= convert_conv_or_norm(module, context)
         for _, module in self._image_layers():
@@ -134,10 +152,41 @@ class UNet(Network):
         return Partition(height, width, self._levels, patches)
 
     def compared(self, call: Call) -> Compared:
-        text = {"text batch": call.text.shape[0], "text tokens": call.text.shape[1]}
+        given, added = call.arguments, call.arguments["added_cond_kwargs"] or {}
+        timestep, images = given["timestep"], added.get("image_embeds")
+        residuals = {
+            "ControlNet residuals": given["down_block_additional_residuals"],
+            "ControlNet residuals of the middle": given["mid_block_additional_residual"],
+            "T2I-Adapter residuals": given["down_intrablock_additional_residuals"],
+            "image prompts": images,
+        }
         return Compared(
-            {**described(call.sample), **text},
-            {"sum of the latents": call.sample, "sum of the prompt embeddings": call.text},
+            {
+                **described(call.sample),
+                "text batch": call.text.shape[0],
+                "text tokens": call.text.shape[1],
+                "scale of adapters": (given["cross_attention_kwargs"] or {}).get("scale"),
+                **{f"number of {name}": len(_tensors(some)) for name, some in residuals.items()},
+            },
+            near={
+                "latents": call.sample,
+                "prompt embeddings": call.text,
+                "pooled prompt embeddings": added.get("text_embeds"),
+                **{name: _tensors(some) for name, some in residuals.items()},
+            },
+            equal={
+                "timesteps": timestep if isinstance(timestep, torch.Tensor) and timestep.ndim else None,
+                "size conditions": added.get("time_ids"),
+                "guidance scale embedding": given["timestep_cond"],
+                "class labels": given["class_labels"],
+                "text mask": given["encoder_attention_mask"],
+                "weights": weights_of(self.module),
+            },
+            texts={
+                "further conditions": " ".join(sorted(added)),
+                "adapters, their scales, or which are active": adapters_of(self.module),
+                "attention processors, or their scales": processors_of(self.module),
+            },
         )
 
     def compute(
@@ -164,21 +213,55 @@ class UNet(Network):
 
     def _check_layers(self) -> None:
         """Raise `UnsupportedModel` where a layer looks at the image in a way that is not known to be cut."""
+        unet, local = self.module, self.local
+        around = local.obstacle_around(type(unet).__name__, unet, self.replaced)
+        if around is not None:
+            raise UnsupportedModel(f"{around}: {ADVICE}")
         for name, module in self._image_layers():
-            if is_foreign(module):
+            if module is unet:
+                continue  # its hooks see the whole picture
+            if is_foreign(module) and not local.says(module):
                 raise UnsupportedModel(
                     f"layer {name}, {type(module).__name__}({module.extra_repr()}), is not cut into patches"
+                    f"{adapter_of(module)}"
                 )
+            obstacle = local.obstacle(name, module)
+            if obstacle is not None:
+                raise UnsupportedModel(f"{obstacle}: {ADVICE}")
             if has_own_forward(module):
                 raise UnsupportedModel(
                     f"a hook holds the forward of layer {name}: call enable_layerwise_casting, "
                     "enable_group_offload and the like after the first image"
                 )
-        for name, block in self.module.up_blocks.named_children():
+        for name, block in unet.up_blocks.named_children():
             if getattr(block, "s1", None):
                 raise UnsupportedModel(
                     f"up block {name} uses FreeU, a filter over the whole image; call disable_freeu()"
                 )
+
+    def _convert_attention(self, name: str, attn: Attention, context: PatchContext) -> bool:
+        processor = attn.processor
+        if self.local.says(processor):
+            return False
+        _check_attention(name, attn)
+        if isinstance(processor, CachedCrossAttention | PatchSelfAttention) and processor.context is context:
+            return False
+        if not attn.is_cross_attention:
+            _check_self_attention(name, attn)
+            attn.processor = PatchSelfAttention(context)
+        elif type(processor) in (AttnProcessor, AttnProcessor2_0, CachedCrossAttention):
+            attn.processor = CachedCrossAttention(context)
+        elif self.local.attends_locally(processor):
+            return (
+                False  # to text or image-prompt tokens, which are on every rank; only the default is cached
+            )
+        else:
+            raise UnsupportedModel(f"{name} uses {type(processor).__name__}: {ADVICE}")
+        return True
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _on_device(timestep: torch.Tensor | float, device: torch.device) -> torch.Tensor:
@@ -191,34 +274,21 @@ def _on_device(timestep: torch.Tensor | float, device: torch.device) -> torch.Te
     return timestep
 
 
-def _convert_attention(name: str, attn: Attention, context: PatchContext) -> bool:
-    processor = attn.processor
-    if attn.is_cross_attention:
-        # Local as it stands: text or image-prompt tokens are on every rank. Only the default is cached.
-        unbound = isinstance(processor, CachedCrossAttention) and processor.context is not context
-        if type(processor) not in (AttnProcessor, AttnProcessor2_0) and not unbound:
-            return False
-        attn.processor = CachedCrossAttention(context)
-    else:
-        if isinstance(processor, PatchSelfAttention) and processor.context is context:
-            return False
-        _check_self_attention(name, attn)
-        attn.processor = PatchSelfAttention(context)
-    return True
+def _check_attention(name: str, attn: Attention) -> None:
+    """Raise `UnsupportedModel` where attention does more than attend to keys and values."""
+    for extra in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross"):
+        if getattr(attn, extra, None):
+            raise UnsupportedModel(f"{name} has a {extra}, which no supported U-Net has")
+    if attn.residual_connection or attn.rescale_output_factor != 1.0 or attn.added_kv_proj_dim is not None:
+        raise UnsupportedModel(f"{name} is not the attention of a supported U-Net")
 
 
 def _check_self_attention(name: str, attn: Attention) -> None:
-    """Raise `UnsupportedModel` where self-attention does more than keys and values of the same tokens."""
     if type(attn.processor) not in SELF_ATTENTION:
         raise UnsupportedModel(
             f"{name} uses {type(attn.processor).__name__}; patch parallelism brings its own self-attention: "
             "undo attention slicing, xFormers, PAG or fused projections first"
         )
-    for extra in ("group_norm", "spatial_norm", "norm_q", "norm_k"):
-        if getattr(attn, extra, None) is not None:
-            raise UnsupportedModel(f"{name} has a {extra}, which no supported U-Net has")
-    if attn.residual_connection or attn.rescale_output_factor != 1.0 or attn.added_kv_proj_dim is not None:
-        raise UnsupportedModel(f"{name} is not the self-attention of a supported U-Net")
 
 
 def _check_inputs(attention_mask: object, cross_attention_kwargs: dict[str, Any] | None) -> None:

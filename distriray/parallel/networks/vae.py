@@ -8,10 +8,12 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import nn
 
 from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.attention import PatchSpatialAttention
+from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
     convert_conv_or_norm,
@@ -22,20 +24,30 @@ from distriray.parallel.networks.spatial import (
 from distriray.parallel.partition import Partition
 
 
-def decoder_of(pipeline: Any) -> Decoder | None:
+def decoder_of(pipeline: Any, local: LocalCode) -> Decoder | None:
     """The decoder of the pipeline's VAE, if it can be cut into patches: that of Stable Diffusion can."""
     vae = getattr(pipeline, "vae", None)
-    if not isinstance(vae, AutoencoderKL) or type(vae.decoder) is not Decoder or not can_be_cut(vae.decoder):
+    if not isinstance(vae, AutoencoderKL) or type(vae.decoder) is not Decoder:
         return None
-    return vae.decoder
+    return vae.decoder if can_be_cut(vae.decoder, local) else None
 
 
-def can_be_cut(decoder: Decoder) -> bool:
-    """Whether all layers of a VAE's decoder are now of the kinds that are known to be cut into patches."""
-    if {type(block).__name__ for block in decoder.up_blocks} != {"UpDecoderBlock2D"}:
+def can_be_cut(decoder: Decoder, local: LocalCode | None = None, forward: Any = None) -> bool:
+    """Whether all layers of a VAE's decoder are now of the kinds that are known to be cut into patches.
+
+    Args:
+        local: the code in it that works on some rows without the others.
+        forward: what computes a rank's part; None is the decoder's class's.
+    """
+    local = local or LocalCode()
+    if {type(block) for block in decoder.up_blocks if not local.says(block)} - {UpDecoderBlock2D}:
         return False
-    for module in decoder.modules():
-        if is_foreign(module) or has_own_forward(module):
+    if local.obstacle_around("the decoder", decoder, forward) is not None:
+        return False
+    for name, module in decoder.named_modules():
+        if module is decoder:
+            continue  # its hooks see the whole picture
+        if is_foreign(module) or has_own_forward(module) or local.obstacle(name, module) is not None:
             return False
         if isinstance(module, nn.Conv2d):
             if module.stride != (1, 1):

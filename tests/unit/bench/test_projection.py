@@ -52,8 +52,12 @@ def test_a_rank_alone_sends_what_it_sends_in_a_gang(ranks, split):
 
 def test_a_rank_alone_computes_with_values_and_no_garbage():
     outputs = []
-    unet = tiny_sdxl_unet()
-    unet.conv_out.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+
+    def keep(module, inputs, output):
+        outputs.append(output)
+
+    unet = parallelize(tiny_sdxl_unet(), connect("local"), local=[keep])
+    unet.conv_out.register_forward_hook(keep)
     measure_share(unet, 1, 4, SIZE, 2, cfg_parallel=False)
     assert len(outputs) == 4
     assert all(output.isfinite().all() and output.abs().max() < 1e3 for output in outputs)

@@ -85,7 +85,7 @@ class PondNetwork(Network):
         return Partition(*call.sample.shape[2:], 0, patches)
 
     def compared(self, call: Call) -> Compared:
-        return Compared(described(call.sample), {"sum of the caption": call.text})
+        return Compared(described(call.sample), near={"caption": call.text})
 
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
         gather = self.module.center.register_forward_pre_hook(lambda center, rows: (collect(rows[0]),))

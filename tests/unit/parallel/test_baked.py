@@ -42,7 +42,7 @@ def drawn(change: Change, graphs: bool) -> tuple[torch.Tensor, int]:
     parameters = [p for name, p in unet.named_parameters() if "lora" in name]
     for index, parameter in enumerate(parameters):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    parallelize(unet, connect("local"), ParallelConfig())
+    parallelize(unet, connect("local"), ParallelConfig(), local=[double, counting(unet), Counting])
     maker, engine = RecordedGraphs(), engine_of(unet)
     assert engine is not None
     engine.capture_with(maker if graphs else None)
@@ -72,20 +72,28 @@ def replace_weights(unet: UNet2DConditionModel, step: int) -> None:
         unet.conv_out.weight = nn.Parameter(2 * unet.conv_out.weight)
 
 
+def double(layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
 def hook(unet: UNet2DConditionModel, step: int) -> None:
     if step == 3:
-        unet.mid_block.register_forward_hook(lambda layer, inputs, output: 2 * output)
+        unet.mid_block.register_forward_hook(double)
 
 
-def hook_that_counts(unet: UNet2DConditionModel, step: int) -> None:
+def counting(block: nn.Module) -> Callable[..., torch.Tensor]:
     calls = []
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
-        return type(unet.mid_block).forward(unet.mid_block, *args, **kwargs) * len(calls)
+        return type(block).forward(block, *args, **kwargs) * len(calls)
 
+    return forward
+
+
+def hook_that_counts(unet: UNet2DConditionModel, step: int) -> None:
     if step == 0:
-        unet.mid_block.forward = forward
+        unet.mid_block.forward = counting(unet.mid_block)
 
 
 def store_weights_in_half_precision(unet: UNet2DConditionModel, step: int) -> None:

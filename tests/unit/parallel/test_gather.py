@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from distriray.collective import Communicator, run_in_lockstep
 from distriray.errors import GangBroken, GangMismatch
 from distriray.parallel.agreement import check_same_latents
 from distriray.parallel.gather import Gather
@@ -41,29 +42,12 @@ def test_garbage_of_an_aborted_transfer_is_no_result() -> None:
         gather(torch.zeros((1, 4, 4, 8))).header.read()
 
 
-class Peer:
-    """Rank 1 sends the same sums as rank 0, except that of its latents."""
-
-    rank, world_size, peers, device, broken = 0, 2, (1,), torch.device("cpu"), False
-
-    def check(self) -> None: ...
-
-    def __init__(self, total: float) -> None:
-        self.total = total
-
-    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Any:
-        own, peer = sends[1], receives[1]
-        peer.copy_(own)
-        peer[int(own[0])] = self.total
-        return self
-
-    def wait(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
 def test_equal_latents_are_equal_also_if_they_are_not_finite(value: float) -> None:
-    latents = torch.full((1, 4, 8, 8), value)
-    check_same_latents(Peer(256 * value), latents, True)  # type: ignore[arg-type]
-    with pytest.raises(GangMismatch, match="sum of the latents"):
-        check_same_latents(Peer(7.0), latents, True)  # type: ignore[arg-type]
+    def rank(communicator: Communicator, other: float) -> None:
+        latents = torch.full((1, 4, 8, 8), value if communicator.rank == 0 else other)
+        check_same_latents(communicator, latents, True)
+
+    run_in_lockstep(2, lambda communicator: rank(communicator, value))
+    with pytest.raises(GangMismatch, match="rank 0 and rank 1 .* sum of the latents"):
+        run_in_lockstep(2, lambda communicator: rank(communicator, 0.1))

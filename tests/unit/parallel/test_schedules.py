@@ -25,13 +25,14 @@ def watching(pipeline: Any) -> Schedules:
 def test_the_numbers_of_a_schedule_are_known_without_reading_an_element() -> None:
     pipeline = Pipeline(900.5, 800.0, 700.0)
     schedules, timesteps = watching(pipeline), pipeline.scheduler.timesteps
-    assert schedules.read(timesteps[0]) == Moment(900.5, more_follow=True, renewed=True)
+    assert schedules.read(timesteps[0]) == Moment(900.5, more_follow=True, renewed=True, num_steps=3)
     timesteps.fill_(-1.0)  # what was read once is not read again
-    assert schedules.read(timesteps[1]) == Moment(800.0, more_follow=True, renewed=False)
-    assert schedules.read(timesteps[1:][0].expand(4)) == Moment(800.0, more_follow=True, renewed=False)
-    assert schedules.read(timesteps[2]) == Moment(700.0, more_follow=False, renewed=False)
+    second = Moment(800.0, more_follow=True, renewed=False, num_steps=3)
+    assert schedules.read(timesteps[1]) == second
+    assert schedules.read(timesteps[1:][0].expand(4)) == second
+    assert schedules.read(timesteps[2]) == Moment(700.0, more_follow=False, renewed=False, num_steps=3)
     pipeline.scheduler.timesteps = torch.tensor([3.0])
-    assert schedules.read(pipeline.scheduler.timesteps[0]) == Moment(3.0, renewed=True)
+    assert schedules.read(pipeline.scheduler.timesteps[0]) == Moment(3.0, renewed=True, num_steps=1)
 
 
 @pytest.mark.parametrize("timestep", [5, 5.0, torch.tensor(5), torch.tensor([5.0, 5.0])])

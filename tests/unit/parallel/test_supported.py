@@ -67,15 +67,16 @@ def test_a_convolution_that_was_changed_is_refused_also_after_an_image(
 
 
 def test_adapters_that_convolve_by_themselves_are_refused() -> None:
-    from peft import LoHaConfig, LoraConfig
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
 
     pipeline = parallelize(tiny_sdxl(), connect("local"))
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"]))
     call(pipeline, Case())
-    pipeline.unet.delete_adapters("default")
-    pipeline.unet.add_adapter(LoHaConfig(r=2, target_modules=["conv1"]))
-    with pytest.raises(UnsupportedModel, match="conv1, Conv2d"):
-        call(pipeline, Case())
+    for kind, name in ((LoHaConfig, "loha"), (LoKrConfig, "lokr")):
+        pipeline.unet.delete_adapters("default")
+        pipeline.unet.add_adapter(kind(r=2, target_modules=["conv1"]))
+        with pytest.raises(UnsupportedModel, match=rf"conv1, Conv2d\(\), .*an adapter \({name}\)"):
+            call(pipeline, Case())
 
 
 def test_what_a_removed_hook_has_left_does_not_count() -> None:
