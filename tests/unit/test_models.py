@@ -65,6 +65,18 @@ def test_auto_dtype_is_half_precision_on_a_gpu_only() -> None:
     assert resolve_dtype(ModelSpec(dtype="bfloat16"), torch.device("cuda")) is torch.bfloat16
 
 
+def test_a_service_knows_a_models_sizes_and_loads_neither_torch_nor_diffusers() -> None:
+    code = (
+        "import sys, deployments.router, deployments.ingress, deployments.http.app\n"
+        "from deployments.models import sizes_of\n"
+        "from distriray.models import ModelSpec\n"
+        "sizes = sizes_of(ModelSpec())\n"
+        "print(sizes.default, sizes.unit, [m for m in ('torch', 'diffusers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(512, 512) 8 []"
+
+
 def test_importing_distriray_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys, distriray; distriray.ParallelConfig, distriray.GenerationRequest, distriray.HostConfig\n"
