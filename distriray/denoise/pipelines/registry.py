@@ -41,6 +41,7 @@ class Family:
 
 
 PIPELINES: dict[str, Family] = {
+    "StableDiffusion": Family(".sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", unet_sizes),
     "StableDiffusionXL": Family(".sdxl:StableDiffusionXL", "Stable Diffusion XL", unet_sizes),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""
