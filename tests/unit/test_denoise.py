@@ -349,7 +349,8 @@ def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
         ({"height": 60}, "height"),
         ({"width": 0, "height": 8}, "width"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"image": Image.new("RGB", (96, 64)), "strength": 0.1, "num_inference_steps": 2}, "strength"),
+        ({"image": PICTURE, "strength": 0.1, "num_inference_steps": 2}, "strength"),
+        ({"image": PICTURE, "strength": 0.1, "num_inference_steps": 2, "num_images": 2}, "strength"),
     ],
 )
 def test_bad_input_names_its_field(denoiser: Denoiser, call: dict[str, Any], param: str) -> None:

@@ -75,6 +75,8 @@ class StableDiffusionXL(PipelineSteps):
         task = self._tasks[commission.task]
         for block in task.before:
             _, state = block(components, state)
+            if (timesteps := state.get("timesteps")) is not None:
+                commission.check_timesteps(timesteps)
         conditioning = tuple(dict.fromkeys(state.kwargs_mapping.get("denoiser_input_fields", ())))
         kept = ({p.name for p in task.loop.inputs} | set(conditioning)) - {"generator", None}
         values = {name: value for name, value in state.values.items() if name in kept}
