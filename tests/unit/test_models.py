@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from distriray.errors import ModelNotFound
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
@@ -39,6 +40,29 @@ def test_a_missing_hub_model_names_folder_cache_and_hub(
         locate(ModelSpec(name="nobody/nothing", revision="v2"))
     for part in ("nobody/nothing", "v2", str(tmp_path), constants.HF_HUB_CACHE, constants.ENDPOINT):
         assert part in str(missing.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "wanted"),
+    [
+        (None, ["model_index.json", "tokenizer/merges.txt", "unet/a.safetensors", "unet/a.fp16.safetensors"]),
+        ("fp16", ["model_index.json", "tokenizer/merges.txt", "unet/a.fp16.safetensors"]),
+    ],
+)
+def test_of_a_hub_model_only_the_components_weights_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str | None, wanted: list[str]
+) -> None:
+    there = [*wanted, "unet/a.safetensors", "unet/a.bin", "v1-5-pruned.safetensors", "xl.fp16.safetensors"]
+    taken: list[str] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        taken.extend(filter_repo_objects(there, allow_patterns=allow_patterns))
+        (tmp_path / "model_index.json").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert locate(ModelSpec(name="some/model", variant=variant)) == tmp_path
+    assert sorted(set(taken)) == sorted(wanted)
 
 
 def test_a_folder_without_a_pipeline_is_no_model(tmp_path: Path) -> None:
