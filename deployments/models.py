@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from distriray.denoise.pipelines.registry import PIPELINES, family_named
+from distriray.denoise.pipelines.sizes import Sizes, configs_in
 from distriray.errors import ModelNotFound
 from distriray.models import BUILTIN, ModelSpec, locate
 
 
-def size_of(spec: ModelSpec) -> tuple[int, int] | None:
-    """The default (height, width) in pixels of a model whose folder this machine has; None otherwise."""
+def sizes_of(spec: ModelSpec) -> Sizes | None:
+    """The sizes of a model whose folder this machine has; None for others, and where no host will start."""
     if not spec.name.startswith(BUILTIN) and not Path(spec.name).expanduser().is_dir():
         return None
     try:
         folder = locate(spec)
     except ModelNotFound:
         return None
-    sample = json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
-    levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
-    height, width = (sample, sample) if isinstance(sample, int) else sample
-    scale = 2 ** (levels - 1)
-    return height * scale, width * scale
+    family = family_named(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    return None if family is None else PIPELINES[family].sizes(configs_in(folder))

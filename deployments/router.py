@@ -23,13 +23,13 @@ from distriray.errors import (
 )
 from distriray.events import Event
 from distriray.gang.admission import check_gang_size
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import MULTIPLE_OF, GenerationRequest, GenerationResult, check_sides
 from distriray.service import Fleet, ModelCard, PoolReport
 
 from .attempts import Attempts, Wait
 from .config import AppConfig
 from .fitting import fitting, offer
-from .models import size_of
+from .models import sizes_of
 from .pool_client import HostSilent, PoolClient
 from .state import choose, wait_s
 
@@ -46,7 +46,7 @@ class Router:
         refresh_s, accept_s = config.router.refresh_s, config.router.accept_s
         self._clients = [PoolClient(pool, pools[pool.name], refresh_s, accept_s) for pool in config.pools]
         self._waits: dict[str, Wait] = {}
-        self._sizes = {pool.model.name: size_of(pool.model) for pool in config.pools}
+        self._sizes = {pool.model.name: sizes_of(pool.model) for pool in config.pools}
         self._created = created
 
     async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
@@ -90,7 +90,7 @@ class Router:
         return wait is not None
 
     def models(self) -> list[ModelCard]:
-        """Every model. Its size is known from its folder, or from the first host that had it.
+        """Every model. Its sizes are known from its folder, or from the first host that had it.
 
         Limits are as old as the hosts' last answers, and are asked for again; needs a running event loop.
         """
@@ -100,12 +100,13 @@ class Router:
         for name in self._config.models:
             clients = self._clients_of(name)
             limits, gang_sizes = offer(clients)
-            seen = next((client.state.facts.default_size for client in clients if client.state.facts), None)
+            default_size, size_unit = self._sizes_of(name)
             cards.append(
                 ModelCard(
                     id=name,
                     created=self._created,
-                    default_size=seen or self._sizes[name],
+                    default_size=default_size,
+                    size_unit=size_unit,
                     limits=limits,
                     gang_sizes=gang_sizes,
                 )
@@ -169,6 +170,8 @@ class Router:
             await client.wait_briefly_for_poll()
         limits, gang_sizes = offer(clients)
         limits.check(attempts.request)
+        _, unit = self._sizes_of(clients[0].config.model.name)
+        check_sides(attempts.request.height, attempts.request.width, unit)
         check_gang_size(attempts.request, gang_sizes)
         try:
             return self._choose(attempts, clients)
@@ -176,6 +179,14 @@ class Router:
             for client in clients:
                 await client.poll_now()
             return self._choose(attempts, clients)
+
+    def _sizes_of(self, name: str) -> tuple[tuple[int, int] | None, int]:
+        """Default size and unit of a model, as far as they are known."""
+        for client in self._clients_of(name):
+            if client.state.facts:
+                return client.state.facts.default_size, client.state.facts.size_unit
+        sizes = self._sizes[name]
+        return (None, MULTIPLE_OF) if sizes is None else (sizes.default, sizes.unit)
 
     async def _wait_for_host(self, attempts: Attempts, client: PoolClient) -> None:
         """Wait until the pool has a host, for as long as the request has until its deadline."""

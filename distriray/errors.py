@@ -6,7 +6,7 @@ class DistrirayError(Exception):
 
 
 class UnsupportedModel(DistrirayError, TypeError):
-    """The pipeline or one of its layers cannot be parallelized; the message names what can."""
+    """The pipeline or one of its layers cannot be parallelized or served; the message names what can."""
 
 
 class InvalidRequest(DistrirayError, ValueError):

@@ -86,13 +86,14 @@ def _from_hub(spec: ModelSpec, local: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     suffix = f".{spec.variant}" if spec.variant else ""
-    weights = f"*{suffix}.safetensors" if suffix else "*.safetensors"
+    # In the components' folders: beside them a repository often has the same weights again, in one file.
+    weights = f"*/*{suffix}.safetensors"
     wanted = f"{spec.name!r}" + (f" at revision {spec.revision!r}" if spec.revision else "")
     try:
         folder = snapshot_download(
             spec.name,
             revision=spec.revision,
-            allow_patterns=[*_FILES, weights, f"*{suffix}.safetensors.index*.json"],
+            allow_patterns=[*_FILES, weights],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise ModelNotFound(

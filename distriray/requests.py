@@ -35,7 +35,7 @@ SchedulerName = Literal[
 """The names of `distriray.denoise.SCHEDULERS`, here because importing those loads torch and diffusers."""
 
 MULTIPLE_OF = 8
-"""Heights and widths are multiples of this many pixels: the reduction of the latent."""
+"""Heights and widths are multiples of this many pixels, and so is the unit of each model."""
 
 
 class SamplingParams(BaseModel):
@@ -55,9 +55,9 @@ class SamplingParams(BaseModel):
     negative_prompt: str | None = None
     """What the picture must not show."""
     height: Count | None = None
-    """In pixels, a multiple of 8; the model's own by default."""
+    """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
     width: Count | None = None
-    """In pixels, a multiple of 8; the model's own by default."""
+    """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
     num_inference_steps: Count = 25
     """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 5.0
@@ -84,10 +84,7 @@ class SamplingParams(BaseModel):
     @field_validator("height", "width")
     @classmethod
     def _is_multiple(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value % MULTIPLE_OF:
-            below = value - value % MULTIPLE_OF
-            choices = f"{below} or {below + MULTIPLE_OF}" if below else f"{MULTIPLE_OF}"
-            raise ValueError(f"{info.field_name} {value} is not a multiple of {MULTIPLE_OF}; use {choices}")
+        check_sides(**{info.field_name: value}, unit=MULTIPLE_OF)
         return value
 
     @model_validator(mode="after")
@@ -130,6 +127,15 @@ class SamplingParams(BaseModel):
             "width": width if self.width is None else self.width,
         }
         return self.seeded().model_copy(update=size)
+
+
+def check_sides(height: int | None = None, width: int | None = None, unit: int = MULTIPLE_OF) -> None:
+    """Raise InvalidRequest, with the nearest that are, unless both sides are multiples of `unit` pixels."""
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and side % unit:
+            below = side - side % unit
+            choices = f"{below} or {below + unit}" if below else f"{unit}"
+            raise InvalidRequest(f"{name} {side} is not a multiple of {unit}; use {choices}", name)
 
 
 class GenerationRequest(SamplingParams):

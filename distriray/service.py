@@ -8,7 +8,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict
 
 from .events import Event
-from .requests import GenerationRequest, GenerationResult, Limits, Seconds
+from .requests import MULTIPLE_OF, Count, GenerationRequest, GenerationResult, Limits, Seconds
 from .status import HostStatus
 
 
@@ -18,6 +18,8 @@ class ModelCard(BaseModel):
     Attributes:
         created: when the service was set up, in seconds since the epoch.
         default_size: (height, width) in pixels of a request that names none; None until a host was up.
+        size_unit: pixels; heights and widths are multiples of it. Of a model that no host had yet and whose
+            folder is elsewhere, it may be more.
         limits: those of requests for this model.
         gang_sizes: the sizes that the model's pools lend, ascending.
     """
@@ -28,6 +30,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "distriray"
     default_size: tuple[int, int] | None
+    size_unit: Count = MULTIPLE_OF
     limits: Limits = Limits()
     gang_sizes: tuple[int, ...] = (1,)
 

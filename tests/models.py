@@ -1,4 +1,4 @@
-"""Tiny diffusion pipelines with seeded random weights: the layouts of SDXL and SD 1.5, nothing to download.
+"""Tiny diffusion pipelines with seeded random weights: the layouts of SDXL, SD 1.5 and 2.1; no downloads.
 
 Weights are drawn so that every layer matters: normal with variance 1/fan-in, biases and norm gains that
 differ from channel to channel. An error of one layer therefore shows in the output.
@@ -17,8 +17,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -146,16 +154,53 @@ def tiny_sdxl(
 
 def tiny_sd15(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
     """A whole SD 1.5 pipeline in float32 on the CPU; `unet` overrides entries of the U-Net's config."""
-    tokenizer = tiny_tokenizer()
+    scheduler = DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    return _tiny_sd(seed, tiny_tokenizer(), tiny_sd15_unet(seed + 3, **unet), scheduler)
+
+
+def tiny_sd21(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
+    """A whole SD 2.1 pipeline, which predicts velocity: linear projections, more heads where it is deeper."""
+    layout = {"attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True}
+    scheduler = DDIMScheduler(
+        **NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
+    )
+    tokenizer = tiny_tokenizer(pad_token="!")
+    return _tiny_sd(seed, tokenizer, tiny_sd15_unet(seed + 3, **layout, **unet), scheduler)
+
+
+def _tiny_sd(
+    seed: int, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, scheduler: DDIMScheduler
+) -> StableDiffusionPipeline:
+    vae = tiny_vae(seed, scaling_factor=0.18215, latent_channels=unet.config.out_channels)
     pipeline = StableDiffusionPipeline(
-        vae=tiny_vae(seed, scaling_factor=0.18215),
+        vae=vae,
         text_encoder=ready(CLIPTextModel(text_config(tokenizer)), seed + 1),
         tokenizer=tokenizer,
-        unet=tiny_sd15_unet(seed + 3, **unet),
-        scheduler=DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False),
+        unet=unet,
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_safety_checker() -> dict[str, Any]:
+    """`safety_checker` and `feature_extractor` of a pipeline, with one concept, which nothing is near to."""
+    vision = {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "projection_dim": 8,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8))
+    ready(checker.vision_model, seed=7)
+    ready(checker.visual_projection, seed=8)
+    for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        thresholds.data.fill_(2.0)  # of a cosine
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return {"safety_checker": checker.eval(), "feature_extractor": extractor}

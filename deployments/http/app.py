@@ -33,14 +33,15 @@ T = TypeVar("T")
 
 
 class Model(BaseModel):
-    """A model; beside OpenAI's fields its own size (`WxH`, null until a host was up), its limits and the
-    gangs that can draw it."""
+    """A model; beside OpenAI's fields its own size (`WxH`, null until a host was up), the unit of all sizes,
+    its limits and the gangs that can draw it."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     default_size: str | None
+    size_unit: int
     limits: Limits
     gang_sizes: tuple[int, ...]
 
@@ -191,6 +192,7 @@ def _model(card: ModelCard) -> Model:
         created=card.created,
         owned_by=card.owned_by,
         default_size=size and f"{size[1]}x{size[0]}",
+        size_unit=card.size_unit,
         limits=card.limits,
         gang_sizes=card.gang_sizes,
     )

@@ -121,7 +121,8 @@ class ImageRequest(_Shared):
         Field(description="For clients that always send it: num_inference_steps decides, whatever it says."),
     ] = None
     moderation: Annotated[
-        Literal["auto", "low"] | None, Field(description="For clients that always send it: there is none.")
+        Literal["auto", "low"] | None,
+        Field(description="For clients that always send it: the model's own safety checker decides."),
     ] = None
     style: Annotated[
         None, Field(description="null, for clients that always send it: the prompt decides.")

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from distriray.requests import MULTIPLE_OF, Limits
+from distriray.requests import Limits
 from distriray.service import ModelCard, Service
 from distriray.version import __version__
 from distriray.wire import PARAMS
@@ -109,7 +109,7 @@ def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
     if not cards:
         return
     limits = Limits.widest(card.limits for card in cards)
-    side = sides_pattern(limits.min_side, limits.max_side)
+    side = sides_pattern(limits.min_side, limits.max_side, min(card.size_unit for card in cards))
     bounds: dict[str, dict[str, Any]] = {
         "model": {"enum": [card.id for card in cards]},
         "size": {"pattern": f"^(auto|{side}x{side})$"},
@@ -125,14 +125,14 @@ def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
         (field["anyOf"][0] if "anyOf" in field else field).update(bound)
 
 
-def sides_pattern(smallest: int, largest: int) -> str:
-    """A regular expression of the multiples of 8 from `smallest` to `largest`, in decimals.
+def sides_pattern(smallest: int, largest: int, unit: int) -> str:
+    """A regular expression of the multiples of `unit` from `smallest` to `largest`, in decimals.
 
     Numbers that end in the same two digits share what comes before them.
     """
-    first = -(-smallest // MULTIPLE_OF) * MULTIPLE_OF
+    first = -(-smallest // unit) * unit
     endings: dict[int, list[str]] = {}
-    for side in range(first, largest + 1, MULTIPLE_OF):
+    for side in range(first, largest + 1, unit):
         endings.setdefault(side // 100, []).append(f"{side % 100:02}" if side >= 100 else str(side))
     heads: dict[str, list[str]] = {}
     for head, ends in endings.items():

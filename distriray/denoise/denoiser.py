@@ -8,45 +8,47 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
-from distriray.denoise.blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.network_output import NetworkOutput
+from distriray.denoise.pipelines.base import Commission
+from distriray.denoise.pipelines.registry import PIPELINES, family_of
+from distriray.denoise.pipelines.sizes import configs_of
 from distriray.denoise.schedulers import make_scheduler, scheduler_class
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
-from distriray.requests import SamplingParams
+from distriray.requests import SamplingParams, check_sides
 
 PREVIEW_SCALE, PREVIEW_LATENT_SIDE = 0.25, 16  # of the picture, with at most this many latent rows
 
 
 class Denoiser:
-    """prepare, step x n, decode for a Stable Diffusion XL pipeline, parallelized or not.
+    """prepare, step x n, decode for a pipeline, parallelized or not, of a family that is known.
 
-    The steps are diffusers' modular blocks; the models are the pipeline's own. One thread uses a denoiser at
-    a time, for any number of states in any order.
+    The models are the pipeline's own. One thread uses a denoiser at a time, for any number of states in any
+    order.
 
     Args:
-        pipeline: a `StableDiffusionXLPipeline` or one made from it.
+        pipeline: a diffusers pipeline of a family in `pipelines.registry.PIPELINES`.
 
     Attributes:
-        needs_image: whether the U-Net takes a picture and its mask besides the latents.
+        family: the family's name there.
+        sizes: of its pictures.
+        needs_image: whether the network takes a picture and its mask besides the latents.
 
     Raises:
-        UnsupportedModel: the pipeline is not Stable Diffusion XL's, is its refiner, or has a scheduler that
+        UnsupportedModel: the pipeline is of no such family, its family refuses it, or it has a scheduler that
             cannot be part of a state.
     """
 
     def __init__(self, pipeline: Any) -> None:
-        _check(pipeline)
+        self.family = family_of(pipeline)
         self._pipeline = pipeline
-        self._components = make_components(pipeline)
-        self._tasks = make_tasks()
-        self._decode = DECODE()
-        takes, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-        self.needs_image = takes != latents
+        self._steps = PIPELINES[self.family].steps(pipeline)
+        self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
+        self.needs_image = self._steps.needs_image
+        _check_scheduler(pipeline)
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
 
@@ -69,77 +71,45 @@ class Denoiser:
         Raises:
             InvalidRequest: a value is out of range; `param` names it.
         """
-        seeds, num_inference_steps = params.seeds, params.num_inference_steps
+        seeds = params.seeds
         if mask_image is not None and image is None:
             raise InvalidRequest("a mask_image needs an image", "image")
         if not 0.0 < strength <= 1.0:
             raise InvalidRequest(f"strength {strength} is not above 0 and at most 1", "strength")
         if self.needs_image and mask_image is None:
             raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", "image")
-        task = "text-to-image" if image is None else "image-to-image" if mask_image is None else "inpainting"
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        components = self._components
-        components.scheduler = make_scheduler(self._pipeline.scheduler, params.scheduler)
-        set_guidance(components, params.guidance_scale, params.guidance_rescale)
-        pixels = components.vae_scale_factor * components.default_sample_size
-        height = pixels if params.height is None else params.height
-        width = pixels if params.width is None else params.width
-        multiple = components.vae_scale_factor
-        for name, size in (("height", height), ("width", width)):
-            if size % multiple:
-                raise InvalidRequest(f"{name} {size} is not a multiple of {multiple}", name)
-        encoders = [e for e in (components.text_encoder, components.text_encoder_2) if e is not None]
-        most = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+        height = self.sizes.default[0] if params.height is None else params.height
+        width = self.sizes.default[1] if params.width is None else params.width
+        check_sides(height, width, self.sizes.unit)
+        most = self._steps.max_clip_skip
         if params.clip_skip is not None and params.clip_skip > most:
             raise InvalidRequest(
                 f"clip_skip {params.clip_skip} skips all of a text encoder; use at most {most}", "clip_skip"
             )
-
-        state = PipelineState()
-        for name, value in {
-            "prompt": params.prompt,
-            "negative_prompt": params.negative_prompt,
-            "clip_skip": params.clip_skip,
-            "height": height,
-            "width": width,
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_prompt": len(seeds),
-            "generator": generators,
-            # One each, so that every image is drawn with its own generator.
-            "image": None if image is None else [image.convert("RGB")] * len(seeds),
-            "mask_image": None if mask_image is None else [mask_image] * len(seeds),
-            "strength": strength,
-        }.items():
-            state.set(name, value)
+        commission = Commission(
+            params=params,
+            height=height,
+            width=width,
+            scheduler=make_scheduler(self._pipeline.scheduler, params.scheduler),
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+        )
         try:
-            for block in self._tasks[task].before:
-                _, state = block(components, state)
+            values = self._steps.prepare(commission)
         except InvalidRequest:
             raise
         except ValueError as error:  # diffusers' own word for arguments that do not go together
             raise InvalidRequest(f"the pipeline does not take this request: {error}") from error
-        loop = self._tasks[task].loop
-        conditioning = tuple(dict.fromkeys(state.kwargs_mapping.get("denoiser_input_fields", ())))
-        kept = ({p.name for p in loop.inputs} | set(conditioning)) - {"generator", None}
-        values = {name: _contiguous(value) for name, value in state.values.items() if name in kept}
-        values = {name: value for name, value in values.items() if value is not None}
-        if not len(values["timesteps"]):
-            raise InvalidRequest(
-                f"strength {strength} of {num_inference_steps} steps leaves none to do", "strength"
-            )
-        end = components.scheduler.config.num_train_timesteps
-        if values["timesteps"].max() >= end:
-            raise InvalidRequest(
-                f"num_inference_steps {num_inference_steps} is too many for this scheduler, which has {end} "
-                "timesteps to choose from; use fewer",
-                "num_inference_steps",
-            )
+        values = {name: _contiguous(value) for name, value in values.items() if value is not None}
+        commission.check_timesteps(values["timesteps"])
         return DenoiseState(
-            task=task,
+            family=self.family,
+            task=commission.task,
             values=values,
-            conditioning=conditioning,
-            scheduler=components.scheduler,
-            generators=generators,
+            scheduler=commission.scheduler,
+            generators=commission.generators,
             guidance_scale=params.guidance_scale,
             guidance_rescale=params.guidance_rescale,
             height=height,
@@ -156,32 +126,26 @@ class Denoiser:
 
         Raises:
             GenerationCancelled, GangBroken, GangMismatch: from the gang.
+            InvalidRequest: the state is another family's.
             ValueError: the state is done.
         """
+        self._check_family(state)
         if state.done:
             raise ValueError(f"all {state.num_steps} steps are done")
-        task, components = self._tasks[state.task], self._components
-        components.scheduler = state.scheduler
-        set_guidance(components, state.guidance_scale, state.guidance_rescale)
-        self._follow(state, task)
-        pipeline_state = PipelineState()
-        for name, value in state.values.items():
-            pipeline_state.set(name, value, "denoiser_input_fields" if name in state.conditioning else None)
-        pipeline_state.set("generator", state.generators)
-        block_state = task.loop.get_block_state(pipeline_state)
-        timestep, before = state.values["timesteps"][state.step], block_state.latents
+        self._follow(state)
+        timestep, before = state.values["timesteps"][state.step], state.latents
         engine = engine_of(self._pipeline)
         if engine is not None and state.step + 1 < state.num_steps:
             engine.announce_more()
         self._last, snapshot = None, state.snapshot()
         try:
-            block_state = task.step(components, block_state, i=state.step, t=timestep)
+            latents, output = self._steps.step(state)
         except BaseException as error:
             broken = isinstance(error, GangBroken | GangMismatch)
             state.restore(state.unsettled if broken and state.unsettled is not None else snapshot)
             raise
-        state.network_output = NetworkOutput(before, block_state.noise_pred, timestep)
-        state.values["latents"] = _contiguous(block_state.latents)
+        state.network_output = NetworkOutput(before, output, timestep)
+        state.values["latents"] = _contiguous(latents)
         state.step += 1
         state.unsettled = None if engine is None or engine.settled else snapshot
         self._last, self._last_at = weakref.ref(state), (state.step, self._gang)
@@ -213,12 +177,8 @@ class Denoiser:
         Raises:
             GangBroken: from the gang.
         """
-        pipeline_state = PipelineState()
-        pipeline_state.set("latents", state.latents.to(self._components.vae.dtype))
-        pipeline_state.set("output_type", "pil")
-        _, pipeline_state = self._decode(self._components, pipeline_state)
-        images: list[Image.Image] = pipeline_state.get("images")
-        return images
+        self._check_family(state)
+        return self._steps.decode(state.latents)
 
     @torch.no_grad()
     def preview(self, state: DenoiseState) -> Image.Image:
@@ -226,27 +186,27 @@ class Denoiser:
 
         Any rank may call it, alone.
         """
+        self._check_family(state)
         estimate = state.estimate
         latents = (state.latents if estimate is None else estimate)[:1]
         scale = min(PREVIEW_SCALE, PREVIEW_LATENT_SIDE / max(latents.shape[2:]))
         sides = [max(1, round(scale * side)) for side in latents.shape[2:]]
         latents = F.interpolate(latents.float(), size=sides, mode="area")
-        small = PipelineState()
-        small.set("latents", latents.to(self._components.vae.dtype))
-        small.set("output_type", "pil")
         engine = engine_of(self._pipeline)
         with engine.decoder.alone() if engine is not None and engine.decoder is not None else nullcontext():
-            _, small = self._decode(self._components, small)
-        preview: Image.Image = small.get("images")[0]
-        return preview
+            return self._steps.decode(latents)[0]
 
     @property
     def _gang(self) -> int:
         engine = engine_of(self._pipeline)
         return -1 if engine is None else engine.generation
 
-    def _follow(self, state: DenoiseState, task: Any) -> None:
-        """Unless this continues the previous step, restart the engine and drop the cached prompt."""
+    def _check_family(self, state: DenoiseState) -> None:
+        if state.family != self.family:
+            raise InvalidRequest(f"a state of {state.family} cannot go on with a model of {self.family}")
+
+    def _follow(self, state: DenoiseState) -> None:
+        """Unless this continues the previous step, restart the engine and what the family kept of that."""
         engine = engine_of(self._pipeline)
         same = self._last is not None and self._last() is state and self._last_at == (state.step, self._gang)
         if same and not (engine is not None and engine.yielding):
@@ -256,18 +216,13 @@ class Denoiser:
             self.settle(last)
         if engine is not None:
             engine.start_image(at_step=state.step)
-        task.denoiser.batched = None
+        self._steps.begin(state)
 
 
-def _check(pipeline: Any) -> None:
-    """Raise `UnsupportedModel` for a pipeline of which no request could be drawn."""
-    what, components = type(pipeline).__name__, getattr(pipeline, "components", {})
-    if components.get("text_encoder_2") is None or components.get("unet") is None:
-        raise UnsupportedModel(f"{what} cannot be denoised step by step; Stable Diffusion XL can")
-    if pipeline.config.get("requires_aesthetics_score") or components.get("text_encoder") is None:
-        raise UnsupportedModel(f"{what} is SDXL's refiner, which goes on from another model's latents")
+def _check_scheduler(pipeline: Any) -> None:
+    """Raise `UnsupportedModel` unless a state may hold the model's own scheduler."""
     try:
-        scheduler_class(type(components["scheduler"]).__name__)
+        scheduler_class(type(pipeline.scheduler).__name__)
     except InvalidRequest as error:
         raise UnsupportedModel(
             f"the model's own {error}; save the model with a scheduler of these names"

@@ -18,7 +18,7 @@ from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
 
 _MAGIC = b"distriray state "
-_VERSION = b"1\n"
+_VERSION = b"2\n"
 _DIGEST_SIZE = 16
 
 
@@ -40,9 +40,9 @@ class DenoiseState:
     the host, which looks numbers up in them in every step: on a GPU each look would stop it.
 
     Attributes:
-        values: what the pipeline's blocks hand on: `latents` (batch, channels, height / 8, width / 8),
-            `timesteps`, embeddings, for inpainting mask and image latents.
-        conditioning: names in `values` of the denoiser's conditional inputs.
+        family: of the pipelines that can go on with it, by its name in `pipelines.registry.PIPELINES`.
+        values: what the family's steps hand on: `latents`, whose first dimension is the batch, `timesteps`,
+            embeddings, for inpainting mask and image latents.
         scheduler: the request's own scheduler, whose memory is part of the state.
         generators: one CPU generator an image.
         network_output: the last step's; not part of the bytes.
@@ -50,9 +50,9 @@ class DenoiseState:
             of a gang that broke (`Denoiser.settle`).
     """
 
+    family: str
     task: str
     values: dict[str, Any]
-    conditioning: tuple[str, ...]
     scheduler: Any
     generators: list[torch.Generator]
     guidance_scale: float
@@ -99,9 +99,9 @@ class DenoiseState:
         tensors: dict[str, torch.Tensor] = {}
         memory = {k: v for k, v in vars(self.scheduler).items() if k != "_internal_dict"}
         header = {
+            "family": self.family,
             "task": self.task,
             "values": _pack(self.values, "values", tensors),
-            "conditioning": list(self.conditioning),
             "scheduler": type(self.scheduler).__name__,
             "scheduler_config": _pack(_config_of(self.scheduler), "config", tensors),
             "scheduler_memory": _pack(memory, "scheduler", tensors),
@@ -140,9 +140,9 @@ class DenoiseState:
                 generator.set_state(tensors[f"generator/{index}"])
                 generators.append(generator)
             return cls(
+                family=header["family"],
                 task=header["task"],
                 values=_unpack(header["values"], tensors),
-                conditioning=tuple(header["conditioning"]),
                 scheduler=scheduler,
                 generators=generators,
                 guidance_scale=header["guidance_scale"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ..errors import InvalidRequest
-from ..requests import GenerationRequest
+from ..requests import GenerationRequest, check_sides
 from .config import HostConfig
 from .messages import WorkerFacts
 
@@ -35,6 +35,7 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> t
     """`admit` without limits."""
     request = request.settled(*facts.default_size)
     assert request.height is not None
+    check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
     max_gang = facts.max_gang(request.height)
     if request.gang_size != "auto" and request.gang_size > max_gang:

@@ -114,6 +114,8 @@ class WorkerFacts:
     """A worker's report once its weights are loaded.
 
     Attributes:
+        default_size: (height, width) in pixels of a request that names none.
+        size_unit: pixels; heights and widths are multiples of it.
         row_unit: pixel rows of the smallest patch.
         cuts_vae: the VAE's decoder can be cut into patches.
         load_s: seconds that loading took.
@@ -126,6 +128,7 @@ class WorkerFacts:
     device_name: str
     model: str
     default_size: tuple[int, int]
+    size_unit: int
     row_unit: int
     cuts_vae: bool
     load_s: float

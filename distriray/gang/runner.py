@@ -15,6 +15,7 @@ from torch.distributed import Store
 
 from ..collective import Communicator, all_gather, backend_of, connect
 from ..denoise import Denoiser, DenoiseState
+from ..denoise.pipelines.sizes import Sizes
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory, UnsupportedModel
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
@@ -84,11 +85,11 @@ class SegmentRunner:
         self._communicators: dict[str, Communicator] = {}
         self._names: dict[tuple[int, ...], str] = {}
         self._states: dict[int, DenoiseState] = {}
+        self._denoiser = Denoiser(self.pipeline)  # first, since its refusal lists what can be served
         self._join(GangMembership((), "alone", 0, 1))
         engine = engine_of(parallelize(self.pipeline, self._communicators["alone"]))
         assert engine is not None
         self._engine = engine
-        self._denoiser = Denoiser(self.pipeline)
         if self._denoiser.needs_image:
             raise UnsupportedModel(
                 f"{spec.name} fills in masks, which requests do not carry; serve a model that draws from text"
@@ -128,6 +129,16 @@ class SegmentRunner:
         for job in list(self._states):
             if job <= newest and job not in jobs:
                 self._states.pop(job, None)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the model's pictures."""
+        return self._denoiser.sizes
+
+    @property
+    def row_unit(self) -> int:
+        """Pixel rows of the smallest patch."""
+        return self._engine.network.row_unit * self.sizes.latent_row
 
     @property
     def cuts_vae(self) -> bool:

@@ -53,19 +53,16 @@ class Worker:
 
         runner = await loop.run_in_executor(self._compute, make)
         self._runner = runner
-        from ..parallel import network_of  # the runner has imported diffusers
-
-        network, scale = network_of(runner.pipeline), runner.pipeline.vae_scale_factor
-        sample = network.module.config.sample_size
-        height, width = (sample, sample) if isinstance(sample, int) else sample
+        sizes = runner.sizes
         return WorkerFacts(
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
             device=str(runner.device),
             device_name=self._kind.product(),
             model=self._spec.name,
-            default_size=(height * scale, width * scale),
-            row_unit=network.row_unit * scale,
+            default_size=sizes.default,
+            size_unit=sizes.unit,
+            row_unit=runner.row_unit,
             cuts_vae=runner.cuts_vae,
             load_s=runner.load_s,
             memory=self._kind.memory(),

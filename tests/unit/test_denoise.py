@@ -18,6 +18,8 @@ from diffusers import (
     EDMEulerScheduler,
     KDPM2DiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPAGPipeline,
+    StableDiffusionXLPipeline,
     TCDScheduler,
 )
 from PIL import Image
@@ -25,10 +27,13 @@ from PIL import Image
 from distriray import parallelize
 from distriray.collective import connect
 from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
+from distriray.denoise.pipelines.registry import PIPELINES, Family
+from distriray.denoise.pipelines.sdxl import StableDiffusionXL
+from distriray.denoise.pipelines.sizes import Sizes
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams, SchedulerName
-from tests.models import tiny_sd15, tiny_sdxl
+from tests.models import tiny_sdxl
 
 SIZE = {"height": 64, "width": 96}
 
@@ -238,7 +243,7 @@ def test_pictures_and_previews(denoiser: Denoiser) -> None:
 @pytest.mark.parametrize("part", ["unet", "scheduler"])
 def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str, part: str) -> None:
     state = begin(denoiser, prompt="x", seeds=[1], num_inference_steps=4, scheduler=scheduler, **SIZE)
-    unet = denoiser._components.unet
+    unet = denoiser._pipeline.unet
     for done in range(state.num_steps):
         owner, name = (unet, "forward") if part == "unet" else (state.scheduler, "step")
         work = getattr(owner, name)
@@ -277,7 +282,7 @@ def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
         with pytest.raises(InvalidRequest, match=r"damaged|not a saved state"):
             DenoiseState.from_bytes(broken)
     for forged, complaint in (
-        (blob.replace(b"state 1", b"state 9", 1), "version"),
+        (blob.replace(b"state 2", b"state 9", 1), "version"),
         (signed(blob, b"EulerDiscreteScheduler", b"EulerDiscreteSchedulex"), "EulerDiscreteSchedulex cannot"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"scale_noises\\"'), "differs"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"add_noise\\"   '), "differs"),
@@ -344,7 +349,8 @@ def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
         ({"height": 60}, "height"),
         ({"width": 0, "height": 8}, "width"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"image": Image.new("RGB", (96, 64)), "strength": 0.1, "num_inference_steps": 2}, "strength"),
+        ({"image": PICTURE, "strength": 0.1, "num_inference_steps": 2}, "strength"),
+        ({"image": PICTURE, "strength": 0.1, "num_inference_steps": 2, "num_images": 2}, "strength"),
     ],
 )
 def test_bad_input_names_its_field(denoiser: Denoiser, call: dict[str, Any], param: str) -> None:
@@ -439,6 +445,46 @@ def test_a_network_that_takes_a_mask_draws_nothing_without_one() -> None:
         begin(denoiser, prompt="x", seeds=[1], **SIZE)
 
 
-def test_other_pipelines_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="Stable Diffusion XL"):
-        Denoiser(tiny_sd15())
+def test_other_pipelines_are_refused_with_a_list_of_what_is_supported() -> None:
+    """Also one around SDXL's models: what it does besides would be lost."""
+    listed = r"supported are .*Stable Diffusion XL \(StableDiffusionXLPipeline, StableDiffusionXLImg"
+    with pytest.raises(UnsupportedModel, match=f"StableDiffusionXLPAGPipeline cannot .*{listed}"):
+        Denoiser(StableDiffusionXLPAGPipeline(**tiny_sdxl().components, add_watermarker=False))
+    with pytest.raises(UnsupportedModel, match=f"StableDiffusionXLPipeline cannot .*{listed}"):
+        Denoiser(type("StableDiffusionXLPipeline", (), {})())  # has only the name
+
+
+class MuralPipeline(StableDiffusionXLPipeline):
+    """One of a family with sizes of its own."""
+
+
+class Mural(StableDiffusionXL):
+    kinds = (MuralPipeline,)
+
+
+@pytest.fixture
+def mural(monkeypatch: pytest.MonkeyPatch) -> Denoiser:
+    sizes = Sizes((48, 80), unit=16, latent_row=8)
+    monkeypatch.setitem(PIPELINES, "Mural", Family(f"{__name__}:Mural", "murals", lambda config: sizes))
+    return Denoiser(MuralPipeline(**tiny_sdxl().components, add_watermarker=False))
+
+
+def test_sizes_are_the_familys(mural: Denoiser) -> None:
+    state = begin(mural, [1], prompt="x", num_inference_steps=2)
+    assert (state.height, state.width) == (48, 80) and state.latents.shape[2:] == (6, 10)
+    with pytest.raises(InvalidRequest, match="height 72 is not a multiple of 16; use 64 or 80"):
+        begin(mural, [1], prompt="x", height=72)
+
+
+def test_default_sizes_need_not_be_square() -> None:
+    assert Denoiser(tiny_sdxl(sample_size=(8, 12))).sizes.default == (64, 96)
+
+
+def test_a_state_goes_on_with_its_own_family_only(denoiser: Denoiser, mural: Denoiser) -> None:
+    blob = begin(mural, [1], prompt="x", num_inference_steps=2).to_bytes()
+    state = DenoiseState.from_bytes(blob)
+    for verb in (denoiser.step, denoiser.decode, denoiser.preview):
+        with pytest.raises(InvalidRequest, match="state of Mural cannot go on with a model of StableDiffu"):
+            verb(state)
+    mural.step(state)
+    assert state.step == 1

@@ -80,8 +80,8 @@ class Denoiser:
 def at_the_denoiser(request: GenerationRequest) -> Fields:
     """The fields that a worker's denoiser is given, after its host admitted the request."""
     facts = WorkerFacts(
-        pid=1, node="n", device="cpu", device_name="cpu", model="m", default_size=(64, 96), row_unit=16,
-        cuts_vae=False, load_s=0.0, memory=1,
+        pid=1, node="n", device="cpu", device_name="cpu", model="m", default_size=(64, 96), size_unit=8,
+        row_unit=16, cuts_vae=False, load_s=0.0, memory=1,
     )  # fmt: skip
     admitted, _ = admit(request, HostConfig(limits=LIMITS), facts)
     order = SegmentOrder(

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,11 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.config import AppConfig
+from deployments.models import sizes_of
 from deployments.router import Router
 from deployments.state import HostReport
+from distriray.denoise.pipelines.registry import PIPELINES
+from distriray.denoise.pipelines.sizes import Sizes
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
@@ -30,13 +34,15 @@ from distriray.errors import (
     TooLong,
 )
 from distriray.events import Event, Finished, Preview, Queued, Step
+from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
+from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
 from distriray.service import ModelCard
 
 from ..gang.fleet import CALLER
+from .test_state import FACTS, report
 from .test_state import ask as view_of
-from .test_state import report
 
 CREATED = 1_800_000_000
 Deed = Callable[[str, GenerationRequest], Any]
@@ -550,6 +556,36 @@ def test_a_model_whose_size_no_host_has_told_yet_is_there_too() -> None:
     hub, own = asyncio.run(scene())
     assert (hub.id, hub.default_size, own.default_size) == ("some/hub-model", None, (512, 512))
     assert hub.gang_sizes == (1, 2) and hub.limits == Limits(), "what at least one of its pools allows"
+
+
+def test_sizes_of_a_model_are_its_familys_also_before_any_host_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = Sizes((512, 512), unit=16, latent_row=8)
+    monkeypatch.setitem(
+        PIPELINES, "StableDiffusionXL", replace(PIPELINES["StableDiffusionXL"], sizes=lambda config: sizes)
+    )
+    handle = FakeHandle()
+
+    async def scene() -> None:
+        service = front(pool=handle)
+        assert service.models()[0].size_unit == 16
+        await service.generate(GenerationRequest(prompt="x", height=72, width=64))
+
+    with pytest.raises(InvalidRequest, match="height 72 is not a multiple of 16; use 64 or 80"):
+        asyncio.run(scene())
+    assert not handle.calls and not handle.woken, "no host was started for it"
+
+
+def test_hosts_say_the_unit_of_a_model_whose_folder_is_elsewhere() -> None:
+    facts = replace(FACTS, size_unit=16)
+    with pytest.raises(InvalidRequest, match="width 72 is not a multiple of 16; use 64 or 80"):
+        admit(GenerationRequest(prompt="x", height=64, width=72), HostConfig(), facts)
+
+
+def test_a_model_that_no_host_can_serve_has_no_sizes(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert sizes_of(ModelSpec(name=str(tmp_path))) is None
 
 
 def test_too_few_workers_are_no_full_queue() -> None:

@@ -21,7 +21,7 @@ from distriray.routing.router import publish
 
 FACTS = WorkerFacts(
     pid=1, node="n", device="cpu", device_name="cpu", model="m",
-    default_size=(512, 512), row_unit=32, cuts_vae=True, load_s=0.0, memory=0,
+    default_size=(512, 512), size_unit=8, row_unit=32, cuts_vae=True, load_s=0.0, memory=0,
 )  # fmt: skip
 
 

@@ -75,7 +75,8 @@ class FakeWorker:
                 raise self.fleet.load_raises[self.index]
             return WorkerFacts(
                 pid=id(self), node="n", device=self.fleet.device, device_name="cpu", model="m",
-                default_size=(128, 128), row_unit=16, cuts_vae=self.fleet.cuts_vae, load_s=0.0, memory=1,
+                default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
+                load_s=0.0, memory=1,
             )  # fmt: skip
 
         return self._call(load())

@@ -30,15 +30,15 @@ SOURCES = Path(deployments.http.__file__).parent.glob("*.py")
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 1200), st.integers(1, 3000))
-def test_the_pattern_of_sides_is_the_multiples_of_eight_between_the_limits(
-    smallest: int, largest: int
+@given(st.integers(1, 1200), st.integers(1, 3000), st.sampled_from([8, 16, 32]))
+def test_the_pattern_of_sides_is_the_multiples_of_the_unit_between_the_limits(
+    smallest: int, largest: int, unit: int
 ) -> None:
-    if not range(-(-smallest // 8) * 8, largest + 1, 8):
+    if not range(-(-smallest // unit) * unit, largest + 1, unit):
         return
-    pattern = re.compile(sides_pattern(smallest, largest))
+    pattern = re.compile(sides_pattern(smallest, largest, unit))
     matching = [side for side in range(3200) if pattern.fullmatch(str(side))]
-    assert matching == [side for side in range(smallest, largest + 1) if side % 8 == 0]
+    assert matching == [side for side in range(smallest, largest + 1) if side % unit == 0]
 
 
 def test_the_document_has_the_limits_of_the_models() -> None:

@@ -1,0 +1,129 @@
+"""What a denoiser asks of a family of pipelines (docs/adding-a-model.md)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from distriray.denoise.state import DenoiseState
+from distriray.errors import InvalidRequest
+from distriray.requests import SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class Commission:
+    """A batch of images to be prepared, checked and with nothing left open.
+
+    Attributes:
+        params: what is asked for; height and width are those below.
+        height, width: in pixels, multiples of the family's unit.
+        scheduler: the request's own, with the model's noise schedule and no timesteps yet.
+        generators: one on the CPU for each image, which draws all that is random about it.
+        image: a picture to begin from, or None.
+        mask_image: where to fill `image` in, white, or None.
+        strength: share of the steps that are done on `image`.
+    """
+
+    params: SamplingParams
+    height: int
+    width: int
+    scheduler: Any
+    generators: list[torch.Generator]
+    image: Image.Image | None = None
+    mask_image: Image.Image | None = None
+    strength: float = 1.0
+
+    @property
+    def task(self) -> str:
+        """`text-to-image`, `image-to-image` or `inpainting`."""
+        if self.image is None:
+            return "text-to-image"
+        return "image-to-image" if self.mask_image is None else "inpainting"
+
+    def check_timesteps(self, timesteps: torch.Tensor) -> None:
+        """Raise InvalidRequest unless there are steps to do, each within the scheduler's noise schedule."""
+        asked = self.params.num_inference_steps
+        if not len(timesteps):
+            raise InvalidRequest(f"strength {self.strength} of {asked} steps leaves none to do", "strength")
+        end = self.scheduler.config.num_train_timesteps
+        if timesteps.max() >= end:
+            raise InvalidRequest(
+                f"num_inference_steps {asked} is too many for this scheduler, which has {end} "
+                "timesteps to choose from; use fewer",
+                "num_inference_steps",
+            )
+
+
+class PipelineSteps(ABC):
+    """One pipeline of a family, as a denoiser drives it.
+
+    A subclass knows everything of its family's prompts, latents, guidance and pictures, and nothing of gangs
+    and of how states are kept. It changes nothing of the pipeline, whose models it uses.
+
+    Args:
+        pipeline: of one of `kinds`, or of a subclass.
+
+    Attributes:
+        kinds: the classes of the pipelines.
+
+    Raises:
+        UnsupportedModel: as `check`.
+    """
+
+    kinds: ClassVar[tuple[type, ...]]
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.check()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `UnsupportedModel`, naming it, for a pipeline of which no request could be drawn rightly."""
+
+    @property
+    @abstractmethod
+    def needs_image(self) -> bool:
+        """Whether the network takes a picture and its mask besides the latents."""
+
+    @property
+    @abstractmethod
+    def max_clip_skip(self) -> int:
+        """The largest `clip_skip` that leaves a layer of every text encoder."""
+
+    @abstractmethod
+    def prepare(self, commission: Commission) -> dict[str, Any]:
+        """What a state begins with: `latents`, `timesteps`, and all that `step` needs besides them.
+
+        The values are plain ones and tensors, nested as one likes; a state keeps them as they are, but for
+        `latents`. What is random about image `i` is drawn from generator `i` alone.
+
+        Returns:
+            By name: `latents`, whose first dimension is the batch, on the pipeline's device, `timesteps`,
+            one-dimensional, and others. None stands for what is not there.
+
+        Raises:
+            InvalidRequest: a value is out of range; `param` names it.
+            ValueError: the pipeline does not take these arguments together.
+        """
+
+    def begin(self, state: DenoiseState) -> None:
+        """Forget what was kept of the last step: the next one is of another state, or from elsewhere."""
+        return None
+
+    @abstractmethod
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the next step of `state` but for its latents, by one call of the network for all branches.
+
+        Of the state only scheduler and generators change.
+
+        Returns:
+            The latents after the step, and the network's output with guidance, of the same shape.
+        """
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """The pictures of latents, of any size, as the pipeline would give them out."""

@@ -1,0 +1,108 @@
+"""Stable Diffusion XL, by diffusers' modular blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from PIL import Image
+
+from distriray.denoise.pipelines.base import Commission, PipelineSteps
+from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
+from distriray.denoise.state import DenoiseState
+from distriray.errors import UnsupportedModel
+
+
+class StableDiffusionXL(PipelineSteps):
+    """A pipeline with SDXL's two text encoders.
+
+    A state keeps what its blocks hand on, and the names of the conditional inputs in `conditioning`.
+    """
+
+    kinds = (StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline)
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self.components = make_components(pipeline)
+        self._tasks = make_tasks()
+        self._decode = DECODE()
+
+    def check(self) -> None:
+        components, what = self.pipeline.components, type(self.pipeline).__name__
+        for name in ("text_encoder_2", "unet"):
+            if components[name] is None:
+                raise UnsupportedModel(f"{what} without {name} cannot be denoised step by step")
+        if self.pipeline.config.get("requires_aesthetics_score") or components["text_encoder"] is None:
+            raise UnsupportedModel(f"{what} is SDXL's refiner, which goes on from another model's latents")
+
+    @property
+    def needs_image(self) -> bool:
+        takes: int = self.components.unet.config.in_channels
+        return takes != self.components.vae.config.latent_channels
+
+    @property
+    def max_clip_skip(self) -> int:
+        encoders = (self.components.text_encoder, self.components.text_encoder_2)
+        return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+
+    def prepare(self, commission: Commission) -> dict[str, Any]:
+        params, components, images = commission.params, self.components, len(commission.generators)
+        components.scheduler = commission.scheduler
+        set_guidance(components, params.guidance_scale, params.guidance_rescale)
+        image, mask_image = commission.image, commission.mask_image
+        state = PipelineState()
+        for name, value in {
+            "prompt": params.prompt,
+            "negative_prompt": params.negative_prompt,
+            "clip_skip": params.clip_skip,
+            "height": commission.height,
+            "width": commission.width,
+            "num_inference_steps": params.num_inference_steps,
+            "num_images_per_prompt": images,
+            "generator": commission.generators,
+            # One each, so that every image is drawn with its own generator.
+            "image": None if image is None else [image.convert("RGB")] * images,
+            "mask_image": None if mask_image is None else [mask_image] * images,
+            "strength": commission.strength,
+        }.items():
+            state.set(name, value)
+        task = self._tasks[commission.task]
+        for block in task.before:
+            _, state = block(components, state)
+            if (timesteps := state.get("timesteps")) is not None:
+                commission.check_timesteps(timesteps)
+        conditioning = tuple(dict.fromkeys(state.kwargs_mapping.get("denoiser_input_fields", ())))
+        kept = ({p.name for p in task.loop.inputs} | set(conditioning)) - {"generator", None}
+        values = {name: value for name, value in state.values.items() if name in kept}
+        return {**values, "conditioning": conditioning}
+
+    def begin(self, state: DenoiseState) -> None:
+        self._tasks[state.task].denoiser.batched = None
+
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        task, components = self._tasks[state.task], self.components
+        components.scheduler = state.scheduler
+        set_guidance(components, state.guidance_scale, state.guidance_rescale)
+        blackboard = PipelineState()
+        for name, value in state.values.items():
+            conditional = name in state.values["conditioning"]
+            blackboard.set(name, value, "denoiser_input_fields" if conditional else None)
+        blackboard.set("generator", state.generators)
+        block_state = task.loop.get_block_state(blackboard)
+        timestep = state.values["timesteps"][state.step]
+        block_state = task.step(components, block_state, i=state.step, t=timestep)
+        return block_state.latents, block_state.noise_pred
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        blackboard = PipelineState()
+        blackboard.set("latents", latents.to(self.components.vae.dtype))
+        blackboard.set("output_type", "pil")
+        _, blackboard = self._decode(self.components, blackboard)
+        images: list[Image.Image] = blackboard.get("images")
+        return images

@@ -1,0 +1,47 @@
+"""The sizes of a family's pictures, by configurations alone: neither torch nor diffusers is loaded here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distriray.requests import MULTIPLE_OF
+
+Configs = Callable[[str], Mapping[str, Any]]
+"""The configuration of a component, such as `unet`, of a pipeline or of the folder that it was saved to."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model says of heights and widths, all in pixels.
+
+    Attributes:
+        default: (height, width) of a request that names none.
+        unit: heights and widths are multiples of it.
+        latent_row: height of one row of latents.
+    """
+
+    default: tuple[int, int]
+    unit: int
+    latent_row: int
+
+
+def unet_sizes(config: Configs) -> Sizes:
+    """Of a U-Net that denoises the latents of a VAE, whose every level but the first halves the picture."""
+    sample = config("unet")["sample_size"]
+    scale: int = 2 ** (len(config("vae")["block_out_channels"]) - 1)
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return Sizes((height * scale, width * scale), unit=max(scale, MULTIPLE_OF), latent_row=scale)
+
+
+def configs_of(pipeline: Any) -> Configs:
+    """The configurations of a loaded pipeline's components."""
+    return lambda name: pipeline.components[name].config
+
+
+def configs_in(folder: Path) -> Configs:
+    """The configurations of the components of a saved pipeline."""
+    return lambda name: json.loads((folder / name / "config.json").read_text())
