@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal
 
-from distriray.config import MIXES, PAPER, ExchangeMode, Mix, ParallelConfig, Prediction
+from distriray.config import MIXES, PAPER, ExchangeMode, Freshness, Mix, ParallelConfig, Prediction, Width
 from distriray.requests import SchedulerName
 
 PATCHES = (2, 4, 8)
@@ -62,7 +63,7 @@ class Setting:
         """The exchange in words, without patches, steps and scheduler."""
         if self.patches == 1:
             return "one device"
-        words: list[str] = [self.exchange] if isinstance(self.exchange, str) else _differences(self.exchange)
+        words: list[str] = [self.exchange] if isinstance(self.exchange, str) else _words(self.exchange)
         if not (self.config.mix is None or self.config.mix.exact):
             words.append(f"warm-up {self.warmup}")
             weights = {
@@ -82,13 +83,14 @@ class Setting:
         return where.replace(", ", "_").replace(" ", "-")
 
 
-def _differences(mix: Mix) -> list[str]:
-    """What a mix without a name has other than `displaced`."""
-    kinds = mix.model_dump().items() - MIXES["displaced"].model_dump().items()
-    return [
-        "displaced",
-        *(f"{kind.replace('keys_values', 'keys and values')} {how}" for kind, how in sorted(kinds)),
-    ]
+def _words(mix: Mix) -> list[str]:
+    """What is not fresh and whole."""
+    kinds = {"statistics": "whole", "halos": mix.halos_width, "keys_values": mix.keys_values_width}
+    words = []
+    for kind, width in kinds.items():
+        how = [word for word in (getattr(mix, kind), width) if word not in ("fresh", "whole")]
+        words += [" ".join((*how, kind.replace("_", " and ")))] if how else []
+    return words
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,13 @@ def sections(full: int, half: int, few: int) -> list[Section]:
     return [
         Section("one device", (BASE.alone,), full),
         Section("exchange", (replace(BASE, exchange="none"), BASE), full),
-        Section("mixes", _mixes(BASE, (1, 2, 4)), full),
-        *_columns("mixes", half, lambda base: _mixes(base, (1, 2, 4)), (2, 8)),
+        *_columns("mixes", full, _mixes, (4, 8)),
+        *_columns("mixes", half, _mixes, (2,)),
+        *_columns("warm-up of mixes", few, _mix_warmups, PATCHES),
+        *_columns("kinds", few, _kinds, (4, 8)),
+        *_columns("widths", few, _widths, (4,)),
+        *_columns("mixes and steps", few, _mix_steps, (4, 8)),
+        *_columns("mixes and schedulers", few, _mix_schedulers, (4,)),
         *_columns("exchange", half, lambda base: (replace(base, exchange="none"), base), (2, 8)),
         *_columns("exchange", few, lambda base: (replace(base, exchange="sync"),), PATCHES),
         *_columns("warm-up", full, _warmups, (4,)),
@@ -193,19 +200,52 @@ def _default_warmups(base: Setting) -> tuple[Setting, ...]:
     return tuple(replace(base, statistics=weight, warmup=steps) for steps in (1, 2, 4, 8))
 
 
-ATTENTION: dict[str, Any] = {"exchange": "displaced_attention"}
+def _attention(base: Setting, **others: Any) -> Setting:
+    """Only keys and values stale, extrapolated as by default."""
+    return replace(base, exchange="displaced_attention", keys_values=0.5, **others)
 
 
-def _mixes(base: Setting, warmups: Iterable[int]) -> tuple[Setting, ...]:
-    """The default of all that is displaced, the paper's method, and attention alone."""
-    methods = (
-        replace(base, statistics=0.75 if base.patches == 2 else 0.5),
+def _mixes(base: Setting) -> tuple[Setting, ...]:
+    """The mixes with a name and the paper's method, each with the warm-up that it has by default."""
+    return (
         replace(base, exchange=PAPER),
-        replace(base, **ATTENTION),
-        replace(base, **ATTENTION, keys_values=0.5),
-        replace(base, exchange="compressed"),
+        replace(base, statistics=0.75 if base.patches == 2 else 0.5),
+        _attention(base, warmup=2),
+        replace(base, exchange="compressed", warmup=1),
     )
-    return tuple(replace(method, warmup=steps) for steps in warmups for method in methods)
+
+
+def _mix_warmups(base: Setting) -> tuple[Setting, ...]:
+    methods = _mixes(base)
+    return tuple(replace(method, warmup=steps) for steps in (1, 2, 4) for method in methods)
+
+
+def _mix_steps(base: Setting) -> tuple[Setting, ...]:
+    return tuple(method for steps in (4, 8, 10, 50) for method in _mixes(replace(base, steps=steps)))
+
+
+def _mix_schedulers(base: Setting) -> tuple[Setting, ...]:
+    return tuple(method for name in SCHEDULERS[1:] for method in _mixes(replace(base, scheduler=name)))
+
+
+def _kinds(base: Setting) -> tuple[Setting, ...]:
+    """What each kind of stale value costs, alone and with another."""
+    stale: Freshness = "stale"
+    kinds = ("statistics", "halos", "keys_values")
+    some = [each for count in (1, 2) for each in combinations(kinds, count)]
+    mixes = [Mix(**dict.fromkeys(each, stale)) for each in some]  # type: ignore[arg-type]
+    return tuple(replace(base, exchange=mix) for mix in mixes)
+
+
+def _widths(base: Setting) -> tuple[Setting, ...]:
+    """How few bits do."""
+    widths: tuple[Width, ...] = ("int8", "int4", "int2")
+    mixes = [
+        *(Mix(keys_values_width=width) for width in widths),
+        *(Mix(halos_width=width, keys_values_width="int4") for width in widths),
+        Mix(keys_values="stale", keys_values_width="int4"),
+    ]
+    return tuple(replace(base, exchange=mix, warmup=1) for mix in mixes)
 
 
 def _group_norms(base: Setting) -> tuple[Setting, ...]:
