@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Denoiser:
         self.needs_image = takes != latents
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
+        self._image: AbstractContextManager[Any] | None = None  # in that gang
 
     @torch.no_grad()
     def prepare(
@@ -171,11 +172,12 @@ class Denoiser:
         block_state = task.loop.get_block_state(pipeline_state)
         timestep, before = state.values["timesteps"][state.step], block_state.latents
         engine = engine_of(self._pipeline)
-        if engine is not None and state.step + 1 < state.num_steps:
-            engine.announce_more()
         self._last, snapshot = None, state.snapshot()
         try:
-            block_state = task.step(components, block_state, i=state.step, t=timestep)
+            with self._image or nullcontext():
+                if engine is not None and state.step + 1 < state.num_steps:
+                    engine.announce_more()
+                block_state = task.step(components, block_state, i=state.step, t=timestep)
         except BaseException as error:
             broken = isinstance(error, GangBroken | GangMismatch)
             state.restore(state.unsettled if broken and state.unsettled is not None else snapshot)
@@ -246,7 +248,7 @@ class Denoiser:
         return -1 if engine is None else engine.generation
 
     def _follow(self, state: DenoiseState, task: Any) -> None:
-        """Unless this continues the previous step, restart the engine and drop the cached prompt."""
+        """Unless this continues the previous step, begin an image and drop the cached prompt."""
         engine = engine_of(self._pipeline)
         same = self._last is not None and self._last() is state and self._last_at == (state.step, self._gang)
         if same and not (engine is not None and engine.yielding):
@@ -254,8 +256,9 @@ class Denoiser:
         last = None if self._last is None else self._last()
         if last is not None:
             self.settle(last)
+        self._image = None  # so that its buffers are the next one's
         if engine is not None:
-            engine.start_image(at_step=state.step)
+            self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         task.denoiser.batched = None
 
 
