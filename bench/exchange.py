@@ -116,11 +116,12 @@ def _time_mode(
     assert engine is not None
     inputs = unet_inputs(unet, size)
     statistics = []
-    for step in range(steps + 2):
-        unet(timestep=900 - step, **inputs)
-        statistics.append(engine.statistics)
-        if mode == "unsent":
-            gang.mute = True
+    with engine.image():
+        for step in range(steps + 2):
+            unet(timestep=900 - step, **inputs)
+            statistics.append(engine.statistics)
+            if mode == "unsent":
+                gang.mute = True
     if mode == "one rank":
         barrier(communicator)
     kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one

@@ -222,11 +222,12 @@ def share(size: int, ranks: int, split: bool, exchange: Any) -> tuple[Count, Abs
     engine = engine_of(unet)
     assert engine is not None
     inputs = step_inputs(unet, size)
-    for step in range(3):
-        engine.announce_more()
-        peers.begin_step()
-        with counting() as count:
-            unet(timestep=900.0 - step, **inputs)
+    with engine.image():
+        for step in range(3):
+            engine.announce_more()
+            peers.begin_step()
+            with counting() as count:
+                unet(timestep=900.0 - step, **inputs)
     return count, peers, engine.buffer_bytes
 
 

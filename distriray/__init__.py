@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .gang import Host as Host
     from .gang import HostConfig as HostConfig
     from .handle import HandleClient as HandleClient
+    from .parallel import engine_of as engine_of
     from .parallel import parallelize as parallelize
     from .requests import GenerationRequest as GenerationRequest
     from .requests import GenerationResult as GenerationResult
@@ -40,6 +41,7 @@ _HOMES = {
     "ParallelConfig": "config",
     "Prediction": "config",
     "SamplingParams": "requests",
+    "engine_of": "parallel",
     "parallelize": "parallel",
 }
 

@@ -137,11 +137,12 @@ def share(unet: Any, ranks: int, size: int, split: bool, graphs: bool, steps: in
         engine.announce_more()
         unet(timestep=float(next(timesteps)), **inputs)
 
-    step()
-    peers.fills = False
-    for _ in range(3):
+    with engine.image():
         step()
-    return timed(step, steps, unet.device), engine.buffer_bytes
+        peers.fills = False
+        for _ in range(3):
+            step()
+        return timed(step, steps, unet.device), engine.buffer_bytes
 
 
 def timed(step: Callable[[], Any], steps: int, device: torch.device) -> Timing:

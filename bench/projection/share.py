@@ -102,10 +102,11 @@ def measure_gang(
     engine = engine_of(unet)
     assert engine is not None
     inputs, seconds = step_inputs(unet, size), []
-    for step in range(steps + 2):
-        engine.announce_more()
-        unet(timestep=900 - step, **inputs)
-        seconds.append(engine.statistics.seconds)
+    with engine.image():
+        for step in range(steps + 2):
+            engine.announce_more()
+            unet(timestep=900 - step, **inputs)
+            seconds.append(engine.statistics.seconds)
     return median(seconds[2:])
 
 
@@ -113,12 +114,13 @@ def _steps(unet: UNet2DConditionModel, peers: AbsentPeers, size: int, count: int
     inputs, engine = step_inputs(unet, size), engine_of(unet)
     assert engine is not None
     taken = []
-    for step in range(count):
-        peers.fills = step == 0
-        engine.announce_more()
-        peers.begin_step()
-        unet(timestep=900 - step, **inputs)
-        taken.append(peers.end_step())
+    with engine.image():
+        for step in range(count):
+            peers.fills = step == 0
+            engine.announce_more()
+            peers.begin_step()
+            unet(timestep=900 - step, **inputs)
+            taken.append(peers.end_step())
     return taken
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Denoiser:
         _check_scheduler(pipeline)
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
+        self._image: AbstractContextManager[Any] | None = None  # in that gang
 
     @torch.no_grad()
     def prepare(
@@ -135,11 +136,12 @@ class Denoiser:
         self._follow(state)
         timestep, before = state.values["timesteps"][state.step], state.latents
         engine = engine_of(self._pipeline)
-        if engine is not None and state.step + 1 < state.num_steps:
-            engine.announce_more()
         self._last, snapshot = None, state.snapshot()
         try:
-            latents, output = self._steps.step(state)
+            with self._image or nullcontext():
+                if engine is not None and state.step + 1 < state.num_steps:
+                    engine.announce_more()
+                latents, output = self._steps.step(state)
         except BaseException as error:
             broken = isinstance(error, GangBroken | GangMismatch)
             state.restore(state.unsettled if broken and state.unsettled is not None else snapshot)
@@ -206,7 +208,7 @@ class Denoiser:
             raise InvalidRequest(f"a state of {state.family} cannot go on with a model of {self.family}")
 
     def _follow(self, state: DenoiseState) -> None:
-        """Unless this continues the previous step, restart the engine and what the family kept of that."""
+        """Unless this continues the previous step, begin an image and drop what the family kept of that."""
         engine = engine_of(self._pipeline)
         same = self._last is not None and self._last() is state and self._last_at == (state.step, self._gang)
         if same and not (engine is not None and engine.yielding):
@@ -214,8 +216,9 @@ class Denoiser:
         last = None if self._last is None else self._last()
         if last is not None:
             self.settle(last)
+        self._image = None  # so that its buffers are the next one's
         if engine is not None:
-            engine.start_image(at_step=state.step)
+            self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         self._steps.begin(state)
 
 

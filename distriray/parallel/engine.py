@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -23,10 +25,10 @@ from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay, Place
 from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, arithmetic
+from distriray.parallel.image import Branch, Image
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.networks.outline import Outline
-from distriray.parallel.new_image import NewImageDetector
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.stopwatch import Stopwatch
@@ -64,25 +66,6 @@ class StepStatistics:
         return sum(waiting.seconds for waiting in self.waiting)
 
 
-@dataclass(eq=False)
-class Branch:
-    """One guidance branch of an image, or both where one call has both.
-
-    Attributes:
-        step: number of the next one.
-        fresh_start: whether that has no step to go on from.
-        warm: whether drift has fallen so far that steps may be displaced.
-        exchange: key of the last step's; None if it had none.
-        text_epoch: of its cached text keys and values.
-    """
-
-    step: int
-    fresh_start: bool = True
-    warm: bool = False
-    exchange: Hashable = None
-    text_epoch: int = 0
-
-
 class Engine:
     """One network, made patch-parallel within a gang.
 
@@ -117,16 +100,15 @@ class Engine:
         self.statistics = StepStatistics()
         self.lags = False
         self._schedules = Schedules()
-        self._detector = NewImageDetector()
         self._exchanges = ExchangeCache()
         self._gather: Gather | None = None
         self._unread: HeaderOnItsWay | None = None
         self._more_follow = False
         self._lock = threading.Lock()
         self._asked = Flags()
-        self._first_step = 0
-        self._branches: dict[Hashable, Branch] = {}
-        self._text_epochs = 0
+        self._images: WeakSet[Image] = WeakSet()
+        self._entered: list[Image] = []
+        self._unannounced = self.image()
         self._cached_text: Hashable = None
         self._graph_maker: GraphMaker | None = None
         self._graphs: StepGraphs | None = None
@@ -145,7 +127,7 @@ class Engine:
         self.network.forward = lambda *args, **kwargs: self._compute(compute, args, kwargs)
 
     def watch_scheduler(self, pipeline: Any) -> None:
-        """Treat a new `timesteps` tensor on this pipeline's scheduler as the start of an image."""
+        """Know the timesteps of this pipeline's scheduler without reading them on a device in every step."""
         if pipeline is not self.network.module:
             self._schedules.watch(pipeline)
 
@@ -164,20 +146,38 @@ class Engine:
             self.decoder.communicator = communicator if together else None
         self.generation += 1
         self._gather = None
-        self.start_image()
+        for image in self._images:
+            image.interrupt()
+        self._unannounced.begin(0)
+        self._forget_call()
 
     def capture_with(self, maker: GraphMaker | None) -> None:
         """Let later steps be graphs that `maker` makes, none if it is None; exchanges begin anew."""
         self._exchanges.clear()
+        for image in self._images:
+            image.interrupt()
         self._graph_maker = maker
         self._graphs = self._graphs_of_call = self._new_graphs()
 
+    def image(self, at_step: int = 0, num_steps: int | None = None) -> Image:
+        """An image: calls of the network within `with image:` are its steps, one after the other.
+
+        Without it, a call is known to be the next step of an image where its timestep is the next element of
+        the tensor that the last call's was an element of, as pipelines have it, and the text is the same. Any
+        other call is synchronous, as the first step of an image is.
+
+        Args:
+            at_step: number of the step that it begins with, where it was begun elsewhere.
+            num_steps: of the whole image; ranks compare it.
+        """
+        image = Image(self._enter, self._leave, at_step, num_steps)
+        self._images.add(image)
+        return image
+
     def start_image(self, at_step: int = 0) -> None:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
-        self._first_step = at_step
-        self._branches.clear()
-        self._unread, self._more_follow = None, False
-        self.yielding = False
+        self._image.begin(at_step)
+        self._forget_call()
 
     def announce_more(self) -> None:
         """Promise that a further call of the same image follows the next one, or else `settle`.
@@ -230,6 +230,27 @@ class Engine:
         """Whether all ranks take part in decoding, so that all must call it."""
         return self.decoder is not None and self.decoder.communicator is not None
 
+    # Which image a call belongs to
+
+    @property
+    def _image(self) -> Image:
+        return self._entered[-1] if self._entered else self._unannounced
+
+    def _enter(self, image: Image) -> None:
+        if image in self._entered:
+            raise RuntimeError("the image was entered before, and not left")
+        self._unannounced.begin(0)
+        if not self._begun:
+            self._forget_call()
+        self._entered.append(image)
+
+    def _leave(self, image: Image) -> None:
+        self._entered.remove(image)
+
+    def _forget_call(self) -> None:
+        self._unread, self._more_follow = None, False
+        self.yielding = False
+
     # The network's forward pass
 
     @torch.no_grad()
@@ -254,10 +275,12 @@ class Engine:
         call = self.network.read(*args, **kwargs)
         with Stopwatch(call.sample.device) as whole:
             output, step = self._run(call)
-        waiting = [timed.waiting for timed in (step, self._gather) if timed is not None]
+        waiting = () if step is None else tuple(step.waiting)
+        if self._gather is not None:
+            waiting = (*waiting, self._gather.waiting)
         self.statistics = StepStatistics(
             whole,
-            tuple(waiting),
+            waiting,
             (0 if step is None else step.waits) + (self._gather is not None),
             self.communicator.bytes_sent - sent,
             step is None or not step.displaced,
@@ -269,9 +292,10 @@ class Engine:
         promised, self._more_follow = self._more_follow, False
         moment = self._schedules.read(call.timestep)
         branch = self._branch(call, moment)
-        share = self._prepare(call, moment, branch)
-        place = self._place(call, moment, branch)
         try:
+            share = self._prepare(call, moment, branch)
+            self._look_at_text(branch)
+            place = self._place(call, moment, branch)
             with ExitStack() as exchanging:
                 step = exchanging.enter_context(self._exchange_step(call, branch, share))
                 exchanging.enter_context(self.context.during(step))
@@ -298,19 +322,21 @@ class Engine:
 
     def _branch(self, call: Call, moment: Moment) -> Branch:
         """The branch that a call goes on with, or begins."""
-        signs = self._detector.look(moment, call.text, call.text_scale, call.branch)
-        branch = self._branches.get(call.branch)
-        if branch is None or (signs.new_image and not branch.fresh_start):
-            if branch is not None:
-                self.start_image()
-            branch = self._branches[call.branch] = Branch(self._first_step)
-        if branch.fresh_start or signs.new_text:
-            self._text_epochs += 1
-            branch.text_epoch = self._text_epochs
-        text = branch.text_epoch, torch.is_inference_mode_enabled()  # in tensors of its own, or not
-        self.context.new_text = text != self._cached_text
-        self._cached_text = text
+        image, said = self._image, bool(self._entered)
+        if not image.branches:
+            others = {other.stream for other in self._images if other.branches}
+            image.stream = next(stream for stream in count() if stream not in others)
+        before = image.branches.get(call.branch)
+        branch = image.branch(call, moment, said)
+        if before not in (None, branch):
+            self._forget_call()
         return branch
+
+    def _look_at_text(self, branch: Branch) -> None:
+        """Whether text keys and values that layers have cached are those of this call."""
+        made_by = branch, self.network.text_weights(), torch.is_inference_mode_enabled()
+        self.context.new_text = branch.fresh_start or branch.text_changed or made_by != self._cached_text
+        self._cached_text = made_by
 
     def _prepare(self, call: Call, moment: Moment, branch: Branch) -> Share:
         """This rank's share of a call that all ranks make alike, on a network that can be cut."""
@@ -324,9 +350,10 @@ class Engine:
         if branch.fresh_start:
             if self.communicator.world_size > 1:
                 compared, refused = self.network.compared(call), refusal is not None
+                num_steps = self._image.num_steps or moment.num_steps
                 with suppress(GangMismatch) if refused else nullcontext():
                     check_same_image(
-                        self.communicator, compared, branch.step, moment.timestep, moment.num_steps, refused
+                        self.communicator, compared, branch.step, moment.timestep, num_steps, refused
                     )
             if self._baked is not None and self._baked.obstacle is not None:
                 self._baked = None  # it may be gone
@@ -343,13 +370,18 @@ class Engine:
             self._sums = Sums(sample.numel(), sample.device)
         return Place(branch.step, moment.timestep, self._sums(sample)[:3])
 
+    @property
+    def _begun(self) -> list[Branch]:
+        """The branches of all images that live."""
+        return [branch for image in self._images for branch in image.branches.values()]
+
     def _convert(self) -> None:
         """Convert what has joined the network's layers since the last time; what cannot be cut is refused."""
         self._outline = None
         if self.network.convert(self.context):
             self._exchanges.clear()
-            for begun in self._branches.values():
-                begun.exchange = None
+            for branch in self._begun:
+                branch.exchange = None
         self._outline = Outline(self.network.module)
 
     def _new_graphs(self) -> StepGraphs | None:
@@ -399,7 +431,8 @@ class Engine:
         # Buffers made in inference mode cannot be written outside it.
         inference = torch.is_inference_mode_enabled()
         part = share.part.start, share.part.stop
-        key = branch.exchange = (call.branch, part, share.partition, call.sample.dtype, inference)
+        stream = self._image.stream, call.branch
+        key = branch.exchange = (stream, part, share.partition, call.sample.dtype, inference)
         follows = not branch.fresh_start and key == before
         exchange = self._exchanges.use(
             key,
@@ -414,7 +447,7 @@ class Engine:
         )
         self._graphs_of_call = exchange.graphs
         if not follows:
-            in_use = {branch.exchange for branch in self._branches.values()}
+            in_use = {branch.exchange for branch in self._begun}
             self._exchanges.restart(but=in_use - {key})
             self._exchanges.evict(in_use, config.max_buffer_bytes)
         if mix.exact:

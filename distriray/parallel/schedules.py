@@ -8,6 +8,29 @@ from weakref import WeakKeyDictionary
 import torch
 
 
+class Element:
+    """One element of a tensor of timesteps, known by where it lies in memory.
+
+    Args:
+        timestep: the element, without dimensions; it keeps the memory from being another tensor's.
+    """
+
+    def __init__(self, timestep: torch.Tensor) -> None:
+        self._timestep = timestep
+        self._address = timestep.data_ptr()
+        self._of = timestep.untyped_storage().data_ptr(), timestep.device, timestep.dtype
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Element) and (self._of, self._address) == (other._of, other._address)
+
+    def __hash__(self) -> int:
+        return hash((self._of, self._address))
+
+    def follows(self, other: Element) -> bool:
+        """Whether it is the next one of the same tensor."""
+        return self._of == other._of and self._address - other._address == self._timestep.element_size()
+
+
 class Moment(NamedTuple):
     """Where in its image a call of the network is.
 
@@ -15,14 +38,13 @@ class Moment(NamedTuple):
         timestep: as a number.
         more_follow: whether it is known that its schedule has further ones.
         num_steps: of its schedule; None where that is not known.
-        renewed: whether a watched scheduler has been given other timesteps since the last call; None where
-            none is watched.
+        element: the timestep, where it is one tensor element for all of the batch.
     """
 
     timestep: float
     more_follow: bool = False
-    renewed: bool | None = None
     num_steps: int | None = None
+    element: Element | None = None
 
 
 class Schedules:
@@ -48,26 +70,27 @@ class Schedules:
         Args:
             timestep: a number, or a tensor of which the first element counts.
         """
-        renewed = self._look() if self._watched else None
+        self._look()
         if not isinstance(timestep, torch.Tensor):
-            return Moment(float(timestep), renewed=renewed)
+            return Moment(float(timestep))
         first = timestep[(0,) * timestep.ndim]
+        one = all(
+            size == 1 or not stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True)
+        )
+        element = Element(first) if one and first.data_ptr() else None
         for schedule in self._watched.values():
             index = schedule.index(first)
             if index is not None:
                 steps = len(schedule.numbers)
-                return Moment(schedule.numbers[index], index + 1 < steps, renewed, steps)
-        return Moment(float(first), renewed=renewed)
+                return Moment(schedule.numbers[index], index + 1 < steps, steps, element)
+        return Moment(float(first), element=element)
 
-    def _look(self) -> bool:
-        """Whether a watched scheduler has other timesteps than when this was last called."""
-        renewed = False
+    def _look(self) -> None:
+        """Read what watched schedulers have been given since this was last called."""
         for pipeline, before in list(self._watched.items()):
             timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
             if timesteps is not before.timesteps:
                 self._watched[pipeline] = _Schedule(timesteps)
-                renewed = True
-        return renewed
 
 
 class _Schedule:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 
-from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Work
 from distriray.config import Mix, StatisticsMode
 from distriray.parallel.exchange.bucket import Bucket, Buckets
@@ -25,6 +24,20 @@ from distriray.parallel.exchange.statistics_and_rows import StatisticsAndRows
 from distriray.parallel.graphs import Recorder
 from distriray.parallel.partition import Window
 from distriray.parallel.stopwatch import Stopwatch
+
+
+class Waiting(NamedTuple):
+    """The time in which a rank waits for its peers, by what it waits for.
+
+    Attributes:
+        rows: fresh statistics and halos.
+        keys_values: fresh keys and values.
+        buckets: values of the step before.
+    """
+
+    rows: Stopwatch
+    keys_values: Stopwatch
+    buckets: Stopwatch
 
 
 class Step(ABC):
@@ -45,7 +58,7 @@ class Step(ABC):
     def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier]) -> None:
         self.recorder: Recorder | None = None
         self.rank = patch.rank
-        self.waiting = Stopwatch(patch.communicator.device)
+        self.waiting = Waiting(*(Stopwatch(patch.communicator.device) for _ in Waiting._fields))
         self.waits = 0
         self._patch = patch
         self._carriers = carriers
@@ -85,7 +98,9 @@ class Step(ABC):
 
     def send_statistics(self, everyone: torch.Tensor) -> None:
         """Send this rank's row of what `read_statistics` returned; fresh ones fill the others' now."""
-        self._talk(lambda step: step._await(all_gather(step._patch.communicator, everyone.unbind())))
+        parts = everyone.unbind()
+        peers = {peer: parts[peer] for peer in self._patch.communicator.peers}
+        self._swap("rows", dict.fromkeys(peers, parts[self.rank]), peers)
 
     def norm_padded(
         self, input: torch.Tensor, window: Window, own: torch.Tensor
@@ -107,7 +122,7 @@ class Step(ABC):
         rows = carrier.pack(slot, padded.sends(input))
         room = carrier.room(slot, padded.room())
         messages = StatisticsAndRows(self._patch.communicator.peers, own, rows, room)
-        self._swap(messages.sends, messages.receives)
+        self._swap("rows", messages.sends, messages.receives)
         padded.fill(input, carrier.unpack(slot, messages.rows))
         return padded, messages.statistics(self.rank)
 
@@ -175,7 +190,7 @@ class Step(ABC):
         slot, carrier = padded.slot, self._carriers["halos"]
         sends = carrier.pack(slot, padded.sends(input))
         receives = carrier.room(slot, padded.room())
-        self._swap(sends, receives)
+        self._swap("rows", sends, receives)
         return carrier.unpack(slot, receives)
 
     def _swap_keys_values(
@@ -188,14 +203,15 @@ class Step(ABC):
         peers = self._patch.communicator.peers
         sends = carrier.pack(slot, dict.fromkeys(peers, own))
         receives = carrier.room(slot, {peer: parts[peer] for peer in peers})
-        self._swap(sends, receives)
+        self._swap("keys_values", sends, receives)
         for peer, values in carrier.unpack(slot, receives).items():
             if values is not parts[peer]:
                 parts[peer].copy_(values)
         return parts
 
-    def _swap(self, sends: Values, receives: Values) -> None:
-        self._talk(lambda step: step._await(step._patch.communicator.exchange(sends, receives)))
+    def _swap(self, what: Literal["rows", "keys_values"], sends: Values, receives: Values) -> None:
+        """Send and receive now, and wait."""
+        self._talk(lambda step: step._await(what, step._patch.communicator.exchange(sends, receives)))
 
     def _talk(self, action: Callable[[Self], None]) -> None:
         """Say something to the peers: now, or in every replay of the graphs that are being captured."""
@@ -204,9 +220,9 @@ class Step(ABC):
         else:
             self.recorder.between(action)
 
-    def _await(self, work: Work) -> None:
+    def _await(self, what: Literal["rows", "keys_values", "buckets"], work: Work) -> None:
         self.waits += 1
-        with self.waiting:
+        with getattr(self.waiting, what):
             work.wait()
 
 
@@ -396,7 +412,5 @@ class DisplacedStep(Step):
         if complete is not None:
             complete.launch()
         if entered is not None:
-            self.waits += 1
-            with self.waiting:
-                entered.wait()
+            self._await("buckets", entered)
             entered.predict(self._predicts)

@@ -27,9 +27,10 @@ class Call:
 
     Attributes:
         sample: what is denoised, whole; its first dimension is the batch.
-        timestep: falls from call to call within an image; where a network's time rises, its negative. As the
-            network was given it: a tensor on a GPU is not to be read there (`Schedules`).
-        text: prompt embeddings, (batch, tokens, channels); other text means another image.
+        timestep: as the network was given it: a tensor on a GPU is not to be read there (`Schedules`), and
+            where it lies tells which step it is of (`Element`).
+        text: prompt embeddings, (batch, tokens, channels); other text means another image, unless a caller
+            says that it is the same.
         text_scale: what cached text keys and values depend on besides the text, such as a LoRA's scale.
         branch: names the guidance branch where each has calls of its own; None where one call has all.
         arguments: the other arguments, by the names of the network's parameters.
@@ -111,6 +112,10 @@ class Network(ABC):
         Raises:
             UnsupportedModel: a layer that is not known to be cut, by its name.
         """
+
+    def text_weights(self) -> Hashable:
+        """What changes with the weights that make text keys and values; asked in every step."""
+        return None
 
     @abstractmethod
     def read(self, *args: Any, **kwargs: Any) -> Call:

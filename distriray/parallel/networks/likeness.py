@@ -1,8 +1,9 @@
-"""What of a network decides the picture besides its inputs, in a form in which ranks compare it."""
+"""What of a network decides the picture besides its inputs, in a form in which it is compared."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -46,6 +47,18 @@ def processors_of(network: nn.Module) -> str:
     holders = [holder for layer in network.modules() for holder in (vars(layer), layer._modules)]
     processors = [holder["processor"] for holder in holders if "processor" in holder]
     return repr([(type(p).__name__, _plain(getattr(p, "scale", None))) for p in processors])
+
+
+def signs_of(layers: Iterable[nn.Module]) -> Hashable:
+    """Where the weights of layers lie, how often they were written, and which adapters count how much."""
+    signs: list[Hashable] = []
+    for layer in layers:
+        for weight in layer._parameters.values():
+            if weight is not None:
+                signs.append((weight.data_ptr(), None if weight.is_inference() else weight._version))
+        if "base_layer" in layer._modules:
+            signs += [repr(getattr(layer, of, None)) for of in _OF_ADAPTERS]
+    return tuple(signs)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.attention import CachedCrossAttention, PatchSelfAttention
 from distriray.parallel.layers.conv import patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
-from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
+from distriray.parallel.networks.likeness import adapters_of, processors_of, signs_of, weights_of
 from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
@@ -63,6 +63,7 @@ class UNet(Network):
     """A `UNet2DConditionModel` with Stable Diffusion's blocks: both guidance branches come in one call."""
 
     kind = UNet2DConditionModel
+    _text_layers: Sequence[nn.Module] = ()
 
     @property
     def row_unit(self) -> int:
@@ -108,7 +109,17 @@ class UNet(Network):
                 vars(module).pop("forward", None)
                 patch_downsample(module)
         spare_messages(self.module)
+        self._text_layers = [
+            layer
+            for _, module in self._image_layers()
+            if isinstance(module, Attention) and module.is_cross_attention
+            for projection in (module.to_k, module.to_v)
+            for layer in projection.modules()
+        ]
         return converted
+
+    def text_weights(self) -> Hashable:
+        return signs_of(self._text_layers)
 
     def read(
         self,

@@ -48,6 +48,9 @@ class OnDevice(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()  # torch's own refuses subclasses
 

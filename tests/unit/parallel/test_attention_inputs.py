@@ -89,7 +89,8 @@ def test_texts_of_a_users_own_are_not_taken_from_the_cache() -> None:
         calls = iter(range(100))
         added = {"text_embeds": torch.ones((1, 16)), "time_ids": torch.ones((1, 6))}
         sample, text = torch.ones((1, 4, 24, 8)), torch.ones((1, 9, 32))
-        return torch.stack([unet(sample, t, text, added_cond_kwargs=added).sample for t in (900, 800, 700)])
+        timesteps = torch.tensor([900, 800, 700])
+        return torch.stack([unet(sample, t, text, added_cond_kwargs=added).sample for t in timesteps])
 
     def handing() -> Any:
         unet = tiny_sdxl_unet()

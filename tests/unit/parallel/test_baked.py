@@ -46,12 +46,14 @@ def drawn(change: Change, graphs: bool) -> tuple[torch.Tensor, int]:
     maker, engine = RecordedGraphs(), engine_of(unet)
     assert engine is not None
     engine.capture_with(maker if graphs else None)
-    steps = [noise(unet, step) for step in range(STEPS)]
+    with engine.image():
+        steps = [noise(unet, step) for step in range(STEPS)]
     before = sum(graph.replays for graph in maker.made)
     assert not graphs or before > 0
-    for step in range(STEPS):
-        change(unet, step)
-        steps.append(noise(unet, step))
+    with engine.image():
+        for step in range(STEPS):
+            change(unet, step)
+            steps.append(noise(unet, step))
     return torch.stack(steps), sum(graph.replays for graph in maker.made) - before
 
 
@@ -153,7 +155,7 @@ def test_what_autocast_has_cast_is_in_no_graph() -> None:
         engine.capture_with(RecordedGraphs() if graphs else None)
         steps = []
         for image in range(4):
-            with torch.autocast("cpu", torch.bfloat16, enabled=image % 2 == 0):
+            with torch.autocast("cpu", torch.bfloat16, enabled=image % 2 == 0), engine.image():
                 steps += [noise(unet, step).float() for step in range(3)]
         return torch.stack(steps)
 
@@ -186,8 +188,9 @@ def test_leaving_a_gang_lets_go_of_its_graphs() -> None:
     maker, engine = RecordedGraphs(), engine_of(unet)
     assert engine is not None
     engine.capture_with(maker)
-    for step in range(4):
-        noise(unet, step)
+    with engine.image():
+        for step in range(4):
+            noise(unet, step)
     graph = weakref.ref(maker.made.pop())
     assert graph() is not None
     maker.made.clear()

@@ -75,7 +75,8 @@ def test_nothing_in_flight_is_read_or_overwritten(
         engine = engine_of(unet)
         assert engine is not None
         engine.bucket_count = buckets
-        for step in range(4):
-            noise = unet(sample, 900 - step, **inputs).sample
-            assert noise.isfinite().all(), (buckets, step)
+        with engine.image():
+            for step in range(4):
+                noise = unet(sample, 900 - step, **inputs).sample
+                assert noise.isfinite().all(), (buckets, step)
         assert not engine.statistics.synchronous

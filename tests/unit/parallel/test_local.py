@@ -20,6 +20,7 @@ from torch import nn
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import UnsupportedModel
+from distriray.parallel import engine_of
 from distriray.parallel.networks.vae import can_be_cut
 from tests.models import randomize, tiny_sd15_unet, tiny_sdxl_unet, tiny_vae
 
@@ -318,11 +319,14 @@ def test_what_joins_in_the_middle_of_an_image_is_refused_too(change: str) -> Non
     def step(timestep: int) -> None:
         unet(torch.ones((1, 4, 24, 8)), timestep, text, added_cond_kwargs=added)
 
-    step(900)
-    step(800)
-    CHANGES[change][0](unet)
-    with pytest.raises(UnsupportedModel, match=CHANGES[change][1]):
-        step(700)
+    engine = engine_of(unet)
+    assert engine is not None
+    with engine.image():
+        step(900)
+        step(800)
+        CHANGES[change][0](unet)
+        with pytest.raises(UnsupportedModel, match=CHANGES[change][1]):
+            step(700)
 
 
 # What is known

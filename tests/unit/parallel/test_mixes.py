@@ -43,7 +43,8 @@ def steps(
     parallelize(unet, communicator, ParallelConfig(cfg_parallel=False, **config))
     engine = engine_of(unet)
     assert engine is not None
-    outputs = [unet(sample(step, rows), 900.0 - step, **INPUTS).sample for step in range(count)]
+    with engine.image():
+        outputs = [unet(sample(step, rows), 900.0 - step, **INPUTS).sample for step in range(count)]
     return outputs, engine.statistics
 
 
@@ -108,8 +109,8 @@ def test_residuals_are_counted_and_begin_anew_with_every_image() -> None:
             images.append(steps(unet, communicator, exchange=mix, warmup_steps=1)[0])
             engine = engine_of(unet)
             assert engine is not None
-            engine.start_image()
-            again = [unet(sample(step), 900.0 - step, **INPUTS).sample for step in range(3)]
+            with engine.image():
+                again = [unet(sample(step), 900.0 - step, **INPUTS).sample for step in range(3)]
             assert all(map(torch.equal, images[-1], again))
             held.append(engine.buffer_bytes)
         return images, held

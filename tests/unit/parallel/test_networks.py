@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,10 +42,12 @@ def draw(network: nn.Module, sides: tuple[str, ...] = SIDES, batch: int = 1) -> 
     latents = torch.randn((batch, 4, 7, 5), generator=generator)
     captions = {side: torch.randn((batch, 3, CHANNELS), generator=generator) for side in SIDES}
     said: dict[str, list[torch.Tensor]] = {side: [] for side in sides}
-    for clock in CLOCK:
-        for side in sides:
-            answer = network((1 + clock) * latents, clock, caption=captions[side], side=side)
-            said[side].append(answer["velocity"])
+    engine = engine_of(network)
+    with nullcontext() if engine is None else engine.image():
+        for clock in CLOCK:
+            for side in sides:
+                answer = network((1 + clock) * latents, clock, caption=captions[side], side=side)
+                said[side].append(answer["velocity"])
     return said
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from distriray.parallel.schedules import Moment, Schedules
+from distriray.parallel.schedules import Element, Moment, Schedules
 
 
 class Pipeline:
@@ -22,24 +23,43 @@ def watching(pipeline: Any) -> Schedules:
     return schedules
 
 
+def read(schedules: Schedules, timestep: Any) -> Moment:
+    return schedules.read(timestep)._replace(element=None)
+
+
 def test_the_numbers_of_a_schedule_are_known_without_reading_an_element() -> None:
     pipeline = Pipeline(900.5, 800.0, 700.0)
     schedules, timesteps = watching(pipeline), pipeline.scheduler.timesteps
-    assert schedules.read(timesteps[0]) == Moment(900.5, more_follow=True, renewed=True, num_steps=3)
+    assert read(schedules, timesteps[0]) == Moment(900.5, more_follow=True, num_steps=3)
     timesteps.fill_(-1.0)  # what was read once is not read again
-    second = Moment(800.0, more_follow=True, renewed=False, num_steps=3)
-    assert schedules.read(timesteps[1]) == second
-    assert schedules.read(timesteps[1:][0].expand(4)) == second
-    assert schedules.read(timesteps[2]) == Moment(700.0, more_follow=False, renewed=False, num_steps=3)
+    assert read(schedules, timesteps[1]) == Moment(800.0, more_follow=True, num_steps=3)
+    assert read(schedules, timesteps[1:][0].expand(4)) == Moment(800.0, more_follow=True, num_steps=3)
+    assert read(schedules, timesteps[2]) == Moment(700.0, more_follow=False, num_steps=3)
     pipeline.scheduler.timesteps = torch.tensor([3.0])
-    assert schedules.read(pipeline.scheduler.timesteps[0]) == Moment(3.0, renewed=True, num_steps=1)
+    assert read(schedules, pipeline.scheduler.timesteps[0]) == Moment(3.0, num_steps=1)
 
 
 @pytest.mark.parametrize("timestep", [5, 5.0, torch.tensor(5), torch.tensor([5.0, 5.0])])
 def test_other_timesteps_are_read_and_nothing_is_said_of_what_follows(timestep: Any) -> None:
-    assert Schedules().read(timestep) == Moment(5.0)
-    assert watching(Pipeline(5.0, 4.0)).read(timestep) == Moment(5.0, renewed=True)
-    assert watching(Unscheduled()).read(timestep) == Moment(5.0, renewed=False)
+    for schedules in (Schedules(), watching(Pipeline(5.0, 4.0)), watching(Unscheduled())):
+        assert read(schedules, timestep) == Moment(5.0)
+
+
+def test_elements_follow_each_other_within_one_tensor() -> None:
+    timesteps, others = torch.tensor([900, 800, 800, 700]), torch.tensor([900, 800, 700])
+
+    def element(timestep: torch.Tensor) -> Element:
+        found = Schedules().read(timestep).element
+        assert found is not None
+        return found
+
+    elements = [element(timestep) for timestep in timesteps]
+    assert [later.follows(earlier) for earlier, later in pairwise(elements)] == [True] * 3
+    assert elements[1] == element(timesteps[1:][0]) == element(timesteps[1].expand(4)) != elements[2]
+    assert not elements[2].follows(elements[0]) and not elements[0].follows(elements[1])
+    assert not element(others[1]).follows(elements[0]) and element(others[0]) != elements[0]
+    for several in (timesteps[:2], 5, 5.0):
+        assert Schedules().read(several).element is None
 
 
 class Unscheduled:

@@ -1,0 +1,138 @@
+"""One image that a gang denoises, and which of its steps a call of the network is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from distriray.parallel.networks.base import Call
+from distriray.parallel.schedules import Element, Moment
+
+
+class Text:
+    """Prompt embeddings of a call, and what else their keys and values depend on.
+
+    Args:
+        tokens: (batch, tokens, channels).
+        scale: such as a LoRA's.
+    """
+
+    def __init__(self, tokens: torch.Tensor, scale: Any) -> None:
+        self.tokens, self.scale = tokens, scale
+        self._version = None if tokens.is_inference() else tokens._version
+
+    def reads_as(self, other: Text) -> bool:
+        """Whether the embeddings are the same. Numbers of other tensors are compared, which stops a GPU."""
+        if self.tokens is other.tokens:
+            return self._version == other._version
+        return self.tokens.shape == other.tokens.shape and torch.equal(self.tokens, other.tokens)
+
+
+@dataclass(eq=False)
+class Branch:
+    """One guidance branch of an image, or both where one call has both.
+
+    Attributes:
+        step: number of the next one.
+        fresh_start: whether that has no step to go on from.
+        warm: whether drift has fallen so far that steps may be displaced.
+        exchange: key of the last step's; None if it had none.
+        element: the timestep of the last call, where it is one of a schedule.
+        alone: whether the last call was the only one with that timestep.
+        text: of the last call.
+        text_changed: whether the next step has another one than the last.
+    """
+
+    step: int
+    fresh_start: bool = True
+    warm: bool = False
+    exchange: Hashable = None
+    element: Element | None = None
+    alone: bool = True
+    text: Text | None = None
+    text_changed: bool = True
+
+    def takes_again(self, moment: Moment) -> bool:
+        """Whether a call has the very timestep of the last one: it is of another region or image."""
+        return self.element is not None and moment.element == self.element
+
+    def is_followed_by(self, moment: Moment, text: Text) -> bool:
+        """Whether a call is known to be the step after the last one, though nobody has said so.
+
+        It is where its timestep is the next of the same schedule, the text is the same, and nothing else was
+        called with the timestep before: steps of several images or regions in turn look like that otherwise.
+        """
+        if self.text is None or self.element is None or moment.element is None or not self.alone:
+            return False
+        return moment.element.follows(self.element) and text.reads_as(self.text)
+
+    def look_at(self, moment: Moment, text: Text, again: bool) -> None:
+        """Remember a call as the last one."""
+        same = self.text is not None and not self.fresh_start and text.scale == self.text.scale
+        self.text_changed = not same or self.text is None or not text.reads_as(self.text)
+        self.element, self.text, self.alone = moment.element, text, not again
+
+
+@dataclass(eq=False)
+class Image:
+    """One image that a gang denoises: calls of its network within `with image:` are its steps, in order.
+
+    It may be left and entered again, so several images, or several regions of one, are denoised in turn: each
+    goes on from its own last step. A call with the very element of a schedule that the last call had is taken
+    for another region even so, and begins anew. `Engine.image` makes one; it keeps buffers as long as it
+    lives.
+
+    Attributes:
+        enter, leave: what the engine does.
+        first_step: number of the step that it begins with.
+        num_steps: of the whole image; None if it is not known.
+        branches: those that have begun.
+        stream: which buffers are its own, among those of images that live at the same time.
+    """
+
+    enter: Callable[[Image], None]
+    leave: Callable[[Image], None]
+    first_step: int = 0
+    num_steps: int | None = None
+    branches: dict[Hashable, Branch] = field(default_factory=dict)
+    stream: int = 0
+
+    def __enter__(self) -> Image:
+        self.enter(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave(self)
+
+    def begin(self, at_step: int) -> None:
+        """Forget all steps: the next one is synchronous, and has this number."""
+        self.branches.clear()
+        self.first_step = at_step
+
+    def interrupt(self) -> None:
+        """Forget what was exchanged, and go on with the number of the next step."""
+        self.begin(max((branch.step for branch in self.branches.values()), default=self.first_step))
+
+    def branch(self, call: Call, moment: Moment, said: bool) -> Branch:
+        """The branch that a call belongs to: a new one of a new image, unless it is known to go on.
+
+        Args:
+            said: whether a user says that the call is of this image.
+        """
+        text, branch = Text(call.text, call.text_scale), self.branches.get(call.branch)
+        again = branch is not None and branch.takes_again(moment)
+        if branch is not None and not said and not branch.is_followed_by(moment, text):
+            self.begin(0)
+            branch = None
+        if branch is None:
+            branch = self.branches[call.branch] = Branch(self.first_step)
+        elif again or not branch.alone:
+            branch.fresh_start, branch.warm = True, False
+        branch.look_at(moment, text, again)
+        return branch
