@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .config import ExchangeMode, ParallelConfig
+from .config import ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
 from .requests import GenerationRequest, GenerationResult, SamplingParams, invalid_request
@@ -94,7 +94,6 @@ def generate(
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
-    exchange: Annotated[ExchangeMode, typer.Option(help="What the gang exchanges.")] = "displaced",
     warmup_steps: Annotated[
         str | None,
         typer.Option(help="Synchronous steps at the start, or auto; by default as --exchange needs."),
@@ -110,8 +109,7 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
-        warm_up = {} if warmup_steps is None else {"warmup_steps": warmup_steps}
-        parallel = ParallelConfig.model_validate({"exchange": exchange, **warm_up})
+        parallel = ParallelConfig.model_validate({"warmup_steps": warmup_steps})
         spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype)
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ExchangeMode = Literal["displaced", "displaced_attention", "compressed", "sync", "none"]
+ExchangeMode = Literal["auto", "displaced", "displaced_attention", "compressed", "sync", "none"]
 StatisticsMode = Literal["stale", "corrected", "fresh", "local"]
 Freshness = Literal["stale", "fresh"]
 Width = Literal["whole", "int8", "int4", "int2"]
@@ -106,17 +106,6 @@ class Prediction(BaseModel):
         return Weights(statistics, self.halos, keys_values)
 
 
-def _warmup_steps(given: Mapping[str, Any]) -> int:
-    """The default for the fields that were given before."""
-    exchange = given.get("exchange", "none")
-    mix = MIXES.get(exchange) if isinstance(exchange, str) else exchange
-    if mix is None:
-        return 1
-    if mix.is_stale("halos") or mix.is_stale("statistics"):
-        return 4
-    return 2 if mix.is_stale("keys_values") else 1
-
-
 class ParallelConfig(BaseModel):
     """How the ranks of a gang share one denoising step.
 
@@ -125,9 +114,12 @@ class ParallelConfig(BaseModel):
             2024); `displaced_attention` does so for self-attention's keys and values alone; `compressed`
             waits for those too, as changes of 4 bits; `sync` exchanges fresh ones at every layer and gives
             one device's numbers; `none` exchanges nothing but the output, the naive baseline. Or a `Mix`.
+            `auto` draws a first image of a shape in `sync`, and later ones in the freshest of `sync`,
+            `displaced_attention` and `displaced` in which waiting stays within `max_wait`.
+        max_wait: largest share of a step that may be waiting for peers, for `auto`.
         warmup_steps: synchronous steps at the start of every image (the first one always is), or `auto`:
-            until the drift of what is sent falls below `auto_warmup_drift`. Unless given, 4 where halos or
-            statistics are stale, 2 where keys and values alone are, and 1 where nothing is.
+            until the drift of what is sent falls below `auto_warmup_drift`. None is as many as the mix needs:
+            4 where halos or statistics are stale, 2 where keys and values alone are, and 1 where nothing is.
         auto_warmup_drift: relative change of the sent activations between two steps, largest over ranks.
         prediction: extrapolation of stale values.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
@@ -142,7 +134,8 @@ class ParallelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     exchange: ExchangeMode | Mix = "displaced"
-    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(default_factory=_warmup_steps)
+    max_wait: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     auto_warmup_drift: Annotated[float, Field(gt=0.0)] = 0.12
     prediction: Prediction = Prediction()
     cfg_parallel: bool | Literal["auto"] = "auto"
@@ -152,7 +145,15 @@ class ParallelConfig(BaseModel):
 
     @property
     def mix(self) -> Mix | None:
-        """What a displaced step takes from the previous one; None where layers exchange nothing."""
+        """What a displaced step takes from the previous one; None for `none`, and for `auto`."""
         if isinstance(self.exchange, Mix):
             return self.exchange
         return MIXES.get(self.exchange)
+
+    def warmup_of(self, mix: Mix) -> int | Literal["auto"]:
+        """Synchronous steps at the start of an image with that mix."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        if mix.is_stale("halos") or mix.is_stale("statistics"):
+            return 4
+        return 2 if mix.is_stale("keys_values") else 1

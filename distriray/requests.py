@@ -10,7 +10,7 @@ from uuid import uuid4
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .config import ParallelConfig
+from .config import ExchangeMode, Mix, ParallelConfig
 from .errors import InvalidRequest
 
 Count = Annotated[int, Field(ge=1)]
@@ -72,6 +72,8 @@ class SamplingParams(BaseModel):
     """Noise scheduler; the model's own by default."""
     clip_skip: Annotated[int, Field(ge=0)] | None = None
     """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
+    exchange: ExchangeMode | None = None
+    """Which of its peers' values a worker of a gang waits for; the service's own way by default."""
 
     if not TYPE_CHECKING:
 
@@ -287,7 +289,8 @@ class Segment(BaseModel):
 
     The order was sent at `sent_at`; all ranks were ready at `formed_at` (not counting prompt encoding); the
     last step ended at `left_at`, all in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the
-    mean seconds of a synchronous and of a displaced step.
+    mean seconds of a synchronous and of a displaced step. `exchange` is how the steps were shared, where
+    `auto` has chosen too: a request for the same with the same seed and gang makes the same picture.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -301,6 +304,7 @@ class Segment(BaseModel):
     left_at: float
     fresh_step_s: float | None = None
     stale_step_s: float | None = None
+    exchange: ExchangeMode | Mix = "sync"
 
     @property
     def steps(self) -> int:

@@ -261,6 +261,7 @@ class Job:
                 left_at=max(rank.left_at for rank in ranks),
                 fresh_step_s=_mean(step for rank in ranks for step in rank.fresh_s),
                 stale_step_s=_mean(step for rank in ranks for step in rank.stale_s),
+                exchange=ranks[0].exchange,
             )
         )
         first = ranks[0]

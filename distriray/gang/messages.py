@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from PIL import Image
 
-from ..config import ParallelConfig
+from ..config import ExchangeMode, Mix, ParallelConfig
 from ..errors import DistrirayError
 from ..requests import GenerationRequest
 
@@ -80,6 +80,7 @@ class RankResult:
         broken: the gang's communicator is unusable.
         formed_at: when this rank was ready to step, not counting prompt encoding; seconds since the epoch.
         left_at: when it had done its last step.
+        exchange: how the ranks shared the steps.
     """
 
     end: SegmentEnd
@@ -97,6 +98,7 @@ class RankResult:
     broken: bool = False
     formed_at: float = 0.0
     left_at: float = 0.0
+    exchange: ExchangeMode | Mix = "sync"
 
 
 @dataclass(frozen=True, slots=True)

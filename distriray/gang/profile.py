@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import MIXES
 from ..routing.latency import Entry, Profile
 from ..version import __version__
 from .config import HostConfig
@@ -49,5 +50,6 @@ def device_of(config: HostConfig, facts: WorkerFacts) -> str:
 
 def warmup_steps(config: HostConfig) -> int:
     """Synchronous steps at the beginning of every image, as far as the configuration says."""
-    steps = config.parallel.warmup_steps
+    parallel = config.parallel
+    steps = parallel.warmup_of(parallel.mix or MIXES["displaced"])
     return GUESSED_AUTO_WARMUP if steps == "auto" else steps

@@ -191,6 +191,7 @@ class SegmentRunner:
             broken=communicator.broken,
             formed_at=work.formed_at,
             left_at=work.left_at,
+            exchange=self._engine.exchange,
         )
 
     def _work(
@@ -199,7 +200,10 @@ class SegmentRunner:
         """One segment, recorded in `work`."""
         began = time.perf_counter()
         try:
-            self._engine.join(communicator, order.parallel)  # requests have generators: no state to share
+            parallel, own = order.parallel, order.request.exchange
+            if own is not None:
+                parallel = parallel.model_copy(update={"exchange": own})
+            self._engine.join(communicator, parallel)  # requests have generators: no state to share
             work.state = state = self._state(order, blob)
         except Exception:
             with suppress(GangBroken):

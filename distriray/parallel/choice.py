@@ -6,7 +6,11 @@ from collections.abc import Hashable
 from statistics import median
 from typing import NamedTuple
 
-from distriray.config import ExchangeMode
+import torch
+
+from distriray.collective.all_gather import all_gather
+from distriray.collective.base import Communicator
+from distriray.config import MIXES, ExchangeMode, Mix
 from distriray.parallel.stopwatch import Stopwatch
 
 CANDIDATES: tuple[ExchangeMode, ...] = ("sync", "displaced_attention", "displaced")
@@ -31,20 +35,20 @@ class TimedStep(NamedTuple):
 
 
 class Choices:
-    """The choice for every shape that a rank has measured, each made once."""
+    """What one rank has measured of a gang, and chosen: once for every shape."""
 
     def __init__(self) -> None:
         self._timed: dict[Hashable, list[TimedStep]] = {}
         self._chosen: dict[Hashable, int] = {}
 
     def note(self, shape: Hashable, step: TimedStep) -> None:
-        """Remember a synchronous step of a shape for which there is no choice yet."""
+        """Remember a synchronous step of a shape, unless the choice is made."""
         timed = self._timed.setdefault(shape, [])
         if shape not in self._chosen and len(timed) <= MEASURED_STEPS:
             timed.append(step)
 
-    def rank(self, shape: Hashable, max_wait: float) -> int:
-        """The place of this rank's choice in `CANDIDATES`; -1 if nothing was measured yet.
+    def place(self, shape: Hashable, max_wait: float) -> int:
+        """The place of this rank's choice in `CANDIDATES`; -1 if too little was measured.
 
         On a GPU this waits for the steps that were timed.
 
@@ -57,9 +61,23 @@ class Choices:
         return self._chosen.get(shape, -1)
 
 
+def agreed(communicator: Communicator, place: int) -> Mix:
+    """The mix for an image: the one that waits least of all ranks' choices, `sync` until each has one.
+
+    All ranks call it.
+
+    Raises:
+        GangBroken: a peer died or hung.
+    """
+    places = [torch.tensor([place], device=communicator.device) for _ in range(communicator.world_size)]
+    all_gather(communicator, places).wait()
+    everyone = torch.cat(places).tolist()
+    communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
+    return MIXES[CANDIDATES[max(everyone) if min(everyone) >= 0 else 0]]
+
+
 def _freshest(timed: list[TimedStep], max_wait: float) -> int:
-    whole, rows, keys_values = (
-        median(watch.seconds for watch in watches) for watches in zip(*timed, strict=True)
-    )
+    seconds = [[watch.seconds for watch in watches] for watches in zip(*timed, strict=True)]
+    whole, rows, keys_values = map(median, seconds)
     shares = (rows + keys_values) / whole, rows / (whole - keys_values), 0.0
     return next(place for place, share in enumerate(shares) if share <= max_wait)

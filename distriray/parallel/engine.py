@@ -9,15 +9,16 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from distriray.collective.base import Communicator
-from distriray.config import ParallelConfig
+from distriray.config import MIXES, ExchangeMode, Mix, ParallelConfig
 from distriray.errors import DistrirayError, GangMismatch, GenerationCancelled
 from distriray.parallel.agreement import check_same_image
 from distriray.parallel.baked import Baked
+from distriray.parallel.choice import CANDIDATES, Choices, TimedStep, agreed
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
@@ -75,6 +76,8 @@ class Engine:
     Attributes:
         network: what is particular to its family.
         communicator, config: the gang, and how it shares a step; set by `join`.
+        exchange: how the image under way is shared, or the last one: what `auto` has chosen, for one. `sync`
+            where there is nothing to exchange.
         context: what the network's layers look up during a call.
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
         bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
@@ -91,6 +94,7 @@ class Engine:
         self.network = network
         self.communicator: Communicator
         self.config: ParallelConfig
+        self.exchange: ExchangeMode | Mix = "sync"
         self.context = PatchContext()
         self.decoder: PatchDecoder | None = None
         self.bucket_count = BUCKETS
@@ -113,6 +117,8 @@ class Engine:
         self._graph_maker: GraphMaker | None = None
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
+        self._choices_of: WeakKeyDictionary[Communicator, Choices] = WeakKeyDictionary()
+        self._choices = Choices()
         self._baked: Baked | None = None
         self._outline: Outline | None = None
         self._sums: Sums | None = None
@@ -132,15 +138,16 @@ class Engine:
             self._schedules.watch(pipeline)
 
     def join(self, communicator: Communicator, config: ParallelConfig) -> None:
-        """Join another gang, dropping the previous gang's buffers and pending signals."""
-        self._exchanges.clear()
+        """Join a gang, dropping pending signals, and the buffers of the gang before if it is another."""
         with self._lock:
             self._asked = Flags()
-        self.communicator = communicator
-        self.config = config
-        self.lags = communicator.device.type == "cuda"
-        captures = config.cuda_graphs and communicator.device.type == "cuda"
-        self.capture_with(CudaGraphs(communicator.device) if captures else None)
+        if not self._is_in(communicator, config):
+            self.communicator = communicator
+            self.config = config
+            self.lags = communicator.device.type == "cuda"
+            captures = config.cuda_graphs and communicator.device.type == "cuda"
+            self.capture_with(CudaGraphs(communicator.device) if captures else None)
+            self._choices = self._choices_of.setdefault(communicator, Choices())
         if self.decoder is not None:
             together = config.parallel_vae and communicator.world_size > 1
             self.decoder.communicator = communicator if together else None
@@ -150,6 +157,10 @@ class Engine:
             image.interrupt()
         self._unannounced.begin(0)
         self._forget_call()
+
+    def _is_in(self, communicator: Communicator, config: ParallelConfig) -> bool:
+        """Whether the engine has joined this gang before any other, and the gang is whole."""
+        return self.generation > 0 and self.communicator is communicator and self.config == config
 
     def capture_with(self, maker: GraphMaker | None) -> None:
         """Let later steps be graphs that `maker` makes, none if it is None; exchanges begin anew."""
@@ -274,7 +285,10 @@ class Engine:
         sent = self.communicator.bytes_sent
         call = self.network.read(*args, **kwargs)
         with Stopwatch(call.sample.device) as whole:
-            output, step = self._run(call)
+            output, step, share = self._run(call)
+        if self.config.exchange == "auto" and step is not None and not step.displaced:
+            timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
+            self._choices.note(_shape(call, share), timed)
         waiting = () if step is None else tuple(step.waiting)
         if self._gather is not None:
             waiting = (*waiting, self._gather.waiting)
@@ -287,8 +301,8 @@ class Engine:
         )
         return output
 
-    def _run(self, call: Call) -> tuple[Any, Step | None]:
-        """The network's output, and the step of the exchange that it was computed in."""
+    def _run(self, call: Call) -> tuple[Any, Step | None, Share]:
+        """The network's output, the step of the exchange that it was computed in, and this rank's share."""
         promised, self._more_follow = self._more_follow, False
         moment = self._schedules.read(call.timestep)
         branch = self._branch(call, moment)
@@ -318,7 +332,7 @@ class Engine:
             raise
         branch.step += 1
         branch.fresh_start = False
-        return output, step
+        return output, step, share
 
     def _branch(self, call: Call, moment: Moment) -> Branch:
         """The branch that a call goes on with, or begins."""
@@ -359,7 +373,20 @@ class Engine:
                 self._baked = None  # it may be gone
         if refusal is not None:
             raise refusal
+        if branch.fresh_start:
+            branch.mix = self._choose(call, share)
         return share
+
+    def _choose(self, call: Call, share: Share) -> Mix | None:
+        """The mix of an image that begins, for all ranks alike."""
+        exchange, mix = self.config.exchange, self.config.mix
+        if not share.exchanges:
+            exchange, mix = "none" if share.partition.world_size > 1 else "sync", None
+        elif exchange == "auto":
+            mix = agreed(self.communicator, self._choices.place(_shape(call, share), self.config.max_wait))
+            exchange = next(name for name in CANDIDATES if MIXES[name] == mix)
+        self.exchange = exchange
+        return mix
 
     def _place(self, call: Call, moment: Moment, branch: Branch) -> Place | None:
         """Where this rank is, for the others to compare; None without others."""
@@ -418,13 +445,13 @@ class Engine:
         communicator = self.communicator.subgroup(layout.ranks(layout.half(rank)))
         partition = self.network.partition(call, layout.patches)
         part = layout.batch_slice(rank, call.batch)
-        exchanges = layout.patches > 1 and self.config.mix is not None
+        exchanges = layout.patches > 1 and self.config.exchange != "none"
         return Share(layout, communicator, partition, call.batch, part, exchanges)
 
     def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
         """The step of the exchange for this call; None without patches or without an exchange."""
-        config, mix, before = self.config, self.config.mix, branch.exchange
-        if mix is None or not share.exchanges:
+        config, mix, before = self.config, branch.mix, branch.exchange
+        if mix is None:
             branch.exchange = None
             self._graphs_of_call = self._graphs
             return nullcontext()
@@ -432,7 +459,7 @@ class Engine:
         inference = torch.is_inference_mode_enabled()
         part = share.part.start, share.part.stop
         stream = self._image.stream, call.branch
-        key = branch.exchange = (stream, part, share.partition, call.sample.dtype, inference)
+        key = branch.exchange = (stream, mix, part, share.partition, call.sample.dtype, inference)
         follows = not branch.fresh_start and key == before
         exchange = self._exchanges.use(
             key,
@@ -452,9 +479,10 @@ class Engine:
             self._exchanges.evict(in_use, config.max_buffer_bytes)
         if mix.exact:
             return exchange.step()
-        if config.warmup_steps == "auto":
+        warmup = config.warmup_of(mix)
+        if warmup == "auto":
             return exchange.step(branch.warm and follows, measure_drift=not branch.warm)
-        return exchange.step(branch.step >= config.warmup_steps and follows)
+        return exchange.step(branch.step >= warmup and follows)
 
     def _collect(
         self,
@@ -500,3 +528,8 @@ class Engine:
         if header.flags.cancel:
             raise GenerationCancelled("a rank of the gang asked for it")
         return self.drift
+
+
+def _shape(call: Call, share: Share) -> Hashable:
+    """What decides how much a rank computes and sends."""
+    return share.layout, share.partition, share.batch, call.sample.dtype

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distriray.config import Mix
 from distriray.parallel.networks.base import Call
 from distriray.parallel.schedules import Element, Moment
 
@@ -41,6 +42,7 @@ class Branch:
         fresh_start: whether that has no step to go on from.
         warm: whether drift has fallen so far that steps may be displaced.
         exchange: key of the last step's; None if it had none.
+        mix: which values of the step before a displaced one takes; None where nothing is exchanged.
         element: the timestep of the last call, where it is one of a schedule.
         alone: whether the last call was the only one with that timestep.
         text: of the last call.
@@ -51,6 +53,7 @@ class Branch:
     fresh_start: bool = True
     warm: bool = False
     exchange: Hashable = None
+    mix: Mix | None = None
     element: Element | None = None
     alone: bool = True
     text: Text | None = None

@@ -1,0 +1,150 @@
+"""`exchange="auto"`: the freshest mix whose waits a gang's link keeps short, chosen once for all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, LockstepCommunicator, Work, run_in_lockstep
+from distriray.collective.subgroup import Subgroup
+from distriray.config import MIXES
+from distriray.parallel import Engine, engine_of
+from distriray.parallel.choice import MEASURED_STEPS, Choices, TimedStep, agreed
+from distriray.parallel.stopwatch import Stopwatch
+from tests.models import tiny_sdxl_unet
+
+INPUTS = {
+    "encoder_hidden_states": torch.ones((1, 7, 32)),
+    "added_cond_kwargs": {"text_embeds": torch.ones((1, 16)), "time_ids": torch.ones((1, 6))},
+}
+SAMPLE = torch.randn((1, 4, 16, 12), generator=torch.Generator().manual_seed(0))
+
+
+class Clock(Stopwatch):
+    """A stopwatch that shows what it is told."""
+
+    def __init__(self, shows: float) -> None:
+        super().__init__()
+        self._shows = shows
+
+    @property
+    def seconds(self) -> float:
+        return self._shows
+
+
+def timed(whole: float, rows: float, keys_values: float) -> TimedStep:
+    return TimedStep(Clock(whole), Clock(rows), Clock(keys_values))
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys_values", "place"),
+    [
+        (0.05, 0.05, 0),  # a tenth of the step
+        (0.05, 0.06, 1),  # without keys and values 0.05 of 0.94
+        (0.06, 0.40, 1),  # 0.06 of 0.6
+        (0.07, 0.40, 2),  # 0.07 of 0.6
+        (0.30, 0.00, 2),
+    ],
+)
+def test_the_freshest_mix_within_the_bound_is_chosen(rows: float, keys_values: float, place: int) -> None:
+    choices = Choices()
+    for _ in range(3):
+        choices.note("shape", timed(1.0, rows, keys_values))
+    assert choices.place("shape", max_wait=0.1) == place
+
+
+def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
+    choices = Choices()
+    choices.note("shape", timed(1.0, 0.9, 0.0))
+    assert choices.place("shape", 0.1) == -1, "nothing but the first step was seen"
+    for _ in range(2 * MEASURED_STEPS):
+        choices.note("shape", timed(1.0, 0.0, 0.0))
+    assert choices.place("other", 0.1) == -1
+    assert choices.place("shape", 0.1) == 0
+    for _ in range(3):
+        choices.note("shape", timed(1.0, 0.9, 0.0))
+    assert choices.place("shape", 0.1) == 0
+
+
+@pytest.mark.parametrize(
+    ("places", "exchange"),
+    [([0, 0, 0], "sync"), ([0, 2, 1], "displaced"), ([0, 1, 0], "displaced_attention"), ([2, -1, 2], "sync")],
+)
+def test_ranks_agree_on_the_mix_that_waits_least(places: list[int], exchange: str) -> None:
+    mixes = run_in_lockstep(3, lambda gang: agreed(gang, places[gang.rank]))
+    assert mixes == 3 * [MIXES[exchange]]
+
+
+class Slow(Subgroup):
+    """A gang whose messages take their time."""
+
+    def __init__(self, parent: Communicator, ranks: Sequence[int], delay_s: float) -> None:
+        super().__init__(parent, ranks)
+        self._delay_s = delay_s
+
+    def subgroup(self, ranks: Sequence[int]) -> Slow:
+        return Slow(self._parent, ranks, self._delay_s)
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
+        return _Late(super().exchange(sends, receives), time.monotonic() + self._delay_s)
+
+
+class _Late:
+    def __init__(self, work: Work, at: float) -> None:
+        self._work, self._at = work, at
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._at - time.monotonic()))
+        self._work.wait()
+
+
+def images(engine: Engine, unet: Any, count: int, steps: int = 4) -> list[tuple[Any, torch.Tensor]]:
+    """How each image was shared, and the output of its last step."""
+    made = []
+    for _ in range(count):
+        with engine.image():
+            outputs = [unet(SAMPLE * (1 + 0.1 * step), 900 - step, **INPUTS).sample for step in range(steps)]
+        made.append((engine.exchange, outputs[-1]))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "max_wait", "expected"), [(0.0, 1.0, "sync"), (0.02, 0.1, "displaced")], ids=["fast", "slow"]
+)
+def test_later_images_are_what_the_first_one_showed(delay_s: float, max_wait: float, expected: str) -> None:
+    def rank(communicator: LockstepCommunicator) -> list[Any]:
+        gang = Slow(communicator, range(2), delay_s)
+        config = ParallelConfig(exchange="auto", max_wait=max_wait, cfg_parallel=False)
+        unet = parallelize(tiny_sdxl_unet(), gang, config)
+        engine = engine_of(unet)
+        assert engine is not None
+        first, second, third = images(engine, unet, 3)
+        assert (first[0], second[0], third[0]) == ("sync", expected, expected)
+        assert torch.equal(second[1], third[1])
+        engine.join(gang, config)  # as for the next request
+        assert images(engine, unet, 1)[0][0] == expected
+        pinned = config.model_copy(update={"exchange": expected})
+        engine.join(gang, pinned)
+        ((name, output),) = images(engine, unet, 1)
+        assert name == expected and torch.equal(output, second[1]), "the mix that was named makes it again"
+        other = Slow(communicator, range(2), delay_s)
+        engine.join(other, config)
+        assert images(engine, unet, 1)[0][0] == "sync", "another gang is measured by itself"
+        return [engine.exchange]
+
+    run_in_lockstep(2, rank)
+
+
+def test_without_patches_there_is_nothing_to_choose() -> None:
+    def rank(communicator: LockstepCommunicator) -> Any:
+        unet = parallelize(tiny_sdxl_unet(), communicator, ParallelConfig(exchange="auto"))
+        engine = engine_of(unet)
+        assert engine is not None
+        return images(engine, unet, 2)[-1][0]
+
+    assert run_in_lockstep(1, rank) == ["sync"]
