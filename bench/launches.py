@@ -157,7 +157,7 @@ def main() -> None:
         report.add(*cells(size, "diffusers", "together", "-", alone, alone, None), "-", "-", "-", "-")
         for ranks, split in product(arguments.ranks, (True, False)):
             least: Count | None = None
-            for exchange in ("none", "displaced", "sync"):
+            for exchange in ("none", *MIXES):
                 count, peers, buffers = share(size, ranks, split, exchange)
                 least = least or count
                 sent = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
