@@ -28,6 +28,7 @@ from bench.projection.peers import AbsentPeers
 from bench.projection.share import SDXL, step_inputs
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
+from distriray.config import MIXES
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
 from distriray.parallel.kernels import fused
