@@ -332,6 +332,17 @@ def test_an_image_is_entered_once_at_a_time() -> None:
         pass
 
 
+def test_a_wish_to_yield_ends_with_its_image_although_another_one_lives() -> None:
+    unet = parallelize(tiny_sdxl_unet(), connect("local"))
+    first, second = engine(unet).image(), engine(unet).image()
+    with first:
+        engine(unet).ask_yield()
+        noise(unet, picture(0), 900)
+    assert engine(unet).yielding
+    with second:
+        assert not engine(unet).yielding
+
+
 @pytest.mark.parametrize("interrupts", ["join", "fail", "start"])
 def test_an_image_that_was_interrupted_begins_anew(interrupts: str) -> None:
     def rank(communicator: Communicator) -> list[bool]:
