@@ -251,8 +251,10 @@ class Engine:
         if image in self._entered:
             raise RuntimeError("the image was entered before, and not left")
         self._unannounced.begin(0)
+        if not image.branches:
+            self.yielding, self._more_follow = False, False
         if not self._begun:
-            self._forget_call()
+            self._unread = None
         self._entered.append(image)
 
     def _leave(self, image: Image) -> None:

@@ -157,7 +157,7 @@ class LocalCode:
         if not self.says(module):
             if not _is_known(kind):
                 return f"{layer} is a {kind.__name__}"
-            if _has_other_forward(kind):
+            if kind.forward is not nn.Module.forward and _is_of_another(kind, kind.forward):
                 return f"{kind.__name__}.forward of {layer} was replaced by {_name(kind.forward)}"
             for variant in vars(module).get("lora_variant", {}).values():
                 if type(variant).__name__ not in _LORA_VARIANTS:
@@ -181,7 +181,9 @@ class LocalCode:
 
     def attends_locally(self, processor: Any) -> bool:
         """Whether a processor of cross-attention lets each position attend by itself."""
-        return self.says(processor) or _full_name(type(processor)) in _CROSS_ATTENTION
+        kind: Any = type(processor)
+        known = _full_name(kind) in _CROSS_ATTENTION and not _is_of_another(kind, kind.__call__)
+        return known or self.says(processor)
 
     def _hook(self, layer: str, module: nn.Module) -> str | None:
         everywhere = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
@@ -231,9 +233,9 @@ def _methods(kind: Any) -> frozenset[str]:
     return frozenset(added | {"_call_impl", "_wrapped_call_impl"})
 
 
-def _has_other_forward(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class is code of another package than the class."""
-    origin = _origin(kind.forward)
+def _is_of_another(kind: type, function: Any) -> bool:
+    """Whether a method of a class was written in another package than the class."""
+    origin = _origin(function)
     return origin is not None and origin.partition(".")[0] != kind.__module__.partition(".")[0]
 
 

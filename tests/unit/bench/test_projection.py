@@ -40,8 +40,9 @@ def test_a_rank_alone_sends_what_it_sends_in_a_gang(ranks, split):
         unet = tiny_sdxl_unet()
         parallelize(unet, communicator, ParallelConfig(warmup_steps=1, cfg_parallel=split))
         inputs = unet_inputs(unet, SIZE)
-        for at in range(3):
-            unet(timestep=900 - at, **inputs)
+        with engine_of(unet).image():
+            for at in range(3):
+                unet(timestep=900 - at, **inputs)
         return engine_of(unet).statistics.bytes_sent
 
     sent = run_in_lockstep(ranks, displaced)

@@ -42,6 +42,13 @@ def noise(
     return unet(sample, timestep, text, added_cond_kwargs=ADDED).sample
 
 
+def watched(unet: UNet2DConditionModel, communicator: Communicator, config: ParallelConfig) -> Any:
+    """A parallelized pipeline whose scheduler has nothing to do with the calls of its network."""
+    pipeline = tiny_sdxl()
+    pipeline.unet = unet
+    return parallelize(pipeline, communicator, config)
+
+
 def counted(module: Any) -> list[bool]:
     """Whether each further call of a network is synchronous."""
     synchronous: list[bool] = []
@@ -125,8 +132,8 @@ def test_frames_of_one_step_are_made_each_by_itself_whatever_is_watched() -> Non
     wanted = frames(tiny_sdxl_unet(3))
 
     def rank(communicator: Communicator) -> list[torch.Tensor]:
-        pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(warmup_steps=0, cfg_parallel=False))
-        call(pipeline, Case(steps=2, height=128, width=64, guidance=1.0))
+        config = ParallelConfig(warmup_steps=0, cfg_parallel=False)
+        pipeline = watched(tiny_sdxl_unet(3), communicator, config)
         return frames(pipeline.unet)
 
     for made in run_in_lockstep(2, rank):
@@ -169,7 +176,8 @@ def test_text_is_read_with_the_adapters_of_now(
     wanted = frames(alone, lambda frame: change(alone, frame))
 
     def rank(communicator: Communicator) -> list[torch.Tensor]:
-        unet = parallelize(with_lora(), communicator, SYNC)
+        pipeline = watched(with_lora(), communicator, SYNC)
+        unet = pipeline.unet
         if not said:
             return frames(unet, lambda frame: change(unet, frame))
         made = []
@@ -268,7 +276,8 @@ def test_regions_in_turn_read_nothing_of_each_other() -> None:
 
     def rank(communicator: Communicator) -> list[list[torch.Tensor]]:
         config = ParallelConfig(warmup_steps=0, cfg_parallel=False)
-        return in_turn(parallelize(tiny_sdxl_unet(), communicator, config), None)
+        pipeline = watched(tiny_sdxl_unet(), communicator, config)
+        return in_turn(pipeline.unet, None)
 
     for said in run_in_lockstep(2, rank):
         for ours, theirs in zip(said, wanted, strict=True):
@@ -321,6 +330,17 @@ def test_an_image_is_entered_once_at_a_time() -> None:
     unet = parallelize(tiny_sdxl_unet(), connect("local"))
     with (image := engine(unet).image()), pytest.raises(RuntimeError, match="was entered before"), image:
         pass
+
+
+def test_a_wish_to_yield_ends_with_its_image_although_another_one_lives() -> None:
+    unet = parallelize(tiny_sdxl_unet(), connect("local"))
+    first, second = engine(unet).image(), engine(unet).image()
+    with first:
+        engine(unet).ask_yield()
+        noise(unet, picture(0), 900)
+    assert engine(unet).yielding
+    with second:
+        assert not engine(unet).yielding
 
 
 @pytest.mark.parametrize("interrupts", ["join", "fail", "start"])

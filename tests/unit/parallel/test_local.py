@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from torch import nn
@@ -21,6 +25,8 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
+from distriray.parallel.context import PatchContext
+from distriray.parallel.networks.unet import UNet
 from distriray.parallel.networks.vae import can_be_cut
 from tests.models import randomize, tiny_sd15_unet, tiny_sdxl_unet, tiny_vae
 
@@ -379,6 +385,23 @@ def test_code_that_is_about_weights_is_known(
 
     for found in run_in_lockstep(2, rank):
         assert F.mse_loss(found, wanted).sqrt() <= 1e-3 * wanted.std()
+
+
+def attend_to_an_image_too(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    processor = IPAdapterAttnProcessor2_0(32, 32, num_tokens=(4,))
+    randomize(processor, 5)
+    transformer(unet).attn2.set_processor(processor)
+    return unet
+
+
+def test_processors_that_are_modules_are_known() -> None:
+    text, image = torch.ones((1, 9, 32)), torch.ones((1, 1, 4, 32))
+    attn = transformer(attend_to_an_image_too(tiny_sdxl_unet())).attn2
+    wanted = attn(torch.ones((1, 6, 32)), (text, [image]))
+    unet = parallelize(attend_to_an_image_too(tiny_sdxl_unet()), connect("local"), SYNC)
+    UNet(unet).convert(PatchContext())
+    found = transformer(unet).attn2(torch.ones((1, 6, 32)), (text, [image]))
+    assert torch.equal(found, wanted)
 
 
 def test_a_compiled_block_is_known() -> None:
