@@ -8,7 +8,7 @@ from distriray.collective import Communicator, all_gather
 
 
 def barrier(communicator: Communicator) -> None:
-    """Return once every rank has come here; waiting costs no CPU."""
+    """Return once every rank has come here; waiting costs next to no CPU."""
     all_gather(communicator, list(torch.zeros(communicator.world_size, 1, device=communicator.device))).wait()
     finish(communicator.device)
 

@@ -1,70 +1,92 @@
-"""Cost of an exchange between two processes on this machine: `python -m bench.collective`.
+"""Cost of an exchange between processes on this machine: `python -m bench.collective`.
 
-`swap` is one exchange in both directions at once; `round trip` is there and back, one after the other. The
-10th percentile is what it costs when both processes have a core; beyond it, a busy machine's scheduler shows.
+`swap` is one exchange of every rank with every other, in both directions at once; `round` goes from rank to
+rank and back to the first, one after the other. The backends take turns within one run, so that a machine
+whose speed drifts shifts them alike. The 10th percentile is what it costs when all processes have a core;
+beyond it, a busy machine's scheduler shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from statistics import quantiles
 
 import torch
 
 from bench.report import Report
-from distriray.collective import Communicator, launch
+from distriray.collective import Communicator, all_gather, connect, launch, serve_store
 
-SIZES = {"1 KiB": 1 << 10, "64 KiB": 1 << 16, "1 MiB": 1 << 20}
+SIZES = {"1 KiB": 1 << 10, "64 KiB": 1 << 16, "1 MiB": 1 << 20, "16 MiB": 1 << 24}
+TURNS = 5
+COLUMNS = ("ranks", "exchange", "backend", "10th percentile", "median", "90th percentile", "CPU of one rank")
+
+Samples = dict[tuple[str, str], list[tuple[float, float]]]
+"""By exchange and backend: seconds, and seconds of CPU."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=500)
+    parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--repeats", type=int, default=400, help="of the small ones; 16 MiB: a tenth of it")
     parser.add_argument("--json", help="write the table here, too")
     arguments = parser.parse_args()
-    columns = ("exchange", "10th percentile", "median", "90th percentile", "CPU of one rank")
-    report = Report("Exchange between two ranks over gloo", columns, seed=0, settings=vars(arguments))
-    for row in launch(2, measure, arguments.repeats)[0]:
-        report.add(*row)
+    report = Report("Exchange between ranks of one machine", COLUMNS, seed=0, settings=vars(arguments))
+    served = serve_store("127.0.0.1")
+    for ranks in arguments.ranks:
+        samples = launch(ranks, measure, served.address, arguments.backends, arguments.repeats)[0]
+        for (exchange, backend), taken in samples.items():
+            tenths = quantiles([seconds for seconds, _ in taken], n=10)
+            cpu = sum(cpu_s for _, cpu_s in taken) / len(taken)
+            times = (f"{value * 1e6:.0f} us" for value in (tenths[0], tenths[4], tenths[8], cpu))
+            report.add(str(ranks), exchange, backend, *times)
     report.publish(arguments.json)
 
 
-def measure(communicator: Communicator, repeats: int) -> list[tuple[str, ...]]:
-    """One row for each kind and size."""
-    peer = 1 - communicator.rank
-    rows = []
+def measure(communicator: Communicator, address: str, backends: list[str], repeats: int) -> Samples:
+    """What each kind and size takes, by each backend."""
+    rank, ranks = communicator.rank, communicator.world_size
+    gangs = {
+        name: connect(name, rank=rank, world_size=ranks, address=address, name=f"{name} of {ranks}")
+        for name in backends
+    }
+    samples: Samples = defaultdict(list)
     for label, size in SIZES.items():
-        ours, theirs = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+        tensors = list(torch.zeros(ranks, size, dtype=torch.uint8))
 
-        def swap(sent: torch.Tensor = ours, received: torch.Tensor = theirs) -> None:
-            communicator.exchange({peer: sent}, {peer: received}).wait()
+        def swap(gang: Communicator, tensors: list[torch.Tensor] = tensors) -> None:
+            all_gather(gang, tensors).wait()
 
-        def round_trip(sent: torch.Tensor = ours, received: torch.Tensor = theirs) -> None:
-            steps = [({peer: sent}, {}), ({}, {peer: received})]
-            for sends, receives in steps if communicator.rank == 0 else reversed(steps):
-                communicator.exchange(sends, receives).wait()
+        def round_(gang: Communicator, tensors: list[torch.Tensor] = tensors) -> None:
+            before, after = (rank - 1) % ranks, (rank + 1) % ranks
+            steps = [({after: tensors[rank]}, {}), ({}, {before: tensors[before]})]
+            for sends, receives in steps if rank == 0 else reversed(steps):
+                gang.exchange(sends, receives).wait()
 
-        rows += [
-            (f"swap {label}", *_time(swap, repeats)),
-            (f"round trip {label}", *_time(round_trip, repeats)),
-        ]
-    return rows
+        count = repeats // (10 if size > 1 << 20 else 1) // TURNS
+        for _ in range(TURNS):
+            for name, gang in gangs.items():
+                samples[f"swap {label}", name] += _time(swap, gang, count)
+                samples[f"round {label}", name] += _time(round_, gang, count)
+    for gang in gangs.values():
+        gang.close()
+    return dict(samples)
 
 
-def _time(exchange: Callable[[], None], repeats: int) -> list[str]:
-    for _ in range(20):
-        exchange()
-    seconds = []
-    cpu = time.process_time()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        exchange()
-        seconds.append(time.perf_counter() - start)
-    cpu = (time.process_time() - cpu) / repeats
-    tenths = quantiles(seconds, n=10)
-    return [f"{value * 1e6:.0f} us" for value in (tenths[0], tenths[4], tenths[8], cpu)]
+def _time(
+    exchange: Callable[[Communicator], None], gang: Communicator, count: int
+) -> list[tuple[float, float]]:
+    for _ in range(3):
+        exchange(gang)
+    taken = []
+    for _ in range(count):
+        start, cpu = time.perf_counter(), time.process_time()
+        exchange(gang)
+        taken.append((time.perf_counter() - start, time.process_time() - cpu))
+    return taken
 
 
 if __name__ == "__main__":

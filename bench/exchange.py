@@ -1,8 +1,8 @@
 """Cost of one denoising step with and without the exchange: `python -m bench.exchange`.
 
-Two ranks, patches only (no splitting of the guidance batch), one torch thread per rank. All modes are timed
-in turn within one run, several rounds, so that a machine whose speed drifts shifts them alike; ratios are
-medians of the rounds' ratios.
+Two ranks, patches only (no splitting of the guidance batch), one torch thread per rank. All modes, over each
+backend, are timed in turn within one run, several rounds, so that a machine whose speed drifts shifts them
+alike; ratios are medians of the rounds' ratios.
 
 `none` is the naive baseline: attention there reads the own keys only, so a part of what `displaced` costs
 more is arithmetic. `unsent` is `displaced` without its messages: the difference is what they cost.
@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from bench.barrier import barrier
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.collective import Communicator, Work, connect, launch
+from distriray.collective import Communicator, Work, connect, launch, serve_store
 from distriray.collective.local import NothingInFlight
 from distriray.collective.subgroup import Subgroup
 from distriray.config import MIXES
@@ -62,40 +62,67 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=512, help="pixels of a side (default 512)")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6, help="timed steps a round")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
-    rounds = launch(arguments.ranks, measure, arguments.size, arguments.rounds, arguments.steps)[0]
+    served = serve_store("127.0.0.1")
+    shape = (arguments.size, arguments.rounds, arguments.steps)
+    rounds = launch(arguments.ranks, measure, served.address, arguments.backends, *shape)[0]
 
     report = Report(
         f"bench.exchange: one step of builtin:landscapes at {arguments.size}x{arguments.size} with guidance, "
         f"{arguments.ranks} ranks, one thread each, patches only",
-        columns=("mode", "s/step", "waiting", "waits", "sent/step", "faster than one rank", "of none"),
+        columns=(
+            "mode",
+            "backend",
+            "s/step",
+            "waiting",
+            "waits",
+            "sent/step",
+            "faster than one rank",
+            "of none",
+        ),
         seed=0,
         settings=vars(arguments),
     )
-    for mode in MODES:
-        timings = [timing[mode] for timing in rounds]
+    for mode, backend in rounds[0]:
+        timings = [timing[mode, backend] for timing in rounds]
+        alone = [timing[MODES[0], "-"].step_s for timing in rounds]
+        none = [
+            timing["none", arguments.backends[0] if backend == "-" else backend].step_s for timing in rounds
+        ]
         step_s = median(t.step_s for t in timings)
         report.add(
             mode,
+            backend,
             f"{step_s:.4f}",
             f"{median(t.wait_s / t.step_s for t in timings):.1%}",
             str(timings[-1].waits),
             f"{timings[-1].bytes_sent / 2**20:.2f} MiB",
-            f"{median(t['one rank'].step_s / t[mode].step_s for t in rounds):.2f}x",
-            f"{median(t[mode].step_s / t['none'].step_s for t in rounds):.3f}x",
+            f"{median(one / t.step_s for one, t in zip(alone, timings, strict=True)):.2f}x",
+            f"{median(t.step_s / least for t, least in zip(timings, none, strict=True)):.3f}x",
         )
     report.publish(arguments.json)
 
 
-def measure(communicator: Communicator, size: int, rounds: int, steps: int) -> list[dict[str, Timing]]:
-    """Time every mode `rounds` times."""
+def measure(
+    communicator: Communicator, address: str, backends: list[str], size: int, rounds: int, steps: int
+) -> list[dict[tuple[str, str], Timing]]:
+    """Time every mode over every backend `rounds` times."""
+    rank, ranks = communicator.rank, communicator.world_size
+    gangs = {
+        name: connect(name, rank=rank, world_size=ranks, address=address, name=name) for name in backends
+    }
     unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet").float().eval()
     timings = []
     for _ in range(rounds):
-        timings.append({mode: _time_mode(unet, communicator, mode, size, steps) for mode in MODES})
+        taken = {(MODES[0], "-"): _time_mode(unet, communicator, MODES[0], size, steps)}
+        for mode in MODES[1:]:
+            for name, gang in gangs.items():
+                taken[mode, name] = _time_mode(unet, gang, mode, size, steps)
+        timings.append(taken)
     return timings
 
 

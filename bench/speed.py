@@ -97,6 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="builtin:landscapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backend", help="how ranks exchange; default: the best that there is")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 768], help="pixels of a side")
     parser.add_argument("--gangs", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=10)
@@ -111,7 +112,8 @@ def main() -> None:
         seed=0,
         settings=vars(arguments),
     )
-    rounds = launch(max(arguments.gangs), measure, compared, arguments, device=arguments.device)[0]
+    how = {"device": arguments.device, "backend": arguments.backend}
+    rounds = launch(max(arguments.gangs), measure, compared, arguments, **how)[0]
     hosted = [] if arguments.no_host else measure_host(arguments)
     for size in arguments.sizes:
         for way in compared:

@@ -70,6 +70,10 @@ class GangBroken(DistrirayError, RuntimeError):
     """A peer died, hung or left; the communicator is unusable and a new one must be made."""
 
 
+class BackendUnavailable(DistrirayError, RuntimeError):
+    """The ranks of a gang, all alike, cannot exchange in the way that was asked for; the message says why."""
+
+
 class RankFailed(DistrirayError, RuntimeError):
     """A process that `launch` started failed; the message holds the traceback of every rank that did."""
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/torchrun.py "a lake at dusk" --out lake.png
 
-On GPUs, one a process: `--backend nccl`. The model is the built-in one unless `--model` names a folder that a
+On GPUs, one a process: `--device cuda`. The model is the built-in one unless `--model` names a folder that a
 diffusers pipeline was saved to.
 """
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
-    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--address", default="127.0.0.1:29400", help="host:port for the gang's own store")
     parser.add_argument("--height", type=int, default=768)
     parser.add_argument("--width", type=int, default=512)
@@ -34,9 +34,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if arguments.backend == "nccl" else "cpu"
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if arguments.device == "cuda" else "cpu"
     communicator = connect(
-        arguments.backend,
         rank=rank,
         world_size=world_size,
         address=arguments.address,
@@ -60,7 +59,8 @@ def main() -> None:
     assert engine is not None
     if rank == 0:
         image.save(arguments.out)
-        print(f"{arguments.out}: {world_size} ranks, {engine.statistics.seconds:.3f} s for the last step")
+        how = f"{world_size} ranks, {communicator.backend}"
+        print(f"{arguments.out}: {how}, {engine.statistics.seconds:.3f} s for the last step")
     communicator.close()
 
 

@@ -12,7 +12,7 @@ On a GPU this takes the U-Net of SDXL with random weights, in float16:
 
 On a CPU it takes the built-in model, and checks itself: two ranks are measured for real, too. There each
 share is measured while another core computes another rank's, since two busy cores slow each other down, and
-the link is this machine's loopback as measured, whose bytes the cores themselves move.
+the link is this machine's loopback as measured over gloo, whose bytes the cores themselves move.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def main() -> None:
     arguments.ranks = sorted({1, *arguments.ranks})
 
     processes = min(2, os.cpu_count() or 1) if arguments.device == "cpu" else 1
-    found = launch(processes, measure, arguments, device=arguments.device)
+    backend = "gloo" if arguments.device == "cpu" and processes > 1 else None  # a link, and not memory
+    found = launch(processes, measure, arguments, device=arguments.device, backend=backend)
     rounds = [slowest(taken) for taken in zip(*found, strict=True)]
     settings = {**vars(arguments), "links": [link.name for link in links_of(rounds, arguments)]}
     report = Report(

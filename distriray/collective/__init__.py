@@ -5,7 +5,7 @@ from distriray.collective.base import Communicator, Work
 from distriray.collective.connect import connect
 from distriray.collective.launch import launch
 from distriray.collective.lockstep import LockstepCommunicator, run_in_lockstep
-from distriray.collective.registry import BACKENDS, backend_of
+from distriray.collective.registry import BACKENDS, backends_of
 from distriray.collective.store import ServedStore, open_store, serve_store
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "ServedStore",
     "Work",
     "all_gather",
-    "backend_of",
+    "backends_of",
     "connect",
     "launch",
     "open_store",

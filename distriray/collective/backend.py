@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +17,9 @@ from distriray.errors import GangBroken
 
 class BackendCommunicator(ABC):
     """Base of the communicators that own connections; `Communicator` documents what each verb promises."""
+
+    backend: ClassVar[str]
+    """Its name in `BACKENDS`."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device | str) -> None:
         self.rank = rank

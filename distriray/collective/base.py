@@ -35,6 +35,10 @@ class Communicator(Protocol):
     device: torch.device
 
     @property
+    def backend(self) -> str:
+        """The name of the way in which it moves bytes."""
+
+    @property
     def peers(self) -> tuple[int, ...]:
         """The other ranks, ascending."""
 

@@ -57,6 +57,8 @@ class GlooCommunicator(BackendCommunicator):
         GangBroken: not all ranks arrived within `timeout_s`.
     """
 
+    backend = "gloo"
+
     def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float = 30.0) -> None:
         super().__init__(rank, world_size, "cpu")
         self.timeout_s = timeout_s
@@ -127,7 +129,7 @@ def join(rendezvous: Rendezvous) -> GlooCommunicator:
     """Connect all ranks with each other over the network interface that leads to the store."""
     rank, world_size, timeout_s = rendezvous.rank, rendezvous.world_size, rendezvous.timeout_s
     return rendezvous.meet(
-        lambda store, interface: GlooCommunicator(store, rank, world_size, interface, timeout_s)
+        "gloo", lambda store, interface: GlooCommunicator(store, rank, world_size, interface, timeout_s)
     )
 
 

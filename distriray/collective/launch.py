@@ -11,7 +11,7 @@ import torch
 
 from distriray.collective.connect import connect
 from distriray.collective.processes import RankProcesses
-from distriray.collective.registry import backend_of
+from distriray.collective.registry import backends_named
 from distriray.collective.store import serve_store
 from distriray.errors import NotEnoughDevices, RankFailed
 
@@ -24,6 +24,7 @@ def launch(
     function: Callable[..., Any],
     *arguments: Any,
     device: str = "cpu",
+    backend: str | None = None,
     timeout_s: float = 120.0,
 ) -> list[Any]:
     """Run `function(communicator, *arguments)` in `world_size` processes of this machine that form a gang.
@@ -37,6 +38,7 @@ def launch(
         function: defined at the top level of a module.
         arguments: what follows the communicator; values that pickle takes.
         device: `cpu`, or `cuda`: rank i has GPU i.
+        backend: of the communicator, as `connect` takes it: the best that there is, unless given.
         timeout_s: of the communicator: how long joining may take, and later each wait for a peer.
 
     Returns:
@@ -46,12 +48,13 @@ def launch(
         NotEnoughDevices: there are fewer GPUs than ranks.
         RankFailed: a rank raised or died. The message holds its traceback, then those of the ranks that
             failed with it; all others are ended.
-        ValueError: `world_size` is less than 1, no backend moves tensors of `device`, or the function or an
+        ValueError: `world_size` is less than 1, `backend`, or no backend, moves tensors of `device`, or the
+            function or an
             argument cannot be sent to another process.
     """
     if world_size < 1:
         raise ValueError(f"a gang has at least one rank, not {world_size}")
-    backend = backend_of(device, world_size)
+    backends_named(backend, device, world_size)
     if device == "cuda" and torch.cuda.device_count() < world_size:
         raise NotEnoughDevices(
             f"{world_size} ranks on device 'cuda' need {world_size} GPUs; this machine has "
@@ -79,7 +82,7 @@ def _joined(
     rank: int,
     world_size: int,
     address: str,
-    backend: str,
+    backend: str | None,
     device: str,
     timeout_s: float,
     function: Callable[..., Any],

@@ -22,6 +22,8 @@ class NothingInFlight:
 class LocalCommunicator(BackendCommunicator):
     """One rank, on any device. It makes a parallelized pipeline behave as the original."""
 
+    backend = "local"
+
     def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__(0, 1, device)
 

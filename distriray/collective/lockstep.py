@@ -89,6 +89,8 @@ class LockstepWork:
 class LockstepCommunicator:
     """One rank of a lock-step gang. Only the rank whose turn it is makes calls."""
 
+    backend = "lock-step"
+
     def __init__(self, gang: Gang, rank: int, device: torch.device) -> None:
         self.gang = gang
         self.rank = rank

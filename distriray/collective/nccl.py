@@ -66,6 +66,8 @@ class NcclCommunicator(BackendCommunicator):
         GangBroken: NCCL could not connect the ranks within `timeout_s`.
     """
 
+    backend = "nccl"
+
     def __init__(
         self, control: GlooCommunicator, device: torch.device | str = "cuda", timeout_s: float = 30.0
     ) -> None:

@@ -19,7 +19,8 @@ class Backend:
 
     Attributes:
         module: imported when the backend is first used. Its `join(rendezvous)` makes the communicator, or
-            raises the `ModuleNotFoundError` that says what to install.
+            raises the `ModuleNotFoundError` that says what to install, or `BackendUnavailable` on all ranks
+            alike.
         device: the type of device whose tensors it moves; None for every type.
         alone: whether it is for gangs of one rank, and for no others.
     """
@@ -45,35 +46,40 @@ class Backend:
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "local": Backend("distriray.collective.local", alone=True),
+        "shm": Backend("distriray.collective.shm", device="cpu"),
         "gloo": Backend("distriray.collective.gloo", device="cpu"),
         "nccl": Backend("distriray.collective.nccl", device="cuda"),
     }
 )
-"""Every backend; of those that fit, the first is the default."""
+"""Every backend; of those that fit, the first that is available to the gang is the default."""
 
 
-def backend_of(device: torch.device | str, world_size: int) -> str:
-    """The name of the backend that moves tensors on `device` among `world_size` ranks.
+def backends_of(device: torch.device | str, world_size: int) -> list[str]:
+    """The names of the backends that move tensors on `device` among `world_size` ranks, the best first.
 
     Raises:
         ValueError: there is none; the message lists what there is.
     """
     place = torch.device(device)
-    for name, backend in BACKENDS.items():
-        if backend.refusal(place, world_size) is None:
-            return name
+    names = [name for name, backend in BACKENDS.items() if backend.refusal(place, world_size) is None]
+    if names:
+        return names
     why = "; ".join(f"{name!r} {backend.refusal(place, world_size)}" for name, backend in BACKENDS.items())
     raise ValueError(f"no backend moves {place.type} tensors among {world_size} ranks: {why}")
 
 
-def backend_named(
-    name: str, device: torch.device | str | None, world_size: int
-) -> tuple[Backend, torch.device]:
-    """The backend `name`, and the device of its tensors: `device`, or the one that it is for.
+def backends_named(
+    name: str | None, device: torch.device | str | None, world_size: int
+) -> tuple[dict[str, Backend], torch.device]:
+    """The backend `name`, or else all that fit, the best first, and the device of their tensors: `device`, or
+    the one that `name` is for, or the CPU.
 
     Raises:
         ValueError: no backend has that name, or it cannot move such tensors; the message names what can.
     """
+    if name is None:
+        place = torch.device(device or "cpu")
+        return {fits: BACKENDS[fits] for fits in backends_of(place, world_size)}, place
     if name not in BACKENDS:
         *names, last = map(repr, BACKENDS)
         raise ValueError(f"no backend {name!r}; there are {', '.join(names)} and {last}")
@@ -81,5 +87,6 @@ def backend_named(
     place = torch.device(device or backend.device or "cpu")
     refusal = backend.refusal(place, world_size)
     if refusal is not None:
-        raise ValueError(f"backend {name!r} {refusal}; use {backend_of(place, world_size)!r}")
-    return backend, place
+        others = " or ".join(map(repr, backends_of(place, world_size)))
+        raise ValueError(f"backend {name!r} {refusal}; use {others}")
+    return {name: backend}, place

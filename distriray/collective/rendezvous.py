@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -16,9 +17,13 @@ from distriray.errors import GangBroken, GangMismatch
 Joined = TypeVar("Joined")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rendezvous:
-    """The way of one rank into its gang. `connect` documents the attributes."""
+    """The way of one rank into its gang. `connect` documents the attributes.
+
+    Attributes:
+        backend: the one that was asked for, or None for the best that there is.
+    """
 
     rank: int
     world_size: int
@@ -27,23 +32,27 @@ class Rendezvous:
     name: str
     address: str | None = None
     store: Store | None = None
+    backend: str | None = None
+    _enrolled: Store | None = field(default=None, init=False)
 
-    def meet(self, join: Callable[[Store, str], Joined]) -> Joined:
-        """Enrol this rank, then return `join(store, interface)`.
+    def meet(self, backend: str, join: Callable[[Store, str], Joined]) -> Joined:
+        """Enrol this rank, if it is not, then return `join(store, interface)`.
 
-        `store` holds nothing but this gang's entries; `interface` is the address at which peers reach this
-        machine.
+        `store` holds nothing but this gang's entries for `backend`; `interface` is the address at which peers
+        reach this machine.
 
         Raises:
-            GangBroken, GangMismatch, ValueError: see `connect`.
+            BackendUnavailable, GangBroken, GangMismatch, ValueError: see `connect`.
         """
-        store = self._opened()
-        gang = PrefixStore(self.name, store)
+        if self._enrolled is None:
+            fresh = PrefixStore(self.name, self._opened())
+            with self._answering():
+                self._enroll(fresh)
+            self._enrolled = fresh
+        gang = self._enrolled
         try:
-            _enroll(gang, self.name, self.rank, self.world_size)
-            return join(gang, _interface_towards(store))
-        except torch.distributed.DistError as error:
-            raise GangBroken(f"the store where gang {self.name!r} meets does not answer: {error}") from error
+            with self._answering():
+                return join(PrefixStore(backend, gang), _interface_towards(gang))
         except GangBroken as error:
             absent = _absent(gang, self.world_size)
             if absent:
@@ -58,15 +67,30 @@ class Rendezvous:
             raise ValueError("pass an address ('host:port', where rank 0 serves a store) or a store")
         return (share_store if self.rank == 0 else open_store)(self.address, timeout_s=self.timeout_s)
 
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.distributed.DistError as error:
+            raise GangBroken(f"the store where gang {self.name!r} meets does not answer: {error}") from error
 
-def _enroll(gang: Store, name: str, rank: int, world_size: int) -> None:
-    agreed = int(gang.compare_set("world size", "", str(world_size)))
-    if agreed != world_size:
-        raise GangMismatch(f"rank {rank} expects {world_size} ranks in gang {name!r}, its peers {agreed}")
-    if gang.add(f"rank {rank}", 1) > 1:
-        raise GangMismatch(
-            f"rank {rank} of gang {name!r} is taken; give every process a rank, every gang a name"
-        )
+    def _enroll(self, gang: Store) -> None:
+        rank, name = self.rank, self.name
+        agreed = int(gang.compare_set("world size", "", str(self.world_size)))
+        if agreed != self.world_size:
+            raise GangMismatch(
+                f"rank {rank} expects {self.world_size} ranks in gang {name!r}, its peers {agreed}"
+            )
+        ours = "the default" if self.backend is None else repr(self.backend)
+        theirs = gang.compare_set("backend", "", ours).decode()
+        if theirs != ours:
+            raise GangMismatch(
+                f"rank {rank} asks for backend {ours} in gang {name!r}, its peers for {theirs}"
+            )
+        if gang.add(f"rank {rank}", 1) > 1:
+            raise GangMismatch(
+                f"rank {rank} of gang {name!r} is taken; give every process a rank, every gang a name"
+            )
 
 
 def _absent(gang: Store, world_size: int) -> list[int]:

@@ -32,6 +32,10 @@ class Subgroup:
         self.device = parent.device
 
     @property
+    def backend(self) -> str:
+        return self._parent.backend
+
+    @property
     def bytes_sent(self) -> int:
         return self._parent.bytes_sent
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.distributed import Store
 
-from ..collective import Communicator, all_gather, backend_of, connect
+from ..collective import Communicator, all_gather, connect
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.pipelines.sizes import Sizes
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory, UnsupportedModel
@@ -152,7 +152,6 @@ class SegmentRunner:
 
     def _join(self, member: GangMembership) -> None:
         communicator = connect(
-            backend_of(self.device.type, member.world_size),
             rank=member.rank,
             world_size=member.world_size,
             store=self._store if member.world_size > 1 else None,
@@ -160,6 +159,8 @@ class SegmentRunner:
             device=self.device,
             name=member.name,
         )
+        if member.world_size > 1:
+            log.info("gang %s exchanges by %r", member.name, communicator.backend)
         former = self._names.get(member.group)
         self._communicators[member.name], self._names[member.group] = communicator, member.name
         if former is not None:
