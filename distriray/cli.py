@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .config import ParallelConfig
+from .config import ExchangeMode, ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
 from .requests import GenerationRequest, GenerationResult, SamplingParams, invalid_request
@@ -94,6 +94,9 @@ def generate(
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
+    exchange: Annotated[
+        ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
+    ] = "displaced",
     warmup_steps: Annotated[
         str | None,
         typer.Option(help="Synchronous steps at the start, or auto; by default as --exchange needs."),
@@ -109,7 +112,7 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
-        parallel = ParallelConfig.model_validate({"warmup_steps": warmup_steps})
+        parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
         spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype)
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported

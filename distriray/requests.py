@@ -72,8 +72,6 @@ class SamplingParams(BaseModel):
     """Noise scheduler; the model's own by default."""
     clip_skip: Annotated[int, Field(ge=0)] | None = None
     """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
-    exchange: ExchangeMode | None = None
-    """Which of its peers' values a worker of a gang waits for; the service's own way by default."""
 
     if not TYPE_CHECKING:
 
@@ -290,7 +288,7 @@ class Segment(BaseModel):
     The order was sent at `sent_at`; all ranks were ready at `formed_at` (not counting prompt encoding); the
     last step ended at `left_at`, all in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the
     mean seconds of a synchronous and of a displaced step. `exchange` is how the steps were shared, where
-    `auto` has chosen too: a request for the same with the same seed and gang makes the same picture.
+    `auto` has chosen too: with it in `parallel`, seed and gang make the same picture again.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -201,10 +201,7 @@ class SegmentRunner:
         """One segment, recorded in `work`."""
         began = time.perf_counter()
         try:
-            parallel, own = order.parallel, order.request.exchange
-            if own is not None:
-                parallel = parallel.model_copy(update={"exchange": own})
-            self._engine.join(communicator, parallel)  # requests have generators: no state to share
+            self._engine.join(communicator, order.parallel)  # requests have generators: no state to share
             work.state = state = self._state(order, blob)
         except Exception:
             with suppress(GangBroken):
