@@ -14,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -115,6 +116,21 @@ def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DMode
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(FluxTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
+    """FLUX.2's layout."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    }
+    return ready(Flux2Transformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_sd3_transformer(seed: int = 0, **config: Any) -> SD3Transformer2DModel:

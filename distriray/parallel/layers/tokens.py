@@ -64,6 +64,16 @@ class PatchTokenAttention:
         self.tokens = tokens
         self.sequence = sequence
 
+    def enter(self, attention_mask: torch.Tensor | None) -> None:
+        """Begin a call.
+
+        Raises:
+            UnsupportedModel: it has an `attention_mask`, which would be over one rank's tokens.
+        """
+        self.tokens.entered[self] += 1
+        if attention_mask is not None:
+            raise UnsupportedModel("attention with an attention_mask, which is not cut into patches")
+
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention to the keys of all ranks; only within a step.
 
@@ -105,9 +115,7 @@ class PatchJointAttention(PatchTokenAttention):
         image_rotary_emb: Any = None,
         encoder_hidden_states_mask: torch.Tensor | None = None,
     ) -> Any:
-        self.tokens.entered[self] += 1
-        if attention_mask is not None:
-            raise UnsupportedModel("attention with an attention_mask, which is not cut into patches")
+        self.enter(attention_mask)
         if self.context.step is None:
             others = {
                 "image_rotary_emb": image_rotary_emb,

@@ -395,6 +395,13 @@ def test_attention_that_is_passed_by_is_found() -> None:
         run_in_lockstep(2, rank)
 
 
+@pytest.mark.parametrize("arguments", [{"kv_cache_mode": "extract"}, {"num_ref_tokens": 2}])
+def test_kept_keys_and_values_of_reference_pictures_are_refused(arguments: dict[str, Any]) -> None:
+    network = parallelize(TRANSFORMERS["flux2"].make(), connect("local"))
+    with pytest.raises(UnsupportedModel, match=next(iter(arguments))):
+        step(network, TRANSFORMERS["flux2"], {**TRANSFORMERS["flux2"].inputs(WIDE), **arguments}, 1.0)
+
+
 @pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope", "use_additional_t_cond"])
 def test_qwen_image_for_editing_is_refused(option: str) -> None:
     network = tiny_qwen_image_transformer(**{option: True})

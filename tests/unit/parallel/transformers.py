@@ -12,6 +12,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.parallel import StepStatistics, engine_of
 from tests.models import (
     TEXT_WIDTH,
+    tiny_flux2_transformer,
     tiny_flux_transformer,
     tiny_qwen_image_transformer,
     tiny_sd3_transformer,
@@ -76,6 +77,15 @@ def flux(shape: Shape) -> dict[str, Any]:
     }
 
 
+def flux2(shape: Shape) -> dict[str, Any]:
+    return {
+        **packed(shape),
+        "guidance": torch.linspace(3.0, 4.0, shape.batch),
+        "img_ids": positions(shape, 4)[None],
+        "txt_ids": torch.zeros(1, shape.text, 4),
+    }
+
+
 def sd3(shape: Shape) -> dict[str, Any]:
     return {
         "hidden_states": noise(1, shape.batch, 4, 2 * shape.rows, 2 * shape.columns),
@@ -95,6 +105,7 @@ def qwen_image(shape: Shape) -> dict[str, Any]:
 
 TRANSFORMERS = {
     "flux": Transformer(tiny_flux_transformer, flux),
+    "flux2": Transformer(tiny_flux2_transformer, flux2),
     "sd3": Transformer(tiny_sd3_transformer, sd3, scale=1000.0),
     "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image),
 }
