@@ -17,6 +17,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -164,6 +165,22 @@ def tiny_qwen_image_transformer(seed: int = 0, **config: Any) -> QwenImageTransf
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(QwenImageTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_pixart_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
+    """PixArt's layout: cross-attention to the text, and twice as many channels out as in."""
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "attention_head_dim": 12,
+        "num_attention_heads": 2,
+        "cross_attention_dim": 24,
+        "caption_channels": TEXT_WIDTH,
+        "use_additional_conditions": True,
+    }
+    return ready(PixArtTransformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_vae(seed: int = 0, **config: Any) -> AutoencoderKL:

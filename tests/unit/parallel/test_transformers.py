@@ -13,7 +13,7 @@ from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention, PAGJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from distriray import ParallelConfig, parallelize
@@ -35,7 +35,11 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
-SHAPES = [*((name, shape) for name in TRANSFORMERS for shape in (WIDE, SQUARE)), ("qwen-image", PADDED)]
+MASKED = ("qwen-image", "pixart")
+SHAPES = [
+    *((name, shape) for name in TRANSFORMERS for shape in (WIDE, SQUARE)),
+    *((name, PADDED) for name in MASKED),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +75,9 @@ def test_sync_mode_equals_one_device(name: str, shape: Shape, ranks: int) -> Non
     assert statistics.synchronous
 
 
-def test_padded_text_is_not_attended_to() -> None:
-    assert error(alone("qwen-image", PADDED)[-1][1:], alone("qwen-image")[-1][1:]) > 1e-3
+@pytest.mark.parametrize("name", MASKED)
+def test_padded_text_is_not_attended_to(name: str) -> None:
+    assert error(alone(name, PADDED)[-1][1:], alone(name)[-1][1:]) > 1e-3
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -97,7 +102,7 @@ def test_displaced_runs_are_near_and_compressed_ones_nearer(name: str) -> None:
     assert not of_displaced.synchronous
     assert error(displaced[0], alone(name)[0]) < 1e-5
     assert 3 * off(compressed, name) < off(displaced, name) < off(separate, name) < 0.5
-    assert of_compressed.bytes_sent < 0.3 * of_displaced.bytes_sent
+    assert of_compressed.bytes_sent < 0.35 * of_displaced.bytes_sent
 
 
 @pytest.mark.parametrize(("exchange", "warmup"), [("displaced", 1), ("displaced_attention", 2)])
@@ -141,7 +146,7 @@ def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(nam
     network: Any = network_of(TRANSFORMERS[name].make())
     sequences = [plan.sequence for _, _, plan in network._attentions()]
     own = {"joint": 12, "image": 8, None: 0}  # tokens of 16 and 8
-    keys_values = sum(own[sequence] * 2 * 32 * 4 for sequence in sequences)
+    keys_values = sum(own[sequence] * 2 * network.module.inner_dim * 4 for sequence in sequences)
     exchanging = sum(sequence is not None for sequence in sequences)
     predicted = network.module.proj_out.out_features * 8 * 4
     assert statistics.bytes_sent == keys_values + predicted + 48
@@ -256,7 +261,7 @@ def test_adapters_of_linear_layers_are_taken(name: str) -> None:
 
 def adapt(network: Any) -> None:
     """Add a LoRA whose weights follow from their place."""
-    network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k"]), network)
     for index, (name, weight) in enumerate(network.named_parameters()):
         if "lora_" in name:
             weight.requires_grad_(False).copy_(0.3 * noise(index, *weight.shape))
@@ -400,6 +405,13 @@ def test_kept_keys_and_values_of_reference_pictures_are_refused(arguments: dict[
     network = parallelize(TRANSFORMERS["flux2"].make(), connect("local"))
     with pytest.raises(UnsupportedModel, match=next(iter(arguments))):
         step(network, TRANSFORMERS["flux2"], {**TRANSFORMERS["flux2"].inputs(WIDE), **arguments}, 1.0)
+
+
+def test_attention_that_does_more_than_a_familys_is_refused() -> None:
+    network = TRANSFORMERS["pixart"].make()
+    network.transformer_blocks[2].attn1.residual_connection = True
+    with pytest.raises(UnsupportedModel, match="transformer_blocks.2.attn1 is not the attention of"):
+        parallelize(network, connect("local"))
 
 
 @pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope", "use_additional_t_cond"])

@@ -14,6 +14,7 @@ from tests.models import (
     TEXT_WIDTH,
     tiny_flux2_transformer,
     tiny_flux_transformer,
+    tiny_pixart_transformer,
     tiny_qwen_image_transformer,
     tiny_sd3_transformer,
 )
@@ -67,6 +68,13 @@ def packed(shape: Shape) -> dict[str, Any]:
     }
 
 
+def text_mask(shape: Shape) -> torch.Tensor:
+    """(batch, tokens of the text)."""
+    mask = torch.ones(shape.batch, shape.text, dtype=torch.long)
+    mask[-1, shape.text // 2 :] = 0
+    return mask
+
+
 def flux(shape: Shape) -> dict[str, Any]:
     return {
         **packed(shape),
@@ -86,6 +94,16 @@ def flux2(shape: Shape) -> dict[str, Any]:
     }
 
 
+def pixart(shape: Shape) -> dict[str, Any]:
+    sizes = torch.tensor([[80.0, 48.0]]).expand(shape.batch, -1)
+    inputs = {
+        "hidden_states": noise(1, shape.batch, 4, 2 * shape.rows, 2 * shape.columns),
+        "encoder_hidden_states": noise(2, shape.batch, shape.text, TEXT_WIDTH),
+        "added_cond_kwargs": {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]},
+    }
+    return {**inputs, "encoder_attention_mask": text_mask(shape)} if shape.masked else inputs
+
+
 def sd3(shape: Shape) -> dict[str, Any]:
     return {
         "hidden_states": noise(1, shape.batch, 4, 2 * shape.rows, 2 * shape.columns),
@@ -97,9 +115,7 @@ def sd3(shape: Shape) -> dict[str, Any]:
 def qwen_image(shape: Shape) -> dict[str, Any]:
     inputs = {**packed(shape), "img_shapes": [[(1, shape.rows, shape.columns)]] * shape.batch}
     if shape.masked:
-        mask = torch.ones(shape.batch, shape.text, dtype=torch.long)
-        mask[-1, shape.text // 2 :] = 0
-        inputs["encoder_hidden_states_mask"] = mask
+        inputs["encoder_hidden_states_mask"] = text_mask(shape)
     return inputs
 
 
@@ -107,6 +123,7 @@ TRANSFORMERS = {
     "flux": Transformer(tiny_flux_transformer, flux),
     "flux2": Transformer(tiny_flux2_transformer, flux2),
     "sd3": Transformer(tiny_sd3_transformer, sd3, scale=1000.0),
+    "pixart": Transformer(tiny_pixart_transformer, pixart, scale=1000.0),
     "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image),
 }
 
