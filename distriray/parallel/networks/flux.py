@@ -14,7 +14,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from distriray.parallel.layers.tokens import PatchJointAttention
-from distriray.parallel.networks.tokens import Attention, Input, Plan, TokenNetwork
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchFluxAttention(PatchJointAttention, FluxAttnProcessor):

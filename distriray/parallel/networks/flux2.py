@@ -22,7 +22,8 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 
 from distriray.parallel.layers.tokens import PatchJointAttention, PatchTokenAttention
-from distriray.parallel.networks.tokens import Attention, Input, Plan, TokenNetwork
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchFlux2Attention(PatchJointAttention, Flux2AttnProcessor):

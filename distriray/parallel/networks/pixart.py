@@ -19,7 +19,8 @@ from distriray.parallel.layers.attention import (
     check_plain_attention,
 )
 from distriray.parallel.layers.tokens import Sequence, Tokens
-from distriray.parallel.networks.tokens import Attention, Input, Plan, TokenNetwork, patches_of
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork, patches_of
 
 
 class PatchImageAttention(PatchSelfAttention):

@@ -17,7 +17,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention
-from distriray.parallel.networks.tokens import Attention, Input, Plan, TokenNetwork
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchQwenImageAttention(PatchJointAttention, QwenDoubleStreamAttnProcessor2_0):

@@ -10,7 +10,8 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.normalization import SD35AdaLayerNormZeroX
 
 from distriray.parallel.layers.tokens import PatchJointAttention
-from distriray.parallel.networks.tokens import Attention, Input, Plan, TokenNetwork, patches_of
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork, patches_of
 
 
 class PatchSD3Attention(PatchJointAttention, JointAttnProcessor2_0):

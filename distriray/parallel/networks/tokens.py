@@ -12,9 +12,8 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -27,19 +26,16 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
-from distriray.parallel.layers.tokens import Sequence, Tokens
+from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
 from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
+from distriray.parallel.networks.plan import Attention, Cut, Cutter, Plan, key_mask
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
-
-Stream = Literal["image", "text"]
-Cut = tuple[Stream, int]
-"""The stream whose tokens lie along a dimension, and that dimension."""
 
 LAYERS = TOKENWISE | {
     nn.RMSNorm,
@@ -61,63 +57,10 @@ BACKENDS = {
 }
 """Ways to attend that are known to take more keys than queries."""
 
+PACKED = ("batch", "tokens", "channels")
+"""Dimensions of latents that the pipeline has made tokens of."""
+
 _ALWAYS = ("hidden_states", "encoder_hidden_states", "timestep", "return_dict")
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One kind of attention of a family.
-
-    Attributes:
-        replaces: the class of processors that it has in diffusers.
-        processor: the class of those that take their place.
-        sequence: the tokens that it is over; None if it is to text that every rank has.
-    """
-
-    replaces: type
-    processor: type
-    sequence: Sequence | None = "joint"
-
-
-@dataclass(frozen=True)
-class Input:
-    """An argument of the network besides latents, prompt embeddings and timestep.
-
-    Attributes:
-        name: what an error calls it.
-        compared: as tensors that networks have made (`near`), that were given (`equal`), or as plain values.
-        batched: whether its first dimension is the batch.
-    """
-
-    name: str
-    compared: Literal["near", "equal", "plain"] = "equal"
-    batched: bool = True
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where a family's tensors are cut to a rank's tokens, and what attends across them.
-
-    Names of modules are those of `named_modules`, in which `*` is any number.
-
-    Attributes:
-        cuts: by module, `""` is the network itself: by the name of an argument, or the index of an output,
-            how it is cut. The first output is that of modules with one.
-        attention: by module.
-        gather: the module whose output, (batch, this rank's tokens of the image, channels), is gathered.
-        inputs: by the name of the network's argument. Others are refused unless they have their default.
-        kwargs: the argument for attention processors, of which only a LoRA's `scale` works.
-        whole: the modules that see all tokens, and are not cut.
-        mask: the argument that says which tokens of the text are attended to, bool (batch, tokens).
-    """
-
-    cuts: Mapping[str, Mapping[str | int, Cut]]
-    attention: Mapping[str, Attention]
-    inputs: Mapping[str, Input]
-    gather: str = "proj_out"
-    kwargs: str = "joint_attention_kwargs"
-    whole: tuple[str, ...] = ()
-    mask: str | None = None
 
 
 class TokenNetwork(Network):
@@ -137,6 +80,7 @@ class TokenNetwork(Network):
         self._tokens = Tokens()
         self._branch: str | None = None
         self._attending: dict[str, Any] = {}
+        self._cuts: list[tuple[nn.Module, Mapping[str | int, Cut]]] = []
         signature = inspect.signature(self.kind.forward)
         self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         super().__init__(module, local)
@@ -190,8 +134,11 @@ class TokenNetwork(Network):
         self.check()
         self._check_layers()
         context.caches_text = not self.local
-        converted = False
+        self._cuts = [
+            (module, cuts) for pattern, cuts in self.plan.cuts.items() for _, module in self._modules(pattern)
+        ]
         self._attending = {}
+        converted = False
         for name, attention, planned in self._attentions():
             before = attention.processor
             if self.local.says(before):
@@ -212,6 +159,9 @@ class TokenNetwork(Network):
 
         Args:
             args, kwargs: as its class has them.
+
+        Raises:
+            UnsupportedModel: an input that the plan does not know, or a way to attend that is not known.
         """
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -240,13 +190,10 @@ class TokenNetwork(Network):
 
     def compared(self, call: Call) -> Compared:
         given, inputs = call.arguments, self.plan.inputs
-        timestep = call.timestep
-        dimensions = ("batch", "tokens", "channels")
-        if call.sample.ndim == 4:
-            dimensions = ("batch", "channels", "rows", "columns")  # type: ignore[assignment]
+        timestep, packed = call.timestep, call.sample.ndim == 3
         return Compared(
             {
-                **described(call.sample, dimensions),
+                **(described(call.sample, PACKED) if packed else described(call.sample)),
                 "text batch": call.text.shape[0],
                 "text tokens": call.text.shape[1],
                 "scale of adapters": (given[self.plan.kwargs] or {}).get("scale"),
@@ -277,16 +224,15 @@ class TokenNetwork(Network):
             name: value if name in unbatched else share.cut(value) for name, value in call.arguments.items()
         }
         mask = None if self.plan.mask is None else arguments[self.plan.mask]
-        self._tokens.begin(partition, None if mask is None else _key_mask(mask, partition))
-        cutter = _Cutter(partition, rank)
+        self._tokens.begin(partition, None if mask is None else key_mask(mask, partition))
+        cutter = Cutter(partition, rank)
         with ExitStack() as hooks:
-            for pattern, cuts in self.plan.cuts.items():
-                if not pattern:
+            for module, cuts in self._cuts:
+                if module is self.module:
                     arguments = cutter.cut(cuts, arguments)
                     continue
-                for _, module in self._modules(pattern):
-                    for hook in cutter.hooks(module, cuts):
-                        hooks.enter_context(hook)
+                for hook in cutter.hooks(module, cuts):
+                    hooks.enter_context(hook)
             last = self.module.get_submodule(self.plan.gather)
             hooks.enter_context(last.register_forward_hook(partial(self._gather, collect)))
             return self.forward(**arguments)
@@ -334,68 +280,6 @@ class TokenNetwork(Network):
 def patches_of(sample: torch.Tensor, side: int) -> int:
     """How many tokens of `side` by `side` latents (batch, channels, rows, columns) are."""
     return (sample.shape[2] // side) * (sample.shape[3] // side)
-
-
-@dataclass(frozen=True)
-class _Cutter:
-    """Cuts whole tensors to the tokens of one rank."""
-
-    partition: TokenPartition
-    rank: int
-
-    def cut(self, cuts: Mapping[Any, Cut], values: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Values by name or index, those that a plan cuts cut; None is left alone."""
-        return {
-            key: value if key not in cuts or value is None else self._cut(key, value, *cuts[key])
-            for key, value in values.items()
-        }
-
-    def hooks(self, module: nn.Module, cuts: Mapping[str | int, Cut]) -> Iterator[Any]:
-        """Hooks on a module that cut its arguments, which are given by name, and its outputs."""
-        arguments = {key: cut for key, cut in cuts.items() if isinstance(key, str)}
-        outputs = {key: cut for key, cut in cuts.items() if isinstance(key, int)}
-
-        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            missing = arguments.keys() - kwargs.keys()
-            assert not missing, f"{missing} are not given by name"
-            return args, self.cut(arguments, kwargs)
-
-        def after(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if isinstance(output, torch.Tensor):
-                return self.cut(outputs, {0: output})[0]
-            return tuple(self.cut(outputs, dict(enumerate(output))).values())
-
-        if arguments:
-            yield module.register_forward_pre_hook(before, with_kwargs=True)
-        if outputs:
-            yield module.register_forward_hook(after)
-
-    def _cut(self, name: Any, tensor: torch.Tensor, stream: Stream, dimension: int) -> torch.Tensor:
-        of_image = stream == "image"
-        start, stop = (self.partition.rows if of_image else self.partition.text_tokens)(self.rank)
-        tokens = self.partition.height if of_image else self.partition.text
-        if tensor.shape[dimension] != tokens:
-            raise InvalidRequest(
-                f"{name} of {tensor.shape[dimension]} tokens, where the {stream} has {tokens}"
-            )
-        return tensor.narrow(dimension, start, stop - start).contiguous()
-
-
-def _key_mask(mask: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
-    """Which keys of all ranks are attended to, where each rank's come text first.
-
-    Args:
-        mask: of the text, (batch, tokens).
-
-    Returns:
-        bool (batch, 1, 1, tokens of all ranks).
-    """
-    parts = []
-    for rank in range(partition.world_size):
-        start, stop = partition.text_tokens(rank)
-        image = partition.counts(0)[rank]
-        parts += [mask[:, start:stop].bool(), mask.new_ones((len(mask), image), dtype=torch.bool)]
-    return torch.cat(parts, 1)[:, None, None]
 
 
 def _in_branch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -238,6 +239,63 @@ def test_a_whole_pipeline_displaces_all_steps_but_the_first(make: Callable[[], A
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_gang_of_one_gives_diffusers_own_bits(name: str) -> None:
+    network = TRANSFORMERS[name].make()
+    before = inspect.signature(network.forward)
+    parallelize(network, connect("local"))
+    assert inspect.signature(network.forward) == before
+    assert all(map(torch.equal, draw(network, TRANSFORMERS[name], WIDE), alone(name)))
+
+
+def test_a_gang_may_change_its_size_between_images() -> None:
+    def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
+        network = TRANSFORMERS["sd3"].make()
+        for gang in (communicator, connect("local"), communicator):
+            parallelize(network, gang, ParallelConfig(exchange="sync", cfg_parallel=False))
+            latents = draw(network, TRANSFORMERS["sd3"], WIDE)
+            assert off(latents, "sd3") < 1e-5
+        return latents
+
+    run_in_lockstep(3, rank)
+
+
+def test_weights_that_are_cast_layer_by_layer_are_taken() -> None:
+    def cast() -> Any:
+        network = tiny_flux_transformer()
+        network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        return network
+
+    expected = draw(cast(), TRANSFORMERS["flux"], WIDE, 2)
+    assert error(expected[-1], draw(tiny_flux_transformer(), TRANSFORMERS["flux"], WIDE, 2)[-1]) > 1e-4
+
+    def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        return draw(parallelize(cast(), communicator, config), TRANSFORMERS["flux"], WIDE, 2)
+
+    for latents in run_in_lockstep(2, rank):
+        assert max(map(error, latents, expected)) < 1e-5
+
+
+def test_the_scale_of_an_adapter_is_taken() -> None:
+    inputs = {**TRANSFORMERS["flux"].inputs(WIDE), "joint_attention_kwargs": {"scale": 0.4}}
+    expected, ordinary = tiny_flux_transformer(), tiny_flux_transformer()
+    adapt(expected)
+    adapt(ordinary)
+    predicted = step(expected, TRANSFORMERS["flux"], inputs, 1.0)
+    unscaled = {**inputs, "joint_attention_kwargs": None}
+    assert error(predicted, step(ordinary, TRANSFORMERS["flux"], unscaled, 1.0)) > 1e-3
+
+    def rank(communicator: LockstepCommunicator) -> torch.Tensor:
+        network = tiny_flux_transformer()
+        adapt(network)
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        return step(parallelize(network, communicator, config), TRANSFORMERS["flux"], inputs, 1.0)
+
+    for ours in run_in_lockstep(2, rank):
+        assert error(ours, predicted) < 1e-5
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_adapters_of_linear_layers_are_taken(name: str) -> None:
     def adapted() -> Any:
         network = TRANSFORMERS[name].make()
@@ -312,6 +370,14 @@ def ip_adapter(network: Any) -> None:
     network.transformer_blocks[0].attn.set_processor(processor)
 
 
+def spread(network: Any) -> None:
+    network._parallel_config = object()
+
+
+def spread_attention(network: Any) -> None:
+    network.transformer_blocks[0].attn.processor._parallel_config = object()
+
+
 class Lens(nn.Linear):
     pass
 
@@ -347,6 +413,8 @@ def bypass(network: Any) -> None:
             lambda network: network.set_attention_backend("flex"),
             "attention backend flex; those .*_native_math",
         ),
+        (spread, "spread over devices by diffusers' enable_parallelism"),
+        (spread_attention, "attention is spread over devices"),
         (lens, "transformer_blocks.1.ff.net.2 is a Lens"),
         (peephole, "layer transformer_blocks.1 has the forward hook"),
         (convolution, "transformer_blocks.1.window is a Conv2d"),
