@@ -11,13 +11,19 @@ from typing import Any, TypeVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -337,6 +343,58 @@ def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
         tokenizer_2=tokenizers[1],
         text_encoder_3=None,
         tokenizer_3=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux2(seed: int = 0) -> Flux2Pipeline:
+    """A FLUX.2 pipeline without a text encoder."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=128,
+    )
+    return _without_text_encoder(
+        Flux2Pipeline,
+        vae,
+        tiny_flux2_transformer(seed),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
+    """A Qwen-Image pipeline without a text encoder."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return _without_text_encoder(
+        QwenImagePipeline,
+        vae,
+        tiny_qwen_image_transformer(seed),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:
+    """A PixArt-sigma pipeline without a text encoder."""
+    transformer = tiny_pixart_transformer(seed, use_additional_conditions=False)
+    return _without_text_encoder(
+        PixArtSigmaPipeline, tiny_vae(seed), transformer, DPMSolverMultistepScheduler()
+    )
+
+
+def _without_text_encoder(kind: Any, vae: Any, transformer: Any, scheduler: Any) -> Any:
+    pipeline = kind(
+        scheduler=scheduler, vae=ready(vae, 1), text_encoder=None, tokenizer=None, transformer=transformer
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -21,9 +21,9 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, LockstepCommunicator, connect, run_in_lockstep
 from distriray.config import Mix
 from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
-from distriray.parallel import engine_of, network_of
+from distriray.parallel import network_of
 from distriray.parallel.partition import TokenPartition
-from tests.models import TEXT_WIDTH, tiny_flux, tiny_flux_transformer, tiny_qwen_image_transformer, tiny_sd3
+from tests.models import TEXT_WIDTH, tiny_flux_transformer, tiny_qwen_image_transformer
 from tests.unit.parallel.transformers import (
     STEPS,
     TRANSFORMERS,
@@ -33,6 +33,7 @@ from tests.unit.parallel.transformers import (
     error,
     noise,
     step,
+    watched,
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
@@ -123,14 +124,6 @@ def test_steps_behind_the_warmup_are_displaced(name: str, exchange: Any, warmup:
     assert run_in_lockstep(2, rank) == [image * 3] * 2
 
 
-def watched(network: Any) -> list[bool]:
-    """Of every call from now on, whether it was synchronous."""
-    engine, synchronous = engine_of(network), []
-    assert engine is not None
-    network.register_forward_hook(lambda *_: synchronous.append(engine.statistics.synchronous))
-    return synchronous
-
-
 def test_only_what_a_mix_says_of_keys_and_values_matters() -> None:
     spatial = Mix(statistics="stale", halos="stale")
     assert off(gang(2, "flux", exchange=spatial, warmup_steps=1)[0], "flux") < 1e-5
@@ -192,51 +185,6 @@ def test_each_branch_that_cache_context_names_has_steps_of_its_own() -> None:
     for exact, synchronous in run_in_lockstep(2, lambda c: rank(c, False)):
         assert all(synchronous)  # the text changes from call to call, so that each begins an image
         assert max(map(error, exact, expected)) < 1e-5
-
-
-def flux_picture(pipeline: Any) -> torch.Tensor:
-    return picture(pipeline, negative_prompt="fog", true_cfg_scale=3.0)
-
-
-def picture(pipeline: Any, **arguments: Any) -> torch.Tensor:
-    """One picture, (1, 3, 96, 64), by the ordinary call of a pipeline."""
-    images: torch.Tensor = pipeline(
-        "a lake at dusk",
-        height=96,
-        width=64,
-        num_inference_steps=3,
-        max_sequence_length=12,
-        generator=torch.Generator().manual_seed(7),
-        output_type="pt",
-        **arguments,
-    ).images
-    return images
-
-
-@pytest.mark.parametrize(("make", "call"), [(tiny_flux, flux_picture), (tiny_sd3, picture)])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_a_whole_pipeline_equals_itself_alone(
-    make: Callable[[], Any], call: Callable[[Any], torch.Tensor], ranks: int
-) -> None:
-    expected = call(make())
-
-    def rank(communicator: Communicator) -> torch.Tensor:
-        return call(parallelize(make(), communicator, ParallelConfig(exchange="sync")))
-
-    for image in run_in_lockstep(ranks, rank):
-        assert error(image, expected) < 1e-5
-
-
-@pytest.mark.parametrize("make", [tiny_flux, tiny_sd3])
-def test_a_whole_pipeline_displaces_all_steps_but_the_first(make: Callable[[], Any]) -> None:
-    def rank(communicator: Communicator) -> list[bool]:
-        pipeline = parallelize(make(), communicator, ParallelConfig(warmup_steps=1, cfg_parallel=False))
-        synchronous = watched(pipeline.transformer)
-        flux_picture(pipeline) if make is tiny_flux else picture(pipeline)
-        return synchronous
-
-    calls = 2 if make is tiny_flux else 1
-    assert run_in_lockstep(2, rank) == [[True] * calls + [False] * 2 * calls] * 2
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -159,6 +159,14 @@ def drawn(
     return draw(network, transformer, shape, steps), engine.statistics
 
 
+def watched(network: Any) -> list[bool]:
+    """Of every call from now on, whether it was synchronous."""
+    engine, synchronous = engine_of(network), []
+    assert engine is not None
+    network.register_forward_hook(lambda *_: synchronous.append(engine.statistics.synchronous))
+    return synchronous
+
+
 def error(these: torch.Tensor, those: torch.Tensor) -> float:
     """The largest difference, of the largest value."""
     assert these.shape == those.shape
