@@ -56,9 +56,9 @@ CASES = [
         tiny_qwen_image,
         {
             **EMBEDDED,
-            **NEGATIVE,
             "prompt_embeds_mask": PADDED,
-            "negative_prompt_embeds_mask": torch.ones_like(PADDED),
+            "negative_prompt_embeds": noise(2, 1, 5, TEXT_WIDTH),
+            "negative_prompt_embeds_mask": torch.ones((1, 5)),
             "true_cfg_scale": 3.0,
             "output_type": "latent",
         },

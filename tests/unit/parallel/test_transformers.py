@@ -21,9 +21,10 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, LockstepCommunicator, connect, run_in_lockstep
 from distriray.config import Mix
 from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
-from distriray.parallel import network_of
+from distriray.parallel import engine_of, network_of
 from distriray.parallel.partition import TokenPartition
 from tests.models import TEXT_WIDTH, tiny_flux_transformer, tiny_qwen_image_transformer
+from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.transformers import (
     STEPS,
     TRANSFORMERS,
@@ -38,6 +39,7 @@ from tests.unit.parallel.transformers import (
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
 MASKED = ("qwen-image", "pixart")
+HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 SHAPES = [
     *((name, shape) for name in TRANSFORMERS for shape in (WIDE, SQUARE)),
     *((name, PADDED) for name in MASKED),
@@ -206,6 +208,54 @@ def test_a_gang_may_change_its_size_between_images() -> None:
         return latents
 
     run_in_lockstep(3, rank)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_half_precision_differs_by_its_rounding(name: str) -> None:
+    transformer = TRANSFORMERS[name]
+    inputs = {
+        key: given.bfloat16() if key in HALF else given for key, given in transformer.inputs(PADDED).items()
+    }
+
+    def predicted(communicator: Any) -> torch.Tensor:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        network = parallelize(transformer.make().bfloat16(), communicator, config)
+        return step(network, transformer, inputs, 1.0)
+
+    expected = predicted(connect("local"))
+    for ours in run_in_lockstep(3, predicted):
+        assert ours.dtype == torch.bfloat16
+        assert error(ours.float(), expected.float()) < 2e-2
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_buffers_serve_in_inference_mode_and_outside_it(name: str) -> None:
+    def rank(communicator: LockstepCommunicator) -> None:
+        config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+        network = parallelize(TRANSFORMERS[name].make(), communicator, config)
+        with torch.inference_mode():
+            within = draw(network, TRANSFORMERS[name], PADDED)
+        assert all(map(torch.equal, within, draw(network, TRANSFORMERS[name], PADDED)))
+
+    run_in_lockstep(2, rank)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_steps_are_not_captured_as_graphs(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        network = parallelize(TRANSFORMERS[name].make(), communicator, config)
+        engine, maker = engine_of(network), RecordedGraphs()
+        assert engine is not None
+        engine.capture_with(maker)
+        latents = draw(network, TRANSFORMERS[name], WIDE)
+        assert not maker.made
+        return latents
+
+    for latents in run_in_lockstep(2, rank):
+        assert off(latents, name) < 1e-5
+    warnings = [message for message in caplog.messages if "not as CUDA graphs" in message]
+    assert len(warnings) == 2  # one a rank
 
 
 def test_weights_that_are_cast_layer_by_layer_are_taken() -> None:
