@@ -11,8 +11,22 @@ from typing import Any, TypeVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -26,6 +40,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -91,6 +107,86 @@ def tiny_sd15_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
         "cross_attention_dim": TEXT_WIDTH,
     }
     return ready(UNet2DConditionModel(**{**settings, **config}), seed)
+
+
+def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DModel:
+    """FLUX.1's layout: blocks of two streams, blocks of one, embedded guidance."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "pooled_projection_dim": TEXT_WIDTH,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return ready(FluxTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
+    """FLUX.2's layout."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    }
+    return ready(Flux2Transformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_sd3_transformer(seed: int = 0, **config: Any) -> SD3Transformer2DModel:
+    """SD 3.5's layout: normalized queries and keys, a first block that attends to the image once more."""
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 2 * TEXT_WIDTH,
+        "pos_embed_max_size": 24,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return ready(SD3Transformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_qwen_image_transformer(seed: int = 0, **config: Any) -> QwenImageTransformer2DModel:
+    """Qwen-Image's layout."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return ready(QwenImageTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_pixart_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
+    """PixArt's layout: cross-attention to the text, and twice as many channels out as in."""
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "attention_head_dim": 12,
+        "num_attention_heads": 2,
+        "cross_attention_dim": 24,
+        "caption_channels": TEXT_WIDTH,
+        "use_additional_conditions": True,
+    }
+    return ready(PixArtTransformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_vae(seed: int = 0, **config: Any) -> AutoencoderKL:
@@ -204,3 +300,101 @@ def tiny_safety_checker() -> dict[str, Any]:
         thresholds.data.fill_(2.0)  # of a cosine
     extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return {"safety_checker": checker.eval(), "feature_extractor": extractor}
+
+
+def tiny_flux(seed: int = 0) -> FluxPipeline:
+    """A whole FLUX.1 pipeline. Its second tokenizer is CLIP's, since T5's needs a vocabulary."""
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
+    t5 = T5Config(
+        vocab_size=len(tokenizer_2),
+        d_model=TEXT_WIDTH,
+        d_kv=8,
+        d_ff=2 * TEXT_WIDTH,
+        num_layers=1,
+        num_heads=2,
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(seed + 1, shift_factor=0.0),
+        text_encoder=ready(CLIPTextModel(text_config(tokenizer)), seed + 2),
+        tokenizer=tokenizer,
+        text_encoder_2=ready(T5EncoderModel(t5), seed + 3),
+        tokenizer_2=tokenizer_2,
+        transformer=tiny_flux_transformer(seed),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
+    """A whole Stable Diffusion 3.5 pipeline without T5."""
+    tokenizers = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    encoders = (
+        ready(CLIPTextModelWithProjection(text_config(tokenizer)), seed + 2 + index)
+        for index, tokenizer in enumerate(tokenizers)
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=tiny_sd3_transformer(seed, joint_attention_dim=3 * TEXT_WIDTH),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(seed + 1, shift_factor=0.0),
+        text_encoder=next(encoders),
+        tokenizer=tokenizers[0],
+        text_encoder_2=next(encoders),
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux2(seed: int = 0) -> Flux2Pipeline:
+    """A FLUX.2 pipeline without a text encoder."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=128,
+    )
+    return _without_text_encoder(
+        Flux2Pipeline,
+        vae,
+        tiny_flux2_transformer(seed),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
+    """A Qwen-Image pipeline without a text encoder."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return _without_text_encoder(
+        QwenImagePipeline,
+        vae,
+        tiny_qwen_image_transformer(seed),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:
+    """A PixArt-sigma pipeline without a text encoder."""
+    transformer = tiny_pixart_transformer(seed, use_additional_conditions=False)
+    return _without_text_encoder(
+        PixArtSigmaPipeline, tiny_vae(seed), transformer, DPMSolverMultistepScheduler()
+    )
+
+
+def _without_text_encoder(kind: Any, vae: Any, transformer: Any, scheduler: Any) -> Any:
+    pipeline = kind(
+        scheduler=scheduler, vae=ready(vae, 1), text_encoder=None, tokenizer=None, transformer=transformer
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

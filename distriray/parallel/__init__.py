@@ -1,4 +1,4 @@
-"""Displaced patch parallelism for diffusers' U-Nets and VAEs: plain torch, no Ray."""
+"""Displaced patch parallelism for diffusers' U-Nets, transformers and VAEs: plain torch, no Ray."""
 
 from distriray.parallel.engine import Engine, StepStatistics
 from distriray.parallel.image import Image

@@ -1,4 +1,4 @@
-"""Row ranges: what each rank owns of every feature map, and what a convolution needs of its peers."""
+"""Ranges of rows and tokens: what each rank owns, and what a convolution needs of its peers."""
 
 from __future__ import annotations
 
@@ -127,6 +127,50 @@ class Partition:
         start, stop = self.rows(rank, output_level)
         top = window.padding[0]
         return start * window.stride - top, (stop - 1) * window.stride - top + window.reach
+
+
+@dataclass(frozen=True)
+class TokenPartition(Partition):
+    """Contiguous ranges of an image's tokens, and of its text's, over `world_size` ranks.
+
+    Of the image it is a partition of `height` rows of one token each. The first ranks get one more where they
+    do not divide, and of the text the last ranks do, so that all have nearly as many.
+
+    Attributes:
+        text: tokens of the text that are dealt; 0 where every rank has all of them.
+
+    Raises:
+        InvalidRequest: fewer tokens of the image than ranks.
+    """
+
+    text: int = 0
+
+    @classmethod
+    def of(cls, image: int, text: int, world_size: int) -> TokenPartition:
+        """That of so many tokens."""
+        return cls(height=image, width=1, levels=0, world_size=world_size, text=text)
+
+    def __post_init__(self) -> None:
+        if self.height < self.world_size:
+            raise InvalidRequest(
+                f"an image of {self.height} tokens is too small for {self.world_size} patches", param="height"
+            )
+
+    def text_tokens(self, rank: int) -> tuple[int, int]:
+        """The tokens [start, stop) of the text that `rank` owns."""
+        return self._text_bounds[rank], self._text_bounds[rank + 1]
+
+    @cached_property
+    def joint(self) -> tuple[int, ...]:
+        """How many tokens of image and text together each rank owns."""
+        texts = (stop - start for start, stop in map(self.text_tokens, range(self.world_size)))
+        return tuple(image + text for image, text in zip(self.counts(0), texts, strict=True))
+
+    @cached_property
+    def _text_bounds(self) -> tuple[int, ...]:
+        each, extra = divmod(self.text, self.world_size)
+        without = self.world_size - extra
+        return tuple(rank * each + max(0, rank - without) for rank in range(self.world_size + 1))
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

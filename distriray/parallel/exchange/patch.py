@@ -92,6 +92,6 @@ class Patch:
         """The slot of a group norm of `input`."""
         return statistics_slot(self.partition, self.rank, input.shape, groups)
 
-    def keys_values_slot(self, key: torch.Tensor) -> Slot:
-        """The slot of self-attention with keys and values shaped as `key`."""
-        return keys_values_slot(self.partition, self.rank, key.shape, key.dtype)
+    def keys_values_slot(self, key: torch.Tensor, tokens: tuple[int, ...] | None = None) -> Slot:
+        """The slot of self-attention with keys and values shaped as `key`, over `tokens` of every rank."""
+        return keys_values_slot(self.partition, self.rank, key.shape, key.dtype, tokens)

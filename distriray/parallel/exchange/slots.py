@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from distriray.collective.messages import peers_of
+from distriray.errors import UnsupportedModel
 from distriray.parallel.partition import Partition
 
 Kind = Literal["statistics", "halos", "keys_values"]
@@ -51,12 +52,28 @@ def statistics_slot(partition: Partition, rank: int, shape: tuple[int, ...], gro
 
 
 @lru_cache(4096)
-def keys_values_slot(partition: Partition, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
-    """The slot of self-attention whose keys have `shape`, (batch, this rank's tokens, channels)."""
+def keys_values_slot(
+    partition: Partition,
+    rank: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    tokens: tuple[int, ...] | None = None,
+) -> Slot:
+    """The slot of self-attention whose keys have `shape`, (batch, this rank's tokens, channels).
+
+    Args:
+        tokens: of every rank; None are those at the level at which a patch has as many as this rank.
+
+    Raises:
+        UnsupportedModel: this rank has another number of tokens.
+    """
     batch, own_tokens, channels = shape
-    level = partition.level_of(rank, (own_tokens,))
-    columns = partition.shape(level)[1]
-    tokens = tuple(count * columns for count in partition.counts(level))
+    if tokens is None:
+        level = partition.level_of(rank, (own_tokens,))
+        columns = partition.shape(level)[1]
+        tokens = tuple(count * columns for count in partition.counts(level))
+    if own_tokens != tokens[rank]:
+        raise UnsupportedModel(f"attention over {own_tokens} tokens, where this rank has {tokens[rank]}")
     peers = peers_of(rank, partition.world_size)
     return Slot(
         "keys_values",

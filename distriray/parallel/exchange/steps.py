@@ -157,14 +157,20 @@ class Step(ABC):
         return padded.fill(input, self._swap_halos(padded, input))
 
     @abstractmethod
-    def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(
+        self, key: torch.Tensor, value: torch.Tensor, tokens: tuple[int, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the whole image from those of this rank's tokens.
 
         Args:
             key, value: (batch, this rank's tokens, channels).
+            tokens: of every rank; None are those of the feature map in which this rank has as many.
 
         Returns:
-            Both, (batch, tokens of all ranks, channels).
+            Both, (batch, tokens of all ranks, channels), in the order of the ranks.
+
+        Raises:
+            UnsupportedModel: the number of this rank's tokens is another one.
         """
 
     @property
@@ -278,8 +284,10 @@ class SynchronousStep(Step):
             self._memory.keep(dict(received))
         return padded.fill(input, received)
 
-    def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slot = self._patch.keys_values_slot(key)
+    def keys_values(
+        self, key: torch.Tensor, value: torch.Tensor, tokens: tuple[int, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slot = self._patch.keys_values_slot(key, tokens)
         self._expect(slot)
         stale = self._mix.is_stale("keys_values")
         lasts = stale and not self._memory.borrows
@@ -359,8 +367,10 @@ class DisplacedStep(Step):
         self._leave(bucket)
         return whole
 
-    def keys_values(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slot = self._patch.keys_values_slot(key)
+    def keys_values(
+        self, key: torch.Tensor, value: torch.Tensor, tokens: tuple[int, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slot = self._patch.keys_values_slot(key, tokens)
         if not self._mix.is_stale("keys_values"):
             everyone = self._patch.scratch(slot.whole, key)
             self._swap_keys_values(key, value, slot, everyone)

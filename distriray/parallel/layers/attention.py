@@ -195,3 +195,12 @@ class CachedCrossAttention(_Processor):
             self._text = {}
         room = memory[:, : key.numel()].unflatten(1, key.shape)
         return room[0], room[1]
+
+
+def check_plain_attention(name: str, attn: Attention) -> None:
+    """Raise `UnsupportedModel` where attention does more than attend to keys and values."""
+    for extra in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross"):
+        if getattr(attn, extra, None):
+            raise UnsupportedModel(f"{name} has a {extra}, which no supported network has there")
+    if attn.residual_connection or attn.rescale_output_factor != 1.0 or attn.added_kv_proj_dim is not None:
+        raise UnsupportedModel(f"{name} is not the attention of a supported network")

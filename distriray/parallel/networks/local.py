@@ -28,34 +28,39 @@ from distriray.parallel.layers.conv import PatchConv2d, PatchDownsample2D
 from distriray.parallel.layers.group_norm import PatchGroupNorm
 
 # Exactly these: a subclass may compute something else.
-_MODULES = {
+TOKENWISE = frozenset[type](
+    {
+        nn.Linear,
+        nn.LayerNorm,
+        nn.Embedding,
+        nn.Dropout,
+        nn.Identity,
+        nn.SiLU,
+        nn.GELU,
+        nn.Mish,
+        nn.ReLU,
+        nn.Sequential,
+        nn.ModuleList,
+        nn.ModuleDict,
+        nn.ParameterList,
+        nn.ParameterDict,
+        activations.GEGLU,
+        activations.GELU,
+        activations.ApproximateGELU,
+        attention.FeedForward,
+        embeddings.Timesteps,
+        embeddings.GaussianFourierProjection,
+        embeddings.TimestepEmbedding,
+    }
+)
+"""Classes of layers that look at one position, or at no position, whatever network they are in."""
+_SPATIAL = TOKENWISE | {
     nn.Conv2d,
     PatchConv2d,
     nn.GroupNorm,
     PatchGroupNorm,
-    nn.Linear,
-    nn.LayerNorm,
-    nn.Embedding,
-    nn.Dropout,
-    nn.Identity,
-    nn.SiLU,
-    nn.GELU,
-    nn.Mish,
-    nn.ReLU,
-    nn.Sequential,
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.ParameterList,
-    nn.ParameterDict,
-    activations.GEGLU,
-    activations.GELU,
-    activations.ApproximateGELU,
     attention.BasicTransformerBlock,
-    attention.FeedForward,
     Attention,
-    embeddings.Timesteps,
-    embeddings.GaussianFourierProjection,
-    embeddings.TimestepEmbedding,
     embeddings.TextTimeEmbedding,
     embeddings.AttentionPooling,
     Downsample2D,
@@ -146,16 +151,18 @@ class LocalCode:
         """Whether a user says that a function, an object or its class is local."""
         return _identity(code) in self._said or type(code) in self._said
 
-    def obstacle(self, name: str, module: nn.Module) -> str | None:
+    def obstacle(self, name: str, module: nn.Module, kinds: frozenset[type] = _SPATIAL) -> str | None:
         """What about a layer is not known to be local, None if nothing; its children are not looked at.
 
-        Convolutions, group norms and self-attention count as local, since they are converted.
+        Args:
+            kinds: the classes that are known to be local, or are converted; those of networks over feature
+                maps unless given.
         """
         if ".parametrizations" in name:
             return None  # computes weights
         layer, kind = f"layer {name}", _kind(module)
         if not self.says(module):
-            if not _is_known(kind):
+            if not _is_known(kind, kinds):
                 return f"{layer} is a {kind.__name__}"
             if kind.forward is not nn.Module.forward and _is_of_another(kind, kind.forward):
                 return f"{kind.__name__}.forward of {layer} was replaced by {_name(kind.forward)}"
@@ -211,10 +218,10 @@ def _kind(module: nn.Module) -> Any:
 
 
 @functools.cache
-def _is_known(kind: Any) -> bool:
+def _is_known(kind: Any, kinds: frozenset[type]) -> bool:
     """Whether modules of a class look at one position at a time, or are converted."""
     name = _full_name(kind)
-    if kind in _MODULES or name in _NAMED_MODULES or name in _CROSS_ATTENTION:
+    if kind in kinds or name in _NAMED_MODULES or name in _CROSS_ATTENTION:
         return True
     quantized = issubclass(kind, nn.Linear) and kind.__module__.startswith(_LINEAR_PACKAGES)
     return quantized or kind.__module__.startswith(_PACKAGES)

@@ -24,7 +24,11 @@ from torch.utils import _pytree as pytree
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
-from distriray.parallel.layers.attention import CachedCrossAttention, PatchSelfAttention
+from distriray.parallel.layers.attention import (
+    CachedCrossAttention,
+    PatchSelfAttention,
+    check_plain_attention,
+)
 from distriray.parallel.layers.conv import patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.likeness import adapters_of, processors_of, signs_of, weights_of
@@ -254,7 +258,7 @@ class UNet(Network):
         processor = attn.processor
         if self.local.says(processor):
             return False
-        _check_attention(name, attn)
+        check_plain_attention(name, attn)
         if isinstance(processor, CachedCrossAttention | PatchSelfAttention) and processor.context is context:
             return False
         if not attn.is_cross_attention:
@@ -283,15 +287,6 @@ def _on_device(timestep: torch.Tensor | float, device: torch.device) -> torch.Te
     if timestep.device.type == "cpu" and timestep.numel() == 1:
         return torch.full(timestep.shape, timestep.item(), dtype=timestep.dtype, device=device)
     return timestep
-
-
-def _check_attention(name: str, attn: Attention) -> None:
-    """Raise `UnsupportedModel` where attention does more than attend to keys and values."""
-    for extra in ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross"):
-        if getattr(attn, extra, None):
-            raise UnsupportedModel(f"{name} has a {extra}, which no supported U-Net has")
-    if attn.residual_connection or attn.rescale_output_factor != 1.0 or attn.added_kv_proj_dim is not None:
-        raise UnsupportedModel(f"{name} is not the attention of a supported U-Net")
 
 
 def _check_self_attention(name: str, attn: Attention) -> None:

@@ -142,7 +142,7 @@ def test_a_network_of_no_family_is_refused_with_all_that_there_are() -> None:
     class Puddle(nn.Module):
         pass
 
-    known = r"Puddle denoises with Puddle; .*UNet2DConditionModel: .*1\.x, 2\.x and XL; a Pond: ponds"
+    known = r"Puddle denoises with Puddle; .*UNet2DConditionModel: .*1\.x, 2\.x and XL; .*; a Pond: ponds"
     with pytest.raises(UnsupportedModel, match=known):
         parallelize(Puddle(), connect("local"))
 

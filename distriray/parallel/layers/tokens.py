@@ -1,0 +1,169 @@
+"""Attention processors of diffusion transformers: own queries, keys and values of all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+
+from distriray.errors import UnsupportedModel
+from distriray.parallel.context import PatchContext
+from distriray.parallel.partition import TokenPartition
+
+Sequence = Literal["joint", "image"]
+"""The tokens that an attention is over: those of image and text, or the image's alone."""
+
+
+class Tokens:
+    """The tokens of one call, as the attention processors of a network see them.
+
+    Attributes:
+        partition: who owns which.
+        key_mask: which keys of all ranks, in the order in which `Step.keys_values` gives them, are attended
+            to; bool (batch, 1, 1, tokens of all ranks), None where all are.
+        entered: how often each processor was called.
+    """
+
+    def __init__(self) -> None:
+        self.partition: TokenPartition
+        self.key_mask: torch.Tensor | None = None
+        self.entered: Counter[object] = Counter()
+
+    def begin(self, partition: TokenPartition, key_mask: torch.Tensor | None) -> None:
+        """Begin a call."""
+        self.partition, self.key_mask = partition, key_mask
+        self.entered.clear()
+
+    def of(self, sequence: Sequence) -> tuple[int, ...]:
+        """How many tokens of a sequence each rank owns."""
+        return self.partition.joint if sequence == "joint" else self.partition.counts(0)
+
+
+class PatchTokenAttention:
+    """What the processors of all transformers share.
+
+    Hidden states are (batch, this rank's tokens, channels). Outside a step of an exchange a processor is
+    diffusers' own, which it is a subclass of.
+
+    Args:
+        context: where the step is looked up.
+        tokens: of the call.
+        sequence: that this attention is over.
+    """
+
+    # By these names `set_attention_backend` and diffusers' own context parallelism find them.
+    _attention_backend: AttentionBackendName | None = None
+    _parallel_config: Any = None
+
+    def __init__(self, context: PatchContext, tokens: Tokens, sequence: Sequence) -> None:
+        super().__init__()
+        self.context = context
+        self.tokens = tokens
+        self.sequence = sequence
+
+    def enter(self, attention_mask: torch.Tensor | None) -> None:
+        """Begin a call.
+
+        Raises:
+            UnsupportedModel: it has an `attention_mask`, which would be over one rank's tokens.
+        """
+        self.tokens.entered[self] += 1
+        if attention_mask is not None:
+            raise UnsupportedModel("attention with an attention_mask, which is not cut into patches")
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention to the keys of all ranks; only within a step.
+
+        Args:
+            query, key, value: (batch, this rank's tokens, heads, channels of a head).
+
+        Returns:
+            (batch, this rank's tokens, channels).
+        """
+        step = self.context.step
+        assert step is not None
+        keys, values = step.keys_values(key.flatten(2), value.flatten(2), self.tokens.of(self.sequence))
+        heads = key.shape[2:]
+        attended: torch.Tensor = dispatch_attention_fn(
+            query,
+            keys.unflatten(2, heads),
+            values.unflatten(2, heads),
+            attn_mask=self.tokens.key_mask,
+            backend=self._attention_backend,
+        )
+        return attended.flatten(2).to(query.dtype)
+
+
+class PatchJointAttention(PatchTokenAttention):
+    """Attention over text and image, each with projections of its own, or over one or both with one.
+
+    Attributes:
+        text_first: whether the text's tokens come before the image's.
+    """
+
+    text_first: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+    ) -> Any:
+        self.enter(attention_mask)
+        if self.context.step is None:
+            others = {
+                "image_rotary_emb": image_rotary_emb,
+                "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            }
+            given = {name: other for name, other in others.items() if other is not None}
+            own: Any = super()
+            return own.__call__(attn, hidden_states, encoder_hidden_states, **given)
+        if encoder_hidden_states_mask is not None and self.tokens.key_mask is None:
+            raise UnsupportedModel("attention that is given a text mask, where the network was given none")
+        image, text = hidden_states, encoder_hidden_states
+        projected = [_projected(attn, image, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))]
+        if text is not None:
+            of_text = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            projected.insert(0 if self.text_first else 1, _projected(attn, text, *of_text))
+        query, key, value = (torch.cat(parts, 1) for parts in zip(*projected, strict=True))
+        if image_rotary_emb is not None:
+            query, key = (self.rotated(x, image_rotary_emb) for x in (query, key))
+        attended = self.attend(query, key, value)
+        if text is None:
+            return attended if attn.pre_only else _output(attn, attended)
+        if self.text_first:
+            text, image = attended.split([text.shape[1], image.shape[1]], 1)
+        else:
+            image, text = attended.split([image.shape[1], text.shape[1]], 1)
+        if not getattr(attn, "context_pre_only", False):
+            text = attn.to_add_out(text)
+        return _output(attn, image), text
+
+    def rotated(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
+        """Queries or keys, (batch, own tokens, heads, channels of a head), turned by their position."""
+        turned: torch.Tensor = apply_rotary_emb(x, rotary, sequence_dim=1)
+        return turned
+
+
+def _projected(
+    attn: Any, tokens: torch.Tensor, projections: tuple[str, ...], norms: tuple[str, ...]
+) -> list[torch.Tensor]:
+    """Queries, keys and values of a stream, (batch, tokens, heads, channels of a head)."""
+    projected = [getattr(attn, name)(tokens).unflatten(-1, (attn.heads, -1)) for name in projections]
+    for index, name in enumerate(norms):
+        norm = getattr(attn, name)
+        if norm is not None:
+            projected[index] = norm(projected[index])
+    return projected
+
+
+def _output(attn: Any, attended: torch.Tensor) -> torch.Tensor:
+    projection, dropout = attn.to_out
+    output: torch.Tensor = dropout(projection(attended))
+    return output

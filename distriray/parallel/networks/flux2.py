@@ -1,0 +1,99 @@
+"""FLUX.2: `Flux2Transformer2DModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2Attention,
+    Flux2AttnProcessor,
+    Flux2FeedForward,
+    Flux2Modulation,
+    Flux2ParallelSelfAttention,
+    Flux2ParallelSelfAttnProcessor,
+    Flux2PosEmbed,
+    Flux2SingleTransformerBlock,
+    Flux2SwiGLU,
+    Flux2TimestepGuidanceEmbeddings,
+    Flux2TransformerBlock,
+)
+
+from distriray.parallel.layers.tokens import PatchJointAttention, PatchTokenAttention
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork
+
+
+class PatchFlux2Attention(PatchJointAttention, Flux2AttnProcessor):
+    """That of FLUX.2, in its blocks of two streams."""
+
+
+class PatchFlux2SingleAttention(PatchTokenAttention, Flux2ParallelSelfAttnProcessor):
+    """That of FLUX.2 in its blocks of one stream, where one projection gives the feed-forward's input too."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        self.enter(attention_mask)
+        if self.context.step is None:
+            own: torch.Tensor = super().__call__(attn, hidden_states, None, image_rotary_emb)
+            return own
+        sizes = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
+        *projected, forward = attn.to_qkv_mlp_proj(hidden_states).split(sizes, -1)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        attended = self.attend(query, key, value)
+        output: torch.Tensor = attn.to_out(torch.cat((attended, attn.mlp_act_fn(forward)), -1))
+        return output
+
+
+class Flux2(TokenNetwork):
+    """A `Flux2Transformer2DModel`: a token is 2x2 latents, which the pipeline packs."""
+
+    kind = Flux2Transformer2DModel
+    row_unit = 2
+    plan = Plan(
+        cuts={
+            "": {
+                "hidden_states": ("image", 1),
+                "encoder_hidden_states": ("text", 1),
+                "img_ids": ("image", -2),
+                "txt_ids": ("text", -2),
+            }
+        },
+        attention={
+            "transformer_blocks.*.attn": Attention(Flux2AttnProcessor, PatchFlux2Attention),
+            "single_transformer_blocks.*.attn": Attention(
+                Flux2ParallelSelfAttnProcessor, PatchFlux2SingleAttention
+            ),
+        },
+        inputs={
+            "guidance": Input("embedded guidance scale"),
+            "img_ids": Input("positions of the image's tokens", batched=False),
+            "txt_ids": Input("positions of the text's tokens", batched=False),
+        },
+    )
+    layers = frozenset[type](
+        {
+            Flux2Attention,
+            Flux2FeedForward,
+            Flux2Modulation,
+            Flux2ParallelSelfAttention,
+            Flux2PosEmbed,
+            Flux2SingleTransformerBlock,
+            Flux2SwiGLU,
+            Flux2TimestepGuidanceEmbeddings,
+            Flux2TransformerBlock,
+        }
+    )
+
+    def image_tokens(self, sample: torch.Tensor) -> int:
+        return sample.shape[1]

@@ -1,0 +1,71 @@
+"""PixArt-alpha and -sigma: `PixArtTransformer2DModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention as AttentionLayer
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings
+from diffusers.models.normalization import AdaLayerNormSingle
+
+from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.attention import (
+    CachedCrossAttention,
+    PatchSelfAttention,
+    check_plain_attention,
+)
+from distriray.parallel.layers.tokens import Sequence, Tokens
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork, patches_of
+
+
+class PatchImageAttention(PatchSelfAttention):
+    """That of transformers whose image attends to itself as in a U-Net."""
+
+    def __init__(self, context: PatchContext, tokens: Tokens, sequence: Sequence) -> None:
+        super().__init__(context)
+        self.tokens = tokens
+        self.sequence = sequence
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.tokens.entered[self] += 1
+        return super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+class PixArt(TokenNetwork):
+    """A `PixArtTransformer2DModel`: its image attends to itself, and to text that every rank has."""
+
+    kind = PixArtTransformer2DModel
+    plan = Plan(
+        cuts={"pos_embed": {0: ("image", 1)}},
+        attention={
+            "transformer_blocks.*.attn1": Attention(AttnProcessor2_0, PatchImageAttention, "image"),
+            "transformer_blocks.*.attn2": Attention(AttnProcessor2_0, CachedCrossAttention, None),
+        },
+        inputs={
+            "added_cond_kwargs": Input("size conditions"),
+            "encoder_attention_mask": Input("text mask"),
+        },
+        kwargs="cross_attention_kwargs",
+        whole=("pos_embed",),
+    )
+    layers = frozenset[type](
+        {AttentionLayer, BasicTransformerBlock, AdaLayerNormSingle, PixArtAlphaCombinedTimestepSizeEmbeddings}
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name, attention, _ in self._attentions():
+            check_plain_attention(name, attention)
+
+    @property
+    def row_unit(self) -> int:
+        unit: int = self.module.config.patch_size
+        return unit
+
+    def image_tokens(self, sample: torch.Tensor) -> int:
+        return patches_of(sample, self.row_unit)

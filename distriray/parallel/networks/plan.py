@@ -1,0 +1,136 @@
+"""Plans: where tensors of a transformer are cut to the tokens of one rank, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from distriray.errors import InvalidRequest
+from distriray.parallel.layers.tokens import Sequence
+from distriray.parallel.partition import TokenPartition
+
+Stream = Literal["image", "text"]
+Cut = tuple[Stream, int]
+"""The stream whose tokens lie along a dimension, and that dimension."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One kind of attention of a family.
+
+    Attributes:
+        replaces: the class of processors that it has in diffusers.
+        processor: the class of those that take their place.
+        sequence: the tokens that it is over; None if it is to text that every rank has.
+    """
+
+    replaces: type
+    processor: type
+    sequence: Sequence | None = "joint"
+
+
+@dataclass(frozen=True)
+class Input:
+    """An argument of the network besides latents, prompt embeddings and timestep.
+
+    Attributes:
+        name: what an error calls it.
+        compared: as tensors that networks have made (`near`), that were given (`equal`), or as plain values.
+        batched: whether its first dimension is the batch.
+    """
+
+    name: str
+    compared: Literal["near", "equal", "plain"] = "equal"
+    batched: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a family's tensors are cut to a rank's tokens, and what attends across them.
+
+    Names of modules are those of `named_modules`, in which `*` is any number.
+
+    Attributes:
+        cuts: by module, `""` is the network itself: by the name of an argument, or the index of an output,
+            how it is cut. The first output is that of modules with one.
+        attention: by module.
+        gather: the module whose output, (batch, this rank's tokens of the image, channels), is gathered.
+        inputs: by the name of the network's argument. Others are refused unless they have their default.
+        kwargs: the argument for attention processors, of which only a LoRA's `scale` works.
+        whole: the modules that see all tokens, and are not cut.
+        mask: the argument that says which tokens of the text are attended to, bool (batch, tokens).
+    """
+
+    cuts: Mapping[str, Mapping[str | int, Cut]]
+    attention: Mapping[str, Attention]
+    inputs: Mapping[str, Input]
+    gather: str = "proj_out"
+    kwargs: str = "joint_attention_kwargs"
+    whole: tuple[str, ...] = ()
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts whole tensors to the tokens of one rank."""
+
+    partition: TokenPartition
+    rank: int
+
+    def cut(self, cuts: Mapping[Any, Cut], values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Values by name or index, those that a plan cuts cut; None is left alone."""
+        return {
+            key: value if key not in cuts or value is None else self._cut(key, value, *cuts[key])
+            for key, value in values.items()
+        }
+
+    def hooks(self, module: nn.Module, cuts: Mapping[str | int, Cut]) -> Iterator[Any]:
+        """Hooks on a module that cut its arguments, which are given by name, and its outputs."""
+        arguments = {key: cut for key, cut in cuts.items() if isinstance(key, str)}
+        outputs = {key: cut for key, cut in cuts.items() if isinstance(key, int)}
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            missing = arguments.keys() - kwargs.keys()
+            assert not missing, f"{missing} are not given by name"
+            return args, self.cut(arguments, kwargs)
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if isinstance(output, torch.Tensor):
+                return self.cut(outputs, {0: output})[0]
+            return tuple(self.cut(outputs, dict(enumerate(output))).values())
+
+        if arguments:
+            yield module.register_forward_pre_hook(before, with_kwargs=True)
+        if outputs:
+            yield module.register_forward_hook(after)
+
+    def _cut(self, name: Any, tensor: torch.Tensor, stream: Stream, dimension: int) -> torch.Tensor:
+        of_image = stream == "image"
+        start, stop = (self.partition.rows if of_image else self.partition.text_tokens)(self.rank)
+        tokens = self.partition.height if of_image else self.partition.text
+        if tensor.shape[dimension] != tokens:
+            raise InvalidRequest(
+                f"{name} of {tensor.shape[dimension]} tokens, where the {stream} has {tokens}"
+            )
+        return tensor.narrow(dimension, start, stop - start).contiguous()
+
+
+def key_mask(mask: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
+    """Which keys of all ranks are attended to, where each rank's come text first.
+
+    Args:
+        mask: of the text, (batch, tokens).
+
+    Returns:
+        bool (batch, 1, 1, tokens of all ranks).
+    """
+    parts = []
+    for rank in range(partition.world_size):
+        start, stop = partition.text_tokens(rank)
+        image = partition.counts(0)[rank]
+        parts += [mask[:, start:stop].bool(), mask.new_ones((len(mask), image), dtype=torch.bool)]
+    return torch.cat(parts, 1)[:, None, None]

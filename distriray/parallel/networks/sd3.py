@@ -1,0 +1,44 @@
+"""Stable Diffusion 3 and 3.5: `SD3Transformer2DModel`."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import Attention as AttentionLayer
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.normalization import SD35AdaLayerNormZeroX
+
+from distriray.parallel.layers.tokens import PatchJointAttention
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork, patches_of
+
+
+class PatchSD3Attention(PatchJointAttention, JointAttnProcessor2_0):
+    """That of Stable Diffusion 3, without rotary embeddings."""
+
+    text_first = False
+
+
+class SD3(TokenNetwork):
+    """An `SD3Transformer2DModel`: its first layer sees all latents, by whose size it crops positions."""
+
+    kind = SD3Transformer2DModel
+    plan = Plan(
+        cuts={"pos_embed": {0: ("image", 1)}, "context_embedder": {0: ("text", 1)}},
+        attention={
+            "transformer_blocks.*.attn": Attention(JointAttnProcessor2_0, PatchSD3Attention),
+            "transformer_blocks.*.attn2": Attention(JointAttnProcessor2_0, PatchSD3Attention, "image"),
+        },
+        inputs={"pooled_projections": Input("pooled prompt embeddings", "near")},
+        whole=("pos_embed",),
+    )
+    layers = frozenset[type]({AttentionLayer, JointTransformerBlock, SD35AdaLayerNormZeroX})
+
+    @property
+    def row_unit(self) -> int:
+        unit: int = self.module.config.patch_size
+        return unit
+
+    def image_tokens(self, sample: torch.Tensor) -> int:
+        return patches_of(sample, self.row_unit)

@@ -1,0 +1,312 @@
+"""Diffusion transformers: networks over the tokens of an image and of its text.
+
+A rank has some tokens of both. Only attention looks beyond them; everything else is the same for every token.
+The network's own forward runs on whole inputs, with hooks that cut what goes into its blocks, and gather what
+comes out of its last layer, before that is an image again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+    PixArtAlphaTextProjection,
+)
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, RMSNorm
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from distriray.errors import UnsupportedModel
+from distriray.parallel.agreement import Compared, described
+from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.tokens import Tokens
+from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
+from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
+from distriray.parallel.networks.plan import Attention, Cut, Cutter, Plan, key_mask
+from distriray.parallel.partition import TokenPartition
+from distriray.parallel.share import Share
+
+LAYERS = TOKENWISE | {
+    nn.RMSNorm,
+    RMSNorm,
+    AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    CombinedTimestepTextProjEmbeddings,
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    PixArtAlphaTextProjection,
+}
+"""Layers that several families have. Exactly these: a subclass may compute something else."""
+
+BACKENDS = {
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_CUDNN,
+    AttentionBackendName._NATIVE_EFFICIENT,
+    AttentionBackendName._NATIVE_FLASH,
+    AttentionBackendName._NATIVE_MATH,
+}
+"""Ways to attend that are known to take more keys than queries."""
+
+PACKED = ("batch", "tokens", "channels")
+"""Dimensions of latents that the pipeline has made tokens of."""
+
+_ALWAYS = ("hidden_states", "encoder_hidden_states", "timestep", "return_dict")
+
+
+class TokenNetwork(Network):
+    """A transformer whose blocks attend to the tokens of all ranks.
+
+    Guidance comes as halves of a batch, as calls that `cache_context` names the branches of, or embedded.
+
+    Attributes:
+        plan: of the family.
+        layers: the classes of layers that the family has, besides `LAYERS`.
+    """
+
+    plan: ClassVar[Plan]
+    layers: ClassVar[frozenset[type]]
+
+    def __init__(self, module: Any, local: LocalCode | None = None) -> None:
+        self._tokens = Tokens()
+        self._branch: str | None = None
+        self._attending: dict[str, Any] = {}
+        self._cuts: list[tuple[nn.Module, Mapping[str | int, Cut]]] = []
+        signature = inspect.signature(self.kind.forward)
+        self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        super().__init__(module, local)
+
+    @abstractmethod
+    def image_tokens(self, sample: torch.Tensor) -> int:
+        """How many tokens the network makes of `sample`."""
+
+    def replace_forward(self, forward: Callable[..., Any]) -> None:
+        super().replace_forward(forward)
+        if hasattr(self.module, "cache_context") and "cache_context" not in vars(self.module):
+            self.module.cache_context = partial(_in_branch, self, self.module.cache_context)
+
+    @contextmanager
+    def in_branch(self, name: str, context: AbstractContextManager[None]) -> Iterator[None]:
+        """Let calls be those of a guidance branch, within `context`, for as long as this lasts."""
+        before, self._branch = self._branch, name
+        try:
+            with context:
+                yield
+        finally:
+            self._branch = before
+
+    def check(self) -> None:
+        module, kind = self.module, type(self.module)
+        if kind is not self.kind and not self.local.says(module):
+            raise UnsupportedModel(f"{kind.__name__} is a subclass of {self.kind.__name__}: {ADVICE}")
+        for name, attention, planned in self._attentions():
+            processor = getattr(attention, "processor", None)
+            if processor is None:
+                raise UnsupportedModel(f"{name} is a {type(attention).__name__}, which has no processor")
+            if self.local.says(processor):
+                continue
+            if type(processor) not in (planned.replaces, planned.processor):
+                raise UnsupportedModel(
+                    f"{name} uses {type(processor).__name__}; known is {planned.replaces.__name__}: undo "
+                    "IP-Adapters, fused projections, PAG and the like first"
+                )
+            if getattr(attention, "fused_projections", False):
+                raise UnsupportedModel(f"{name} has fused projections; call unfuse_qkv_projections()")
+            _check_backend(processor)
+        if getattr(module, "_cache_config", None) is not None:
+            raise UnsupportedModel(
+                f"{type(module._cache_config).__name__}: a cache decides on each rank which blocks to skip; "
+                "call disable_cache()"
+            )
+        if getattr(module, "_parallel_config", None) is not None:
+            raise UnsupportedModel(f"{kind.__name__} is spread over devices by diffusers' enable_parallelism")
+
+    def convert(self, context: PatchContext) -> bool:
+        self.check()
+        self._check_layers()
+        context.caches_text = not self.local
+        self._cuts = [
+            (module, cuts) for pattern, cuts in self.plan.cuts.items() for _, module in self._modules(pattern)
+        ]
+        self._attending = {}
+        converted = False
+        for name, attention, planned in self._attentions():
+            before = attention.processor
+            if self.local.says(before):
+                continue
+            if getattr(before, "context", None) is not context:
+                arguments = () if planned.sequence is None else (self._tokens, planned.sequence)
+                processor = planned.processor(context, *arguments)
+                if getattr(before, "_attention_backend", None) is not None:
+                    processor._attention_backend = before._attention_backend
+                attention.processor = processor
+                converted = True
+            if planned.sequence is not None:
+                self._attending[name] = attention.processor
+        return converted
+
+    def read(self, *args: Any, **kwargs: Any) -> Call:
+        """A call of the network's own forward.
+
+        Args:
+            args, kwargs: as its class has them.
+
+        Raises:
+            UnsupportedModel: an input that the plan does not know, or a way to attend that is not known.
+        """
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        for name in arguments.keys() - {*_ALWAYS, *self.plan.inputs, self.plan.kwargs}:
+            default, given = self._signature.parameters[name].default, arguments[name]
+            if given is not None and (default is None or given != default):
+                raise UnsupportedModel(f"{name}, which is not cut into patches")
+        foreign = sorted(set(arguments[self.plan.kwargs] or ()) - {"scale"})
+        if foreign:
+            raise UnsupportedModel(
+                f"{self.plan.kwargs} {', '.join(foreign)}; with patches only 'scale' (LoRA) works"
+            )
+        text = arguments["encoder_hidden_states"]
+        if text is None:
+            raise UnsupportedModel("a call without encoder_hidden_states")
+        _check_backend(None)
+        for processor in self._attending.values():
+            _check_backend(processor)
+        scale = arguments[self.plan.kwargs]
+        return Call(arguments["hidden_states"], arguments["timestep"], text, scale, self._branch, arguments)
+
+    def partition(self, call: Call, patches: int) -> TokenPartition:
+        text = call.text.shape[1] if self._cuts_text else 0
+        return TokenPartition.of(self.image_tokens(call.sample), text, patches)
+
+    def compared(self, call: Call) -> Compared:
+        given, inputs = call.arguments, self.plan.inputs
+        timestep, packed = call.timestep, call.sample.ndim == 3
+        return Compared(
+            {
+                **(described(call.sample, PACKED) if packed else described(call.sample)),
+                "text batch": call.text.shape[0],
+                "text tokens": call.text.shape[1],
+                "scale of adapters": (given[self.plan.kwargs] or {}).get("scale"),
+            },
+            near={
+                "latents": call.sample,
+                "prompt embeddings": call.text,
+                **{i.name: _tensors(given[key]) for key, i in inputs.items() if i.compared == "near"},
+            },
+            equal={
+                "timesteps": timestep if isinstance(timestep, torch.Tensor) and timestep.ndim else None,
+                **{i.name: _tensors(given[key]) for key, i in inputs.items() if i.compared == "equal"},
+                "weights": weights_of(self.module),
+            },
+            texts={
+                "guidance branch": str(call.branch),
+                **{i.name: repr(given[key]) for key, i in inputs.items() if i.compared == "plain"},
+                "adapters, their scales, or which are active": adapters_of(self.module),
+                "attention processors, or their scales": processors_of(self.module),
+            },
+        )
+
+    def compute(self, call: Call, share: Share, collect: Collect) -> Any:
+        partition, rank = share.partition, share.communicator.rank
+        assert isinstance(partition, TokenPartition)
+        unbatched = {key for key, each in self.plan.inputs.items() if not each.batched}
+        arguments = {
+            name: value if name in unbatched else share.cut(value) for name, value in call.arguments.items()
+        }
+        mask = None if self.plan.mask is None else arguments[self.plan.mask]
+        self._tokens.begin(partition, None if mask is None else key_mask(mask, partition))
+        cutter = Cutter(partition, rank)
+        with ExitStack() as hooks:
+            for module, cuts in self._cuts:
+                if module is self.module:
+                    arguments = cutter.cut(cuts, arguments)
+                    continue
+                for hook in cutter.hooks(module, cuts):
+                    hooks.enter_context(hook)
+            last = self.module.get_submodule(self.plan.gather)
+            hooks.enter_context(last.register_forward_hook(partial(self._gather, collect)))
+            return self.forward(**arguments)
+
+    def _gather(self, collect: Collect, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        for name, processor in self._attending.items():
+            times = self._tokens.entered[processor]
+            if times != 1:
+                raise UnsupportedModel(f"{name} was called {times} times in a step, not once")
+        return collect(output[:, None])[:, 0]
+
+    def _check_layers(self) -> None:
+        """Raise `UnsupportedModel` where something is not known to look at one token at a time."""
+        module, kinds = self.module, LAYERS | self.layers
+        ours = LocalCode([_in_branch])
+        around = (self.local | ours).obstacle_around(type(module).__name__, module, self.replaced)
+        if around is not None:
+            raise UnsupportedModel(f"{around}: {ADVICE}")
+        attentions = {name for name, _, _ in self._attentions()}
+        for name, layer in module.named_modules():
+            if layer is module or any(f"{name}.".startswith(f"{whole}.") for whole in self.plan.whole):
+                continue  # hooks on these see the whole picture
+            if hasattr(layer, "processor") and name not in attentions and not self.local.says(layer):
+                raise UnsupportedModel(f"layer {name} is attention that {self.kind.__name__} does not have")
+            obstacle = self.local.obstacle(name, layer, kinds)
+            if obstacle is not None:
+                raise UnsupportedModel(f"{obstacle}: {ADVICE}")
+
+    @property
+    def _cuts_text(self) -> bool:
+        return any(stream == "text" for cuts in self.plan.cuts.values() for stream, _ in cuts.values())
+
+    def _modules(self, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that a pattern of the plan stands for."""
+        expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+        return ((name, module) for name, module in self.module.named_modules() if expression.fullmatch(name))
+
+    def _attentions(self) -> Iterator[tuple[str, Any, Attention]]:
+        """The network's attention, by name, with what the plan says of it."""
+        for pattern, planned in self.plan.attention.items():
+            for name, module in self._modules(pattern):
+                yield name, module, planned
+
+
+def patches_of(sample: torch.Tensor, side: int) -> int:
+    """How many tokens of `side` by `side` latents (batch, channels, rows, columns) are."""
+    return (sample.shape[2] // side) * (sample.shape[3] // side)
+
+
+def _in_branch(
+    network: TokenNetwork,
+    cache_context: Callable[..., AbstractContextManager[None]],
+    name: str,
+    **kwargs: Any,
+) -> AbstractContextManager[None]:
+    """diffusers' `cache_context`, which names the branch of guidance to the engine too."""
+    return network.in_branch(name, cache_context(name, **kwargs))
+
+
+def _check_backend(processor: Any) -> None:
+    """Raise `UnsupportedModel` where a processor, or all if it is None, has an unknown way to attend."""
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise UnsupportedModel("attention is spread over devices by diffusers' enable_parallelism")
+    if processor is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    else:
+        backend = getattr(processor, "_attention_backend", None)
+    if backend is not None and AttentionBackendName(backend) not in BACKENDS:
+        known = ", ".join(sorted(each.value for each in BACKENDS))
+        raise UnsupportedModel(
+            f"attention backend {AttentionBackendName(backend).value}; those that are known with patches are "
+            f"torch's own: {known}"
+        )
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

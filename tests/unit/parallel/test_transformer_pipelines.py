@@ -1,0 +1,104 @@
+"""diffusers' pipelines around transformers, called plainly, in gangs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, run_in_lockstep
+from tests.models import TEXT_WIDTH, tiny_flux, tiny_flux2, tiny_pixart, tiny_qwen_image, tiny_sd3
+from tests.unit.parallel.transformers import error, noise, watched
+
+PROMPT = {"prompt": "a lake at dusk", "max_sequence_length": 12, "output_type": "pt"}
+EMBEDDED = {"prompt_embeds": noise(1, 1, 7, TEXT_WIDTH)}
+NEGATIVE = {"negative_prompt_embeds": noise(2, 1, 7, TEXT_WIDTH)}
+PADDED = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline and its call.
+
+    Attributes:
+        calls: of the network, a step.
+    """
+
+    make: Callable[[], Any]
+    arguments: dict[str, Any] = field(hash=False)
+    calls: int = 1
+
+    def __str__(self) -> str:
+        return self.make.__name__.removeprefix("tiny_")
+
+    def draw(self, pipeline: Any) -> torch.Tensor:
+        """Pixels or latents of one picture of 96x64."""
+        images: torch.Tensor = pipeline(
+            height=96,
+            width=64,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(7),
+            **self.arguments,
+        ).images
+        return images
+
+
+CASES = [
+    Case(tiny_sd3, PROMPT),
+    Case(tiny_flux, PROMPT),
+    Case(tiny_flux, {**PROMPT, "negative_prompt": "fog", "true_cfg_scale": 3.0}, calls=2),
+    Case(tiny_flux2, {"prompt": None, **EMBEDDED, "output_type": "latent"}),
+    Case(
+        tiny_qwen_image,
+        {
+            **EMBEDDED,
+            "prompt_embeds_mask": PADDED,
+            "negative_prompt_embeds": noise(2, 1, 5, TEXT_WIDTH),
+            "negative_prompt_embeds_mask": torch.ones((1, 5)),
+            "true_cfg_scale": 3.0,
+            "output_type": "latent",
+        },
+        calls=2,
+    ),
+    Case(
+        tiny_pixart,
+        {
+            **EMBEDDED,
+            **NEGATIVE,
+            "prompt_attention_mask": PADDED,
+            "negative_prompt_attention_mask": torch.ones_like(PADDED),
+            "negative_prompt": None,
+            "use_resolution_binning": False,
+            "output_type": "pt",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_whole_pipeline_equals_itself_alone(case: Case, ranks: int) -> None:
+    expected = case.draw(case.make())
+
+    def rank(communicator: Communicator) -> torch.Tensor:
+        return case.draw(parallelize(case.make(), communicator, ParallelConfig(exchange="sync")))
+
+    for image in run_in_lockstep(ranks, rank):
+        assert error(image, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_whole_pipeline_displaces_all_steps_but_the_first_of_each_image(case: Case) -> None:
+    def rank(communicator: Communicator) -> list[bool]:
+        pipeline = parallelize(case.make(), communicator, ParallelConfig(warmup_steps=1, cfg_parallel=False))
+        synchronous = watched(pipeline.transformer)
+        case.draw(pipeline)
+        case.draw(pipeline)
+        return synchronous
+
+    image = [True] * case.calls + [False] * 2 * case.calls
+    assert run_in_lockstep(2, rank) == [image * 2] * 2

@@ -1,0 +1,542 @@
+"""Diffusion transformers in gangs: what one device gives, counted steps, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig
+from diffusers.hooks import apply_first_block_cache
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_processor import Attention, PAGJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, LockstepCommunicator, connect, run_in_lockstep
+from distriray.config import Mix
+from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
+from distriray.parallel import engine_of, network_of
+from distriray.parallel.partition import TokenPartition
+from tests.models import TEXT_WIDTH, tiny_flux_transformer, tiny_qwen_image_transformer
+from tests.unit.parallel.recorded import RecordedGraphs
+from tests.unit.parallel.transformers import (
+    STEPS,
+    TRANSFORMERS,
+    Shape,
+    draw,
+    drawn,
+    error,
+    noise,
+    step,
+    watched,
+)
+
+WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
+MASKED = ("qwen-image", "pixart")
+HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+SHAPES = [
+    *((name, shape) for name in TRANSFORMERS for shape in (WIDE, SQUARE)),
+    *((name, PADDED) for name in MASKED),
+]
+
+
+@pytest.fixture(autouse=True)
+def native_backend() -> Iterator[None]:
+    """`set_attention_backend` changes the whole process's."""
+    with attention_backend("native"):
+        yield
+
+
+@cache
+def alone(name: str, shape: Shape = WIDE) -> list[torch.Tensor]:
+    return draw(TRANSFORMERS[name].make(), TRANSFORMERS[name], shape)
+
+
+def gang(ranks: int, name: str, shape: Shape = WIDE, **config: Any) -> Any:
+    """Latents and figures of rank 0, after checking that all ranks have the same."""
+    config = {"cfg_parallel": False, **config}
+    everyone = run_in_lockstep(ranks, lambda communicator: drawn(communicator, name, shape, **config))
+    for latents, _ in everyone[1:]:
+        assert all(map(torch.equal, latents, everyone[0][0]))
+    return everyone[0]
+
+
+def off(latents: list[torch.Tensor], name: str, shape: Shape = WIDE) -> float:
+    return max(map(error, latents, alone(name, shape)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+def test_sync_mode_equals_one_device(name: str, shape: Shape, ranks: int) -> None:
+    latents, statistics = gang(ranks, name, shape, exchange="sync")
+    assert off(latents, name, shape) < 1e-5
+    assert statistics.synchronous
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_padded_text_is_not_attended_to(name: str) -> None:
+    assert error(alone(name, PADDED)[-1][1:], alone(name)[-1][1:]) > 1e-3
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_text_of_fewer_tokens_than_ranks_is_dealt_too(name: str) -> None:
+    shape = Shape(text=2, masked=True)
+    assert off(gang(3, name, shape, exchange="sync")[0], name, shape) < 1e-5
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_halves_of_a_gang_compute_halves_of_the_batch(name: str, ranks: int) -> None:
+    shape = Shape(text=2, batch=2, masked=True)  # as many tokens as images
+    latents, statistics = gang(ranks, name, shape, exchange="sync", cfg_parallel=True)
+    assert off(latents, name, shape) < 1e-5
+    assert (statistics.waits == 1) == (ranks == 2)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_displaced_runs_are_near_and_compressed_ones_nearer(name: str) -> None:
+    (displaced, of_displaced), (compressed, of_compressed), (separate, _) = (
+        gang(3, name, exchange=exchange, warmup_steps=1) for exchange in ("displaced", "compressed", "none")
+    )
+    assert not of_displaced.synchronous
+    assert error(displaced[0], alone(name)[0]) < 1e-5
+    assert 3 * off(compressed, name) < off(displaced, name) < off(separate, name) < 0.5
+    assert of_compressed.bytes_sent < 0.35 * of_displaced.bytes_sent
+
+
+@pytest.mark.parametrize(("exchange", "warmup"), [("displaced", 1), ("displaced_attention", 2)])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_steps_behind_the_warmup_are_displaced(name: str, exchange: Any, warmup: int) -> None:
+    def rank(communicator: LockstepCommunicator) -> list[bool]:
+        config = ParallelConfig(exchange=exchange, warmup_steps=warmup, cfg_parallel=False)
+        network = parallelize(TRANSFORMERS[name].make(), communicator, config)
+        synchronous = watched(network)
+        draw(network, TRANSFORMERS[name], WIDE)
+        draw(network, TRANSFORMERS[name], SQUARE)
+        draw(network, TRANSFORMERS[name], WIDE)
+        return synchronous
+
+    image = [True] * warmup + [False] * (STEPS - warmup)
+    assert run_in_lockstep(2, rank) == [image * 3] * 2
+
+
+def test_only_what_a_mix_says_of_keys_and_values_matters() -> None:
+    spatial = Mix(statistics="stale", halos="stale")
+    assert off(gang(2, "flux", exchange=spatial, warmup_steps=1)[0], "flux") < 1e-5
+    prediction = {"keys_values": 0.0}
+    one, other = (
+        gang(2, "flux", exchange=exchange, warmup_steps=1, prediction=prediction)[0]
+        for exchange in ("displaced", "displaced_attention")
+    )
+    assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(name: str) -> None:
+    _, statistics = gang(2, name, SQUARE, exchange="sync")
+    network: Any = network_of(TRANSFORMERS[name].make())
+    sequences = [plan.sequence for _, _, plan in network._attentions()]
+    own = {"joint": 12, "image": 8, None: 0}  # tokens of 16 and 8
+    keys_values = sum(own[sequence] * 2 * network.module.inner_dim * 4 for sequence in sequences)
+    exchanging = sum(sequence is not None for sequence in sequences)
+    predicted = network.module.proj_out.out_features * 8 * 4
+    assert statistics.bytes_sent == keys_values + predicted + 48
+    assert statistics.waits == exchanging + 1
+
+
+def guided(network: Any, named: bool = True, steps: int = STEPS) -> list[torch.Tensor]:
+    """The latents of an image, by guidance with a call for each of two branches."""
+    transformer, latents = TRANSFORMERS["flux"], []
+    inputs = {"cond": transformer.inputs(WIDE), "uncond": transformer.inputs(WIDE)}
+    inputs["uncond"]["encoder_hidden_states"] = noise(9, *inputs["cond"]["encoder_hidden_states"].shape)
+    for index in range(steps):
+        said = {}
+        for branch, given in inputs.items():
+            if named:
+                with network.cache_context(branch):
+                    said[branch] = step(network, transformer, given, 1 - index / steps)
+            else:
+                said[branch] = step(network, transformer, given, 1 - index / steps)
+        moved = said["uncond"] + 2.0 * (said["cond"] - said["uncond"])
+        for given in inputs.values():
+            given["hidden_states"] = given["hidden_states"] - moved / steps
+        latents.append(inputs["cond"]["hidden_states"])
+    return latents
+
+
+def test_each_branch_that_cache_context_names_has_steps_of_its_own() -> None:
+    expected = guided(tiny_flux_transformer())
+
+    def rank(communicator: LockstepCommunicator, named: bool, **config: Any) -> Any:
+        config = {"warmup_steps": 1, "cfg_parallel": False, **config}
+        network = parallelize(tiny_flux_transformer(), communicator, ParallelConfig(**config))
+        synchronous = watched(network)
+        return guided(network, named), synchronous
+
+    for exact, _ in run_in_lockstep(3, lambda c: rank(c, True, exchange="sync")):
+        assert max(map(error, exact, expected)) < 1e-5
+    for near, synchronous in run_in_lockstep(2, lambda c: rank(c, True)):
+        assert synchronous == [True] * 2 + [False] * 2 * (STEPS - 1)
+        assert 1e-4 < error(near[-1], expected[-1]) < 0.3
+    for exact, synchronous in run_in_lockstep(2, lambda c: rank(c, False)):
+        assert all(synchronous)  # the text changes from call to call, so that each begins an image
+        assert max(map(error, exact, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_gang_of_one_gives_diffusers_own_bits(name: str) -> None:
+    network = TRANSFORMERS[name].make()
+    before = inspect.signature(network.forward)
+    parallelize(network, connect("local"))
+    assert inspect.signature(network.forward) == before
+    assert all(map(torch.equal, draw(network, TRANSFORMERS[name], WIDE), alone(name)))
+
+
+def test_a_gang_may_change_its_size_between_images() -> None:
+    def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
+        network = TRANSFORMERS["sd3"].make()
+        for gang in (communicator, connect("local"), communicator):
+            parallelize(network, gang, ParallelConfig(exchange="sync", cfg_parallel=False))
+            latents = draw(network, TRANSFORMERS["sd3"], WIDE)
+            assert off(latents, "sd3") < 1e-5
+        return latents
+
+    run_in_lockstep(3, rank)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_half_precision_differs_by_its_rounding(name: str) -> None:
+    transformer = TRANSFORMERS[name]
+    inputs = {
+        key: given.bfloat16() if key in HALF else given for key, given in transformer.inputs(PADDED).items()
+    }
+
+    def predicted(communicator: Any) -> torch.Tensor:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        network = parallelize(transformer.make().bfloat16(), communicator, config)
+        return step(network, transformer, inputs, 1.0)
+
+    expected = predicted(connect("local"))
+    for ours in run_in_lockstep(3, predicted):
+        assert ours.dtype == torch.bfloat16
+        assert error(ours.float(), expected.float()) < 2e-2
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_buffers_serve_in_inference_mode_and_outside_it(name: str) -> None:
+    def rank(communicator: LockstepCommunicator) -> None:
+        config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+        network = parallelize(TRANSFORMERS[name].make(), communicator, config)
+        with torch.inference_mode():
+            within = draw(network, TRANSFORMERS[name], PADDED)
+        assert all(map(torch.equal, within, draw(network, TRANSFORMERS[name], PADDED)))
+
+    run_in_lockstep(2, rank)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_steps_are_not_captured_as_graphs(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        network = parallelize(TRANSFORMERS[name].make(), communicator, config)
+        engine, maker = engine_of(network), RecordedGraphs()
+        assert engine is not None
+        engine.capture_with(maker)
+        latents = draw(network, TRANSFORMERS[name], WIDE)
+        assert not maker.made
+        return latents
+
+    for latents in run_in_lockstep(2, rank):
+        assert off(latents, name) < 1e-5
+    warnings = [message for message in caplog.messages if "not as CUDA graphs" in message]
+    assert len(warnings) == 2  # one a rank
+
+
+def test_weights_that_are_cast_layer_by_layer_are_taken() -> None:
+    def cast() -> Any:
+        network = tiny_flux_transformer()
+        network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        return network
+
+    expected = draw(cast(), TRANSFORMERS["flux"], WIDE, 2)
+    assert error(expected[-1], draw(tiny_flux_transformer(), TRANSFORMERS["flux"], WIDE, 2)[-1]) > 1e-4
+
+    def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        return draw(parallelize(cast(), communicator, config), TRANSFORMERS["flux"], WIDE, 2)
+
+    for latents in run_in_lockstep(2, rank):
+        assert max(map(error, latents, expected)) < 1e-5
+
+
+def test_the_scale_of_an_adapter_is_taken() -> None:
+    inputs = {**TRANSFORMERS["flux"].inputs(WIDE), "joint_attention_kwargs": {"scale": 0.4}}
+    expected, ordinary = tiny_flux_transformer(), tiny_flux_transformer()
+    adapt(expected)
+    adapt(ordinary)
+    predicted = step(expected, TRANSFORMERS["flux"], inputs, 1.0)
+    unscaled = {**inputs, "joint_attention_kwargs": None}
+    assert error(predicted, step(ordinary, TRANSFORMERS["flux"], unscaled, 1.0)) > 1e-3
+
+    def rank(communicator: LockstepCommunicator) -> torch.Tensor:
+        network = tiny_flux_transformer()
+        adapt(network)
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        return step(parallelize(network, communicator, config), TRANSFORMERS["flux"], inputs, 1.0)
+
+    for ours in run_in_lockstep(2, rank):
+        assert error(ours, predicted) < 1e-5
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_adapters_of_linear_layers_are_taken(name: str) -> None:
+    def adapted() -> Any:
+        network = TRANSFORMERS[name].make()
+        adapt(network)
+        return network
+
+    def rank(communicator: Communicator, before: bool) -> list[torch.Tensor]:
+        network = adapted() if before else TRANSFORMERS[name].make()
+        parallelize(network, communicator, ParallelConfig(exchange="sync", cfg_parallel=False))
+        if not before:
+            draw(network, TRANSFORMERS[name], WIDE, 1)
+            adapt(network)
+        return draw(network, TRANSFORMERS[name], WIDE, 2)
+
+    expected = draw(adapted(), TRANSFORMERS[name], WIDE, 2)
+    assert error(expected[-1], draw(TRANSFORMERS[name].make(), TRANSFORMERS[name], WIDE, 2)[-1]) > 1e-3
+    for before in (True, False):
+        for latents in run_in_lockstep(2, lambda c, before=before: rank(c, before)):
+            assert max(map(error, latents, expected)) < 1e-5
+
+
+def adapt(network: Any) -> None:
+    """Add a LoRA whose weights follow from their place."""
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k"]), network)
+    for index, (name, weight) in enumerate(network.named_parameters()):
+        if "lora_" in name:
+            weight.requires_grad_(False).copy_(0.3 * noise(index, *weight.shape))
+
+
+def test_ranks_with_other_conditions_are_told_so() -> None:
+    def rank(communicator: Communicator) -> None:
+        network = parallelize(tiny_flux_transformer(), communicator)
+        inputs = TRANSFORMERS["flux"].inputs(WIDE)
+        inputs["guidance"] = inputs["guidance"] + communicator.rank
+        step(network, TRANSFORMERS["flux"], inputs, 1.0)
+
+    with pytest.raises(GangMismatch, match="embedded guidance scale"):
+        run_in_lockstep(2, rank)
+
+
+def call_flux(change: Callable[[Any], None] = lambda network: None, **arguments: Any) -> None:
+    """One step of a FLUX.1 that was changed after it was parallelized."""
+    network = parallelize(tiny_flux_transformer(), connect("local"))
+    change(network)
+    inputs = TRANSFORMERS["flux"].inputs(WIDE)
+    step(network, TRANSFORMERS["flux"], {**inputs, **arguments}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"controlnet_block_samples": [torch.ones(2, 15, 32)]}, "controlnet_block_samples, which is not cut"),
+        ({"controlnet_blocks_repeat": True}, "controlnet_blocks_repeat"),
+        ({"joint_attention_kwargs": {"ip_adapter_image_embeds": []}}, "kwargs ip_adapter_image_embeds"),
+        ({"joint_attention_kwargs": {"attention_mask": None}}, "kwargs attention_mask; with patches only"),
+    ],
+)
+def test_inputs_that_are_not_cut_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        call_flux(**arguments)
+
+
+def test_skipped_layers_are_refused() -> None:
+    network = parallelize(TRANSFORMERS["sd3"].make(), connect("local"))
+    inputs = {**TRANSFORMERS["sd3"].inputs(WIDE), "skip_layers": [1]}
+    with pytest.raises(UnsupportedModel, match="skip_layers"):
+        step(network, TRANSFORMERS["sd3"], inputs, 1.0)
+
+
+def ip_adapter(network: Any) -> None:
+    processor = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=TEXT_WIDTH)
+    network.transformer_blocks[0].attn.set_processor(processor)
+
+
+def spread(network: Any) -> None:
+    network._parallel_config = object()
+
+
+def spread_attention(network: Any) -> None:
+    network.transformer_blocks[0].attn.processor._parallel_config = object()
+
+
+class Lens(nn.Linear):
+    pass
+
+
+def lens(network: Any) -> None:
+    network.transformer_blocks[1].ff.net[2] = Lens(128, 32)
+
+
+def peephole(network: Any) -> None:
+    network.transformer_blocks[1].register_forward_hook(lambda *_: None)
+
+
+def convolution(network: Any) -> None:
+    network.transformer_blocks[1].window = nn.Conv2d(1, 1, 3)
+
+
+def another_attention(network: Any) -> None:
+    network.transformer_blocks[1].attn2 = Attention(32)
+
+
+def bypass(network: Any) -> None:
+    network.single_transformer_blocks[0].attn = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda network: network.fuse_qkv_projections(), "transformer_blocks.0.attn has fused projections"),
+        (ip_adapter, "transformer_blocks.0.attn uses FluxIPAdapterAttnProcessor"),
+        (lambda network: network.enable_cache(FirstBlockCacheConfig()), "FirstBlockCacheConfig: a cache"),
+        (lambda network: apply_first_block_cache(network, FirstBlockCacheConfig()), "FBCHeadBlockHook"),
+        (
+            lambda network: network.set_attention_backend("flex"),
+            "attention backend flex; those .*_native_math",
+        ),
+        (spread, "spread over devices by diffusers' enable_parallelism"),
+        (spread_attention, "attention is spread over devices"),
+        (lens, "transformer_blocks.1.ff.net.2 is a Lens"),
+        (peephole, "layer transformer_blocks.1 has the forward hook"),
+        (convolution, "transformer_blocks.1.window is a Conv2d"),
+        (another_attention, "transformer_blocks.1.attn2 is attention that"),
+        (bypass, "single_transformer_blocks.0.attn is a Identity, which has no processor"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_not_known_to_look_at_one_token_is_refused(
+    change: Callable[[Any], None], message: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        call_flux(change)
+
+
+def test_what_was_changed_in_the_middle_of_an_image_is_refused() -> None:
+    network = parallelize(tiny_flux_transformer(), connect("local"))
+    inputs = TRANSFORMERS["flux"].inputs(WIDE)
+    step(network, TRANSFORMERS["flux"], inputs, 1.0)
+    network.set_attention_backend("flex")
+    with pytest.raises(UnsupportedModel, match="attention backend flex"):
+        step(network, TRANSFORMERS["flux"], inputs, 0.9)
+
+
+def test_backends_are_torchs_own_whoever_names_them() -> None:
+    call_flux(lambda network: network.set_attention_backend("_native_math"))
+    with attention_backend("_native_math"):
+        call_flux()
+    with attention_backend("flex"), pytest.raises(UnsupportedModel, match="attention backend flex"):
+        call_flux()
+
+
+def test_a_backend_stays_when_attention_is_cut() -> None:
+    network = tiny_flux_transformer()
+    network.set_attention_backend("_native_math")
+    step(parallelize(network, connect("local")), TRANSFORMERS["flux"], TRANSFORMERS["flux"].inputs(WIDE), 1.0)
+    assert network.transformer_blocks[0].attn.processor._attention_backend == "_native_math"
+
+
+def test_attention_that_is_passed_by_is_found() -> None:
+    def skip(hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **others: Any) -> Any:
+        return encoder_hidden_states, hidden_states
+
+    def rank(communicator: Communicator) -> None:
+        network = tiny_flux_transformer()
+        network.transformer_blocks[1].forward = skip
+        parallelize(network, communicator, ParallelConfig(exchange="sync"), local=[skip])
+        step(network, TRANSFORMERS["flux"], TRANSFORMERS["flux"].inputs(WIDE), 1.0)
+
+    with pytest.raises(UnsupportedModel, match="transformer_blocks.1.attn was called 0 times in a step"):
+        run_in_lockstep(2, rank)
+
+
+@pytest.mark.parametrize("arguments", [{"kv_cache_mode": "extract"}, {"num_ref_tokens": 2}])
+def test_kept_keys_and_values_of_reference_pictures_are_refused(arguments: dict[str, Any]) -> None:
+    network = parallelize(TRANSFORMERS["flux2"].make(), connect("local"))
+    with pytest.raises(UnsupportedModel, match=next(iter(arguments))):
+        step(network, TRANSFORMERS["flux2"], {**TRANSFORMERS["flux2"].inputs(WIDE), **arguments}, 1.0)
+
+
+def test_attention_that_does_more_than_a_familys_is_refused() -> None:
+    network = TRANSFORMERS["pixart"].make()
+    network.transformer_blocks[2].attn1.residual_connection = True
+    with pytest.raises(UnsupportedModel, match="transformer_blocks.2.attn1 is not the attention of"):
+        parallelize(network, connect("local"))
+
+
+@pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope", "use_additional_t_cond"])
+def test_qwen_image_for_editing_is_refused(option: str) -> None:
+    network = tiny_qwen_image_transformer(**{option: True})
+    with pytest.raises(UnsupportedModel, match=option):
+        parallelize(network, connect("local"))
+
+
+def test_processors_of_guidance_by_perturbed_attention_are_refused() -> None:
+    network = TRANSFORMERS["sd3"].make()
+    network.transformer_blocks[0].attn.processor = PAGJointAttnProcessor2_0()
+    with pytest.raises(UnsupportedModel, match="transformer_blocks.0.attn uses PAGJointAttnProcessor2_0"):
+        parallelize(network, connect("local"))
+
+
+def test_a_cache_that_is_enabled_before_is_refused_at_once() -> None:
+    network = tiny_flux_transformer()
+    network.enable_cache(FasterCacheConfig(current_timestep_callback=lambda: 0))
+    with pytest.raises(UnsupportedModel, match="FasterCacheConfig: a cache decides"):
+        parallelize(network, connect("local"))
+
+
+def test_tokens_are_dealt_evenly_over_image_and_text() -> None:
+    partition = TokenPartition.of(16, 8, 3)
+    assert partition.counts(0) == (6, 5, 5)
+    assert [partition.text_tokens(rank) for rank in range(3)] == [(0, 2), (2, 5), (5, 8)]
+    assert partition.joint == (8, 8, 8)
+    assert TokenPartition.of(5, 1, 4).joint == (2, 1, 1, 2)
+    with pytest.raises(InvalidRequest, match="an image of 3 tokens is too small for 4 patches"):
+        TokenPartition.of(3, 9, 4)
+
+
+@pytest.mark.parametrize("name", [name for name, each in TRANSFORMERS.items()])
+def test_plans_are_those_of_diffusers_where_it_has_one(name: str) -> None:
+    network: Any = network_of(TRANSFORMERS[name].make())
+    theirs = getattr(network.module, "_cp_plan", None)
+    if theirs is None:
+        assert name in ("sd3", "pixart")
+        return
+    gathers = {module: plan.gather_dim for module, plan in theirs.items() if not isinstance(plan, dict)}
+    assert gathers == {network.plan.gather: 1}
+    cuts = {
+        (module, key): cut.split_dim
+        for module, plan in theirs.items()
+        if isinstance(plan, dict)
+        for key, cut in plan.items()
+        if key != "modulate_index"  # of editing, which is refused
+    }
+    dimensions = {
+        key: cut.expected_dims
+        for plan in theirs.values()
+        if isinstance(plan, dict)
+        for key, cut in plan.items()
+    }
+    ours = {
+        (module, key): dimension % dimensions[key]
+        for module, plan in network.plan.cuts.items()
+        for key, (_, dimension) in plan.items()
+    }
+    assert ours == cuts

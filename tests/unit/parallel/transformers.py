@@ -1,0 +1,173 @@
+"""One tiny transformer of every family, what it is called with, and how an image is drawn with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distriray import ParallelConfig, parallelize
+from distriray.parallel import StepStatistics, engine_of
+from tests.models import (
+    TEXT_WIDTH,
+    tiny_flux2_transformer,
+    tiny_flux_transformer,
+    tiny_pixart_transformer,
+    tiny_qwen_image_transformer,
+    tiny_sd3_transformer,
+)
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A call's sizes, in tokens; `masked` is text of which the last image's end is padding."""
+
+    rows: int = 5
+    columns: int = 3
+    text: int = 7
+    batch: int = 2
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """How one family is made and called.
+
+    Attributes:
+        make: one with random weights.
+        inputs: what it is called with besides timestep, by name, of a shape; latents are `hidden_states`.
+        scale: of the timesteps that fall from 1 to 0.
+        channels: of the output that are the prediction.
+    """
+
+    make: Callable[..., Any]
+    inputs: Callable[[Shape], dict[str, Any]]
+    scale: float = 1.0
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def positions(shape: Shape, axes: int) -> torch.Tensor:
+    """Of the image's tokens, (tokens, axes)."""
+    grid = torch.zeros(shape.rows, shape.columns, axes)
+    grid[..., 1] += torch.arange(shape.rows)[:, None]
+    grid[..., 2] += torch.arange(shape.columns)
+    return grid.flatten(0, 1)
+
+
+def packed(shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, shape.batch, shape.rows * shape.columns, 16),
+        "encoder_hidden_states": noise(2, shape.batch, shape.text, TEXT_WIDTH),
+    }
+
+
+def text_mask(shape: Shape) -> torch.Tensor:
+    """(batch, tokens of the text)."""
+    mask = torch.ones(shape.batch, shape.text, dtype=torch.long)
+    mask[-1, shape.text // 2 :] = 0
+    return mask
+
+
+def flux(shape: Shape) -> dict[str, Any]:
+    return {
+        **packed(shape),
+        "pooled_projections": noise(3, shape.batch, TEXT_WIDTH),
+        "guidance": torch.linspace(3.0, 4.0, shape.batch),
+        "img_ids": positions(shape, 3),
+        "txt_ids": torch.zeros(shape.text, 3),
+    }
+
+
+def flux2(shape: Shape) -> dict[str, Any]:
+    return {
+        **packed(shape),
+        "guidance": torch.linspace(3.0, 4.0, shape.batch),
+        "img_ids": positions(shape, 4)[None],
+        "txt_ids": torch.zeros(1, shape.text, 4),
+    }
+
+
+def pixart(shape: Shape) -> dict[str, Any]:
+    sizes = torch.tensor([[80.0, 48.0]]).expand(shape.batch, -1)
+    inputs = {
+        "hidden_states": noise(1, shape.batch, 4, 2 * shape.rows, 2 * shape.columns),
+        "encoder_hidden_states": noise(2, shape.batch, shape.text, TEXT_WIDTH),
+        "added_cond_kwargs": {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]},
+    }
+    return {**inputs, "encoder_attention_mask": text_mask(shape)} if shape.masked else inputs
+
+
+def sd3(shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, shape.batch, 4, 2 * shape.rows, 2 * shape.columns),
+        "encoder_hidden_states": noise(2, shape.batch, shape.text, TEXT_WIDTH),
+        "pooled_projections": noise(3, shape.batch, 2 * TEXT_WIDTH),
+    }
+
+
+def qwen_image(shape: Shape) -> dict[str, Any]:
+    inputs = {**packed(shape), "img_shapes": [[(1, shape.rows, shape.columns)]] * shape.batch}
+    if shape.masked:
+        inputs["encoder_hidden_states_mask"] = text_mask(shape)
+    return inputs
+
+
+TRANSFORMERS = {
+    "flux": Transformer(tiny_flux_transformer, flux),
+    "flux2": Transformer(tiny_flux2_transformer, flux2),
+    "sd3": Transformer(tiny_sd3_transformer, sd3, scale=1000.0),
+    "pixart": Transformer(tiny_pixart_transformer, pixart, scale=1000.0),
+    "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image),
+}
+
+
+def step(network: Any, transformer: Transformer, inputs: dict[str, Any], sigma: float) -> torch.Tensor:
+    """What the network predicts, of the form of the latents."""
+    latents = inputs["hidden_states"]
+    timestep = torch.full((len(latents),), sigma * transformer.scale)
+    predicted: torch.Tensor = network(timestep=timestep, return_dict=False, **inputs)[0]
+    return predicted[:, : latents.shape[1]] if latents.ndim == 4 else predicted
+
+
+def draw(network: Any, transformer: Transformer, shape: Shape, steps: int = STEPS) -> list[torch.Tensor]:
+    """The latents after every step of Euler's method, of one image."""
+    inputs = transformer.inputs(shape)
+    sigmas = torch.linspace(1.0, 0.0, steps + 1).tolist()
+    latents = []
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        predicted = step(network, transformer, inputs, sigma)
+        inputs["hidden_states"] = inputs["hidden_states"] + (following - sigma) * predicted
+        latents.append(inputs["hidden_states"])
+    return latents
+
+
+def drawn(
+    communicator: Any, name: str, shape: Shape, steps: int = STEPS, **config: Any
+) -> tuple[list[torch.Tensor], StepStatistics]:
+    """As `draw`, by one rank of a gang, and the figures of the last step."""
+    transformer = TRANSFORMERS[name]
+    network = parallelize(transformer.make(), communicator, ParallelConfig(**config))
+    engine = engine_of(network)
+    assert engine is not None
+    return draw(network, transformer, shape, steps), engine.statistics
+
+
+def watched(network: Any) -> list[bool]:
+    """Of every call from now on, whether it was synchronous."""
+    engine, synchronous = engine_of(network), []
+    assert engine is not None
+    network.register_forward_hook(lambda *_: synchronous.append(engine.statistics.synchronous))
+    return synchronous
+
+
+def error(these: torch.Tensor, those: torch.Tensor) -> float:
+    """The largest difference, of the largest value."""
+    assert these.shape == those.shape
+    return float((these - those).abs().max() / those.abs().max())
