@@ -127,8 +127,8 @@ def test_steps_behind_the_warmup_are_displaced(name: str, exchange: Any, warmup:
 
 
 def test_only_what_a_mix_says_of_keys_and_values_matters() -> None:
-    spatial = Mix(statistics="stale", halos="stale")
-    assert off(gang(2, "flux", exchange=spatial, warmup_steps=1)[0], "flux") < 1e-5
+    for spatial in (Mix(statistics="stale", halos="stale"), Mix(statistics="local", halos_width="int8")):
+        assert off(gang(2, "flux", exchange=spatial, warmup_steps=1)[0], "flux") < 1e-5
     prediction = {"keys_values": 0.0}
     one, other = (
         gang(2, "flux", exchange=exchange, warmup_steps=1, prediction=prediction)[0]
