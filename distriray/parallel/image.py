@@ -11,7 +11,7 @@ import torch
 
 from distriray.config import Mix
 from distriray.parallel.networks.base import Call
-from distriray.parallel.schedules import Element, Moment
+from distriray.parallel.schedules import Element, Moment, Turn
 
 
 class Text:
@@ -54,7 +54,7 @@ class Branch:
     warm: bool = False
     exchange: Hashable = None
     mix: Mix | None = None
-    element: Element | None = None
+    element: Element | Turn | None = None
     alone: bool = True
     text: Text | None = None
     text_changed: bool = True

@@ -26,9 +26,35 @@ class Element:
     def __hash__(self) -> int:
         return hash((self._of, self._address))
 
-    def follows(self, other: Element) -> bool:
+    def follows(self, other: Element | Turn) -> bool:
         """Whether it is the next one of the same tensor."""
-        return self._of == other._of and self._address - other._address == self._timestep.element_size()
+        if not isinstance(other, Element) or self._of != other._of:
+            return False
+        return self._address - other._address == self._timestep.element_size()
+
+
+class Turn:
+    """The step that a scheduler is at, for timesteps that a pipeline has computed from its schedule's.
+
+    Args:
+        timesteps: the scheduler's; it keeps the memory from being another tensor's.
+        index: of the one that comes next.
+    """
+
+    def __init__(self, timesteps: torch.Tensor, index: int) -> None:
+        self._timesteps, self._index = timesteps, index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Turn) and self._timesteps is other._timesteps and self._index == other._index
+
+    def __hash__(self) -> int:
+        return hash((id(self._timesteps), self._index))
+
+    def follows(self, other: Element | Turn) -> bool:
+        """Whether the scheduler has taken one step of the same schedule since."""
+        if not isinstance(other, Turn) or self._timesteps is not other._timesteps:
+            return False
+        return self._index == other._index + 1
 
 
 class Moment(NamedTuple):
@@ -38,13 +64,14 @@ class Moment(NamedTuple):
         timestep: as a number.
         more_follow: whether it is known that its schedule has further ones.
         num_steps: of its schedule; None where that is not known.
-        element: the timestep, where it is one tensor element for all of the batch.
+        element: what the timestep is known by: where it lies, if it is one tensor element for all of the
+            batch, or whose turn it is.
     """
 
     timestep: float
     more_follow: bool = False
     num_steps: int | None = None
-    element: Element | None = None
+    element: Element | Turn | None = None
 
 
 class Schedules:
@@ -52,7 +79,8 @@ class Schedules:
 
     A pipeline calls its network with an element of its scheduler's `timesteps`, which are on the device; to
     read it there would stop a GPU in every step. So they are read once, when the tensor is a new one, and an
-    element is recognized by where it lies in memory.
+    element is recognized by where it lies in memory. Pipelines of transformers divide it first, by the number
+    of timesteps in training: then the scheduler says which one it is at.
     """
 
     def __init__(self) -> None:
@@ -83,6 +111,12 @@ class Schedules:
             if index is not None:
                 steps = len(schedule.numbers)
                 return Moment(schedule.numbers[index], index + 1 < steps, steps, element)
+        for pipeline, schedule in self._watched.items():
+            index = schedule.turn(getattr(pipeline, "scheduler", None), timestep)
+            if index is not None and schedule.timesteps is not None:
+                steps = len(schedule.numbers)
+                turn = Turn(schedule.timesteps, index)
+                return Moment(schedule.numbers[index], index + 1 < steps, steps, turn)
         return Moment(float(first), element=element)
 
     def _look(self) -> None:
@@ -98,6 +132,7 @@ class _Schedule:
 
     def __init__(self, timesteps: torch.Tensor | None) -> None:
         self.timesteps = timesteps
+        self._seen: int | None = None
         listed = isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 and timesteps.is_contiguous()
         self.numbers: list[float] = [float(t) for t in timesteps.tolist()] if listed else []  # type: ignore[union-attr]
 
@@ -112,3 +147,27 @@ class _Schedule:
             return None
         index, rest = divmod(element.data_ptr() - table.data_ptr(), table.element_size())
         return index if not rest and 0 <= index < len(self.numbers) else None
+
+    def turn(self, scheduler: Any, timestep: torch.Tensor) -> int | None:
+        """Which of the timesteps `timestep` was computed from, if it is the one that the scheduler is at.
+
+        On a GPU it is read unless the scheduler has moved since the last time: one that moves is in use.
+
+        Args:
+            timestep: one for each of the batch, or for all.
+        """
+        if getattr(scheduler, "num_inference_steps", None) is None or not timestep.is_floating_point():
+            return None  # nobody has asked for a schedule, or it is one of another
+        at = getattr(scheduler, "step_index", None)
+        index = (getattr(scheduler, "begin_index", None) or 0) if at is None else at
+        if not 0 <= index < len(self.numbers):
+            return None
+        moved, self._seen = index != self._seen, index
+        if timestep.device.type == "cuda" and moved:
+            return index
+        number = self.numbers[index]
+        scale = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1)
+        rounding = 2 * torch.finfo(timestep.dtype).eps
+        computed = timestep.float().cpu()
+        near = (torch.isclose(computed, torch.tensor(n), rtol=rounding) for n in (number, number / scale))
+        return index if any(map(torch.all, near)) else None

@@ -62,5 +62,40 @@ def test_elements_follow_each_other_within_one_tensor() -> None:
         assert Schedules().read(several).element is None
 
 
+def test_a_timestep_that_was_divided_is_known_by_the_step_that_its_scheduler_is_at() -> None:
+    pipeline = Pipeline(900.0, 600.0, 300.0)
+    scheduler = pipeline.scheduler
+    scheduler.step_index, scheduler.config = None, SimpleNamespace(num_train_timesteps=1000)
+    scheduler.num_inference_steps = 3
+    schedules = watching(pipeline)
+    moments = []
+    for index, timestep in enumerate(scheduler.timesteps):
+        moments.append(schedules.read(timestep.expand(2) / 1000))
+        scheduler.step_index = index + 1
+    assert [moment.timestep for moment in moments] == [900.0, 600.0, 300.0]
+    assert [moment.more_follow for moment in moments] == [True, True, False]
+    first, second, third = (moment.element for moment in moments)
+    assert first is not None and second is not None and third is not None
+    assert second.follows(first) and third.follows(second) and not third.follows(first)
+    scheduler.timesteps, scheduler.step_index = scheduler.timesteps.clone(), 1
+    other = schedules.read(torch.tensor([0.6, 0.6])).element
+    assert other is not None and not other.follows(first) and other != second, "of the next image"
+
+
+def test_a_scheduler_that_others_move_says_nothing_of_a_timestep() -> None:
+    pipeline = Pipeline(900.0, 600.0)
+    pipeline.scheduler.config = SimpleNamespace(num_train_timesteps=1000)
+    pipeline.scheduler.step_index = pipeline.scheduler.num_inference_steps = None
+    schedules = watching(pipeline)
+    idle = schedules.read(torch.tensor([0.9])).element
+    assert isinstance(idle, Element), "it has been given no steps"
+    pipeline.scheduler.num_inference_steps = 2
+    first, again = (schedules.read(torch.tensor([0.9])).element for _ in range(2))
+    assert first is not None and first == again, "it has not moved: another region of the same step"
+    for number in (0.5, 500.0, 0.0):
+        found = schedules.read(torch.tensor([number])).element
+        assert isinstance(found, Element) and not found.follows(first)
+
+
 class Unscheduled:
     """A pipeline that has none."""

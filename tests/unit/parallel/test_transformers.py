@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -176,8 +177,10 @@ def test_each_branch_that_cache_context_names_has_steps_of_its_own() -> None:
     def rank(communicator: LockstepCommunicator, named: bool, **config: Any) -> Any:
         config = {"warmup_steps": 1, "cfg_parallel": False, **config}
         network = parallelize(tiny_flux_transformer(), communicator, ParallelConfig(**config))
-        synchronous = watched(network)
-        return guided(network, named), synchronous
+        synchronous, engine = watched(network), engine_of(network)
+        assert engine is not None
+        with engine.image() if named else nullcontext():
+            return guided(network, named), synchronous
 
     for exact, _ in run_in_lockstep(3, lambda c: rank(c, True, exchange="sync")):
         assert max(map(error, exact, expected)) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,11 +141,12 @@ def draw(network: Any, transformer: Transformer, shape: Shape, steps: int = STEP
     """The latents after every step of Euler's method, of one image."""
     inputs = transformer.inputs(shape)
     sigmas = torch.linspace(1.0, 0.0, steps + 1).tolist()
-    latents = []
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-        predicted = step(network, transformer, inputs, sigma)
-        inputs["hidden_states"] = inputs["hidden_states"] + (following - sigma) * predicted
-        latents.append(inputs["hidden_states"])
+    latents, engine = [], engine_of(network)
+    with nullcontext() if engine is None else engine.image():
+        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+            predicted = step(network, transformer, inputs, sigma)
+            inputs["hidden_states"] = inputs["hidden_states"] + (following - sigma) * predicted
+            latents.append(inputs["hidden_states"])
     return latents
 
 
