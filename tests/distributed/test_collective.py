@@ -450,14 +450,10 @@ def test_wrong_peers_and_tensors_are_refused_without_breaking_the_gang(backend: 
 
 def _sizes_disagree(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> str:
     communicator = join(backend, rank, world_size, gang)
-    work = (
-        communicator.exchange({1: torch.zeros(100)}, {})
-        if rank == 0
-        else communicator.exchange({}, {0: torch.zeros(50)})
-    )
+    swap = ({1: torch.zeros(100)}, {}) if rank == 0 else ({}, {0: torch.zeros(50)})
 
     def until_noticed() -> None:
-        work.wait()
+        communicator.exchange(*swap).wait()
         while True:  # a sender may have left its message behind, and hears of it later
             all_gather(communicator, list(torch.zeros(2, 1))).wait()
 
