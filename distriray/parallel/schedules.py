@@ -39,22 +39,25 @@ class Turn:
     Args:
         timesteps: the scheduler's; it keeps the memory from being another tensor's.
         index: of the one that comes next.
+
+    Attributes:
+        index: as given.
     """
 
     def __init__(self, timesteps: torch.Tensor, index: int) -> None:
-        self._timesteps, self._index = timesteps, index
+        self._timesteps, self.index = timesteps, index
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Turn) and self._timesteps is other._timesteps and self._index == other._index
+        return isinstance(other, Turn) and self._timesteps is other._timesteps and self.index == other.index
 
     def __hash__(self) -> int:
-        return hash((id(self._timesteps), self._index))
+        return hash((id(self._timesteps), self.index))
 
     def follows(self, other: Element | Turn) -> bool:
         """Whether the scheduler has taken one step of the same schedule since."""
         if not isinstance(other, Turn) or self._timesteps is not other._timesteps:
             return False
-        return self._index == other._index + 1
+        return self.index == other.index + 1
 
 
 class Moment(NamedTuple):
@@ -111,12 +114,16 @@ class Schedules:
             if index is not None:
                 steps = len(schedule.numbers)
                 return Moment(schedule.numbers[index], index + 1 < steps, steps, element)
-        for pipeline, schedule in self._watched.items():
-            index = schedule.turn(getattr(pipeline, "scheduler", None), timestep)
-            if index is not None and schedule.timesteps is not None:
-                steps = len(schedule.numbers)
-                turn = Turn(schedule.timesteps, index)
-                return Moment(schedule.numbers[index], index + 1 < steps, steps, turn)
+        turns = {
+            Turn(schedule.timesteps, index): schedule
+            for pipeline, schedule in self._watched.items()
+            if schedule.timesteps is not None
+            and (index := schedule.turn(getattr(pipeline, "scheduler", None), timestep)) is not None
+        }
+        if len(turns) == 1:  # else it might be any of theirs
+            ((turn, schedule),) = turns.items()
+            steps = len(schedule.numbers)
+            return Moment(schedule.numbers[turn.index], turn.index + 1 < steps, steps, turn)
         return Moment(float(first), element=element)
 
     def _look(self) -> None:

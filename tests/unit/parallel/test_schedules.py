@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distriray.parallel.schedules import Element, Moment, Schedules
+from distriray.parallel.schedules import Element, Moment, Schedules, Turn
 
 
 class Pipeline:
@@ -95,6 +95,18 @@ def test_a_scheduler_that_others_move_says_nothing_of_a_timestep() -> None:
     for number in (0.5, 500.0, 0.0):
         found = schedules.read(torch.tensor([number])).element
         assert isinstance(found, Element) and not found.follows(first)
+
+
+def test_of_two_schedulers_at_one_timestep_neither_is_taken_for_the_one_in_use() -> None:
+    pipelines = Pipeline(900.0, 600.0), Pipeline(900.0, 600.0)
+    schedules = Schedules()
+    for pipeline in pipelines:
+        pipeline.scheduler.config = SimpleNamespace(num_train_timesteps=1000)
+        pipeline.scheduler.step_index, pipeline.scheduler.num_inference_steps = 1, 2
+        schedules.watch(pipeline)
+    assert isinstance(schedules.read(torch.tensor([0.6])).element, Element)
+    pipelines[1].scheduler = pipelines[0].scheduler  # as `from_pipe` makes them
+    assert isinstance(schedules.read(torch.tensor([0.6])).element, Turn)
 
 
 class Unscheduled:
