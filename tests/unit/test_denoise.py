@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
@@ -239,6 +241,22 @@ def test_pictures_and_previews(denoiser: Denoiser) -> None:
         denoiser.step(state)
 
 
+@contextmanager
+def failing_at_the_end(owner: Any, name: str) -> Iterator[None]:
+    """Let a method do its work and raise `GangBroken` then."""
+    work = getattr(owner, name)
+
+    def fail(*inputs: Any, **options: Any) -> None:
+        work(*inputs, **options)
+        raise GangBroken("at the very end")
+
+    setattr(owner, name, fail)
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+
+
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 @pytest.mark.parametrize("part", ["unet", "scheduler"])
 def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str, part: str) -> None:
@@ -246,19 +264,9 @@ def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str, part
     unet = denoiser._pipeline.unet
     for done in range(state.num_steps):
         owner, name = (unet, "forward") if part == "unet" else (state.scheduler, "step")
-        work = getattr(owner, name)
-
-        def fail(*inputs: Any, work: Any = work, **options: Any) -> None:
-            work(*inputs, **options)
-            raise GangBroken("at the very end")
-
         before = state.to_bytes()
-        setattr(owner, name, fail)
-        try:
-            with pytest.raises(GangBroken):
-                denoiser.step(state)
-        finally:
-            vars(owner).pop(name, None)
+        with failing_at_the_end(owner, name), pytest.raises(GangBroken):
+            denoiser.step(state)
         assert state.step == done
         assert state.to_bytes() == before
         denoiser.step(state)

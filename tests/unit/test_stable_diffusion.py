@@ -42,6 +42,7 @@ from tests.unit.test_denoise import (
     PICTURE,
     SIZE,
     begin,
+    failing_at_the_end,
     finish,
     generators,
     ordinary,
@@ -192,19 +193,9 @@ def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str, part
     state = begin(denoiser, [1], **SMALL, scheduler=scheduler)
     while not state.done:
         owner, name = (denoiser._pipeline.unet, "forward") if part == "unet" else (state.scheduler, "step")
-        work = getattr(owner, name)
-
-        def fail(*inputs: Any, work: Callable[..., Any] = work, **options: Any) -> None:
-            work(*inputs, **options)
-            raise GangBroken("at the very end")
-
         before = state.to_bytes()
-        setattr(owner, name, fail)
-        try:
-            with pytest.raises(GangBroken):
-                denoiser.step(state)
-        finally:
-            vars(owner).pop(name, None)
+        with failing_at_the_end(owner, name), pytest.raises(GangBroken):
+            denoiser.step(state)
         assert state.to_bytes() == before
         denoiser.step(state)
 
