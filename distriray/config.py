@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ExchangeMode = Literal["auto", "displaced", "displaced_attention", "compressed", "sync", "none"]
+Kind = Literal["statistics", "halos", "keys_values"]
 StatisticsMode = Literal["stale", "corrected", "fresh", "local"]
 Freshness = Literal["stale", "fresh"]
 Width = Literal["whole", "int8", "int4", "int2"]
@@ -48,7 +49,7 @@ class Mix(BaseModel):
         width = self.halos_width if kind == "halos" else self.keys_values_width
         return None if width == "whole" else int(width.removeprefix("int"))
 
-    def is_stale(self, kind: Literal["statistics", "halos", "keys_values"]) -> bool:
+    def is_stale(self, kind: Kind) -> bool:
         """Whether displaced steps read values of this kind that were sent one step ago."""
         return getattr(self, kind) in ("stale", "corrected")
 

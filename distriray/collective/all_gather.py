@@ -23,3 +23,17 @@ def all_gather(communicator: Communicator, tensors: Sequence[torch.Tensor]) -> W
     peers = communicator.peers
     sends = dict.fromkeys(peers, tensors[communicator.rank])
     return communicator.exchange(sends, {peer: tensors[peer] for peer in peers})
+
+
+def numbers_of_all(communicator: Communicator, number: int) -> list[int]:
+    """A number of every rank, by rank; all of them call it.
+
+    Raises:
+        GangBroken: a peer died or hung.
+    """
+    ranks, device = communicator.world_size, communicator.device
+    everyone = [torch.tensor([number], device=device) for _ in range(ranks)]
+    all_gather(communicator, everyone).wait()
+    numbers: list[int] = torch.cat(everyone).tolist()
+    communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
+    return numbers

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -64,23 +64,22 @@ class Link:
 
     def push(self) -> bool:
         """Copy in what there is room for; whether anything was."""
-        moved = False
-        while self.sends and self._writer.push(self.sends[0]):
-            moved = True
-            if not self.sends[0].over:
-                break
-            self.sends.popleft()
-        return moved
+        return _moved(self.sends, self._writer.push)
 
     def pull(self) -> bool:
         """Copy out what has come and is expected; whether anything was. Raises SizeMismatch."""
-        moved = False
-        while self.receives and self._reader.pull(self.receives[0]):
-            moved = True
-            if not self.receives[0].over:
-                break
-            self.receives.popleft()
-        return moved
+        return _moved(self.receives, self._reader.pull)
+
+
+def _moved(transfers: deque[Transfer], move: Callable[[Transfer], bool]) -> bool:
+    """Go on with transfers, in order, as far as `move` gets; whether it moved anything."""
+    moved = False
+    while transfers and move(transfers[0]):
+        moved = True
+        if not transfers[0].over:
+            break
+        transfers.popleft()
+    return moved
 
 
 class ShmCommunicator(BackendCommunicator):

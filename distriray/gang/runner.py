@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.distributed import Store
 
-from ..collective import Communicator, all_gather, connect
+from ..collective import Communicator, connect
+from ..collective.all_gather import numbers_of_all
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.pipelines.sizes import Sizes
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory, UnsupportedModel
@@ -205,11 +206,11 @@ class SegmentRunner:
             work.state = state = self._state(order, blob)
         except Exception:
             with suppress(GangBroken):
-                _all_ready(communicator, False)
+                numbers_of_all(communicator, False)
             raise
         work.prepare_s = time.perf_counter() - began if order.step == 0 else 0.0
         work.formed_at = work.left_at = time.time() - work.prepare_s
-        if not _all_ready(communicator, True):
+        if not all(numbers_of_all(communicator, True)):
             return SegmentEnd.NOT_BEGUN
         work.begun = True
         try:
@@ -310,15 +311,6 @@ class SegmentRunner:
             )
         self._states[order.job] = state
         return state
-
-
-def _all_ready(communicator: Communicator, ready: bool) -> bool:
-    """Whether all ranks are; all of them call it. Raises GangBroken."""
-    everyone = [torch.tensor([ready], device=communicator.device) for _ in range(communicator.world_size)]
-    all_gather(communicator, everyone).wait()
-    all_are = all(map(bool, everyone))
-    communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
-    return all_are
 
 
 def _alike(error: Exception) -> bool:

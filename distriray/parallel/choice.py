@@ -6,11 +6,9 @@ from collections.abc import Hashable
 from statistics import median
 from typing import NamedTuple
 
-import torch
-
-from distriray.collective.all_gather import all_gather
+from distriray.collective.all_gather import numbers_of_all
 from distriray.collective.base import Communicator
-from distriray.config import MIXES, ExchangeMode, Mix
+from distriray.config import ExchangeMode
 from distriray.parallel.stopwatch import Stopwatch
 
 CANDIDATES: tuple[ExchangeMode, ...] = ("sync", "displaced_attention", "displaced")
@@ -61,19 +59,16 @@ class Choices:
         return self._chosen.get(shape, -1)
 
 
-def agreed(communicator: Communicator, place: int) -> Mix:
-    """The mix for an image: the one that waits least of all ranks' choices, `sync` until each has one.
+def agreed(communicator: Communicator, place: int) -> ExchangeMode:
+    """The candidate for an image: the one that waits least of all ranks' choices, `sync` until each has one.
 
     All ranks call it.
 
     Raises:
         GangBroken: a peer died or hung.
     """
-    places = [torch.tensor([place], device=communicator.device) for _ in range(communicator.world_size)]
-    all_gather(communicator, places).wait()
-    everyone = torch.cat(places).tolist()
-    communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
-    return MIXES[CANDIDATES[max(everyone) if min(everyone) >= 0 else 0]]
+    places = numbers_of_all(communicator, place)
+    return CANDIDATES[max(places) if min(places) >= 0 else 0]
 
 
 def _freshest(timed: list[TimedStep], max_wait: float) -> int:

@@ -18,7 +18,7 @@ from distriray.config import MIXES, ExchangeMode, Mix, ParallelConfig
 from distriray.errors import DistrirayError, GangMismatch, GenerationCancelled
 from distriray.parallel.agreement import check_same_image
 from distriray.parallel.baked import Baked
-from distriray.parallel.choice import CANDIDATES, Choices, TimedStep, agreed
+from distriray.parallel.choice import Choices, TimedStep, agreed
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
@@ -159,7 +159,7 @@ class Engine:
         self._forget_call()
 
     def _is_in(self, communicator: Communicator, config: ParallelConfig) -> bool:
-        """Whether the engine has joined this gang before any other, and the gang is whole."""
+        """Whether this gang, so configured, is the one that was joined last."""
         return self.generation > 0 and self.communicator is communicator and self.config == config
 
     def capture_with(self, maker: GraphMaker | None) -> None:
@@ -385,8 +385,9 @@ class Engine:
         if not share.exchanges:
             exchange, mix = "none" if share.partition.world_size > 1 else "sync", None
         elif exchange == "auto":
-            mix = agreed(self.communicator, self._choices.place(_shape(call, share), self.config.max_wait))
-            exchange = next(name for name in CANDIDATES if MIXES[name] == mix)
+            place = self._choices.place(_shape(call, share), self.config.max_wait)
+            exchange = agreed(self.communicator, place)
+            mix = MIXES[exchange]
         self.exchange = exchange
         return mix
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from distriray.collective.base import Communicator, Work
-from distriray.config import Weights
+from distriray.config import Kind, Weights
 from distriray.parallel.exchange.regions import (
     HaloRegion,
     KeysValuesRegion,
@@ -16,9 +16,7 @@ from distriray.parallel.exchange.regions import (
     Region,
     StatisticsRegion,
 )
-from distriray.parallel.exchange.slots import Kind, Slot
-
-_ALIGN = 16
+from distriray.parallel.exchange.slots import ALIGN, Slot, aligned
 
 
 class Bucket:
@@ -113,11 +111,11 @@ class Bucket:
         dtype = next((slot.dtype for slot in halos.values()), torch.float32)
         sent = Packing({index: slot.send for index, slot in halos.items()}, ranks)
         received = Packing({index: slot.receive for index, slot in halos.items()}, ranks)
-        head = _aligned(StatisticsRegion.row_bytes(statistics))
+        head = aligned(StatisticsRegion.row_bytes(statistics))
         self._sent, self._received = (
             [head + dtype.itemsize * length for length in packing.lengths] for packing in (sent, received)
         )
-        width = _aligned(max(*self._sent, *self._received, _ALIGN))
+        width = aligned(max(*self._sent, *self._received, ALIGN))
         self._outbox, self._inbox = (
             torch.zeros((ranks, width), dtype=torch.uint8, device=device) for _ in range(2)
         )
@@ -217,7 +215,3 @@ class Buckets:
 
 def _of_kind(slots: Mapping[int, Slot], kind: Kind) -> dict[int, Slot]:
     return {index: slot for index, slot in slots.items() if slot.kind == kind}
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN

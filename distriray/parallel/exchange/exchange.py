@@ -10,14 +10,14 @@ import contextlib
 from collections.abc import Iterator
 
 from distriray.collective.base import Communicator
-from distriray.config import Mix, Weights
+from distriray.config import Kind, Mix, Weights
 from distriray.errors import GangBroken
 from distriray.parallel.exchange.bucket import Buckets
 from distriray.parallel.exchange.carriers import AsResiduals, Carrier, WholeAndKept
 from distriray.parallel.exchange.memory import Forgetting, Memory, Recording, Refilling, Values
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.residuals import Residuals
-from distriray.parallel.exchange.slots import Kind, Slot
+from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.exchange.steps import DisplacedStep, Step, SynchronousStep
 from distriray.parallel.graphs import StepGraphs
 from distriray.parallel.partition import Partition

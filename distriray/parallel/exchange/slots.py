@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 from distriray.collective.messages import peers_of
+from distriray.config import Kind
 from distriray.errors import UnsupportedModel
 from distriray.parallel.partition import Partition
 
-Kind = Literal["statistics", "halos", "keys_values"]
+ALIGN = 16
+"""Bytes: parts of a message begin at multiples of it."""
 
 LAYERS_CHANGED = "the network's layers changed in the middle of an image"
 
@@ -82,3 +83,8 @@ def keys_values_slot(
         dtype,
         tokens,
     )
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` or the next multiple of `ALIGN`."""
+    return -(-nbytes // ALIGN) * ALIGN

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-_ALIGN = 16
+from distriray.parallel.exchange.slots import aligned
 
 
 class StatisticsAndRows:
@@ -31,7 +31,7 @@ class StatisticsAndRows:
         room: Mapping[int, torch.Tensor],
     ) -> None:
         self._own = own
-        self._head = -(-own.nbytes // _ALIGN) * _ALIGN
+        self._head = aligned(own.nbytes)
         self.sends = dict.fromkeys(peers, own)
         for peer, tensor in rows.items():
             message = self.sends[peer] = self._message(tensor)

@@ -13,13 +13,13 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import torch
 
 from distriray.collective.base import Work
-from distriray.config import Mix, StatisticsMode
+from distriray.config import Kind, Mix, StatisticsMode
 from distriray.parallel.exchange.bucket import Bucket, Buckets
 from distriray.parallel.exchange.carriers import Carrier, Values
 from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.memory import Memory
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.slots import LAYERS_CHANGED, Kind, Slot
+from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
 from distriray.parallel.exchange.statistics_and_rows import StatisticsAndRows
 from distriray.parallel.graphs import Recorder
 from distriray.parallel.partition import Window
@@ -258,30 +258,27 @@ class SynchronousStep(Step):
 
     def send_statistics(self, everyone: torch.Tensor) -> None:
         super().send_statistics(everyone)
-        if self._mix.is_stale("statistics"):
-            self._memory.keep(dict(enumerate(everyone)))
+        self._keep("statistics", dict(enumerate(everyone)))
 
     def norm_padded(
         self, input: torch.Tensor, window: Window, own: torch.Tensor
     ) -> tuple[PaddedPatch, torch.Tensor]:
         self._expect(self._patch.statistics_slot(input, own.shape[1]))
         padded, everyone = super().norm_padded(input, window, own)
-        if self._mix.is_stale("statistics"):
-            self._memory.keep(dict(enumerate(everyone)))
+        self._keep("statistics", dict(enumerate(everyone)))
         return padded, everyone
 
     def keep_halos(self, padded: torch.Tensor, window: Window) -> None:
         if self._mix.is_stale("halos"):
             buffer = self._patch.like(padded, window)
             self._expect(buffer.slot)
-            self._memory.keep(buffer.halos(padded))
+            self._keep("halos", buffer.halos(padded))
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
         padded = self._patch.padded(input, window)
         self._expect(padded.slot)
         received = self._swap_halos(padded, input)
-        if self._mix.is_stale("halos"):
-            self._memory.keep(dict(received))
+        self._keep("halos", received)
         return padded.fill(input, received)
 
     def keys_values(
@@ -289,12 +286,10 @@ class SynchronousStep(Step):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(key, tokens)
         self._expect(slot)
-        stale = self._mix.is_stale("keys_values")
-        lasts = stale and not self._memory.borrows
+        lasts = self._mix.is_stale("keys_values") and not self._memory.borrows
         everyone = key.new_empty(slot.whole) if lasts else self._patch.scratch(slot.whole, key)
         parts = self._swap_keys_values(key, value, slot, everyone)
-        if stale:
-            self._memory.keep(dict(enumerate(parts)))
+        self._keep("keys_values", dict(enumerate(parts)))
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 
     @property
@@ -311,6 +306,10 @@ class SynchronousStep(Step):
     def _expect(self, slot: Slot) -> None:
         if self._mix.is_stale(slot.kind):
             self._memory = self._memory.expect(slot)
+
+    def _keep(self, kind: Kind, everyone: Values) -> None:
+        if self._mix.is_stale(kind):
+            self._memory.keep(dict(everyone))
 
 
 class DisplacedStep(Step):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from diffusers import FluxTransformer2DModel
 from diffusers.models.normalization import AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
@@ -14,8 +15,22 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from distriray.parallel.layers.tokens import PatchJointAttention
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
+
+# FLUX.2 has these too.
+CUTS: Mapping[str, Mapping[str | int, Cut]] = {
+    "": {
+        "hidden_states": ("image", 1),
+        "encoder_hidden_states": ("text", 1),
+        "img_ids": ("image", -2),
+        "txt_ids": ("text", -2),
+    }
+}
+POSITIONS = {
+    "img_ids": Input("positions of the image's tokens", batched=False),
+    "txt_ids": Input("positions of the text's tokens", batched=False),
+}
 
 
 class PatchFluxAttention(PatchJointAttention, FluxAttnProcessor):
@@ -28,14 +43,7 @@ class Flux(TokenNetwork):
     kind = FluxTransformer2DModel
     row_unit = 2
     plan = Plan(
-        cuts={
-            "": {
-                "hidden_states": ("image", 1),
-                "encoder_hidden_states": ("text", 1),
-                "img_ids": ("image", -2),
-                "txt_ids": ("text", -2),
-            }
-        },
+        cuts=CUTS,
         attention={
             "transformer_blocks.*.attn": Attention(FluxAttnProcessor, PatchFluxAttention),
             "single_transformer_blocks.*.attn": Attention(FluxAttnProcessor, PatchFluxAttention),
@@ -43,8 +51,7 @@ class Flux(TokenNetwork):
         inputs={
             "pooled_projections": Input("pooled prompt embeddings", "near"),
             "guidance": Input("embedded guidance scale"),
-            "img_ids": Input("positions of the image's tokens", batched=False),
-            "txt_ids": Input("positions of the text's tokens", batched=False),
+            **POSITIONS,
         },
     )
     layers = frozenset[type](
@@ -56,6 +63,3 @@ class Flux(TokenNetwork):
             AdaLayerNormZeroSingle,
         }
     )
-
-    def image_tokens(self, sample: torch.Tensor) -> int:
-        return sample.shape[1]

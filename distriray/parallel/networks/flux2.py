@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 
 from distriray.parallel.layers.tokens import PatchJointAttention, PatchTokenAttention
+from distriray.parallel.networks.flux import CUTS, POSITIONS
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
@@ -61,14 +62,7 @@ class Flux2(TokenNetwork):
     kind = Flux2Transformer2DModel
     row_unit = 2
     plan = Plan(
-        cuts={
-            "": {
-                "hidden_states": ("image", 1),
-                "encoder_hidden_states": ("text", 1),
-                "img_ids": ("image", -2),
-                "txt_ids": ("text", -2),
-            }
-        },
+        cuts=CUTS,
         attention={
             "transformer_blocks.*.attn": Attention(Flux2AttnProcessor, PatchFlux2Attention),
             "single_transformer_blocks.*.attn": Attention(
@@ -77,8 +71,7 @@ class Flux2(TokenNetwork):
         },
         inputs={
             "guidance": Input("embedded guidance scale"),
-            "img_ids": Input("positions of the image's tokens", batched=False),
-            "txt_ids": Input("positions of the text's tokens", batched=False),
+            **POSITIONS,
         },
     )
     layers = frozenset[type](
@@ -94,6 +87,3 @@ class Flux2(TokenNetwork):
             Flux2TransformerBlock,
         }
     )
-
-    def image_tokens(self, sample: torch.Tensor) -> int:
-        return sample.shape[1]

@@ -20,7 +20,7 @@ from distriray.parallel.layers.attention import (
 )
 from distriray.parallel.layers.tokens import Sequence, Tokens
 from distriray.parallel.networks.plan import Attention, Input, Plan
-from distriray.parallel.networks.tokens import TokenNetwork, patches_of
+from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchImageAttention(PatchSelfAttention):
@@ -61,11 +61,3 @@ class PixArt(TokenNetwork):
         super().check()
         for name, attention, _ in self._attentions():
             check_plain_attention(name, attention)
-
-    @property
-    def row_unit(self) -> int:
-        unit: int = self.module.config.patch_size
-        return unit
-
-    def image_tokens(self, sample: torch.Tensor) -> int:
-        return patches_of(sample, self.row_unit)

@@ -62,6 +62,3 @@ class QwenImage(TokenNetwork):
         for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
             if self.module.config[option]:
                 raise UnsupportedModel(f"a QwenImageTransformer2DModel with {option}, of editing or layers")
-
-    def image_tokens(self, sample: torch.Tensor) -> int:
-        return sample.shape[1]

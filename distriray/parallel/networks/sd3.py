@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention as AttentionLayer
@@ -11,7 +10,7 @@ from diffusers.models.normalization import SD35AdaLayerNormZeroX
 
 from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.plan import Attention, Input, Plan
-from distriray.parallel.networks.tokens import TokenNetwork, patches_of
+from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchSD3Attention(PatchJointAttention, JointAttnProcessor2_0):
@@ -34,11 +33,3 @@ class SD3(TokenNetwork):
         whole=("pos_embed",),
     )
     layers = frozenset[type]({AttentionLayer, JointTransformerBlock, SD35AdaLayerNormZeroX})
-
-    @property
-    def row_unit(self) -> int:
-        unit: int = self.module.config.patch_size
-        return unit
-
-    def image_tokens(self, sample: torch.Tensor) -> int:
-        return patches_of(sample, self.row_unit)

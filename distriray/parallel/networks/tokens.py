@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -85,9 +84,16 @@ class TokenNetwork(Network):
         self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         super().__init__(module, local)
 
-    @abstractmethod
+    @property
+    def row_unit(self) -> int:
+        unit: int = self.module.config.patch_size
+        return unit
+
     def image_tokens(self, sample: torch.Tensor) -> int:
-        """How many tokens the network makes of `sample`."""
+        """How many tokens the network makes of `sample`, unless the pipeline has made them."""
+        if sample.ndim == 3:
+            return sample.shape[1]
+        return (sample.shape[2] // self.row_unit) * (sample.shape[3] // self.row_unit)
 
     def replace_forward(self, forward: Callable[..., Any]) -> None:
         super().replace_forward(forward)
@@ -275,11 +281,6 @@ class TokenNetwork(Network):
         for pattern, planned in self.plan.attention.items():
             for name, module in self._modules(pattern):
                 yield name, module, planned
-
-
-def patches_of(sample: torch.Tensor, side: int) -> int:
-    """How many tokens of `side` by `side` latents (batch, channels, rows, columns) are."""
-    return (sample.shape[2] // side) * (sample.shape[3] // side)
 
 
 def _in_branch(

@@ -76,7 +76,7 @@ def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
     [([0, 0, 0], "sync"), ([0, 2, 1], "displaced"), ([0, 1, 0], "displaced_attention"), ([2, -1, 2], "sync")],
 )
 def test_ranks_agree_on_the_mix_that_waits_least(places: list[int], exchange: str) -> None:
-    mixes = run_in_lockstep(3, lambda gang: agreed(gang, places[gang.rank]))
+    mixes = run_in_lockstep(3, lambda gang: MIXES[agreed(gang, places[gang.rank])])
     assert mixes == 3 * [MIXES[exchange]]
 
 
