@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from uuid import uuid4
 
@@ -155,10 +156,21 @@ class GenerationRequest(SamplingParams):
     """Larger is more important; each unit doubles its share."""
     previews: Annotated[int, Field(ge=0)] = 0
     """Intermediate pictures to send while it runs, evenly spread over the steps."""
+    exchange: ExchangeMode | None = None
+    """How the gang shares a step, in place of the host's own `parallel.exchange`.
+
+    What a segment of a result names, given here, makes its picture again.
+    """
     parallel: ParallelConfig | None = None
-    """How the gang shares a step; None is the host's own configuration."""
+    """All of how the gang shares a step; None is the host's own configuration."""
     id: Annotated[str, Field(min_length=1, max_length=200)] = Field(default_factory=lambda: uuid4().hex)
     """Name in events, logs and `cancel`; unique among unfinished requests."""
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> Self:
+        if self.exchange is not None and self.parallel is not None:
+            raise InvalidRequest("exchange and parallel.exchange are one thing; give one of them", "exchange")
+        return self
 
     @classmethod
     def parse(cls, fields: dict[str, Any] | str | bytes) -> Self:
@@ -185,6 +197,12 @@ class GenerationRequest(SamplingParams):
         if fields:
             raise TypeError(f"set {sorted(fields)} on the GenerationRequest itself")
         return request
+
+    def shared(self, parallel: ParallelConfig) -> ParallelConfig:
+        """How the gang shares a step, on a host that is configured so."""
+        if self.exchange is not None:
+            return parallel.model_copy(update={"exchange": self.exchange})
+        return self.parallel or parallel
 
     def preview_steps(self) -> frozenset[int]:
         """The steps of the network (1 is the first) after which a preview is sent."""
@@ -288,7 +306,7 @@ class Segment(BaseModel):
     The order was sent at `sent_at`; all ranks were ready at `formed_at` (not counting prompt encoding); the
     last step ended at `left_at`, all in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the
     mean seconds of a synchronous and of a displaced step. `exchange` is how the steps were shared, where
-    `auto` has chosen too: with it in `parallel`, seed and gang make the same picture again.
+    `auto` has chosen too: a request for it with the same seed and gang makes the same picture again.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -344,12 +362,21 @@ class GenerationResult(BaseModel):
     @property
     def gang_size(self) -> int:
         """Size of the gang that made most of the steps."""
-        steps: dict[int, int] = {}
-        for segment in self.segments:
-            size = len(segment.workers)
-            steps[size] = steps.get(size, 0) + segment.steps
-        return max(steps, key=lambda size: steps[size])
+        return _of_most_steps(self.segments, lambda segment: len(segment.workers))
+
+    @property
+    def exchange(self) -> ExchangeMode | Mix:
+        """How most of the steps were shared."""
+        return _of_most_steps(self.segments, lambda segment: segment.exchange)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the images, ready for JSON."""
-        return {**self.model_dump(mode="json"), "gang_size": self.gang_size}
+        exchange = self.exchange.model_dump() if isinstance(self.exchange, Mix) else self.exchange
+        return {**self.model_dump(mode="json"), "gang_size": self.gang_size, "exchange": exchange}
+
+
+def _of_most_steps(segments: Iterable[Segment], what: Callable[[Segment], Any]) -> Any:
+    steps: Counter[Any] = Counter()
+    for segment in segments:
+        steps[what(segment)] += segment.steps
+    return steps.most_common(1)[0][0]

@@ -99,6 +99,7 @@ def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
         "output_format": asked.format,
         "size": f"{result.width}x{result.height}",
         "gang_size": result.gang_size,
+        "exchange": result.exchange,
         "repairs": result.repairs,
         "timings": result.timings,
         "segments": result.segments,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from distriray.config import ExchangeMode, Mix
 from distriray.requests import Segment, Timings
 
 from .encode import OutputFormat
@@ -27,6 +28,7 @@ class _Answer(BaseModel):
     output_format: OutputFormat
     size: str
     gang_size: int
+    exchange: ExchangeMode | Mix
     repairs: int
     timings: Timings
     segments: list[Segment]

@@ -220,7 +220,7 @@ class Dispatcher:
 
     def _at_work(self, job: Job) -> int:
         """How many of the workers of a running job are busy."""
-        parallel = job.request.parallel or self.config.parallel
+        parallel = job.request.shared(self.config.parallel)
         together = parallel.parallel_vae and self.facts.cuts_vae
         return busy_workers(len(job.workers or ()), job.decoding, together)
 

@@ -94,6 +94,7 @@ class FakeService:
             backlog_s=0.0,
             repairs=[],
             outcomes={},
+            steps={},
             regroupings=0,
             predictions=PredictionStatus(count=0),
         )

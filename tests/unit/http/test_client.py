@@ -45,6 +45,7 @@ REQUEST = GenerationRequest(
     num_images=2,
     scheduler="ddim",
     gang_size=1,
+    exchange="compressed",
     deadline_s=60.0,
 )
 
