@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .config import ExchangeMode, ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
-from .requests import GenerationRequest, GenerationResult, SamplingParams, invalid_request
+from .requests import GenerationRequest, SamplingParams, invalid_request
+from .results import GenerationResult
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
-from distriray.requests import GenerationResult
+from distriray.results import GenerationResult
 
 from .encode import data_url, encode
 from .errors import Refusal

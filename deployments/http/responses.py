@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from distriray.config import ExchangeMode, Mix
-from distriray.requests import Segment, Timings
+from distriray.results import Segment, Timings
 
 from .encode import OutputFormat
 from .errors import ErrorResponse

@@ -17,7 +17,7 @@ from ray.util import metrics as ray_metrics
 
 from ..config import Mix
 from ..errors import GenerationCancelled
-from ..requests import GenerationResult
+from ..results import GenerationResult
 from ..routing.quantiles import Quantiles
 from ..status import PredictionStatus
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import InvalidRequest
-from ..requests import GenerationResult
+from ..results import GenerationResult
 from .prompts import BadLine, Prompt, plain
 
 UNFINISHED_IMAGE = re.compile(r"\.[0-9a-f]{16}(-[0-9]+)?_[0-9]+\.png\.part")

@@ -12,7 +12,8 @@ from distriray import __version__
 from distriray.config import ParallelConfig
 from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from distriray.routing.latency import Entry, Profile
 from tests.gang.conftest import ask
 from tests.gang.test_host import difference

@@ -18,7 +18,8 @@ import pytest
 
 from distriray.errors import DistrirayError, GenerationCancelled, QueueFull
 from distriray.gang import BlockingHost
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from tests.gang.conftest import ask, policy_of
 from tests.gang.policies import Script, Shuffle

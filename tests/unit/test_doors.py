@@ -27,7 +27,8 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.requests import MAX_SEEDS, GenerationRequest, GenerationResult, SamplingParams
+from distriray.requests import MAX_SEEDS, GenerationRequest, SamplingParams
+from distriray.results import GenerationResult
 from tests.unit.http.conftest import serving
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 

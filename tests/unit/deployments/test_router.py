@@ -37,7 +37,8 @@ from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.requests import GenerationRequest, Limits
+from distriray.results import GenerationResult, Segment, Timings
 from distriray.service import ModelCard
 
 from ..gang.fleet import CALLER

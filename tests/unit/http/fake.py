@@ -14,7 +14,8 @@ from PIL import Image
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
-from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.requests import GenerationRequest, Limits
+from distriray.results import GenerationResult, Segment, Timings
 from distriray.service import Fleet, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
 
