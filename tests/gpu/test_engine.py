@@ -19,7 +19,7 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import PAPER
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.requests import SamplingParams
-from tests.distributed.cases import PIPELINES, Case, call
+from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
 from tests.distributed.ranks import run_processes
 from tests.models import tiny_sdxl

@@ -13,7 +13,7 @@ from distriray.config import PAPER, Mix
 from distriray.errors import GangBroken, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.graphs import MOST_MET, StepGraphs
-from tests.distributed.cases import Case, call
+from tests.cases import Case, call
 from tests.models import tiny_sdxl
 from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
 

@@ -17,7 +17,7 @@ from distriray.parallel import Image, engine_of
 from distriray.parallel.engine import Engine
 from distriray.parallel.networks.base import Call
 from distriray.parallel.schedules import Schedules
-from tests.distributed.cases import Case, call
+from tests.cases import Case, call
 from tests.models import tiny_sdxl, tiny_sdxl_unet
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
