@@ -17,7 +17,10 @@ CANDIDATES: tuple[ExchangeMode, ...] = ("sync", "displaced_attention", "displace
 """The freshest first."""
 
 MEASURED_STEPS = 8
-"""Synchronous steps of a first image that are looked at, at most."""
+"""Synchronous steps of the first images that are looked at, at most."""
+
+LEAST_STEPS = 3
+"""Those from which a choice is made, at least: the smallest number whose median one outlier cannot move."""
 
 MAX_SHAPES = 1024
 """Shapes whose choice is remembered, those used last: whoever asks for pictures chooses the shapes."""
@@ -66,9 +69,9 @@ class Choices:
             max_wait: largest share of a step that messages may cost.
         """
         known = self._of(shape)
-        timed, known.timed = known.timed[1:], []  # the first prepares layers and makes buffers
-        if timed and known.place is None:
-            known.place = _freshest(timed, max_wait)
+        timed = known.timed[1:]  # the first prepares layers and makes buffers
+        if known.place is None and len(timed) >= LEAST_STEPS:
+            known.place, known.timed = _freshest(timed, max_wait), []
         return -1 if known.place is None else known.place
 
     def _of(self, shape: Hashable) -> _Known:

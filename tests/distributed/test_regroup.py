@@ -107,7 +107,9 @@ def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step() -> None:
 def endless(rank: int, world_size: int, address: str, timeout_s: float) -> Iterator[Any]:
     """Steps without end; the second milestone of each survivor is how the gang ended and after how long."""
     communicator = connect("gloo", rank=rank, world_size=world_size, address=address, timeout_s=timeout_s)
-    pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(warmup_steps=1, cfg_parallel=False))
+    pipeline = parallelize(
+        tiny_sdxl(), communicator, ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+    )
     denoiser = Denoiser(pipeline)
     state = denoiser.prepare(SamplingParams(**{**REQUEST, "num_inference_steps": 900}))
     for _ in range(3):

@@ -22,7 +22,7 @@ from tests.cases import Case, call
 from tests.models import tiny_sdxl, tiny_sdxl_unet
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
-DISPLACED = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
 Give = Callable[[UNet2DConditionModel, dict[str, Any]], Any]
 """What the other rank changes about the network or its inputs."""
 

@@ -14,9 +14,17 @@ from distriray.collective import Communicator, LockstepCommunicator, Work, run_i
 from distriray.collective.subgroup import Subgroup
 from distriray.config import MIXES
 from distriray.parallel import Engine, engine_of
-from distriray.parallel.choice import MAX_SHAPES, MEASURED_STEPS, Choices, TimedStep, agreed
+from distriray.parallel.choice import (
+    LEAST_STEPS,
+    MAX_SHAPES,
+    MEASURED_STEPS,
+    Choices,
+    TimedStep,
+    agreed,
+)
 from distriray.parallel.stopwatch import Stopwatch
 from tests.models import tiny_sdxl_unet
+from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw, watched
 
 INPUTS = {
     "encoder_hidden_states": torch.ones((1, 7, 32)),
@@ -53,7 +61,7 @@ def timed(whole: float, rows: float, keys_values: float) -> TimedStep:
 )
 def test_the_freshest_mix_within_the_bound_is_chosen(rows: float, keys_values: float, place: int) -> None:
     choices = Choices()
-    for _ in range(3):
+    for _ in range(1 + LEAST_STEPS):
         choices.note("shape", timed(1.0, rows, keys_values))
     assert choices.place("shape", max_wait=0.1) == place
 
@@ -61,7 +69,9 @@ def test_the_freshest_mix_within_the_bound_is_chosen(rows: float, keys_values: f
 def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
     choices = Choices()
     choices.note("shape", timed(1.0, 0.9, 0.0))
-    assert choices.place("shape", 0.1) == -1, "nothing but the first step was seen"
+    for _ in range(LEAST_STEPS):
+        assert choices.place("shape", 0.1) == -1, "too few steps besides the first were seen"
+        choices.note("shape", timed(1.0, 0.0, 0.0))
     for _ in range(2 * MEASURED_STEPS):
         choices.note("shape", timed(1.0, 0.0, 0.0))
     assert choices.place("other", 0.1) == -1
@@ -74,7 +84,7 @@ def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
 def test_shapes_without_end_are_not_remembered_for_ever() -> None:
     choices = Choices()
     for shape in ("old", "used"):
-        for _ in range(2):
+        for _ in range(1 + LEAST_STEPS):
             choices.note(shape, timed(1.0, 0.0, 0.0))
         assert choices.place(shape, 0.1) == 0
     for shape in range(MAX_SHAPES - 1):
@@ -151,6 +161,24 @@ def test_later_images_are_what_the_first_one_showed(delay_s: float, max_wait: fl
         return [engine.exchange]
 
     run_in_lockstep(2, rank)
+
+
+def test_a_family_whose_displaced_pictures_nobody_has_measured_keeps_to_fresh_values() -> None:
+    def rank(communicator: LockstepCommunicator) -> str:
+        config = ParallelConfig(max_wait=0.0, cfg_parallel=False)
+        assert config.exchange == "auto"
+        transformer = TRANSFORMERS["flux"]
+        network = parallelize(transformer.make(), Slow(communicator, range(2), 0.001), config)
+        synchronous, engine = watched(network), engine_of(network)
+        assert engine is not None
+        for _ in range(3):
+            with engine.image():
+                draw(network, transformer, Shape())
+            assert engine.exchange == "sync"
+        assert synchronous
+        return "fresh" if all(synchronous) else "stale"
+
+    assert run_in_lockstep(2, rank) == ["fresh", "fresh"]
 
 
 def test_without_patches_there_is_nothing_to_choose() -> None:

@@ -108,7 +108,7 @@ def test_a_vae_leaves_the_gang_when_its_u_net_joins_one_without_it() -> None:
 
 def _modes(communicator: Communicator) -> tuple[str, list[torch.Tensor], bool]:
     """What is logged, pictures out of inference mode and in it, and whether one rank alone has gradients."""
-    displaced = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+    displaced = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
     pipeline = parallelize(tiny_sdxl(), communicator, displaced)
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)

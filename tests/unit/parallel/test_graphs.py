@@ -72,7 +72,11 @@ def test_captured_steps_draw_the_same_bit_for_bit(ranks: int, config: dict[str, 
 
 def test_graphs_outlast_an_image_and_nothing_is_captured_again() -> None:
     def rank(communicator: LockstepCommunicator) -> list[int]:
-        pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(warmup_steps=2, cfg_parallel=False))
+        pipeline = parallelize(
+            tiny_sdxl(),
+            communicator,
+            ParallelConfig(exchange="displaced", warmup_steps=2, cfg_parallel=False),
+        )
         maker, engine = RecordedGraphs(), engine_of(pipeline)
         assert engine is not None
         engine.capture_with(maker)
@@ -117,7 +121,7 @@ def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:
     case = Case(steps=3)
 
     def rank(communicator: LockstepCommunicator) -> torch.Tensor:
-        config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+        config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
         pipeline = parallelize(tiny_sdxl(), communicator, config)
         maker, engine, exchange = RecordedGraphs(), engine_of(pipeline), communicator.exchange
         assert engine is not None

@@ -46,7 +46,9 @@ def test_a_displaced_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, excha
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_no_scheduler_stops_the_device(monkeypatch: pytest.MonkeyPatch, scheduler: Any) -> None:
-    stops = _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=2), scheduler)
+    stops = _stops_in_displaced_steps(
+        monkeypatch, ParallelConfig(exchange="displaced", warmup_steps=2), scheduler
+    )
     assert stops == LEFT.get(scheduler, 0)
 
 
@@ -57,7 +59,7 @@ def test_a_gpu_is_not_stopped(scheduler: Any) -> None:
     device = torch.device("cuda", 0)
     pipeline = tiny_sdxl().to(device)
     denoiser, peers = Denoiser(pipeline), AbsentPeers(0, 4, device)
-    engine = engine_of(parallelize(pipeline, peers, ParallelConfig(warmup_steps=2)))
+    engine = engine_of(parallelize(pipeline, peers, ParallelConfig(exchange="displaced", warmup_steps=2)))
     assert engine is not None and engine.lags
     params = SamplingParams(
         prompt="a", seed=0, height=256, width=256, num_inference_steps=STEPS, scheduler=scheduler
@@ -81,7 +83,7 @@ def test_a_pipelines_timesteps_are_read_once_an_image(monkeypatch: pytest.Monkey
     with StandIn() as device:
         device.take(pipeline.unet)
         peers = AbsentPeers(0, 2, DEVICE)
-        engine = engine_of(parallelize(pipeline, peers, ParallelConfig(warmup_steps=1)))
+        engine = engine_of(parallelize(pipeline, peers, ParallelConfig(exchange="displaced", warmup_steps=1)))
         assert engine is not None
         engine.lags = True
         pipeline.scheduler.set_timesteps(STEPS)

@@ -94,7 +94,11 @@ def test_a_whole_pipeline_equals_itself_alone(case: Case, ranks: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_whole_pipeline_displaces_all_steps_but_the_first_of_each_image(case: Case) -> None:
     def rank(communicator: Communicator) -> list[bool]:
-        pipeline = parallelize(case.make(), communicator, ParallelConfig(warmup_steps=1, cfg_parallel=False))
+        pipeline = parallelize(
+            case.make(),
+            communicator,
+            ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False),
+        )
         synchronous = watched(pipeline.transformer)
         case.draw(pipeline)
         case.draw(pipeline)

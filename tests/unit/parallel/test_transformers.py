@@ -234,7 +234,7 @@ def test_half_precision_differs_by_its_rounding(name: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_buffers_serve_in_inference_mode_and_outside_it(name: str) -> None:
     def rank(communicator: LockstepCommunicator) -> None:
-        config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+        config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
         network = parallelize(TRANSFORMERS[name].make(), communicator, config)
         with torch.inference_mode():
             within = draw(network, TRANSFORMERS[name], PADDED)
