@@ -30,6 +30,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers.pre_tokenizers import ByteLevel
@@ -171,6 +173,22 @@ def tiny_qwen_image_transformer(seed: int = 0, **config: Any) -> QwenImageTransf
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(QwenImageTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_z_image_transformer(seed: int = 0, **config: Any) -> ZImageTransformer2DModel:
+    """Z-Image's layout: the image and the text are refined by themselves first."""
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": TEXT_WIDTH,
+        "axes_dims": [4, 6, 6],
+        "axes_lens": [160, 64, 64],
+    }
+    return ready(ZImageTransformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_pixart_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
@@ -389,6 +407,16 @@ def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:
     transformer = tiny_pixart_transformer(seed, use_additional_conditions=False)
     return _without_text_encoder(
         PixArtSigmaPipeline, tiny_vae(seed), transformer, DPMSolverMultistepScheduler()
+    )
+
+
+def tiny_z_image(seed: int = 0) -> ZImagePipeline:
+    """A Z-Image pipeline without a text encoder."""
+    return _without_text_encoder(
+        ZImagePipeline,
+        tiny_vae(seed, shift_factor=0.0),
+        tiny_z_image_transformer(seed),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
 
 

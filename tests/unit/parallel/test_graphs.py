@@ -20,12 +20,20 @@ from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
 COMPRESSED = Mix(halos_width="int8", keys_values_width="int4")
 CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
-    (4, {"warmup_steps": 2}),
-    (2, {"warmup_steps": 2, "cfg_parallel": False, "prediction": {"halos": 0.5, "keys_values": 0.5}}),
+    (4, {"exchange": "displaced", "warmup_steps": 2}),
+    (
+        2,
+        {
+            "exchange": "displaced",
+            "warmup_steps": 2,
+            "cfg_parallel": False,
+            "prediction": {"halos": 0.5, "keys_values": 0.5},
+        },
+    ),
     (2, {"exchange": PAPER, "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"exchange": "displaced_attention", "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"exchange": COMPRESSED, "warmup_steps": 1, "cfg_parallel": False}),
-    (2, {"warmup_steps": "auto", "auto_warmup_drift": 5.0, "cfg_parallel": False}),
+    (2, {"exchange": "displaced", "warmup_steps": "auto", "auto_warmup_drift": 5.0, "cfg_parallel": False}),
     (2, {"exchange": "sync", "cfg_parallel": False}),
     (2, {"exchange": "none"}),
 ]

@@ -11,7 +11,15 @@ import torch
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
-from tests.models import TEXT_WIDTH, tiny_flux, tiny_flux2, tiny_pixart, tiny_qwen_image, tiny_sd3
+from tests.models import (
+    TEXT_WIDTH,
+    tiny_flux,
+    tiny_flux2,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_z_image,
+)
 from tests.unit.parallel.transformers import error, noise, watched
 
 PROMPT = {"prompt": "a lake at dusk", "max_sequence_length": 12, "output_type": "pt"}
@@ -63,6 +71,15 @@ CASES = [
             "output_type": "latent",
         },
         calls=2,
+    ),
+    Case(
+        tiny_z_image,
+        {
+            "prompt_embeds": [noise(1, 7, TEXT_WIDTH)],
+            "negative_prompt_embeds": [noise(2, 40, TEXT_WIDTH)],
+            "guidance_scale": 3.0,
+            "output_type": "pt",
+        },
     ),
     Case(
         tiny_pixart,
