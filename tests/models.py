@@ -98,6 +98,16 @@ def tiny_sdxl_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
     return ready(UNet2DConditionModel(**{**settings, **config}), seed)
 
 
+SHALLOW: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
+}
+"""Two levels of SDXL in place of three: every kind of layer, in half the time."""
+
+
 def tiny_sd15_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
     """SD 1.5's layout: four levels, attention on the upper three, convolutional projections."""
     settings: dict[str, Any] = {

@@ -30,7 +30,7 @@ from distriray.errors import (
 from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
-from tests.unit.http.conftest import serving
+from tests.unit.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService, result_of
 
 REQUEST = GenerationRequest(

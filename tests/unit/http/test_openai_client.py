@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from distriray.errors import DeadlineUnmet, GangBroken, QueueFull
-from tests.unit.http.conftest import serving
+from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
 
 

@@ -14,7 +14,7 @@ from distriray.errors import GangBroken, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.graphs import MOST_MET, StepGraphs
 from tests.cases import Case, call
-from tests.models import tiny_sdxl
+from tests.models import SHALLOW, tiny_sdxl
 from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
 
 COMPRESSED = Mix(halos_width="int8", keys_values_width="int4")
@@ -54,7 +54,7 @@ def drawn(
     replays = []
 
     def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
-        pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(**config))
+        pipeline = parallelize(tiny_sdxl(**SHALLOW), communicator, ParallelConfig(**config))
         maker = RecordedGraphs()
         if graphs:
             engine = engine_of(pipeline)
@@ -81,7 +81,7 @@ def test_captured_steps_draw_the_same_bit_for_bit(ranks: int, config: dict[str, 
 def test_graphs_outlast_an_image_and_nothing_is_captured_again() -> None:
     def rank(communicator: LockstepCommunicator) -> list[int]:
         pipeline = parallelize(
-            tiny_sdxl(),
+            tiny_sdxl(**SHALLOW),
             communicator,
             ParallelConfig(exchange="displaced", warmup_steps=2, cfg_parallel=False),
         )
@@ -130,7 +130,7 @@ def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:
 
     def rank(communicator: LockstepCommunicator) -> torch.Tensor:
         config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
-        pipeline = parallelize(tiny_sdxl(), communicator, config)
+        pipeline = parallelize(tiny_sdxl(**SHALLOW), communicator, config)
         maker, engine, exchange = RecordedGraphs(), engine_of(pipeline), communicator.exchange
         assert engine is not None
         engine.capture_with(maker)
@@ -153,7 +153,7 @@ def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:
         engine.capture_with(RecordedGraphs())
         return torch.stack([call(alone, case) for _ in range(3)])
 
-    wanted = call(parallelize(tiny_sdxl(), connect("local"), ParallelConfig()), case)
+    wanted = call(parallelize(tiny_sdxl(**SHALLOW), connect("local"), ParallelConfig()), case)
     for found in run_in_lockstep(2, rank):
         assert torch.equal(found, torch.stack([wanted] * 3))
 

@@ -25,6 +25,7 @@ from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of, network_of
 from distriray.parallel.partition import TokenPartition
 from tests.models import TEXT_WIDTH, tiny_flux_transformer, tiny_qwen_image_transformer
+from tests.pairwise import pairwise
 from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.transformers import (
     STEPS,
@@ -41,10 +42,7 @@ from tests.unit.parallel.transformers import (
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
 MASKED = ("qwen-image", "pixart", "z-image")
 HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections")
-SHAPES = [
-    *((name, shape) for name in TRANSFORMERS for shape in (WIDE, SQUARE)),
-    *((name, PADDED) for name in MASKED),
-]
+RANKS = [2, 3, 4]
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +70,10 @@ def off(latents: list[torch.Tensor], name: str, shape: Shape = WIDE) -> float:
     return max(map(error, latents, alone(name, shape)))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(
+    ("name", "shape", "ranks"),
+    [*pairwise(list(TRANSFORMERS), [WIDE, SQUARE], RANKS), *pairwise(MASKED, [PADDED], RANKS)],
+)
 def test_sync_mode_equals_one_device(name: str, shape: Shape, ranks: int) -> None:
     latents, statistics = gang(ranks, name, shape, exchange="sync")
     assert off(latents, name, shape) < 1e-5
