@@ -310,8 +310,15 @@ def tiny_t5(seed: int, tokenizer: CLIPTokenizer, width: int) -> T5EncoderModel:
     return ready(T5EncoderModel(config), seed)
 
 
-def tiny_flux(seed: int = 0) -> FluxPipeline:
-    """A whole FLUX.1 pipeline."""
+def tiny_flux_schnell(seed: int = 0) -> FluxPipeline:
+    """A whole FLUX.1-schnell pipeline."""
+    pipeline = tiny_flux(seed, guidance_embeds=False)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return pipeline
+
+
+def tiny_flux(seed: int = 0, **transformer: Any) -> FluxPipeline:
+    """A whole FLUX.1-dev pipeline; `transformer` overrides entries of the transformer's config."""
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -320,7 +327,7 @@ def tiny_flux(seed: int = 0) -> FluxPipeline:
         tokenizer=tokenizer,
         text_encoder_2=tiny_t5(seed + 3, tokenizer_2, TEXT_WIDTH),
         tokenizer_2=tokenizer_2,
-        transformer=tiny_flux_transformer(seed),
+        transformer=tiny_flux_transformer(seed, **transformer),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -22,6 +22,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    FluxInpaintPipeline,
     StableDiffusion3InpaintPipeline,
     UniPCMultistepScheduler,
 )
@@ -39,7 +40,7 @@ from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.models import tiny_sd3, tiny_sdxl
+from tests.models import tiny_flux, tiny_flux_schnell, tiny_sd3, tiny_sdxl
 from tests.unit.deployments.test_state import FACTS
 from tests.unit.gang.test_runner import Gang
 from tests.unit.test_denoise import (
@@ -53,7 +54,11 @@ from tests.unit.test_denoise import (
     generators,
 )
 
-MODELS: dict[str, Callable[[], Any]] = {"sd3": tiny_sd3}
+MODELS: dict[str, Callable[[], Any]] = {
+    "sd3": tiny_sd3,
+    "flux-dev": tiny_flux,
+    "flux-schnell": tiny_flux_schnell,
+}
 SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
 BY_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 LIKENESS = 1e-5
@@ -76,22 +81,27 @@ def denoiser(pipeline: Any) -> Denoiser:
     return Denoiser(pipeline)
 
 
-def plain(pipeline: Any, seeds: list[int], scheduler: Any = None, **call: Any) -> Any:
-    """What diffusers' own pipeline gives for the same call."""
+def plain(
+    pipeline: Any, seeds: list[int], scheduler: Any = None, output_type: str = "latent", **call: Any
+) -> Any:
+    """What diffusers' own pipeline gives for the same call: unpacked latents, or pictures."""
+    if not pipeline.transformer.config.get("guidance_embeds", True):
+        call["max_sequence_length"] = 256  # what the makers of FLUX.1-schnell say
     before = pipeline.scheduler
     pipeline.scheduler = scheduler or before
     try:
-        return pipeline(
-            **{
-                "prompt": "a lake",
-                "num_images_per_prompt": len(seeds),
-                "generator": generators(seeds),
-                "output_type": "latent",
-                **call,
-            }
+        images = pipeline(
+            prompt="a lake",
+            num_images_per_prompt=len(seeds),
+            generator=generators(seeds),
+            output_type=output_type,
+            **call,
         ).images
     finally:
         pipeline.scheduler = before
+    if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):
+        return pipeline._unpack_latents(images, call["height"], call["width"], pipeline.vae_scale_factor)
+    return images
 
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -125,7 +135,10 @@ def test_steps_by_hand_are_the_ordinary_pipelines_bit_for_bit_also_through_bytes
 ) -> None:
     if scheduler is not None and scheduler not in denoiser.terms.schedulers:
         pytest.skip("not one of the family's")
-    call = {"num_inference_steps": 5, "guidance_scale": 5.0, **SIZE}
+    by_size = pipeline.scheduler.config.use_dynamic_shifting
+    if scheduler == "dpmpp-2m" and hasattr(pipeline, "_unpack_latents") and not by_size:
+        pytest.skip("diffusers' FluxPipeline always shifts this one by the size, which it refuses")
+    call = {"num_inference_steps": 5, **SIZE}
     expected = plain(pipeline, [1, 2], named(scheduler, pipeline), **call)
     state = begin(denoiser, [1, 2], prompt="a lake", scheduler=scheduler, **call)
     carried = DenoiseState.from_bytes(state.to_bytes())
@@ -144,7 +157,8 @@ def test_image_to_image_is_the_ordinary_pipelines_bit_for_bit(
         pytest.skip("not one of the family's")
     other = AutoPipelineForImage2Image.from_pipe(pipeline)
     other.set_progress_bar_config(disable=True)
-    call = {"image": PICTURE, "strength": 0.7, "num_inference_steps": 6, "guidance_scale": 4.0, **SIZE}
+    call = {"image": PICTURE, "strength": 0.7, "num_inference_steps": 6, **SIZE}
+    call["guidance_scale"] = denoiser.terms.guidance_scale  # as for text to image, where diffusers has two
     pictures = {"image": [PICTURE] * 2}
     expected = plain(other, [1, 2], named(scheduler, pipeline), **{**call, **pictures})
     state = begin(denoiser, [1, 2], prompt="a lake", scheduler=scheduler, **call)
@@ -156,8 +170,7 @@ def test_a_request_that_names_nothing_is_drawn_as_the_family_draws(pipeline: Any
     terms = denoiser.terms
     state = begin(denoiser, [1], prompt="a lake", **SIZE)
     assert state.num_steps == terms.num_inference_steps and state.guidance_scale == terms.guidance_scale
-    own = pipeline("a lake", generator=generators([1]), num_inference_steps=terms.num_inference_steps,
-                   output_type="latent", **SIZE).images  # fmt: skip
+    own = plain(pipeline, [1], num_inference_steps=terms.num_inference_steps, **SIZE)
     assert torch.equal(finish(denoiser, state), own)
 
 
@@ -221,7 +234,7 @@ def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoise
 
 
 def test_pictures_and_previews(pipeline: Any, denoiser: Denoiser) -> None:
-    call = {"height": 192, "width": 256, "num_inference_steps": 2, "guidance_scale": 4.0}
+    call = {"height": 192, "width": 256, "num_inference_steps": 2}
     state = begin(denoiser, [1, 2], prompt="a lake", **call)
     denoiser.step(state)
     assert denoiser.preview(state).size == (64, 48)
@@ -246,7 +259,7 @@ def test_estimates_are_of_the_picture_and_the_last_one_is_it(
     torch.testing.assert_close(state.estimate, latents, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 400, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 1000])
 @pytest.mark.parametrize("scheduler", ["dpmpp-2m", "euler", "heun", "unipc"])
 def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
     denoiser: Denoiser, scheduler: Any, steps: int
@@ -260,9 +273,7 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
     assert params.num_steps == state.num_steps
     denoiser.step(state)
     assert state.latents.isfinite().all() and state.estimate is not None
-    scheduler = state.scheduler
-    for timestep in state.values["timesteps"][1:]:  # without the network, whose steps would take long
-        scheduler.step(torch.zeros_like(state.latents), timestep, state.latents)
+    assert state.scheduler.step_index == 1, "though the first timesteps are one when they are rounded"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +341,7 @@ def test_the_edge_knows_what_a_model_lacks_and_what_it_draws_by_default(denoiser
 
 # In gangs
 
-TALL = {"height": 144, "width": 96, "num_inference_steps": 8, "guidance_scale": 5.0}
+TALL: dict[str, Any] = {"height": 144, "width": 96, "num_inference_steps": 8}
 SYNC = {"exchange": "sync", "cfg_parallel": False}
 
 
@@ -388,9 +399,9 @@ def in_sync(model: str) -> Gangs:
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("task", ["text-to-image", "image-to-image"])
 def test_a_gang_in_sync_draws_what_the_pipeline_draws(
-    pipeline: Any, in_sync: Gangs, size: int, task: str
+    pipeline: Any, denoiser: Denoiser, in_sync: Gangs, size: int, task: str
 ) -> None:
-    call: dict[str, Any] = {**TALL, "num_inference_steps": 4}
+    call = {**TALL, "num_inference_steps": 4, "guidance_scale": denoiser.terms.guidance_scale}
     own = pipeline
     if task == "image-to-image":
         own = AutoPipelineForImage2Image.from_pipe(pipeline)
@@ -495,7 +506,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     runner = gang.runners[0]
     assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
     assert runner.terms == denoiser.terms and runner.row_unit == 16 and runner.cuts_vae
-    call = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    call = {"num_inference_steps": 3}
     outcome, _ = gang.run(seed=3, **call)
     (picture,) = outcome.images or ()
     size = {"height": picture.height, "width": picture.width}
@@ -517,9 +528,7 @@ def test_the_command_line_draws_a_saved_model_with_two_workers(
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     command = [sys.executable, "-m", "distriray", "generate", "a lake", *flags]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
-    call = {"height": 144, "width": 96, "num_inference_steps": 4}
-    call["guidance_scale"] = Denoiser(pipeline).terms.guidance_scale
-    (expected,) = plain(pipeline, [3], output_type="pil", **call)
+    (expected,) = plain(pipeline, [3], output_type="pil", **{**TALL, "num_inference_steps": 4})
     assert apart(Image.open(out), expected) <= 1
 
 
@@ -640,3 +649,40 @@ def test_a_folder_without_t5_is_loaded_and_its_dtype_on_a_gpu_is_bfloat16(
     monkeypatch.setattr(DiffusionPipeline, "to", lambda pipeline, device: pipeline)
     half = load_pipeline(spec, "cuda")
     assert kinds == [torch.bfloat16] and half.transformer.dtype is torch.bfloat16
+
+
+# FLUX.1
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
+def test_the_scale_of_guidance_is_an_input_of_flux_dev(scale: float) -> None:
+    pipeline = tiny_flux()
+    denoiser = Denoiser(pipeline)
+    call = {"num_inference_steps": 3, "guidance_scale": scale, **SIZE}
+    latents = finish(denoiser, begin(denoiser, [3], prompt="a lake", **call))
+    assert torch.equal(latents, plain(pipeline, [3], **call))
+    assert not torch.equal(latents, plain(pipeline, [3], **{**call, "guidance_scale": 3.5}))
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_flux_schnell])
+def test_fields_that_ask_flux_for_nothing_are_taken(make: Callable[[], Any]) -> None:
+    denoiser = Denoiser(make())
+    call = {"guidance_scale": 1.0} if make is tiny_flux_schnell else {}
+    nothing = {"negative_prompt": "", "clip_skip": 0, "guidance_rescale": 0.0, **call}
+    one, other = begin(denoiser, [1], **SMALL), begin(denoiser, [1], **SMALL, **nothing)
+    assert torch.equal(finish(denoiser, one), finish(denoiser, other))
+
+
+def test_flux_schnell_is_known_by_its_network_and_reads_as_many_tokens_as_it_was_trained_with() -> None:
+    dev, schnell = Denoiser(tiny_flux()), Denoiser(tiny_flux_schnell())
+    assert (dev.terms.num_inference_steps, dev.terms.guidance_scale) == (28, 3.5)
+    assert (schnell.terms.num_inference_steps, schnell.terms.guidance_scale) == (4, 0.0)
+    assert "guidance_scale" in schnell.terms.lacks and "guidance_scale" not in dev.terms.lacks
+    tokens = [len(begin(each, [1], **SMALL).values["txt_ids"]) for each in (dev, schnell)]
+    assert tokens == [512, 256]
+
+
+def test_flux_for_masks_and_edits_is_refused_with_a_list_of_what_is_served() -> None:
+    listed = r"FLUX.1 \(FluxPipeline, FluxImg2ImgPipeline\)"
+    with pytest.raises(UnsupportedModel, match=f"FluxInpaintPipeline cannot .*{listed}"):
+        Denoiser(FluxInpaintPipeline(**tiny_flux().components))

@@ -120,8 +120,7 @@ class FlowMatching(PipelineSteps):
         """The timesteps of all steps; raises InvalidRequest."""
         scheduler, steps = commission.scheduler, commission.num_inference_steps
         options: dict[str, Any] = {}
-        # Not the request's own, which keeps no more of the model's than its class has use for.
-        config, unit = self.pipeline.scheduler.config, self.patch_size * self._plain.vae_scale_factor
+        config, unit = scheduler.config, self.patch_size * self._plain.vae_scale_factor
         if config.get("use_dynamic_shifting", False):
             if "mu" not in signature(scheduler.set_timesteps).parameters:
                 raise InvalidRequest(
@@ -136,7 +135,7 @@ class FlowMatching(PipelineSteps):
                 config.get("max_shift", 1.15),
             )
         sigmas = self.sigmas(steps)
-        if sigmas is not None and not scheduler.config.get("use_flow_sigmas", False):
+        if sigmas is not None and not config.get("use_flow_sigmas", False):
             options["sigmas"] = sigmas
         scheduler.set_timesteps(steps, device=self._transformer.device, **options)
         scheduler.set_begin_index(0)  # two steps may round to one timestep

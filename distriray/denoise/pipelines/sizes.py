@@ -44,6 +44,12 @@ def sd3_sizes(config: Configs) -> Sizes:
     return Sizes((side, side), unit=lcm(scale * transformer["patch_size"], MULTIPLE_OF), latent_row=scale)
 
 
+def flux_sizes(config: Configs) -> Sizes:
+    """Of a transformer over 2x2 latents, which has no size of its own: diffusers takes 1024x1024."""
+    scale = _vae_scale(config)
+    return Sizes((128 * scale, 128 * scale), unit=lcm(2 * scale, MULTIPLE_OF), latent_row=scale)
+
+
 def _vae_scale(config: Configs) -> int:
     """Pixels to a row of latents: every level of the VAE but the first halves the picture."""
     scale: int = 2 ** (len(config("vae")["block_out_channels"]) - 1)

@@ -63,3 +63,17 @@ def usual_terms(config: Configs) -> Terms:
 def sd3_terms(config: Configs) -> Terms:
     """Of Stable Diffusion 3 and 3.5, as diffusers has them."""
     return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"))
+
+
+def flux_terms(config: Configs) -> Terms:
+    """Of FLUX.1: of dev where the network takes the scale of guidance, of schnell where it does not."""
+    schedulers: tuple[SchedulerName, ...] = ("dpmpp-2m", "euler", "unipc")
+    lacks = {
+        "negative_prompt": "FLUX.1 was distilled from guidance, and has no branch for it",
+        "guidance_rescale": "FLUX.1 was distilled from guidance, and has no unguided noise to go by",
+        "clip_skip": "FLUX.1 takes the last layer's summary of CLIP, and no layer before",
+    }
+    if config("transformer")["guidance_embeds"]:
+        return Terms(28, 3.5, schedulers, lacks)
+    without = {"guidance_scale": "this model, like FLUX.1-schnell, was distilled to do without guidance"}
+    return Terms(4, 0.0, schedulers, {**lacks, **without})
