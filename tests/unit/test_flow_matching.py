@@ -431,6 +431,36 @@ def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) 
     assert latents.isfinite().all()
 
 
+@pytest.mark.parametrize("exchange", ["sync", "displaced", "displaced_attention"])
+@pytest.mark.parametrize(
+    ("make", "layers", "text", "branches"), [(tiny_flux, 4, 512, 1), (tiny_sd3, 3, 333, 2)]
+)
+def test_buffers_are_as_large_as_the_page_of_models_says(
+    make: Callable[[], Any], layers: int, text: int, branches: int, exchange: Any
+) -> None:
+    """On every rank, whatever the gang's size: those of all tokens' keys and values."""
+
+    def rank(communicator: Communicator) -> int:
+        pipeline = parallelize(
+            make(), communicator, ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
+        )
+        denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+        state = begin(denoiser, [1], **{**SMALL, "num_inference_steps": 4})
+        for _ in range(3):
+            denoiser.step(state)
+        assert engine is not None
+        return engine.buffer_bytes
+
+    tokens, channels, number = SIZE["height"] * SIZE["width"] // 16**2, 32, 4
+    layer = 2 * channels * number * branches
+    joint, image = layer * (tokens + text), layer * tokens * (make is tiny_sd3)  # the first block's second
+    held = {"sync": 0, "displaced": 1, "displaced_attention": 3}[exchange]
+    most = held * (layers * joint + image) + joint + image
+    for size in (2, 3):
+        for buffers in run_in_lockstep(size, rank):
+            assert most - (joint + image) * (held > 0) <= buffers <= most * 1.01
+
+
 def test_a_step_that_is_cancelled_leaves_the_state_as_it_was(model: str) -> None:
     pipeline = parallelize(MODELS[model](), connect("local"))
     denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
@@ -517,9 +547,8 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
 
 
 @pytest.mark.ray
-def test_the_command_line_draws_a_saved_model_with_two_workers(
-    model: str, pipeline: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("model", ["sd3", "flux-dev"])
+def test_the_command_line_draws_a_saved_model_with_two_workers(model: str, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "lake.png"
     save = [sys.executable, "-m", "tests.save_model", model, str(folder)]
     subprocess.run(save, check=True, capture_output=True, text=True, timeout=120)
@@ -528,7 +557,7 @@ def test_the_command_line_draws_a_saved_model_with_two_workers(
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     command = [sys.executable, "-m", "distriray", "generate", "a lake", *flags]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
-    (expected,) = plain(pipeline, [3], output_type="pil", **{**TALL, "num_inference_steps": 4})
+    (expected,) = plain(MODELS[model](), [3], output_type="pil", **{**TALL, "num_inference_steps": 4})
     assert apart(Image.open(out), expected) <= 1
 
 
