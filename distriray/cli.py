@@ -145,7 +145,7 @@ def generate(
 def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
     from .events import Finished, Step
 
-    task = bar.add_task(f"gang of {request.gang_size}", total=request.num_steps)
+    task = bar.add_task(f"gang of {request.gang_size}", total=None)
     for event in host.stream(request):
         if isinstance(event, Step):
             said = f"gang of {event.gang_size}, step {event.step} of {event.num_steps}"
@@ -158,7 +158,7 @@ def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> Gene
 
 def _compare(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
     """The same picture by one worker, after a few steps that warm both up."""
-    few = {"num_inference_steps": min(2, request.num_inference_steps)}
+    few = {"num_inference_steps": min(2, request.num_inference_steps or 2)}
     for size in (1, request.gang_size):
         host.generate(request.model_copy(update={**few, "id": f"warm-up {size}", "gang_size": size}))
     return _draw(host, request.model_copy(update={"id": "alone", "gang_size": 1}), bar)

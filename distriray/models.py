@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +27,8 @@ class ModelSpec(BaseModel):
         name: `builtin:landscapes`, a folder that a diffusers pipeline was saved to, or a Hugging Face id.
         revision: branch, tag or commit of a Hugging Face model.
         variant: suffix of the weight files, such as `fp16`.
-        dtype: of the weights in memory; `auto` is float32 on a CPU and float16 on a GPU.
+        dtype: of the weights in memory; `auto` is float32 on a CPU, and on a GPU bfloat16 for models that
+            denoise with a transformer, float16 for others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,12 +107,13 @@ def _from_hub(spec: ModelSpec, local: Path) -> Path:
     return _pipeline_folder(Path(folder), spec.name)
 
 
-def resolve_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """The dtype that `spec` means on `device`."""
+def resolve_dtype(spec: ModelSpec, device: torch.device, components: Collection[str] = ()) -> torch.dtype:
+    """The dtype that `spec` means on `device` for a pipeline of these components."""
     import torch
 
     if spec.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
+        half = torch.bfloat16 if "transformer" in components else torch.float16
+        return torch.float32 if device.type == "cpu" else half
     dtype = getattr(torch, spec.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -126,14 +130,17 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
 
     device = torch.device(device)
     folder = locate(spec)
+    index = json.loads((folder / "model_index.json").read_text())
+    missing = {name: None for name, home in index.items() if home == [None, None]}
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
             variant=spec.variant,
-            dtype=resolve_dtype(spec, device),
+            dtype=resolve_dtype(spec, device, index),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            **missing,  # diffusers insists on some, such as SD 3's T5, unless it is told
         )
     except (OSError, ValueError) as error:
         variant = f" of variant {spec.variant!r}" if spec.variant else ""

@@ -56,10 +56,10 @@ class SamplingParams(BaseModel):
     """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
     width: Count | None = None
     """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
-    num_inference_steps: Count = 25
-    """Denoising steps."""
-    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 5.0
-    """Scale of classifier-free guidance; 1 or less turns it off."""
+    num_inference_steps: Count | None = None
+    """Denoising steps; the model's own number by default."""
+    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """Scale of guidance; classifier-free guidance is off at 1 and below. The model's own by default."""
     guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """How far the guided noise is rescaled to the contrast of the unguided one, from 0 to 1."""
     seed: Seed | None = None
@@ -100,9 +100,14 @@ class SamplingParams(BaseModel):
     def num_steps(self) -> int:
         """Calls of the network: schedulers of second order make two of a step, and pndm repeats its second.
 
-        Where the scheduler is the model's own it is taken for one that does not.
+        Where the scheduler is the model's own it is taken for one that does not. Raises InvalidRequest while
+        the number is left to the model.
         """
         asked = self.num_inference_steps
+        if asked is None:
+            raise InvalidRequest(
+                "the number of steps is the model's own, and not known yet", "num_inference_steps"
+            )
         return {"heun": 2 * asked - 1, "pndm": asked + (asked > 1)}.get(self.scheduler or "", asked)
 
     @property

@@ -14,7 +14,7 @@ from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
-from distriray.denoise.schedulers import make_scheduler, scheduler_class
+from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler_class
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
@@ -35,6 +35,7 @@ class Denoiser:
     Attributes:
         family: the family's name there.
         sizes: of its pictures.
+        terms: what the model says of a request's other fields.
         needs_image: whether the network takes a picture and its mask besides the latents.
 
     Raises:
@@ -47,8 +48,10 @@ class Denoiser:
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
+        self.terms = PIPELINES[self.family].terms(configs_of(pipeline))
         self.needs_image = self._steps.needs_image
-        _check_scheduler(pipeline)
+        _check_scheduler(pipeline, self._steps.flow)
+        self.scheduler: Any = None  # of the state at hand: the engine looks it up here
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
         self._image: AbstractContextManager[Any] | None = None  # in that gang
@@ -72,13 +75,15 @@ class Denoiser:
         Raises:
             InvalidRequest: a value is out of range; `param` names it.
         """
-        seeds = params.seeds
+        params, seeds = self.terms.settle(params), params.seeds
         if mask_image is not None and image is None:
             raise InvalidRequest("a mask_image needs an image", "image")
         if not 0.0 < strength <= 1.0:
             raise InvalidRequest(f"strength {strength} is not above 0 and at most 1", "strength")
         if self.needs_image and mask_image is None:
             raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", "image")
+        if mask_image is not None and "inpainting" not in PIPELINES[self.family].tasks:
+            raise InvalidRequest(f"{PIPELINES[self.family].models} fills in no masks here", "mask_image")
         height = self.sizes.default[0] if params.height is None else params.height
         width = self.sizes.default[1] if params.width is None else params.width
         check_sides(height, width, self.sizes.unit)
@@ -111,7 +116,7 @@ class Denoiser:
             values=values,
             scheduler=commission.scheduler,
             generators=commission.generators,
-            guidance_scale=params.guidance_scale,
+            guidance_scale=commission.guidance_scale,
             guidance_rescale=params.guidance_rescale,
             height=height,
             width=width,
@@ -135,6 +140,7 @@ class Denoiser:
             raise ValueError(f"all {state.num_steps} steps are done")
         self._follow(state)
         timestep, before = state.values["timesteps"][state.step], state.latents
+        self.scheduler = state.scheduler
         engine = engine_of(self._pipeline)
         self._last, snapshot = None, state.snapshot()
         try:
@@ -218,18 +224,26 @@ class Denoiser:
             self.settle(last)
         self._image = None  # so that its buffers are the next one's
         if engine is not None:
+            engine.watch_scheduler(self)
             self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         self._steps.begin(state)
 
 
-def _check_scheduler(pipeline: Any) -> None:
-    """Raise `UnsupportedModel` unless a state may hold the model's own scheduler."""
+def _check_scheduler(pipeline: Any, flow: bool) -> None:
+    """Raise `UnsupportedModel` unless a state may hold the model's own scheduler, of the family's kind."""
+    own = pipeline.scheduler
     try:
-        scheduler_class(type(pipeline.scheduler).__name__)
+        scheduler_class(type(own).__name__)
     except InvalidRequest as error:
         raise UnsupportedModel(
             f"the model's own {error}; save the model with a scheduler of these names"
         ) from error
+    if follows_flow(own) != flow:
+        kinds = "noise", "flow matching"
+        raise UnsupportedModel(
+            f"the model's own scheduler {type(own).__name__} follows {kinds[not flow]}, and "
+            f"{type(pipeline).__name__} denoises by {kinds[flow]}"
+        )
 
 
 def _contiguous(value: Any) -> Any:

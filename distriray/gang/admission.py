@@ -24,16 +24,16 @@ def admit(
     """A client's `request`, settled, and the largest gang that its image can be cut for.
 
     Raises:
-        InvalidRequest: it is beyond a limit, or no gang of this host can serve it.
+        InvalidRequest: it is beyond a limit, or neither the model nor a gang of this host can serve it.
     """
-    request = request.settled(*facts.default_size)
+    request = _settled(request, facts)
     config.limits.check(request)
     return fit(request, config, facts)
 
 
 def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> tuple[GenerationRequest, int]:
     """`admit` without limits."""
-    request = request.settled(*facts.default_size)
+    request = _settled(request, facts)
     assert request.height is not None
     check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
@@ -49,3 +49,8 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> t
             "height",
         )
     return request, max_gang
+
+
+def _settled(request: GenerationRequest, facts: WorkerFacts) -> GenerationRequest:
+    """The request with all that it leaves to the model; raises InvalidRequest where that lacks a field."""
+    return facts.terms.settle(request.settled(*facts.default_size))

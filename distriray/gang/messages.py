@@ -8,6 +8,7 @@ from enum import StrEnum
 from PIL import Image
 
 from ..config import ExchangeMode, Mix, ParallelConfig
+from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError
 from ..requests import GenerationRequest
 
@@ -122,6 +123,7 @@ class WorkerFacts:
         cuts_vae: the VAE's decoder can be cut into patches.
         load_s: seconds that loading took.
         memory: in bytes.
+        terms: what the model says of a request's fields besides its size.
     """
 
     pid: int
@@ -135,6 +137,7 @@ class WorkerFacts:
     cuts_vae: bool
     load_s: float
     memory: int
+    terms: Terms = Terms()
 
     def max_gang(self, height: int) -> int:
         """The largest gang among which an image of `height` pixels can be cut: one unit of rows each."""

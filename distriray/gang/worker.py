@@ -66,6 +66,7 @@ class Worker:
             cuts_vae=runner.cuts_vae,
             load_s=runner.load_s,
             memory=self._kind.memory(),
+            terms=runner.terms,
         )
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:

@@ -53,7 +53,8 @@ def test_defaults_are_those_of_a_request() -> None:
         {**os.environ, "COLUMNS": "200"},
     )
     shown = subprocess.run(command, capture_output=True, text=True, env=wide, check=True).stdout
-    assert "--num-inference-steps" in shown and "[default: 25]" in shown and "[default: 5.0]" in shown
+    assert "--num-inference-steps" in shown and "[default: 0.0]" in shown
+    assert "the model's own number by default" in shown
 
 
 def test_one_command_draws_pictures_and_says_how(
