@@ -144,7 +144,7 @@ def generate(
 def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
     from .events import Finished, Step
 
-    task = bar.add_task(f"gang of {request.gang_size}", total=request.num_steps)
+    task = bar.add_task(f"gang of {request.gang_size}", total=request.num_inference_steps)
     for event in host.stream(request):
         if isinstance(event, Step):
             said = f"gang of {event.gang_size}, step {event.step} of {event.num_steps}"

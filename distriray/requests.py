@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from uuid import uuid4
 
 from PIL import Image
@@ -33,6 +33,21 @@ SchedulerName = Literal[
     "unipc",
 ]
 """The names of `distriray.denoise.SCHEDULERS`, here because importing those loads torch and diffusers."""
+
+
+class StepCount(NamedTuple):
+    """How often a scheduler calls the network: `factor` times the steps that are asked for, and `more`."""
+
+    factor: int = 1
+    more: int = 0
+
+    def of(self, steps: int) -> int:
+        """Calls in all; the last step, and so an only one, is always a single call."""
+        return self.factor * steps + self.more if steps > 1 else 1
+
+
+STEP_COUNTS: dict[SchedulerName, StepCount] = {"heun": StepCount(2, -1), "pndm": StepCount(1, 1)}
+"""Of the schedulers that do not call the network once a step: heun is of second order, pndm repeats one."""
 
 MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels, and so is the unit of each model."""
@@ -98,14 +113,10 @@ class SamplingParams(BaseModel):
             )
         return self
 
-    @property
-    def num_steps(self) -> int:
-        """Calls of the network: schedulers of second order make two of a step, and pndm repeats its second.
-
-        Where the scheduler is the model's own it is taken for one that does not.
-        """
-        asked = self.num_inference_steps
-        return {"heun": 2 * asked - 1, "pndm": asked + (asked > 1)}.get(self.scheduler or "", asked)
+    def num_steps(self, own: StepCount) -> int:
+        """Calls of the network, where `own` is the count of the model's own scheduler."""
+        named = STEP_COUNTS.get(self.scheduler, StepCount()) if self.scheduler else own
+        return named.of(self.num_inference_steps)
 
     @property
     def seeds(self) -> list[int]:
@@ -186,10 +197,10 @@ class GenerationRequest(SamplingParams):
             raise TypeError(f"set {sorted(fields)} on the GenerationRequest itself")
         return request
 
-    def preview_steps(self) -> frozenset[int]:
-        """The steps of the network (1 is the first) after which a preview is sent."""
-        total, count = self.num_steps, self.previews
-        return frozenset(round((i + 1) * total / (count + 1)) for i in range(count)) - {0, total}
+    def preview_steps(self, num_steps: int) -> frozenset[int]:
+        """Those of `num_steps` calls of the network (1 is the first) after which a preview is sent."""
+        count = self.previews
+        return frozenset(round((i + 1) * num_steps / (count + 1)) for i in range(count)) - {0, num_steps}
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:

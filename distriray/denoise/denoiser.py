@@ -14,7 +14,7 @@ from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
-from distriray.denoise.schedulers import make_scheduler, scheduler_class
+from distriray.denoise.schedulers import make_scheduler, scheduler_class, step_count
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
@@ -36,6 +36,8 @@ class Denoiser:
         family: the family's name there.
         sizes: of its pictures.
         needs_image: whether the network takes a picture and its mask besides the latents.
+        guides: whether guidance above 1 takes a second branch.
+        own_steps: how often the model's own scheduler calls the network.
 
     Raises:
         UnsupportedModel: the pipeline is of no such family, its family refuses it, or it has a scheduler that
@@ -47,8 +49,9 @@ class Denoiser:
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
-        self.needs_image = self._steps.needs_image
+        self.needs_image, self.guides = self._steps.needs_image, self._steps.guides
         _check_scheduler(pipeline)
+        self.own_steps = step_count(pipeline.scheduler)
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
         self._image: AbstractContextManager[Any] | None = None  # in that gang

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..config import ExchangeMode, Mix, ParallelConfig
 from ..errors import DistrirayError
-from ..requests import GenerationRequest
+from ..requests import GenerationRequest, StepCount
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -122,6 +122,8 @@ class WorkerFacts:
         cuts_vae: the VAE's decoder can be cut into patches.
         load_s: seconds that loading took.
         memory: in bytes.
+        own_steps: how often the model's own scheduler calls the network.
+        guides: whether guidance above 1 takes a second branch.
     """
 
     pid: int
@@ -135,6 +137,8 @@ class WorkerFacts:
     cuts_vae: bool
     load_s: float
     memory: int
+    own_steps: StepCount
+    guides: bool
 
     def max_gang(self, height: int) -> int:
         """The largest gang among which an image of `height` pixels can be cut: one unit of rows each."""

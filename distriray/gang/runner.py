@@ -21,6 +21,7 @@ from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemor
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
+from ..requests import StepCount
 from .control import SegmentControl
 from .devices import DEVICES
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
@@ -145,6 +146,16 @@ class SegmentRunner:
     def cuts_vae(self) -> bool:
         """Whether the VAE's decoder can be cut into patches."""
         return self._engine.decoder is not None
+
+    @property
+    def own_steps(self) -> StepCount:
+        """How often the model's own scheduler calls the network."""
+        return self._denoiser.own_steps
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance above 1 takes a second branch."""
+        return self._denoiser.guides
 
     @property
     def held(self) -> int:

@@ -52,7 +52,7 @@ class RunningSegment:
                 communicator=communicator,
                 rank=rank,
                 parallel=job.request.parallel or config.parallel,
-                preview_steps=job.request.preview_steps() if rank == 0 else frozenset(),
+                preview_steps=job.request.preview_steps(job.num_steps) if rank == 0 else frozenset(),
             )
             lacks = state is not None and member.id not in holders
             self._running[member.remote.run(order, state if lacks else None)] = member.id

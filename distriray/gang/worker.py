@@ -66,6 +66,8 @@ class Worker:
             cuts_vae=runner.cuts_vae,
             load_s=runner.load_s,
             memory=self._kind.memory(),
+            own_steps=runner.own_steps,
+            guides=runner.guides,
         )
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:

@@ -18,6 +18,7 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     KDPM2DiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPAGPipeline,
@@ -32,9 +33,10 @@ from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
 from distriray.denoise.pipelines.registry import PIPELINES, Family
 from distriray.denoise.pipelines.sdxl import StableDiffusionXL
 from distriray.denoise.pipelines.sizes import Sizes
+from distriray.denoise.schedulers import make_scheduler, step_count
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
-from distriray.requests import SamplingParams, SchedulerName
+from distriray.requests import SamplingParams, SchedulerName, StepCount
 from tests.models import tiny_sdxl
 
 SIZE = {"height": 64, "width": 96}
@@ -436,7 +438,37 @@ def test_a_request_knows_how_many_steps_its_state_will_have(
     denoiser: Denoiser, scheduler: SchedulerName, steps: int
 ) -> None:
     params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, **SIZE)
-    assert params.num_steps == denoiser.prepare(params).num_steps
+    assert params.num_steps(denoiser.own_steps) == denoiser.prepare(params).num_steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+@pytest.mark.parametrize("own", sorted(SCHEDULERS))
+def test_without_a_scheduler_a_request_has_the_steps_of_the_models_own(
+    own: SchedulerName, steps: int
+) -> None:
+    pipeline = tiny_sdxl()
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, own)
+    denoiser = Denoiser(pipeline)
+    params = SamplingParams(prompt="x", seed=1, num_inference_steps=steps, **SIZE)
+    assert params.num_steps(denoiser.own_steps) == denoiser.prepare(params).num_steps
+
+
+def test_a_scheduler_whose_timesteps_depend_on_the_size_is_taken_to_make_one_call_a_step() -> None:
+    assert step_count(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)) == StepCount()
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_second_branch_is_taken_by_guidance_but_not_where_the_network_takes_its_scale(
+    distilled: bool,
+) -> None:
+    pipeline = tiny_sdxl(**({"time_cond_proj_dim": 8} if distilled else {}))
+    denoiser, batches = Denoiser(pipeline), []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    for scale in (5.0, 1.0):
+        params = SamplingParams(prompt="x", seed=1, num_inference_steps=1, guidance_scale=scale, **SIZE)
+        denoiser.step(denoiser.prepare(params))
+    assert denoiser.guides is not distilled
+    assert batches == [1 + denoiser.guides, 1]
 
 
 def test_the_refiner_is_refused() -> None:

@@ -90,6 +90,11 @@ class PipelineSteps(ABC):
         """Whether the network takes a picture and its mask besides the latents."""
 
     @property
+    def guides(self) -> bool:
+        """Whether a step with guidance above 1 takes a second branch, and so twice the network's work."""
+        return True
+
+    @property
     @abstractmethod
     def max_clip_skip(self) -> int:
         """The largest `clip_skip` that leaves a layer of every text encoder."""

@@ -64,6 +64,10 @@ class StableDiffusion(PipelineSteps):
         return takes != self._vae.config.latent_channels
 
     @property
+    def guides(self) -> bool:
+        return self._unet.config.time_cond_proj_dim is None
+
+    @property
     def max_clip_skip(self) -> int:
         layers: int = self._plain.text_encoder.config.num_hidden_layers
         return layers - 1
@@ -134,7 +138,7 @@ class StableDiffusion(PipelineSteps):
 
     def _is_guided(self, scale: float) -> bool:
         """Whether there are two branches: not at 1, nor where the network takes the scale as input."""
-        return scale > 1.0 and self._unet.config.time_cond_proj_dim is None
+        return scale > 1.0 and self.guides
 
     def _skip_layers(self, prompt: str, skip: int) -> torch.Tensor:
         """Embeddings of a prompt by an encoder without its last `skip` layers, (1, tokens, channels).

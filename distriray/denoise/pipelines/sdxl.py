@@ -47,6 +47,10 @@ class StableDiffusionXL(PipelineSteps):
         return takes != self.components.vae.config.latent_channels
 
     @property
+    def guides(self) -> bool:
+        return self.components.unet.config.time_cond_proj_dim is None
+
+    @property
     def max_clip_skip(self) -> int:
         encoders = (self.components.text_encoder, self.components.text_encoder_2)
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1

@@ -24,7 +24,7 @@ from distriray.gang.messages import (
     WorkerFacts,
 )
 from distriray.gang.remote import StateLost, WorkerDied
-from distriray.requests import GenerationRequest
+from distriray.requests import GenerationRequest, StepCount
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policy import HostPolicy
 
@@ -76,7 +76,7 @@ class FakeWorker:
             return WorkerFacts(
                 pid=id(self), node="n", device=self.fleet.device, device_name="cpu", model="m",
                 default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
-                load_s=0.0, memory=1,
+                load_s=0.0, memory=1, own_steps=self.fleet.own_steps, guides=self.fleet.guides,
             )  # fmt: skip
 
         return self._call(load())
@@ -231,6 +231,7 @@ class FakeFleet:
         self.device = "cpu"
         self.linked_beside = False
         self.cuts_vae = True
+        self.own_steps, self.guides = StepCount(), True
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}
         self.launched: list[FakeWorker] = []

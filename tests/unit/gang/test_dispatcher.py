@@ -12,8 +12,10 @@ from distriray.config import ParallelConfig
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
 from distriray.events import Repaired
 from distriray.gang import segments
+from distriray.gang.admission import admit
 from distriray.gang.job import Job
 from distriray.gang.messages import Progress
+from distriray.requests import StepCount
 from tests.gang.policies import NewestFirst, Script
 
 from .fleet import CALLER, LONG, FakeHost, ask, until
@@ -338,11 +340,31 @@ def test_a_gang_that_decodes_counts_as_busy_with_all_who_decode(cuts_vae: bool) 
         host.fleet.cuts_vae = cuts_vae
         async with host:
             for parallel, busy in ((None, 2 if cuts_vae else 1), (ParallelConfig(parallel_vae=False), 1)):
-                job = Job(ask(gang_size=2, parallel=parallel), max_gang=2, number=1)
+                request = ask(gang_size=2, parallel=parallel)
+                job = Job(admit(request, host.config, host.dispatcher.facts), number=1)
                 job.start((0, 1), 1)
                 assert host.dispatcher._at_work(job) == 2
                 job.progress(Progress(6, 6, False))
                 assert host.dispatcher._at_work(job) == busy
+
+    do(scene())
+
+
+def test_predictions_are_of_calls_of_the_network_and_of_its_branches() -> None:
+    async def predicted(own: StepCount, guides: bool, **fields: Any) -> float:
+        host = FakeHost(1)
+        host.fleet.own_steps, host.fleet.guides = own, guides
+        async with host:
+            return host.accept(num_inference_steps=50, **fields).predicted_s
+
+    async def scene() -> None:
+        first_order, heun = StepCount(), StepCount(2, -1)
+        guided = await predicted(first_order, True)
+        assert await predicted(first_order, True, guidance_scale=1.0) == pytest.approx(guided / 2)
+        assert await predicted(first_order, False) == pytest.approx(guided), "what it was guessed for"
+        assert await predicted(heun, True) == pytest.approx(guided * 99 / 50)
+        assert await predicted(heun, True, scheduler="euler") == pytest.approx(guided)
+        assert await predicted(first_order, True, scheduler="heun") == pytest.approx(guided * 99 / 50)
 
     do(scene())
 

@@ -62,8 +62,8 @@ class FakeService:
             for step in range(1, request.num_inference_steps + 1):
                 await asyncio.sleep(self.pace_s)
                 yield Step(request.id, step, request.num_inference_steps, 2, 0.1)
-                if step in request.preview_steps():
-                    index = sorted(request.preview_steps()).index(step)
+                if step in request.preview_steps(request.num_inference_steps):
+                    index = sorted(request.preview_steps(request.num_inference_steps)).index(step)
                     yield Preview(request.id, step, index, Image.new("RGB", (8, 12), (step, 0, 0)))
                     if self.failure is not None:
                         raise self.failure
