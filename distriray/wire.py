@@ -99,7 +99,7 @@ def decode_result(answer: dict[str, Any]) -> GenerationResult:
     drawn = answer.get("data", [answer])  # an event is its own only image
     width, height = map(int, answer["size"].split("x"))
     return GenerationResult(
-        **{name: answer[name] for name in ("id", "model", "timings", "segments", "repairs")},
+        **{name: answer[name] for name in ("id", "model", "timings", "segments", "repairs", "warnings")},
         height=height,
         width=width,
         seeds=[image["seed"] for image in drawn],

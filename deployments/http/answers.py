@@ -100,6 +100,7 @@ def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
         "size": f"{result.width}x{result.height}",
         "gang_size": result.gang_size,
         "repairs": result.repairs,
+        "warnings": result.warnings,
         "timings": result.timings,
         "segments": result.segments,
     }

@@ -28,6 +28,7 @@ class _Answer(BaseModel):
     size: str
     gang_size: int
     repairs: int
+    warnings: list[str]
     timings: Timings
     segments: list[Segment]
 

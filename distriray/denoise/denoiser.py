@@ -118,7 +118,21 @@ class Denoiser:
             guidance_rescale=params.guidance_rescale,
             height=height,
             width=width,
+            warnings=self._unused(params),
         ).to(values["latents"].device)
+
+    def _unused(self, params: SamplingParams) -> tuple[str, ...]:
+        """What of a request's texts no picture shows, without the texts."""
+        texts = {"prompt": params.prompt}
+        if params.negative_prompt and self.guides and params.guidance_scale > 1.0:
+            texts["negative_prompt"] = params.negative_prompt
+        warnings = []
+        for name, text in texts.items():
+            given, taken = min(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)
+            if taken < given:
+                said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
+                warnings.append(said)
+        return tuple(warnings)
 
     @torch.no_grad()
     def step(self, state: DenoiseState) -> None:

@@ -324,6 +324,8 @@ class Dispatcher:
     def _conclude(self, job: Job, result: SegmentResult) -> None:
         request = job.request
         if result.finished is not None:
+            for warning in result.finished.warnings:
+                log.warning("request %s: %s", request.id, warning)
             self._end(job, job.result(self.config.model.name, result.finished))
         elif result.error is not None:
             self._end(job, result.error)

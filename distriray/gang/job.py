@@ -237,6 +237,7 @@ class Job:
             ),
             segments=self.segments,
             repairs=self.breaks,
+            warnings=list(rank.warnings),
             images=rank.images,
         )
 

@@ -81,6 +81,7 @@ class RankResult:
         formed_at: when this rank was ready to step, not counting prompt encoding; seconds since the epoch.
         left_at: when it had done its last step.
         exchange: how the ranks shared the steps.
+        warnings: what of the request is not used.
     """
 
     end: SegmentEnd
@@ -99,6 +100,7 @@ class RankResult:
     formed_at: float = 0.0
     left_at: float = 0.0
     exchange: ExchangeMode | Mix = "sync"
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

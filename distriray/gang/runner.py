@@ -205,6 +205,7 @@ class SegmentRunner:
             formed_at=work.formed_at,
             left_at=work.left_at,
             exchange=self._engine.exchange,
+            warnings=() if work.state is None else work.state.warnings,
         )
 
     def _work(

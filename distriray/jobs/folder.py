@@ -20,6 +20,10 @@ UNFINISHED_IMAGE = re.compile(r"\.[0-9a-f]{16}(-[0-9]+)?_[0-9]+\.png\.part")
 """The name of an image that is being written: that of the image, with its prompt's id, between two marks."""
 
 
+TOLD = ("model", "height", "width", "gang_size", "timings", "warnings")
+"""What a line of the manifest has of the summary of a result."""
+
+
 class Folder:
     """`images/`, `manifest.jsonl` with a line for each image, `errors.jsonl` and `summary.json`.
 
@@ -111,7 +115,7 @@ class Folder:
                     "of": len(seeds),
                     "file": str(path.relative_to(self.path)),
                     "seed": seed,
-                    **{name: facts[name] for name in ("model", "height", "width", "gang_size", "timings")},
+                    **{name: facts[name] for name in TOLD},
                 }
             )
         self._append(self.manifest, lines)

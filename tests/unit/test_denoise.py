@@ -37,7 +37,7 @@ from distriray.denoise.schedulers import make_scheduler, step_count
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams, SchedulerName, StepCount
-from tests.models import tiny_sdxl
+from tests.models import tiny_sd15, tiny_sd21, tiny_sdxl
 
 SIZE = {"height": 64, "width": 96}
 
@@ -292,7 +292,7 @@ def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
         with pytest.raises(InvalidRequest, match=r"damaged|not a saved state"):
             DenoiseState.from_bytes(broken)
     for forged, complaint in (
-        (blob.replace(b"state 2", b"state 9", 1), "version"),
+        (blob.replace(b"state 3", b"state 9", 1), "version"),
         (signed(blob, b"EulerDiscreteScheduler", b"EulerDiscreteSchedulex"), "EulerDiscreteSchedulex cannot"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"scale_noises\\"'), "differs"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"add_noise\\"   '), "differs"),
@@ -451,6 +451,44 @@ def test_without_a_scheduler_a_request_has_the_steps_of_the_models_own(
     denoiser = Denoiser(pipeline)
     params = SamplingParams(prompt="x", seed=1, num_inference_steps=steps, **SIZE)
     assert params.num_steps(denoiser.own_steps) == denoiser.prepare(params).num_steps
+
+
+MADE = {"xl": tiny_sdxl, "1.5": tiny_sd15, "2.1": tiny_sd21}
+
+
+def prepared(denoiser: Denoiser, prompt: str, **fields: Any) -> DenoiseState:
+    return denoiser.prepare(SamplingParams(prompt=prompt, seed=1, num_inference_steps=2, **SIZE, **fields))
+
+
+@pytest.mark.parametrize("model", MADE)
+def test_a_prompt_that_is_cut_is_said_to_be_and_one_that_just_fits_is_not(model: str) -> None:
+    def embeds(prompt: str) -> torch.Tensor:
+        found: torch.Tensor = prepared(denoiser, prompt).values["prompt_embeds"]
+        return found
+
+    denoiser, fits = Denoiser(MADE[model]()), "x" * 75  # a token a letter
+    assert prepared(denoiser, fits).warnings == () and prepared(denoiser, "").warnings == ()
+    says = "prompt has 90 tokens, and a text encoder takes 75: the rest is not used"
+    cut = prepared(denoiser, fits + "y" * 15)
+    assert cut.warnings == (says,) and DenoiseState.from_bytes(cut.to_bytes()).warnings == (says,)
+    assert torch.equal(embeds(fits + "y" * 15), embeds(fits + "z" * 9)), "and it is cut"
+    both = prepared(denoiser, fits + "y", negative_prompt="n" * 80)
+    assert [warning[:26] for warning in both.warnings] == [
+        "prompt has 76 tokens, and ", "negative_prompt has 80 tok",
+    ]  # fmt: skip
+    assert prepared(denoiser, fits, negative_prompt="n" * 80, guidance_scale=1.0).warnings == ()
+
+
+@pytest.mark.parametrize("model", MADE)
+def test_a_word_of_several_vectors_counts_as_many_tokens(model: str) -> None:
+    pipeline = MADE[model]()
+    for tokenizer in {pipeline.tokenizer, getattr(pipeline, "tokenizer_2", pipeline.tokenizer)}:
+        tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2"])
+    for encoder in {pipeline.text_encoder, getattr(pipeline, "text_encoder_2", pipeline.text_encoder)}:
+        encoder.resize_token_embeddings(len(pipeline.tokenizer))
+    denoiser = Denoiser(pipeline)
+    assert prepared(denoiser, "x" * 71 + " <cat>").warnings == ()
+    assert "prompt has 76 tokens" in prepared(denoiser, "x" * 73 + " <cat>").warnings[0]
 
 
 def test_a_scheduler_whose_timesteps_depend_on_the_size_is_taken_to_make_one_call_a_step() -> None:

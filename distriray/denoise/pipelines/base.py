@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -12,6 +13,20 @@ from PIL import Image
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest
 from distriray.requests import SamplingParams
+
+
+class Tokens(NamedTuple):
+    """How many tokens a text encoder is given, and how many of them it takes; without special ones."""
+
+    given: int
+    taken: int
+
+
+def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> Tokens:
+    """The tokens of `text`. Its encoder takes `most`, special ones included, or what the tokenizer says."""
+    special = tokenizer.num_special_tokens_to_add()
+    given = len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+    return Tokens(given, min(given, (tokenizer.model_max_length if most is None else most) - special))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +113,10 @@ class PipelineSteps(ABC):
     @abstractmethod
     def max_clip_skip(self) -> int:
         """The largest `clip_skip` that leaves a layer of every text encoder."""
+
+    @abstractmethod
+    def tokens(self, text: str) -> Sequence[Tokens]:
+        """Of each text encoder, what it takes of a prompt (`tokens_of`)."""
 
     @abstractmethod
     def prepare(self, commission: Commission) -> dict[str, Any]:

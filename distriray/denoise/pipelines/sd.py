@@ -14,7 +14,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, tokens_of
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
@@ -71,6 +71,10 @@ class StableDiffusion(PipelineSteps):
     def max_clip_skip(self) -> int:
         layers: int = self._plain.text_encoder.config.num_hidden_layers
         return layers - 1
+
+    def tokens(self, text: str) -> list[Tokens]:
+        tokenizer = self._plain.tokenizer
+        return [tokens_of(tokenizer, self._plain.maybe_convert_prompt(text, tokenizer))]
 
     def prepare(self, commission: Commission) -> dict[str, Any]:
         params, images = commission.params, len(commission.generators)

@@ -13,7 +13,7 @@ from diffusers import (
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, tokens_of
 from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
@@ -54,6 +54,10 @@ class StableDiffusionXL(PipelineSteps):
     def max_clip_skip(self) -> int:
         encoders = (self.components.text_encoder, self.components.text_encoder_2)
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+
+    def tokens(self, text: str) -> list[Tokens]:
+        tokenizers = (self.components.tokenizer, self.components.tokenizer_2)
+        return [tokens_of(each, self.components.maybe_convert_prompt(text, each)) for each in tokenizers]
 
     def prepare(self, commission: Commission) -> dict[str, Any]:
         params, components, images = commission.params, self.components, len(commission.generators)

@@ -190,7 +190,7 @@ class FakeGang:
         if ending is SegmentEnd.NOT_BEGUN and worker.refuses is not None:
             ending, fields = SegmentEnd.REFUSED, {"error": worker.refuses}
         if ending is SegmentEnd.DONE and order.rank == 0:
-            fields = {"images": [Image.new("RGB", (8, 8))]}
+            fields = {"images": [Image.new("RGB", (8, 8))], "warnings": worker.fleet.warnings}
         step = worker.states.get(self.job, self.first)
         return RankResult(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
 
@@ -231,6 +231,7 @@ class FakeFleet:
         self.device = "cpu"
         self.linked_beside = False
         self.cuts_vae = True
+        self.warnings: tuple[str, ...] = ()
         self.own_steps, self.guides = StepCount(), True
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}

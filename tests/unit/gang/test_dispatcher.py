@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any
 
@@ -348,6 +349,20 @@ def test_a_gang_that_decodes_counts_as_busy_with_all_who_decode(cuts_vae: bool) 
                 assert host.dispatcher._at_work(job) == busy
 
     do(scene())
+
+
+def test_what_of_a_prompt_is_not_used_is_in_the_result_and_the_log_without_the_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            host.fleet.warnings = ("prompt has 90 tokens",)
+            result = await host.accept(id="mine", prompt="a secret lake").ended
+            assert result.warnings == ["prompt has 90 tokens"]
+
+    with caplog.at_level(logging.WARNING):
+        do(scene())
+    assert "request mine: prompt has 90 tokens" in caplog.text and "secret" not in caplog.text
 
 
 def test_predictions_are_of_calls_of_the_network_and_of_its_branches() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
+from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory, UnsupportedModel
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
@@ -44,7 +46,12 @@ class Gang:
         self._together(lambda rank, runner: runner.link([GangMembership(group, name, rank, size)]))
 
     def run(
-        self, job: int | None = None, step: int = 0, link: str = "all", **fields: Any
+        self,
+        job: int | None = None,
+        step: int = 0,
+        link: str = "all",
+        blob: bytes | None = None,
+        **fields: Any,
     ) -> list[RankResult]:
         """A segment of a job, a new one unless given."""
         self._serial += 1
@@ -62,7 +69,7 @@ class Gang:
                 rank=rank,
                 parallel=sync,
             )
-            return runner.run(order, None)
+            return runner.run(order, blob)
 
         return self._together(one)
 
@@ -105,6 +112,29 @@ def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> N
     outcomes = gang.run(scheduler="lcm", num_inference_steps=51)
     assert endings(outcomes) == [SegmentEnd.REFUSED] * 2
     assert all(isinstance(o.error, InvalidRequest) and "51" in str(o.error) for o in outcomes)
+
+
+def test_what_of_a_prompt_is_not_used_is_said_with_the_picture_also_by_who_took_its_state_over(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stepping(runner: SegmentRunner, step: Callable[..., None], state: DenoiseState) -> None:
+        runner._engine.ask_yield()
+        step(state)
+
+    said = ("prompt has 100 tokens, and a text encoder takes 75: the rest is not used",)
+    assert gang.run(prompt="x" * 100)[0].warnings == said
+    assert gang.run()[0].warnings == ()
+    for runner in gang.runners:
+        step = runner._denoiser.step
+        monkeypatch.setattr(runner._denoiser, "step", partial(stepping, runner, step))
+    first = gang.run(job=1, prompt="x" * 100)
+    assert endings(first) == [SegmentEnd.YIELDED] * 2
+    monkeypatch.undo()
+    blob = gang.runners[0].export(1)
+    for runner in gang.runners:
+        runner.retain([], 1)
+    last = gang.run(job=1, step=first[0].step, prompt="x" * 100, blob=blob)
+    assert endings(last) == [SegmentEnd.DONE] * 2 and last[0].warnings == said
 
 
 def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(

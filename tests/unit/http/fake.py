@@ -121,6 +121,11 @@ def result_of(request: GenerationRequest) -> GenerationResult:
         seeds=request.seeds,
         timings=Timings(queued_s=0.0, prepare_s=0.1, denoise_s=1.0, decode_s=0.1, total_s=1.25),
         segments=[segment],
+        warnings=[
+            f"{name} is long"
+            for name in ("prompt", "negative_prompt")
+            if "long" in (getattr(request, name) or "")
+        ],
         images=[
             Image.new("RGB", (request.width, request.height), (i, i, i)) for i in range(request.num_images)
         ],

@@ -68,6 +68,15 @@ def test_every_field_arrives_and_the_whole_result_comes_back(client: Client, ser
     assert same(result, result_of(asked))
 
 
+def test_what_is_not_used_is_said_in_answers_and_streams(client: Client) -> None:
+    said = ["prompt is long", "negative_prompt is long"]
+    fields = {"negative_prompt": "a long no", "num_inference_steps": 1}
+    assert client.generate("a long lake", **fields).warnings == said
+    *_, end = client.stream("a long lake", **fields)
+    assert isinstance(end, Finished) and end.result.warnings == said
+    assert client.generate("a lake").warnings == []
+
+
 def test_a_prompt_alone_means_the_defaults(client: Client, service: FakeService) -> None:
     result = client.generate("a lake", seed=5)
     unset = {"id", "seed", "model"}
