@@ -280,7 +280,8 @@ class Dispatcher:
         self.leased.update(workers)
         job.start(workers, self._segments)
         try:
-            segment = RunningSegment(self.group, self.config, job)
+            times = self.speed.model.times(len(workers), *job.view().shape)
+            segment = RunningSegment(self.group, self.config, job, times)
         except Exception as error:
             log.exception("request %s could not be sent to workers %s", job.request.id, workers)
             self.leased.difference_update(workers)

@@ -45,12 +45,17 @@ class Sent:
 
 
 class FakeWorker:
-    """One process. A test may let it `die`, and set what it `raises` or `refuses` and whether it `hangs`."""
+    """One process. A test may let it `die`, and set what it `raises` or `refuses` and whether it `hangs`.
+
+    One that is `stuck`, before its first step ("prepare"), in a later "step" or in its "decode", answers all
+    else.
+    """
 
     def __init__(self, fleet: FakeFleet, index: int) -> None:
         self.fleet, self.index = fleet, index
         self.alive = True
         self.hangs = False
+        self.stuck = fleet.stuck.get(index, "")
         self.raises: Exception | None = None
         self.refuses: DistrirayError | None = None
         self.states: dict[int, int] = {}
@@ -180,7 +185,7 @@ class FakeGang:
         while self._stepping is None:
             await asyncio.sleep(STEP_S)
         ending = await asyncio.shield(self._stepping)
-        while worker.hangs:
+        while worker.hangs or (worker.stuck == "decode" and order.rank == 0):
             await asyncio.sleep(STEP_S)
         fields: dict[str, Any] = {}
         if ending is SegmentEnd.BROKEN:
@@ -199,6 +204,9 @@ class FakeGang:
             if any(member.refuses for member in self.members):
                 return SegmentEnd.NOT_BEGUN
             while self.step < self.steps:
+                if any(member.stuck == ("step" if self.step else "prepare") for member in self.members):
+                    await asyncio.sleep(STEP_S)
+                    continue
                 if any(not member.alive or member.raises is not None for member in self.members):
                     return SegmentEnd.BROKEN
                 if any(member.hangs for member in self.members):
@@ -231,6 +239,7 @@ class FakeFleet:
         self.device = "cpu"
         self.linked_beside = False
         self.cuts_vae = True
+        self.stuck: dict[int, str] = {}
         self.warnings: tuple[str, ...] = ()
         self.own_steps, self.guides = StepCount(), True
         self.load_s = 0.005

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +17,11 @@ from distriray.gang import segments
 from distriray.gang.admission import admit
 from distriray.gang.job import Job
 from distriray.gang.messages import Progress
+from distriray.gang.patience import Patience
+from distriray.gang.profile import make_profile
+from distriray.gang.speed import Speed
 from distriray.requests import StepCount
+from distriray.routing.latency import Entry
 from tests.gang.policies import NewestFirst, Script
 
 from .fleet import CALLER, LONG, FakeHost, ask, until
@@ -349,6 +354,67 @@ def test_a_gang_that_decodes_counts_as_busy_with_all_who_decode(cuts_vae: bool) 
                 assert host.dispatcher._at_work(job) == busy
 
     do(scene())
+
+
+@asynccontextmanager
+async def impatient(workers: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeHost]:
+    """A host that gives compute up that is silent for 0.3 s: it expects steps of a millisecond."""
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+    async with FakeHost(workers, stall_s=0.3) as host:
+        entry = Entry(gang=1, height=128, width=128, step_s=0.001)
+        facts = host.dispatcher.facts
+        host.dispatcher.speed = Speed(make_profile(host.config, facts, (entry,)))
+        yield host
+
+
+@pytest.mark.parametrize("where", ["prepare", "step", "decode"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_compute_that_hangs_while_its_worker_answers_is_given_up_and_the_picture_made_elsewhere(
+    where: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        async with impatient(2, monkeypatch) as host:
+            stuck = host.fleet.at(0)
+            stuck.stuck = where
+            job = host.accept(gang_size=size)
+            await until(lambda: job.workers is not None)
+            beside = host.accept(gang_size=1) if size == 1 else None
+            result = await job.ended
+            assert result.repairs == 1 and not stuck.alive
+            if beside is not None:
+                assert (await beside.ended).repairs == 0, "nobody pays for another"
+            await host.whole()
+            assert [repair.cause[:32] for repair in host.dispatcher.group.repairs][:1] == [
+                "neither made a step nor came bac"
+            ]
+            assert (await host.accept(gang_size=size).ended).repairs == 0
+
+    do(scene())
+
+
+def test_a_request_that_hangs_wherever_it_goes_ends_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with impatient(1, monkeypatch) as host:
+            host.fleet.stuck = {0: "step"}
+            host.fleet.at(0).stuck = "step"
+            with pytest.raises(GangBroken, match="neither made a step nor came back for 0.3 s"):
+                await host.accept().ended
+            host.fleet.stuck = {}
+            host.fleet.at(0).stuck = ""
+            await host.whole()
+
+    do(scene())
+
+
+def test_compute_is_waited_for_as_long_as_it_may_take() -> None:
+    patience = Patience(floor_s=60.0, expected_s=1.0, now_s=0.0)
+    assert patience.left_s(50.0) == pytest.approx(10.0) and patience.left_s(61.0) == 0.0
+    patience.heard(50.0)
+    assert patience.bound_s == 1500.0, "such a step may take as long again, and much longer"
+    assert patience.left_s(1000.0) == pytest.approx(550.0) and patience.left_s(1551.0) == 0.0
+    patience.heard(51.0)
+    assert patience.bound_s == 1500.0
+    assert Patience(floor_s=60.0, expected_s=100.0, now_s=0.0).bound_s == 3000.0, "a large picture"
 
 
 def test_what_of_a_prompt_is_not_used_is_in_the_result_and_the_log_without_the_prompt(
