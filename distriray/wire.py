@@ -21,6 +21,7 @@ from .errors import (
     ModelNotFound,
     NotAllowed,
     NotEnoughDevices,
+    NotFinite,
     OutOfMemory,
     QueueFull,
 )
@@ -185,6 +186,8 @@ def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
             return GangBroken(message)
         case "out_of_memory":
             return OutOfMemory(message)
+        case "not_finite":
+            return NotFinite(message)
         case "unavailable":
             return NotEnoughDevices(message)
         case "timeout":

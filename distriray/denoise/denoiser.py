@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distriray.denoise.network_output import NetworkOutput
-from distriray.denoise.pipelines.base import Commission
+from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
 from distriray.denoise.schedulers import make_scheduler, scheduler_class, step_count
@@ -194,9 +194,11 @@ class Denoiser:
         With a parallel VAE all ranks of the gang call it, and all get the pictures.
 
         Raises:
+            NotFinite: latents or pixels are not, on all ranks alike; nothing is shown of such a picture.
             GangBroken: from the gang.
         """
         self._check_family(state)
+        _check_latents(state)
         return self._steps.decode(state.latents)
 
     @torch.no_grad()
@@ -204,8 +206,12 @@ class Denoiser:
         """The first image as it is predicted to become, at a quarter of its size, 128 pixels at most.
 
         Any rank may call it, alone.
+
+        Raises:
+            NotFinite: as `decode`.
         """
         self._check_family(state)
+        _check_latents(state)
         estimate = state.estimate
         latents = (state.latents if estimate is None else estimate)[:1]
         scale = min(PREVIEW_SCALE, PREVIEW_LATENT_SIDE / max(latents.shape[2:]))
@@ -237,6 +243,15 @@ class Denoiser:
         if engine is not None:
             self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         self._steps.begin(state)
+
+
+def _check_latents(state: DenoiseState) -> None:
+    scheduler = type(state.scheduler).__name__
+    check_finite(
+        state.latents,
+        f"the latents after step {state.step} of {state.num_steps} by {scheduler}",
+        "ask for other steps or another scheduler, or load the model as float32 or bfloat16",
+    )
 
 
 def _check_scheduler(pipeline: Any) -> None:

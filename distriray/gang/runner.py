@@ -17,7 +17,7 @@ from ..collective import Communicator, connect
 from ..collective.all_gather import numbers_of_all
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.pipelines.sizes import Sizes
-from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory, UnsupportedModel
+from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory, UnsupportedModel
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
@@ -291,7 +291,10 @@ class SegmentRunner:
         """The picture so far, if it is to be shown after this step and is known not to be garbage."""
         if state.step not in order.preview_steps:
             return None
-        preview = self._denoiser.preview(state)
+        try:
+            preview = self._denoiser.preview(state)
+        except NotFinite:
+            return None  # decoding says so, to all ranks alike
         return None if self._engine.communicator.broken else preview
 
     def _decode(self, order: SegmentOrder, state: DenoiseState) -> list[Image.Image] | None:

@@ -34,7 +34,7 @@ from distriray.denoise.pipelines.registry import PIPELINES, Family
 from distriray.denoise.pipelines.sdxl import StableDiffusionXL
 from distriray.denoise.pipelines.sizes import Sizes
 from distriray.denoise.schedulers import make_scheduler, step_count
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams, SchedulerName, StepCount
 from tests.models import tiny_sd15, tiny_sd21, tiny_sdxl
@@ -451,6 +451,45 @@ def test_without_a_scheduler_a_request_has_the_steps_of_the_models_own(
     denoiser = Denoiser(pipeline)
     params = SamplingParams(prompt="x", seed=1, num_inference_steps=steps, **SIZE)
     assert params.num_steps(denoiser.own_steps) == denoiser.prepare(params).num_steps
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("model", [tiny_sdxl, tiny_sd15])
+def test_a_picture_that_would_be_black_is_refused_by_name(model: Any, bad: float) -> None:
+    pipeline = model()
+    denoiser = Denoiser(pipeline)
+    state = prepared(denoiser, "a lake", scheduler="unipc")
+    denoiser.step(state)
+    state.latents[0, 0, 1, 1] = bad
+    says = "the latents after step 1 of 2 by UniPCMultistepScheduler hold infinities or NaN"
+    for make in (denoiser.decode, denoiser.preview):
+        with pytest.raises(NotFinite, match=says):
+            make(state)
+    state.latents[0, 0, 1, 1] = 0.0
+    denoiser.decode(state)
+    pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NotFinite, match="the decoded pixels .* float32 or bfloat16"):
+        denoiser.decode(state)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("scheduler", ["unipc", "dpmpp-2m", "dpmpp-2s"])
+def test_steps_between_equal_noise_levels_are_refused(scheduler: SchedulerName, spacing: str) -> None:
+    pipeline = tiny_sdxl()
+    pipeline.scheduler = type(pipeline.scheduler).from_config(
+        pipeline.scheduler.config, timestep_spacing=spacing
+    )
+    params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=1000, **SIZE)
+    with pytest.raises(InvalidRequest, match="1000 is too many .* twice") as refused:
+        Denoiser(pipeline).prepare(params)
+    assert refused.value.param == "num_inference_steps"
+    Denoiser(pipeline).prepare(params.model_copy(update={"num_inference_steps": 998}))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp-2m-karras", "euler", "heun", "lms", "pndm"])
+def test_as_many_steps_as_there_are_noise_levels_are_taken_where_all_differ(scheduler: SchedulerName) -> None:
+    params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=999, **SIZE)
+    Denoiser(tiny_sdxl()).prepare(params)
 
 
 MADE = {"xl": tiny_sdxl, "1.5": tiny_sd15, "2.1": tiny_sd21}

@@ -14,7 +14,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
@@ -133,6 +133,7 @@ class StableDiffusion(PipelineSteps):
         """Where the pipeline has a safety checker, pictures that it finds offensive come out black."""
         plain, vae = self._plain, self._vae
         decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        check_pixels(decoded)
         pictures, offends = plain.run_safety_checker(decoded, decoded.device, plain.text_encoder.dtype)
         shown = [True] * len(latents) if offends is None else [not each for each in offends]
         images: list[Image.Image] = plain.image_processor.postprocess(

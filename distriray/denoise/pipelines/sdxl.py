@@ -13,7 +13,7 @@ from diffusers import (
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
 from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
@@ -110,7 +110,9 @@ class StableDiffusionXL(PipelineSteps):
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         blackboard = PipelineState()
         blackboard.set("latents", latents.to(self.components.vae.dtype))
-        blackboard.set("output_type", "pil")
+        blackboard.set("output_type", "pt")
         _, blackboard = self._decode(self.components, blackboard)
-        images: list[Image.Image] = blackboard.get("images")
+        pixels, processor = blackboard.get("images"), self.components.image_processor
+        check_pixels(pixels)
+        images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images

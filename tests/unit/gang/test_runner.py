@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
-from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory, UnsupportedModel
+from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory, UnsupportedModel
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
 from distriray.gang.runner import SegmentRunner
@@ -68,6 +68,7 @@ class Gang:
                 communicator=link,
                 rank=rank,
                 parallel=sync,
+                preview_steps=request.preview_steps(request.num_inference_steps),
             )
             return runner.run(order, blob)
 
@@ -135,6 +136,22 @@ def test_what_of_a_prompt_is_not_used_is_said_with_the_picture_also_by_who_took_
         runner.retain([], 1)
     last = gang.run(job=1, step=first[0].step, prompt="x" * 100, blob=blob)
     assert endings(last) == [SegmentEnd.DONE] * 2 and last[0].warnings == said
+
+
+def test_numbers_that_run_away_end_the_request_alike_on_all_ranks_and_show_no_preview(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for runner in gang.runners:
+        step = runner._denoiser.step
+
+        def runs_away(state: DenoiseState, step: Callable[..., None] = step) -> None:
+            step(state)
+            state.latents[0, 0, 0, 0] = float("nan")
+
+        monkeypatch.setattr(runner._denoiser, "step", runs_away)
+    outcomes = gang.run(previews=1, num_inference_steps=4)
+    assert endings(outcomes) == [SegmentEnd.REFUSED] * 2 and not outcomes[0].previews
+    assert all(isinstance(outcome.error, NotFinite) for outcome in outcomes)
 
 
 def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(

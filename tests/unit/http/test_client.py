@@ -24,6 +24,7 @@ from distriray.errors import (
     ModelNotFound,
     NotAllowed,
     NotEnoughDevices,
+    NotFinite,
     OutOfMemory,
     QueueFull,
 )
@@ -149,6 +150,7 @@ def test_models_and_fleet_are_those_of_a_handle(client: Client, service: FakeSer
         DeadlineUnmet("too soon"),
         GangBroken("broken"),
         OutOfMemory("too large"),
+        NotFinite("NaN"),
         NotEnoughDevices("no host is up"),
         GenerationCancelled("somebody did"),
     ],
