@@ -270,7 +270,7 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
         prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, height=16, width=16
     )
     state = denoiser.prepare(params)
-    assert params.num_steps == state.num_steps
+    assert params.num_steps(denoiser.own_steps) == state.num_steps
     denoiser.step(state)
     assert state.latents.isfinite().all() and state.estimate is not None
     assert state.scheduler.step_index == 1, "though the first timesteps are one when they are rounded"
@@ -330,7 +330,7 @@ def test_models_that_cannot_be_drawn_from_are_refused_by_name(model: str) -> Non
 def test_the_edge_knows_what_a_model_lacks_and_what_it_draws_by_default(denoiser: Denoiser) -> None:
     """A router and a host refuse before a worker has heard of the request."""
     facts = replace(FACTS, terms=denoiser.terms, size_unit=denoiser.sizes.unit)
-    request, _ = admit(GenerationRequest(prompt="a lake"), HostConfig(workers=1), facts)
+    request = admit(GenerationRequest(prompt="a lake"), HostConfig(workers=1), facts).request
     assert request.num_inference_steps == denoiser.terms.num_inference_steps
     assert request.guidance_scale == denoiser.terms.guidance_scale
     for field, value in [("scheduler", "ddim"), *((name, OTHERS[name]) for name in denoiser.terms.lacks)]:
@@ -425,7 +425,7 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
 
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) -> None:
-    gangs = Gangs(MODELS[model], warmup_steps=1, cfg_parallel=False)
+    gangs = Gangs(MODELS[model], exchange="displaced", warmup_steps=1, cfg_parallel=False)
     latents = gangs.draw((2, 4, 1, 2), **TALL)[0].latents
     assert gangs.synchronous == [True, False, True, False, True, True, True, False]
     assert latents.isfinite().all()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
-from distriray.denoise.pipelines.base import Commission
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.state import DenoiseState
 
@@ -25,6 +25,15 @@ class Flux(FlowMatching):
     latents_per_input = 4
     patch_size = 2
     max_clip_skip = 0
+    guides = False
+
+    def tokens(self, text: str) -> list[Tokens]:
+        return [tokens_of(self._plain.tokenizer_2, text, self._text_tokens)]  # CLIP gives a summary alone
+
+    @property
+    def _text_tokens(self) -> int:
+        """Those of T5, as dev and schnell were trained."""
+        return 512 if self._transformer.config.guidance_embeds else 256
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         images, device = len(commission.generators), self._transformer.device
@@ -34,7 +43,7 @@ class Flux(FlowMatching):
             prompt_2=None,
             device=device,
             num_images_per_prompt=images,
-            max_sequence_length=512 if takes_scale else 256,  # as each was trained
+            max_sequence_length=self._text_tokens,
         )
         scale = torch.full((images,), commission.guidance_scale, device=device) if takes_scale else None
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "txt_ids": ids, "guidance": scale}
