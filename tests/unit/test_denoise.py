@@ -35,14 +35,14 @@ from distriray.denoise.pipelines.sizes import Sizes
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams, SchedulerName
-from tests.models import tiny_sdxl
+from tests.models import SHALLOW, tiny_sdxl
 
 SIZE = {"height": 64, "width": 96}
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    return tiny_sdxl()
+    return tiny_sdxl(**SHALLOW)
 
 
 @pytest.fixture(scope="module")

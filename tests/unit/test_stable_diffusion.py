@@ -33,7 +33,7 @@ from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams
-from tests.models import tiny_safety_checker, tiny_sd15, tiny_sd21, tiny_sdxl
+from tests.models import SHALLOW_SD, tiny_safety_checker, tiny_sd15, tiny_sd21, tiny_sdxl
 from tests.unit.gang.test_runner import Gang
 from tests.unit.test_denoise import (
     MASK,
@@ -54,7 +54,7 @@ SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
 
 @pytest.fixture(scope="module", params=MODELS)
 def pipeline(request: pytest.FixtureRequest) -> Any:
-    return MODELS[request.param]()
+    return MODELS[request.param](**SHALLOW_SD)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from distriray.parallel import engine_of
 from distriray.parallel.sums import Sums
 from distriray.requests import SamplingParams
 from tests.cases import Case, call
-from tests.models import tiny_sdxl, tiny_sdxl_unet
+from tests.models import SHALLOW, tiny_sdxl, tiny_sdxl_unet
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
 DISPLACED = ParallelConfig(warmup_steps=1, cfg_parallel=False)
@@ -211,7 +211,7 @@ def test_pipelines_that_are_called_with_something_else(
 ) -> None:
     def rank(communicator: Communicator) -> None:
         case = {"steps": 4, "height": 128, "width": 64, **(differs if communicator.rank == 1 else {})}
-        call(parallelize(tiny_sdxl(), communicator, config), Case(**case))
+        call(parallelize(tiny_sdxl(**SHALLOW), communicator, config), Case(**case))
 
     for outcome in outcomes(2, rank):
         assert outcome.startswith("GangMismatch") and name in outcome
