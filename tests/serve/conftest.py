@@ -83,7 +83,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     for name, value in ENVIRONMENT.items():
         patch.setenv(name, value)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2])]))
-    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         serve.start(http_options={"port": PORT})
         service = Service({name: str(folder / name) for name in ("pair", "twins", "elastic")})

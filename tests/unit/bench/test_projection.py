@@ -16,6 +16,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import connect, run_in_lockstep
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
+from tests.parameters import sweep
 
 SIZE = 256
 FAST = Link("fast", 0.0, 1e15)
@@ -34,7 +35,7 @@ def wait(transfer, at_s):
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", sweep([2, 4]))
 def test_a_rank_alone_sends_what_it_sends_in_a_gang(ranks, split):
     def displaced(communicator):
         unet = tiny_sdxl_unet()

@@ -20,6 +20,7 @@ from distriray.parallel.sums import Sums
 from distriray.requests import SamplingParams
 from tests.cases import Case, call
 from tests.models import SHALLOW, tiny_sdxl, tiny_sdxl_unet
+from tests.parameters import sweep
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
 DISPLACED = ParallelConfig(warmup_steps=1, cfg_parallel=False)
@@ -195,7 +196,9 @@ def test_a_rank_whose_picture_is_too_small_alone_tells_the_others() -> None:
 # From step to step
 
 
-@pytest.mark.parametrize("config", [SYNC, DISPLACED, ParallelConfig(exchange="none"), ParallelConfig()])
+@pytest.mark.parametrize(
+    "config", sweep([DISPLACED, SYNC, ParallelConfig(exchange="none"), ParallelConfig()])
+)
 @pytest.mark.parametrize(
     ("differs", "name"),
     [

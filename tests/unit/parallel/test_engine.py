@@ -13,6 +13,7 @@ from distriray.config import MIXES, PAPER
 from distriray.parallel import engine_of
 from tests.cases import Case, Outcome, alone, call, together
 from tests.models import tiny_sdxl
+from tests.parameters import sweep
 
 STALE = MIXES["displaced"]
 SYNC = {"exchange": "sync", "cfg_parallel": False}
@@ -55,7 +56,7 @@ def sync_cases(ranks: int) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", sweep([2, 3, 4, 8]))
 def test_sync_mode_equals_one_device(ranks: int) -> None:
     cases = sync_cases(ranks)
     for case, outcome in zip(cases, run(ranks, *cases), strict=True):
@@ -104,7 +105,7 @@ def test_every_mix_and_prediction_makes_a_picture_of_its_own() -> None:
         assert not torch.equal(pictures[one], pictures[other]), (variants[one], variants[other])
 
 
-@pytest.mark.parametrize(("ranks", "weight"), [(2, 0.75), (3, 0.5)])
+@pytest.mark.parametrize(("ranks", "weight"), sweep([(2, 0.75), (3, 0.5)]))
 def test_statistics_are_extrapolated_more_between_two_patches(ranks: int, weight: float) -> None:
     patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": 2}
     default, given, other = run(

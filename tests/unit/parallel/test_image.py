@@ -19,6 +19,7 @@ from distriray.parallel.networks.base import Call
 from distriray.parallel.schedules import Schedules
 from tests.cases import Case, call
 from tests.models import SHALLOW, tiny_sdxl, tiny_sdxl_unet
+from tests.parameters import sweep
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
 DISPLACED = ParallelConfig(warmup_steps=1, cfg_parallel=False)
@@ -167,7 +168,7 @@ def written(unet: UNet2DConditionModel, frame: int) -> None:
 
 
 @pytest.mark.parametrize("change", [rescaled, written])
-@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("said", sweep([False, True]))
 def test_text_is_read_with_the_adapters_of_now(
     change: Callable[[UNet2DConditionModel, int], None], said: bool
 ) -> None:

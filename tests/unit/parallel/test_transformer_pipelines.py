@@ -12,6 +12,7 @@ import torch
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
 from tests.models import TEXT_WIDTH, tiny_flux, tiny_flux2, tiny_pixart, tiny_qwen_image, tiny_sd3
+from tests.parameters import sweep
 from tests.unit.parallel.transformers import error, noise, watched
 
 PROMPT = {"prompt": "a lake at dusk", "max_sequence_length": 12, "output_type": "pt"}
@@ -80,7 +81,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", sweep([2, 3]))
 def test_a_whole_pipeline_equals_itself_alone(case: Case, ranks: int) -> None:
     expected = case.draw(case.make())
 
