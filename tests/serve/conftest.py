@@ -17,10 +17,11 @@ from ray.serve.schema import ServeDeploySchema
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 from distriray.service import PoolReport
+from tests.distributed.ranks import free_address
 from tests.models import tiny_sdxl
 
 APP = "distriray"
-PORT = 8123
+PORT = int(free_address().split(":")[1])  # others may run tests on this machine
 HTTP = f"http://127.0.0.1:{PORT}"
 ENVIRONMENT = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
