@@ -107,6 +107,14 @@ SHALLOW: dict[str, Any] = {
 }
 """Two levels of SDXL in place of three: every kind of layer, in half the time."""
 
+SHALLOW_SD: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (16, 32),
+    "attention_head_dim": 2,
+}
+"""Two levels of Stable Diffusion in place of four."""
+
 
 def tiny_sd15_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
     """SD 1.5's layout: four levels, attention on the upper three, convolutional projections."""
@@ -289,7 +297,7 @@ def tiny_sd21(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
         **NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
     )
     tokenizer = tiny_tokenizer(pad_token="!")
-    return _tiny_sd(seed, tokenizer, tiny_sd15_unet(seed + 3, **layout, **unet), scheduler)
+    return _tiny_sd(seed, tokenizer, tiny_sd15_unet(seed + 3, **{**layout, **unet}), scheduler)
 
 
 def _tiny_sd(
