@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from distriray.gang.config import LIVE_FIELDS, Count, HostConfig, Seconds
 from distriray.models import ModelSpec
 from distriray.requests import Limits
+from distriray.routing.router import CHOICES
 
 from .http.config import HttpConfig
 
@@ -97,7 +98,9 @@ class RouterConfig(BaseModel):
         max_replicas: started at most.
         target_requests: unfinished requests that one replica should have; more are started above it.
         cpus: what Ray reserves for each replica, in logical CPUs.
-        refresh_s: what is known of the hosts may be this old when a request is sent off.
+        choices: hosts of a pool that are asked and compared for each request, drawn from all; four times as
+            many before one is refused.
+        refresh_s: a host that was asked within this time is not asked again.
         error_margin: how many of the latency model's errors two hosts' predictions may lie apart and count as
             equal, and by how many a deadline must be missed to be refused.
         max_attempts: hosts that may die, refuse or say nothing under one request before it fails.
@@ -111,6 +114,7 @@ class RouterConfig(BaseModel):
     max_replicas: Count = 4
     target_requests: Count = 64
     cpus: Share = 0.1
+    choices: Count = CHOICES
     refresh_s: Share = 0.25
     error_margin: Share = 1.0
     max_attempts: Count = 3

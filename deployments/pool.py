@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -72,9 +72,9 @@ class Pool:
         """Stop a request after the step it is in; whether there was one."""
         return await self._host.cancel(request_id)
 
-    async def report(self, target: str | None, editions: Mapping[str, str]) -> HostReport:
-        """What routers decide by, without what the router has already in the edition that it names."""
-        return report_of(self._name, self._host, self._configured, editions.get(self._name))
+    async def report(self, target: str | None, known: str | None) -> HostReport:
+        """What routers decide by, without what the router has already in the edition `known`."""
+        return report_of(self._name, self._host, self._configured, known)
 
     async def status(self, target: str | None) -> tuple[str, HostStatus]:
         """The host's name and what it is doing."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -17,19 +18,20 @@ from distriray.errors import NotEnoughDevices
 from distriray.events import Event, Finished
 from distriray.gang.background import Background
 from distriray.handle import own_error
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 
-from .config import PoolConfig
-from .state import HostReport, PoolState
+from .config import PoolConfig, RouterConfig
+from .members import members_of
+from .state import PoolState
 
 log = logging.getLogger("ray.serve.distriray")
 
 ANSWER_S = 5.0  # timeout of a call to all hosts; a silent one is left to Serve's health check
-REPORT_S = 1.0  # timeout of a poll of all hosts
-ONE_REPORT_S = 0.5  # timeout per host where they are polled one by one, since one of them was silent
-PATIENCE_S = 0.2  # longest wait of a request for a poll of hosts that are known already
+REPORT_S = 1.0  # timeout of a host's report
+PATIENCE_S = 0.2  # longest wait of a request for reports where something is known already
+MEET_AGAIN_S = 0.01  # between two looks at whether Serve has said who is there
 ASK_AGAIN_S = 10.0  # wait for the report of a first host before any host is asked once more
-NEWS_S = 3.0  # longest wait for a poll of a request that would be refused by what is known
 
 
 class HostSilent(Exception):
@@ -39,47 +41,84 @@ class HostSilent(Exception):
 class PoolClient:
     """One pool, as one router replica reaches it.
 
-    Args:
-        accept_s: within which a host says that it has a request.
-
     Attributes:
         state: what is known of its hosts.
         waking: requests that wait for a first host.
     """
 
     def __init__(
-        self, config: PoolConfig, handle: DeploymentHandle, refresh_s: float, accept_s: float = 5.0
+        self, config: PoolConfig, router: RouterConfig, handle: DeploymentHandle, draw: random.Random
     ) -> None:
         self.config = config
         self.state = PoolState(config.host)
         self.waking = 0
-        self._accept_s = accept_s
+        self._draw = draw
+        self._refresh_s, self._accept_s = router.refresh_s, router.accept_s
         self._wake_up: asyncio.Task[None] | None = None
         self._handle, self._streaming = handle, handle.options(stream=True)
-        self._refresh_s = refresh_s
-        self._polled_s = self._known_s = float("-inf")
-        self._poll: asyncio.Task[None] | None = None
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._silent: set[str] = set()
         self._background = Background(self._log)
 
-    def poll_if_stale(self) -> None:
-        """Begin to poll the hosts, unless they were polled a moment ago."""
-        if time.monotonic() - self._polled_s >= self._refresh_s:
-            self._start_poll()
+    async def look(self, choices: int, news: bool = False) -> list[str]:
+        """Draw up to `choices` of the pool's hosts, and ask those for a report whose last one is old.
 
-    async def wait_briefly_for_poll(self) -> None:
-        """Poll the hosts if what is known is stale; wait for the answers, but not for long."""
-        self.poll_if_stale()
-        if self._poll is not None and not self._poll.done():
-            await asyncio.wait([self._poll], timeout=PATIENCE_S if self.state.hosts else None)
+        Waits for the reports, but not for long. Hosts that were silent are asked too, and not waited for.
 
-    async def poll_now(self) -> None:
-        """Poll the hosts now, whenever they were polled last."""
-        now_s = time.monotonic()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(NEWS_S):
-                for _ in range(2):  # the hosts may be asked already, but since before now
-                    if self._known_s < now_s:
-                        await asyncio.wait([self._start_poll()])
+        Args:
+            news: what was asked for before now does not do.
+
+        Returns:
+            Those that have reported; if none has, those of which anything is known.
+        """
+        await self._meet()
+        state, now_s = self.state, time.monotonic()
+        since_s = now_s if news else now_s - self._refresh_s
+        drawn = self._draw.sample(state.members, min(choices, len(state.members)))
+        for _ in range(2):  # a host may be asked already, but since before now
+            asks = {
+                host: self._ask(host)
+                for host in drawn
+                if host in self._asking or state.asked_s(host) < since_s
+            }
+            if waited := [ask for host, ask in asks.items() if host not in state.silent]:
+                await self._wait(waited, drawn, None if news else PATIENCE_S)
+        answered = [host for host in drawn if state.knows(host, since_s)]
+        known = [host for host in drawn if host in state.hosts]
+        return answered or [host for host in known if host not in state.silent] or known
+
+    async def _wait(self, asks: list[asyncio.Task[None]], drawn: list[str], patience_s: float | None) -> None:
+        """Wait for reports, each of which comes or fails within `REPORT_S`."""
+        _, rest = await asyncio.wait(asks, timeout=patience_s)
+        if rest and not any(host in self.state.hosts for host in drawn):
+            await asyncio.wait(rest, return_when=asyncio.FIRST_COMPLETED)
+
+    def glance(self) -> None:
+        """Ask one host for a report, if its last one is old; nobody waits for it."""
+        self._background.spawn(self.look(1))
+
+    async def _meet(self) -> None:
+        """Learn from Serve who is there, which it tells a handle soon after it was made."""
+        began_s = time.monotonic()
+        while (members := members_of(self._handle)) is None and time.monotonic() - began_s < ANSWER_S:
+            await asyncio.sleep(MEET_AGAIN_S)
+        self.state.meet(members or ())
+
+    def _ask(self, host: str) -> asyncio.Task[None]:
+        if host not in self._asking:
+            self.state.asked(host, time.monotonic())
+            self._asking[host] = self._background.spawn(self._learn(host))
+        return self._asking[host]
+
+    async def _learn(self, host: str) -> None:
+        asked_s = time.monotonic()
+        try:
+            report = await self._call(host, "report", REPORT_S, self.state.edition(host))
+            self.state.learn(report, asked_s)
+        except (TimeoutError, RayError, DeploymentUnavailableError):
+            self.state.silent.add(host)  # that it does not answer does not mean that it is gone
+        finally:
+            del self._asking[host]
 
     async def wake(self) -> None:
         """Wait until a host is up, which Serve starts because somebody waits, and has reported.
@@ -101,7 +140,7 @@ class PoolClient:
                 self._wake_up = None
 
     async def _wait_for_host(self) -> None:
-        answer = self._handle.report.remote(None, {})
+        answer = self._handle.report.remote(None, None)
         try:
             while True:
                 try:
@@ -109,7 +148,7 @@ class PoolClient:
                         report = await answer
                     break
                 except TimeoutError:  # Serve may have given the call to a host that hangs
-                    former, answer = answer, self._handle.report.remote(None, {})
+                    former, answer = answer, self._handle.report.remote(None, None)
                     former.cancel()  # not before: while nobody waits, Serve starts no host
         except asyncio.CancelledError:
             answer.cancel()
@@ -119,65 +158,44 @@ class PoolClient:
         except RayError as error:
             log.warning("a host of pool %s was lost as it came up: %s", self.config.name, error)
             return
-        if not self.state.hosts:  # it may be the only one that answers: a poll of all would not tell
-            self.state.learn([report], time.monotonic())
-
-    def _start_poll(self) -> asyncio.Task[None]:
-        if self._poll is None or self._poll.done():
-            self._poll = self._background.spawn(self._poll_hosts())
-        return self._poll
-
-    async def _poll_hosts(self) -> None:
-        self._polled_s = asked_s = time.monotonic()
-        try:
-            answers = await self._together("report", REPORT_S, self.state.editions)
-        except TimeoutError:
-            asked_s = time.monotonic()
-            answers = await self._each("report", ONE_REPORT_S, self.state.editions)
-        reports = [answer for answer in answers if isinstance(answer, HostReport)]
-        if answers and not reports:
-            return  # that nobody answers does not mean that nobody is there
-        self.state.learn(reports, asked_s)
-        self._known_s = asked_s
+        self.state.learn(report, time.monotonic())
 
     def _log(self, error: Exception) -> None:
         log.error("pool %s does not say how it is", self.config.name, exc_info=error)
 
     async def everyone(self, method: str, *args: Any) -> list[Any]:
-        """The answers of all hosts that Serve would send a request to and that answer.
+        """The answers of all hosts that Serve would send a request to and that answer."""
+        await self._meet()
+        return await self.answers(self.state.members, method, *args)
 
-        A host that is silent is asked twice, and so are the others: `method` must be one that this suits.
-        """
+    async def answers(self, hosts: Sequence[str], method: str, *args: Any) -> list[Any]:
+        """The answers of those of `hosts` that answer."""
+        calls = [self._background.spawn(self._answer(host, method, *args)) for host in hosts]
+        return [answer for call in calls for answer in await asyncio.shield(call)]
+
+    async def _answer(self, host: str, method: str, *args: Any) -> list[Any]:
         try:
-            answers = await self._together(method, ANSWER_S, *args)
-        except TimeoutError:
-            answers = await self._each(method, REPORT_S, *args)
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+            return [await self._call(host, method, ANSWER_S, *args)]
+        except (TimeoutError, RayError, DeploymentUnavailableError):
+            return []
 
-    async def _together(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
-        """Of every host its answer, or the error in place of one.
+    async def _call(self, host: str, method: str, timeout_s: float, *args: Any) -> Any:
+        """The answer of one host.
+
+        To be called in a context of nobody: Serve takes calls to one deployment that are made at once on
+        behalf of one request for the same call.
 
         Raises:
-            TimeoutError: one is silent; the others' answers are lost with it.
+            TimeoutError: it is silent.
+            RayError, DeploymentUnavailableError
         """
-        broadcast = self._handle.broadcast(method, None, *args)
+        response = getattr(self._handle, method).remote(host, *args)
         try:
-            answers: list[Any] = await broadcast.results_async(timeout_s=timeout_s, return_exceptions=True)
-        except DeploymentUnavailableError:
-            return []
-        return answers
-
-    async def _each(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
-        """The same of the hosts that are known, one after the other: Serve takes calls to one deployment that
-        are made at once on behalf of one request for the same call."""
-        answers: list[Any] = []
-        for host in list(self.state.hosts):
-            call = getattr(self._handle, method).remote(host, *args)
-            try:
-                answers.append(await asyncio.wait_for(call, timeout_s))
-            except (TimeoutError, RayError) as error:
-                answers.append(error)
-        return answers
+            async with asyncio.timeout(timeout_s):
+                return await response
+        except (TimeoutError, asyncio.CancelledError):
+            response.cancel()
+            raise
 
     async def generate(self, host: str, request: GenerationRequest) -> GenerationResult:
         """Let `host` make the images. Cancelling cancels the request.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
 
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
@@ -23,7 +23,9 @@ from distriray.errors import (
 )
 from distriray.events import Event
 from distriray.gang.admission import check_gang_size
-from distriray.requests import MULTIPLE_OF, GenerationRequest, GenerationResult, check_sides
+from distriray.requests import MULTIPLE_OF, GenerationRequest, check_sides
+from distriray.results import GenerationResult
+from distriray.routing.router import MORE_CHOICES
 from distriray.service import Fleet, ModelCard, PoolReport
 
 from .attempts import Attempts, Wait
@@ -43,9 +45,9 @@ class Router:
         self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random, created: int
     ) -> None:
         self._config, self._draw = config, draw
-        refresh_s, accept_s = config.router.refresh_s, config.router.accept_s
-        self._clients = [PoolClient(pool, pools[pool.name], refresh_s, accept_s) for pool in config.pools]
+        self._clients = [PoolClient(pool, config.router, pools[pool.name], draw) for pool in config.pools]
         self._waits: dict[str, Wait] = {}
+        self._sent: dict[str, tuple[PoolClient, str]] = {}
         self._sizes = {pool.model.name: sizes_of(pool.model) for pool in config.pools}
         self._created = created
 
@@ -55,7 +57,8 @@ class Router:
         while True:
             client, host, asked = await self._place(attempts)
             try:
-                return await client.generate(host, asked)
+                with self._at(client, host, asked.id):
+                    return await client.generate(host, asked)
             except (QueueFull, RayActorError, HostSilent) as error:
                 self._again(attempts, client, host, error)
 
@@ -67,18 +70,37 @@ class Router:
         while True:
             client, host, asked = await self._place(attempts)
             try:
-                async with aclosing(client.stream(host, asked)) as events:
-                    async for event in events:
-                        if attempts.shows(event):
-                            yield event
+                with self._at(client, host, asked.id):
+                    async with aclosing(client.stream(host, asked)) as events:
+                        async for event in events:
+                            if attempts.shows(event):
+                                yield event
                 return
             except (QueueFull, RayActorError, HostSilent) as error:
                 self._again(attempts, client, host, error)
 
+    @contextmanager
+    def _at(self, client: PoolClient, host: str, request_id: str) -> Iterator[None]:
+        """While the block runs, the request is at that host."""
+        there = (client, host)
+        self._sent.setdefault(request_id, there)
+        try:
+            yield
+        finally:
+            if self._sent.get(request_id) is there:
+                del self._sent[request_id]
+
     async def cancel(self, request_id: str) -> bool:
-        """Stop a request, at its host or while it waits here for a first one; whether there was one."""
+        """Stop a request, at its host or while it waits here for a first one; whether there was one.
+
+        Only of a request that another router sent are all hosts asked.
+        """
         if self.call_off(request_id):
             return True
+        if request_id in self._sent:
+            client, host = self._sent[request_id]
+            if any(await client.answers([host], "cancel", request_id)):
+                return True
         answers = [await client.everyone("cancel", request_id) for client in self._clients]
         return any(any(answer) for answer in answers)
 
@@ -96,7 +118,7 @@ class Router:
         """
         cards = []
         for client in self._clients:
-            client.poll_if_stale()
+            client.glance()
         for name in self._config.models:
             clients = self._clients_of(name)
             limits, gang_sizes = offer(clients)
@@ -117,9 +139,10 @@ class Router:
         """Hosts, gangs, queues and predicted waits, as they are now."""
         pools = {}
         for client in self._clients:
-            await client.wait_briefly_for_poll()
             hosts = dict(await client.everyone("status"))
-            wait = wait_s(list(client.state.hosts.values()), time.monotonic())
+            wait = wait_s(
+                [client.state.hosts[host] for host in await client.look(self._choices)], time.monotonic()
+            )
             pools[client.config.name] = PoolReport(
                 model=client.config.model.name, predicted_wait_s=wait, hosts=hosts
             )
@@ -133,17 +156,22 @@ class Router:
             NotEnoughDevices: no host is up.
         """
         for name in self._config.models:
-            clients = self._clients_of(name)
-            for client in clients:
-                await client.wait_briefly_for_poll()
-            answers = [answer for client in clients for answer in await client.everyone("ping")]
-            if any(answers) or any(
-                client.config.min_hosts == 0 and not client.state.hosts for client in clients
+            await self._check_pools(name, self._clients_of(name))
+
+    async def _check_pools(self, model: str, clients: list[PoolClient]) -> None:
+        """`check_health` of the pools of one model. All hosts are asked only if none of a few answers."""
+        for client in clients:
+            few = await client.look(self._choices)
+            if any(await client.answers(few, "ping")) or (
+                client.config.min_hosts == 0 and not client.state.members
             ):
-                continue
-            if hosts := sum(len(client.state.hosts) for client in clients) or len(answers):
-                raise GangBroken(f"no worker of the {hosts} hosts of {name!r} answers")
-            raise NotEnoughDevices(f"no host of {name!r} is up; `serve status` says what they wait for")
+                return
+        answers = [answer for client in clients for answer in await client.everyone("ping")]
+        if any(answers):
+            return
+        if hosts := sum(len(client.state.members) for client in clients):
+            raise GangBroken(f"no worker of the {hosts} hosts of {model!r} answers")
+        raise NotEnoughDevices(f"no host of {model!r} is up; `serve status` says what they wait for")
 
     async def _place(self, attempts: Attempts) -> tuple[PoolClient, str, GenerationRequest]:
         """Where to send a request now, and the request as it is to be sent.
@@ -164,21 +192,31 @@ class Router:
     ) -> tuple[PoolClient, str | None, GenerationRequest]:
         """The host for a request, or a pool without one that is to be woken for it.
 
-        Refused is on news only: what was sent to a host counts until its next report, done or not.
+        A few hosts are compared, drawn from all. What none of them takes is refused only when more were asked
+        anew: what was sent to a host counts until its next report, done or not.
         """
-        for client in clients:
-            await client.wait_briefly_for_poll()
+        few = await self._look(clients, self._choices)
         limits, gang_sizes = offer(clients)
         limits.check(attempts.request)
         _, unit = self._sizes_of(clients[0].config.model.name)
         check_sides(attempts.request.height, attempts.request.width, unit)
         check_gang_size(attempts.request, gang_sizes)
-        try:
-            return self._choose(attempts, clients)
-        except (QueueFull, DeadlineUnmet, NotEnoughDevices):
-            for client in clients:
-                await client.poll_now()
-            return self._choose(attempts, clients)
+        with suppress(QueueFull, DeadlineUnmet, NotEnoughDevices):
+            client, host, asked = self._choose(attempts, few)
+            if host is not None:
+                return client, host, asked
+        more = await self._look(clients, MORE_CHOICES * self._choices, news=True)
+        return self._choose(attempts, more)
+
+    @property
+    def _choices(self) -> int:
+        return self._config.router.choices
+
+    async def _look(
+        self, clients: list[PoolClient], choices: int, news: bool = False
+    ) -> dict[PoolClient, list[str]]:
+        found = await asyncio.gather(*(client.look(choices, news) for client in clients))
+        return dict(zip(clients, found, strict=True))
 
     def _sizes_of(self, name: str) -> tuple[tuple[int, int] | None, int]:
         """Default size and unit of a model, as far as they are known."""
@@ -211,19 +249,18 @@ class Router:
             del self._waits[request.id]
 
     def _choose(
-        self, attempts: Attempts, clients: list[PoolClient]
+        self, attempts: Attempts, drawn: Mapping[PoolClient, list[str]]
     ) -> tuple[PoolClient, str | None, GenerationRequest]:
-        """`_find` by what is known of the hosts."""
+        """`_find` by what is known of the hosts that were drawn."""
         now = time.monotonic()
         request, left_s = attempts.request, attempts.left_s(now)
         if left_s is not None:
             request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})
-        fits = fitting(request, clients, now, left_s)
-        up = [
-            (client, asked, view) for client, asked, view in fits if client.state.hosts and view is not None
-        ]
+        fits = fitting(request, list(drawn), now, left_s)
+        up = [(client, asked, view) for client, asked, view in fits if drawn[client] and view is not None]
         chosen = choose(
             [client.state for client, *_ in up],
+            [drawn[client] for client, *_ in up],
             [view for *_, view in up],
             now,
             self._draw,
@@ -238,11 +275,11 @@ class Router:
             self._check_patience(attempts, chosen[1].finish_s - now, client.state.error(view), now)
             client.state.send(chosen[1], view, now)
             return client, chosen[1].host, asked
-        down = [(client, asked) for client, asked, _ in fits if not client.state.hosts]
+        down = [(client, asked) for client, asked, _ in fits if not drawn[client]]
         for client, asked in down:
             if client.waking < client.config.max_queue:
                 return client, None, asked
-        hosts = [host for client, *_ in up for host in client.state.hosts.values()]
+        hosts = [client.state.hosts[host] for client, *_ in up for host in drawn[client]]
         if hosts and not down and all(host.waiting < host.max_waiting for host in hosts):
             raise NotEnoughDevices("too many workers are down for a gang that could serve this")
         retry_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
@@ -269,7 +306,10 @@ class Router:
         error: QueueFull | RayActorError | HostSilent,
     ) -> None:
         """A host refused a request, did not accept it or died: try another, unless that was tried enough."""
-        (client.state.refused if isinstance(error, QueueFull) else client.state.lost)(host)
+        if isinstance(error, QueueFull):
+            client.state.refused(host)
+        else:
+            client.state.lost(host, time.monotonic())
         attempts.count += 1
         if attempts.count >= self._config.router.max_attempts:
             if isinstance(error, QueueFull):

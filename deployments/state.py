@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
@@ -72,50 +73,83 @@ class PoolState:
     """The hosts of one pool as one router sees them. Times are on the router's clock, in seconds.
 
     Attributes:
-        hosts: by name; without those that are stopping.
+        members: the names of all hosts, as Serve has told this router.
+        hosts: by name, those of them that have reported.
+        silent: hosts that left the last question unanswered.
         facts: of the pool's workers, also while it has no host; None before the first report.
         config: the hosts' configuration as they report it; without hosts, the one they start with.
     """
 
     def __init__(self, config: HostConfig) -> None:
         self.config = self._initial = config
+        self.members: tuple[str, ...] = ()
         self.hosts: dict[str, HostState] = {}
+        self.silent: set[str] = set()
         self.facts: WorkerFacts | None = None
         self._latency: LatencyModel | None = None
         self._known: dict[str, tuple[str, HostKnowledge]] = {}
         self._sent: dict[str, deque[tuple[float, RequestView]]] = {}
+        self._asked_s: dict[str, float] = {}
 
-    @property
-    def editions(self) -> dict[str, str]:
-        """What is known of each host, for it to report only what is new."""
-        return {host: edition for host, (edition, _) in self._known.items()}
+    def meet(self, members: tuple[str, ...]) -> None:
+        """Forget the hosts that Serve does not name any more."""
+        if members is self.members:
+            return
+        self.members, there = members, set(members)
+        for table in (self.hosts, self._known, self._sent, self._asked_s):
+            for host in table.keys() - there:
+                del table[host]
+        self.silent &= there
+        if not members:
+            self.config = self._initial
 
-    def learn(self, reports: Sequence[HostReport], asked_s: float) -> None:
-        """Take over what the hosts say that there are; the question was put at `asked_s`.
+    def edition(self, host: str) -> str | None:
+        """What is known of a host, for it to report only what is new."""
+        return self._known[host][0] if host in self._known else None
 
-        What was sent to a host after that may not be in its report, so it is added again.
+    def asked_s(self, host: str) -> float:
+        """When a host was last asked for a report, or given up; minus infinity if never."""
+        return self._asked_s.get(host, -inf)
+
+    def asked(self, host: str, now_s: float) -> None:
+        """A host is asked for a report now."""
+        self._asked_s[host] = now_s
+
+    def knows(self, host: str, since_s: float) -> bool:
+        """Whether a host has answered a question that was put since then."""
+        return host in self.hosts and self.hosts[host].published_s >= since_s
+
+    def learn(self, report: HostReport, asked_s: float) -> None:
+        """Take over what a host says of itself; the question was put at `asked_s`.
+
+        What was sent to it after that may not be in its report, so it is added again.
         """
-        self.hosts, self.config = {}, self._initial
-        before, self._known = self._known, {}
-        for report in reports:
-            state = shifted(report.state, asked_s)
-            edition, knowledge = before.get(state.host, ("", None))
-            if report.knowledge is not None:
-                edition, knowledge = report.edition, report.knowledge
-            if knowledge is None:  # it will be asked again for all that it knows
-                continue
-            self.hosts[state.host], self._known[state.host] = state, (edition, knowledge)
-            self.facts, self._latency = knowledge.facts, knowledge.latency
-            self.config = knowledge.config
-        sent, self._sent = self._sent, {}
-        for host, requests in sent.items():
-            for sent_s, view in requests:
-                if host in self.hosts and sent_s > asked_s:
-                    self.send(self._route([self.hosts[host]], view, sent_s), view, sent_s)
+        state = shifted(report.state, asked_s)
+        host = state.host
+        self.silent.discard(host)
+        self._asked_s[host] = max(asked_s, self.asked_s(host))
+        if report.knowledge is not None:
+            self._known[host] = (report.edition, report.knowledge)
+        elif host not in self._known:
+            return  # it will be asked again, for all that it knows
+        knowledge = self._known[host][1]
+        self.hosts[host] = state
+        self.facts, self._latency, self.config = knowledge.facts, knowledge.latency, knowledge.config
+        for sent_s, view in self._sent.pop(host, ()):
+            if sent_s > asked_s:
+                self.send(self._route([self.hosts[host]], view, sent_s), view, sent_s)
 
-    def route(self, view: RequestView, now_s: float, draw: random.Random, error_margin: float = 1.0) -> Route:
-        """The best host for a request. A pool without hosts has none."""
-        return self._route(list(self.hosts.values()), view, now_s, draw, error_margin)
+    def route(
+        self,
+        hosts: Iterable[str],
+        view: RequestView,
+        now_s: float,
+        draw: random.Random,
+        error_margin: float = 1.0,
+    ) -> Route:
+        """The best of these hosts for a request, of which those that nothing is known of are none."""
+        states = [self.hosts[host] for host in hosts if host in self.hosts]
+        return self._route(states, view, now_s, draw, error_margin)
 
     def send(self, chosen: Route, view: RequestView, now_s: float) -> None:
         """The request goes where `chosen` says: count on it until the host's next report."""
@@ -129,9 +163,10 @@ class PoolState:
             state = self.hosts[host]
             self.hosts[host] = replace(state, waiting=max(state.waiting, state.max_waiting))
 
-    def lost(self, host: str) -> None:
-        """The host is dead: it gets nothing unless it reports again."""
+    def lost(self, host: str, now_s: float) -> None:
+        """The host died, or does not take requests: it gets nothing unless it reports again."""
         self.hosts.pop(host, None)
+        self._asked_s[host] = now_s
 
     def error(self, view: RequestView) -> float:
         """The relative error to expect of predictions for such a request."""
@@ -154,6 +189,7 @@ class PoolState:
 
 def choose(
     pools: Sequence[PoolState],
+    hosts: Sequence[Sequence[str]],
     views: Sequence[RequestView],
     now_s: float,
     draw: random.Random,
@@ -161,14 +197,14 @@ def choose(
 ) -> tuple[int, Route] | None:
     """The pool, by index, and the host where a request would be done first.
 
-    `views` are the request as each pool sees it. Pools that are as good within the error of the prediction
-    are drawn from by their number of hosts. A route without a host says when a queue may have a place; None
-    means that no pool has a host.
+    `hosts` are those of each pool that are compared, and `views` the request as each pool sees it. Pools that
+    are as good within the error of the prediction are drawn from by their number of hosts. A route without a
+    host says when a queue may have a place; None means that there is no host to compare.
     """
     routes = [
-        (index, pool.route(view, now_s, draw, error_margin))
-        for index, (pool, view) in enumerate(zip(pools, views, strict=True))
-        if pool.hosts
+        (index, pool.route(names, view, now_s, draw, error_margin))
+        for index, (pool, names, view) in enumerate(zip(pools, hosts, views, strict=True))
+        if names
     ]
     if not routes:
         return None
@@ -178,4 +214,4 @@ def choose(
     best_index, best = min(open_, key=lambda option: (not option[1].meets, option[1].finish_s))
     slack = error_margin * pools[best_index].error(views[best_index]) * (best.finish_s - now_s)
     near = [o for o in open_ if o[1].meets == best.meets and o[1].finish_s - best.finish_s <= slack]
-    return draw.choices(near, weights=[len(pools[index].hosts) for index, _ in near])[0]
+    return draw.choices(near, weights=[len(pools[index].members) for index, _ in near])[0]

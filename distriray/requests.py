@@ -1,4 +1,4 @@
-"""Requests and results, shared by scripts, Serve handles, HTTP, jobs and the command line."""
+"""Requests, and the limits that services set them: one type for every interface."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from uuid import uuid4
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .config import ExchangeMode, Mix, ParallelConfig
+from .config import ExchangeMode, ParallelConfig
 from .errors import InvalidRequest
 
 Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 MAX_SEEDS = 2**63
 """Seeds are below this, those of all images of a request."""
 
@@ -160,10 +158,21 @@ class GenerationRequest(SamplingParams):
     """Larger is more important; each unit doubles its share."""
     previews: Annotated[int, Field(ge=0)] = 0
     """Intermediate pictures to send while it runs, evenly spread over the steps."""
+    exchange: ExchangeMode | None = None
+    """How the gang shares a step, in place of the host's own `parallel.exchange`.
+
+    What a segment of a result names, given here, makes its picture again.
+    """
     parallel: ParallelConfig | None = None
-    """How the gang shares a step; None is the host's own configuration."""
+    """All of how the gang shares a step; None is the host's own configuration."""
     id: Annotated[str, Field(min_length=1, max_length=200)] = Field(default_factory=lambda: uuid4().hex)
     """Name in events, logs and `cancel`; unique among unfinished requests."""
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> Self:
+        if self.exchange is not None and self.parallel is not None:
+            raise InvalidRequest("exchange and parallel.exchange are one thing; give one of them", "exchange")
+        return self
 
     @classmethod
     def parse(cls, fields: dict[str, Any] | str | bytes) -> Self:
@@ -190,6 +199,12 @@ class GenerationRequest(SamplingParams):
         if fields:
             raise TypeError(f"set {sorted(fields)} on the GenerationRequest itself")
         return request
+
+    def shared(self, parallel: ParallelConfig) -> ParallelConfig:
+        """How the gang shares a step, on a host that is configured so."""
+        if self.exchange is not None:
+            return parallel.model_copy(update={"exchange": self.exchange})
+        return self.parallel or parallel
 
     def preview_steps(self) -> frozenset[int]:
         """The steps of the network (1 is the first) after which a preview is sent."""
@@ -285,76 +300,3 @@ class Limits(BaseModel):
     def _at_most(field: str, value: float | None, limit: float) -> None:
         if value is not None and value > limit:
             raise InvalidRequest(f"{field} {value} is above the limit of {limit}", field)
-
-
-class Segment(BaseModel):
-    """Steps `first_step` to `last_step` (the latter not included) by one gang, rank 0 first.
-
-    The order was sent at `sent_at`; all ranks were ready at `formed_at` (not counting prompt encoding); the
-    last step ended at `left_at`, all in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the
-    mean seconds of a synchronous and of a displaced step. `exchange` is how the steps were shared, where
-    `auto` has chosen too: with it in `parallel`, seed and gang make the same picture again.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    workers: tuple[int, ...]
-    first_step: int
-    last_step: int
-    seconds: float
-    sent_at: float
-    formed_at: float
-    left_at: float
-    fresh_step_s: float | None = None
-    stale_step_s: float | None = None
-    exchange: ExchangeMode | Mix = "sync"
-
-    @property
-    def steps(self) -> int:
-        return self.last_step - self.first_step
-
-
-class Timings(BaseModel):
-    """Seconds of each phase; `total_s` is from submission to result."""
-
-    model_config = ConfigDict(frozen=True)
-
-    queued_s: Seconds
-    prepare_s: Seconds
-    denoise_s: Seconds
-    decode_s: Seconds
-    total_s: Seconds
-
-    @property
-    def waiting_s(self) -> float:
-        """Seconds that no phase explains: forming gangs, waiting between them, sending results."""
-        return max(0.0, self.total_s - self.queued_s - self.prepare_s - self.denoise_s - self.decode_s)
-
-
-class GenerationResult(BaseModel):
-    """The images of one request and how they were made. `images` stays out of `model_dump`."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    id: str
-    model: str
-    height: int
-    width: int
-    seeds: list[int]
-    timings: Timings
-    segments: list[Segment]
-    repairs: int = 0
-    images: Annotated[list[Image.Image], Field(exclude=True, repr=False)]
-
-    @property
-    def gang_size(self) -> int:
-        """Size of the gang that made most of the steps."""
-        steps: dict[int, int] = {}
-        for segment in self.segments:
-            size = len(segment.workers)
-            steps[size] = steps.get(size, 0) + segment.steps
-        return max(steps, key=lambda size: steps[size])
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the images, ready for JSON."""
-        return {**self.model_dump(mode="json"), "gang_size": self.gang_size}

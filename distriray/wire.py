@@ -25,7 +25,8 @@ from .errors import (
     QueueFull,
 )
 from .events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
-from .requests import GenerationRequest, GenerationResult
+from .requests import GenerationRequest
+from .results import GenerationResult
 from .service import ModelCard
 
 IMAGES = "/v1/images/generations"

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
 from ..events import Queued, Repaired
-from ..requests import GenerationRequest, GenerationResult
+from ..requests import GenerationRequest
+from ..results import GenerationResult
 from ..routing.buddy import WorkersUnavailable
 from ..routing.host_clock import busy_workers
 from ..routing.policy import HostPolicy, HostView, moves
@@ -220,7 +221,7 @@ class Dispatcher:
 
     def _at_work(self, job: Job) -> int:
         """How many of the workers of a running job are busy."""
-        parallel = job.request.parallel or self.config.parallel
+        parallel = job.request.shared(self.config.parallel)
         together = parallel.parallel_vae and self.facts.cuts_vae
         return busy_workers(len(job.workers or ()), job.decoding, together)
 

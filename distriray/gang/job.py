@@ -11,7 +11,8 @@ from enum import StrEnum
 from PIL import Image
 
 from ..events import Event, Preview, Regrouped, Started, Step
-from ..requests import GenerationRequest, GenerationResult, Segment, Timings
+from ..requests import GenerationRequest
+from ..results import GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
 from ..status import RequestStatus
 from .messages import Progress, RankResult, WorkerId

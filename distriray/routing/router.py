@@ -21,12 +21,14 @@ from .latency import LatencyModel
 from .policy import HostView, RequestView
 from .timeline import CapacityStep, Reservation, Timeline
 
+CHOICES = 8  # hosts that are asked and compared for one request, however many there are
+MORE_CHOICES = 4  # times as many before it is refused
 PUBLISHED_REQUESTS = 24  # fitted one by one; those behind them count as backlog
 
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """The state that a host publishes when polled. Times are seconds on a clock that the fleet shares.
+    """The state that a host publishes when asked. Times are seconds on a clock that the fleet shares.
 
     Attributes:
         capacity_beside_deadlines: over time, beside the requests whose deadlines can be met.

@@ -27,8 +27,8 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.requests import MAX_SEEDS, GenerationRequest, GenerationResult, SamplingParams
-from tests.unit.http.conftest import serving
+from distriray.requests import MAX_SEEDS, GenerationRequest, SamplingParams
+from distriray.results import GenerationResult
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
 Fields = dict[str, Any]
@@ -97,17 +97,6 @@ def changed(fields: Fields) -> None:
     """A field that is added must be drawn here, and be drawn as something else."""
     assert fields.keys() == SamplingParams.model_fields.keys()
     assert all(fields[name] != field.default for name, field in SamplingParams.model_fields.items())
-
-
-@pytest.fixture(scope="module")
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture(scope="module")
-def url(service: FakeService) -> Iterator[str]:
-    with serving(service) as address:
-        yield address
 
 
 @settings(max_examples=25)

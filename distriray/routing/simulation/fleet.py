@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..router import CHOICES
+
 
 @dataclass(frozen=True, slots=True)
 class SimulatedFleet:
@@ -11,7 +13,8 @@ class SimulatedFleet:
 
     Attributes:
         routers: requests come to each of them in turn; none knows what the others sent.
-        publish_s: how often hosts tell the routers their state.
+        choices: hosts that a router asks and compares for each request, drawn from all.
+        refresh_s: a host that was asked within this time is not asked again.
         max_waiting: a host's bound on its queue.
         refuse: whether a request is refused whose deadline no host can meet.
         decodes_together: whether all workers of a gang decode, or one of them while the others are idle.
@@ -22,7 +25,8 @@ class SimulatedFleet:
     workers: int = 8
     gang_sizes: tuple[int, ...] = (1, 2, 4, 8)
     routers: int = 1
-    publish_s: float = 0.2
+    choices: int = CHOICES
+    refresh_s: float = 0.25
     max_waiting: int = 100_000
     refuse: bool = False
     decodes_together: bool = True

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from ..latency import LatencyModel
 from ..policy import HostPolicy, RequestView
-from ..router import HostState, publish, route
+from ..router import MORE_CHOICES, HostState, Route, publish, route
 from .event_queue import EventQueue
 from .fleet import SimulatedFleet
 from .host import SimulatedHost
@@ -19,7 +19,7 @@ from .workload import Arrival
 
 
 class _Routers:
-    """The routers, the hosts behind them and the state between."""
+    """The routers, the hosts behind them and what each router was told of them."""
 
     def __init__(
         self,
@@ -31,10 +31,7 @@ class _Routers:
     ) -> None:
         self.events, self.hosts, self.fleet, self.model = events, hosts, fleet, model
         self.draws = [random.Random(f"{seed} {i}") for i in range(fleet.routers)]
-        self.states: list[list[HostState]] = [[] for _ in range(fleet.routers)]
-        self.open = True
-        if len(hosts) > 1 or fleet.refuse:
-            self._publish()
+        self.states: list[dict[int, HostState]] = [{} for _ in range(fleet.routers)]
 
     def send(self, request: RequestView, report: TraceReport) -> None:
         """Give a request to a host, or refuse it."""
@@ -42,23 +39,27 @@ class _Routers:
             self.hosts[0].submit(request)
             return
         router = report.arrived % self.fleet.routers
-        states = self.states[router]
-        chosen = route(states, request, self.events.now_s, self.model, self.draws[router])
-        if chosen.state is None or (self.fleet.refuse and not chosen.meets):
+        chosen = self._choose(router, request, self.fleet.choices, self.fleet.refresh_s)
+        if not self._takes(chosen):  # refused is on news only
+            chosen = self._choose(router, request, MORE_CHOICES * self.fleet.choices, 0.0)
+        if chosen.state is None or not self._takes(chosen):
             report.refused += 1
             return
         index = int(chosen.state.host)
-        states[index] = chosen.state
+        self.states[router][index] = chosen.state
         self.hosts[index].submit(request)
 
-    def _publish(self) -> None:
-        fresh = [
-            publish(str(i), host.view(), self.model, self.fleet.max_waiting)
-            for i, host in enumerate(self.hosts)
-        ]
-        self.states = [list(fresh) for _ in self.states]
-        if self.open or any(host.live for host in self.hosts):
-            self.events.at(self.events.now_s + self.fleet.publish_s, self._publish)
+    def _takes(self, chosen: Route) -> bool:
+        return chosen.host is not None and (chosen.meets or not self.fleet.refuse)
+
+    def _choose(self, router: int, request: RequestView, choices: int, refresh_s: float) -> Route:
+        """The best of a few hosts, of which nothing older than `refresh_s` is known."""
+        now, draw, states = self.events.now_s, self.draws[router], self.states[router]
+        drawn = draw.sample(range(len(self.hosts)), min(choices, len(self.hosts)))
+        for i in drawn:
+            if i not in states or now - states[i].published_s >= refresh_s:
+                states[i] = publish(str(i), self.hosts[i].view(), self.model, self.fleet.max_waiting)
+        return route([states[i] for i in drawn], request, now, self.model, draw)
 
 
 def simulate(
@@ -93,7 +94,6 @@ def _await_next(
     """Schedule the next arrival; only one is ever held, however long the stream."""
     arrival = next(stream, None)
     if arrival is None:
-        routers.open = False
         return
 
     def arrive() -> None:

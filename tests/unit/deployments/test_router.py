@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments import pool_client, state
 from deployments.config import AppConfig
 from deployments.models import sizes_of
 from deployments.router import Router
@@ -37,7 +39,9 @@ from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.requests import GenerationRequest, Limits
+from distriray.results import GenerationResult, Segment, Timings
+from distriray.routing.router import HostState, Route, route
 from distriray.service import ModelCard
 
 from ..gang.fleet import CALLER
@@ -46,6 +50,11 @@ from .test_state import ask as view_of
 
 CREATED = 1_800_000_000
 Deed = Callable[[str, GenerationRequest], Any]
+
+
+@pytest.fixture(autouse=True)
+def serve_tells_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_client, "members_of", lambda handle: tuple(handle.hosts))
 
 
 class FakeHandle:
@@ -60,6 +69,8 @@ class FakeHandle:
         self.waiting = waiting
         self.config = HostConfig()
         self.silent: set[str] = set()
+        self.deaf: set[str] = set()
+        self.free: set[str] = set()
         self.answer: Exception | None = None
         self.callers: list[str | None] = []
         self.gang_sizes: tuple[int, ...] | None = None
@@ -68,7 +79,10 @@ class FakeHandle:
         self.hung: set[str] = set()
         self.cancelled: list[str] = []
         self.undeployed = self.lost_at_start = False
+        self.asked: Counter[str] = Counter()
         self.report = SimpleNamespace(remote=lambda *asked: Answer(self._tell(*asked)))
+        self.ping = SimpleNamespace(remote=lambda host: Answer(self._ping(host)))
+        self.cancel = SimpleNamespace(remote=lambda host, name: Answer(self._cancel(host, name)))
         self.deeds: list[Deed] = []
         self.calls: list[tuple[str, GenerationRequest]] = []
         self.generate = SimpleNamespace(remote=self._generate)
@@ -77,27 +91,27 @@ class FakeHandle:
     def options(self, **_: Any) -> FakeHandle:
         return self
 
-    def broadcast(self, method: str, *args: Any) -> Any:
-        self.callers.append(CALLER.get())
-
-        async def results_async(**_: Any) -> list[Any]:
-            if self.silent:
-                raise TimeoutError
-            if self.answer is not None:
-                return [self.answer for _ in self.hosts]
-            return [self._report(host) if method == "report" else self.workers for host in self.hosts]
-
-        return SimpleNamespace(results_async=results_async)
-
     def _report(self, host: str) -> HostReport:
-        requests = (view_of(f"r{i}", 100.0) for i in range(self.waiting))
+        requests = (view_of(f"r{i}", 100.0) for i in range(0 if host in self.free else self.waiting))
         told = report(host, *requests, max_queue=4, sizes=self.config.sizes)
         assert told.knowledge is not None
         knowledge = replace(told.knowledge, config=self.config)
         sizes = told.state.gang_sizes if self.gang_sizes is None else self.gang_sizes
         return replace(told, knowledge=knowledge, state=replace(told.state, gang_sizes=sizes))
 
-    async def _tell(self, host: str | None, editions: Mapping[str, str]) -> HostReport:
+    async def _ping(self, host: str) -> int:
+        self.asked["ping"] += 1
+        if host in self.silent:
+            raise TimeoutError
+        return self.workers
+
+    async def _cancel(self, host: str, request_id: str) -> bool:
+        self.asked["cancel"] += 1
+        return (host, request_id) in {(at, request.id) for at, request in self.calls}
+
+    async def _tell(self, host: str | None, known: str | None) -> HostReport:
+        self.asked["report"] += 1
+        self.callers.append(CALLER.get())
         if self.undeployed:
             raise DeploymentUnavailableError(DeploymentID("pool", "app"))
         if host is None:
@@ -110,6 +124,10 @@ class FakeHandle:
             host = next(host for host in self.hosts if host not in self.silent)
         if host in self.silent:
             raise TimeoutError
+        while host in self.deaf:
+            await asyncio.sleep(0.01)
+        if self.answer is not None:
+            raise self.answer
         return self._report(host)
 
     def _do(self, host: str, request: GenerationRequest) -> Any:
@@ -183,11 +201,16 @@ def is_full(host: str, request: GenerationRequest) -> Any:
     raise QueueFull("full", 3.0)
 
 
-def front(refresh_s: float = 1000.0, accept_s: float = 5.0, **handles: FakeHandle) -> Router:
+def front(
+    refresh_s: float = 1000.0,
+    accept_s: float = 5.0,
+    draw: random.Random | None = None,
+    **handles: FakeHandle,
+) -> Router:
     pools = [{"name": name, "min_hosts": 0, "max_queue": 2} for name in handles]
     router = {"refresh_s": refresh_s, "accept_s": accept_s}
     config = AppConfig.model_validate({"pools": pools, "router": router})
-    return Router(config, handles, random.Random(0), CREATED)  # type: ignore[arg-type]
+    return Router(config, handles, draw or random.Random(0), CREATED)  # type: ignore[arg-type]
 
 
 def request(**fields: Any) -> GenerationRequest:
@@ -343,6 +366,95 @@ def test_hosts_are_asked_for_everybody_and_not_for_the_client_that_is_there() ->
     service = front(pool=handle, refresh_s=0.0)
     asyncio.run(scene())
     assert len(handle.callers) >= 3 and set(handle.callers) == {None}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many hosts are compared in each choice from now on."""
+    compared: list[int] = []
+
+    def counting(states: Sequence[HostState], *rest: Any) -> Route:
+        compared.append(len(states))
+        return route(states, *rest)
+
+    monkeypatch.setattr(state, "route", counting)
+    return compared
+
+
+@pytest.mark.parametrize("hosts", [3, 300])
+def test_what_a_request_costs_does_not_grow_with_the_fleet(
+    hosts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        for _ in range(10):
+            await service.generate(request())
+        handle.asked.clear()
+        await asyncio.sleep(0.05)
+        assert not handle.asked, "nobody is asked while nobody comes"
+        await service.check_health()
+
+    handle, compared = FakeHandle(*(f"host-{i}" for i in range(hosts))), counted(monkeypatch)
+    service = front(refresh_s=0.0, pool=handle)
+    asked = handle.asked
+    for _ in range(10):
+        generate(service)
+    assert asked["report"] == sum(compared) == 10 * min(hosts, 8) and len(handle.calls) == 10
+    asyncio.run(scene())
+    assert asked["ping"] <= 8
+
+
+def test_a_refusal_is_looked_for_beyond_the_few_and_its_cost_is_bounded_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handle, compared = FakeHandle(*(f"host-{i}" for i in range(300)), waiting=4), counted(monkeypatch)
+    with pytest.raises(QueueFull):
+        generate(front(pool=handle))
+    assert compared == [8, 32] and handle.asked["report"] <= 40
+    handle = FakeHandle(*(f"host-{i}" for i in range(32)), waiting=4)
+    handle.free = {"host-17"}
+    for seed in range(20):
+        generate(front(draw=random.Random(seed), pool=handle))
+    assert {host for host, _ in handle.calls} == {"host-17"}
+
+
+def test_a_request_that_comes_soon_after_another_asks_nobody_again() -> None:
+    async def scene() -> None:
+        await asyncio.gather(*(service.generate(request()) for _ in range(8)))
+
+    handle = FakeHandle(*"abcd")
+    service = front(pool=handle)
+    asyncio.run(scene())
+    assert handle.asked["report"] == 4 and len({host for host, _ in handle.calls}) == 4
+
+
+def test_a_request_is_cancelled_where_its_router_sent_it_and_else_everywhere() -> None:
+    async def scene() -> None:
+        asked = asyncio.ensure_future(service.generate(request(id="mine")))
+        while not handle.calls:
+            await asyncio.sleep(0)
+        assert await service.cancel("mine") and handle.asked["cancel"] == 1
+        await asked
+        handle.asked.clear()
+        assert await other.cancel("mine"), "sent by another router"
+        assert not await service.cancel("nobody's")
+        assert handle.asked["cancel"] == 2 * 300
+
+    handle = FakeHandle(*(f"host-{i}" for i in range(300)))
+    handle.takes_s = 0.05
+    service, other = front(pool=handle), front(pool=handle)
+    asyncio.run(scene())
+
+
+def test_a_host_that_hangs_is_waited_for_once_by_the_requests_that_draw_it() -> None:
+    async def scene() -> None:
+        await service.generate(request())
+        handle.deaf = {"host-0"}
+        for _ in range(5):
+            await service.generate(request())
+
+    handle = FakeHandle(*(f"host-{i}" for i in range(8)))
+    service = front(refresh_s=0.0, pool=handle)
+    asyncio.run(scene())
+    assert all(host != "host-0" for host, _ in handle.calls[1:])
 
 
 def test_a_pool_without_hosts_is_woken_when_there_is_no_other() -> None:

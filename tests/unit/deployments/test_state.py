@@ -17,7 +17,7 @@ from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
 from distriray.routing.latency import MAX_OBSERVED, Entry, LatencyModel, Profile
 from distriray.routing.policy import HostView, RequestView
-from distriray.routing.router import publish
+from distriray.routing.router import Route, publish
 
 FACTS = WorkerFacts(
     pid=1, node="n", device="cpu", device_name="cpu", model="m",
@@ -56,35 +56,50 @@ def host_of(view: HostView, latency: LatencyModel, config: HostConfig, repair_s:
 
 def pool(*reports: HostReport, asked_s: float = 0.0) -> PoolState:
     state = PoolState(HostConfig())
-    state.learn(reports, asked_s)
+    tell(state, *reports, asked_s=asked_s)
     return state
+
+
+def tell(state: PoolState, *reports: HostReport, asked_s: float) -> None:
+    state.meet(tuple(report.state.host for report in reports))
+    for report in reports:
+        state.learn(report, asked_s)
+
+
+def pick(state: PoolState, view: RequestView, now_s: float, seed: int = 0) -> Route:
+    """The best of all hosts."""
+    return state.route(state.members, view, now_s, random.Random(seed))
+
+
+def choose_any(pools: list[PoolState], views: list[RequestView], seed: int = 0) -> tuple[int, Route] | None:
+    return choose(pools, [pool.members for pool in pools], views, 0.0, random.Random(seed))
 
 
 def test_a_report_is_read_on_the_routers_own_clock() -> None:
     state = pool(report("a", ask("r", 100.0)), asked_s=5000.0)
-    route = state.route(ask("new", 5000.0), 5000.0, random.Random(0))
+    route = pick(state, ask("new", 5000.0), 5000.0)
     assert route.host == "a" and route.finish_s == pytest.approx(5020.0)
 
 
 def test_a_request_goes_where_it_is_done_first() -> None:
     state = pool(report("busy", ask("r", 100.0)), report("free"))
-    assert {state.route(ask("n", 0.0), 0.0, random.Random(i)).host for i in range(20)} == {"free"}
+    assert {pick(state, ask("n", 0.0), 0.0, i).host for i in range(20)} == {"free"}
 
 
 def test_what_was_just_sent_counts_before_the_host_reports_it() -> None:
-    state, draw = pool(report("a"), report("b")), random.Random(0)
+    state = pool(report("a"), report("b"))
     for name in ("one", "two"):
         view = ask(name, 0.0)
-        state.send(state.route(view, 0.0, draw), view, 0.0)
+        state.send(pick(state, view, 0.0), view, 0.0)
     assert {host.waiting for host in state.hosts.values()} == {1}
 
 
 def test_what_was_sent_after_the_question_is_added_to_the_answer() -> None:
     state, view = pool(report("a")), ask("late", 2.0)
-    state.send(state.route(view, 2.0, random.Random(0)), view, 2.0)
-    state.learn([report("a")], asked_s=1.0)
+    state.send(pick(state, view, 2.0), view, 2.0)
+    tell(state, report("a"), asked_s=1.0)
     assert state.hosts["a"].waiting == 1
-    state.learn([report("a")], asked_s=3.0)
+    tell(state, report("a"), asked_s=3.0)
     assert state.hosts["a"].waiting == 0
 
 
@@ -92,19 +107,17 @@ def test_routers_that_see_the_same_state_spread_evenly() -> None:
     hosts = [report(name) for name in "abcd"]
     counts: Counter[str | None] = Counter()
     for seed in range(400):  # each a router of its own
-        counts[pool(*hosts).route(ask("n", 0.0), 0.0, random.Random(seed)).host] += 1
+        counts[pick(pool(*hosts), ask("n", 0.0), 0.0, seed).host] += 1
     assert all(70 <= count <= 130 for count in counts.values()) and len(counts) == 4
 
 
 def test_the_faster_pool_is_chosen_and_equal_ones_share_by_their_hosts() -> None:
     slow, fast = pool(report("s", step_s=2.0)), pool(report("f"))
-    chosen = choose([slow, fast], [ask("n", 0.0)] * 2, 0.0, random.Random(0))
+    chosen = choose_any([slow, fast], [ask("n", 0.0)] * 2)
     assert chosen is not None and chosen[0] == 1
     one, three = pool(report("a")), pool(report("b"), report("c"), report("d"))
     counts = Counter(
-        picked[0]
-        for seed in range(400)
-        if (picked := choose([one, three], [ask("n", 0.0)] * 2, 0.0, random.Random(seed)))
+        picked[0] for seed in range(400) if (picked := choose_any([one, three], [ask("n", 0.0)] * 2, seed))
     )
     assert 70 <= counts[0] <= 130
 
@@ -113,33 +126,33 @@ def test_a_pool_that_meets_the_deadline_goes_before_one_that_does_not() -> None:
     full_of_work = pool(report("a", *(ask(f"r{i}", 100.0, 110.0 + 10 * i) for i in range(3))))
     free = pool(report("b", step_s=2.0))
     view = ask("n", 0.0, deadline_s=25.0)
-    chosen = choose([full_of_work, free], [view, view], 0.0, random.Random(0))
+    chosen = choose_any([full_of_work, free], [view, view])
     assert chosen is not None and (chosen[0], chosen[1].meets) == (1, True)
 
 
 def test_a_deadline_that_no_host_meets_is_known_with_the_time_that_could_be() -> None:
     view = ask("n", 0.0, deadline_s=5.0)
-    chosen = choose([pool(report("a"))], [view], 0.0, random.Random(0))
+    chosen = choose_any([pool(report("a"))], [view])
     assert chosen is not None and not chosen[1].meets and chosen[1].finish_s == pytest.approx(10.0)
 
 
 def test_full_queues_take_nothing_and_say_when() -> None:
     waiting = [ask(f"r{i}", 100.0) for i in range(2)]
-    chosen = choose([pool(report("a", *waiting, max_queue=2))], [ask("n", 0.0)], 0.0, random.Random(0))
+    chosen = choose_any([pool(report("a", *waiting, max_queue=2))], [ask("n", 0.0)])
     assert chosen is not None and chosen[1].host is None and 0 < chosen[1].finish_s <= 20.0
 
 
 def test_a_host_that_refused_or_died_gets_nothing_until_it_reports() -> None:
     state, view = pool(report("a"), report("b")), ask("n", 0.0)
     state.refused("a")
-    state.lost("b")
-    assert state.route(view, 0.0, random.Random(0)).host is None
-    state.learn([report("a"), report("b")], asked_s=1.0)
-    assert state.route(view, 1.0, random.Random(0)).host is not None
+    state.lost("b", 0.0)
+    assert pick(state, view, 0.0).host is None
+    tell(state, report("a"), report("b"), asked_s=1.0)
+    assert pick(state, view, 1.0).host is not None
 
 
 def test_no_host_means_no_choice_and_no_wait() -> None:
-    assert choose([pool()], [ask("n", 0.0)], 0.0, random.Random(0)) is None
+    assert choose_any([pool()], [ask("n", 0.0)]) is None
     assert wait_s([], 0.0) is None
 
 
@@ -152,16 +165,16 @@ def test_the_wait_is_until_a_worker_is_free() -> None:
 def test_what_a_router_knows_already_is_not_sent_again() -> None:
     first = report("a", step_s=2.0)
     state = pool(first, report("b"))
-    assert state.editions == {"a": "1", "b": "1"}
-    state.learn([replace(first, knowledge=None)], asked_s=1.0)
-    route = state.route(ask("n", 1.0), 1.0, random.Random(0))
+    assert [state.edition(host) for host in "abc"] == ["1", "1", None]
+    tell(state, replace(first, knowledge=None), asked_s=1.0)
+    route = pick(state, ask("n", 1.0), 1.0)
     assert route.host == "a" and route.finish_s == pytest.approx(21.0) and state.facts == FACTS
-    assert state.editions == {"a": "1"}, "of hosts that are gone nothing is kept"
+    assert state.edition("b") is None, "of hosts that are gone nothing is kept"
 
 
 def test_a_host_that_leaves_out_what_the_router_never_had_is_asked_for_all() -> None:
     state = pool(replace(report("a"), knowledge=None))
-    assert not state.hosts and not state.editions
+    assert not state.hosts and state.edition("a") is None
 
 
 def test_a_host_reports_what_it_learned_once() -> None:
@@ -198,17 +211,17 @@ def repairing(*healthy: int, workers: int = 1, repair_s: float | None = 30.0) ->
 
 
 def test_a_host_that_is_being_repaired_gets_requests_and_is_counted_on_from_then_on() -> None:
-    route = repairing().route(ask("n", 0.0), 0.0, random.Random(0))
+    route = pick(repairing(), ask("n", 0.0), 0.0)
     assert route.host == "a" and route.finish_s == pytest.approx(40.0) and route.meets
     beyond_repair = repairing(repair_s=None)
-    assert beyond_repair.route(ask("n", 0.0), 0.0, random.Random(0)).host is None
-    late = repairing().route(ask("n", 0.0, deadline_s=20.0), 0.0, random.Random(0))
+    assert pick(beyond_repair, ask("n", 0.0), 0.0).host is None
+    late = pick(repairing(), ask("n", 0.0, deadline_s=20.0), 0.0)
     assert not late.meets and late.finish_s == pytest.approx(40.0)
 
 
 def test_a_gang_that_needs_the_worker_under_repair_waits_for_it_and_others_do_not() -> None:
     state = repairing(0, workers=2)
     one, two = (replace(ask("n", 0.0), gang_size=size) for size in (1, 2))
-    assert state.route(one, 0.0, random.Random(0)).finish_s == pytest.approx(10.0)
-    assert state.route(two, 0.0, random.Random(0)).finish_s == pytest.approx(40.0)
+    assert pick(state, one, 0.0).finish_s == pytest.approx(10.0)
+    assert pick(state, two, 0.0).finish_s == pytest.approx(40.0)
     assert wait_s(list(repairing().hosts.values()), 0.0) == pytest.approx(30.0)

@@ -182,15 +182,17 @@ class FakeGang:
         ending = await asyncio.shield(self._stepping)
         while worker.hangs:
             await asyncio.sleep(STEP_S)
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {"exchange": order.parallel.exchange}
         if ending is SegmentEnd.BROKEN:
-            fields = {"cause": "a peer is gone", "broken": True}
+            fields |= {"cause": "a peer is gone", "broken": True}
         if worker.raises is not None and ending is not SegmentEnd.DONE:
-            ending, fields = SegmentEnd.FAILED, {"cause": str(worker.raises), "broken": True}
+            ending = SegmentEnd.FAILED
+            fields |= {"cause": str(worker.raises), "broken": True}
         if ending is SegmentEnd.NOT_BEGUN and worker.refuses is not None:
-            ending, fields = SegmentEnd.REFUSED, {"error": worker.refuses}
+            ending = SegmentEnd.REFUSED
+            fields |= {"error": worker.refuses}
         if ending is SegmentEnd.DONE and order.rank == 0:
-            fields = {"images": [Image.new("RGB", (8, 8))]}
+            fields |= {"images": [Image.new("RGB", (8, 8))]}
         step = worker.states.get(self.job, self.first)
         return RankResult(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
 

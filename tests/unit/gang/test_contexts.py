@@ -36,7 +36,7 @@ OWN = {
     ("gang/placement.py", "make"): "awaited within the start of the host",
     ("gang/calibrate.py", "_draw"): "awaited within the start of the host",
     ("gang/host.py", "stream"): "waits for the events of its own request",
-    ("deployments/pool_client.py", "_each"): "awaits a call of its own",
+    ("deployments/router.py", "_look"): "waits for reports, which are asked for in the background",
     ("deployments/callers.py", "_look"): "awaited within a background task",
     ("deployments/http/disconnect.py", "cancel_on_disconnect"): "the work of its own request",
     ("deployments/http/app.py", "*"): "encodes the answer to its own request",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distriray.config import ParallelConfig
+from distriray.config import PAPER, ParallelConfig
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
 from distriray.events import Repaired
 from distriray.gang import segments
@@ -37,6 +37,21 @@ def test_a_request_is_done_by_the_gang_that_it_asked_for() -> None:
             result = await host.accept(gang_size=4).ended
             assert result.segments[0].workers == (0, 1, 2, 3) and result.repairs == 0
             assert len(host.dispatcher.free) == 4
+
+    do(scene())
+
+
+def test_a_request_may_say_how_its_gang_shares_steps() -> None:
+    async def scene() -> None:
+        async with FakeHost(2, parallel=ParallelConfig(exchange="displaced", max_wait=0.5)) as host:
+            own = await host.accept(gang_size=2, num_inference_steps=3).ended
+            asked = await host.accept(gang_size=2, num_inference_steps=4, exchange="sync").ended
+            whole = ParallelConfig(exchange=PAPER)
+            mixed = await host.accept(gang_size=2, num_inference_steps=5, parallel=whole).ended
+            assert (own.exchange, asked.exchange, mixed.exchange) == ("displaced", "sync", PAPER)
+            assert asked.summary()["exchange"] == "sync"
+            assert mixed.summary()["exchange"] == PAPER.model_dump()
+            assert host.dispatcher.metrics.steps == {"displaced": 3, "sync": 4, "mix": 5}
 
     do(scene())
 

@@ -15,7 +15,8 @@ from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
-from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.requests import GenerationRequest, Limits
+from distriray.results import GenerationResult, Segment, Timings
 from distriray.service import Fleet, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
 
@@ -96,6 +97,7 @@ class FakeService:
             backlog_s=0.0,
             repairs=[],
             outcomes={},
+            steps={},
             regroupings=0,
             predictions=PredictionStatus(count=0),
         )

@@ -236,7 +236,7 @@ def test_quantiles_are_right_to_one_percent(values, share):
 
 def test_several_hosts_share_the_load_through_routers_with_old_state():
     workload = Workload(TRIAL_KINDS, 2.0, 1.5)
-    fleet = SimulatedFleet(hosts=4, routers=3, publish_s=0.5)
+    fleet = SimulatedFleet(hosts=4, routers=3, refresh_s=0.5)
     report = simulate(workload.arrivals(300, 1), Elastic(), MODEL, fleet)
     assert report.latency.count == 300
     assert report.row()["deadlines met %"] > 75
@@ -273,3 +273,12 @@ def test_the_command_names_the_policies_that_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["--policies", "elastic", "fifo"])
     assert "no policies ['fifo']; use some of ['fixed 1'" in capsys.readouterr().err
+
+
+def test_a_few_hosts_that_are_asked_do_as_well_as_all_hosts():
+    def met(choices):
+        fleet = SimulatedFleet(hosts=24, workers=2, gang_sizes=(1, 2), routers=3, choices=choices)
+        arrivals = Workload(TRIAL_KINDS, 0.15 * 24, 4.0).arrivals(400, 1)
+        return simulate(arrivals, Elastic(), MODEL, fleet).row()["deadlines met %"]
+
+    assert met(8) > met(24) - 1.0 > 75
