@@ -447,7 +447,7 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
 
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) -> None:
-    gangs = Gangs(MODELS[model], warmup_steps=1, cfg_parallel=False)
+    gangs = Gangs(MODELS[model], exchange="displaced", warmup_steps=1, cfg_parallel=False)
     latents = gangs.draw((2, 4, 1, 2), **TALL)[0].latents
     assert gangs.synchronous == [True, False, True, False, True, True, True, False]
     assert latents.isfinite().all()
@@ -765,7 +765,9 @@ def test_guidance_of_qwen_image_is_the_pipelines(call: dict[str, Any]) -> None:
 def test_each_branch_of_qwen_image_is_displaced_by_itself() -> None:
     def rank(communicator: Communicator) -> list[bool]:
         pipeline = parallelize(
-            tiny_qwen_image(), communicator, ParallelConfig(warmup_steps=1, cfg_parallel=False)
+            tiny_qwen_image(),
+            communicator,
+            ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False),
         )
         denoiser, synchronous = Denoiser(pipeline), watched(pipeline.transformer)
         finish(denoiser, begin(denoiser, [1], **SMALL))
