@@ -188,6 +188,17 @@ def test_a_request_that_names_nothing_is_drawn_as_the_family_draws(pipeline: Any
     assert torch.equal(finish(denoiser, state), own)
 
 
+def test_in_half_precision_too_it_is_the_ordinary_pipelines_bit_for_bit(model: str) -> None:
+    """As `auto` loads it on a GPU."""
+    pipeline = MODELS[model]().to(torch.bfloat16)
+    denoiser, call = Denoiser(pipeline), {"num_inference_steps": 3, **SIZE}
+    state = DenoiseState.from_bytes(begin(denoiser, [1], prompt="a lake", **call).to_bytes())
+    assert state.latents.dtype is torch.bfloat16
+    assert torch.equal(finish(denoiser, state), plain(pipeline, [1], **call))
+    assert [denoiser.decode(state)[0]] == plain(pipeline, [1], output_type="pil", **call)
+    denoiser.preview(state)
+
+
 @pytest.mark.parametrize("call", [{}, {"image": PICTURE}])
 def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
     call = {**SMALL, "strength": 0.8, **call}
