@@ -8,7 +8,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict
 
 from .events import Event
-from .requests import MULTIPLE_OF, Count, GenerationRequest, GenerationResult, Limits, Seconds
+from .requests import MULTIPLE_OF, Count, Defaults, GenerationRequest, GenerationResult, Limits, Seconds
 from .status import HostStatus
 
 
@@ -22,6 +22,8 @@ class ModelCard(BaseModel):
             folder is elsewhere, it may be more.
         limits: those of requests for this model.
         gang_sizes: the sizes that the model's pools lend, ascending.
+        defaults: what requests for this model are drawn with that leave it open.
+        alias_of: the model that it is, where this is another name of it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,6 +35,8 @@ class ModelCard(BaseModel):
     size_unit: Count = MULTIPLE_OF
     limits: Limits = Limits()
     gang_sizes: tuple[int, ...] = (1,)
+    defaults: Defaults = Defaults()
+    alias_of: str | None = None
 
 
 class PoolReport(BaseModel):

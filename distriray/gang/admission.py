@@ -41,14 +41,14 @@ def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) ->
     Raises:
         InvalidRequest: it is beyond a limit, or no gang of this host can serve it.
     """
-    request = request.settled(*facts.default_size)
+    request = request.settled(*facts.default_size, config.defaults)
     config.limits.check(request)
     return fit(request, config, facts)
 
 
 def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
     """`admit` without limits."""
-    request = request.settled(*facts.default_size)
+    request = request.settled(*facts.default_size, config.defaults)
     assert request.height is not None
     check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
