@@ -145,6 +145,7 @@ class AppConfig(BaseModel):
         model: of pools that name none.
         limits: of all pools; a pool may set some of them otherwise.
         pools: at least one, each name once; the first one's model is drawn by whoever names none.
+        aliases: further names of models, for clients that know no others, and the models that they are.
         router: the replicas that take requests.
         http: keys and bounds of the HTTP interface.
     """
@@ -154,6 +155,7 @@ class AppConfig(BaseModel):
     model: Model = ModelSpec()
     limits: Limits = Limits()
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)]
+    aliases: dict[str, str] = {}
     router: RouterConfig = RouterConfig()
     http: HttpConfig = HttpConfig()
 
@@ -176,6 +178,22 @@ class AppConfig(BaseModel):
         names = [pool.name for pool in self.pools]
         if double := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"pools {double} are there more than once; give each pool a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        for alias, name in self.aliases.items():
+            if name not in self.models:
+                raise ValueError(f"alias {alias!r} is of {name!r}, which no pool has; there is {self.models}")
+            if alias in self.models:
+                raise ValueError(f"alias {alias!r} is the name of a model itself; leave it out")
+        for name in self.models:
+            pools = [pool for pool in self.pools if pool.model.name == name]
+            if other := [pool.name for pool in pools if pool.defaults != pools[0].defaults]:
+                raise ValueError(
+                    f"pools {pools[0].name} and {other[0]} have one model, {name!r}, and other defaults: "
+                    "pictures would depend on which pool is free; give both the same"
+                )
         return self
 
     @property

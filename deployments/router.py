@@ -53,7 +53,7 @@ class Router:
 
     async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
         """The images of `request`. Cancelling this coroutine cancels the request."""
-        attempts = Attempts(request, give_up_s)
+        attempts = Attempts(self._by_its_name(request), give_up_s)
         while True:
             client, host, asked = await self._place(attempts)
             try:
@@ -66,7 +66,7 @@ class Router:
         self, request: GenerationRequest, give_up_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
         """What happens to `request`, ending with `Finished`. Closing the generator cancels it."""
-        attempts = Attempts(request, give_up_s)
+        attempts = Attempts(self._by_its_name(request), give_up_s)
         while True:
             client, host, asked = await self._place(attempts)
             try:
@@ -112,9 +112,10 @@ class Router:
         return wait is not None
 
     def models(self) -> list[ModelCard]:
-        """Every model. Its sizes are known from its folder, or from the first host that had it.
+        """Every model, and then their other names.
 
-        Limits are as old as the hosts' last answers, and are asked for again; needs a running event loop.
+        Sizes are known from a model's folder, or from the first host that had it. Limits are as old as
+        the hosts' last answers, and are asked for again; needs a running event loop.
         """
         cards = []
         for client in self._clients:
@@ -131,9 +132,14 @@ class Router:
                     size_unit=size_unit,
                     limits=limits,
                     gang_sizes=gang_sizes,
+                    defaults=clients[0].config.defaults,
                 )
             )
-        return cards
+        by_name = {card.id: card for card in cards}
+        return cards + [
+            by_name[name].model_copy(update={"id": alias, "alias_of": name})
+            for alias, name in self._config.aliases.items()
+        ]
 
     async def fleet(self) -> Fleet:
         """Hosts, gangs, queues and predicted waits, as they are now."""
@@ -172,6 +178,11 @@ class Router:
         if hosts := sum(len(client.state.members) for client in clients):
             raise GangBroken(f"no worker of the {hosts} hosts of {model!r} answers")
         raise NotEnoughDevices(f"no host of {model!r} is up; `serve status` says what they wait for")
+
+    def _by_its_name(self, request: GenerationRequest) -> GenerationRequest:
+        """`request` for the model itself, where it names another name of it."""
+        name = self._config.aliases.get(request.model or "")
+        return request if name is None else request.model_copy(update={"model": name})
 
     async def _place(self, attempts: Attempts) -> tuple[PoolClient, str, GenerationRequest]:
         """Where to send a request now, and the request as it is to be sent.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ("*.json", "*.txt", "*.model")
+_ONE_FILE = ".safetensors"
 
 
 class ModelSpec(BaseModel):
     """Which weights to load, and how.
 
     Attributes:
-        name: `builtin:landscapes`, a folder that a diffusers pipeline was saved to, or a Hugging Face id.
+        name: `builtin:landscapes`, a folder that a diffusers pipeline was saved to, a single `.safetensors`
+            file with the weights of one, or a Hugging Face id.
+        config: of a single file: folder or Hugging Face id of a pipeline whose configurations and tokenizers
+            it is loaded with. None is the one that its weights look like.
         revision: branch, tag or commit of a Hugging Face model.
         variant: suffix of the weight files, such as `fp16`.
         dtype: of the weights in memory; `auto` is float32 on a CPU, and on a GPU bfloat16 for models that
@@ -36,6 +40,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "builtin:landscapes"
+    config: str | None = None
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -50,7 +55,7 @@ def builtin_models() -> dict[str, Path]:
 
 
 def locate(spec: ModelSpec) -> Path:
-    """The local folder of a model; one from the Hugging Face Hub is downloaded first, if it is not cached.
+    """The local folder or single file of a model; from the Hugging Face Hub it is downloaded, if not cached.
 
     Only safetensors weights are taken, so nothing in a model is ever executed.
 
@@ -67,39 +72,51 @@ def locate(spec: ModelSpec) -> Path:
             )
         return _pipeline_folder(folder, name)
     local = Path(name).expanduser()
+    if local.is_file():
+        return _single_file(local, name)
     if local.exists():
         return _pipeline_folder(local, name)
+    if local.suffix == _ONE_FILE:
+        raise ModelNotFound(f"no model {name!r}: there is no file {local.absolute()}")
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ModelNotFound(
             f"no model {name!r}: there is no folder {local.absolute()}, and it is not a Hugging Face id such "
             "as stabilityai/stable-diffusion-xl-base-1.0; the built-in model is builtin:landscapes"
         )
-    return _from_hub(spec, local)
+    # In the components' folders: beside them a repository often has the same weights again, in one file.
+    weights = f"*/*.{spec.variant}.safetensors" if spec.variant else "*/*.safetensors"
+    return _from_hub(spec, local, (*_FILES, weights))
+
+
+def _single_file(file: Path, name: str) -> Path:
+    if file.suffix != _ONE_FILE:
+        raise ModelNotFound(
+            f"no model {name!r}: {file.absolute()} is a file, and no {_ONE_FILE} one; others are not read, "
+            "since they may run code"
+        )
+    return file
 
 
 def _pipeline_folder(folder: Path, name: str) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
-    what = "is empty or missing" if not folder.is_dir() else "has no model_index.json"
+    what = "has no model_index.json" if any(folder.iterdir()) else "is empty, without a model_index.json"
     raise ModelNotFound(
         f"no model {name!r}: {folder.absolute()} {what}; a pipeline saved with save_pretrained has one"
     )
 
 
-def _from_hub(spec: ModelSpec, local: Path) -> Path:
+def _from_hub(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
     from httpx import HTTPError
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    suffix = f".{spec.variant}" if spec.variant else ""
-    # In the components' folders: beside them a repository often has the same weights again, in one file.
-    weights = f"*/*{suffix}.safetensors"
     wanted = f"{spec.name!r}" + (f" at revision {spec.revision!r}" if spec.revision else "")
     try:
         folder = snapshot_download(
             spec.name,
             revision=spec.revision,
-            allow_patterns=[*_FILES, weights],
+            allow_patterns=list(files),
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise ModelNotFound(
@@ -126,14 +143,20 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
     """The diffusers pipeline of `spec` on `device`, in evaluation mode and without a progress bar.
 
     Raises:
-        ModelNotFound: no such model, or its folder lacks safetensors weights.
-        UnsupportedModel: it is to be quantized, and torchao is not installed.
+        ModelNotFound: no such model, its folder lacks safetensors weights, or its file some that it needs.
+        UnsupportedModel: it is to be quantized, and torchao is not installed, or it is a single file.
     """
     import torch
     from diffusers import DiffusionPipeline
 
     device = torch.device(device)
     folder = locate(spec)
+    if folder.is_file():
+        if spec.quantize is not None:
+            raise UnsupportedModel(f"quantize {spec.quantize!r} of a single file; save it as a folder first")
+        pipeline = _load_file(spec, folder, device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
     index = json.loads((folder / "model_index.json").read_text())
     missing = {name: None for name, home in index.items() if home == [None, None]}
     quantization = None if spec.quantize is None else _quantization(spec, index)
@@ -168,3 +191,46 @@ def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
     kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[spec.quantize or ""]
     network = "transformer" if "transformer" in components else "unet"
     return PipelineQuantizationConfig(quant_mapping={network: TorchAoConfig(kind())})
+
+
+def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:
+    """The pipeline whose weights are all in one file, as its authors' own code writes it."""
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    folder = _configurations(spec, file)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kind, dtype = index["_class_name"], resolve_dtype(spec, device, index)
+    if not hasattr(getattr(diffusers, kind, None), "from_single_file"):
+        raise ModelNotFound(f"{spec.name!r}: diffusers reads no {kind} from a single file")
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(
+            str(file), config=str(folder), dtype=dtype, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
+        raise ModelNotFound(
+            f"{spec.name!r} cannot be read as a {kind} with the configurations in {folder}: {error}; "
+            "name others as the model's `config`"
+        ) from error
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and any(each.is_meta for each in part.parameters()):
+            raise ModelNotFound(f"{spec.name!r} lacks weights of the {name} that {folder} configures")
+    return pipeline
+
+
+def _configurations(spec: ModelSpec, file: Path) -> Path:
+    """The folder of a pipeline's configurations for the weights in `file`; the Hub's, without its weights."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+    from safetensors import SafetensorError
+
+    name = spec.config
+    if name is None:
+        try:
+            weights = load_single_file_checkpoint(str(file), local_files_only=True)
+        except (OSError, SafetensorError) as error:
+            raise ModelNotFound(f"{spec.name!r} is no safetensors file: {error}") from error
+        name = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+    if (local := Path(name).expanduser()).is_dir():
+        return _pipeline_folder(local, name)
+    return _from_hub(ModelSpec(name=name), local, _FILES)

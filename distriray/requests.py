@@ -136,13 +136,28 @@ class SamplingParams(BaseModel):
             return self
         return self.model_copy(update={"seed": secrets.randbelow(2**32) if seed is None else seed})
 
-    def settled(self, height: int, width: int) -> Self:
-        """A copy that leaves nothing open: a size, by default this one, and a seed."""
-        size = {
-            "height": height if self.height is None else self.height,
-            "width": width if self.width is None else self.width,
-        }
-        return self.seeded().model_copy(update=size)
+    def settled(self, height: int, width: int, defaults: Defaults | None = None) -> Self:
+        """A copy with a size, by default this one, a seed, and what `defaults` say of what it leaves open."""
+        own = {"height": height, "width": width, **dict(Defaults() if defaults is None else defaults)}
+        left_open = {name: value for name, value in own.items() if getattr(self, name) is None}
+        return self.seeded().model_copy(update=left_open)
+
+
+class Defaults(BaseModel):
+    """What requests that leave it open are drawn with: turbo and lightning models want few steps and little
+    guidance, behind clients that can send neither. None is the model's own.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: of guidance; 1 or less turns the classifier-free kind off.
+        scheduler: noise scheduler.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_inference_steps: Count | None = None
+    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    scheduler: SchedulerName | None = None
 
 
 def check_sides(height: int | None = None, width: int | None = None, unit: int = MULTIPLE_OF) -> None:
@@ -276,9 +291,13 @@ class Limits(BaseModel):
     """The fields that may have `max_prompt_chars` characters."""
 
     def check(self, request: GenerationRequest) -> None:
-        """Raise InvalidRequest, with the limit and the field, unless `request` keeps every limit."""
+        """Raise InvalidRequest, with the limit and the field, unless `request` keeps every limit.
+
+        What it leaves open is checked once it is settled.
+        """
         for field, limit in self.LARGEST.items():
-            self._at_most(field, getattr(request, field), getattr(self, limit))
+            if field in request.model_fields_set:
+                self._at_most(field, getattr(request, field), getattr(self, limit))
         for field in self.TEXTS:
             length = len(getattr(request, field) or "")
             if length > self.max_prompt_chars:

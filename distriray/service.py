@@ -8,7 +8,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict
 
 from .events import Event
-from .requests import MULTIPLE_OF, Count, GenerationRequest, Limits
+from .requests import MULTIPLE_OF, Count, Defaults, GenerationRequest, Limits
 from .results import GenerationResult, Seconds
 from .status import HostStatus
 
@@ -23,6 +23,8 @@ class ModelCard(BaseModel):
             folder is elsewhere, it may be more.
         limits: those of requests for this model.
         gang_sizes: the sizes that the model's pools lend, ascending.
+        defaults: what requests for this model are drawn with that leave it open.
+        alias_of: the model that it is, where this is another name of it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,6 +36,8 @@ class ModelCard(BaseModel):
     size_unit: Count = MULTIPLE_OF
     limits: Limits = Limits()
     gang_sizes: tuple[int, ...] = (1,)
+    defaults: Defaults = Defaults()
+    alias_of: str | None = None
 
 
 class PoolReport(BaseModel):

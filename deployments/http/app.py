@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished
-from distriray.requests import Limits
+from distriray.requests import Defaults, Limits
 from distriray.service import Fleet, ModelCard, Service
 
 from .access_log import RequestIdAndLog
@@ -34,7 +34,8 @@ T = TypeVar("T")
 
 class Model(BaseModel):
     """A model; beside OpenAI's fields its own size (`WxH`, null until a host was up), the unit of all sizes,
-    its limits and the gangs that can draw it."""
+    its limits, the gangs that can draw it, what it is drawn with unless a request says otherwise, and the
+    model that this is another name of, or null."""
 
     id: str
     object: Literal["model"] = "model"
@@ -44,6 +45,8 @@ class Model(BaseModel):
     size_unit: int
     limits: Limits
     gang_sizes: tuple[int, ...]
+    defaults: Defaults
+    alias_of: str | None
 
 
 class ModelList(BaseModel):
@@ -195,6 +198,8 @@ def _model(card: ModelCard) -> Model:
         size_unit=card.size_unit,
         limits=card.limits,
         gang_sizes=card.gang_sizes,
+        defaults=card.defaults,
+        alias_of=card.alias_of,
     )
 
 

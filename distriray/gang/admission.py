@@ -41,14 +41,14 @@ def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) ->
     Raises:
         InvalidRequest: it is beyond a limit, or neither the model nor a gang of this host can serve it.
     """
-    request = _settled(request, facts)
+    request = _settled(request, config, facts)
     config.limits.check(request)
     return fit(request, config, facts)
 
 
 def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
     """`admit` without limits."""
-    request = _settled(request, facts)
+    request = _settled(request, config, facts)
     assert request.height is not None
     check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
@@ -68,6 +68,10 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> A
     return Admitted(request, max_gang, num_steps, guided)
 
 
-def _settled(request: GenerationRequest, facts: WorkerFacts) -> GenerationRequest:
-    """The request with all that it leaves to the model; raises InvalidRequest where that lacks a field."""
-    return facts.terms.settle(request.settled(*facts.default_size))
+def _settled(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:
+    """The request with all that it leaves open: the host's defaults go before the model's own.
+
+    Raises:
+        InvalidRequest: the model lacks a field that it asks for.
+    """
+    return facts.terms.settle(request.settled(*facts.default_size, config.defaults))

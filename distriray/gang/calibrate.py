@@ -52,6 +52,8 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     do not wait for each other and so take more of what they share. How much faster a step is when fewer
     workers are busy is found with gangs of the least size.
     """
+    scale = config.defaults.guidance_scale
+    guided = facts.guides and (facts.terms.guidance_scale if scale is None else scale) > 1.0
     least, steps = config.sizes[0], max(1, warmup_steps(config)) + MEASURED_STEPS
     warming = CHOOSING_STEPS if config.parallel.exchange == "auto" else 1
     most = config.workers // least
@@ -60,7 +62,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     alone = {count: await _draw(generate, [least] * count, steps) for count in counts}
     full_s = _step_s(alone[most])
     contention = tuple((least * n, _step_s(results) / full_s) for n, results in alone.items())
-    entries = [_entry(least, facts.guides, [alone[most]])]
+    entries = [_entry(least, guided, [alone[most]])]
     moves_s: list[float] = []
     for size in config.sizes[1:]:
         if size > facts.max_gang(facts.default_size[0]):
@@ -70,7 +72,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
             crowds.append([size] + [least] * ((config.workers - size) // least))
         await _draw(generate, crowds[0], warming)
         runs = [await _draw(generate, crowd, steps) for crowd in crowds]
-        entries.append(_entry(size, facts.guides, [[r for r in run if r.gang_size == size] for run in runs]))
+        entries.append(_entry(size, guided, [[r for r in run if r.gang_size == size] for run in runs]))
         moves_s += [result.timings.waiting_s for run in runs for result in run]
     moves_s = moves_s or [result.timings.waiting_s for result in alone[most]]
     return make_profile(config, facts, tuple(entries), median(moves_s), contention)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from ..config import ParallelConfig
 from ..models import ModelSpec
-from ..requests import Limits
+from ..requests import Defaults, Limits
 from ..routing.buddy import check_gang_sizes
 from ..routing.policies import check_policy
 
@@ -29,6 +29,7 @@ class HostConfig(BaseModel):
         device: of each worker; `auto` is `cuda` where the cluster has enough GPUs, else `cpu`.
         cpus_per_worker: what Ray reserves for each worker, in logical CPUs.
         strategy: of the placement group: all workers on one node, or not.
+        defaults: what requests are drawn with that leave it open.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
@@ -53,6 +54,7 @@ class HostConfig(BaseModel):
     strategy: Literal["STRICT_PACK", "PACK", "SPREAD"] = "STRICT_PACK"
     parallel: ParallelConfig = ParallelConfig()
     limits: Limits = Limits()
+    defaults: Defaults = Defaults()
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
     silence_s: Seconds = 30.0
@@ -66,6 +68,17 @@ class HostConfig(BaseModel):
     def _check_sizes(self) -> Self:
         if check_gang_sizes(self.sizes)[-1] > self.workers:
             raise ValueError(f"gang_sizes {list(self.sizes)} exceed the {self.workers} workers of the host")
+        return self
+
+    @model_validator(mode="after")
+    def _check_defaults(self) -> Self:
+        """Nobody is refused for what they did not ask for, where a pool says what that is."""
+        for field in Defaults.model_fields.keys() & Limits.LARGEST.keys():
+            value, limit = getattr(self.defaults, field), Limits.LARGEST[field]
+            if value is not None and value > getattr(self.limits, limit):
+                raise ValueError(
+                    f"defaults.{field} {value} is above limits.{limit} {getattr(self.limits, limit)}"
+                )
         return self
 
     @property

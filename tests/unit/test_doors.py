@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from pydantic.fields import FieldInfo
 from distriray import AsyncClient, Client, HandleClient
 from distriray.cli import app
 from distriray.config import ParallelConfig
+from distriray.denoise.pipelines.terms import Terms
+from distriray.errors import InvalidRequest
 from distriray.events import Event, Finished
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
@@ -27,7 +30,7 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.requests import MAX_SEEDS, GenerationRequest, SamplingParams, StepCount
+from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams, StepCount
 from distriray.results import GenerationResult
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
@@ -77,13 +80,13 @@ class Denoiser:
         return SimpleNamespace(step=0)
 
 
-def at_the_denoiser(request: GenerationRequest) -> Fields:
+def at_the_denoiser(request: GenerationRequest, defaults: Defaults | None = None) -> Fields:
     """The fields that a worker's denoiser is given, after its host admitted the request."""
     facts = WorkerFacts(
         pid=1, node="n", device="cpu", device_name="cpu", model="m", default_size=(64, 96), size_unit=8,
         row_unit=16, cuts_vae=False, load_s=0.0, memory=1, own_steps=StepCount(), guides=True,
     )  # fmt: skip
-    admitted = admit(request, HostConfig(limits=LIMITS), facts).request
+    admitted = admit(request, HostConfig(limits=LIMITS, defaults=defaults or Defaults()), facts).request
     order = SegmentOrder(
         serial=1, job=1, request=admitted, step=0, communicator="alone", rank=0, parallel=ParallelConfig()
     )
@@ -191,3 +194,45 @@ def test_every_field_arrives_by_the_command_line(
     monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
     app(["generate", f"--out={tmp_path / 'out.png'}", *options(fields)], standalone_mode=False)
     assert [at_the_denoiser(request) for request in host.asked] == [fields]
+
+
+@pytest.mark.parametrize("given", [{}, {"num_inference_steps": 25, "guidance_scale": 5.0}])
+def test_what_is_left_open_at_a_door_is_drawn_by_the_pools_defaults_and_what_is_given_as_given(
+    url: str, service: FakeService, tmp_path: Path, given: Fields
+) -> None:
+    """Also where the value given is that of a request by itself."""
+
+    def remote(request: GenerationRequest, driver: str | None = None) -> Any:
+        asked.append(request)
+        drawn = result_of(request.settled(64, 96).model_copy(update={"model": "m"}))
+        return SimpleNamespace(result=lambda: drawn)
+
+    asked: list[GenerationRequest] = []
+    httpx.post(f"{url}/v1/images/generations", json={"prompt": "a lake", **given}).raise_for_status()
+    asked.append(service.asked[-1])
+    with Client(url) as client:
+        client.generate("a lake", **given)
+        asked.append(service.asked[-1])
+        client.generate(GenerationRequest(prompt="a lake", **given).seeded())
+        asked.append(service.asked[-1])
+        list(client.stream("a lake", **given))
+        asked.append(service.asked[-1])
+    HandleClient(SimpleNamespace(generate=SimpleNamespace(remote=remote))).generate("a lake", **given)
+    asked.append(pickle.loads(pickle.dumps(asked[-1])))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a lake", **given}))
+    asked += [prompt.request for prompt in read_prompts(file)[0]]
+    assert len(asked) == 7
+    turbo = Defaults(num_inference_steps=4, guidance_scale=0.0, scheduler="euler")
+    for request in asked:
+        drawn = at_the_denoiser(request, turbo)
+        expected = {**turbo.model_dump(), **given}
+        assert {name: drawn[name] for name in expected} == expected
+
+
+def test_a_limit_is_of_what_is_drawn_and_of_nothing_else() -> None:
+    few = LIMITS.model_copy(update={"max_steps": 8})
+    few.check(GenerationRequest(prompt="x"))
+    with pytest.raises(InvalidRequest, match="num_inference_steps 25 is above the limit of 8"):
+        few.check(Terms().settle(GenerationRequest(prompt="x").settled(64, 64)))
+    few.check(GenerationRequest(prompt="x").settled(64, 64, Defaults(num_inference_steps=8)))

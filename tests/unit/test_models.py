@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
+from distriray.denoise import Denoiser
 from distriray.errors import ModelNotFound
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
-from tests.models import tiny_sdxl
+from tests.models import tiny_sd15, tiny_sdxl
+from tests.unit.single_file import single_file
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,84 @@ def test_weights_are_safetensors_or_nothing(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ModelNotFound, match="safetensors"):
         load_pipeline(spec, "cpu")
+
+
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    """A tiny pipeline, a folder of its configurations, and one file of its weights."""
+    pipeline, folder = tiny_sd15(), tmp_path_factory.mktemp("configurations")
+    pipeline.save_pretrained(folder)
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
+    file = tmp_path_factory.mktemp("file") / "tiny.safetensors"
+    save_file(single_file(pipeline), file)
+    return pipeline, folder, file
+
+
+def test_a_single_file_is_the_pipeline_whose_weights_it_has(one_file: tuple[Any, Path, Path]) -> None:
+    pipeline, folder, file = one_file
+    loaded = load_pipeline(ModelSpec(name=str(file), config=str(folder)), "cpu")
+    for name in ("unet", "vae", "text_encoder"):
+        own = getattr(pipeline, name).state_dict()
+        read = getattr(loaded, name).state_dict()
+        assert own.keys() == read.keys() and all(torch.equal(own[key], read[key]) for key in own), name
+    call = {"prompt": "a lake", "num_inference_steps": 2, "output_type": "latent", "height": 64, "width": 64}
+    drawn = [p(generator=torch.Generator().manual_seed(1), **call).images for p in (pipeline, loaded)]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+    half = load_pipeline(ModelSpec(name=str(file), config=str(folder), dtype="bfloat16"), "cpu")
+    assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert Denoiser(loaded).family == "StableDiffusion"
+
+
+def test_the_configurations_of_a_single_file_are_those_that_its_weights_look_like(
+    one_file: tuple[Any, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is a stub: it is asked for the configurations alone."""
+    _, folder, file = one_file
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_pipeline(ModelSpec(name=str(file)), "cpu")
+    load_pipeline(ModelSpec(name=str(file), config="some/other"), "cpu")
+    assert [name for name, _ in asked] == ["stable-diffusion-v1-5/stable-diffusion-v1-5", "some/other"]
+    assert not any("safetensors" in pattern for _, patterns in asked for pattern in patterns)
+
+
+def test_a_file_that_is_no_model_says_what_it_is(one_file: tuple[Any, Path, Path], tmp_path: Path) -> None:
+    _, folder, file = one_file
+
+    def refusal(path: Path, config: Path | None = folder) -> str:
+        spec = ModelSpec(name=str(path), config=None if config is None else str(config))
+        with pytest.raises(ModelNotFound) as refused:
+            load_pipeline(spec, "cpu")
+        assert str(path) in str(refused.value)
+        return str(refused.value)
+
+    (tmp_path / "x.ckpt").write_bytes(b"anything")
+    assert "is a file, and no .safetensors one" in refusal(tmp_path / "x.ckpt")
+    assert "there is no file" in refusal(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"anything")
+    assert "is no safetensors file" in refusal(tmp_path / "bad.safetensors", None)
+    assert "cannot be read as a StableDiffusionPipeline" in refusal(tmp_path / "bad.safetensors")
+    weights = load_file(file)
+    lacking = {name: w for name, w in weights.items() if "decoder.conv_out" not in name}
+    save_file(lacking, tmp_path / "part.safetensors")
+    assert "cannot be read" in refusal(tmp_path / "part.safetensors")
+    lacking = {name: w for name, w in weights.items() if "text_model.final_layer_norm" not in name}
+    save_file(lacking, tmp_path / "less.safetensors")
+    assert "lacks weights of the text_encoder" in refusal(tmp_path / "less.safetensors")
+    lacking = {name: w for name, w in weights.items() if not name.startswith("cond_stage")}
+    save_file(lacking, tmp_path / "lora.safetensors")
+    assert "cannot be read" in refusal(tmp_path / "lora.safetensors")
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in refusal(tmp_path / "empty")
+    assert "no model_index.json" in refusal(tmp_path)
+    with pytest.raises(ModelNotFound, match="there is no file .*model.safetensors"):
+        locate(ModelSpec(name="some/model.safetensors"))
 
 
 def test_auto_dtype_is_half_precision_on_a_gpu_only() -> None:

@@ -75,9 +75,14 @@ def patch_conv(module: nn.Conv2d, context: PatchContext) -> None:
     module.context = context
 
 
+def pads_by_hand(module: nn.Module) -> bool:
+    """Whether it is a `Downsample2D` that adds a row and a column at the end before its convolution."""
+    return type(module) is Downsample2D and bool(module.use_conv and module.padding == 0)
+
+
 def patch_downsample(module: Downsample2D) -> None:
-    """Let the convolution of a `Downsample2D` that pads by hand ask its neighbour for the row below."""
-    if module.use_conv and module.padding == 0 and isinstance(module.conv, PatchConv2d):
+    """Let the convolution of one that pads by hand ask its neighbour for the row below."""
+    if isinstance(module.conv, PatchConv2d):
         if module.norm is not None:
             raise UnsupportedModel(f"{module} normalizes and pads by hand, which no supported U-Net does")
         module.__class__ = PatchDownsample2D

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
-from distriray.parallel.layers.conv import PatchConv2d, patch_conv
+from distriray.parallel.layers.conv import PatchConv2d, pads_by_hand, patch_conv
 from distriray.parallel.layers.group_norm import PatchGroupNorm, patch_group_norm
 from distriray.parallel.networks.base import has_class_forward
 from distriray.parallel.partition import Window
@@ -60,7 +59,8 @@ def has_own_forward(module: nn.Module) -> bool:
 
     Cutting it changes its class, which the hook would pass by.
     """
-    return type(module) in (nn.Conv2d, nn.GroupNorm, Downsample2D) and not has_class_forward(module)
+    changes = type(module) in (nn.Conv2d, nn.GroupNorm) or pads_by_hand(module)
+    return changes and not has_class_forward(module)
 
 
 def convert_conv_or_norm(module: nn.Module, context: PatchContext) -> bool:

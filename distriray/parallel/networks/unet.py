@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.downsampling import Downsample2D
 from diffusers.models.unets.unet_2d_blocks import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
@@ -29,7 +28,7 @@ from distriray.parallel.layers.attention import (
     PatchSelfAttention,
     check_plain_attention,
 )
-from distriray.parallel.layers.conv import patch_downsample
+from distriray.parallel.layers.conv import pads_by_hand, patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.likeness import adapters_of, processors_of, signs_of, weights_of
 from distriray.parallel.networks.local import ADVICE
@@ -110,7 +109,7 @@ class UNet(Network):
             else:
                 converted |= convert_conv_or_norm(module, context)
         for _, module in self._image_layers():
-            if type(module) is Downsample2D:
+            if pads_by_hand(module):
                 vars(module).pop("forward", None)
                 patch_downsample(module)
         spare_messages(self.module)

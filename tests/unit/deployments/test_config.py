@@ -112,3 +112,31 @@ def test_the_examples_are_four_fixed_pools_and_one_elastic_one() -> None:
     assert len({pool.model for pool in fixed}) == 1
     (elastic,) = config_of("docs/examples/elastic_pool.yaml").pools
     assert elastic.workers == 8 and elastic.host.sizes == (1, 2, 4, 8) and elastic.policy == "elastic"
+
+
+def test_defaults_keep_the_limits_so_that_nobody_is_refused_for_what_they_did_not_ask_for() -> None:
+    with pytest.raises(ValidationError, match=r"defaults.num_inference_steps 9 is above limits.max_steps 8"):
+        PoolConfig(name="a", defaults={"num_inference_steps": 9}, limits={"max_steps": 8})
+    with pytest.raises(ValidationError, match=r"defaults.guidance_scale 60"):
+        PoolConfig(name="a", defaults={"guidance_scale": 60.0})
+    pool = PoolConfig(name="a", defaults={"num_inference_steps": 8}, limits={"max_steps": 8})
+    with pytest.raises(ValidationError, match="above limits.max_steps 4"):
+        pool.changed({"limits": {"max_steps": 4}})
+
+
+def test_pools_of_one_model_draw_alike() -> None:
+    pools = [{"name": "a", "defaults": {"num_inference_steps": 4}}, {"name": "b"}]
+    with pytest.raises(ValidationError, match="pools a and b have one model, .* and other defaults"):
+        AppConfig.model_validate({"pools": pools})
+    AppConfig.model_validate({"pools": [pools[0], {**pools[1], "model": "some/other"}]})
+
+
+def test_an_alias_is_another_name_of_a_model_that_is_there() -> None:
+    def config(**aliases: str) -> AppConfig:
+        return AppConfig.model_validate({"pools": [{"name": "a"}], "aliases": aliases})
+
+    assert config(**{"dall-e-3": "builtin:landscapes"}).models == ("builtin:landscapes",)
+    with pytest.raises(ValidationError, match="alias 'dall-e-3' is of 'some/model', which no pool has"):
+        config(**{"dall-e-3": "some/model"})
+    with pytest.raises(ValidationError, match="is the name of a model itself"):
+        config(**{"builtin:landscapes": "builtin:landscapes"})

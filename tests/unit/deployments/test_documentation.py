@@ -15,7 +15,7 @@ from deployments.http.config import HttpConfig
 from distriray.config import ParallelConfig, Prediction
 from distriray.gang.config import LIVE_FIELDS
 from distriray.models import ModelSpec
-from distriray.requests import Limits
+from distriray.requests import Defaults, Limits
 
 PAGE = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
 ROW = re.compile(r"^\| `(\w+)`( ↻)? \| (.*?) \| (.*) \|$", re.MULTILINE)
@@ -38,7 +38,17 @@ def default_of(field: FieldInfo) -> str:
 
 @pytest.mark.parametrize(
     "model",
-    [AppConfig, HostConfig, RouterConfig, HttpConfig, ModelSpec, Limits, ParallelConfig, Prediction],
+    [
+        AppConfig,
+        HostConfig,
+        RouterConfig,
+        HttpConfig,
+        ModelSpec,
+        Limits,
+        Defaults,
+        ParallelConfig,
+        Prediction,
+    ],
 )
 def test_every_field_is_documented_with_its_default(model: type[BaseModel]) -> None:
     documented = {name: default for name, (_, default, _) in rows(model.__name__).items()}

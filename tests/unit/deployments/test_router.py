@@ -39,7 +39,7 @@ from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, Limits, StepCount
+from distriray.requests import Defaults, GenerationRequest, Limits, StepCount
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.routing.router import HostState, Route, route
 from distriray.service import ModelCard
@@ -641,6 +641,34 @@ def test_a_refusal_names_what_the_pools_of_a_model_allow_together() -> None:
     steps = GenerationRequest(prompt="a lake", num_inference_steps=21)
     with pytest.raises(InvalidRequest, match="num_inference_steps 21 is above the limit of 20"):
         asyncio.run(service.generate(steps))
+
+
+def test_a_model_is_drawn_by_its_other_names_too_and_by_its_pools_defaults() -> None:
+    async def scene() -> None:
+        names = [card.id for card in service.models()]
+        assert names == ["builtin:landscapes", "dall-e-3"]
+        assert service.models()[1].alias_of == "builtin:landscapes"
+        assert service.models()[1].defaults.num_inference_steps == 4
+        for model in ("dall-e-3", "builtin:landscapes", None):
+            await service.generate(GenerationRequest(prompt="x", model=model))
+        async for _ in service.stream(GenerationRequest(prompt="x", model="dall-e-3", guidance_scale=7.0)):
+            pass
+        with pytest.raises(ModelNotFound):
+            await service.generate(GenerationRequest(prompt="x", model="dall-e-2"))
+
+    handle = FakeHandle("a")
+    defaults = {"num_inference_steps": 4, "guidance_scale": 0.0}
+    pool = {"name": "pool", "defaults": defaults, "limits": {"max_steps": 8}}
+    handle.config = HostConfig(defaults=Defaults(**defaults), limits=Limits(max_steps=8))  # type: ignore[arg-type]
+    config = {"pools": [pool], "aliases": {"dall-e-3": "builtin:landscapes"}}
+    service = Router(AppConfig.model_validate(config), {"pool": handle}, random.Random(0), CREATED)  # type: ignore[dict-item]
+    asyncio.run(scene())
+    assert [sent.model for _, sent in handle.calls] == ["builtin:landscapes"] * 2 + [
+        None,
+        "builtin:landscapes",
+    ]
+    assert [sent.num_inference_steps for _, sent in handle.calls] == [4] * 4
+    assert [sent.guidance_scale for _, sent in handle.calls] == [0.0] * 3 + [7.0]
 
 
 def test_health_is_whether_workers_answer() -> None:

@@ -350,6 +350,13 @@ def offload(unet: UNet2DConditionModel) -> None:
         add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
 
 
+def offload_all(unet: UNet2DConditionModel) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for layer in unet.modules():
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+
+
 def checkpoint(unet: UNet2DConditionModel) -> None:
     unet.enable_gradient_checkpointing()
 
@@ -370,7 +377,7 @@ def adapt(unet: UNet2DConditionModel) -> None:
 
 
 @pytest.mark.parametrize("make", sweep([tiny_sdxl_unet, lambda: tiny_sd15_unet(cross_attention_dim=32)]))
-@pytest.mark.parametrize("change", [cast, offload, checkpoint, chunk, parametrize, adapt])
+@pytest.mark.parametrize("change", [cast, offload, offload_all, checkpoint, chunk, parametrize, adapt])
 def test_code_that_is_about_weights_is_known(
     change: Change, make: Callable[[], UNet2DConditionModel]
 ) -> None:
@@ -382,6 +389,46 @@ def test_code_that_is_about_weights_is_known(
         unet = parallelize(make(), communicator, SYNC)
         noise(unet)  # casting comes after the first image
         change(unet)
+        return noise(unet)
+
+    for found in run_in_lockstep(2, rank):
+        assert F.mse_loss(found, wanted).sqrt() <= 1e-3 * wanted.std()
+
+
+def remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def remembering(*inputs: Any, **options: Any) -> Any:
+        return forward(*inputs, **options)
+
+    return remembering
+
+
+def remember(unet: UNet2DConditionModel) -> None:
+    """As caches of features do it: around blocks and what they are made of."""
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        layers = [
+            layer
+            for name in ("resnets", "attentions", "downsamplers", "upsamplers")
+            for layer in getattr(block, name, None) or ()
+        ]
+        for module in (block, *layers):
+            module.forward = remembered(module.forward)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("make", [tiny_sdxl_unet, lambda: tiny_sd15_unet(cross_attention_dim=32)])
+def test_forwards_that_are_said_to_be_local_may_be_replaced_before_the_first_image_and_after(
+    make: Callable[[], UNet2DConditionModel], before: bool
+) -> None:
+    wanted = noise(make())
+
+    def rank(communicator: Communicator) -> torch.Tensor:
+        unet = make()
+        if before:
+            remember(unet)
+        unet = parallelize(unet, communicator, SYNC, local=[remembered(unet.forward)])
+        noise(unet)
+        if not before:
+            remember(unet)
         return noise(unet)
 
     for found in run_in_lockstep(2, rank):
