@@ -172,7 +172,7 @@ class PoolState:
         """The relative error to expect of predictions for such a request."""
         if self._latency is None:
             return 0.0
-        return self._latency.times(1, view.height, view.width, view.batch).error
+        return self._latency.times(1, *view.shape).error
 
     def _route(
         self,

@@ -187,6 +187,8 @@ def _save(result: GenerationResult, out: Path) -> list[Path]:
 
 
 def _tell(result: GenerationResult, paths: list[Path], alone: GenerationResult | None, as_json: bool) -> None:
+    for warning in result.warnings:
+        print(f"distriray: {warning}", file=sys.stderr)
     seconds = result.timings.total_s
     speedup = alone.timings.total_s / seconds if alone else None
     if as_json:

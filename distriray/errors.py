@@ -66,6 +66,10 @@ class OutOfMemory(DistrirayError, MemoryError):
     """The image does not fit into a device's memory; a smaller one or fewer at once may."""
 
 
+class NotFinite(DistrirayError, ArithmeticError):
+    """The numbers of a picture ran away, to infinities or to none at all: it would be black."""
+
+
 class GangBroken(DistrirayError, RuntimeError):
     """A peer died, hung or left; the communicator is unusable and a new one must be made."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,6 +31,21 @@ SchedulerName = Literal[
     "unipc",
 ]
 """The names of `distriray.denoise.SCHEDULERS`, here because importing those loads torch and diffusers."""
+
+
+class StepCount(NamedTuple):
+    """How often a scheduler calls the network: `factor` times the steps that are asked for, and `more`."""
+
+    factor: int = 1
+    more: int = 0
+
+    def of(self, steps: int) -> int:
+        """Calls in all; the last step, and so an only one, is always a single call."""
+        return self.factor * steps + self.more if steps > 1 else 1
+
+
+STEP_COUNTS: dict[SchedulerName, StepCount] = {"heun": StepCount(2, -1), "pndm": StepCount(1, 1)}
+"""Of the schedulers that do not call the network once a step: heun is of second order, pndm repeats one."""
 
 MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels, and so is the unit of each model."""
@@ -96,19 +111,17 @@ class SamplingParams(BaseModel):
             )
         return self
 
-    @property
-    def num_steps(self) -> int:
-        """Calls of the network: schedulers of second order make two of a step, and pndm repeats its second.
+    def num_steps(self, own: StepCount) -> int:
+        """Calls of the network, where `own` is the count of the model's own scheduler.
 
-        Where the scheduler is the model's own it is taken for one that does not. Raises InvalidRequest while
-        the number is left to the model.
+        Raises InvalidRequest while the number of steps is left to the model.
         """
-        asked = self.num_inference_steps
-        if asked is None:
+        if self.num_inference_steps is None:
             raise InvalidRequest(
                 "the number of steps is the model's own, and not known yet", "num_inference_steps"
             )
-        return {"heun": 2 * asked - 1, "pndm": asked + (asked > 1)}.get(self.scheduler or "", asked)
+        named = STEP_COUNTS.get(self.scheduler, StepCount()) if self.scheduler else own
+        return named.of(self.num_inference_steps)
 
     @property
     def seeds(self) -> list[int]:
@@ -206,10 +219,10 @@ class GenerationRequest(SamplingParams):
             return parallel.model_copy(update={"exchange": self.exchange})
         return self.parallel or parallel
 
-    def preview_steps(self) -> frozenset[int]:
-        """The steps of the network (1 is the first) after which a preview is sent."""
-        total, count = self.num_steps, self.previews
-        return frozenset(round((i + 1) * total / (count + 1)) for i in range(count)) - {0, total}
+    def preview_steps(self, num_steps: int) -> frozenset[int]:
+        """Those of `num_steps` calls of the network (1 is the first) after which a preview is sent."""
+        count = self.previews
+        return frozenset(round((i + 1) * num_steps / (count + 1)) for i in range(count)) - {0, num_steps}
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:

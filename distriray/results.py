@@ -71,6 +71,8 @@ class GenerationResult(BaseModel):
     timings: Timings
     segments: list[Segment]
     repairs: int = 0
+    warnings: list[str] = []
+    """What of the request is not used, such as the end of a prompt that is too long for the model."""
     images: Annotated[list[Image.Image], Field(exclude=True, repr=False)]
 
     @property

@@ -21,6 +21,7 @@ from .errors import (
     ModelNotFound,
     NotAllowed,
     NotEnoughDevices,
+    NotFinite,
     OutOfMemory,
     QueueFull,
 )
@@ -100,7 +101,7 @@ def decode_result(answer: dict[str, Any]) -> GenerationResult:
     drawn = answer.get("data", [answer])  # an event is its own only image
     width, height = map(int, answer["size"].split("x"))
     return GenerationResult(
-        **{name: answer[name] for name in ("id", "model", "timings", "segments", "repairs")},
+        **{name: answer[name] for name in ("id", "model", "timings", "segments", "repairs", "warnings")},
         height=height,
         width=width,
         seeds=[image["seed"] for image in drawn],
@@ -186,6 +187,8 @@ def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
             return GangBroken(message)
         case "out_of_memory":
             return OutOfMemory(message)
+        case "not_finite":
+            return NotFinite(message)
         case "unavailable":
             return NotEnoughDevices(message)
         case "timeout":

@@ -101,6 +101,7 @@ def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
         "gang_size": result.gang_size,
         "exchange": result.exchange,
         "repairs": result.repairs,
+        "warnings": result.warnings,
         "timings": result.timings,
         "segments": result.segments,
     }

@@ -21,6 +21,7 @@ from distriray.errors import (
     InvalidRequest,
     ModelNotFound,
     NotEnoughDevices,
+    NotFinite,
     OutOfMemory,
     QueueFull,
     TooLong,
@@ -128,6 +129,8 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(500, "gang_broken", str(error))
         case OutOfMemory():
             return Refusal(500, "out_of_memory", str(error), headers=dict(_NO_RETRY))
+        case NotFinite():
+            return Refusal(500, "not_finite", str(error), headers=dict(_NO_RETRY))
         case TimeoutError():
             message = "the image was not finished in the time that a request may take"
             return Refusal(503, "timeout", message, headers=dict(_NO_RETRY))

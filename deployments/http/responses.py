@@ -30,6 +30,7 @@ class _Answer(BaseModel):
     gang_size: int
     exchange: ExchangeMode | Mix
     repairs: int
+    warnings: list[str]
     timings: Timings
     segments: list[Segment]
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distriray.denoise.network_output import NetworkOutput
-from distriray.denoise.pipelines.base import Commission
+from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
-from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler_class
+from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler_class, step_count
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
@@ -37,6 +37,8 @@ class Denoiser:
         sizes: of its pictures.
         terms: what the model says of a request's other fields.
         needs_image: whether the network takes a picture and its mask besides the latents.
+        guides: whether guidance above 1 takes a second branch.
+        own_steps: how often the model's own scheduler calls the network.
 
     Raises:
         UnsupportedModel: the pipeline is of no such family, its family refuses it, or it has a scheduler that
@@ -49,8 +51,9 @@ class Denoiser:
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
         self.terms = PIPELINES[self.family].terms(configs_of(pipeline))
-        self.needs_image = self._steps.needs_image
+        self.needs_image, self.guides = self._steps.needs_image, self._steps.guides
         _check_scheduler(pipeline, self._steps.flow)
+        self.own_steps = step_count(pipeline.scheduler)
         self.scheduler: Any = None  # of the state at hand: the engine looks it up here
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
@@ -120,7 +123,22 @@ class Denoiser:
             guidance_rescale=params.guidance_rescale,
             height=height,
             width=width,
+            warnings=self._unused(params),
         ).to(values["latents"].device)
+
+    def _unused(self, params: SamplingParams) -> tuple[str, ...]:
+        """What of a request's texts no picture shows, without the texts."""
+        texts = {"prompt": params.prompt}
+        assert params.guidance_scale is not None
+        if params.negative_prompt and self.guides and params.guidance_scale > 1.0:
+            texts["negative_prompt"] = params.negative_prompt
+        warnings = []
+        for name, text in texts.items():
+            given, taken = min(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)
+            if taken < given:
+                said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
+                warnings.append(said)
+        return tuple(warnings)
 
     @torch.no_grad()
     def step(self, state: DenoiseState) -> None:
@@ -183,9 +201,11 @@ class Denoiser:
         With a parallel VAE all ranks of the gang call it, and all get the pictures.
 
         Raises:
+            NotFinite: latents or pixels are not, on all ranks alike; nothing is shown of such a picture.
             GangBroken: from the gang.
         """
         self._check_family(state)
+        _check_latents(state)
         return self._steps.decode(state.latents)
 
     @torch.no_grad()
@@ -193,8 +213,12 @@ class Denoiser:
         """The first image as it is predicted to become, at a quarter of its size, 128 pixels at most.
 
         Any rank may call it, alone.
+
+        Raises:
+            NotFinite: as `decode`.
         """
         self._check_family(state)
+        _check_latents(state)
         estimate = state.estimate
         latents = (state.latents if estimate is None else estimate)[:1]
         scale = min(PREVIEW_SCALE, PREVIEW_LATENT_SIDE / max(latents.shape[2:]))
@@ -227,6 +251,15 @@ class Denoiser:
             engine.watch_scheduler(self)
             self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         self._steps.begin(state)
+
+
+def _check_latents(state: DenoiseState) -> None:
+    scheduler = type(state.scheduler).__name__
+    check_finite(
+        state.latents,
+        f"the latents after step {state.step} of {state.num_steps} by {scheduler}",
+        "ask for other steps or another scheduler, or load the model as float32 or bfloat16",
+    )
 
 
 def _check_scheduler(pipeline: Any, flow: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from diffusers import (
@@ -21,7 +22,7 @@ from diffusers import (
 )
 
 from distriray.errors import InvalidRequest
-from distriray.requests import SchedulerName
+from distriray.requests import SchedulerName, StepCount
 
 
 class SchedulerChoice(NamedTuple):
@@ -82,6 +83,21 @@ def follows_flow(scheduler: Any) -> bool:
     """Whether a scheduler goes by flow matching: latents are a mean of picture and noise."""
     kinds = FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
     return isinstance(scheduler, kinds) or bool(scheduler.config.get("use_flow_sigmas", False))
+
+
+def step_count(model_scheduler: SchedulerMixin) -> StepCount:
+    """How often a model's own scheduler calls the network, from how many timesteps it makes of some steps."""
+    few, many = 8, 16
+    scheduler = deepcopy(model_scheduler)
+    made = []
+    for steps in (few, many):
+        try:
+            scheduler.set_timesteps(steps)
+        except ValueError:  # flow matching that is shifted by the picture's size; it is of first order
+            return StepCount()
+        made.append(len(scheduler.timesteps))
+    factor = (made[1] - made[0]) // (many - few)
+    return StepCount(factor, made[0] - factor * few)
 
 
 def scheduler_class(name: str) -> type[Any]:

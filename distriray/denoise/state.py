@@ -18,7 +18,7 @@ from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
 
 _MAGIC = b"distriray state "
-_VERSION = b"2\n"
+_VERSION = b"3\n"
 _DIGEST_SIZE = 16
 
 
@@ -45,6 +45,7 @@ class DenoiseState:
             embeddings, for inpainting mask and image latents.
         scheduler: the request's own scheduler, whose memory is part of the state.
         generators: one CPU generator an image.
+        warnings: what of the request is not used, in words for whoever asked.
         network_output: the last step's; not part of the bytes.
         unsettled: how it was before the last step, as long as that step's latents may turn out to be garbage
             of a gang that broke (`Denoiser.settle`).
@@ -60,6 +61,7 @@ class DenoiseState:
     height: int
     width: int
     step: int = 0
+    warnings: tuple[str, ...] = ()
     network_output: NetworkOutput | None = field(default=None, repr=False)
     unsettled: Snapshot | None = field(default=None, repr=False)
 
@@ -111,6 +113,7 @@ class DenoiseState:
             "width": self.width,
             "step": self.step,
             "images": self.batch,
+            "warnings": self.warnings,
         }
         for index, generator in enumerate(self.generators):
             tensors[f"generator/{index}"] = generator.get_state()
@@ -150,6 +153,7 @@ class DenoiseState:
                 height=header["height"],
                 width=header["width"],
                 step=header["step"],
+                warnings=tuple(header["warnings"]),
             )
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, InvalidRequest):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from ..errors import InvalidRequest
 from ..requests import GenerationRequest, check_sides
@@ -18,10 +19,24 @@ def check_gang_size(request: GenerationRequest, sizes: Collection[int]) -> None:
         )
 
 
-def admit(
-    request: GenerationRequest, config: HostConfig, facts: WorkerFacts
-) -> tuple[GenerationRequest, int]:
-    """A client's `request`, settled, and the largest gang that its image can be cut for.
+class Admitted(NamedTuple):
+    """A request that a host can take on.
+
+    Attributes:
+        request: with a size and a seed.
+        max_gang: the largest gang that its image can be cut for.
+        num_steps: calls of the network that it takes.
+        guided: each of them is of two branches.
+    """
+
+    request: GenerationRequest
+    max_gang: int
+    num_steps: int
+    guided: bool
+
+
+def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
+    """A client's `request`, as a host would take it on.
 
     Raises:
         InvalidRequest: it is beyond a limit, or neither the model nor a gang of this host can serve it.
@@ -31,7 +46,7 @@ def admit(
     return fit(request, config, facts)
 
 
-def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> tuple[GenerationRequest, int]:
+def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
     """`admit` without limits."""
     request = _settled(request, facts)
     assert request.height is not None
@@ -48,7 +63,9 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> t
             f"height {request.height} is too small for the gangs lent here, of {min(config.sizes)} or more",
             "height",
         )
-    return request, max_gang
+    assert request.guidance_scale is not None
+    num_steps, guided = request.num_steps(facts.own_steps), facts.guides and request.guidance_scale > 1.0
+    return Admitted(request, max_gang, num_steps, guided)
 
 
 def _settled(request: GenerationRequest, facts: WorkerFacts) -> GenerationRequest:

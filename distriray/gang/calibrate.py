@@ -60,7 +60,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     alone = {count: await _draw(generate, [least] * count, steps) for count in counts}
     full_s = _step_s(alone[most])
     contention = tuple((least * n, _step_s(results) / full_s) for n, results in alone.items())
-    entries = [_entry(least, [alone[most]])]
+    entries = [_entry(least, facts.guides, [alone[most]])]
     moves_s: list[float] = []
     for size in config.sizes[1:]:
         if size > facts.max_gang(facts.default_size[0]):
@@ -70,7 +70,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
             crowds.append([size] + [least] * ((config.workers - size) // least))
         await _draw(generate, crowds[0], warming)
         runs = [await _draw(generate, crowd, steps) for crowd in crowds]
-        entries.append(_entry(size, [[r for r in run if r.gang_size == size] for run in runs]))
+        entries.append(_entry(size, facts.guides, [[r for r in run if r.gang_size == size] for run in runs]))
         moves_s += [result.timings.waiting_s for run in runs for result in run]
     moves_s = moves_s or [result.timings.waiting_s for result in alone[most]]
     return make_profile(config, facts, tuple(entries), median(moves_s), contention)
@@ -87,13 +87,14 @@ async def _draw(generate: Generate, gangs: Sequence[int], steps: int) -> list[Ge
     return await asyncio.gather(*map(generate, requests))
 
 
-def _entry(size: int, runs: Sequence[Sequence[GenerationResult]]) -> Entry:
+def _entry(size: int, guided: bool, runs: Sequence[Sequence[GenerationResult]]) -> Entry:
     """The mean over runs of what is usual in each; the first one is by gangs alike, which decode together."""
     fresh = [[s for r in run if (s := r.segments[-1].fresh_step_s) is not None] for run in runs]
     return Entry(
         gang=size,
         height=runs[0][0].height,
         width=runs[0][0].width,
+        guided=guided,
         step_s=fmean(_step_s(run) for run in runs),
         sync_step_s=fmean(map(median, fresh)) if all(fresh) else None,
         prepare_s=fmean(median(r.timings.prepare_s + r.timings.waiting_s for r in run) for run in runs),

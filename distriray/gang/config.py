@@ -16,7 +16,7 @@ from ..routing.policies import check_policy
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
-LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy"})
+LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy", "stall_s"})
 """What may change while a host runs."""
 
 
@@ -32,6 +32,8 @@ class HostConfig(BaseModel):
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
+        stall_s: after which a gang is replaced that neither makes a step nor comes back; 30 times what its
+            longest step took, where that is more.
         start_timeout_s: for resources to come free, and for the model to load.
         max_attempts: gangs that may break under one request before it fails.
         policy: who decides which request runs where: `elastic` plans ahead and regroups,
@@ -54,6 +56,7 @@ class HostConfig(BaseModel):
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
     silence_s: Seconds = 30.0
+    stall_s: Seconds = 600.0
     start_timeout_s: Seconds = 600.0
     max_attempts: Count = 3
     policy: Annotated[str, AfterValidator(check_policy)] = "elastic"

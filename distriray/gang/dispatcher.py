@@ -17,7 +17,7 @@ from ..routing.buddy import WorkersUnavailable
 from ..routing.host_clock import busy_workers
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
-from .admission import admit, fit
+from .admission import Admitted, admit, fit
 from .background import Background
 from .config import HostConfig
 from .job import Job, JobState
@@ -133,14 +133,14 @@ class Dispatcher:
             raise GenerationCancelled("the host is closed")
         if request.model not in (None, self.config.model.name):
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
-        request, max_gang = admit(request, self.config, self.facts)
+        admitted = admit(request, self.config, self.facts)
         if self.waiting >= self.config.max_queue:
             self.metrics.refused()
             raise QueueFull(
                 f"{self.waiting} requests wait, which is the limit; try again in {self.backlog_s():.1f} s",
                 max(0.1, self.backlog_s()),
             )
-        return self._queue(request, max_gang)
+        return self._queue(admitted)
 
     def accept_own(self, request: GenerationRequest) -> Job:
         """Queue a request of the host's own, which neither limits nor the queue's bound hold for.
@@ -148,13 +148,14 @@ class Dispatcher:
         Raises:
             InvalidRequest: no gang here can serve it.
         """
-        return self._queue(*fit(request, self.config, self.facts))
+        return self._queue(fit(request, self.config, self.facts))
 
-    def _queue(self, request: GenerationRequest, max_gang: int) -> Job:
+    def _queue(self, admitted: Admitted) -> Job:
+        request = admitted.request
         if request.id in self.jobs:
             raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
         self._accepted += 1
-        job = Job(request, max_gang, self._accepted)
+        job = Job(admitted, self._accepted)
         if not self._can_serve(job):
             raise GangBroken(f"no gang here can serve this any more: {self.group.failure}")
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
@@ -280,7 +281,8 @@ class Dispatcher:
         self.leased.update(workers)
         job.start(workers, self._segments)
         try:
-            segment = RunningSegment(self.group, self.config, job)
+            times = self.speed.model.times(len(workers), *job.view().shape)
+            segment = RunningSegment(self.group, self.config, job, times)
         except Exception as error:
             log.exception("request %s could not be sent to workers %s", job.request.id, workers)
             self.leased.difference_update(workers)
@@ -324,6 +326,8 @@ class Dispatcher:
     def _conclude(self, job: Job, result: SegmentResult) -> None:
         request = job.request
         if result.finished is not None:
+            for warning in result.finished.warnings:
+                log.warning("request %s: %s", request.id, warning)
             self._end(job, job.result(self.config.model.name, result.finished))
         elif result.error is not None:
             self._end(job, result.error)

@@ -11,10 +11,10 @@ from enum import StrEnum
 from PIL import Image
 
 from ..events import Event, Preview, Regrouped, Started, Step
-from ..requests import GenerationRequest
 from ..results import GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
 from ..status import RequestStatus
+from .admission import Admitted
 from .messages import Progress, RankResult, WorkerId
 from .segment_result import SegmentResult
 
@@ -61,15 +61,15 @@ class Job:
         ended: its result or its error.
     """
 
-    def __init__(self, request: GenerationRequest, max_gang: int, number: int) -> None:
-        self.request, self.number = request, number
-        self.max_gang = max_gang
+    def __init__(self, admitted: Admitted, number: int) -> None:
+        self.request, self.number = admitted.request, number
+        self.max_gang, self.guided = admitted.max_gang, admitted.guided
         self.arrival = time.monotonic()
         self.state = JobState.WAITING
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
         self.ended.add_done_callback(_retrieve)
         self.predicted_s = 0.0
-        self.step, self.num_steps = 0, request.num_steps
+        self.step, self.num_steps = 0, admitted.num_steps
         self.workers: tuple[int, ...] | None = None
         self.held: dict[WorkerId, int] = {}
         self.serial = -1
@@ -134,6 +134,7 @@ class Job:
             workers=self.workers,
             prepared=self.prepared,
             pinned=self.decoding,
+            guided=self.guided,
         )
 
     def status(self, now_s: float) -> RequestStatus:
@@ -236,6 +237,7 @@ class Job:
             ),
             segments=self.segments,
             repairs=self.breaks,
+            warnings=list(rank.warnings),
             images=rank.images,
         )
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ..config import ExchangeMode, Mix, ParallelConfig
 from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError
-from ..requests import GenerationRequest
+from ..requests import GenerationRequest, StepCount
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -82,6 +82,7 @@ class RankResult:
         formed_at: when this rank was ready to step, not counting prompt encoding; seconds since the epoch.
         left_at: when it had done its last step.
         exchange: how the ranks shared the steps.
+        warnings: what of the request is not used.
     """
 
     end: SegmentEnd
@@ -100,6 +101,7 @@ class RankResult:
     formed_at: float = 0.0
     left_at: float = 0.0
     exchange: ExchangeMode | Mix = "sync"
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ class WorkerFacts:
         load_s: seconds that loading took.
         memory: in bytes.
         terms: what the model says of a request's fields besides its size.
+        own_steps: how often the model's own scheduler calls the network.
+        guides: whether guidance above 1 takes a second branch.
     """
 
     pid: int
@@ -137,6 +141,8 @@ class WorkerFacts:
     cuts_vae: bool
     load_s: float
     memory: int
+    own_steps: StepCount
+    guides: bool
     terms: Terms = Terms()
 
     def max_gang(self, height: int) -> int:

@@ -18,7 +18,13 @@ def guessed_profile(config: HostConfig, facts: WorkerFacts) -> Profile:
     height, width = facts.default_size
     step_s = DEVICES[facts.device.split(":")[0]].guessed_step_s
     entries = tuple(
-        Entry(gang=size, height=height, width=width, step_s=step_s / size**GUESSED_SPEEDUP)
+        Entry(
+            gang=size,
+            height=height,
+            width=width,
+            guided=facts.guides,
+            step_s=step_s / size**GUESSED_SPEEDUP,
+        )
         for size in config.sizes
     )
     return make_profile(config, facts, entries)

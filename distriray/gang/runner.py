@@ -18,10 +18,11 @@ from ..collective.all_gather import numbers_of_all
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.pipelines.sizes import Sizes
 from ..denoise.pipelines.terms import Terms
-from ..errors import DistrirayError, GangBroken, GenerationCancelled, OutOfMemory, UnsupportedModel
+from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory, UnsupportedModel
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
+from ..requests import StepCount
 from .control import SegmentControl
 from .devices import DEVICES
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
@@ -153,6 +154,16 @@ class SegmentRunner:
         return self._engine.decoder is not None
 
     @property
+    def own_steps(self) -> StepCount:
+        """How often the model's own scheduler calls the network."""
+        return self._denoiser.own_steps
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance above 1 takes a second branch."""
+        return self._denoiser.guides
+
+    @property
     def held(self) -> int:
         """Jobs whose state this worker holds."""
         return len(self._states)
@@ -200,6 +211,7 @@ class SegmentRunner:
             formed_at=work.formed_at,
             left_at=work.left_at,
             exchange=self._engine.exchange,
+            warnings=() if work.state is None else work.state.warnings,
         )
 
     def _work(
@@ -285,7 +297,10 @@ class SegmentRunner:
         """The picture so far, if it is to be shown after this step and is known not to be garbage."""
         if state.step not in order.preview_steps:
             return None
-        preview = self._denoiser.preview(state)
+        try:
+            preview = self._denoiser.preview(state)
+        except NotFinite:
+            return None  # decoding says so, to all ranks alike
         return None if self._engine.communicator.broken else preview
 
     def _decode(self, order: SegmentOrder, state: DenoiseState) -> list[Image.Image] | None:

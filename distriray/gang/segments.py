@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
+from ..routing.latency import Times
 from .config import HostConfig
 from .job import Job
 from .messages import Progress, RankResult, SegmentEnd, SegmentOrder, WorkerId
+from .patience import Patience
 from .remote import RemoteWorker, StateLost, WorkerDied
 from .segment_result import SegmentResult
 from .worker_group import WorkerGroup
@@ -22,14 +25,20 @@ GRACE_S = 5.0
 class RunningSegment:
     """One gang, sent off with one request when this is made. Its state goes to the members that lack it.
 
+    Args:
+        times: what this should take.
+
     Raises:
         LookupError: a member of the gang is not there, or its communicator is not.
     """
 
-    def __init__(self, group: WorkerGroup, config: HostConfig, job: Job) -> None:
+    def __init__(self, group: WorkerGroup, config: HostConfig, job: Job, times: Times) -> None:
         assert job.workers is not None
         self._group, self._job = group, job
         self._grace_s = config.timeout_s + GRACE_S
+        longest_s = max(times.prepare_s + times.sync_step_s, times.step_s, times.decode_s)
+        # a peer that hangs is found by the others, who must have had the time for it
+        self._patience = Patience(max(config.stall_s, 2 * self._grace_s), longest_s, time.monotonic())
         members = [group.member(index) for index in job.workers]
         communicator = group.communicators.get(job.workers)
         if communicator is None or None in members:
@@ -52,14 +61,19 @@ class RunningSegment:
                 communicator=communicator,
                 rank=rank,
                 parallel=job.request.shared(config.parallel),
-                preview_steps=job.request.preview_steps() if rank == 0 else frozenset(),
+                preview_steps=job.request.preview_steps(job.num_steps) if rank == 0 else frozenset(),
             )
             lacks = state is not None and member.id not in holders
             self._running[member.remote.run(order, state if lacks else None)] = member.id
 
     async def come_back(self, on_progress: Callable[[Progress], None]) -> SegmentResult:
         """Follow the gang until all its members are back or lost."""
-        following = asyncio.ensure_future(self._follow(on_progress))
+
+        def heard(progress: Progress) -> None:
+            self._patience.heard(time.monotonic())
+            on_progress(progress)
+
+        following = asyncio.ensure_future(self._follow(heard))
         try:
             result = await self._all_back()
         finally:
@@ -81,8 +95,12 @@ class RunningSegment:
 
         while pending:
             done, pending = await asyncio.wait(
-                pending, timeout=self._grace_s if trouble else None, return_when=asyncio.FIRST_COMPLETED
+                pending,
+                timeout=self._grace_s if trouble else self._patience.left_s(time.monotonic()),
+                return_when=asyncio.FIRST_COMPLETED,
             )
+            if done:
+                self._patience.heard(time.monotonic())
             for future in done:
                 worker = self._running[future]
                 try:
@@ -103,10 +121,14 @@ class RunningSegment:
                         trouble |= rank.broken
                         continue
                 trouble = True
-            if not done:
-                for future in pending:
-                    cause = f"did not leave its broken gang within {self._grace_s:g} s"
-                    self._group.replace(self._running[future], cause)
+            if done or not (trouble or self._patience.left_s(time.monotonic()) == 0.0):
+                continue
+            cause = f"did not leave its broken gang within {self._grace_s:g} s"
+            if not trouble:
+                cause = f"neither made a step nor came back for {self._patience.bound_s:g} s (`stall_s`)"
+                failures.append(cause)
+            for future in pending:
+                self._group.replace(self._running[future], cause)
         in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
         return SegmentResult(in_order, tuple(lost), tuple(failures))
 

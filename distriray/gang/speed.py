@@ -35,11 +35,12 @@ class Speed:
     def learn(self, job: Job, began: Moment) -> None:
         """From the last segment of `job`, which began then and has just ended."""
         segment, view, now = job.segments[-1], job.view(), self.now()
-        case = (len(segment.workers), view.height, view.width, view.batch)
+        gang = len(segment.workers)
         step_s = segment.stale_step_s
         if step_s is None and segment.fresh_step_s is not None:  # a lone worker has no other
-            times = self.model.times(*case)
+            times = self.model.times(gang, *view.shape)
             step_s = segment.fresh_step_s * times.step_s / times.sync_step_s
         if step_s is not None:
             full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
-            self.model.observe(*case, step_s * full)
+            height, width, batch, guided = view.shape
+            self.model.observe(gang, height, width, batch, step_s * full, guided)

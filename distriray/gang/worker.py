@@ -67,6 +67,8 @@ class Worker:
             load_s=runner.load_s,
             memory=self._kind.memory(),
             terms=runner.terms,
+            own_steps=runner.own_steps,
+            guides=runner.guides,
         )
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:

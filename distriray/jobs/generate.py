@@ -123,7 +123,10 @@ def _finish(
             bar.advance(task)
             if isinstance(end, DistrirayError):
                 notes.print(f"line {prompt.line}: {plain(end)}", markup=False)
-            elif not notes.is_terminal:
+                return
+            for warning in end.warnings:
+                notes.print(f"line {prompt.line}: {warning}", markup=False)
+            if not notes.is_terminal:
                 done = before + run.completed + run.failed
                 notes.print(f"{done} of {len(prompts)}: line {prompt.line}, {end.timings.total_s:.1f} s")
 

@@ -186,12 +186,12 @@ def candidate_of(request: RequestView, costs: Costs, deadline_s: float = inf) ->
 def costs_by_request(view: HostView, model: LatencyModel) -> Callable[[RequestView], Costs]:
     """A function that gives each request's costs on this host's healthy workers, computed once a sort."""
     available = [size for size, workers in Capacity.of(view).free.items() if workers]
-    gangs: dict[tuple[int, int, int], list[tuple[int, Times]]] = {}
+    gangs: dict[tuple[int, int, int, bool], list[tuple[int, Times]]] = {}
     known: dict[tuple[object, ...], Costs] = {}
 
     def costs_of(r: RequestView) -> Costs:
         size = len(r.workers) if r.workers else 0
-        shape = (r.height, r.width, r.batch)
+        shape = r.shape
         key = (shape, r.steps_done, r.steps_total, r.gang_size, r.max_gang, r.prepared, size)
         costs = known.get(key)
         if costs is None:

@@ -20,6 +20,7 @@ PositiveSeconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 PositiveRatio = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Points = Sequence[tuple[float, float]]
+Case = tuple[int, int, int, int, bool]  # gang, height, width, batch, guided
 
 MEASURED_ERROR = 0.05  # relative, of a case that the profile holds and nobody has observed since
 ERROR_PER_DOUBLING = 0.15  # relative, for each factor of two away from the nearest measured case
@@ -33,8 +34,9 @@ class Entry(BaseModel):
     """One measured case: `height` and `width` in pixels, times in seconds (medians), while all are busy.
 
     `step_s` is a displaced step and `sync_step_s` a synchronous one, such as the first after a regrouping;
-    None means that it takes as long. `prepare_s` and `decode_s` are what comes before and after the steps;
-    the former includes sending the gang off and the result back.
+    None means that it takes as long. Those of a case that is `guided` are of two branches of each image.
+    `prepare_s` and `decode_s` are what comes before and after the steps; the former includes sending the gang
+    off and the result back.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +45,7 @@ class Entry(BaseModel):
     height: Count
     width: Count
     batch: Count = 1
+    guided: bool = True
     step_s: PositiveSeconds
     sync_step_s: PositiveSeconds | None = None
     prepare_s: Seconds = 0.0
@@ -125,11 +128,12 @@ class Times:
 
 
 class LatencyModel:
-    """Seconds for every (gang size, height, width, batch), measured or not.
+    """Seconds for every (gang size, height, width, batch, guidance), measured or not.
 
     Between measured cases times are interpolated on logarithmic scales of the pixels, the batch and the
     gang; beyond them the last slope goes on, but no gang is taken to speed up more than it has members, and
-    a batch costs at most its size. `observe` corrects every later answer.
+    a batch costs at most its size. The batch of a step is the network's: with guidance twice the images.
+    `observe` corrects every later answer.
 
     However many cases there are, what is remembered of them is bounded: the `MAX_OBSERVED` that were observed
     last count as observed, and the others by what all have in common.
@@ -147,13 +151,13 @@ class LatencyModel:
         self.profile = profile
         self.observations = 0
         self._window = window
-        self._observed: dict[tuple[int, int, int, int], deque[float]] = {}
+        self._observed: dict[Case, deque[float]] = {}
         self._shared: deque[float] = deque(maxlen=window)
-        self._times: dict[tuple[int, int, int, int], Times] = {}
+        self._times: dict[Case, Times] = {}
 
-    def times(self, gang: int, height: int, width: int, batch: int) -> Times:
+    def times(self, gang: int, height: int, width: int, batch: int, guided: bool = True) -> Times:
         """All that is known of one case."""
-        key = (gang, height, width, batch)
+        key = (gang, height, width, batch, guided)
         known = self._times.get(key)
         if known is None:
             if len(self._times) >= MAX_PREDICTED:
@@ -161,9 +165,9 @@ class LatencyModel:
             known = self._times[key] = self._predict(*key)
         return known
 
-    def step_s(self, gang: int, height: int, width: int, batch: int) -> float:
+    def step_s(self, gang: int, height: int, width: int, batch: int, guided: bool = True) -> float:
         """One displaced step, in seconds."""
-        return self.times(gang, height, width, batch).step_s
+        return self.times(gang, height, width, batch, guided).step_s
 
     def pace(self, busy: int) -> float:
         """Step time while only `busy` workers are at work, relative to a fully busy host."""
@@ -172,10 +176,12 @@ class LatencyModel:
             return 1.0
         return math.exp(_on_line(points, math.log(busy), min_slope=0.0, max_slope=0.0, lone_slope=0.0))
 
-    def observe(self, gang: int, height: int, width: int, batch: int, step_s: float) -> None:
+    def observe(
+        self, gang: int, height: int, width: int, batch: int, step_s: float, guided: bool = True
+    ) -> None:
         """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive."""
-        key = (gang, height, width, batch)
-        ratio = math.log(step_s / self._from_profile(lambda e: e.step_s, *key))
+        key = (gang, height, width, batch, guided)
+        ratio = math.log(step_s / self._step_from_profile(lambda e: e.step_s, *key))
         own = self._observed.pop(key, deque(maxlen=self._window))
         own.append(ratio)
         self._observed[key] = own  # last in order: the first one is forgotten first
@@ -189,16 +195,16 @@ class LatencyModel:
         """The knowledge, without what follows from it."""
         return {**self.__dict__, "_times": {}}
 
-    def _predict(self, gang: int, height: int, width: int, batch: int) -> Times:
-        key = (gang, height, width, batch)
+    def _predict(self, gang: int, height: int, width: int, batch: int, guided: bool) -> Times:
+        key = (gang, height, width, batch, guided)
         correction, error = self._correction(key)
-        fields: tuple[Callable[[Entry], float], ...] = (
-            lambda e: e.step_s,
-            lambda e: e.sync_step_s or e.step_s,
-            lambda e: e.prepare_s,
-            lambda e: e.decode_s,
+        step = self._step_from_profile(lambda e: e.step_s, *key) * correction
+        sync = self._step_from_profile(lambda e: e.sync_step_s or e.step_s, *key) * correction
+        images = [(e, e.batch) for e in self.profile.entries]
+        prepare, decode = (
+            _from_profile(images, field, gang, height, width, batch) * correction
+            for field in (lambda e: e.prepare_s, lambda e: e.decode_s)
         )
-        step, sync, prepare, decode = (self._from_profile(field, *key) * correction for field in fields)
         regroup = self.profile.regroup_s + max(0.0, sync - step)
         return Times(
             step_s=step,
@@ -210,7 +216,7 @@ class LatencyModel:
             error=error,
         )
 
-    def _correction(self, key: tuple[int, int, int, int]) -> tuple[float, float]:
+    def _correction(self, key: Case) -> tuple[float, float]:
         """The factor that observations put on the profile, and the relative error that remains."""
         own = self._observed.get(key, ())
         shared = statistics.median(self._shared) if len(self._shared) >= MIN_OBSERVATIONS else 0.0
@@ -221,41 +227,59 @@ class LatencyModel:
         share = len(own) / (len(own) + SHARED_WEIGHT)
         return math.exp(share * middle + (1 - share) * shared), max(spread, MEASURED_ERROR / 2)
 
-    def _distance(self, gang: int, height: int, width: int, batch: int) -> float:
+    def _distance(self, gang: int, height: int, width: int, batch: int, guided: bool) -> float:
         """Doublings between a case and the nearest one in the profile."""
         return min(
             abs(math.log2(gang / e.gang))
             + abs(math.log2(height * width / (e.height * e.width)))
-            + abs(math.log2(batch / e.batch))
+            + abs(math.log2(_evaluated(batch, guided) / _evaluated(e.batch, e.guided)))
             for e in self.profile.entries
         )
 
-    def _from_profile(
-        self, field: Callable[[Entry], float], gang: int, height: int, width: int, batch: int
+    def _step_from_profile(
+        self, field: Callable[[Entry], float], gang: int, height: int, width: int, batch: int, guided: bool
     ) -> float:
-        """One field of one case, interpolated over pixels, then batch, then gang."""
-        by_gang: dict[int, dict[int, dict[int, float]]] = {}
-        for e in self.profile.entries:
-            if (e.gang, e.height, e.width, e.batch) == (gang, height, width, batch):
-                return field(e)
-            by_gang.setdefault(e.gang, {}).setdefault(e.batch, {})[e.height * e.width] = field(e)
-        # beyond what is measured, a larger picture or batch is never faster, a batch costs at most its size,
-        # and a larger gang is never slower and speeds up by at most its size
-        pixels = math.log(height * width)
-        gang_points = []
-        for size, by_batch in by_gang.items():
-            batch_points = [
-                (math.log(count), _on_line(_logs(by_pixels), pixels, min_slope=0.0, max_slope=math.inf))
-                for count, by_pixels in by_batch.items()
-            ]
-            value = _on_line(sorted(batch_points), math.log(batch), min_slope=0.0, max_slope=1.0)
-            gang_points.append((math.log(size), value))
-        gang_points.sort()
-        # with a single gang size measured, larger ones are taken to gain nothing and smaller ones to lose all
-        lone_slope = 0.0 if math.log(gang) > gang_points[-1][0] else -1.0
-        return math.exp(
-            _on_line(gang_points, math.log(gang), min_slope=-1.0, max_slope=0.0, lone_slope=lone_slope)
-        )
+        """One field of a step, interpolated over what the network evaluates at once."""
+        evaluated = [(e, _evaluated(e.batch, e.guided)) for e in self.profile.entries]
+        return _from_profile(evaluated, field, gang, height, width, _evaluated(batch, guided))
+
+
+def _evaluated(batch: int, guided: bool) -> int:
+    """Images times branches: what the network evaluates in a step."""
+    return batch * (2 if guided else 1)
+
+
+def _from_profile(
+    entries: Sequence[tuple[Entry, int]],
+    field: Callable[[Entry], float],
+    gang: int,
+    height: int,
+    width: int,
+    batch: int,
+) -> float:
+    """One field of one case, interpolated over pixels, then batch, then gang; each entry has its batch."""
+    by_gang: dict[int, dict[int, dict[int, float]]] = {}
+    for e, size in entries:
+        if (e.gang, e.height, e.width, size) == (gang, height, width, batch):
+            return field(e)
+        by_gang.setdefault(e.gang, {}).setdefault(size, {})[e.height * e.width] = field(e)
+    # beyond what is measured, a larger picture or batch is never faster, a batch costs at most its size,
+    # and a larger gang is never slower and speeds up by at most its size
+    pixels = math.log(height * width)
+    gang_points = []
+    for size, by_batch in by_gang.items():
+        batch_points = [
+            (math.log(count), _on_line(_logs(by_pixels), pixels, min_slope=0.0, max_slope=math.inf))
+            for count, by_pixels in by_batch.items()
+        ]
+        value = _on_line(sorted(batch_points), math.log(batch), min_slope=0.0, max_slope=1.0)
+        gang_points.append((math.log(size), value))
+    gang_points.sort()
+    # with a single gang size measured, larger ones are taken to gain nothing and smaller ones to lose all
+    lone_slope = 0.0 if math.log(gang) > gang_points[-1][0] else -1.0
+    return math.exp(
+        _on_line(gang_points, math.log(gang), min_slope=-1.0, max_slope=0.0, lone_slope=lone_slope)
+    )
 
 
 def _logs(values: dict[int, float]) -> list[tuple[float, float]]:

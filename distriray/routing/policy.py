@@ -33,6 +33,7 @@ class RequestView:
             waits.
         prepared: its prompt is encoded; always so once it has done a step.
         pinned: it holds workers and cannot yield any more (it decodes).
+        guided: its steps are of two branches, with guidance and without.
     """
 
     id: str
@@ -49,6 +50,12 @@ class RequestView:
     workers: Workers | None = None
     prepared: bool = False
     pinned: bool = False
+    guided: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int, int, bool]:
+        """What its times depend on besides the gang, in the order of `LatencyModel.times`."""
+        return self.height, self.width, self.batch, self.guided
 
     def allows(self, size: int) -> bool:
         """True if this request may run on a gang of `size`."""

@@ -165,7 +165,7 @@ def route(
     if not options:
         return Route(None, now_s + min((_drain_s(state) for state in states), default=inf), False)
     best = min(option.finish_s for option in options)
-    error = model.times(1, request.height, request.width, request.batch).error
+    error = model.times(1, *request.shape).error
     slack_s = error_margin * error * (best - now_s)
 
     def near(option: _Option) -> bool:

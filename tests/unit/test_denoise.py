@@ -18,6 +18,7 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     KDPM2DiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPAGPipeline,
@@ -32,10 +33,11 @@ from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
 from distriray.denoise.pipelines.registry import PIPELINES, Family
 from distriray.denoise.pipelines.sdxl import StableDiffusionXL
 from distriray.denoise.pipelines.sizes import Sizes
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
+from distriray.denoise.schedulers import make_scheduler, step_count
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
 from distriray.parallel import engine_of
-from distriray.requests import SamplingParams, SchedulerName
-from tests.models import tiny_sdxl
+from distriray.requests import SamplingParams, SchedulerName, StepCount
+from tests.models import tiny_sd15, tiny_sd21, tiny_sdxl
 
 SIZE = {"height": 64, "width": 96}
 
@@ -290,7 +292,7 @@ def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
         with pytest.raises(InvalidRequest, match=r"damaged|not a saved state"):
             DenoiseState.from_bytes(broken)
     for forged, complaint in (
-        (blob.replace(b"state 2", b"state 9", 1), "version"),
+        (blob.replace(b"state 3", b"state 9", 1), "version"),
         (signed(blob, b"EulerDiscreteScheduler", b"EulerDiscreteSchedulex"), "EulerDiscreteSchedulex cannot"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"scale_noises\\"'), "differs"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"add_noise\\"   '), "differs"),
@@ -436,7 +438,114 @@ def test_a_request_knows_how_many_steps_its_state_will_have(
     denoiser: Denoiser, scheduler: SchedulerName, steps: int
 ) -> None:
     params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, **SIZE)
-    assert params.num_steps == denoiser.prepare(params).num_steps
+    assert params.num_steps(denoiser.own_steps) == denoiser.prepare(params).num_steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+@pytest.mark.parametrize("own", sorted(SCHEDULERS))
+def test_without_a_scheduler_a_request_has_the_steps_of_the_models_own(
+    own: SchedulerName, steps: int
+) -> None:
+    pipeline = tiny_sdxl()
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, own)
+    denoiser = Denoiser(pipeline)
+    params = SamplingParams(prompt="x", seed=1, num_inference_steps=steps, **SIZE)
+    assert params.num_steps(denoiser.own_steps) == denoiser.prepare(params).num_steps
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("model", [tiny_sdxl, tiny_sd15])
+def test_a_picture_that_would_be_black_is_refused_by_name(model: Any, bad: float) -> None:
+    pipeline = model()
+    denoiser = Denoiser(pipeline)
+    state = prepared(denoiser, "a lake", scheduler="unipc")
+    denoiser.step(state)
+    state.latents[0, 0, 1, 1] = bad
+    says = "the latents after step 1 of 2 by UniPCMultistepScheduler hold infinities or NaN"
+    for make in (denoiser.decode, denoiser.preview):
+        with pytest.raises(NotFinite, match=says):
+            make(state)
+    state.latents[0, 0, 1, 1] = 0.0
+    denoiser.decode(state)
+    pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NotFinite, match="the decoded pixels .* float32 or bfloat16"):
+        denoiser.decode(state)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+@pytest.mark.parametrize("scheduler", ["unipc", "dpmpp-2m", "dpmpp-2s"])
+def test_steps_between_equal_noise_levels_are_refused(scheduler: SchedulerName, spacing: str) -> None:
+    pipeline = tiny_sdxl()
+    pipeline.scheduler = type(pipeline.scheduler).from_config(
+        pipeline.scheduler.config, timestep_spacing=spacing
+    )
+    params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=1000, **SIZE)
+    with pytest.raises(InvalidRequest, match="1000 is too many .* twice") as refused:
+        Denoiser(pipeline).prepare(params)
+    assert refused.value.param == "num_inference_steps"
+    Denoiser(pipeline).prepare(params.model_copy(update={"num_inference_steps": 998}))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp-2m-karras", "euler", "heun", "lms", "pndm"])
+def test_as_many_steps_as_there_are_noise_levels_are_taken_where_all_differ(scheduler: SchedulerName) -> None:
+    params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=999, **SIZE)
+    Denoiser(tiny_sdxl()).prepare(params)
+
+
+MADE = {"xl": tiny_sdxl, "1.5": tiny_sd15, "2.1": tiny_sd21}
+
+
+def prepared(denoiser: Denoiser, prompt: str, **fields: Any) -> DenoiseState:
+    return denoiser.prepare(SamplingParams(prompt=prompt, seed=1, num_inference_steps=2, **SIZE, **fields))
+
+
+@pytest.mark.parametrize("model", MADE)
+def test_a_prompt_that_is_cut_is_said_to_be_and_one_that_just_fits_is_not(model: str) -> None:
+    def embeds(prompt: str) -> torch.Tensor:
+        found: torch.Tensor = prepared(denoiser, prompt).values["prompt_embeds"]
+        return found
+
+    denoiser, fits = Denoiser(MADE[model]()), "x" * 75  # a token a letter
+    assert prepared(denoiser, fits).warnings == () and prepared(denoiser, "").warnings == ()
+    says = "prompt has 90 tokens, and a text encoder takes 75: the rest is not used"
+    cut = prepared(denoiser, fits + "y" * 15)
+    assert cut.warnings == (says,) and DenoiseState.from_bytes(cut.to_bytes()).warnings == (says,)
+    assert torch.equal(embeds(fits + "y" * 15), embeds(fits + "z" * 9)), "and it is cut"
+    both = prepared(denoiser, fits + "y", negative_prompt="n" * 80)
+    assert [warning[:26] for warning in both.warnings] == [
+        "prompt has 76 tokens, and ", "negative_prompt has 80 tok",
+    ]  # fmt: skip
+    assert prepared(denoiser, fits, negative_prompt="n" * 80, guidance_scale=1.0).warnings == ()
+
+
+@pytest.mark.parametrize("model", MADE)
+def test_a_word_of_several_vectors_counts_as_many_tokens(model: str) -> None:
+    pipeline = MADE[model]()
+    for tokenizer in {pipeline.tokenizer, getattr(pipeline, "tokenizer_2", pipeline.tokenizer)}:
+        tokenizer.add_tokens(["<cat>", "<cat>_1", "<cat>_2"])
+    for encoder in {pipeline.text_encoder, getattr(pipeline, "text_encoder_2", pipeline.text_encoder)}:
+        encoder.resize_token_embeddings(len(pipeline.tokenizer))
+    denoiser = Denoiser(pipeline)
+    assert prepared(denoiser, "x" * 71 + " <cat>").warnings == ()
+    assert "prompt has 76 tokens" in prepared(denoiser, "x" * 73 + " <cat>").warnings[0]
+
+
+def test_a_scheduler_whose_timesteps_depend_on_the_size_is_taken_to_make_one_call_a_step() -> None:
+    assert step_count(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)) == StepCount()
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_second_branch_is_taken_by_guidance_but_not_where_the_network_takes_its_scale(
+    distilled: bool,
+) -> None:
+    pipeline = tiny_sdxl(**({"time_cond_proj_dim": 8} if distilled else {}))
+    denoiser, batches = Denoiser(pipeline), []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    for scale in (5.0, 1.0):
+        params = SamplingParams(prompt="x", seed=1, num_inference_steps=1, guidance_scale=scale, **SIZE)
+        denoiser.step(denoiser.prepare(params))
+    assert denoiser.guides is not distilled
+    assert batches == [1 + denoiser.guides, 1]
 
 
 def test_the_refiner_is_refused() -> None:

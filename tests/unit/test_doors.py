@@ -27,7 +27,7 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.requests import MAX_SEEDS, GenerationRequest, SamplingParams
+from distriray.requests import MAX_SEEDS, GenerationRequest, SamplingParams, StepCount
 from distriray.results import GenerationResult
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
@@ -81,9 +81,9 @@ def at_the_denoiser(request: GenerationRequest) -> Fields:
     """The fields that a worker's denoiser is given, after its host admitted the request."""
     facts = WorkerFacts(
         pid=1, node="n", device="cpu", device_name="cpu", model="m", default_size=(64, 96), size_unit=8,
-        row_unit=16, cuts_vae=False, load_s=0.0, memory=1,
+        row_unit=16, cuts_vae=False, load_s=0.0, memory=1, own_steps=StepCount(), guides=True,
     )  # fmt: skip
-    admitted, _ = admit(request, HostConfig(limits=LIMITS), facts)
+    admitted = admit(request, HostConfig(limits=LIMITS), facts).request
     order = SegmentOrder(
         serial=1, job=1, request=admitted, step=0, communicator="alone", rank=0, parallel=ParallelConfig()
     )

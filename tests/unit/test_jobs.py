@@ -54,6 +54,7 @@ class Painter:
             segments=[
                 Segment(workers=(0,), first_step=0, last_step=1, seconds=0, sent_at=0, formed_at=0, left_at=0)
             ],
+            warnings=["prompt is long"] if request.seed == 5 else [],
             images=[Image.new("RGB", (8, 8)) for _ in request.seeds],
         )
 
@@ -130,6 +131,9 @@ def test_every_image_has_a_file_and_a_line(file: Path, tmp_path: Path) -> None:
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out" / "images").iterdir()}
     assert files == {entry["file"] for entry in manifest}
     assert [entry["line"] for entry in lines(tmp_path / "out" / "errors.jsonl")] == [3, 5, 8]
+    assert {entry["line"]: entry["warnings"] for entry in manifest} == {
+        1: [], 2: [], 6: [], 7: ["prompt is long"],
+    }  # fmt: skip
 
 
 def test_a_second_run_makes_nothing(file: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest
-from distriray.requests import GenerationRequest, Limits
+from distriray.requests import GenerationRequest, Limits, StepCount
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_sizes_are_multiples_of_eight_or_refused(height: int, width: int) -> Non
 
 @given(st.integers(1, 200), st.integers(0, 8))
 def test_previews_fall_between_the_first_and_the_last_step(steps: int, previews: int) -> None:
-    chosen = GenerationRequest(prompt="x", num_inference_steps=steps, previews=previews).preview_steps()
+    chosen = GenerationRequest(prompt="x", num_inference_steps=steps, previews=previews).preview_steps(steps)
     assert all(0 < step < steps for step in chosen) and len(chosen) <= previews
     if steps > previews:
         assert len(chosen) == previews
@@ -95,8 +95,8 @@ def test_limits_are_in_the_refusal(fields: dict[str, Any], says: str) -> None:
 
 def test_previews_of_a_second_order_scheduler_are_spread_over_all_of_its_steps() -> None:
     request = GenerationRequest(prompt="x", num_inference_steps=10, previews=3, scheduler="heun")
-    assert request.num_steps == 19
-    assert request.preview_steps() == {5, 10, 14}
+    assert request.num_steps(StepCount()) == 19
+    assert request.preview_steps(19) == {5, 10, 14}
 
 
 def test_what_a_request_says_of_sharing_goes_before_the_host() -> None:

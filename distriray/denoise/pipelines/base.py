@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 
 from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
-from distriray.errors import InvalidRequest
+from distriray.errors import InvalidRequest, NotFinite
 from distriray.requests import SamplingParams
+
+
+class Tokens(NamedTuple):
+    """How many tokens a text encoder is given, and how many of them it takes; without special ones."""
+
+    given: int
+    taken: int
+
+
+def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> Tokens:
+    """The tokens of `text`. Its encoder takes `most`, special ones included, or what the tokenizer says."""
+    special = tokenizer.num_special_tokens_to_add()
+    given = len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+    return Tokens(given, min(given, (tokenizer.model_max_length if most is None else most) - special))
+
+
+def check_finite(values: torch.Tensor, what: str, advice: str) -> None:
+    """Raise NotFinite, naming `what` it is, unless all values are numbers. On a GPU the host waits for it."""
+    if not bool(torch.isfinite(values).all()):
+        raise NotFinite(f"{what} hold infinities or NaN, and the picture would be black; {advice}")
+
+
+def check_pixels(decoded: torch.Tensor) -> None:
+    """`check_finite` of what a VAE gives."""
+    check_finite(decoded, "the decoded pixels", "this VAE may need dtype float32 or bfloat16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +83,10 @@ class Commission:
         return self.params.guidance_scale
 
     def check_timesteps(self, timesteps: torch.Tensor) -> None:
-        """Raise InvalidRequest unless there are steps to do, each within the scheduler's noise schedule."""
+        """Raise InvalidRequest unless there are steps to do, each within the scheduler's noise schedule.
+
+        And each from one noise level to another: a step between equal ones divides by zero.
+        """
         asked = self.num_inference_steps
         if not len(timesteps):
             raise InvalidRequest(f"strength {self.strength} of {asked} steps leaves none to do", "strength")
@@ -66,6 +95,13 @@ class Commission:
             raise InvalidRequest(
                 f"num_inference_steps {asked} is too many for this scheduler, which has {end} "
                 "timesteps to choose from; use fewer",
+                "num_inference_steps",
+            )
+        sigmas = getattr(self.scheduler, "sigmas", None)  # of second order, each has two calls by design
+        if sigmas is not None and self.scheduler.order == 1 and bool((sigmas[:-1].diff() == 0).any()):
+            raise InvalidRequest(
+                f"num_inference_steps {asked} is too many for {type(self.scheduler).__name__}, which would "
+                f"take some of its {end} timesteps twice; use fewer",
                 "num_inference_steps",
             )
 
@@ -104,9 +140,18 @@ class PipelineSteps(ABC):
         """Whether the network takes a picture and its mask besides the latents."""
 
     @property
+    def guides(self) -> bool:
+        """Whether a step with guidance above 1 takes a second branch, and so twice the network's work."""
+        return True
+
+    @property
     @abstractmethod
     def max_clip_skip(self) -> int:
         """The largest `clip_skip` that leaves a layer of every text encoder."""
+
+    @abstractmethod
+    def tokens(self, text: str) -> Sequence[Tokens]:
+        """Of each text encoder, what it takes of a prompt (`tokens_of`)."""
 
     @abstractmethod
     def prepare(self, commission: Commission) -> dict[str, Any]:
@@ -141,4 +186,8 @@ class PipelineSteps(ABC):
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """The pictures of latents, of any size, as the pipeline would give them out."""
+        """The pictures of latents, of any size, as the pipeline would give them out.
+
+        Raises:
+            NotFinite: the VAE's output is not (`check_pixels`).
+        """

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, check_pixels
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
 
@@ -109,6 +109,7 @@ class FlowMatching(PipelineSteps):
         config = self._vae.config
         latents = latents.to(self._vae.dtype) / config.scaling_factor + config.shift_factor
         decoded = self._vae.decode(latents, return_dict=False)[0]
+        check_pixels(decoded)
         images: list[Image.Image] = self._plain.image_processor.postprocess(decoded, output_type="pil")
         return images
 

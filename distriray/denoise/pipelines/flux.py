@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
-from distriray.denoise.pipelines.base import Commission
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 
@@ -21,6 +21,15 @@ class Flux(PackedFlowMatching):
     kinds = (FluxPipeline, FluxImg2ImgPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     max_clip_skip = 0
+    guides = False
+
+    def tokens(self, text: str) -> list[Tokens]:
+        return [tokens_of(self._plain.tokenizer_2, text, self._text_tokens)]  # CLIP gives a summary alone
+
+    @property
+    def _text_tokens(self) -> int:
+        """Those of T5, as dev and schnell were trained."""
+        return 512 if self._transformer.config.guidance_embeds else 256
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         images, device = len(commission.generators), self._transformer.device
@@ -30,7 +39,7 @@ class Flux(PackedFlowMatching):
             prompt_2=None,
             device=device,
             num_images_per_prompt=images,
-            max_sequence_length=512 if takes_scale else 256,  # as each was trained
+            max_sequence_length=self._text_tokens,
         )
         scale = torch.full((images,), commission.guidance_scale, device=device) if takes_scale else None
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "txt_ids": ids, "guidance": scale}

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
 from distriray.denoise.pipelines.guidance import guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
@@ -64,9 +64,17 @@ class StableDiffusion(PipelineSteps):
         return takes != self._vae.config.latent_channels
 
     @property
+    def guides(self) -> bool:
+        return self._unet.config.time_cond_proj_dim is None
+
+    @property
     def max_clip_skip(self) -> int:
         layers: int = self._plain.text_encoder.config.num_hidden_layers
         return layers - 1
+
+    def tokens(self, text: str) -> list[Tokens]:
+        tokenizer = self._plain.tokenizer
+        return [tokens_of(tokenizer, self._plain.maybe_convert_prompt(text, tokenizer))]
 
     def prepare(self, commission: Commission) -> dict[str, Any]:
         params, images = commission.params, len(commission.generators)
@@ -122,6 +130,7 @@ class StableDiffusion(PipelineSteps):
         """Where the pipeline has a safety checker, pictures that it finds offensive come out black."""
         plain, vae = self._plain, self._vae
         decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        check_pixels(decoded)
         pictures, offends = plain.run_safety_checker(decoded, decoded.device, plain.text_encoder.dtype)
         shown = [True] * len(latents) if offends is None else [not each for each in offends]
         images: list[Image.Image] = plain.image_processor.postprocess(
@@ -131,7 +140,7 @@ class StableDiffusion(PipelineSteps):
 
     def _is_guided(self, scale: float) -> bool:
         """Whether there are two branches: not at 1, nor where the network takes the scale as input."""
-        return scale > 1.0 and self._unet.config.time_cond_proj_dim is None
+        return scale > 1.0 and self.guides
 
     def _skip_layers(self, prompt: str, skip: int) -> torch.Tensor:
         """Embeddings of a prompt by an encoder without its last `skip` layers, (1, tokens, channels).

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 
-from distriray.denoise.pipelines.base import Commission
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.pipelines.guidance import guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest
+
+T5_TOKENS = 256
 
 
 class StableDiffusion3(FlowMatching):
@@ -29,6 +31,11 @@ class StableDiffusion3(FlowMatching):
     def max_clip_skip(self) -> int:
         encoders = self._plain.text_encoder, self._plain.text_encoder_2
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+
+    def tokens(self, text: str) -> list[Tokens]:
+        if self._plain.tokenizer_3 is not None:  # beside T5's, CLIP's tokens are the beginning once more
+            return [tokens_of(self._plain.tokenizer_3, text, T5_TOKENS)]
+        return [tokens_of(each, text) for each in (self._plain.tokenizer, self._plain.tokenizer_2)]
 
     @property
     def patch_size(self) -> int:
@@ -54,6 +61,7 @@ class StableDiffusion3(FlowMatching):
             do_classifier_free_guidance=is_guided,
             negative_prompt=params.negative_prompt,
             clip_skip=params.clip_skip,
+            max_sequence_length=T5_TOKENS,
         )
         return {
             "prompt_embeds": torch.cat([negative_embeds, embeds]) if is_guided else embeds,

@@ -13,7 +13,7 @@ from diffusers import (
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
 from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
@@ -47,9 +47,17 @@ class StableDiffusionXL(PipelineSteps):
         return takes != self.components.vae.config.latent_channels
 
     @property
+    def guides(self) -> bool:
+        return self.components.unet.config.time_cond_proj_dim is None
+
+    @property
     def max_clip_skip(self) -> int:
         encoders = (self.components.text_encoder, self.components.text_encoder_2)
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+
+    def tokens(self, text: str) -> list[Tokens]:
+        tokenizers = (self.components.tokenizer, self.components.tokenizer_2)
+        return [tokens_of(each, self.components.maybe_convert_prompt(text, each)) for each in tokenizers]
 
     def prepare(self, commission: Commission) -> dict[str, Any]:
         params, components, images = commission.params, self.components, len(commission.generators)
@@ -102,7 +110,9 @@ class StableDiffusionXL(PipelineSteps):
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         blackboard = PipelineState()
         blackboard.set("latents", latents.to(self.components.vae.dtype))
-        blackboard.set("output_type", "pil")
+        blackboard.set("output_type", "pt")
         _, blackboard = self._decode(self.components, blackboard)
-        images: list[Image.Image] = blackboard.get("images")
+        pixels, processor = blackboard.get("images"), self.components.image_processor
+        check_pixels(pixels)
+        images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images

@@ -135,7 +135,7 @@ class SimulatedHost:
 
     def _start(self, live: _Live, workers: Workers) -> None:
         now, view = self.events.now_s, live.view
-        times = self.truth.times(len(workers), view.height, view.width, view.batch)
+        times = self.truth.times(len(workers), *view.shape)
         noise = math.exp(self.draw.gauss(0.0, self.fleet.noise)) if self.fleet.noise else 1.0
         left = view.steps_total - view.steps_done
         warm = self.truth.profile.warmup_steps - view.steps_done
@@ -189,8 +189,8 @@ class SimulatedHost:
     def _end_of_steps(self, live: _Live, segment: _Segment) -> None:
         view = live.view
         if self.model is not self.truth:
-            shape = (view.height, view.width, view.batch)
-            self.model.observe(len(segment.workers), *shape, segment.step_s)
+            height, width, batch, guided = view.shape
+            self.model.observe(len(segment.workers), height, width, batch, segment.step_s, guided)
         if view.steps_done + segment.ends < view.steps_total:
             self._let_go(live, segment)
             live.view = _with(view, view.steps_done + segment.ends, None, False)
@@ -199,7 +199,7 @@ class SimulatedHost:
         before = self._busy_in(segment)
         segment.decoding = True
         self._keep_pace(self._busy_in(segment) - before)
-        decode = self.truth.times(len(segment.workers), view.height, view.width, view.batch).decode_s
+        decode = self.truth.times(len(segment.workers), *view.shape).decode_s
         if decode > 0:
             end = self.host_clock.at(self.events.now_s) + decode
             self._schedule(live, segment, end, lambda: self._finish(live, segment))
@@ -242,4 +242,5 @@ def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: b
         workers=workers,
         prepared=steps_done > 0,
         pinned=pinned,
+        guided=view.guided,
     )

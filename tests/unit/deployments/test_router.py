@@ -39,7 +39,7 @@ from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, Limits
+from distriray.requests import GenerationRequest, Limits, StepCount
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.routing.router import HostState, Route, route
 from distriray.service import ModelCard
@@ -67,7 +67,7 @@ class FakeHandle:
     def __init__(self, *hosts: str, waiting: int = 0) -> None:
         self.hosts = list(hosts)
         self.waiting = waiting
-        self.config = HostConfig()
+        self.config, self.facts = HostConfig(), FACTS
         self.silent: set[str] = set()
         self.deaf: set[str] = set()
         self.free: set[str] = set()
@@ -95,7 +95,7 @@ class FakeHandle:
         requests = (view_of(f"r{i}", 100.0) for i in range(0 if host in self.free else self.waiting))
         told = report(host, *requests, max_queue=4, sizes=self.config.sizes)
         assert told.knowledge is not None
-        knowledge = replace(told.knowledge, config=self.config)
+        knowledge = replace(told.knowledge, config=self.config, facts=self.facts)
         sizes = told.state.gang_sizes if self.gang_sizes is None else self.gang_sizes
         return replace(told, knowledge=knowledge, state=replace(told.state, gang_sizes=sizes))
 
@@ -277,6 +277,16 @@ def test_a_deadline_out_of_reach_is_refused_without_a_call() -> None:
     with pytest.raises(DeadlineUnmet) as refused:
         generate(front(pool=handle), deadline_s=2.0)
     assert refused.value.possible_s == pytest.approx(10.0, abs=0.5) and not handle.calls
+
+
+def test_a_deadline_is_kept_by_the_calls_of_the_network_that_it_takes() -> None:
+    handle = FakeHandle("a")
+    generate(front(pool=handle), deadline_s=6.0, guidance_scale=1.0)  # ten steps of half a second
+    handle.facts = replace(FACTS, own_steps=StepCount(2, -1))
+    with pytest.raises(DeadlineUnmet) as refused:
+        generate(front(pool=handle), deadline_s=12.0)
+    assert refused.value.possible_s == pytest.approx(19.0, abs=0.5)
+    generate(front(pool=handle), deadline_s=12.0, scheduler="euler")
 
 
 def test_what_would_be_given_up_before_it_is_done_is_refused_and_says_so() -> None:
@@ -696,7 +706,7 @@ def test_hosts_say_the_unit_of_a_model_whose_folder_is_elsewhere() -> None:
 
 
 def test_a_model_that_no_host_can_serve_has_no_sizes(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     assert sizes_of(ModelSpec(name=str(tmp_path))) is None
 
 

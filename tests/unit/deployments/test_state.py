@@ -15,6 +15,7 @@ from deployments.pool import report_of
 from deployments.state import HostKnowledge, HostReport, PoolState, choose, shifted, wait_s
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
+from distriray.requests import StepCount
 from distriray.routing.latency import MAX_OBSERVED, Entry, LatencyModel, Profile
 from distriray.routing.policy import HostView, RequestView
 from distriray.routing.router import Route, publish
@@ -22,6 +23,7 @@ from distriray.routing.router import Route, publish
 FACTS = WorkerFacts(
     pid=1, node="n", device="cpu", device_name="cpu", model="m",
     default_size=(512, 512), size_unit=8, row_unit=32, cuts_vae=True, load_s=0.0, memory=0,
+    own_steps=StepCount(), guides=True,
 )  # fmt: skip
 
 

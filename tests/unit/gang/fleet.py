@@ -24,7 +24,7 @@ from distriray.gang.messages import (
     WorkerFacts,
 )
 from distriray.gang.remote import StateLost, WorkerDied
-from distriray.requests import GenerationRequest
+from distriray.requests import GenerationRequest, StepCount
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policy import HostPolicy
 
@@ -45,12 +45,17 @@ class Sent:
 
 
 class FakeWorker:
-    """One process. A test may let it `die`, and set what it `raises` or `refuses` and whether it `hangs`."""
+    """One process. A test may let it `die`, and set what it `raises` or `refuses` and whether it `hangs`.
+
+    One that is `stuck`, before its first step ("prepare"), in a later "step" or in its "decode", answers all
+    else.
+    """
 
     def __init__(self, fleet: FakeFleet, index: int) -> None:
         self.fleet, self.index = fleet, index
         self.alive = True
         self.hangs = False
+        self.stuck = fleet.stuck.get(index, "")
         self.raises: Exception | None = None
         self.refuses: DistrirayError | None = None
         self.states: dict[int, int] = {}
@@ -76,7 +81,7 @@ class FakeWorker:
             return WorkerFacts(
                 pid=id(self), node="n", device=self.fleet.device, device_name="cpu", model="m",
                 default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
-                load_s=0.0, memory=1,
+                load_s=0.0, memory=1, own_steps=self.fleet.own_steps, guides=self.fleet.guides,
             )  # fmt: skip
 
         return self._call(load())
@@ -180,7 +185,7 @@ class FakeGang:
         while self._stepping is None:
             await asyncio.sleep(STEP_S)
         ending = await asyncio.shield(self._stepping)
-        while worker.hangs:
+        while worker.hangs or (worker.stuck == "decode" and order.rank == 0):
             await asyncio.sleep(STEP_S)
         fields: dict[str, Any] = {"exchange": order.parallel.exchange}
         if ending is SegmentEnd.BROKEN:
@@ -192,7 +197,7 @@ class FakeGang:
             ending = SegmentEnd.REFUSED
             fields |= {"error": worker.refuses}
         if ending is SegmentEnd.DONE and order.rank == 0:
-            fields |= {"images": [Image.new("RGB", (8, 8))]}
+            fields |= {"images": [Image.new("RGB", (8, 8))], "warnings": worker.fleet.warnings}
         step = worker.states.get(self.job, self.first)
         return RankResult(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
 
@@ -201,6 +206,9 @@ class FakeGang:
             if any(member.refuses for member in self.members):
                 return SegmentEnd.NOT_BEGUN
             while self.step < self.steps:
+                if any(member.stuck == ("step" if self.step else "prepare") for member in self.members):
+                    await asyncio.sleep(STEP_S)
+                    continue
                 if any(not member.alive or member.raises is not None for member in self.members):
                     return SegmentEnd.BROKEN
                 if any(member.hangs for member in self.members):
@@ -233,6 +241,9 @@ class FakeFleet:
         self.device = "cpu"
         self.linked_beside = False
         self.cuts_vae = True
+        self.stuck: dict[int, str] = {}
+        self.warnings: tuple[str, ...] = ()
+        self.own_steps, self.guides = StepCount(), True
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}
         self.launched: list[FakeWorker] = []

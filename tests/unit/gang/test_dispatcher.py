@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -12,8 +14,14 @@ from distriray.config import PAPER, ParallelConfig
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
 from distriray.events import Repaired
 from distriray.gang import segments
+from distriray.gang.admission import admit
 from distriray.gang.job import Job
 from distriray.gang.messages import Progress
+from distriray.gang.patience import Patience
+from distriray.gang.profile import make_profile
+from distriray.gang.speed import Speed
+from distriray.requests import StepCount
+from distriray.routing.latency import Entry
 from tests.gang.policies import NewestFirst, Script
 
 from .fleet import CALLER, LONG, FakeHost, ask, until
@@ -353,11 +361,106 @@ def test_a_gang_that_decodes_counts_as_busy_with_all_who_decode(cuts_vae: bool) 
         host.fleet.cuts_vae = cuts_vae
         async with host:
             for parallel, busy in ((None, 2 if cuts_vae else 1), (ParallelConfig(parallel_vae=False), 1)):
-                job = Job(ask(gang_size=2, parallel=parallel), max_gang=2, number=1)
+                request = ask(gang_size=2, parallel=parallel)
+                job = Job(admit(request, host.config, host.dispatcher.facts), number=1)
                 job.start((0, 1), 1)
                 assert host.dispatcher._at_work(job) == 2
                 job.progress(Progress(6, 6, False))
                 assert host.dispatcher._at_work(job) == busy
+
+    do(scene())
+
+
+@asynccontextmanager
+async def impatient(workers: int, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeHost]:
+    """A host that gives compute up that is silent for 0.3 s: it expects steps of a millisecond."""
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+    async with FakeHost(workers, stall_s=0.3) as host:
+        entry = Entry(gang=1, height=128, width=128, step_s=0.001)
+        facts = host.dispatcher.facts
+        host.dispatcher.speed = Speed(make_profile(host.config, facts, (entry,)))
+        yield host
+
+
+@pytest.mark.parametrize("where", ["prepare", "step", "decode"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_compute_that_hangs_while_its_worker_answers_is_given_up_and_the_picture_made_elsewhere(
+    where: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        async with impatient(2, monkeypatch) as host:
+            stuck = host.fleet.at(0)
+            stuck.stuck = where
+            job = host.accept(gang_size=size)
+            await until(lambda: job.workers is not None)
+            beside = host.accept(gang_size=1) if size == 1 else None
+            result = await job.ended
+            assert result.repairs == 1 and not stuck.alive
+            if beside is not None:
+                assert (await beside.ended).repairs == 0, "nobody pays for another"
+            await host.whole()
+            assert [repair.cause[:32] for repair in host.dispatcher.group.repairs][:1] == [
+                "neither made a step nor came bac"
+            ]
+            assert (await host.accept(gang_size=size).ended).repairs == 0
+
+    do(scene())
+
+
+def test_a_request_that_hangs_wherever_it_goes_ends_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with impatient(1, monkeypatch) as host:
+            host.fleet.stuck = {0: "step"}
+            host.fleet.at(0).stuck = "step"
+            with pytest.raises(GangBroken, match="neither made a step nor came back for 0.3 s"):
+                await host.accept().ended
+            host.fleet.stuck = {}
+            host.fleet.at(0).stuck = ""
+            await host.whole()
+
+    do(scene())
+
+
+def test_compute_is_waited_for_as_long_as_it_may_take() -> None:
+    patience = Patience(floor_s=60.0, expected_s=1.0, now_s=0.0)
+    assert patience.left_s(50.0) == pytest.approx(10.0) and patience.left_s(61.0) == 0.0
+    patience.heard(50.0)
+    assert patience.bound_s == 1500.0, "such a step may take as long again, and much longer"
+    assert patience.left_s(1000.0) == pytest.approx(550.0) and patience.left_s(1551.0) == 0.0
+    patience.heard(51.0)
+    assert patience.bound_s == 1500.0
+    assert Patience(floor_s=60.0, expected_s=100.0, now_s=0.0).bound_s == 3000.0, "a large picture"
+
+
+def test_what_of_a_prompt_is_not_used_is_in_the_result_and_the_log_without_the_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            host.fleet.warnings = ("prompt has 90 tokens",)
+            result = await host.accept(id="mine", prompt="a secret lake").ended
+            assert result.warnings == ["prompt has 90 tokens"]
+
+    with caplog.at_level(logging.WARNING):
+        do(scene())
+    assert "request mine: prompt has 90 tokens" in caplog.text and "secret" not in caplog.text
+
+
+def test_predictions_are_of_calls_of_the_network_and_of_its_branches() -> None:
+    async def predicted(own: StepCount, guides: bool, **fields: Any) -> float:
+        host = FakeHost(1)
+        host.fleet.own_steps, host.fleet.guides = own, guides
+        async with host:
+            return host.accept(num_inference_steps=50, **fields).predicted_s
+
+    async def scene() -> None:
+        first_order, heun = StepCount(), StepCount(2, -1)
+        guided = await predicted(first_order, True)
+        assert await predicted(first_order, True, guidance_scale=1.0) == pytest.approx(guided / 2)
+        assert await predicted(first_order, False) == pytest.approx(guided), "what it was guessed for"
+        assert await predicted(heun, True) == pytest.approx(guided * 99 / 50)
+        assert await predicted(heun, True, scheduler="euler") == pytest.approx(guided)
+        assert await predicted(first_order, True, scheduler="heun") == pytest.approx(guided * 99 / 50)
 
     do(scene())
 

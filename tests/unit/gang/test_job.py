@@ -10,6 +10,7 @@ import pytest
 
 from distriray.errors import GenerationCancelled
 from distriray.events import Regrouped, Started
+from distriray.gang.admission import Admitted
 from distriray.gang.job import TRANSITIONS, Job, JobState
 from distriray.gang.messages import Progress, RankResult, SegmentEnd, WorkerId
 from distriray.gang.segment_result import SegmentResult
@@ -21,7 +22,7 @@ A, B, C = WorkerId(0, 0), WorkerId(1, 1), WorkerId(1, 2)
 
 def do(scene: Callable[[Job], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
-        await scene(Job(ask(), max_gang=4, number=1))
+        await scene(Job(Admitted(ask(), max_gang=4, num_steps=6, guided=True), number=1))
 
     asyncio.run(run())
 

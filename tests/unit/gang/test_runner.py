@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
-from distriray.errors import DistrirayError, InvalidRequest, OutOfMemory, UnsupportedModel
+from distriray.denoise import DenoiseState
+from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory, UnsupportedModel
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
 from distriray.gang.runner import SegmentRunner
@@ -44,7 +46,12 @@ class Gang:
         self._together(lambda rank, runner: runner.link([GangMembership(group, name, rank, size)]))
 
     def run(
-        self, job: int | None = None, step: int = 0, link: str = "all", **fields: Any
+        self,
+        job: int | None = None,
+        step: int = 0,
+        link: str = "all",
+        blob: bytes | None = None,
+        **fields: Any,
     ) -> list[RankResult]:
         """A segment of a job, a new one unless given."""
         self._serial += 1
@@ -61,8 +68,9 @@ class Gang:
                 communicator=link,
                 rank=rank,
                 parallel=sync,
+                preview_steps=request.preview_steps(request.num_inference_steps),
             )
-            return runner.run(order, None)
+            return runner.run(order, blob)
 
         return self._together(one)
 
@@ -105,6 +113,45 @@ def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> N
     outcomes = gang.run(scheduler="lcm", num_inference_steps=51)
     assert endings(outcomes) == [SegmentEnd.REFUSED] * 2
     assert all(isinstance(o.error, InvalidRequest) and "51" in str(o.error) for o in outcomes)
+
+
+def test_what_of_a_prompt_is_not_used_is_said_with_the_picture_also_by_who_took_its_state_over(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stepping(runner: SegmentRunner, step: Callable[..., None], state: DenoiseState) -> None:
+        runner._engine.ask_yield()
+        step(state)
+
+    said = ("prompt has 100 tokens, and a text encoder takes 75: the rest is not used",)
+    assert gang.run(prompt="x" * 100)[0].warnings == said
+    assert gang.run()[0].warnings == ()
+    for runner in gang.runners:
+        step = runner._denoiser.step
+        monkeypatch.setattr(runner._denoiser, "step", partial(stepping, runner, step))
+    first = gang.run(job=1, prompt="x" * 100)
+    assert endings(first) == [SegmentEnd.YIELDED] * 2
+    monkeypatch.undo()
+    blob = gang.runners[0].export(1)
+    for runner in gang.runners:
+        runner.retain([], 1)
+    last = gang.run(job=1, step=first[0].step, prompt="x" * 100, blob=blob)
+    assert endings(last) == [SegmentEnd.DONE] * 2 and last[0].warnings == said
+
+
+def test_numbers_that_run_away_end_the_request_alike_on_all_ranks_and_show_no_preview(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for runner in gang.runners:
+        step = runner._denoiser.step
+
+        def runs_away(state: DenoiseState, step: Callable[..., None] = step) -> None:
+            step(state)
+            state.latents[0, 0, 0, 0] = float("nan")
+
+        monkeypatch.setattr(runner._denoiser, "step", runs_away)
+    outcomes = gang.run(previews=1, num_inference_steps=4)
+    assert endings(outcomes) == [SegmentEnd.REFUSED] * 2 and not outcomes[0].previews
+    assert all(isinstance(outcome.error, NotFinite) for outcome in outcomes)
 
 
 def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(

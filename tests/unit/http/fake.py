@@ -15,7 +15,7 @@ from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
-from distriray.requests import GenerationRequest, Limits
+from distriray.requests import GenerationRequest, Limits, StepCount
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.service import Fleet, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
@@ -61,12 +61,12 @@ class FakeService:
         try:
             yield Queued(request.id, 0, 0.0)
             yield Started(request.id, (0, 1))
-            steps = request.num_steps
+            steps = request.num_steps(StepCount())
             for step in range(1, steps + 1):
                 await asyncio.sleep(self.pace_s)
                 yield Step(request.id, step, steps, 2, 0.1)
-                if step in request.preview_steps():
-                    index = sorted(request.preview_steps()).index(step)
+                if step in request.preview_steps(steps):
+                    index = sorted(request.preview_steps(steps)).index(step)
                     yield Preview(request.id, step, index, Image.new("RGB", (8, 12), (step, 0, 0)))
                     if self.failure is not None:
                         raise self.failure
@@ -113,7 +113,7 @@ class FakeService:
 def result_of(request: GenerationRequest) -> GenerationResult:
     """A grey picture for each seed."""
     assert request.height is not None and request.width is not None and request.model is not None
-    steps = Terms().settle(request).num_steps
+    steps = Terms().settle(request).num_steps(StepCount())
     segment = Segment(
         workers=(0, 1), first_step=0, last_step=steps, seconds=1.0, sent_at=0, formed_at=0, left_at=1
     )
@@ -125,6 +125,11 @@ def result_of(request: GenerationRequest) -> GenerationResult:
         seeds=request.seeds,
         timings=Timings(queued_s=0.0, prepare_s=0.1, denoise_s=1.0, decode_s=0.1, total_s=1.25),
         segments=[segment],
+        warnings=[
+            f"{name} is long"
+            for name in ("prompt", "negative_prompt")
+            if "long" in (getattr(request, name) or "")
+        ],
         images=[
             Image.new("RGB", (request.width, request.height), (i, i, i)) for i in range(request.num_images)
         ],

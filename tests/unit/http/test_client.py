@@ -24,6 +24,7 @@ from distriray.errors import (
     ModelNotFound,
     NotAllowed,
     NotEnoughDevices,
+    NotFinite,
     OutOfMemory,
     QueueFull,
 )
@@ -68,6 +69,15 @@ def test_every_field_arrives_and_the_whole_result_comes_back(client: Client, ser
     assert asked.id.startswith(REQUEST.id)
     assert asked.model_dump(exclude={"id"}) == REQUEST.model_dump(exclude={"id"})
     assert same(result, result_of(asked))
+
+
+def test_what_is_not_used_is_said_in_answers_and_streams(client: Client) -> None:
+    said = ["prompt is long", "negative_prompt is long"]
+    fields = {"negative_prompt": "a long no", "num_inference_steps": 1}
+    assert client.generate("a long lake", **fields).warnings == said
+    *_, end = client.stream("a long lake", **fields)
+    assert isinstance(end, Finished) and end.result.warnings == said
+    assert client.generate("a lake").warnings == []
 
 
 def test_a_prompt_alone_means_the_defaults(client: Client, service: FakeService) -> None:
@@ -142,6 +152,7 @@ def test_models_and_fleet_are_those_of_a_handle(client: Client, service: FakeSer
         DeadlineUnmet("too soon"),
         GangBroken("broken"),
         OutOfMemory("too large"),
+        NotFinite("NaN"),
         NotEnoughDevices("no host is up"),
         GenerationCancelled("somebody did"),
     ],

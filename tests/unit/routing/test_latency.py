@@ -147,3 +147,37 @@ def test_a_case_that_is_seen_again_and_again_is_known_among_thousands_that_are_n
         if i % (MAX_OBSERVED // 2) == 0:
             model.observe(1, 1024, 1024, 1, 0.8)
     assert model.step_s(1, 1024, 1024, 1) > 0.4
+
+
+def test_a_step_without_guidance_is_half_a_step_with_it():
+    model = LatencyModel(profile(entry(1, 512, 0.2, sync_step_s=0.3, prepare_s=0.1, decode_s=0.4)))
+    guided, plain = model.times(1, 512, 512, 1), model.times(1, 512, 512, 1, False)
+    assert plain.step_s == pytest.approx(guided.step_s / 2) and plain.sync_step_s == pytest.approx(0.15)
+    assert (plain.prepare_s, plain.decode_s) == pytest.approx((guided.prepare_s, guided.decode_s))
+    assert plain.error > guided.error, "nobody has measured it"
+    assert model.step_s(1, 512, 512, 2, False) == pytest.approx(guided.step_s), "as much for the network"
+    assert plain.run_s(0, 10) == pytest.approx(0.1 + 9 * 0.1 + 0.15 + 0.4)
+
+
+def test_what_was_measured_without_guidance_is_answered_as_measured():
+    model = LatencyModel(profile(entry(1, 512, 0.2), entry(1, 512, 0.15, guided=False)))
+    assert [model.step_s(1, 512, 512, 1, guided) for guided in (True, False)] == [0.2, 0.15]
+    lone = LatencyModel(profile(entry(1, 512, 0.2, guided=False)))
+    assert lone.step_s(1, 512, 512, 1) == pytest.approx(0.4)
+
+
+def test_guided_and_unguided_segments_teach_each_their_own_case():
+    model = LatencyModel(profile(entry(1, 512, 0.2)))
+    for _ in range(20):
+        model.observe(1, 512, 512, 1, 0.2)
+        model.observe(1, 512, 512, 1, 0.16, guided=False)
+    assert model.step_s(1, 512, 512, 1) == pytest.approx(0.2, rel=0.1)
+    assert model.step_s(1, 512, 512, 1, False) == pytest.approx(0.16, rel=0.1)
+
+
+def test_profiles_from_before_guidance_was_part_of_a_case_are_of_guided_steps(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(
+        '{"model":"m","device":"d","version":"1","entries":[{"gang":1,"height":8,"width":8,"step_s":1}]}'
+    )
+    assert Profile.load(path).entries[0].guided
