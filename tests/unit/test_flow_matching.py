@@ -761,7 +761,7 @@ def test_flux_for_masks_and_edits_is_refused_with_a_list_of_what_is_served() -> 
     [
         {"guidance_scale": 1.0},
         {"guidance_scale": 3.0, "negative_prompt": "fog"},
-        {"guidance_scale": 3.0, "negative_prompt": "fog over all of the lake, and more of it"},
+        {"guidance_scale": 3.0, "negative_prompt": "fog over all of the lake, " * 30},  # more than it reads
     ],
 )
 def test_guidance_of_qwen_image_is_the_pipelines(call: dict[str, Any]) -> None:
@@ -793,3 +793,15 @@ def test_qwen_image_that_takes_guidance_as_an_input_is_refused() -> None:
     pipeline.transformer.register_to_config(guidance_embeds=True)
     with pytest.raises(UnsupportedModel, match="QwenImageTransformer2DModel with guidance_embeds"):
         Denoiser(pipeline)
+
+
+def test_what_qwen_image_does_not_read_of_a_prompt_is_said() -> None:
+    """It reads 512 tokens, here of a byte each; what comes behind them changes nothing."""
+    denoiser = Denoiser(tiny_qwen_image())
+    longer, other = (
+        begin(denoiser, [1], **{**SMALL, "prompt": "a" * 512 + end, "negative_prompt": "fog"})
+        for end in ("bcd", "xyz")
+    )
+    assert longer.warnings == ("prompt has 515 tokens, and a text encoder takes 512: the rest is not used",)
+    assert torch.equal(longer.values["prompt_embeds"], other.values["prompt_embeds"])
+    assert not begin(denoiser, [1], **{**SMALL, "prompt": "a" * 512}).warnings

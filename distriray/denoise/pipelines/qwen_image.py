@@ -13,6 +13,7 @@ from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
+TEXT_TOKENS = 512
 BRANCHES = {"cond": "prompt_embeds", "uncond": "negative_prompt_embeds"}
 """The values with the embeddings of each guidance branch, by its name to `cache_context`."""
 
@@ -32,17 +33,20 @@ class QwenImage(PackedFlowMatching):
             raise UnsupportedModel("a QwenImageTransformer2DModel with guidance_embeds")
 
     def tokens(self, text: str) -> list[Tokens]:
-        return [tokens_of(self._plain.tokenizer, text, self._plain.tokenizer_max_length)]
+        return [tokens_of(self._plain.tokenizer, text, TEXT_TOKENS)]
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         # Guidance is against a space where nothing else is given, as the model's makers say.
         prompts = {"prompt_embeds": commission.params.prompt}
         if commission.guidance_scale > 1.0:
             prompts["negative_prompt_embeds"] = commission.params.negative_prompt or " "
-        images, device = len(commission.generators), self._transformer.device
+        options = {
+            "device": self._transformer.device,
+            "num_images_per_prompt": len(commission.generators),
+            "max_sequence_length": TEXT_TOKENS,
+        }
         return {  # one prompt for all images has no padding, so there is no mask
-            name: self._plain.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=images)[0]
-            for name, prompt in prompts.items()
+            name: self._plain.encode_prompt(prompt=prompt, **options)[0] for name, prompt in prompts.items()
         }
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
