@@ -175,7 +175,7 @@ def test_abort_ends_what_is_pending_and_the_peers_notice(machine: Machine) -> No
         for rank, c in enumerate((first, second))
     ]
     machine.on(0, first.abort)
-    until(lambda: second.broken, 1.0)
+    until(lambda: second.broken)
     for rank, work in enumerate(works):
         assert machine.on(rank, lambda work=work: failure_of(work.wait))[1] < AT_ONCE_S
     assert "aborted on this rank" in failure_of(first.check)[0]
