@@ -67,5 +67,6 @@ def _view_of(
         gang_size=None if settled.gang_size == "auto" else settled.gang_size,
         max_gang=admitted.max_gang,
         guided=admitted.guided,
+        fresh=admitted.fresh,
     )
     return settled, view

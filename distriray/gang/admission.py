@@ -27,12 +27,14 @@ class Admitted(NamedTuple):
         max_gang: the largest gang that its image can be cut for.
         num_steps: calls of the network that it takes.
         guided: each of them is of two branches.
+        fresh: each of them is synchronous.
     """
 
     request: GenerationRequest
     max_gang: int
     num_steps: int
     guided: bool
+    fresh: bool
 
 
 def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
@@ -65,7 +67,8 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> A
         )
     assert request.guidance_scale is not None
     num_steps, guided = request.num_steps(facts.own_steps), facts.guides and request.guidance_scale > 1.0
-    return Admitted(request, max_gang, num_steps, guided)
+    mix = request.shared(config.parallel).mix
+    return Admitted(request, max_gang, num_steps, guided, fresh=mix is not None and mix.exact)
 
 
 def _settled(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:

@@ -63,7 +63,7 @@ class Job:
 
     def __init__(self, admitted: Admitted, number: int) -> None:
         self.request, self.number = admitted.request, number
-        self.max_gang, self.guided = admitted.max_gang, admitted.guided
+        self.max_gang, self.guided, self.fresh = admitted.max_gang, admitted.guided, admitted.fresh
         self.arrival = time.monotonic()
         self.state = JobState.WAITING
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
@@ -135,6 +135,7 @@ class Job:
             prepared=self.prepared,
             pinned=self.decoding,
             guided=self.guided,
+            fresh=self.fresh,
         )
 
     def status(self, now_s: float) -> RequestStatus:

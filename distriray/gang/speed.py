@@ -38,9 +38,9 @@ class Speed:
         gang = len(segment.workers)
         step_s = segment.stale_step_s
         if step_s is None and segment.fresh_step_s is not None:  # a lone worker has no other
-            times = self.model.times(gang, *view.shape)
+            times = self.model.times(gang, view.height, view.width, view.batch, view.guided)
             step_s = segment.fresh_step_s * times.step_s / times.sync_step_s
         if step_s is not None:
             full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
-            height, width, batch, guided = view.shape
+            height, width, batch, guided, _ = view.shape
             self.model.observe(gang, height, width, batch, step_s * full, guided)

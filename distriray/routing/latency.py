@@ -8,7 +8,7 @@ import secrets
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -153,16 +153,22 @@ class LatencyModel:
         self._window = window
         self._observed: dict[Case, deque[float]] = {}
         self._shared: deque[float] = deque(maxlen=window)
-        self._times: dict[Case, Times] = {}
+        self._times: dict[tuple[Case, bool], Times] = {}
 
-    def times(self, gang: int, height: int, width: int, batch: int, guided: bool = True) -> Times:
-        """All that is known of one case."""
-        key = (gang, height, width, batch, guided)
-        known = self._times.get(key)
+    def times(
+        self, gang: int, height: int, width: int, batch: int, guided: bool = True, fresh: bool = False
+    ) -> Times:
+        """All that is known of one case, whose steps are all synchronous if `fresh`."""
+        case = (gang, height, width, batch, guided)
+        known = self._times.get((case, fresh))
         if known is None:
             if len(self._times) >= MAX_PREDICTED:
                 self._times.clear()
-            known = self._times[key] = self._predict(*key)
+            known = self._predict(*case)
+            if fresh:
+                regroup_s = min(known.regroup_s, self.profile.regroup_s)
+                known = replace(known, step_s=known.sync_step_s, regroup_s=regroup_s)
+            self._times[case, fresh] = known
         return known
 
     def step_s(self, gang: int, height: int, width: int, batch: int, guided: bool = True) -> float:

@@ -34,6 +34,7 @@ class RequestView:
         prepared: its prompt is encoded; always so once it has done a step.
         pinned: it holds workers and cannot yield any more (it decodes).
         guided: its steps are of two branches, with guidance and without.
+        fresh: its steps are all synchronous.
     """
 
     id: str
@@ -51,11 +52,12 @@ class RequestView:
     prepared: bool = False
     pinned: bool = False
     guided: bool = True
+    fresh: bool = False
 
     @property
-    def shape(self) -> tuple[int, int, int, bool]:
+    def shape(self) -> tuple[int, int, int, bool, bool]:
         """What its times depend on besides the gang, in the order of `LatencyModel.times`."""
-        return self.height, self.width, self.batch, self.guided
+        return self.height, self.width, self.batch, self.guided, self.fresh
 
     def allows(self, size: int) -> bool:
         """True if this request may run on a gang of `size`."""

@@ -57,6 +57,8 @@ def test_a_request_may_say_how_its_gang_shares_steps() -> None:
             whole = ParallelConfig(exchange=PAPER)
             mixed = await host.accept(gang_size=2, num_inference_steps=5, parallel=whole).ended
             assert (own.exchange, asked.exchange, mixed.exchange) == ("displaced", "sync", PAPER)
+            views = [host.accept(gang_size=2, **how).view() for how in ({}, {"exchange": "sync"})]
+            assert [view.fresh for view in views] == [False, True], "predicted as it is drawn"
             assert asked.summary()["exchange"] == "sync"
             assert mixed.summary()["exchange"] == PAPER.model_dump()
             assert host.dispatcher.metrics.steps == {"displaced": 3, "sync": 4, "mix": 5}

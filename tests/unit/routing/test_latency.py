@@ -159,6 +159,17 @@ def test_a_step_without_guidance_is_half_a_step_with_it():
     assert plain.run_s(0, 10) == pytest.approx(0.1 + 9 * 0.1 + 0.15 + 0.4)
 
 
+def test_a_picture_of_synchronous_steps_takes_their_time_and_teaches_what_the_others_take():
+    model = LatencyModel(profile(entry(2, 512, 0.2, sync_step_s=0.3), regroup_s=0.05, warmup_steps=4))
+    displaced, fresh = model.times(2, 512, 512, 1), model.times(2, 512, 512, 1, fresh=True)
+    assert displaced.run_s(0, 10) == pytest.approx(4 * 0.3 + 6 * 0.2)
+    assert fresh.run_s(0, 10) == pytest.approx(10 * 0.3)
+    assert displaced.regroup_s == pytest.approx(0.15) and fresh.regroup_s == pytest.approx(0.05)
+    for _ in range(20):
+        model.observe(2, 512, 512, 1, 0.1)
+    assert model.times(2, 512, 512, 1, fresh=True).step_s == pytest.approx(0.15, rel=0.1)
+
+
 def test_what_was_measured_without_guidance_is_answered_as_measured():
     model = LatencyModel(profile(entry(1, 512, 0.2), entry(1, 512, 0.15, guided=False)))
     assert [model.step_s(1, 512, 512, 1, guided) for guided in (True, False)] == [0.2, 0.15]
