@@ -6,13 +6,14 @@ alike; ratios are medians of the rounds' ratios.
 
 `none` is the naive baseline: attention there reads the own keys only, so a part of what `displaced` costs
 more is arithmetic. `unsent` is `displaced` without its messages: the difference is what they cost.
+`of expected` is the step over what `exchange="auto"` expects of it from a synchronous one.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -28,18 +29,23 @@ from distriray.collective.subgroup import Subgroup
 from distriray.config import MIXES
 from distriray.landscapes import MODEL_DIR
 from distriray.parallel import engine_of
+from distriray.parallel.choice import CANDIDATES, expected_step_s
 
 MODES = ("one rank", "none", "unsent", *MIXES)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One round of one mode: seconds of a step (median) and of waiting, waits, bytes a rank sends."""
+    """One round of one mode: seconds of a step (median) and of waiting, waits, bytes a rank sends.
+
+    `expected` are the seconds that `exchange="auto"` expects of each of its mixes, by a synchronous step.
+    """
 
     step_s: float
     wait_s: float
     waits: int
     bytes_sent: int
+    expected: Mapping[str, float] = field(default_factory=dict)
 
 
 class Mutable(Subgroup):
@@ -83,6 +89,7 @@ def main() -> None:
             "sent/step",
             "faster than one rank",
             "of none",
+            "of expected",
         ),
         seed=0,
         settings=vars(arguments),
@@ -94,6 +101,8 @@ def main() -> None:
             timing["none", arguments.backends[0] if backend == "-" else backend].step_s for timing in rounds
         ]
         step_s = median(t.step_s for t in timings)
+        expected = [timing["sync", backend].expected.get(mode) for timing in rounds if backend != "-"]
+        of_expected = [t.step_s / s for t, s in zip(timings, expected, strict=True) if s] if expected else []
         report.add(
             mode,
             backend,
@@ -103,6 +112,7 @@ def main() -> None:
             f"{timings[-1].bytes_sent / 2**20:.2f} MiB",
             f"{median(one / t.step_s for one, t in zip(alone, timings, strict=True)):.2f}x",
             f"{median(t.step_s / least for t, least in zip(timings, none, strict=True)):.3f}x",
+            f"{median(of_expected):.2f}x" if of_expected else "-",
         )
     report.publish(arguments.json)
 
@@ -153,7 +163,11 @@ def _time_mode(
         barrier(communicator)
     kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one
     step_s, wait_s = median(s.seconds for s in kept), median(s.wait_s for s in kept)
-    return Timing(step_s, wait_s, kept[-1].waits, kept[-1].bytes_sent)
+    expected: dict[str, float] = {}
+    if mode == "sync":
+        parts = zip(*([s.seconds, *(w.seconds for w in s.waiting[:2])] for s in kept), strict=True)
+        expected.update(zip(CANDIDATES, expected_step_s(*map(median, parts)), strict=True))
+    return Timing(step_s, wait_s, kept[-1].waits, kept[-1].bytes_sent, expected)
 
 
 def unet_inputs(unet: UNet2DConditionModel, size: int) -> dict[str, object]:

@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, Segment
+from distriray.requests import GenerationRequest
+from distriray.results import Segment
 from distriray.routing.latency import LatencyModel, Profile
 from distriray.routing.policies.elastic import Elastic
 from distriray.routing.simulation.fleet import SimulatedFleet

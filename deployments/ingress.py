@@ -11,7 +11,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from distriray.events import Event
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from distriray.service import Fleet, ModelCard
 
 from .callers import Callers, dead_drivers

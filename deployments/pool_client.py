@@ -18,7 +18,8 @@ from distriray.errors import NotEnoughDevices
 from distriray.events import Event, Finished
 from distriray.gang.background import Background
 from distriray.handle import own_error
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 
 from .config import PoolConfig, RouterConfig
 from .members import members_of

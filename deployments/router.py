@@ -23,7 +23,8 @@ from distriray.errors import (
 )
 from distriray.events import Event
 from distriray.gang.admission import check_gang_size
-from distriray.requests import MULTIPLE_OF, GenerationRequest, GenerationResult, check_sides
+from distriray.requests import MULTIPLE_OF, GenerationRequest, check_sides
+from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
 from distriray.service import Fleet, ModelCard, PoolReport
 

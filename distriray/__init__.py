@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .parallel import engine_of as engine_of
     from .parallel import parallelize as parallelize
     from .requests import GenerationRequest as GenerationRequest
-    from .requests import GenerationResult as GenerationResult
     from .requests import Limits as Limits
     from .requests import SamplingParams as SamplingParams
+    from .results import GenerationResult as GenerationResult
 
 _HOMES = {
     "AsyncClient": "client",
@@ -33,7 +33,7 @@ _HOMES = {
     "DenoiseState": "denoise",
     "Denoiser": "denoise",
     "GenerationRequest": "requests",
-    "GenerationResult": "requests",
+    "GenerationResult": "results",
     "HandleClient": "handle",
     "Host": "gang",
     "HostConfig": "gang",

@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .config import ExchangeMode, ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
-from .requests import GenerationRequest, GenerationResult, SamplingParams, invalid_request
+from .requests import GenerationRequest, SamplingParams, invalid_request
+from .results import GenerationResult
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def generate(
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
     exchange: Annotated[
         ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
-    ] = "displaced",
+    ] = "auto",
     warmup_steps: Annotated[
         str | None,
         typer.Option(help="Synchronous steps at the start, or auto; by default as --exchange needs."),
@@ -144,7 +145,7 @@ def generate(
 def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
     from .events import Finished, Step
 
-    task = bar.add_task(f"gang of {request.gang_size}", total=request.num_inference_steps)
+    task = bar.add_task(f"gang of {request.gang_size}", total=None)
     for event in host.stream(request):
         if isinstance(event, Step):
             said = f"gang of {event.gang_size}, step {event.step} of {event.num_steps}"
@@ -157,7 +158,7 @@ def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> Gene
 
 def _compare(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
     """The same picture by one worker, after a few steps that warm both up."""
-    few = {"num_inference_steps": min(2, request.num_inference_steps)}
+    few = {"num_inference_steps": min(2, request.num_inference_steps or 2)}
     for size in (1, request.gang_size):
         host.generate(request.model_copy(update={**few, "id": f"warm-up {size}", "gang_size": size}))
     return _draw(host, request.model_copy(update={"id": "alone", "gang_size": 1}), bar)
@@ -197,7 +198,7 @@ def _tell(result: GenerationResult, paths: list[Path], alone: GenerationResult |
         print(f"{path.absolute()}  (seed {seed})")
     times = result.timings
     print(
-        f"{seconds:.2f} s by a gang of {result.gang_size}: prepare {times.prepare_s:.2f}, "
+        f"{seconds:.2f} s by a gang of {result.gang_size}, {result.exchange}: prepare {times.prepare_s:.2f}, "
         f"{result.segments[-1].last_step} steps {times.denoise_s:.2f}, decode {times.decode_s:.2f}"
     )
     if alone is not None:

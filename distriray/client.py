@@ -11,7 +11,8 @@ import httpx
 from httpx_sse import EventSource
 
 from .events import Event, Finished
-from .requests import GenerationRequest, GenerationResult
+from .requests import GenerationRequest
+from .results import GenerationResult
 from .service import Fleet, ModelCard
 from .wire import (
     IMAGES,

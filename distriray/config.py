@@ -111,13 +111,13 @@ class ParallelConfig(BaseModel):
     """How the ranks of a gang share one denoising step.
 
     Attributes:
-        exchange: `displaced` uses the other patches' activations of the previous step (Li et al., CVPR
+        exchange: `auto` draws a first image of a shape in `sync`, and later ones in the freshest of `sync`,
+            `displaced_attention` and `displaced` in which messages cost at most `max_wait` of a step.
+            `displaced` uses the other patches' activations of the previous step (Li et al., CVPR
             2024); `displaced_attention` does so for self-attention's keys and values alone; `compressed`
             waits for those too, as changes of 4 bits; `sync` exchanges fresh ones at every layer and gives
             one device's numbers; `none` exchanges nothing but the output, the naive baseline. Or a `Mix`.
-            `auto` draws a first image of a shape in `sync`, and later ones in the freshest of `sync`,
-            `displaced_attention` and `displaced` in which waiting stays within `max_wait`.
-        max_wait: largest share of a step that may be waiting for peers, for `auto`.
+        max_wait: largest share of a step that sending fresh values and waiting for them may take, for `auto`.
         warmup_steps: synchronous steps at the start of every image (the first one always is), or `auto`:
             until the drift of what is sent falls below `auto_warmup_drift`. None is as many as the mix needs:
             4 where halos or statistics are stale, 2 where keys and values alone are, and 1 where nothing is.
@@ -134,7 +134,7 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    exchange: ExchangeMode | Mix = "displaced"
+    exchange: ExchangeMode | Mix = "auto"
     max_wait: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     auto_warmup_drift: Annotated[float, Field(gt=0.0)] = 0.12

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from PIL import Image
 
-from .requests import GenerationResult
+from .results import GenerationResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from .errors import DistrirayError, GenerationCancelled
 from .events import Event
-from .requests import GenerationRequest, GenerationResult
+from .requests import GenerationRequest
+from .results import GenerationResult
 
 if TYPE_CHECKING:
     from .service import Fleet, ModelCard

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +31,8 @@ class ModelSpec(BaseModel):
             it is loaded with. None is the one that its weights look like.
         revision: branch, tag or commit of a Hugging Face model.
         variant: suffix of the weight files, such as `fp16`.
-        dtype: of the weights in memory; `auto` is float32 on a CPU and float16 on a GPU.
+        dtype: of the weights in memory; `auto` is float32 on a CPU, and on a GPU bfloat16 for models that
+            denoise with a transformer, float16 for others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,12 +124,13 @@ def _from_hub(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
     return _pipeline_folder(Path(folder), spec.name)
 
 
-def resolve_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """The dtype that `spec` means on `device`."""
+def resolve_dtype(spec: ModelSpec, device: torch.device, components: Collection[str] = ()) -> torch.dtype:
+    """The dtype that `spec` means on `device` for a pipeline of these components."""
     import torch
 
     if spec.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
+        half = torch.bfloat16 if "transformer" in components else torch.float16
+        return torch.float32 if device.type == "cpu" else half
     dtype = getattr(torch, spec.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -146,17 +148,19 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
     device = torch.device(device)
     folder = locate(spec)
     if folder.is_file():
-        pipeline = _load_file(spec, folder, resolve_dtype(spec, device))
+        pipeline = _load_file(spec, folder, device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
+    index, missing = _index_of(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
             variant=spec.variant,
-            dtype=resolve_dtype(spec, device),
+            dtype=resolve_dtype(spec, device, index),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            **missing,  # diffusers insists on some, such as SD 3's T5, unless it is told
         )
     except (OSError, ValueError) as error:
         variant = f" of variant {spec.variant!r}" if spec.variant else ""
@@ -165,19 +169,26 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
     return pipeline.to(device)
 
 
-def _load_file(spec: ModelSpec, file: Path, dtype: torch.dtype) -> Any:
+def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
+    """What a folder says of its pipeline, and the components that it says are missing."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return index, {name: None for name, home in index.items() if home == [None, None]}
+
+
+def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:
     """The pipeline whose weights are all in one file, as its authors' own code writes it."""
     import diffusers
     import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     folder = _configurations(spec, file)
-    kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    index, missing = _index_of(folder)
+    kind, dtype = index["_class_name"], resolve_dtype(spec, device, index)
     if not hasattr(getattr(diffusers, kind, None), "from_single_file"):
         raise ModelNotFound(f"{spec.name!r}: diffusers reads no {kind} from a single file")
     try:
         pipeline = getattr(diffusers, kind).from_single_file(
-            str(file), config=str(folder), dtype=dtype, local_files_only=True
+            str(file), config=str(folder), dtype=dtype, local_files_only=True, **missing
         )
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         raise ModelNotFound(

@@ -1,20 +1,18 @@
-"""Requests and results, shared by scripts, Serve handles, HTTP, jobs and the command line."""
+"""Requests, and the limits that services set them: one type for every interface."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 from uuid import uuid4
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .config import ExchangeMode, Mix, ParallelConfig
+from .config import ExchangeMode, ParallelConfig
 from .errors import InvalidRequest
 
 Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 MAX_SEEDS = 2**63
 """Seeds are below this, those of all images of a request."""
 
@@ -73,10 +71,10 @@ class SamplingParams(BaseModel):
     """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
     width: Count | None = None
     """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
-    num_inference_steps: Count = 25
-    """Denoising steps."""
-    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 5.0
-    """Scale of classifier-free guidance; 1 or less turns it off."""
+    num_inference_steps: Count | None = None
+    """Denoising steps; the model's own number by default."""
+    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """Scale of guidance; classifier-free guidance is off at 1 and below. The model's own by default."""
     guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """How far the guided noise is rescaled to the contrast of the unguided one, from 0 to 1."""
     seed: Seed | None = None
@@ -114,9 +112,17 @@ class SamplingParams(BaseModel):
         return self
 
     def num_steps(self, own: StepCount) -> int:
-        """Calls of the network, where `own` is the count of the model's own scheduler."""
-        named = STEP_COUNTS.get(self.scheduler, StepCount()) if self.scheduler else own
-        return named.of(self.num_inference_steps)
+        """Calls of the network, where `own` is the count of the model's own scheduler.
+
+        Raises:
+            InvalidRequest: the number of steps is left to the model.
+        """
+        asked = self.num_inference_steps
+        if asked is None:
+            raise InvalidRequest(
+                "the number of steps is the model's own, and not known yet", "num_inference_steps"
+            )
+        return (STEP_COUNTS.get(self.scheduler, StepCount()) if self.scheduler else own).of(asked)
 
     @property
     def seeds(self) -> list[int]:
@@ -131,35 +137,41 @@ class SamplingParams(BaseModel):
             return self
         return self.model_copy(update={"seed": secrets.randbelow(2**32) if seed is None else seed})
 
-    def settled(self, height: int, width: int, defaults: Defaults | None = None) -> Self:
-        """A copy that leaves nothing open: a size, by default this one, a seed, and for what was not given
-        whatever `defaults` say."""
-        given = {
+    def settled(self, height: int, width: int) -> Self:
+        """A copy that leaves nothing open: a size, by default this one, and a seed."""
+        size = {
             "height": height if self.height is None else self.height,
             "width": width if self.width is None else self.width,
         }
-        left_open = dict(Defaults() if defaults is None else defaults).items()
-        kept = {name: value for name, value in left_open if name not in self.model_fields_set}
-        return self.seeded().model_copy(update={**given, **kept})
+        return self.seeded().model_copy(update=size)
+
+
+Params = TypeVar("Params", bound=SamplingParams)
 
 
 class Defaults(BaseModel):
-    """What requests that leave it open are drawn with: turbo and lightning models want few steps and little
-    guidance, behind clients that can send neither.
+    """What requests that leave it open are drawn with; what this leaves open too is the model's own.
+
+    For turbo and lightning models, which want few steps and little guidance, behind clients that can send
+    neither.
 
     Attributes:
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; 1 or less turns it off.
-        scheduler: noise scheduler; None is the model's own.
+        scheduler: noise scheduler.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_inference_steps: Count = SamplingParams.model_fields["num_inference_steps"].default
-    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = SamplingParams.model_fields[
-        "guidance_scale"
-    ].default
+    num_inference_steps: Count | None = None
+    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     scheduler: SchedulerName | None = None
+
+    def settle(self, params: Params) -> Params:
+        """A copy of a request with these values where it has none."""
+        return params.model_copy(
+            update={name: value for name, value in self if getattr(params, name) is None}
+        )
 
 
 def check_sides(height: int | None = None, width: int | None = None, unit: int = MULTIPLE_OF) -> None:
@@ -188,10 +200,21 @@ class GenerationRequest(SamplingParams):
     """Larger is more important; each unit doubles its share."""
     previews: Annotated[int, Field(ge=0)] = 0
     """Intermediate pictures to send while it runs, evenly spread over the steps."""
+    exchange: ExchangeMode | None = None
+    """How the gang shares a step, in place of the host's own `parallel.exchange`.
+
+    What a segment of a result names, given here, makes its picture again.
+    """
     parallel: ParallelConfig | None = None
-    """How the gang shares a step; None is the host's own configuration."""
+    """All of how the gang shares a step; None is the host's own configuration."""
     id: Annotated[str, Field(min_length=1, max_length=200)] = Field(default_factory=lambda: uuid4().hex)
     """Name in events, logs and `cancel`; unique among unfinished requests."""
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> Self:
+        if self.exchange is not None and self.parallel is not None:
+            raise InvalidRequest("exchange and parallel.exchange are one thing; give one of them", "exchange")
+        return self
 
     @classmethod
     def parse(cls, fields: dict[str, Any] | str | bytes) -> Self:
@@ -218,6 +241,12 @@ class GenerationRequest(SamplingParams):
         if fields:
             raise TypeError(f"set {sorted(fields)} on the GenerationRequest itself")
         return request
+
+    def shared(self, parallel: ParallelConfig) -> ParallelConfig:
+        """How the gang shares a step, on a host that is configured so."""
+        if self.exchange is not None:
+            return parallel.model_copy(update={"exchange": self.exchange})
+        return self.parallel or parallel
 
     def preview_steps(self, num_steps: int) -> frozenset[int]:
         """Those of `num_steps` calls of the network (1 is the first) after which a preview is sent."""
@@ -281,8 +310,7 @@ class Limits(BaseModel):
         What it leaves open is checked once it is settled.
         """
         for field, limit in self.LARGEST.items():
-            if field in request.model_fields_set:
-                self._at_most(field, getattr(request, field), getattr(self, limit))
+            self._at_most(field, getattr(request, field), getattr(self, limit))
         for field in self.TEXTS:
             length = len(getattr(request, field) or "")
             if length > self.max_prompt_chars:
@@ -317,78 +345,3 @@ class Limits(BaseModel):
     def _at_most(field: str, value: float | None, limit: float) -> None:
         if value is not None and value > limit:
             raise InvalidRequest(f"{field} {value} is above the limit of {limit}", field)
-
-
-class Segment(BaseModel):
-    """Steps `first_step` to `last_step` (the latter not included) by one gang, rank 0 first.
-
-    The order was sent at `sent_at`; all ranks were ready at `formed_at` (not counting prompt encoding); the
-    last step ended at `left_at`, all in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the
-    mean seconds of a synchronous and of a displaced step. `exchange` is how the steps were shared, where
-    `auto` has chosen too: with it in `parallel`, seed and gang make the same picture again.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    workers: tuple[int, ...]
-    first_step: int
-    last_step: int
-    seconds: float
-    sent_at: float
-    formed_at: float
-    left_at: float
-    fresh_step_s: float | None = None
-    stale_step_s: float | None = None
-    exchange: ExchangeMode | Mix = "sync"
-
-    @property
-    def steps(self) -> int:
-        return self.last_step - self.first_step
-
-
-class Timings(BaseModel):
-    """Seconds of each phase; `total_s` is from submission to result."""
-
-    model_config = ConfigDict(frozen=True)
-
-    queued_s: Seconds
-    prepare_s: Seconds
-    denoise_s: Seconds
-    decode_s: Seconds
-    total_s: Seconds
-
-    @property
-    def waiting_s(self) -> float:
-        """Seconds that no phase explains: forming gangs, waiting between them, sending results."""
-        return max(0.0, self.total_s - self.queued_s - self.prepare_s - self.denoise_s - self.decode_s)
-
-
-class GenerationResult(BaseModel):
-    """The images of one request and how they were made. `images` stays out of `model_dump`."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
-
-    id: str
-    model: str
-    height: int
-    width: int
-    seeds: list[int]
-    timings: Timings
-    segments: list[Segment]
-    repairs: int = 0
-    warnings: list[str] = []
-    """What of the request is not used, such as the end of a prompt that is too long for the model."""
-    images: Annotated[list[Image.Image], Field(exclude=True, repr=False)]
-
-    @property
-    def gang_size(self) -> int:
-        """Size of the gang that made most of the steps."""
-        steps: dict[int, int] = {}
-        for segment in self.segments:
-            size = len(segment.workers)
-            steps[size] = steps.get(size, 0) + segment.steps
-        return max(steps, key=lambda size: steps[size])
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the images, ready for JSON."""
-        return {**self.model_dump(mode="json"), "gang_size": self.gang_size}

@@ -54,7 +54,8 @@ class PredictionStatus(_Report):
 class HostStatus(_Report):
     """One host at one moment. `backlog_s` is the predicted time until all it has accepted is finished, in
     seconds; `free_workers` are healthy and in no gang. `outcomes` counts the requests that ended as finished,
-    cancelled, failed or refused, since the host started, and `regroupings` how often one changed its gang."""
+    cancelled, failed or refused, since the host started, `steps` those that gangs made, by how they shared
+    them (`mix` is one without a name), and `regroupings` how often a request changed its gang."""
 
     model: str
     device: str
@@ -69,5 +70,6 @@ class HostStatus(_Report):
     backlog_s: float
     repairs: list[RepairStatus]
     outcomes: dict[str, int]
+    steps: dict[str, int]
     regroupings: int
     predictions: PredictionStatus

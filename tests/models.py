@@ -30,6 +30,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers.pre_tokenizers import ByteLevel
@@ -94,6 +96,16 @@ def tiny_sdxl_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
         "projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH,
     }
     return ready(UNet2DConditionModel(**{**settings, **config}), seed)
+
+
+SHALLOW: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
+}
+"""Two levels of SDXL in place of three: every kind of layer, in half the time."""
 
 
 def tiny_sd15_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
@@ -171,6 +183,22 @@ def tiny_qwen_image_transformer(seed: int = 0, **config: Any) -> QwenImageTransf
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(QwenImageTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_z_image_transformer(seed: int = 0, **config: Any) -> ZImageTransformer2DModel:
+    """Z-Image's layout: the image and the text are refined by themselves first."""
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": TEXT_WIDTH,
+        "axes_dims": [4, 6, 6],
+        "axes_lens": [160, 64, 64],
+    }
+    return ready(ZImageTransformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_pixart_transformer(seed: int = 0, **config: Any) -> PixArtTransformer2DModel:
@@ -302,47 +330,55 @@ def tiny_safety_checker() -> dict[str, Any]:
     return {"safety_checker": checker.eval(), "feature_extractor": extractor}
 
 
-def tiny_flux(seed: int = 0) -> FluxPipeline:
-    """A whole FLUX.1 pipeline. Its second tokenizer is CLIP's, since T5's needs a vocabulary."""
-    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
-    t5 = T5Config(
-        vocab_size=len(tokenizer_2),
-        d_model=TEXT_WIDTH,
-        d_kv=8,
-        d_ff=2 * TEXT_WIDTH,
-        num_layers=1,
-        num_heads=2,
+def tiny_t5(seed: int, tokenizer: CLIPTokenizer, width: int) -> T5EncoderModel:
+    """T5's encoder for the tokens of another tokenizer, since its own needs a vocabulary."""
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2
     )
+    return ready(T5EncoderModel(config), seed)
+
+
+def tiny_flux_schnell(seed: int = 0) -> FluxPipeline:
+    """A whole FLUX.1-schnell pipeline."""
+    pipeline = tiny_flux(seed, guidance_embeds=False)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return pipeline
+
+
+def tiny_flux(seed: int = 0, **transformer: Any) -> FluxPipeline:
+    """A whole FLUX.1-dev pipeline; `transformer` overrides entries of the transformer's config."""
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=tiny_vae(seed + 1, shift_factor=0.0),
         text_encoder=ready(CLIPTextModel(text_config(tokenizer)), seed + 2),
         tokenizer=tokenizer,
-        text_encoder_2=ready(T5EncoderModel(t5), seed + 3),
+        text_encoder_2=tiny_t5(seed + 3, tokenizer_2, TEXT_WIDTH),
         tokenizer_2=tokenizer_2,
-        transformer=tiny_flux_transformer(seed),
+        transformer=tiny_flux_transformer(seed, **transformer),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
-    """A whole Stable Diffusion 3.5 pipeline without T5."""
+def tiny_sd3(seed: int = 0, t5: bool = False) -> StableDiffusion3Pipeline:
+    """A whole Stable Diffusion 3.5 pipeline, without T5 unless asked for."""
+    width = 3 * TEXT_WIDTH
     tokenizers = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
     encoders = (
         ready(CLIPTextModelWithProjection(text_config(tokenizer)), seed + 2 + index)
         for index, tokenizer in enumerate(tokenizers)
     )
     pipeline = StableDiffusion3Pipeline(
-        transformer=tiny_sd3_transformer(seed, joint_attention_dim=3 * TEXT_WIDTH),
+        transformer=tiny_sd3_transformer(seed, joint_attention_dim=width),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(seed + 1, shift_factor=0.0),
         text_encoder=next(encoders),
         tokenizer=tokenizers[0],
         text_encoder_2=next(encoders),
         tokenizer_2=tokenizers[1],
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=tiny_t5(seed + 4, tokenizers[0], width) if t5 else None,
+        tokenizer_3=tokenizers[0] if t5 else None,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -389,6 +425,16 @@ def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:
     transformer = tiny_pixart_transformer(seed, use_additional_conditions=False)
     return _without_text_encoder(
         PixArtSigmaPipeline, tiny_vae(seed), transformer, DPMSolverMultistepScheduler()
+    )
+
+
+def tiny_z_image(seed: int = 0) -> ZImagePipeline:
+    """A Z-Image pipeline without a text encoder."""
+    return _without_text_encoder(
+        ZImagePipeline,
+        tiny_vae(seed, shift_factor=0.0),
+        tiny_z_image_transformer(seed),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
 
 

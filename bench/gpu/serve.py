@@ -36,7 +36,7 @@ from deployments.config import AppConfig
 from distriray import Client, GenerationRequest
 from distriray.events import Event, Finished, Repaired, Step
 from distriray.gang import reaper
-from distriray.requests import GenerationResult
+from distriray.results import GenerationResult
 from distriray.status import HostStatus
 
 WORKERS, POOL, PROMPT, SEED = 2, "pair", "a lake at dusk, snowy mountains", 1

@@ -128,7 +128,11 @@ def share(unet: Any, ranks: int, size: int, split: bool, graphs: bool, steps: in
     The rank has a neighbour on each side, where one of the gang does.
     """
     peers = AbsentPeers(ranks // 2 if ranks > 2 else 0, ranks, unet.device)
-    parallelize(unet, peers, ParallelConfig(warmup_steps=1, cfg_parallel=split, cuda_graphs=graphs))
+    parallelize(
+        unet,
+        peers,
+        ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=split, cuda_graphs=graphs),
+    )
     engine = engine_of(unet)
     assert engine is not None
     inputs, timesteps = step_inputs(unet, size), iter(range(999, 0, -1))

@@ -3,8 +3,9 @@
 One rank's share of a denoising step is measured by itself, its peers' buffers filled, for gangs of 1, 2, 4
 and 8, with the guidance branches split between the halves of the gang and without. The bytes it sends to each
 peer and the moments at which it sends and waits are noted, and replayed against a model of the link: what is
-not there when a rank waits for it is exposed. A column named projected is not a measurement. Not modelled:
-communication kernels that take a part of the device, peers that are late, and memory that devices share.
+not there when a rank waits for it is exposed, of a fresh value all of it. A column named projected is not a
+measurement. Not modelled: communication kernels that take a part of the device, peers that are late, and
+memory that devices share.
 
 On a GPU this takes the U-Net of SDXL with random weights, in float16:
 
@@ -20,14 +21,17 @@ from __future__ import annotations
 import argparse
 import os
 from statistics import median
+from typing import Any
 
 import torch
 
 from bench.projection.links import Link, parse_link
-from bench.projection.rounds import Case, Round, cases, measure, slowest
+from bench.projection.rounds import Round, alone, cases, measure, slowest
 from bench.projection.share import Share
 from bench.report import Report
+from distriray import ParallelConfig
 from distriray.collective import launch
+from distriray.config import MIXES
 
 LINKS = ("nvlink4:10:360", "pcie5:20:50", "pcie4:20:25")
 SIZES = {"cpu": [256, 512, 768], "cuda": [1024, 2048, 3840]}
@@ -36,6 +40,7 @@ COLUMNS = (
     "size",
     "guidance",
     "ranks",
+    "exchange",
     "link",
     "its latency, us",
     "its GB/s",
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--sizes", type=int, nargs="+", help="pixels of a side")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--exchange", choices=tuple(MIXES), nargs="+", default=["displaced", "sync"])
     parser.add_argument(
         "--links",
         type=parse_link,
@@ -75,10 +81,12 @@ def main() -> None:
         help=f"latency of a group of messages and bandwidth of a device in one direction; {' '.join(LINKS)} "
         "(80 %% of what NVLink 4 and PCIe 5 and 4 with 16 lanes carry by name); CPUs: the loopback, measured",
     )
-    parser.add_argument("--steps", type=int, default=5, help="displaced steps that count, a turn")
+    parser.add_argument("--steps", type=int, default=5, help="steps after the warm-up that count, a turn")
     parser.add_argument("--rounds", type=int, help="default: 7 on CPUs, which other work may disturb, else 3")
     parser.add_argument("--image-steps", type=int, default=50)
-    parser.add_argument("--warmup-steps", type=int, default=4, help="of an image, synchronous")
+    parser.add_argument(
+        "--warmup-steps", type=int, help="synchronous ones of an image; default: as the exchange needs"
+    )
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     arguments.model = arguments.model or {"cpu": "landscapes", "cuda": "sdxl"}[arguments.device]
@@ -121,13 +129,15 @@ def links_of(rounds: list[Round], arguments: argparse.Namespace) -> list[Link]:
 def tabulate(report: Report, rounds: list[Round], arguments: argparse.Namespace) -> None:
     """One row for each case and link; ratios are medians of the rounds' ratios."""
 
-    def image(share: Share, link: Link) -> float:
-        return share.image(link, arguments.image_steps, arguments.warmup_steps)
+    for case in cases(arguments.sizes, arguments.ranks, arguments.exchange):
+        one_rank = alone(case, arguments.exchange)
+        pairs = [(taken.shares[one_rank], taken.shares[case]) for taken in rounds]
+        sent = pairs[0][1].later[-1].sent or {0: 0}
+        warmup = ParallelConfig(warmup_steps=arguments.warmup_steps).warmup_of(MIXES[case.exchange])
 
-    for case in cases(arguments.sizes, arguments.ranks):
-        alone = Case(case.size, 1, False)
-        pairs = [(taken.shares[alone], taken.shares[case]) for taken in rounds]
-        sent = pairs[0][1].displaced[-1].sent or {0: 0}
+        def image(share: Share, link: Link, warmup: Any = warmup) -> float:
+            return share.image(link, arguments.image_steps, warmup)
+
         for link in links_of(rounds, arguments):
             measured = [taken.measured[case] for taken in rounds if case in taken.measured]
             of_measured = [
@@ -139,6 +149,7 @@ def tabulate(report: Report, rounds: list[Round], arguments: argparse.Namespace)
                 f"{case.size}x{case.size}",
                 "split" if case.split else "together",
                 str(case.ranks),
+                case.exchange if case.exchanges else "-",
                 link.name if case.ranks > 1 else "-",
                 f"{1e6 * link.latency_s:.0f}" if case.ranks > 1 else "-",
                 f"{link.bytes_per_s / 1e9:.2f}" if case.ranks > 1 else "-",

@@ -53,10 +53,10 @@ class AbsentPeers:
     """Rank `rank` of `world_size`; whatever it receives is there at once.
 
     While `fills`, a peer sends what this rank sends (with nothing like it at hand, zeros): values of the
-    right size, so that no later arithmetic meets garbage. Afterwards what was received stays as it is, as if
+    right size, so that no later arithmetic meets garbage. Else what was received stays as it is, as if
     the peers' activations did not change, but for the headers of gathers, which are always this rank's own.
-    A transfer costs the rank no time: that is for a model of the link to add. Every transfer is noted, with
-    its bytes and its time within the step.
+    A transfer costs the rank no time, that is for a model of the link to add, and what filling takes is left
+    out. Every transfer is noted, with its bytes and its time within the step.
     """
 
     backend = "none"
@@ -72,18 +72,25 @@ class AbsentPeers:
         self._transfers = 0
         self._began: Mark = 0.0
         self.marks: list[tuple[Moment, Mark]] = []
+        self._filling: list[tuple[Mark, Mark]] = []
 
     def begin_step(self) -> None:
         finish(self.device)
-        self.marks = []
+        self.marks, self._filling = [], []
         self._began = mark(self.device)
 
     def end_step(self) -> Step:
         ended = mark(self.device)
         finish(self.device)
+        filled = [tuple(seconds_between(self._began, end) for end in ends) for ends in self._filling]
+
+        def at(reached: Mark) -> float:
+            moment = seconds_between(self._began, reached)
+            return moment - sum(until - since for since, until in filled if until <= moment)
+
         for moment, reached in self.marks:
-            moment.at_s = seconds_between(self._began, reached)
-        return Step(seconds_between(self._began, ended), [moment for moment, _ in self.marks])
+            moment.at_s = at(reached)
+        return Step(at(ended), [moment for moment, _ in self.marks])
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> AbsentWork:
         sent = {
@@ -91,8 +98,10 @@ class AbsentPeers:
         }
         as_messages(receives, self.rank, self.world_size, self.device)
         if self.fills:
+            since = mark(self.device)
             for tensor in receives.values():
                 _fill(tensor, list(sends.values()))
+            self._filling.append((since, mark(self.device)))
         elif len({id(flat) for flat in sends.values()}) == 1:
             for peer, message in receives.items():
                 if message.dtype == torch.uint8:

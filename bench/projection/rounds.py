@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -13,17 +14,29 @@ from diffusers import UNet2DConditionModel
 from bench.barrier import barrier
 from bench.projection.links import Link
 from bench.projection.share import SDXL, Share, measure_gang, measure_share, random_unet
+from distriray import ParallelConfig
 from distriray.collective import Communicator, all_gather
+from distriray.config import ExchangeMode
 from distriray.landscapes import MODEL_DIR
 
 
 @dataclass(frozen=True)
 class Case:
-    """A gang that is projected."""
+    """A gang that is projected, and how it shares a step."""
 
     size: int
     ranks: int
     split: bool
+    exchange: ExchangeMode
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether the ranks share the rows of a picture at all."""
+        return self.ranks > (2 if self.split else 1)
+
+    @property
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(exchange=self.exchange, warmup_steps=1, cfg_parallel=self.split)
 
 
 @dataclass
@@ -35,15 +48,22 @@ class Round:
     loopback: Link | None = None
 
 
-def cases(sizes: list[int], ranks: list[int]) -> list[Case]:
-    """Every gang, with guidance split where it can be."""
-    return [
-        Case(size, count, split)
+def cases(sizes: Sequence[int], ranks: Sequence[int], exchanges: Sequence[ExchangeMode]) -> list[Case]:
+    """Every gang, with guidance split where it can be, in every mode where modes differ."""
+    every = (
+        Case(size, count, split, exchange)
         for size in sizes
         for count in ranks
         for split in (True, False)
+        for exchange in exchanges
         if count % 2 == 0 or not split
-    ]
+    )
+    return [case for case in every if case.exchanges or case.exchange == exchanges[0]]
+
+
+def alone(case: Case, exchanges: Sequence[ExchangeMode]) -> Case:
+    """The same picture by one rank, among `cases`."""
+    return Case(case.size, 1, False, exchanges[0])
 
 
 def places(ranks: int) -> list[int]:
@@ -63,19 +83,18 @@ def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[R
         taken = Round()
         if communicator.world_size > 1:
             taken.loopback = measure_loopback(communicator)
-        for case in cases(arguments.sizes, arguments.ranks):
+        for case in cases(arguments.sizes, arguments.ranks, arguments.exchange):
             barrier(communicator)
             own = places(case.ranks)[communicator.rank :: communicator.world_size]
             shares = [
-                measure_share(unet, rank, case.ranks, case.size, arguments.steps, cfg_parallel=case.split)
-                for rank in own
+                measure_share(unet, rank, case.ranks, case.size, arguments.steps, case.config) for rank in own
             ]
             if shares:
                 taken.shares[case] = max(shares, key=lambda share: share.seconds)
             if communicator.world_size == case.ranks > 1:
                 barrier(communicator)
                 taken.measured[case] = measure_gang(
-                    unet, communicator, case.size, arguments.steps, cfg_parallel=case.split
+                    unet, communicator, case.size, arguments.steps, case.config
                 )
         barrier(communicator)
         rounds.append(taken)

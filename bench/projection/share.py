@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,6 +15,7 @@ from bench.projection.links import Link, exposed_s
 from bench.projection.peers import AbsentPeers, Step
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator
+from distriray.config import Kind
 from distriray.parallel import engine_of
 
 SDXL: dict[str, Any] = {
@@ -38,28 +39,28 @@ SDXL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Share:
-    """Steps of one rank: a synchronous one, then displaced ones."""
+    """Steps of one rank: the first one, which is synchronous, and later ones, as the exchange has them."""
 
-    synchronous: Step
-    displaced: list[Step]
+    first: Step
+    later: list[Step]
 
     @property
     def seconds(self) -> float:
-        """Of a displaced step's arithmetic, the first one left out."""
-        return median(step.seconds for step in self.displaced[1:])
+        """Of a later step's arithmetic, the first of them left out."""
+        return median(step.seconds for step in self.later[1:])
 
     def exposed(self, link: Link) -> float:
-        """Seconds that `link` adds to a displaced step, beyond what is hidden."""
-        return median(exposed_s(self.displaced, link)[1:])
+        """Seconds that `link` adds to a later step, beyond what is hidden."""
+        return median(exposed_s(self.later, link)[1:])
 
     def step(self, link: Link) -> float:
-        """Seconds of a displaced step."""
+        """Seconds of a later step."""
         return self.seconds + self.exposed(link)
 
     def image(self, link: Link, steps: int, warmup_steps: int) -> float:
         """Seconds of an image: a synchronous step waits for every one of its many transfers."""
         warm = min(warmup_steps, steps)
-        waiting = sum(link.seconds(m.sent) for m in self.synchronous.moments if m.kind == "launch")
+        waiting = sum(link.seconds(m.sent) for m in self.first.moments if m.kind == "launch")
         return warm * (self.seconds + waiting) + (steps - warm) * self.step(link)
 
 
@@ -79,26 +80,27 @@ def random_unet(
 
 
 def measure_share(
-    unet: UNet2DConditionModel, rank: int, world_size: int, size: int, steps: int, *, cfg_parallel: bool
+    unet: UNet2DConditionModel, rank: int, world_size: int, size: int, steps: int, config: ParallelConfig
 ) -> Share:
     """What rank `rank` of `world_size` does in a guided step at `size` pixels, its peers' buffers filled.
 
     Args:
-        steps: displaced steps that count; one more goes before them.
-        cfg_parallel: the halves of the gang have one guidance branch each.
+        steps: later steps that count; one more goes before them.
+        config: with one synchronous step at most.
     """
     peers = AbsentPeers(rank, world_size, unet.device)
-    config = ParallelConfig(warmup_steps=1, cfg_parallel=cfg_parallel)
     parallelize(unet, peers, config)
-    taken = _steps(unet, peers, size, steps + 2)
+    mix = config.mix
+    persists = mix is None or all(map(mix.is_stale, get_args(Kind)))
+    taken = _steps(unet, peers, size, steps + 2, fills_once=persists)
     return Share(taken[0], taken[1:])
 
 
 def measure_gang(
-    unet: UNet2DConditionModel, communicator: Communicator, size: int, steps: int, *, cfg_parallel: bool
+    unet: UNet2DConditionModel, communicator: Communicator, size: int, steps: int, config: ParallelConfig
 ) -> float:
-    """Median seconds of a displaced step of a gang that is there."""
-    parallelize(unet, communicator, ParallelConfig(warmup_steps=1, cfg_parallel=cfg_parallel))
+    """Median seconds of a later step of a gang that is there."""
+    parallelize(unet, communicator, config)
     engine = engine_of(unet)
     assert engine is not None
     inputs, seconds = step_inputs(unet, size), []
@@ -110,13 +112,16 @@ def measure_gang(
     return median(seconds[2:])
 
 
-def _steps(unet: UNet2DConditionModel, peers: AbsentPeers, size: int, count: int) -> list[Step]:
+def _steps(
+    unet: UNet2DConditionModel, peers: AbsentPeers, size: int, count: int, fills_once: bool
+) -> list[Step]:
+    """Consecutive steps. Only buffers of stale values last, so that filling them once will do."""
     inputs, engine = step_inputs(unet, size), engine_of(unet)
     assert engine is not None
     taken = []
     with engine.image():
         for step in range(count):
-            peers.fills = step == 0
+            peers.fills = step == 0 or not fills_once
             engine.announce_more()
             peers.begin_step()
             unet(timestep=900 - step, **inputs)

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
-from distriray.requests import GenerationResult
+from distriray.results import GenerationResult
 
 from .encode import data_url, encode
 from .errors import Refusal
@@ -99,6 +99,7 @@ def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
         "output_format": asked.format,
         "size": f"{result.width}x{result.height}",
         "gang_size": result.gang_size,
+        "exchange": result.exchange,
         "repairs": result.repairs,
         "warnings": result.warnings,
         "timings": result.timings,

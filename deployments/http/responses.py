@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from distriray.requests import Segment, Timings
+from distriray.config import ExchangeMode, Mix
+from distriray.results import Segment, Timings
 
 from .encode import OutputFormat
 from .errors import ErrorResponse
@@ -27,6 +28,7 @@ class _Answer(BaseModel):
     output_format: OutputFormat
     size: str
     gang_size: int
+    exchange: ExchangeMode | Mix
     repairs: int
     warnings: list[str]
     timings: Timings

@@ -155,15 +155,15 @@ def run_in_lockstep(
         What each rank returned, in the order of ranks.
 
     Raises:
-        Exception: what the first rank to fail raised. The others end with `GangBroken`, and so do ranks that
-            wait for messages which no rank sends.
+        BaseException: what the first rank to fail raised. The others end with `GangBroken`, and so do ranks
+            that wait for messages which no rank sends.
         ValueError: `world_size` is less than 1.
     """
     if world_size < 1:
         raise ValueError(f"a gang has at least one rank, not {world_size}")
     gang, place = Gang(world_size), indexed(device)
     results: list[Any] = [None] * world_size
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     threads = torch.get_num_threads()
 
     def run(rank: int) -> None:
@@ -172,7 +172,7 @@ def run_in_lockstep(
         with gang.turn:
             try:
                 results[rank] = function(communicator)
-            except Exception as error:
+            except BaseException as error:  # a test's `pytest.fail` is no Exception
                 failures.append(error)
                 gang.fail(f"rank {rank} failed with {type(error).__name__}: {error}")
             gang.ended += 1

@@ -14,7 +14,7 @@ from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
-from distriray.denoise.schedulers import make_scheduler, scheduler_class, step_count
+from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler_class, step_count
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
@@ -35,6 +35,7 @@ class Denoiser:
     Attributes:
         family: the family's name there.
         sizes: of its pictures.
+        terms: what the model says of a request's other fields.
         needs_image: whether the network takes a picture and its mask besides the latents.
         guides: whether guidance above 1 takes a second branch.
         own_steps: how often the model's own scheduler calls the network.
@@ -49,9 +50,11 @@ class Denoiser:
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
+        self.terms = PIPELINES[self.family].terms(configs_of(pipeline))
         self.needs_image, self.guides = self._steps.needs_image, self._steps.guides
-        _check_scheduler(pipeline)
+        _check_scheduler(pipeline, self._steps.flow)
         self.own_steps = step_count(pipeline.scheduler)
+        self.scheduler: Any = None  # of the state at hand: the engine looks it up here
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
         self._last_at = (-1, -1)  # where that left it, and by which gang
         self._image: AbstractContextManager[Any] | None = None  # in that gang
@@ -75,13 +78,15 @@ class Denoiser:
         Raises:
             InvalidRequest: a value is out of range; `param` names it.
         """
-        seeds = params.seeds
+        params, seeds = self.terms.settle(params), params.seeds
         if mask_image is not None and image is None:
             raise InvalidRequest("a mask_image needs an image", "image")
         if not 0.0 < strength <= 1.0:
             raise InvalidRequest(f"strength {strength} is not above 0 and at most 1", "strength")
         if self.needs_image and mask_image is None:
             raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", "image")
+        if mask_image is not None and "inpainting" not in PIPELINES[self.family].tasks:
+            raise InvalidRequest(f"{PIPELINES[self.family].models} fills in no masks here", "mask_image")
         height = self.sizes.default[0] if params.height is None else params.height
         width = self.sizes.default[1] if params.width is None else params.width
         check_sides(height, width, self.sizes.unit)
@@ -114,7 +119,7 @@ class Denoiser:
             values=values,
             scheduler=commission.scheduler,
             generators=commission.generators,
-            guidance_scale=params.guidance_scale,
+            guidance_scale=commission.guidance_scale,
             guidance_rescale=params.guidance_rescale,
             height=height,
             width=width,
@@ -124,11 +129,12 @@ class Denoiser:
     def _unused(self, params: SamplingParams) -> tuple[str, ...]:
         """What of a request's texts no picture shows, without the texts."""
         texts = {"prompt": params.prompt}
-        if params.negative_prompt and self.guides and params.guidance_scale > 1.0:
+        if params.negative_prompt and self.guides and (params.guidance_scale or 0.0) > 1.0:
             texts["negative_prompt"] = params.negative_prompt
         warnings = []
         for name, text in texts.items():
-            given, taken = min(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)
+            # of several encoders the one that takes most: what it does not take, none does
+            given, taken = max(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)
             if taken < given:
                 said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
                 warnings.append(said)
@@ -152,6 +158,7 @@ class Denoiser:
             raise ValueError(f"all {state.num_steps} steps are done")
         self._follow(state)
         timestep, before = state.values["timesteps"][state.step], state.latents
+        self.scheduler = state.scheduler
         engine = engine_of(self._pipeline)
         self._last, snapshot = None, state.snapshot()
         try:
@@ -241,6 +248,7 @@ class Denoiser:
             self.settle(last)
         self._image = None  # so that its buffers are the next one's
         if engine is not None:
+            engine.watch_scheduler(self)
             self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         self._steps.begin(state)
 
@@ -254,14 +262,21 @@ def _check_latents(state: DenoiseState) -> None:
     )
 
 
-def _check_scheduler(pipeline: Any) -> None:
-    """Raise `UnsupportedModel` unless a state may hold the model's own scheduler."""
+def _check_scheduler(pipeline: Any, flow: bool) -> None:
+    """Raise `UnsupportedModel` unless a state may hold the model's own scheduler, of the family's kind."""
+    own = pipeline.scheduler
     try:
-        scheduler_class(type(pipeline.scheduler).__name__)
+        scheduler_class(type(own).__name__)
     except InvalidRequest as error:
         raise UnsupportedModel(
             f"the model's own {error}; save the model with a scheduler of these names"
         ) from error
+    if follows_flow(own) != flow:
+        kinds = "noise", "flow matching"
+        raise UnsupportedModel(
+            f"the model's own scheduler {type(own).__name__} follows {kinds[not flow]}, and "
+            f"{type(pipeline).__name__} denoises by {kinds[flow]}"
+        )
 
 
 def _contiguous(value: Any) -> Any:

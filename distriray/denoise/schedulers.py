@@ -11,6 +11,8 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
@@ -42,20 +44,45 @@ SCHEDULERS: dict[SchedulerName, SchedulerChoice] = {
     "pndm": SchedulerChoice(PNDMScheduler, {"skip_prk_steps": True}),
     "unipc": SchedulerChoice(UniPCMultistepScheduler, {}),
 }
-_CLASSES = {choice.kind.__name__: choice.kind for choice in SCHEDULERS.values()}
+"""By a noise schedule."""
+
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SCHEDULERS: dict[SchedulerName, SchedulerChoice] = {
+    "dpmpp-2m": SchedulerChoice(DPMSolverMultistepScheduler, _FLOW),
+    "euler": SchedulerChoice(FlowMatchEulerDiscreteScheduler, {}),
+    "heun": SchedulerChoice(FlowMatchHeunDiscreteScheduler, {}),
+    "unipc": SchedulerChoice(UniPCMultistepScheduler, _FLOW),
+}
+"""By flow matching."""
+
+_CLASSES = {c.kind.__name__: c.kind for table in (SCHEDULERS, FLOW_SCHEDULERS) for c in table.values()}
 
 
 def make_scheduler(model_scheduler: SchedulerMixin, name: SchedulerName | None) -> Any:
-    """A scheduler of a request's own, with the model's noise schedule.
+    """A scheduler of a request's own, with the model's noise schedule or, by flow matching, its shift.
 
     Raises:
-        InvalidRequest: the model's own cannot be part of a state.
+        InvalidRequest: the model's own cannot be part of a state, or there is none of that name of its kind.
     """
     config = dict(model_scheduler.config)
-    if name is not None:
+    if name is None:
+        return scheduler_class(type(model_scheduler).__name__).from_config(config)
+    if not follows_flow(model_scheduler):
         kind, options = SCHEDULERS[name]
         return kind.from_config(config, **options)
-    return scheduler_class(type(model_scheduler).__name__).from_config(config)
+    if name not in FLOW_SCHEDULERS:
+        raise InvalidRequest(
+            f"scheduler {name} is not for flow matching; use {', '.join(FLOW_SCHEDULERS)}", "scheduler"
+        )
+    kind, options = FLOW_SCHEDULERS[name]
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return kind.from_config(config, **options, **{"flow_shift" if options else "shift": shift})
+
+
+def follows_flow(scheduler: Any) -> bool:
+    """Whether a scheduler goes by flow matching: latents are a mean of picture and noise."""
+    kinds = FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+    return isinstance(scheduler, kinds) or bool(scheduler.config.get("use_flow_sigmas", False))
 
 
 def step_count(model_scheduler: SchedulerMixin) -> StepCount:

@@ -39,16 +39,16 @@ def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) ->
     """A client's `request`, as a host would take it on.
 
     Raises:
-        InvalidRequest: it is beyond a limit, or no gang of this host can serve it.
+        InvalidRequest: it is beyond a limit, or neither the model nor a gang of this host can serve it.
     """
-    request = request.settled(*facts.default_size, config.defaults)
+    request = _settled(request, config, facts)
     config.limits.check(request)
     return fit(request, config, facts)
 
 
 def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
     """`admit` without limits."""
-    request = request.settled(*facts.default_size, config.defaults)
+    request = _settled(request, config, facts)
     assert request.height is not None
     check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
@@ -63,5 +63,15 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> A
             f"height {request.height} is too small for the gangs lent here, of {min(config.sizes)} or more",
             "height",
         )
-    num_steps, guided = request.num_steps(facts.own_steps), facts.guides and request.guidance_scale > 1.0
-    return Admitted(request, max_gang, num_steps, guided)
+    assert request.guidance_scale is not None
+    guided = facts.guides and request.guidance_scale > 1.0
+    return Admitted(request, max_gang, request.num_steps(facts.own_steps), guided)
+
+
+def _settled(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:
+    """The request with all that it leaves open, by the pool and then by the model.
+
+    Raises:
+        InvalidRequest: the model lacks a field.
+    """
+    return facts.terms.settle(config.defaults.settle(request.settled(*facts.default_size)))

@@ -15,7 +15,8 @@ import ray
 
 from ..errors import NotEnoughDevices
 from ..events import Event
-from ..requests import GenerationRequest, GenerationResult
+from ..requests import GenerationRequest
+from ..results import GenerationResult
 from ..routing.policy import HostPolicy
 from ..status import HostStatus
 from . import reaper

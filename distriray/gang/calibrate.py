@@ -8,14 +8,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from ..requests import GenerationRequest, GenerationResult
+from ..requests import GenerationRequest
+from ..results import GenerationResult
 from ..routing.latency import Entry, Profile
 from ..version import __version__
+from .admission import fit
 from .config import HostConfig
 from .messages import WorkerFacts
 from .profile import device_of, make_profile, warmup_steps
 
 MEASURED_STEPS = 8
+CHOOSING_STEPS = 5
+"""Of a gang's first image, from which `auto` chooses what those that are measured are drawn in."""
 
 log = logging.getLogger("ray.serve.distriray")
 
@@ -49,10 +53,11 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     do not wait for each other and so take more of what they share. How much faster a step is when fewer
     workers are busy is found with gangs of the least size.
     """
-    guided = facts.guides and config.defaults.guidance_scale > 1.0
+    guided = fit(GenerationRequest(prompt="a lake"), config, facts).guided
     least, steps = config.sizes[0], max(1, warmup_steps(config)) + MEASURED_STEPS
+    warming = CHOOSING_STEPS if config.parallel.exchange == "auto" else 1
     most = config.workers // least
-    await _draw(generate, [least] * most, 1)  # the first one warms up
+    await _draw(generate, [least] * most, warming)
     counts = sorted({*(2**i for i in range(most.bit_length())), most})
     alone = {count: await _draw(generate, [least] * count, steps) for count in counts}
     full_s = _step_s(alone[most])
@@ -65,7 +70,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
         crowds = [[size] * (config.workers // size)]
         if config.workers - size >= least:
             crowds.append([size] + [least] * ((config.workers - size) // least))
-        await _draw(generate, crowds[0], 1)
+        await _draw(generate, crowds[0], warming)
         runs = [await _draw(generate, crowd, steps) for crowd in crowds]
         entries.append(_entry(size, guided, [[r for r in run if r.gang_size == size] for run in runs]))
         moves_s += [result.timings.waiting_s for run in runs for result in run]

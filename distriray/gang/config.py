@@ -75,7 +75,7 @@ class HostConfig(BaseModel):
         """Nobody is refused for what they did not ask for, where a pool says what that is."""
         for field in Defaults.model_fields.keys() & Limits.LARGEST.keys():
             value, limit = getattr(self.defaults, field), Limits.LARGEST[field]
-            if value != getattr(Defaults(), field) and value > getattr(self.limits, limit):
+            if value is not None and value > getattr(self.limits, limit):
                 raise ValueError(
                     f"defaults.{field} {value} is above limits.{limit} {getattr(self.limits, limit)}"
                 )

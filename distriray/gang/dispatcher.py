@@ -9,9 +9,17 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
+from ..errors import (
+    GangBroken,
+    GenerationCancelled,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    UnsupportedModel,
+)
 from ..events import Queued, Repaired
-from ..requests import GenerationRequest, GenerationResult
+from ..requests import GenerationRequest
+from ..results import GenerationResult
 from ..routing.buddy import WorkersUnavailable
 from ..routing.host_clock import busy_workers
 from ..routing.policy import HostPolicy, HostView, moves
@@ -67,9 +75,17 @@ class Dispatcher:
         self._closed = False
 
     async def start(self) -> None:
-        """Bring the workers up; raises as `WorkerGroup.start`."""
+        """Bring the workers up; raises as `WorkerGroup.start`.
+
+        Raises:
+            UnsupportedModel: the model has nothing for a default of the configuration.
+        """
         await self.group.start()
         self.facts = self.group.facts[0]
+        try:  # nobody is refused for what they did not ask for
+            self.facts.terms.settle(self.config.defaults.settle(GenerationRequest(prompt="")))
+        except InvalidRequest as error:
+            raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
         self.speed = Speed(guessed_profile(self.config, self.facts))
 
     async def close(self) -> None:
@@ -221,7 +237,7 @@ class Dispatcher:
 
     def _at_work(self, job: Job) -> int:
         """How many of the workers of a running job are busy."""
-        parallel = job.request.parallel or self.config.parallel
+        parallel = job.request.shared(self.config.parallel)
         together = parallel.parallel_vae and self.facts.cuts_vae
         return busy_workers(len(job.workers or ()), job.decoding, together)
 

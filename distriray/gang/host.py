@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import GangBroken
 from ..events import Event, Finished
-from ..requests import GenerationRequest, GenerationResult
+from ..requests import GenerationRequest
+from ..results import GenerationResult
 from ..routing.latency import LatencyModel
 from ..routing.policies import make_policy
 from ..routing.policy import HostPolicy, HostView

@@ -11,7 +11,7 @@ from enum import StrEnum
 from PIL import Image
 
 from ..events import Event, Preview, Regrouped, Started, Step
-from ..requests import GenerationResult, Segment, Timings
+from ..results import GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
 from ..status import RequestStatus
 from .admission import Admitted

@@ -8,6 +8,7 @@ from enum import StrEnum
 from PIL import Image
 
 from ..config import ExchangeMode, Mix, ParallelConfig
+from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError
 from ..requests import GenerationRequest, StepCount
 
@@ -126,6 +127,7 @@ class WorkerFacts:
         memory: in bytes.
         own_steps: how often the model's own scheduler calls the network.
         guides: whether guidance above 1 takes a second branch.
+        terms: what the model says of a request's fields besides its size.
     """
 
     pid: int
@@ -141,6 +143,7 @@ class WorkerFacts:
     memory: int
     own_steps: StepCount
     guides: bool
+    terms: Terms = Terms()
 
     def max_gang(self, height: int) -> int:
         """The largest gang among which an image of `height` pixels can be cut: one unit of rows each."""

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ray.util import metrics as ray_metrics
 
+from ..config import Mix
 from ..errors import GenerationCancelled
-from ..requests import GenerationResult
+from ..results import GenerationResult
 from ..routing.quantiles import Quantiles
 from ..status import PredictionStatus
 
@@ -49,6 +50,7 @@ class Name(StrEnum):
     IMAGES = "distriray_images_total"
     REQUEST_SECONDS = "distriray_request_seconds"
     PHASE_SECONDS = "distriray_phase_seconds"
+    STEPS = "distriray_steps_total"
     STEP_SECONDS = "distriray_step_seconds"
     PREDICTED_SECONDS = "distriray_predicted_seconds"
     PREDICTION_RATIO = "distriray_prediction_ratio"
@@ -73,6 +75,7 @@ METRICS: Mapping[Name, Spec] = {
     Name.PHASE_SECONDS: Spec(
         "histogram", "of a request: queued, prepare, denoise, decode, waiting", ("phase",), SECONDS
     ),
+    Name.STEPS: Spec("counter", "steps that gangs made, by how they shared them", ("gang_size", "exchange")),
     Name.STEP_SECONDS: Spec(
         "histogram", "mean step of a segment: fresh or stale", ("gang_size", "kind"), STEP_SECONDS
     ),
@@ -108,6 +111,7 @@ class HostMetrics:
         """Forget, for the host's status, what there was: nobody asked for the requests of a profile."""
         self._ratios = Quantiles()
         self.outcomes: Tally[str] = Tally()
+        self.steps: Tally[str] = Tally()
         self.regroupings = 0
 
     def refused(self) -> None:
@@ -139,6 +143,10 @@ class HostMetrics:
         size = str(len(segment.workers))
         self._count(Name.WORKER_SECONDS, len(segment.workers) * segment.seconds, gang_size=size)
         self._count(Name.SENT_BYTES, sum(outcome.bytes_sent for outcome in outcomes), gang_size=size)
+        exchange = "mix" if isinstance(segment.exchange, Mix) else segment.exchange
+        if segment.steps:
+            self.steps[exchange] += segment.steps
+        self._count(Name.STEPS, segment.steps, gang_size=size, exchange=exchange)
         for kind, step_s in (("fresh", segment.fresh_step_s), ("stale", segment.stale_step_s)):
             if step_s is not None:
                 self._observe(Name.STEP_SECONDS, step_s, gang_size=size, kind=kind)

@@ -38,6 +38,7 @@ def status_of(dispatcher: Dispatcher, device: str) -> HostStatus:
         backlog_s=dispatcher.backlog_s(),
         repairs=[RepairStatus(worker=r.worker, cause=r.cause, seconds=r.seconds) for r in group.repairs],
         outcomes=dict(metrics.outcomes),
+        steps=dict(metrics.steps),
         regroupings=metrics.regroupings,
         predictions=metrics.predictions(),
     )

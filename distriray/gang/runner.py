@@ -17,6 +17,7 @@ from ..collective import Communicator, connect
 from ..collective.all_gather import numbers_of_all
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.pipelines.sizes import Sizes
+from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory, UnsupportedModel
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
@@ -136,6 +137,11 @@ class SegmentRunner:
     def sizes(self) -> Sizes:
         """The sizes of the model's pictures."""
         return self._denoiser.sizes
+
+    @property
+    def terms(self) -> Terms:
+        """What the model says of a request's fields besides its size."""
+        return self._denoiser.terms
 
     @property
     def row_unit(self) -> int:

@@ -60,7 +60,7 @@ class RunningSegment:
                 step=job.step,
                 communicator=communicator,
                 rank=rank,
-                parallel=job.request.parallel or config.parallel,
+                parallel=job.request.shared(config.parallel),
                 preview_steps=job.request.preview_steps(job.num_steps) if rank == 0 else frozenset(),
             )
             lacks = state is not None and member.id not in holders

@@ -68,6 +68,7 @@ class Worker:
             memory=self._kind.memory(),
             own_steps=runner.own_steps,
             guides=runner.guides,
+            terms=runner.terms,
         )
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:

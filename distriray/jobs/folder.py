@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import InvalidRequest
-from ..requests import GenerationResult
+from ..results import GenerationResult
 from .prompts import BadLine, Prompt, plain
 
 UNFINISHED_IMAGE = re.compile(r"\.[0-9a-f]{16}(-[0-9]+)?_[0-9]+\.png\.part")
 """The name of an image that is being written: that of the image, with its prompt's id, between two marks."""
 
-
-TOLD = ("model", "height", "width", "gang_size", "timings", "warnings")
-"""What a line of the manifest has of the summary of a result."""
+COPIED = ("model", "height", "width", "gang_size", "exchange", "timings", "warnings")
+"""What a line of the manifest has of the result's summary."""
 
 
 class Folder:
@@ -115,7 +114,7 @@ class Folder:
                     "of": len(seeds),
                     "file": str(path.relative_to(self.path)),
                     "seed": seed,
-                    **{name: facts[name] for name in TOLD},
+                    **{name: facts[name] for name in COPIED},
                 }
             )
         self._append(self.manifest, lines)

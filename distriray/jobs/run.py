@@ -8,7 +8,8 @@ from secrets import token_hex
 from typing import Protocol
 
 from ..errors import DistrirayError, GenerationCancelled, NotEnoughDevices, QueueFull
-from ..requests import GenerationRequest, GenerationResult
+from ..requests import GenerationRequest
+from ..results import GenerationResult
 from .folder import Folder
 from .prompts import Prompt
 

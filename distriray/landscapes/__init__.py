@@ -1,4 +1,4 @@
-"""The built-in text-to-image model: landscapes drawn by code, captions, training and evaluation.
+"""The built-in text-to-image model: landscapes drawn by code, captions and evaluation; `training` makes it.
 
 `MODEL_DIR` is an ordinary diffusers folder; `StableDiffusionXLPipeline.from_pretrained(MODEL_DIR)` loads it.
 Importing this package imports neither torch nor diffusers.

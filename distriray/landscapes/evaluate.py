@@ -20,9 +20,8 @@ from distriray.landscapes import MODEL_DIR
 from distriray.landscapes.captions import Labels, caption
 from distriray.landscapes.checker import Checker, agreement, load_checker
 from distriray.landscapes.draw import draw
+from distriray.landscapes.pictures import psnr, to_float
 from distriray.landscapes.scene import HELD_OUT_SEED, sample_scene
-from distriray.landscapes.train_vae import psnr
-from distriray.landscapes.training import to_float
 
 FIRST_SCENE = HELD_OUT_SEED + 10_000
 SHEET_PROMPTS = (

@@ -385,8 +385,10 @@ class Engine:
         if not share.exchanges:
             exchange, mix = "none" if share.partition.world_size > 1 else "sync", None
         elif exchange == "auto":
-            place = self._choices.place(_shape(call, share), self.config.max_wait)
-            exchange = agreed(self.communicator, place)
+            exchange = "sync"
+            if self.network.displacement_measured:
+                place = self._choices.place(_shape(call, share), self.config.max_wait)
+                exchange = agreed(self.communicator, place)
             mix = MIXES[exchange]
         self.exchange = exchange
         return mix

@@ -176,5 +176,6 @@ class _Schedule:
         scale = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1)
         rounding = 2 * torch.finfo(timestep.dtype).eps
         computed = timestep.float().cpu()
-        near = (torch.isclose(computed, torch.tensor(n), rtol=rounding) for n in (number, number / scale))
+        numbers = number, number / scale, 1 - number / scale  # Z-Image's time runs upward
+        near = (torch.isclose(computed, torch.tensor(n), rtol=rounding) for n in numbers)
         return index if any(map(torch.all, near)) else None

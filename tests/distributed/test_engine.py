@@ -1,151 +1,72 @@
-"""One image by several processes: the claims of the patch-parallel engine."""
+"""A gang of processes draws what ranks in lock-step draw, so what is shown of these is true of those.
+
+The claims about pictures are in `tests/unit/parallel`.
+"""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from peft import LoraConfig
 
-from distriray.collective import launch
-from distriray.config import MIXES, PAPER
-from tests.distributed.cases import Case, Outcome, alone, together
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect, launch, run_in_lockstep
+from distriray.config import PAPER
+from tests.cases import Case, call, together
+from tests.models import tiny_sdxl
+from tests.unit.parallel.transformers import TRANSFORMERS, Shape, drawn
 
 pytestmark = pytest.mark.distributed
 
-STALE = MIXES["displaced"]
-SYNC = {"exchange": "sync", "cfg_parallel": False}
-SPLIT = {"exchange": "sync", "cfg_parallel": True}
+SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
+CASES = [
+    Case(images=2, config={"warmup_steps": 2, "cfg_parallel": False, "prediction": {"halos": 0.5}}),
+    Case(config={"exchange": PAPER, "warmup_steps": 1, "cfg_parallel": False}),
+    Case(config={"exchange": "displaced_attention", "warmup_steps": 1, "cfg_parallel": False}),
+    Case(config={"exchange": "compressed", "warmup_steps": 1, "cfg_parallel": False}),
+    Case(height=136, config={"exchange": "sync", "cfg_parallel": False}),
+    Case(config={"exchange": "none", "cfg_parallel": False}),
+]
+HALVES = Case(config={"warmup_steps": 1, "cfg_parallel": True})
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, of the largest magnitude."""
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max())
+def drawings(communicator: Communicator) -> dict[str, torch.Tensor]:
+    """Latents of pipelines in every mode, with a LoRA, and of every family of transformers; and a picture."""
+    cases = [*CASES, HALVES] if communicator.world_size % 2 == 0 else CASES
+    outcomes = together(communicator, cases)
+    found = {str(case): outcome.latents for case, outcome in zip(cases, outcomes, strict=True)}
+    for name in TRANSFORMERS:
+        latents, _ = drawn(communicator, name, Shape(masked=True), exchange="sync", cfg_parallel=False)
+        found[name] = latents[-1]
+    pipeline = parallelize(tiny_sdxl(), communicator, SYNC)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "conv1"]))
+    for index, (name, parameter) in enumerate(pipeline.unet.named_parameters()):
+        if "lora" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) / 4
+    found["LoRA"] = call(pipeline, Case())
+    found["picture"] = pipeline.vae.decode(found["LoRA"], return_dict=False)[0]
+    return found
 
 
-def run(ranks: int, *cases: Case) -> list[Outcome]:
-    """Rank 0's outcomes, after checking that all ranks hold the same latents."""
-    everyone = launch(ranks, together, list(cases))
-    for other in everyone[1:]:
-        for ours, theirs in zip(everyone[0], other, strict=True):
-            assert torch.equal(ours.latents, theirs.latents)
-    return everyone[0]
+@pytest.mark.parametrize(("backend", "ranks"), [("shm", 3), ("gloo", 4)])
+def test_processes_draw_what_ranks_in_lock_step_draw_bit_for_bit(backend: str, ranks: int) -> None:
+    turns = run_in_lockstep(ranks, drawings)
+    apart = launch(ranks, drawings, backend=backend)
+    for here, there in zip(turns, apart, strict=True):
+        assert here.keys() == there.keys()
+        for name, latents in here.items():
+            assert torch.equal(latents, there[name]), name
 
 
-def sync_cases(ranks: int) -> list[Case]:
-    """Sizes whose rows do not divide evenly; every value of every option with every number of ranks."""
-    tall = {2: (200, 120), 3: (136, 136), 4: (264, 72), 8: (392, 64)}[ranks]
-    deep = {2: (216, 96), 3: (264, 72), 4: (328, 64), 8: (584, 64)}[ranks]  # four levels need more rows
-    cases = [
-        Case("sdxl", *tall, scheduler="ddim", config=SYNC),
-        Case("sdxl", *tall, scheduler="euler", images=3, guidance=1.0, config=SYNC),
-        Case("sdxl", 32 * ranks + 8, 48 * ranks, scheduler="dpmpp-2m", guidance=1.0, config=SYNC),
-        Case("sd15", *deep, scheduler="euler-ancestral", config=SYNC),
-        Case("sd15", *deep, scheduler="dpmpp-2m", images=3, config=SYNC),
-        Case("sd15", *deep, scheduler="ddim", guidance=1.0, config=SYNC),
-    ]
-    if ranks % 2 == 0:
-        cases.append(Case("sdxl", *tall, images=3, scheduler="euler-ancestral", config=SPLIT))
-        cases.append(Case("sd15", *deep, scheduler="euler", config=SPLIT))
-    return cases
+def _unseeded(communicator: Communicator) -> torch.Tensor:
+    pipeline = tiny_sdxl()
+    if communicator.rank == 0:  # a gang of one before, which the other rank knows nothing of
+        parallelize(pipeline, connect("local"))
+    torch.manual_seed(100 + communicator.rank)
+    parallelize(pipeline, communicator, SYNC)
+    return pipeline("x", height=96, width=64, num_inference_steps=2, output_type="latent").images
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_sync_mode_equals_one_device(ranks: int) -> None:
-    cases = sync_cases(ranks)
-    for case, outcome in zip(cases, run(ranks, *cases), strict=True):
-        assert difference(outcome.latents, alone(case)) <= 1e-4, case
-
-
-def test_guidance_halves_equal_one_device_although_displaced() -> None:
-    case = Case(config={"exchange": "displaced", "warmup_steps": 0, "cfg_parallel": True})
-    (outcome,) = run(2, case)
-    assert difference(outcome.latents, alone(case)) <= 1e-4
-    assert outcome.buffer_bytes == 0  # no patches, nothing exchanged but the noise
-
-
-def test_displaced_mode() -> None:
-    patches = {"exchange": "displaced", "cfg_parallel": False}
-    plain = Case(config={**patches, "warmup_steps": 2})
-    warm, again, none, sync = (
-        Case(config={**patches, "warmup_steps": 10}),
-        Case(config={**patches, "warmup_steps": 2}),
-        Case(config={**patches, "exchange": "none"}),
-        Case(config=SYNC),
-    )
-    first, warmed, second, naive, fresh = (o.latents for o in run(3, plain, warm, again, none, sync))
-    assert torch.equal(warmed, fresh), "with warm-up throughout, displaced is synchronous"
-    assert torch.equal(first, second), "same seed, same gang, same image"
-    reference = alone(plain)
-    assert 1e-4 < difference(first, reference) < difference(naive, reference) / 2
-
-
-def test_every_mix_and_prediction_makes_a_picture_of_its_own() -> None:
-    patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": 2}
-    variants = [
-        {"prediction": {"statistics": 0.0}},
-        {"prediction": {"statistics": 0.5}},
-        {"prediction": {"statistics": 0.0, "halos": 0.5}},
-        {"prediction": {"statistics": 0.0, "keys_values": 0.5}},
-        {"exchange": PAPER, "prediction": {"statistics": 0.0}},
-        *({"exchange": STALE.model_copy(update={"statistics": how})} for how in ("fresh", "local")),
-        {"exchange": "displaced_attention"},
-        {"exchange": "compressed"},
-    ]
-    cases = [Case(config={**patches, **variant}) for variant in variants]
-    pictures = [outcome.latents for outcome in run(2, *cases)]
-    assert all(picture.isfinite().all() for picture in pictures)
-    for one, other in itertools.combinations(range(len(pictures)), 2):
-        assert not torch.equal(pictures[one], pictures[other]), (variants[one], variants[other])
-
-
-@pytest.mark.parametrize(("ranks", "weight"), [(2, 0.75), (3, 0.5)])
-def test_statistics_are_extrapolated_more_between_two_patches(ranks: int, weight: float) -> None:
-    patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": 2}
-    default, given = run(
-        ranks,
-        Case(config=patches, steps=5),
-        Case(config={**patches, "prediction": {"statistics": weight}}, steps=5),
-    )
-    assert torch.equal(default.latents, given.latents)
-
-
-def test_automatic_warm_up_ends_and_is_kept_alike() -> None:
-    patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": "auto"}
-    never = Case(config={**patches, "auto_warmup_drift": 1e-9})
-    early = Case(config={**patches, "auto_warmup_drift": 10.0})
-    stays, leaves = run(2, never, early)
-    assert stays.statistics.synchronous and not leaves.statistics.synchronous
-    assert difference(stays.latents, alone(never)) <= 1e-4
-
-
-def test_a_second_order_scheduler_is_one_image() -> None:
-    """Heun calls the network twice at a timestep: that is no new image."""
-    case = Case(
-        scheduler="heun", steps=6, config={"exchange": "displaced", "warmup_steps": 1, "cfg_parallel": False}
-    )
-    (outcome,) = run(2, case)
-    assert not outcome.statistics.synchronous
-
-
-def test_calls_of_changing_shape_keep_memory_bounded() -> None:
-    patches = {"exchange": "displaced", "cfg_parallel": False, "max_buffer_bytes": 0, "warmup_steps": 1}
-    small, large = Case(height=96, config=patches), Case(height=192, width=128, config=patches)
-    alone_, after = launch(2, _grow_and_shrink, small, large)[0]
-    assert after == alone_
-
-
-def _grow_and_shrink(communicator, small: Case, large: Case) -> tuple[int, int]:
-    from distriray import ParallelConfig, parallelize
-    from distriray.parallel import engine_of
-    from tests.distributed.cases import call
-    from tests.models import tiny_sdxl
-
-    pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(**small.config))
-    engine = engine_of(pipeline)
-    sizes = []
-    for case in (small, large, small):
-        call(pipeline, case)
-        sizes.append(engine.buffer_bytes)
-    return sizes[0], sizes[2]
+def test_calls_without_a_generator_draw_the_same_latents_everywhere() -> None:
+    one, other = launch(2, _unseeded)
+    assert torch.equal(one, other)

@@ -16,7 +16,8 @@ from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest, OutOfMemory
 from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
-from distriray.requests import GenerationResult, SamplingParams
+from distriray.requests import SamplingParams
+from distriray.results import GenerationResult
 from tests.gang.conftest import ask
 from tests.gang.test_host import difference
 

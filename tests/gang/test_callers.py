@@ -13,7 +13,8 @@ import ray
 from distriray.config import ParallelConfig
 from distriray.gang import BlockingHost, Host, HostConfig
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from distriray.status import HostStatus
 from tests.gang.conftest import ask
 from tests.gang.policies import NewestFirst

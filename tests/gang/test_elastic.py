@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from distriray import __version__
 from distriray.config import ParallelConfig
 from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from distriray.routing.latency import Entry, Profile
 from tests.gang.conftest import ask
 from tests.gang.test_host import difference
@@ -20,52 +21,59 @@ from tests.gang.test_host import difference
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-def config_of(model: Path, profiles: Path) -> HostConfig:
-    return HostConfig(
-        model=ModelSpec(name=str(model)),
-        workers=4,
-        cpus_per_worker=0.25,
-        device="cpu",
-        policy="elastic",
-        profiles=profiles,
-        parallel=ParallelConfig(exchange="sync"),
-        timeout_s=20,
-    )
+class Elastic(NamedTuple):
+    """A host that plans ahead.
+
+    Attributes:
+        measured: by the host that started before it, and had no profile.
+        given: the profile that this one found.
+    """
+
+    host: BlockingHost
+    measured: Profile
+    given: Profile
 
 
 @pytest.fixture(scope="module")
-def elastic(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlockingHost]:
-    """A host that believes that a gang of 4 is 3 times as fast as one worker."""
+def started(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elastic]:
+    """The second host of a folder of profiles; it believes that a gang of 2 is nearly twice as fast."""
     folder = tmp_path_factory.mktemp("profiles")
-    profile = Profile(
-        model=str(tiny_model),
-        device="4 x cpu",
-        version=__version__,
-        regroup_s=0.01,
-        entries=tuple(
-            Entry(gang=gang, height=128, width=128, step_s=step_s)
-            for gang, step_s in ((1, 0.03), (2, 0.017), (4, 0.01))
-        ),
+    config = HostConfig(
+        model=ModelSpec(name=str(tiny_model)),
+        workers=2,
+        cpus_per_worker=0.5,
+        device="cpu",
+        policy="elastic",
+        profiles=folder,
+        parallel=ParallelConfig(exchange="sync"),
+        timeout_s=20,
     )
-    profile.save(Profile.path(folder, profile.model, profile.device, profile.version))
-    with open_host(config_of(tiny_model, folder), cpus=5) as host:
-        yield host
-
-
-def test_a_profile_is_measured_once_and_used_at_the_next_start(tiny_model: Path, tmp_path: Path) -> None:
-    config = config_of(tiny_model, tmp_path)
     with open_host(config, cpus=5) as host:
-        (path,) = tmp_path.iterdir()
+        (path,) = folder.iterdir()
         measured = Profile.load(path)
         assert host.host.latency.profile == measured
         assert not host.status().outcomes and host.status().predictions.count == 0
-    assert [entry.gang for entry in measured.entries] == [1, 2, 4]
-    assert {busy for busy, _ in measured.contention} == {1, 2, 4} and measured.contention[-1] == (4, 1.0)
-    marked = measured.model_copy(update={"regroup_s": 0.0123})
-    marked.save(path)
+    believed = tuple(
+        Entry(gang=gang, height=128, width=128, step_s=step_s) for gang, step_s in ((1, 0.03), (2, 0.016))
+    )
+    given = measured.model_copy(update={"regroup_s": 0.01, "entries": believed, "contention": ()})
+    given.save(path)
     with open_host(config, cpus=5) as host:
-        assert host.host.latency.profile == marked
-    assert [Profile.load(path) for path in tmp_path.iterdir()] == [marked]
+        assert host.host.latency.profile == given
+        assert [Profile.load(path) for path in folder.iterdir()] == [given]
+        yield Elastic(host, measured, given)
+
+
+@pytest.fixture
+def elastic(started: Elastic) -> BlockingHost:
+    return started.host
+
+
+def test_a_profile_is_measured_once_and_used_at_the_next_start(started: Elastic) -> None:
+    measured = started.measured
+    assert [entry.gang for entry in measured.entries] == [1, 2]
+    assert {busy for busy, _ in measured.contention} == {1, 2} and measured.contention[-1] == (2, 1.0)
+    assert started.given != measured
 
 
 def test_an_urgent_request_takes_the_workers_and_the_other_goes_on_where_it_was(
@@ -79,11 +87,11 @@ def test_an_urgent_request_takes_the_workers_and_the_other_goes_on_where_it_was(
         calm = asyncio.ensure_future(elastic.host.generate(ask(id="calm", num_inference_steps=steps)))
         while not (running := elastic.host.status().running) or running[0].step < 5:
             await asyncio.sleep(0.01)
-        urgent = await elastic.host.generate(ask(id="urgent", gang_size=4, deadline_s=0.3))
+        urgent = await elastic.host.generate(ask(id="urgent", gang_size=2, deadline_s=0.3))
         return await calm, urgent
 
     calm, urgent = elastic.do(scene())
-    assert [segment.workers for segment in urgent.segments] == [(0, 1, 2, 3)]
+    assert [segment.workers for segment in urgent.segments] == [(0, 1)]
     assert len(calm.segments) > 1
     assert [s.first_step for s in calm.segments[1:]] == [s.last_step for s in calm.segments[:-1]]
     assert difference(calm, alone) <= 1
@@ -110,5 +118,5 @@ def test_all_of_a_mixed_crowd_end_and_their_predictions_are_kept(elastic: Blocki
     assert status.outcomes["finished"] - before.outcomes.get("finished", 0) == 18
     assert status.predictions.count - before.predictions.count == 18
     assert status.predictions.ratio_p50 is not None and status.predictions.ratio_p50 > 0
-    assert not status.running and not status.waiting and status.free_workers == 4
+    assert not status.running and not status.waiting and status.free_workers == 2
     assert elastic.host.latency.step_s(1, 128, 128, 1) != 0.03  # what it saw corrected what it believed

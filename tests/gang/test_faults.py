@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
@@ -18,7 +17,8 @@ import pytest
 
 from distriray.errors import DistrirayError, GenerationCancelled, QueueFull
 from distriray.gang import BlockingHost
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from tests.gang.conftest import ask, policy_of
 from tests.gang.policies import Script, Shuffle
@@ -208,19 +208,3 @@ def test_an_interrupted_command_leaves_nothing_behind(tiny_model: Path, tmp_path
     assert command.returncode == 130 and told.strip().endswith("interrupted")
     _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive and not out.exists()
-
-
-def test_one_command_draws_a_picture_and_says_how(tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new folder" / "lake.png"
-    arguments = ["generate", "a lake", "--gang-size", "2", "--steps", "3", "--num-images", "2", "--seed", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "distriray", *arguments, "--model", str(tiny_model), "--out", str(out)]
-        + ["--cpus", "2", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    told = json.loads(done.stdout)
-    assert told["gang_size"] == 2 and told["seeds"] == [3, 4]
-    assert told["paths"] == [str(out.with_stem("lake-1")), str(out.with_stem("lake-2"))]
-    assert all(Path(path).stat().st_size > 0 for path in told["paths"])

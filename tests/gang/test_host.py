@@ -11,7 +11,7 @@ from PIL import Image
 from distriray.errors import GenerationCancelled, InvalidRequest, QueueFull
 from distriray.events import Finished, Preview, Queued, Regrouped, Started, Step
 from distriray.gang import BlockingHost
-from distriray.requests import GenerationResult
+from distriray.results import GenerationResult
 from tests.gang.conftest import ask, policy_of
 from tests.gang.policies import Script
 

@@ -19,7 +19,7 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import PAPER
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.requests import SamplingParams
-from tests.distributed.cases import PIPELINES, Case, call
+from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
 from tests.distributed.ranks import run_processes
 from tests.models import tiny_sdxl
@@ -32,10 +32,23 @@ needs_nccl = pytest.mark.skipif(find_spec("cupy") is None, reason="needs CuPy")
 
 CASES = [
     Case(steps=6, config={"exchange": "sync", "cfg_parallel": False}),
-    Case(steps=6, config={"warmup_steps": 1, "cfg_parallel": False, "prediction": {"keys_values": 0.5}}),
+    Case(
+        steps=6,
+        config={
+            "exchange": "displaced",
+            "warmup_steps": 1,
+            "cfg_parallel": False,
+            "prediction": {"keys_values": 0.5},
+        },
+    ),
     Case(steps=6, images=3, config={"exchange": PAPER, "warmup_steps": 2, "cfg_parallel": False}),
-    Case(steps=6, height=264, scheduler="euler", config={"warmup_steps": "auto", "cfg_parallel": False}),
-    Case(steps=6, config={"warmup_steps": 0, "cfg_parallel": True}),
+    Case(
+        steps=6,
+        height=264,
+        scheduler="euler",
+        config={"exchange": "displaced", "warmup_steps": "auto", "cfg_parallel": False},
+    ),
+    Case(steps=6, config={"exchange": "displaced", "warmup_steps": 0, "cfg_parallel": True}),
 ]
 SLEEPS = (0, 0, 200_000, 5_000_000)
 """Clock cycles by which a transfer is made to come late; a tenth of a millisecond and some."""

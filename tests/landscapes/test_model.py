@@ -70,7 +70,7 @@ def test_the_autoencoder_restores_held_out_scenes(pipeline) -> None:  # noqa: AN
 
 
 def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa: ANN001
-    from distriray.landscapes.train_unet import encode_pictures
+    from distriray.landscapes.training.unet import encode_pictures
 
     picture = draw(sample_scene(HELD_OUT_SEED), 128, 128)[None]
     inputs = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -81,8 +81,8 @@ def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa:
 
 @pytest.mark.slow
 def test_training_weighs_an_error_as_the_picture_shows_it(pipeline) -> None:  # noqa: ANN001
-    from distriray.landscapes.codec import patch_code
-    from distriray.landscapes.train_unet import encode_pictures, picture_weights
+    from distriray.landscapes.training.codec import patch_code
+    from distriray.landscapes.training.unet import encode_pictures, picture_weights
 
     pictures = np.stack([draw(sample_scene(HELD_OUT_SEED + index), 256, 256) for index in range(8)])
     weights = picture_weights(pipeline.vae, encode_pictures(pipeline.vae, pictures))
@@ -95,7 +95,7 @@ def test_training_weighs_an_error_as_the_picture_shows_it(pipeline) -> None:  # 
 
 @needs_muon
 def test_training_steps_change_every_weight_and_resume() -> None:
-    from distriray.landscapes.training import MuonAndAdamW
+    from distriray.landscapes.training.common import MuonAndAdamW
 
     def build() -> tuple[torch.nn.Module, MuonAndAdamW]:
         torch.manual_seed(0)
@@ -125,8 +125,8 @@ def test_training_steps_change_every_weight_and_resume() -> None:
 
 
 def test_every_size_has_its_share_of_the_training() -> None:
-    from distriray.landscapes.dataset import BUCKETS
-    from distriray.landscapes.train_unet import SHARES
+    from distriray.landscapes.training.dataset import BUCKETS
+    from distriray.landscapes.training.unet import SHARES
 
     assert SHARES.keys() == {bucket.name for bucket in BUCKETS}
     assert sum(SHARES.values()) == pytest.approx(1)
@@ -137,11 +137,11 @@ def test_every_size_has_its_share_of_the_training() -> None:
 @needs_muon
 @pytest.mark.slow
 def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from distriray.landscapes import dataset, train_unet
+    from distriray.landscapes.training import dataset, unet
 
     buckets = (dataset.Bucket(256, 256, 4, 0), dataset.Bucket(256, 384, 2, 2_000_000))
     monkeypatch.setattr(dataset, "BUCKETS", buckets)
-    monkeypatch.setattr(train_unet, "SHARES", {"256x256": 0.5, "256x384": 0.5})
+    monkeypatch.setattr(unet, "SHARES", {"256x256": 0.5, "256x384": 0.5})
     for bucket in buckets:
         dataset.render(bucket, tmp_path, 1)
 
@@ -149,8 +149,8 @@ def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp
         out = tmp_path / name
         shutil.copytree(MODEL_DIR, out)
         for step in steps:
-            train_unet.train(
-                train_unet.parse(
+            unet.train(
+                unet.parse(
                     f"--pictures {tmp_path} --out {out} --initial {out}/unet --steps {step} --batch 2".split()
                 )
             )
@@ -164,7 +164,7 @@ def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_training_counts_nearly_clean_latents_less() -> None:
-    from distriray.landscapes.train_unet import velocity_loss
+    from distriray.landscapes.training.unet import velocity_loss
 
     velocity, target = torch.ones(2, 2, 4, 4), torch.zeros(2, 2, 4, 4)
     weights = torch.tensor([1.5, 0.5])
@@ -173,8 +173,8 @@ def test_training_counts_nearly_clean_latents_less() -> None:
 
 
 def test_the_critic_pulls_as_hard_as_it_may_and_no_harder() -> None:
-    from distriray.landscapes.train_decoder import Critic, picture_gradient
-    from distriray.landscapes.train_vae import reconstruction_loss
+    from distriray.landscapes.training.decoder import Critic, picture_gradient
+    from distriray.landscapes.training.vae import reconstruction_loss
 
     torch.manual_seed(0)
     drawn, decoded, critic = torch.rand(2, 3, 64, 48), torch.rand(2, 3, 64, 48).requires_grad_(), Critic()
@@ -204,12 +204,12 @@ def test_the_critic_pulls_as_hard_as_it_may_and_no_harder() -> None:
 def test_the_decoders_training_resumes_exactly_and_leaves_the_encoder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from distriray.landscapes import dataset, train_decoder
+    from distriray.landscapes.training import dataset, decoder
 
     buckets = (dataset.Bucket(256, 256, 4, 0), dataset.Bucket(512, 512, 2, 1_000_000))
     monkeypatch.setattr(dataset, "BUCKETS", buckets)
-    monkeypatch.setattr(train_decoder, "CHUNK", 2)
-    monkeypatch.setattr(train_decoder, "held_out_psnr", lambda *_: 0.0)  # printed only, and slow
+    monkeypatch.setattr(decoder, "CHUNK", 2)
+    monkeypatch.setattr(decoder, "held_out_psnr", lambda *_: 0.0)  # printed only, and slow
     for bucket in buckets:
         dataset.render(bucket, tmp_path, 1)
 
@@ -221,7 +221,7 @@ def test_the_decoders_training_resumes_exactly_and_leaves_the_encoder(
         for step in steps:
             (out / "rough" / "256x256-00002.pt").unlink(missing_ok=True)  # as if stopped while it made them
             options = f"--pictures {tmp_path} --out {out} --steps {step} --alone 1"
-            train_decoder.train(train_decoder.parse(f"{options} --batch 4 --rough 8 --strength 0.09".split()))
+            decoder.train(decoder.parse(f"{options} --batch 4 --rough 8 --strength 0.09".split()))
         saved = AutoencoderKL.from_pretrained(out / "vae").state_dict()
         average = torch.load(out / "decoder.pt")["average"]
         assert all(torch.equal(weights, average[part]) for part, weights in saved.items())

@@ -37,7 +37,7 @@ def strict(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text("right\n")
     args = {
-        "pools": service.args["pools"][:1],
+        "pools": [{**service.args["pools"][0], "workers": 1}],
         "limits": LIMITS,
         "http": {"keys_file": str(file)},
     }

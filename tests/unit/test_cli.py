@@ -1,12 +1,21 @@
-"""The command line says what is wrong before it starts anything."""
+"""The command line: what it says is wrong before it starts anything, and what it leaves and tells."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from distriray.cli import app
+from distriray.gang import HostConfig
+from tests.unit.test_doors import Recorder
 
 SAYS_WHAT_IT_LOADED = """
 import sys
@@ -44,4 +53,35 @@ def test_defaults_are_those_of_a_request() -> None:
         {**os.environ, "COLUMNS": "200"},
     )
     shown = subprocess.run(command, capture_output=True, text=True, env=wide, check=True).stdout
-    assert "--num-inference-steps" in shown and "[default: 25]" in shown and "[default: 5.0]" in shown
+    assert "--num-inference-steps" in shown and "[default: 0.0]" in shown
+    assert "the model's own number by default" in shown
+
+
+def test_one_command_draws_pictures_and_says_how(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
+        assert (config.workers, config.gang_sizes, address, cpus) == (2, (2,), None, 4)
+        yield Recorder()
+
+    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+    out = tmp_path / "new folder" / "lake.png"
+    arguments = [
+        "--gang-size",
+        "2",
+        "--steps",
+        "3",
+        "--num-images",
+        "2",
+        "--seed",
+        "3",
+        "--cpus",
+        "4",
+        "--json",
+    ]
+    app(["generate", "a lake", *arguments, "--out", str(out)], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["gang_size"] == 2 and told["seeds"] == [3, 4]
+    assert told["paths"] == [str(out.with_stem("lake-1")), str(out.with_stem("lake-2"))]
+    assert all(Path(path).stat().st_size > 0 for path in told["paths"])

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from distriray import AsyncClient, Client, HandleClient
 from distriray.cli import app
 from distriray.config import ParallelConfig
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import InvalidRequest
 from distriray.events import Event, Finished
 from distriray.gang.admission import admit
@@ -29,15 +30,8 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.requests import (
-    MAX_SEEDS,
-    Defaults,
-    GenerationRequest,
-    GenerationResult,
-    SamplingParams,
-    StepCount,
-)
-from tests.unit.http.conftest import serving
+from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams, StepCount
+from distriray.results import GenerationResult
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
 Fields = dict[str, Any]
@@ -106,17 +100,6 @@ def changed(fields: Fields) -> None:
     """A field that is added must be drawn here, and be drawn as something else."""
     assert fields.keys() == SamplingParams.model_fields.keys()
     assert all(fields[name] != field.default for name, field in SamplingParams.model_fields.items())
-
-
-@pytest.fixture(scope="module")
-def service() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture(scope="module")
-def url(service: FakeService) -> Iterator[str]:
-    with serving(service) as address:
-        yield address
 
 
 @settings(max_examples=25)
@@ -249,7 +232,8 @@ def test_what_is_left_open_at_a_door_is_drawn_by_the_pools_defaults_and_what_is_
 
 def test_a_limit_is_of_what_is_drawn_and_of_nothing_else() -> None:
     few = LIMITS.model_copy(update={"max_steps": 8})
-    few.check(GenerationRequest(prompt="x"))
+    left_open = GenerationRequest(prompt="x")
+    few.check(left_open)
     with pytest.raises(InvalidRequest, match="num_inference_steps 25 is above the limit of 8"):
-        few.check(GenerationRequest(prompt="x").settled(64, 64))
-    few.check(GenerationRequest(prompt="x").settled(64, 64, Defaults(num_inference_steps=8)))
+        few.check(Terms().settle(left_open))
+    few.check(Terms().settle(Defaults(num_inference_steps=8).settle(left_open)))

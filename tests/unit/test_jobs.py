@@ -16,7 +16,8 @@ from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import MAX_TRIES, Run
-from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.requests import GenerationRequest, Limits
+from distriray.results import GenerationResult, Segment, Timings
 
 PROMPTS = """\
 {"prompt": "a lake"}

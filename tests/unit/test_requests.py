@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest
 from distriray.requests import GenerationRequest, Limits, StepCount
 
@@ -23,6 +24,8 @@ from distriray.requests import GenerationRequest, Limits, StepCount
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale", "finite"),
         ({"prompt": "x", "steps": 3}, "steps", "there is no field 'steps'"),
         ({"prompt": "x", "scheduler": "eulr"}, "scheduler", "scheduler 'eulr': input should be 'ddim', "),
+        ({"prompt": "x", "exchange": "fast"}, "exchange", "exchange 'fast': input should be 'auto', "),
+        ({"prompt": "x", "exchange": "sync", "parallel": ParallelConfig()}, "exchange", "give one of them"),
         ({}, "prompt", "prompt is missing"),
     ],
 )
@@ -94,3 +97,12 @@ def test_previews_of_a_second_order_scheduler_are_spread_over_all_of_its_steps()
     request = GenerationRequest(prompt="x", num_inference_steps=10, previews=3, scheduler="heun")
     assert request.num_steps(StepCount()) == 19
     assert request.preview_steps(19) == {5, 10, 14}
+
+
+def test_what_a_request_says_of_sharing_goes_before_the_host() -> None:
+    host = ParallelConfig(exchange="displaced", max_wait=0.5)
+    assert GenerationRequest(prompt="x").shared(host) == host
+    asked = GenerationRequest(prompt="x", exchange="sync").shared(host)
+    assert asked == ParallelConfig(exchange="sync", max_wait=0.5)
+    whole = ParallelConfig(exchange="none")
+    assert GenerationRequest(prompt="x", parallel=whole).shared(host) == whole

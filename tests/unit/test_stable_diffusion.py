@@ -405,7 +405,7 @@ def test_changing_gangs_in_sync_mode_equal_one_device(model: str, scheduler: str
 
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step() -> None:
-    config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
     latents, fresh = changing_gangs(tiny_sd15, "pndm", config)
     assert fresh == [True, True, True, True, False, False, True, True, True], "alone, all are"
     assert latents.isfinite().all()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from PIL import Image
 
+from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, NotFinite
 from distriray.requests import SamplingParams
@@ -45,7 +46,7 @@ class Commission:
     """A batch of images to be prepared, checked and with nothing left open.
 
     Attributes:
-        params: what is asked for; height and width are those below.
+        params: what is asked for; height and width are those below, steps and guidance are there.
         height, width: in pixels, multiples of the family's unit.
         scheduler: the request's own, with the model's noise schedule and no timesteps yet.
         generators: one on the CPU for each image, which draws all that is random about it.
@@ -70,16 +71,27 @@ class Commission:
             return "text-to-image"
         return "image-to-image" if self.mask_image is None else "inpainting"
 
+    @property
+    def num_inference_steps(self) -> int:
+        """Those that are asked for."""
+        assert self.params.num_inference_steps is not None
+        return self.params.num_inference_steps
+
+    @property
+    def guidance_scale(self) -> float:
+        assert self.params.guidance_scale is not None
+        return self.params.guidance_scale
+
     def check_timesteps(self, timesteps: torch.Tensor) -> None:
         """Raise InvalidRequest unless there are steps to do, each within the scheduler's noise schedule.
 
         And each from one noise level to another: a step between equal ones divides by zero.
         """
-        asked = self.params.num_inference_steps
+        asked = self.num_inference_steps
         if not len(timesteps):
             raise InvalidRequest(f"strength {self.strength} of {asked} steps leaves none to do", "strength")
         end = self.scheduler.config.num_train_timesteps
-        if timesteps.max() >= end:
+        if timesteps.max() >= end and not follows_flow(self.scheduler):
             raise InvalidRequest(
                 f"num_inference_steps {asked} is too many for this scheduler, which has {end} "
                 "timesteps to choose from; use fewer",
@@ -105,12 +117,14 @@ class PipelineSteps(ABC):
 
     Attributes:
         kinds: the classes of the pipelines.
+        flow: whether they denoise by flow matching.
 
     Raises:
         UnsupportedModel: as `check`.
     """
 
     kinds: ClassVar[tuple[type, ...]]
+    flow: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

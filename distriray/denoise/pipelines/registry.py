@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from distriray.denoise.pipelines.sizes import Configs, Sizes, unet_sizes
+from distriray.denoise.pipelines.sizes import Configs, Sizes, flux_sizes, sd3_sizes, unet_sizes
+from distriray.denoise.pipelines.terms import Terms, flux_terms, sd3_terms, usual_terms
 from distriray.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from distriray.denoise.pipelines.base import PipelineSteps
+
+
+TASKS = {"text-to-image": "Pipeline", "image-to-image": "Img2ImgPipeline", "inpainting": "InpaintPipeline"}
+"""What the names of a family's pipelines end with, by task."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,15 @@ class Family:
             this folder.
         models: those that it stands for, in the words of the message that lists what there is.
         sizes: finds the sizes of its pictures in the configurations of a model's components.
+        terms: finds there what it says of a request's other fields.
+        tasks: those that it does.
     """
 
     home: str
     models: str
     sizes: Callable[[Configs], Sizes]
+    terms: Callable[[Configs], Terms] = usual_terms
+    tasks: tuple[str, ...] = tuple(TASKS)
 
     @property
     def steps(self) -> type[PipelineSteps]:
@@ -40,19 +49,22 @@ class Family:
         return steps
 
 
+_ON_NOISE_OR_PICTURE = ("text-to-image", "image-to-image")
+
 PIPELINES: dict[str, Family] = {
     "StableDiffusion": Family(".sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", unet_sizes),
     "StableDiffusionXL": Family(".sdxl:StableDiffusionXL", "Stable Diffusion XL", unet_sizes),
+    "StableDiffusion3": Family(
+        ".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms, _ON_NOISE_OR_PICTURE
+    ),
+    "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms, _ON_NOISE_OR_PICTURE),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""
-
-TASKS = ("Pipeline", "Img2ImgPipeline", "InpaintPipeline")
-"""What the names of a family's pipelines end with."""
 
 
 def family_named(class_name: str) -> str | None:
     """The family in `PIPELINES` of the pipelines of a class; None where there is none."""
-    return next((name for name in PIPELINES for task in TASKS if class_name == name + task), None)
+    return next((name for name in PIPELINES if class_name in _classes(name)), None)
 
 
 def family_of(pipeline: Any) -> str:
@@ -65,9 +77,12 @@ def family_of(pipeline: Any) -> str:
         name = family_named(base.__name__)
         if name is not None and isinstance(pipeline, PIPELINES[name].steps.kinds):
             return name
-    known = "; ".join(
-        f"{family.models} ({', '.join(name + task for task in TASKS)})" for name, family in PIPELINES.items()
-    )
+    known = "; ".join(f"{family.models} ({', '.join(_classes(name))})" for name, family in PIPELINES.items())
     raise UnsupportedModel(
         f"{type(pipeline).__name__} cannot be denoised step by step; supported are {known}"
     )
+
+
+def _classes(name: str) -> list[str]:
+    """The names of the classes of a family's pipelines."""
+    return [name + TASKS[task] for task in PIPELINES[name].tasks]

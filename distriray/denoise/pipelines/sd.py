@@ -11,10 +11,10 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
+from distriray.denoise.pipelines.guidance import guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
@@ -80,7 +80,7 @@ class StableDiffusion(PipelineSteps):
         params, images = commission.params, len(commission.generators)
         pipeline, device = self._by_task[commission.task], self._unet.device
         pipeline.scheduler = commission.scheduler
-        guided = self._is_guided(params.guidance_scale)
+        is_guided = self._is_guided(commission.guidance_scale)
         prompt: dict[str, Any] = {"prompt": params.prompt}
         if params.clip_skip:
             prompt = {"prompt": None, "prompt_embeds": self._skip_layers(params.prompt, params.clip_skip)}
@@ -88,16 +88,16 @@ class StableDiffusion(PipelineSteps):
             **prompt,
             device=device,
             num_images_per_prompt=images,
-            do_classifier_free_guidance=guided,
+            do_classifier_free_guidance=is_guided,
             negative_prompt=params.negative_prompt,
         )
-        prompt_embeds = torch.cat([negative_embeds, embeds]) if guided else embeds
-        commission.scheduler.set_timesteps(params.num_inference_steps, device=device)
+        prompt_embeds = torch.cat([negative_embeds, embeds]) if is_guided else embeds
+        commission.scheduler.set_timesteps(commission.num_inference_steps, device=device)
         begin = {"text-to-image": self._noise, "image-to-image": self._on_picture, "inpainting": self._masked}
         values = begin[commission.task](pipeline, commission, embeds.dtype)
         return {
             "prompt_embeds": prompt_embeds,
-            "timestep_cond": self._guidance_embeds(params.guidance_scale, images, embeds.dtype),
+            "timestep_cond": self._guidance_embeds(commission.guidance_scale, images, embeds.dtype),
             **values,
         }
 
@@ -105,8 +105,8 @@ class StableDiffusion(PipelineSteps):
         pipeline, scheduler, values = self._by_task[state.task], state.scheduler, state.values
         pipeline.scheduler = scheduler
         timestep, latents = values["timesteps"][state.step], state.latents
-        guided = self._is_guided(state.guidance_scale)
-        branches = 2 if guided else 1
+        is_guided = self._is_guided(state.guidance_scale)
+        branches = 2 if is_guided else 1
         sample = scheduler.scale_model_input(torch.cat([latents] * branches), timestep)
         if self.needs_image:
             fixed = torch.cat([values["mask"], values["masked_image_latents"]], dim=1)
@@ -118,11 +118,8 @@ class StableDiffusion(PipelineSteps):
             timestep_cond=values.get("timestep_cond"),
             return_dict=False,
         )[0]
-        if guided:
-            without, conditional = output.chunk(2)
-            output = without + state.guidance_scale * (conditional - without)
-            if state.guidance_rescale > 0.0:
-                output = rescale_noise_cfg(output, conditional, guidance_rescale=state.guidance_rescale)
+        if is_guided:
+            output = guided(output, state)
         options = pipeline.prepare_extra_step_kwargs(state.generators, 0.0)
         latents = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
         if "image_latents" in values:
@@ -225,7 +222,7 @@ class StableDiffusion(PipelineSteps):
 
     def _timesteps(self, pipeline: Any, commission: Commission) -> torch.Tensor:
         """The last timesteps, those of the commission's strength."""
-        steps = commission.params.num_inference_steps
+        steps = commission.num_inference_steps
         timesteps: torch.Tensor
         timesteps, _ = pipeline.get_timesteps(steps, commission.strength, self._unet.device)
         commission.check_timesteps(timesteps)

@@ -62,7 +62,7 @@ class StableDiffusionXL(PipelineSteps):
     def prepare(self, commission: Commission) -> dict[str, Any]:
         params, components, images = commission.params, self.components, len(commission.generators)
         components.scheduler = commission.scheduler
-        set_guidance(components, params.guidance_scale, params.guidance_rescale)
+        set_guidance(components, commission.guidance_scale, params.guidance_rescale)
         image, mask_image = commission.image, commission.mask_image
         state = PipelineState()
         for name, value in {

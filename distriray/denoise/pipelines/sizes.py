@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,29 @@ class Sizes:
 
 
 def unet_sizes(config: Configs) -> Sizes:
-    """Of a U-Net that denoises the latents of a VAE, whose every level but the first halves the picture."""
-    sample = config("unet")["sample_size"]
-    scale: int = 2 ** (len(config("vae")["block_out_channels"]) - 1)
+    """Of a U-Net that denoises the latents of a VAE."""
+    sample, scale = config("unet")["sample_size"], _vae_scale(config)
     height, width = (sample, sample) if isinstance(sample, int) else sample
     return Sizes((height * scale, width * scale), unit=max(scale, MULTIPLE_OF), latent_row=scale)
+
+
+def sd3_sizes(config: Configs) -> Sizes:
+    """Of a transformer over square patches of a VAE's latents."""
+    transformer, scale = config("transformer"), _vae_scale(config)
+    side = transformer["sample_size"] * scale
+    return Sizes((side, side), unit=lcm(scale * transformer["patch_size"], MULTIPLE_OF), latent_row=scale)
+
+
+def flux_sizes(config: Configs) -> Sizes:
+    """Of a transformer over 2x2 latents, which has no size of its own: diffusers takes 1024x1024."""
+    scale = _vae_scale(config)
+    return Sizes((128 * scale, 128 * scale), unit=lcm(2 * scale, MULTIPLE_OF), latent_row=scale)
+
+
+def _vae_scale(config: Configs) -> int:
+    """Pixels to a row of latents: every level of the VAE but the first halves the picture."""
+    scale: int = 2 ** (len(config("vae")["block_out_channels"]) - 1)
+    return scale
 
 
 def configs_of(pipeline: Any) -> Configs:

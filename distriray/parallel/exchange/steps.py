@@ -12,7 +12,6 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 
-from distriray.collective.base import Work
 from distriray.config import Kind, Mix, StatisticsMode
 from distriray.parallel.exchange.bucket import Bucket, Buckets
 from distriray.parallel.exchange.carriers import Carrier, Values
@@ -27,7 +26,7 @@ from distriray.parallel.stopwatch import Stopwatch
 
 
 class Waiting(NamedTuple):
-    """The time in which a rank waits for its peers, by what it waits for.
+    """The time that messages cost a rank: of sending fresh values, and of waiting for the peers'.
 
     Attributes:
         rows: fresh statistics and halos.
@@ -45,8 +44,8 @@ class Step(ABC):
 
     Attributes:
         displaced: whether layers read what the peers sent one step ago, of the kinds that are stale then.
-        waiting: the time in which this rank waited for its peers.
-        waits: how often it did.
+        waiting: the time that messages cost this rank.
+        waits: how often it waited for its peers.
         recorder: of the graphs that the layers are being captured into, if they are.
 
     Args:
@@ -217,7 +216,7 @@ class Step(ABC):
 
     def _swap(self, what: Literal["rows", "keys_values"], sends: Values, receives: Values) -> None:
         """Send and receive now, and wait."""
-        self._talk(lambda step: step._await(what, step._patch.communicator.exchange(sends, receives)))
+        self._talk(lambda step: step._swap_now(what, sends, receives))
 
     def _talk(self, action: Callable[[Self], None]) -> None:
         """Say something to the peers: now, or in every replay of the graphs that are being captured."""
@@ -226,10 +225,10 @@ class Step(ABC):
         else:
             self.recorder.between(action)
 
-    def _await(self, what: Literal["rows", "keys_values", "buckets"], work: Work) -> None:
+    def _swap_now(self, what: Literal["rows", "keys_values"], sends: Values, receives: Values) -> None:
         self.waits += 1
         with getattr(self.waiting, what):
-            work.wait()
+            self._patch.communicator.exchange(sends, receives).wait()
 
 
 class SynchronousStep(Step):
@@ -421,5 +420,7 @@ class DisplacedStep(Step):
         if complete is not None:
             complete.launch()
         if entered is not None:
-            self._await("buckets", entered)
+            self.waits += 1
+            with self.waiting.buckets:
+                entered.wait()
             entered.predict(self._predicts)

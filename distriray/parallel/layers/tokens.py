@@ -127,23 +127,23 @@ class PatchJointAttention(PatchTokenAttention):
         if encoder_hidden_states_mask is not None and self.tokens.key_mask is None:
             raise UnsupportedModel("attention that is given a text mask, where the network was given none")
         image, text = hidden_states, encoder_hidden_states
-        projected = [_projected(attn, image, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))]
+        projected = [projections_of(attn, image, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))]
         if text is not None:
             of_text = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            projected.insert(0 if self.text_first else 1, _projected(attn, text, *of_text))
+            projected.insert(0 if self.text_first else 1, projections_of(attn, text, *of_text))
         query, key, value = (torch.cat(parts, 1) for parts in zip(*projected, strict=True))
         if image_rotary_emb is not None:
             query, key = (self.rotated(x, image_rotary_emb) for x in (query, key))
         attended = self.attend(query, key, value)
         if text is None:
-            return attended if attn.pre_only else _output(attn, attended)
+            return attended if attn.pre_only else output_of(attn, attended)
         if self.text_first:
             text, image = attended.split([text.shape[1], image.shape[1]], 1)
         else:
             image, text = attended.split([image.shape[1], text.shape[1]], 1)
         if not getattr(attn, "context_pre_only", False):
             text = attn.to_add_out(text)
-        return _output(attn, image), text
+        return output_of(attn, image), text
 
     def rotated(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
         """Queries or keys, (batch, own tokens, heads, channels of a head), turned by their position."""
@@ -151,7 +151,7 @@ class PatchJointAttention(PatchTokenAttention):
         return turned
 
 
-def _projected(
+def projections_of(
     attn: Any, tokens: torch.Tensor, projections: tuple[str, ...], norms: tuple[str, ...]
 ) -> list[torch.Tensor]:
     """Queries, keys and values of a stream, (batch, tokens, heads, channels of a head)."""
@@ -163,7 +163,7 @@ def _projected(
     return projected
 
 
-def _output(attn: Any, attended: torch.Tensor) -> torch.Tensor:
+def output_of(attn: Any, attended: torch.Tensor) -> torch.Tensor:
     projection, dropout = attn.to_out
     output: torch.Tensor = dropout(projection(attended))
     return output

@@ -60,6 +60,8 @@ class Network(ABC):
 
     Attributes:
         kind: the class of the networks.
+        displacement_measured: whether it is known what old values do to the pictures of a trained network of
+            the family; else `auto` keeps to fresh ones.
         forward: what computes a rank's part; what answered the module's calls before the engine did, hooks
             included, or graphs of it.
         replaced: what answered the module's calls before the engine did; None until then.
@@ -69,6 +71,7 @@ class Network(ABC):
     """
 
     kind: ClassVar[type[nn.Module]]
+    displacement_measured: ClassVar[bool] = False
     forward: Callable[..., Any]
     replaced: Callable[..., Any] | None = None
 

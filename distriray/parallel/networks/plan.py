@@ -24,12 +24,12 @@ class Attention:
 
     Attributes:
         replaces: the class of processors that it has in diffusers.
-        processor: the class of those that take their place.
+        processor: the class of those that take their place; None where they stay, and see all tokens.
         sequence: the tokens that it is over; None if it is to text that every rank has.
     """
 
     replaces: type
-    processor: type
+    processor: type | None
     sequence: Sequence | None = "joint"
 
 

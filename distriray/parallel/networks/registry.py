@@ -39,6 +39,7 @@ NETWORKS: dict[str, Family] = {
     "SD3Transformer2DModel": Family(".sd3:SD3", "Stable Diffusion 3 and 3.5"),
     "PixArtTransformer2DModel": Family(".pixart:PixArt", "PixArt"),
     "QwenImageTransformer2DModel": Family(".qwen_image:QwenImage", "Qwen-Image"),
+    "ZImageTransformer2DModel": Family(".z_image:ZImage", "Z-Image"),
 }
 """Every family, by the name of its networks' class."""
 

@@ -59,8 +59,6 @@ BACKENDS = {
 PACKED = ("batch", "tokens", "channels")
 """Dimensions of latents that the pipeline has made tokens of."""
 
-_ALWAYS = ("hidden_states", "encoder_hidden_states", "timestep", "return_dict")
-
 
 class TokenNetwork(Network):
     """A transformer whose blocks attend to the tokens of all ranks.
@@ -70,10 +68,12 @@ class TokenNetwork(Network):
     Attributes:
         plan: of the family.
         layers: the classes of layers that the family has, besides `LAYERS`.
+        names: the arguments that are latents, timestep and prompt embeddings.
     """
 
     plan: ClassVar[Plan]
     layers: ClassVar[frozenset[type]]
+    names: ClassVar[tuple[str, str, str]] = ("hidden_states", "timestep", "encoder_hidden_states")
 
     def __init__(self, module: Any, local: LocalCode | None = None) -> None:
         self._tokens = Tokens()
@@ -149,6 +149,8 @@ class TokenNetwork(Network):
             before = attention.processor
             if self.local.says(before):
                 continue
+            if planned.processor is None:
+                continue
             if getattr(before, "context", None) is not context:
                 arguments = () if planned.sequence is None else (self._tokens, planned.sequence)
                 processor = planned.processor(context, *arguments)
@@ -172,7 +174,7 @@ class TokenNetwork(Network):
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        for name in arguments.keys() - {*_ALWAYS, *self.plan.inputs, self.plan.kwargs}:
+        for name in arguments.keys() - {*self.names, "return_dict", *self.plan.inputs, self.plan.kwargs}:
             default, given = self._signature.parameters[name].default, arguments[name]
             if given is not None and (default is None or given != default):
                 raise UnsupportedModel(f"{name}, which is not cut into patches")
@@ -181,14 +183,25 @@ class TokenNetwork(Network):
             raise UnsupportedModel(
                 f"{self.plan.kwargs} {', '.join(foreign)}; with patches only 'scale' (LoRA) works"
             )
-        text = arguments["encoder_hidden_states"]
+        latents, timestep, text = (arguments[name] for name in self.names)
         if text is None:
-            raise UnsupportedModel("a call without encoder_hidden_states")
+            raise UnsupportedModel(f"a call without {self.names[-1]}")
         _check_backend(None)
         for processor in self._attending.values():
             _check_backend(processor)
         scale = arguments[self.plan.kwargs]
-        return Call(arguments["hidden_states"], arguments["timestep"], text, scale, self._branch, arguments)
+        sample, embeddings = self.sample_of(latents), self.text_of(text)
+        return Call(sample, timestep, embeddings, scale, self._branch, arguments)
+
+    def sample_of(self, latents: Any) -> torch.Tensor:
+        """Latents as they were given as one tensor: (batch, tokens, channels), or with rows and columns."""
+        sample: torch.Tensor = latents
+        return sample
+
+    def text_of(self, text: Any) -> torch.Tensor:
+        """Prompt embeddings as they were given as one tensor, (batch, tokens, channels)."""
+        embeddings: torch.Tensor = text
+        return embeddings
 
     def partition(self, call: Call, patches: int) -> TokenPartition:
         text = call.text.shape[1] if self._cuts_text else 0
@@ -244,6 +257,7 @@ class TokenNetwork(Network):
             return self.forward(**arguments)
 
     def _gather(self, collect: Collect, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """The tokens of all ranks and of the whole batch, where `output` are this rank's."""
         for name, processor in self._attending.items():
             times = self._tokens.entered[processor]
             if times != 1:

@@ -66,6 +66,7 @@ class UNet(Network):
     """A `UNet2DConditionModel` with Stable Diffusion's blocks: both guidance branches come in one call."""
 
     kind = UNet2DConditionModel
+    displacement_measured = True
     _text_layers: Sequence[nn.Module] = ()
 
     @property

@@ -1,6 +1,7 @@
 """A rank without peers does and sends what it does in a gang, and links are replayed as they are stated."""
 
 import argparse
+import itertools
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ import torch
 from bench.exchange import unet_inputs
 from bench.projection.__main__ import COLUMNS, tabulate
 from bench.projection.links import Link, exposed_s, parse_link
-from bench.projection.peers import Moment, Step
+from bench.projection.peers import AbsentPeers, Moment, Step
 from bench.projection.rounds import Round, cases, measure, places, slowest
 from bench.projection.share import Share, measure_share, random_unet
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.collective import connect, run_in_lockstep
+from distriray.config import MIXES
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
 
@@ -33,25 +35,38 @@ def wait(transfer, at_s):
     return Moment("wait", transfer, at_s)
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_rank_alone_sends_what_it_sends_in_a_gang(ranks, split):
-    def displaced(communicator):
+def config(exchange="displaced", split=False):
+    return ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=split)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "split", "exchange"),
+    [*((2, False, mix) for mix in MIXES), (2, True, "sync"), (4, False, "displaced"), (4, True, "sync")],
+)
+def test_a_rank_alone_sends_what_it_sends_in_a_gang(ranks, split, exchange):
+    def last_step(communicator):
         unet = tiny_sdxl_unet()
-        parallelize(unet, communicator, ParallelConfig(warmup_steps=1, cfg_parallel=split))
+        parallelize(unet, communicator, config(exchange, split))
         inputs = unet_inputs(unet, SIZE)
         with engine_of(unet).image():
             for at in range(3):
                 unet(timestep=900 - at, **inputs)
-        return engine_of(unet).statistics.bytes_sent
+        return engine_of(unet).statistics
 
-    sent = run_in_lockstep(ranks, displaced)
+    taken = run_in_lockstep(ranks, last_step)
     for rank in places(ranks):
-        share = measure_share(tiny_sdxl_unet(), rank, ranks, SIZE, 1, cfg_parallel=split)
-        assert sum(share.displaced[-1].sent.values()) == sent[rank]
+        share = measure_share(tiny_sdxl_unet(), rank, ranks, SIZE, 1, config(exchange, split))
+        step = share.later[-1]
+        assert sum(step.sent.values()) == taken[rank].bytes_sent
+        waits = [moment.transfer for moment in step.moments if moment.kind == "wait"]
+        launches = [moment.transfer for moment in step.moments if moment.kind == "launch"]
+        assert len(launches) == len(waits) >= taken[rank].waits
+        if exchange == "sync":
+            assert waits == launches, "what is fresh is waited for in the step that sends it"
 
 
-def test_a_rank_alone_computes_with_values_and_no_garbage():
+@pytest.mark.parametrize("exchange", MIXES)
+def test_a_rank_alone_computes_with_values_and_no_garbage(exchange):
     outputs = []
 
     def keep(module, inputs, output):
@@ -59,20 +74,20 @@ def test_a_rank_alone_computes_with_values_and_no_garbage():
 
     unet = parallelize(tiny_sdxl_unet(), connect("local"), local=[keep])
     unet.conv_out.register_forward_hook(keep)
-    measure_share(unet, 1, 4, SIZE, 2, cfg_parallel=False)
+    measure_share(unet, 1, 4, SIZE, 2, config(exchange))
     assert len(outputs) == 4
     assert all(output.isfinite().all() and output.abs().max() < 1e3 for output in outputs)
 
 
 def test_neighbours_are_sent_halos_too_and_the_one_below_those_of_the_downsamplings():
-    share = measure_share(tiny_sdxl_unet(), 2, 4, SIZE, 1, cfg_parallel=False)
-    sent = share.displaced[-1].sent
+    share = measure_share(tiny_sdxl_unet(), 2, 4, SIZE, 1, config())
+    sent = share.later[-1].sent
     assert sent.keys() == {0, 1, 3}
     assert sent[3] > sent[1] > sent[0] > 0
 
 
 def test_with_split_guidance_two_ranks_swap_only_the_noise():
-    sent = measure_share(tiny_sdxl_unet(), 0, 2, SIZE, 1, cfg_parallel=True).displaced[-1].sent
+    sent = measure_share(tiny_sdxl_unet(), 0, 2, SIZE, 1, config(split=True)).later[-1].sent
     noise = 4 * (SIZE // 8) ** 2 * 4
     assert noise <= sent[1] <= noise + 64
 
@@ -108,6 +123,20 @@ def test_synchronous_steps_of_an_image_wait_for_every_transfer():
     assert share.image(link, 10, 4) == pytest.approx(4 * (1.0 + 2 * 0.6) + 6 * 1.0)
 
 
+def test_what_filling_takes_is_no_time_of_the_rank(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("bench.projection.peers.mark", lambda device: float(next(clock)))
+    peers = AbsentPeers(0, 2, torch.device("cpu"))
+    peers.begin_step()  # 0
+    for _ in range(2):
+        peers.exchange({1: torch.ones(4)}, {1: torch.empty(4)}).wait()  # filled in one second, 1 to 2, 5 to 6
+    taken = peers.end_step()  # 9
+    assert [(moment.kind, moment.at_s) for moment in taken.moments] == [
+        ("launch", 2), ("wait", 3), ("launch", 5), ("wait", 6),
+    ]  # fmt: skip
+    assert taken.seconds == 7
+
+
 def test_links_are_stated_with_latency_and_bandwidth():
     assert parse_link("pcie4:20:25") == Link("pcie4", 20e-6, 25e9)
 
@@ -127,7 +156,7 @@ def test_random_weights_have_the_dtype_and_follow_the_seed():
 
 
 def test_a_gang_is_as_slow_as_its_slowest_rank():
-    case = cases([SIZE], [1])[0]
+    (case,) = cases([SIZE], [1], ["displaced", "sync"])
     quick, slow = (Share(step(), [step(), step(seconds=s)]) for s in (1.0, 2.0))
     assert slowest((Round({case: quick}, {case: 1.0}), Round({case: slow}, {case: 3.0}))) == Round(
         {case: slow}, {case: 3.0}
@@ -140,11 +169,12 @@ def test_one_device_tells_all_gangs_and_every_number_of_theirs_is_called_project
     arguments = argparse.Namespace(
         model="sdxl", dtype="float32", sizes=[SIZE], ranks=[1, 2, 4, 8], rounds=1, steps=2, links=links
     )
-    arguments.image_steps, arguments.warmup_steps = 50, 4
+    arguments.image_steps, arguments.warmup_steps, arguments.exchange = 50, None, ["displaced", "sync"]
     rounds = measure(connect("local"), arguments)
     report = Report("t", COLUMNS, seed=0, settings={})
     tabulate(report, rounds, arguments)
-    assert len(report.rows) == 1 + 2 * 2 * 3
+    # one rank; two with guidance split, who exchange nothing; then 2, 4, 4, 8 and 8 in two modes
+    assert len(report.rows) == 1 + 2 * (1 + 2 * 5)
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in report.rows]
     assert {row["measured step, s"] for row in rows} == {"-"}
     for fast, slow in zip(rows[1::2], rows[2::2], strict=True):

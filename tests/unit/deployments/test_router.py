@@ -39,15 +39,8 @@ from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.models import ModelSpec
-from distriray.requests import (
-    Defaults,
-    GenerationRequest,
-    GenerationResult,
-    Limits,
-    Segment,
-    StepCount,
-    Timings,
-)
+from distriray.requests import Defaults, GenerationRequest, Limits, StepCount
+from distriray.results import GenerationResult, Segment, Timings
 from distriray.routing.router import HostState, Route, route
 from distriray.service import ModelCard
 
@@ -741,7 +734,7 @@ def test_hosts_say_the_unit_of_a_model_whose_folder_is_elsewhere() -> None:
 
 
 def test_a_model_that_no_host_can_serve_has_no_sizes(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     assert sizes_of(ModelSpec(name=str(tmp_path))) is None
 
 

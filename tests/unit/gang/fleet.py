@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import DistrirayError, GangBroken
 from distriray.gang.config import HostConfig
 from distriray.gang.dispatcher import Dispatcher
@@ -82,6 +83,7 @@ class FakeWorker:
                 pid=id(self), node="n", device=self.fleet.device, device_name="cpu", model="m",
                 default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
                 load_s=0.0, memory=1, own_steps=self.fleet.own_steps, guides=self.fleet.guides,
+                terms=self.fleet.terms,
             )  # fmt: skip
 
         return self._call(load())
@@ -187,15 +189,17 @@ class FakeGang:
         ending = await asyncio.shield(self._stepping)
         while worker.hangs or (worker.stuck == "decode" and order.rank == 0):
             await asyncio.sleep(STEP_S)
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {"exchange": order.parallel.exchange}
         if ending is SegmentEnd.BROKEN:
-            fields = {"cause": "a peer is gone", "broken": True}
+            fields |= {"cause": "a peer is gone", "broken": True}
         if worker.raises is not None and ending is not SegmentEnd.DONE:
-            ending, fields = SegmentEnd.FAILED, {"cause": str(worker.raises), "broken": True}
+            ending = SegmentEnd.FAILED
+            fields |= {"cause": str(worker.raises), "broken": True}
         if ending is SegmentEnd.NOT_BEGUN and worker.refuses is not None:
-            ending, fields = SegmentEnd.REFUSED, {"error": worker.refuses}
+            ending = SegmentEnd.REFUSED
+            fields |= {"error": worker.refuses}
         if ending is SegmentEnd.DONE and order.rank == 0:
-            fields = {"images": [Image.new("RGB", (8, 8))], "warnings": worker.fleet.warnings}
+            fields |= {"images": [Image.new("RGB", (8, 8))], "warnings": worker.fleet.warnings}
         step = worker.states.get(self.job, self.first)
         return RankResult(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
 
@@ -241,7 +245,7 @@ class FakeFleet:
         self.cuts_vae = True
         self.stuck: dict[int, str] = {}
         self.warnings: tuple[str, ...] = ()
-        self.own_steps, self.guides = StepCount(), True
+        self.own_steps, self.guides, self.terms = StepCount(), True, Terms()
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}
         self.launched: list[FakeWorker] = []

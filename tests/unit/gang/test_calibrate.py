@@ -13,7 +13,8 @@ import pytest
 from distriray import __version__
 from distriray.gang.calibrate import keep_profile
 from distriray.gang.profile import guessed_profile
-from distriray.requests import GenerationRequest, GenerationResult
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from distriray.routing.latency import Profile
 
 from .fleet import FakeHost

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from distriray.config import ParallelConfig
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
+from distriray.config import PAPER, ParallelConfig
+from distriray.denoise.pipelines.terms import Terms
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.events import Repaired
 from distriray.gang import segments
 from distriray.gang.admission import admit
@@ -45,6 +46,21 @@ def test_a_request_is_done_by_the_gang_that_it_asked_for() -> None:
             result = await host.accept(gang_size=4).ended
             assert result.segments[0].workers == (0, 1, 2, 3) and result.repairs == 0
             assert len(host.dispatcher.free) == 4
+
+    do(scene())
+
+
+def test_a_request_may_say_how_its_gang_shares_steps() -> None:
+    async def scene() -> None:
+        async with FakeHost(2, parallel=ParallelConfig(exchange="displaced", max_wait=0.5)) as host:
+            own = await host.accept(gang_size=2, num_inference_steps=3).ended
+            asked = await host.accept(gang_size=2, num_inference_steps=4, exchange="sync").ended
+            whole = ParallelConfig(exchange=PAPER)
+            mixed = await host.accept(gang_size=2, num_inference_steps=5, parallel=whole).ended
+            assert (own.exchange, asked.exchange, mixed.exchange) == ("displaced", "sync", PAPER)
+            assert asked.summary()["exchange"] == "sync"
+            assert mixed.summary()["exchange"] == PAPER.model_dump()
+            assert host.dispatcher.metrics.steps == {"displaced": 3, "sync": 4, "mix": 5}
 
     do(scene())
 
@@ -429,6 +445,17 @@ def test_what_of_a_prompt_is_not_used_is_in_the_result_and_the_log_without_the_p
     with caplog.at_level(logging.WARNING):
         do(scene())
     assert "request mine: prompt has 90 tokens" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_default_that_the_model_has_nothing_for_is_found_when_the_host_starts() -> None:
+    async def scene() -> None:
+        host = FakeHost(1, defaults={"scheduler": "ddim"})
+        host.fleet.terms = Terms(schedulers=("euler",))
+        with pytest.raises(UnsupportedModel, match="scheduler ddim is not for this model"):
+            await host.dispatcher.start()
+        await host.dispatcher.close()
+
+    do(scene())
 
 
 def test_predictions_are_of_calls_of_the_network_and_of_its_branches() -> None:

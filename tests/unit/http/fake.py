@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
-from distriray.requests import GenerationRequest, GenerationResult, Limits, Segment, Timings
+from distriray.requests import GenerationRequest, Limits, StepCount
+from distriray.results import GenerationResult, Segment, Timings
 from distriray.service import Fleet, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
 
@@ -54,16 +56,17 @@ class FakeService:
         self.patience.append(give_up_s)
         if self.refusal is not None:
             raise self.refusal
-        request = request.settled(*card.default_size)
+        request = Terms().settle(request.settled(*card.default_size))
         outcome = "cancelled"
         try:
             yield Queued(request.id, 0, 0.0)
             yield Started(request.id, (0, 1))
-            for step in range(1, request.num_inference_steps + 1):
+            steps = request.num_steps(StepCount())
+            for step in range(1, steps + 1):
                 await asyncio.sleep(self.pace_s)
-                yield Step(request.id, step, request.num_inference_steps, 2, 0.1)
-                if step in request.preview_steps(request.num_inference_steps):
-                    index = sorted(request.preview_steps(request.num_inference_steps)).index(step)
+                yield Step(request.id, step, steps, 2, 0.1)
+                if step in request.preview_steps(steps):
+                    index = sorted(request.preview_steps(steps)).index(step)
                     yield Preview(request.id, step, index, Image.new("RGB", (8, 12), (step, 0, 0)))
                     if self.failure is not None:
                         raise self.failure
@@ -94,6 +97,7 @@ class FakeService:
             backlog_s=0.0,
             repairs=[],
             outcomes={},
+            steps={},
             regroupings=0,
             predictions=PredictionStatus(count=0),
         )
@@ -109,7 +113,7 @@ class FakeService:
 def result_of(request: GenerationRequest) -> GenerationResult:
     """A grey picture for each seed."""
     assert request.height is not None and request.width is not None and request.model is not None
-    steps = request.num_inference_steps
+    steps = Terms().settle(request).num_steps(StepCount())
     segment = Segment(
         workers=(0, 1), first_step=0, last_step=steps, seconds=1.0, sent_at=0, formed_at=0, left_at=1
     )

@@ -77,6 +77,7 @@ _WRONG: dict[str, list[Any]] = {
     "guidance_rescale": [-0.1, 1.1, "1", []],
     "scheduler": ["", "magic", 1],
     "gang_size": [0, -1, "two", 1.5, 10**6 + 1, False],
+    "exchange": ["", "fast", 1, {}],
     "deadline_s": [0, -1, "1", [1]],
 }
 

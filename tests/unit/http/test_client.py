@@ -29,8 +29,9 @@ from distriray.errors import (
     QueueFull,
 )
 from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
-from distriray.requests import GenerationRequest, GenerationResult
-from tests.unit.http.conftest import serving
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
+from tests.unit.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService, result_of
 
 REQUEST = GenerationRequest(
@@ -46,6 +47,7 @@ REQUEST = GenerationRequest(
     num_images=2,
     scheduler="ddim",
     gang_size=1,
+    exchange="compressed",
     deadline_s=60.0,
 )
 

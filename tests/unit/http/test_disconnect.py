@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from deployments.http import HttpConfig
-from tests.unit.http.conftest import LOG, serving
+from tests.unit.conftest import LOG, serving
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import IMAGES
 

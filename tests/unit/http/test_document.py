@@ -20,8 +20,8 @@ from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
 from distriray.requests import GenerationRequest
 from distriray.wire import CARRIED, PARAMS
+from tests.unit.conftest import serving
 from tests.unit.http.conformance import schemathesis
-from tests.unit.http.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService
 
 ROOT = Path(deployments.http.__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 from deployments.http import HttpConfig, build_http, health
 from distriray.errors import NotEnoughDevices, TooLong
-from tests.unit.http.conftest import LOG, serving
+from tests.unit.conftest import LOG, serving
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import IMAGES
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from distriray.errors import DeadlineUnmet, GangBroken, QueueFull
-from tests.unit.http.conftest import serving
+from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
 
 
@@ -51,6 +51,7 @@ def test_an_image_comes_with_its_seed_gang_and_timings(client: openai.OpenAI) ->
     assert (answer.size, answer.output_format, answer.background) == ("128x64", "png", "opaque")
     assert answer.model_extra is not None
     assert answer.model_extra["gang_size"] == 2 and answer.model_extra["timings"]["total_s"] == 1.25
+    assert answer.model_extra["exchange"] == answer.model_extra["segments"][0]["exchange"] == "sync"
 
 
 def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeService) -> None:
@@ -63,6 +64,7 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "scheduler": "ddim",
         "clip_skip": 1,
         "gang_size": 2,
+        "exchange": "displaced",
         "deadline_s": 60,
     }
     client.images.generate(prompt="a hill", model="builtin:landscapes", n=3, size="64x96", extra_body=extra)

@@ -18,11 +18,11 @@ from distriray.errors import DistrirayError, GangMismatch, InvalidRequest, Unsup
 from distriray.parallel import engine_of
 from distriray.parallel.sums import Sums
 from distriray.requests import SamplingParams
-from tests.distributed.cases import Case, call
+from tests.cases import Case, call
 from tests.models import tiny_sdxl, tiny_sdxl_unet
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
-DISPLACED = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
 Give = Callable[[UNet2DConditionModel, dict[str, Any]], Any]
 """What the other rank changes about the network or its inputs."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +14,17 @@ from distriray.collective import Communicator, LockstepCommunicator, Work, run_i
 from distriray.collective.subgroup import Subgroup
 from distriray.config import MIXES
 from distriray.parallel import Engine, engine_of
-from distriray.parallel.choice import MEASURED_STEPS, Choices, TimedStep, agreed
+from distriray.parallel.choice import (
+    LEAST_STEPS,
+    MAX_SHAPES,
+    MEASURED_STEPS,
+    Choices,
+    TimedStep,
+    agreed,
+)
 from distriray.parallel.stopwatch import Stopwatch
 from tests.models import tiny_sdxl_unet
+from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw, watched
 
 INPUTS = {
     "encoder_hidden_states": torch.ones((1, 7, 32)),
@@ -53,7 +61,7 @@ def timed(whole: float, rows: float, keys_values: float) -> TimedStep:
 )
 def test_the_freshest_mix_within_the_bound_is_chosen(rows: float, keys_values: float, place: int) -> None:
     choices = Choices()
-    for _ in range(3):
+    for _ in range(1 + LEAST_STEPS):
         choices.note("shape", timed(1.0, rows, keys_values))
     assert choices.place("shape", max_wait=0.1) == place
 
@@ -61,7 +69,9 @@ def test_the_freshest_mix_within_the_bound_is_chosen(rows: float, keys_values: f
 def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
     choices = Choices()
     choices.note("shape", timed(1.0, 0.9, 0.0))
-    assert choices.place("shape", 0.1) == -1, "nothing but the first step was seen"
+    for _ in range(LEAST_STEPS):
+        assert choices.place("shape", 0.1) == -1, "too few steps besides the first were seen"
+        choices.note("shape", timed(1.0, 0.0, 0.0))
     for _ in range(2 * MEASURED_STEPS):
         choices.note("shape", timed(1.0, 0.0, 0.0))
     assert choices.place("other", 0.1) == -1
@@ -69,6 +79,19 @@ def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
     for _ in range(3):
         choices.note("shape", timed(1.0, 0.9, 0.0))
     assert choices.place("shape", 0.1) == 0
+
+
+def test_shapes_without_end_are_not_remembered_for_ever() -> None:
+    choices = Choices()
+    for shape in ("old", "used"):
+        for _ in range(1 + LEAST_STEPS):
+            choices.note(shape, timed(1.0, 0.0, 0.0))
+        assert choices.place(shape, 0.1) == 0
+    for shape in range(MAX_SHAPES - 1):
+        choices.place(shape, 0.1)
+        choices.place("used", 0.1)
+    assert choices.place("used", 0.1) == 0
+    assert choices.place("old", 0.1) == -1
 
 
 @pytest.mark.parametrize(
@@ -80,26 +103,40 @@ def test_ranks_agree_on_the_mix_that_waits_least(places: list[int], exchange: st
     assert mixes == 3 * [MIXES[exchange]]
 
 
-class Slow(Subgroup):
-    """A gang whose messages take their time."""
+class Hours(threading.local):
+    """The clock of each rank, which goes on while it computes and waits for messages, and never by itself."""
 
-    def __init__(self, parent: Communicator, ranks: Sequence[int], delay_s: float) -> None:
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def compute(self, *_: Any) -> None:
+        """A hook before a layer that takes a second."""
+        self.now += 1.0
+
+
+class Slow(Subgroup):
+    """A gang whose messages take `byte_s` seconds a byte."""
+
+    def __init__(self, parent: Communicator, ranks: Sequence[int], hours: Hours, byte_s: float) -> None:
         super().__init__(parent, ranks)
-        self._delay_s = delay_s
+        self._hours, self._byte_s = hours, byte_s
 
     def subgroup(self, ranks: Sequence[int]) -> Slow:
-        return Slow(self._parent, ranks, self._delay_s)
+        return Slow(self._parent, ranks, self._hours, self._byte_s)
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
-        return _Late(super().exchange(sends, receives), time.monotonic() + self._delay_s)
+        taken_s = self._byte_s * sum(tensor.nbytes for tensor in sends.values())
+        return _Late(super().exchange(sends, receives), self._hours, self._hours.now + taken_s)
 
 
 class _Late:
-    def __init__(self, work: Work, at: float) -> None:
-        self._work, self._at = work, at
+    def __init__(self, work: Work, hours: Hours, at: float) -> None:
+        self._work, self._hours, self._at = work, hours, at
 
     def wait(self) -> None:
-        time.sleep(max(0.0, self._at - time.monotonic()))
+        self._hours.now = max(self._hours.now, self._at)
         self._work.wait()
 
 
@@ -114,13 +151,20 @@ def images(engine: Engine, unet: Any, count: int, steps: int = 4) -> list[tuple[
 
 
 @pytest.mark.parametrize(
-    ("delay_s", "max_wait", "expected"), [(0.0, 1.0, "sync"), (0.02, 0.1, "displaced")], ids=["fast", "slow"]
+    ("byte_s", "expected"), [(0.0, "sync"), (3e-6, "displaced_attention"), (1e-4, "displaced")]
 )
-def test_later_images_are_what_the_first_one_showed(delay_s: float, max_wait: float, expected: str) -> None:
+def test_later_images_are_what_the_first_one_showed(
+    byte_s: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = Hours()
+    monkeypatch.setattr("distriray.parallel.stopwatch.time", hours)
+
     def rank(communicator: LockstepCommunicator) -> list[Any]:
-        gang = Slow(communicator, range(2), delay_s)
-        config = ParallelConfig(exchange="auto", max_wait=max_wait, cfg_parallel=False)
-        unet = parallelize(tiny_sdxl_unet(), gang, config)
+        gang = Slow(communicator, range(2), hours, byte_s)
+        config = ParallelConfig(exchange="auto", max_wait=0.1, cfg_parallel=False)
+        unet = tiny_sdxl_unet()
+        unet.conv_in.register_forward_pre_hook(hours.compute)
+        parallelize(unet, gang, config, local=[hours.compute])
         engine = engine_of(unet)
         assert engine is not None
         first, second, third = images(engine, unet, 3)
@@ -132,12 +176,30 @@ def test_later_images_are_what_the_first_one_showed(delay_s: float, max_wait: fl
         engine.join(gang, pinned)
         ((name, output),) = images(engine, unet, 1)
         assert name == expected and torch.equal(output, second[1]), "the mix that was named makes it again"
-        other = Slow(communicator, range(2), delay_s)
+        other = Slow(communicator, range(2), hours, byte_s)
         engine.join(other, config)
         assert images(engine, unet, 1)[0][0] == "sync", "another gang is measured by itself"
         return [engine.exchange]
 
     run_in_lockstep(2, rank)
+
+
+def test_a_family_whose_displaced_pictures_nobody_has_measured_keeps_to_fresh_values() -> None:
+    def rank(communicator: LockstepCommunicator) -> str:
+        config = ParallelConfig(max_wait=0.0, cfg_parallel=False)  # no message is as short as that
+        assert config.exchange == "auto"
+        transformer = TRANSFORMERS["flux"]
+        network = parallelize(transformer.make(), communicator, config)
+        synchronous, engine = watched(network), engine_of(network)
+        assert engine is not None
+        for _ in range(3):
+            with engine.image():
+                draw(network, transformer, Shape())
+            assert engine.exchange == "sync"
+        assert synchronous
+        return "fresh" if all(synchronous) else "stale"
+
+    assert run_in_lockstep(2, rank) == ["fresh", "fresh"]
 
 
 def test_without_patches_there_is_nothing_to_choose() -> None:

@@ -12,6 +12,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.config import Mix
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
+from tests.pairwise import pairwise
 
 
 class Eager:
@@ -56,9 +57,10 @@ FEW_BITS = Mix(halos_width="int8", keys_values_width="int4")
 LATE_AND_FEW_BITS = Mix(statistics="stale", halos="stale", keys_values="stale", keys_values_width="int4")
 
 
-@pytest.mark.parametrize("statistics", [0.0, 0.5])
-@pytest.mark.parametrize("keys_values", [0.0, 0.5])
-@pytest.mark.parametrize("exchange", ["displaced", "displaced_attention", FEW_BITS, LATE_AND_FEW_BITS])
+MODES = ["displaced", "displaced_attention", FEW_BITS, LATE_AND_FEW_BITS]
+
+
+@pytest.mark.parametrize(("exchange", "statistics", "keys_values"), pairwise(MODES, [0.0, 0.5], [0.0, 0.5]))
 def test_nothing_in_flight_is_read_or_overwritten(
     exchange: Any, statistics: float, keys_values: float
 ) -> None:
@@ -76,7 +78,7 @@ def test_nothing_in_flight_is_read_or_overwritten(
         assert engine is not None
         engine.bucket_count = buckets
         with engine.image():
-            for step in range(4):
+            for step in range(3):
                 noise = unet(sample, 900 - step, **inputs).sample
                 assert noise.isfinite().all(), (buckets, step)
         assert not engine.statistics.synchronous

@@ -13,19 +13,27 @@ from distriray.config import PAPER, Mix
 from distriray.errors import GangBroken, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.graphs import MOST_MET, StepGraphs
-from tests.distributed.cases import Case, call
-from tests.models import tiny_sdxl
+from tests.cases import Case, call
+from tests.models import SHALLOW, tiny_sdxl
 from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
 
 COMPRESSED = Mix(halos_width="int8", keys_values_width="int4")
 CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
-    (4, {"warmup_steps": 2}),
-    (2, {"warmup_steps": 2, "cfg_parallel": False, "prediction": {"halos": 0.5, "keys_values": 0.5}}),
+    (4, {"exchange": "displaced", "warmup_steps": 2}),
+    (
+        2,
+        {
+            "exchange": "displaced",
+            "warmup_steps": 2,
+            "cfg_parallel": False,
+            "prediction": {"halos": 0.5, "keys_values": 0.5},
+        },
+    ),
     (2, {"exchange": PAPER, "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"exchange": "displaced_attention", "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"exchange": COMPRESSED, "warmup_steps": 1, "cfg_parallel": False}),
-    (2, {"warmup_steps": "auto", "auto_warmup_drift": 5.0, "cfg_parallel": False}),
+    (2, {"exchange": "displaced", "warmup_steps": "auto", "auto_warmup_drift": 5.0, "cfg_parallel": False}),
     (2, {"exchange": "sync", "cfg_parallel": False}),
     (2, {"exchange": "none"}),
 ]
@@ -46,7 +54,7 @@ def drawn(
     replays = []
 
     def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
-        pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(**config))
+        pipeline = parallelize(tiny_sdxl(**SHALLOW), communicator, ParallelConfig(**config))
         maker = RecordedGraphs()
         if graphs:
             engine = engine_of(pipeline)
@@ -72,7 +80,11 @@ def test_captured_steps_draw_the_same_bit_for_bit(ranks: int, config: dict[str, 
 
 def test_graphs_outlast_an_image_and_nothing_is_captured_again() -> None:
     def rank(communicator: LockstepCommunicator) -> list[int]:
-        pipeline = parallelize(tiny_sdxl(), communicator, ParallelConfig(warmup_steps=2, cfg_parallel=False))
+        pipeline = parallelize(
+            tiny_sdxl(**SHALLOW),
+            communicator,
+            ParallelConfig(exchange="displaced", warmup_steps=2, cfg_parallel=False),
+        )
         maker, engine = RecordedGraphs(), engine_of(pipeline)
         assert engine is not None
         engine.capture_with(maker)
@@ -117,8 +129,8 @@ def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:
     case = Case(steps=3)
 
     def rank(communicator: LockstepCommunicator) -> torch.Tensor:
-        config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
-        pipeline = parallelize(tiny_sdxl(), communicator, config)
+        config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+        pipeline = parallelize(tiny_sdxl(**SHALLOW), communicator, config)
         maker, engine, exchange = RecordedGraphs(), engine_of(pipeline), communicator.exchange
         assert engine is not None
         engine.capture_with(maker)
@@ -141,7 +153,7 @@ def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:
         engine.capture_with(RecordedGraphs())
         return torch.stack([call(alone, case) for _ in range(3)])
 
-    wanted = call(parallelize(tiny_sdxl(), connect("local"), ParallelConfig()), case)
+    wanted = call(parallelize(tiny_sdxl(**SHALLOW), connect("local"), ParallelConfig()), case)
     for found in run_in_lockstep(2, rank):
         assert torch.equal(found, torch.stack([wanted] * 3))
 

@@ -21,6 +21,7 @@ from distriray.parallel.kernels import plain
 from distriray.parallel.kernels.group_norm import group_norm_kernels
 from distriray.parallel.layers import group_norm
 from distriray.parallel.layers.group_norm import patch_group_norm
+from tests.pairwise import pairwise
 from tests.unit.parallel.test_group_norm import TwoRanks
 
 Run = Callable[..., None]
@@ -97,17 +98,23 @@ def check_one_rank(
     torch.testing.assert_close(output, plain.normalize(*case), rtol=ROUNDING[dtype], atol=5 * near)
 
 
-@pytest.mark.parametrize("mean", [0.0, 1000.0])
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "rows of a larger map"])
-@pytest.mark.parametrize("dtype", DTYPES)
+SHAPES = [  # and groups
+    ((2, 8, 7, 5), 4),
+    ((1, 12, 3, 3), 3),
+    ((2, 48, 10, 33), 8),
+    ((1, 2, 160, 211), 2),
+    ((3, 80, 2, 2), 1),
+]
+LAYOUTS = ["contiguous", "channels last", "rows of a larger map"]
+
+
 @pytest.mark.parametrize(
-    ("shape", "groups"),
-    [((2, 8, 7, 5), 4), ((1, 12, 3, 3), 3), ((2, 48, 10, 33), 8), ((1, 2, 160, 211), 2), ((3, 80, 2, 2), 1)],
+    ("map_", "dtype", "layout", "mean"), pairwise(SHAPES, DTYPES, LAYOUTS, [0.0, 1000.0]), ids=str
 )
 def test_kernels_equal_nn_group_norm(
-    run: Run, shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: str, mean: float
+    run: Run, map_: tuple[tuple[int, ...], int], dtype: torch.dtype, layout: str, mean: float
 ) -> None:
-    run(check_one_rank, shape, groups, dtype, layout, mean)
+    run(check_one_rank, *map_, dtype, layout, mean)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 9), (3, 8)])
@@ -149,14 +156,13 @@ def check_ranks(device: str, ranks: int, dtype: torch.dtype, layout: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layout"),
+    ("ranks", "dtype", "layout"),
     [
-        (torch.float32, "contiguous"),
-        (torch.float16, "channels last"),
-        (torch.bfloat16, "contiguous"),
+        *((ranks, torch.float32, "contiguous") for ranks in range(1, 9)),
+        *((ranks, torch.float16, "channels last") for ranks in (2, 5, 8)),
+        *((ranks, torch.bfloat16, "contiguous") for ranks in (2, 5, 8)),
     ],
 )
-@pytest.mark.parametrize("ranks", range(1, 9))
 def test_patches_of_any_gang_make_the_norm_of_the_whole(
     run: Run, ranks: int, dtype: torch.dtype, layout: str
 ) -> None:

@@ -17,11 +17,11 @@ from distriray.parallel import Image, engine_of
 from distriray.parallel.engine import Engine
 from distriray.parallel.networks.base import Call
 from distriray.parallel.schedules import Schedules
-from tests.distributed.cases import Case, call
+from tests.cases import Case, call
 from tests.models import tiny_sdxl, tiny_sdxl_unet
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
-DISPLACED = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
 TEXT = torch.randn((1, 9, 32), generator=torch.Generator().manual_seed(9))
 ADDED = {"text_embeds": torch.ones((1, 16)), "time_ids": torch.ones((1, 6))}
 
@@ -132,7 +132,7 @@ def test_frames_of_one_step_are_made_each_by_itself_whatever_is_watched() -> Non
     wanted = frames(tiny_sdxl_unet(3))
 
     def rank(communicator: Communicator) -> list[torch.Tensor]:
-        config = ParallelConfig(warmup_steps=0, cfg_parallel=False)
+        config = ParallelConfig(exchange="displaced", warmup_steps=0, cfg_parallel=False)
         pipeline = watched(tiny_sdxl_unet(3), communicator, config)
         return frames(pipeline.unet)
 
@@ -275,7 +275,7 @@ def test_regions_in_turn_read_nothing_of_each_other() -> None:
     wanted = in_turn(tiny_sdxl_unet(), None)
 
     def rank(communicator: Communicator) -> list[list[torch.Tensor]]:
-        config = ParallelConfig(warmup_steps=0, cfg_parallel=False)
+        config = ParallelConfig(exchange="displaced", warmup_steps=0, cfg_parallel=False)
         pipeline = watched(tiny_sdxl_unet(), communicator, config)
         return in_turn(pipeline.unet, None)
 

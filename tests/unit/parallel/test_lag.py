@@ -20,7 +20,7 @@ from tests.models import tiny_sdxl
 PARAMS = SamplingParams(
     prompt="a", seed=0, height=128, width=64, num_inference_steps=6, scheduler="euler-ancestral"
 )
-CONFIG = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+CONFIG = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
 DRIFT = 5.0  # so that a network of random weights gets warm
 
 
@@ -130,7 +130,9 @@ def test_drift_ends_the_warm_up_at_the_same_step_with_a_lag() -> None:
         pipeline = parallelize(
             tiny_sdxl(),
             communicator,
-            ParallelConfig(warmup_steps="auto", auto_warmup_drift=DRIFT, cfg_parallel=False),
+            ParallelConfig(
+                exchange="displaced", warmup_steps="auto", auto_warmup_drift=DRIFT, cfg_parallel=False
+            ),
         )
         denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
         assert engine is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -48,9 +49,12 @@ def steps(
     return outputs, engine.statistics
 
 
-def gang(ranks: int, **arguments: Any) -> list[tuple[list[torch.Tensor], StepStatistics]]:
+@cache
+def gang(ranks: int, exchange: Any, warmup_steps: int = 1) -> list[tuple[list[torch.Tensor], StepStatistics]]:
+    """What each rank has of three steps. Many tests ask for the same."""
+
     def rank(communicator: LockstepCommunicator) -> tuple[list[torch.Tensor], StepStatistics]:
-        return steps(tiny_sdxl_unet(), communicator, **arguments)
+        return steps(tiny_sdxl_unet(), communicator, exchange=exchange, warmup_steps=warmup_steps)
 
     return run_in_lockstep(ranks, rank)
 
@@ -67,7 +71,7 @@ def error(outputs: list[torch.Tensor], alone: list[torch.Tensor], step: int) -> 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_fresh_values_of_every_kind_are_one_devices_numbers(ranks: int, alone: list[torch.Tensor]) -> None:
-    for outputs, _ in gang(ranks, exchange="sync"):
+    for outputs, _ in gang(ranks, "sync"):
         assert all(error(outputs, alone, step) < 1e-5 for step in range(3))
 
 
@@ -75,7 +79,7 @@ def test_fresh_values_of_every_kind_are_one_devices_numbers(ranks: int, alone: l
 def test_the_first_step_of_every_mix_is_exact_and_later_ones_are_near(
     mix: Any, alone: list[torch.Tensor]
 ) -> None:
-    (outputs, statistics), (others, _) = gang(2, exchange=mix, warmup_steps=1)
+    (outputs, statistics), (others, _) = gang(2, mix)
     assert all(map(torch.equal, outputs, others))
     assert error(outputs, alone, 0) < 1e-5
     assert statistics.synchronous == (mix == "sync")
@@ -85,7 +89,7 @@ def test_the_first_step_of_every_mix_is_exact_and_later_ones_are_near(
 
 def test_fresher_is_nearer(alone: list[torch.Tensor]) -> None:
     def off(mix: Any) -> float:
-        return error(gang(4, exchange=mix, warmup_steps=1)[0][0], alone, 2)
+        return error(gang(2, mix)[0][0], alone, 2)
 
     errors = [off(mix) for mix in ("displaced", "displaced_attention", "compressed")]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
@@ -95,9 +99,7 @@ def test_fresher_is_nearer(alone: list[torch.Tensor]) -> None:
 
 def test_a_mix_of_every_kind_by_hand_is_the_one_with_the_name() -> None:
     for name, mix in MIXES.items():
-        (by_name, _), (by_hand, _) = (
-            gang(2, exchange=exchange, warmup_steps=1)[0] for exchange in (name, mix)
-        )
+        (by_name, _), (by_hand, _) = (gang(2, exchange)[0] for exchange in (name, mix))
         assert all(map(torch.equal, by_name, by_hand))
 
 
@@ -120,10 +122,7 @@ def test_residuals_are_counted_and_begin_anew_with_every_image() -> None:
 
 
 def test_stale_keys_and_values_in_few_bits_send_fewer_bytes() -> None:
-    whole, few = (
-        gang(2, exchange=mix, warmup_steps=1)[0][1].bytes_sent
-        for mix in (MIXES["displaced_attention"], STALE_INT4)
-    )
+    whole, few = (gang(2, mix)[0][1].bytes_sent for mix in (MIXES["displaced_attention"], STALE_INT4))
     assert few < 0.6 * whole
 
 

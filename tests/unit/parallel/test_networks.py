@@ -23,7 +23,7 @@ from tests.unit.parallel.pond import CHANNELS, Pond, PondNetwork
 
 CLOCK = [0.0, 0.2, 0.4, 0.6]
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
-DISPLACED = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
 SIDES = ("wet", "dry")
 
 

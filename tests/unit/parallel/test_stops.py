@@ -15,10 +15,10 @@ from distriray.denoise import SCHEDULERS, Denoiser
 from distriray.parallel import engine_of
 from distriray.parallel.gather import HeaderOnItsWay
 from distriray.requests import SamplingParams
-from tests.models import tiny_sdxl
+from tests.models import SHALLOW, tiny_sdxl
 from tests.unit.parallel.stand_in import DEVICE, OnDevice, StandIn
 
-STEPS = 7
+STEPS = 5
 
 LEFT = {"euler-ancestral": 1, "lcm": 1, "unipc": 7}
 """Stops in a step that are diffusers' own: the host's generators draw its noise, UniPC solves a system."""
@@ -39,14 +39,16 @@ class LateHeader(HeaderOnItsWay):
         return super().read()
 
 
-@pytest.mark.parametrize("exchange", ["displaced", "displaced_attention", PAPER])
+@pytest.mark.parametrize("exchange", ["displaced_attention", PAPER])
 def test_a_displaced_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, exchange: Any) -> None:
-    assert _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=2, exchange=exchange)) == 0
+    assert _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=1, exchange=exchange)) == 0
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_no_scheduler_stops_the_device(monkeypatch: pytest.MonkeyPatch, scheduler: Any) -> None:
-    stops = _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=2), scheduler)
+    stops = _stops_in_displaced_steps(
+        monkeypatch, ParallelConfig(exchange="displaced", warmup_steps=1), scheduler
+    )
     assert stops == LEFT.get(scheduler, 0)
 
 
@@ -57,7 +59,7 @@ def test_a_gpu_is_not_stopped(scheduler: Any) -> None:
     device = torch.device("cuda", 0)
     pipeline = tiny_sdxl().to(device)
     denoiser, peers = Denoiser(pipeline), AbsentPeers(0, 4, device)
-    engine = engine_of(parallelize(pipeline, peers, ParallelConfig(warmup_steps=2)))
+    engine = engine_of(parallelize(pipeline, peers, ParallelConfig(exchange="displaced", warmup_steps=2)))
     assert engine is not None and engine.lags
     params = SamplingParams(
         prompt="a", seed=0, height=256, width=256, num_inference_steps=STEPS, scheduler=scheduler
@@ -81,7 +83,7 @@ def test_a_pipelines_timesteps_are_read_once_an_image(monkeypatch: pytest.Monkey
     with StandIn() as device:
         device.take(pipeline.unet)
         peers = AbsentPeers(0, 2, DEVICE)
-        engine = engine_of(parallelize(pipeline, peers, ParallelConfig(warmup_steps=1)))
+        engine = engine_of(parallelize(pipeline, peers, ParallelConfig(exchange="displaced", warmup_steps=1)))
         assert engine is not None
         engine.lags = True
         pipeline.scheduler.set_timesteps(STEPS)
@@ -103,10 +105,10 @@ def _stops_in_displaced_steps(
 ) -> int:
     """The most stops in a displaced step of an image, the last step apart: that ends the image, and reads."""
     monkeypatch.setattr(distriray.parallel.gather, "HeaderOnItsWay", LateHeader)
-    pipeline = tiny_sdxl()
+    pipeline = tiny_sdxl(**SHALLOW)
     denoiser = Denoiser(pipeline)
     params = SamplingParams(
-        prompt="a", seed=0, height=256, width=256, num_inference_steps=STEPS, scheduler=scheduler
+        prompt="a", seed=0, height=128, width=128, num_inference_steps=STEPS, scheduler=scheduler
     )
     state = denoiser.prepare(params)
     stops: list[list[str]] = []
@@ -126,6 +128,6 @@ def _stops_in_displaced_steps(
                 assert isinstance(state.latents, OnDevice) and not engine.settled
         denoiser.step(state)
         assert engine.settled and state.unsettled is None
-    assert len(stops) >= STEPS - 3
+    assert len(stops) >= STEPS - 2
     print(*max(stops, key=len), sep="\n")  # pytest shows it with a failure
     return max(map(len, stops))

@@ -14,7 +14,7 @@ from distriray import parallelize
 from distriray.collective import connect
 from distriray.errors import UnsupportedModel
 from distriray.parallel.networks.vae import can_be_cut
-from tests.distributed.cases import Case, call
+from tests.cases import Case, call
 from tests.models import tiny_sdxl, tiny_vae
 
 

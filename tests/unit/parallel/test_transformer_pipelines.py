@@ -11,7 +11,15 @@ import torch
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
-from tests.models import TEXT_WIDTH, tiny_flux, tiny_flux2, tiny_pixart, tiny_qwen_image, tiny_sd3
+from tests.models import (
+    TEXT_WIDTH,
+    tiny_flux,
+    tiny_flux2,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_z_image,
+)
 from tests.unit.parallel.transformers import error, noise, watched
 
 PROMPT = {"prompt": "a lake at dusk", "max_sequence_length": 12, "output_type": "pt"}
@@ -65,6 +73,15 @@ CASES = [
         calls=2,
     ),
     Case(
+        tiny_z_image,
+        {
+            "prompt_embeds": [noise(1, 7, TEXT_WIDTH)],
+            "negative_prompt_embeds": [noise(2, 40, TEXT_WIDTH)],
+            "guidance_scale": 3.0,
+            "output_type": "pt",
+        },
+    ),
+    Case(
         tiny_pixart,
         {
             **EMBEDDED,
@@ -94,7 +111,11 @@ def test_a_whole_pipeline_equals_itself_alone(case: Case, ranks: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_whole_pipeline_displaces_all_steps_but_the_first_of_each_image(case: Case) -> None:
     def rank(communicator: Communicator) -> list[bool]:
-        pipeline = parallelize(case.make(), communicator, ParallelConfig(warmup_steps=1, cfg_parallel=False))
+        pipeline = parallelize(
+            case.make(),
+            communicator,
+            ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False),
+        )
         synchronous = watched(pipeline.transformer)
         case.draw(pipeline)
         case.draw(pipeline)

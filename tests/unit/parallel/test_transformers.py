@@ -25,6 +25,7 @@ from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of, network_of
 from distriray.parallel.partition import TokenPartition
 from tests.models import TEXT_WIDTH, tiny_flux_transformer, tiny_qwen_image_transformer
+from tests.pairwise import pairwise
 from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.transformers import (
     STEPS,
@@ -39,12 +40,9 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
-MASKED = ("qwen-image", "pixart")
+MASKED = ("qwen-image", "pixart", "z-image")
 HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections")
-SHAPES = [
-    *((name, shape) for name in TRANSFORMERS for shape in (WIDE, SQUARE)),
-    *((name, PADDED) for name in MASKED),
-]
+RANKS = [2, 3, 4]
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +70,10 @@ def off(latents: list[torch.Tensor], name: str, shape: Shape = WIDE) -> float:
     return max(map(error, latents, alone(name, shape)))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
+@pytest.mark.parametrize(
+    ("name", "shape", "ranks"),
+    [*pairwise(list(TRANSFORMERS), [WIDE, SQUARE], RANKS), *pairwise(MASKED, [PADDED], RANKS)],
+)
 def test_sync_mode_equals_one_device(name: str, shape: Shape, ranks: int) -> None:
     latents, statistics = gang(ranks, name, shape, exchange="sync")
     assert off(latents, name, shape) < 1e-5
@@ -143,10 +143,15 @@ def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(nam
     _, statistics = gang(2, name, SQUARE, exchange="sync")
     network: Any = network_of(TRANSFORMERS[name].make())
     sequences = [plan.sequence for _, _, plan in network._attentions()]
-    own = {"joint": 12, "image": 8, None: 0}  # tokens of 16 and 8
-    keys_values = sum(own[sequence] * 2 * network.module.inner_dim * 4 for sequence in sequences)
+    padded, module = name == "z-image", network.module  # Z-Image's tokens are padded to 32
+    image, text = (32, 32) if padded else (16, 8)
+    own = {"joint": (image + text) // 2, "image": image // 2, None: 0}
+    width, final = (
+        (module.dim, module.all_final_layer["2-1"].linear) if padded else (module.inner_dim, module.proj_out)
+    )
+    keys_values = sum(own[sequence] * 2 * width * 4 for sequence in sequences)
     exchanging = sum(sequence is not None for sequence in sequences)
-    predicted = network.module.proj_out.out_features * 8 * 4
+    predicted = final.out_features * image // 2 * 4
     assert statistics.bytes_sent == keys_values + predicted + 48
     assert statistics.waits == exchanging + 1
 
@@ -175,7 +180,7 @@ def test_each_branch_that_cache_context_names_has_steps_of_its_own() -> None:
     expected = guided(tiny_flux_transformer())
 
     def rank(communicator: LockstepCommunicator, named: bool, **config: Any) -> Any:
-        config = {"warmup_steps": 1, "cfg_parallel": False, **config}
+        config = {"exchange": "displaced", "warmup_steps": 1, "cfg_parallel": False, **config}
         network = parallelize(tiny_flux_transformer(), communicator, ParallelConfig(**config))
         synchronous, engine = watched(network), engine_of(network)
         assert engine is not None
@@ -234,7 +239,7 @@ def test_half_precision_differs_by_its_rounding(name: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_buffers_serve_in_inference_mode_and_outside_it(name: str) -> None:
     def rank(communicator: LockstepCommunicator) -> None:
-        config = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+        config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
         network = parallelize(TRANSFORMERS[name].make(), communicator, config)
         with torch.inference_mode():
             within = draw(network, TRANSFORMERS[name], PADDED)
@@ -520,7 +525,7 @@ def test_plans_are_those_of_diffusers_where_it_has_one(name: str) -> None:
     network: Any = network_of(TRANSFORMERS[name].make())
     theirs = getattr(network.module, "_cp_plan", None)
     if theirs is None:
-        assert name in ("sd3", "pixart")
+        assert name in ("sd3", "pixart", "z-image")
         return
     gathers = {module: plan.gather_dim for module, plan in theirs.items() if not isinstance(plan, dict)}
     assert gathers == {network.plan.gather: 1}
@@ -543,3 +548,40 @@ def test_plans_are_those_of_diffusers_where_it_has_one(name: str) -> None:
         for key, (_, dimension) in plan.items()
     }
     assert ours == cuts
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_halves_of_a_batch_whose_texts_differ_in_length_make_one_devices_numbers(ranks: int) -> None:
+    masked = Shape(4, 3, 5, batch=2, masked=True)  # one text of 5 tokens, one of 45
+    latents, _ = gang(2 * ranks, "z-image", masked, exchange="sync", cfg_parallel=True)
+    assert off(latents, "z-image", masked) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"x": [[noise(1, 4, 1, 8, 8)]] * 2}, "several pictures"),
+        ({"x": [noise(1, 4, 1, 8, 8), noise(1, 4, 1, 8, 16)]}, "give equal ones"),
+        ({"x": [noise(1, 4, 2, 8, 8)] * 2}, "give equal ones"),
+        ({"controlnet_block_samples": {0: torch.zeros(1)}}, "controlnet_block_samples"),
+        ({"patch_size": 4}, "patch_size"),
+    ],
+)
+def test_calls_of_z_image_that_are_not_cut_are_refused(fields: dict[str, Any], said: str) -> None:
+    network = parallelize(TRANSFORMERS["z-image"].make(), connect("local"))
+    call = {"x": [noise(1, 4, 1, 8, 8)] * 2, "t": torch.ones(2), "cap_feats": [noise(2, 5, TEXT_WIDTH)] * 2}
+    with pytest.raises(UnsupportedModel, match=said):
+        network(**{**call, **fields})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"siglip_feat_dim": 8}, "siglip_feat_dim"),
+        ({"all_patch_size": (4,), "all_f_patch_size": (1,)}, "patches of 2"),
+        ({"n_refiner_layers": 0}, "without layers"),
+    ],
+)
+def test_z_images_of_other_shapes_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedModel, match=said):
+        parallelize(TRANSFORMERS["z-image"].make(**config), connect("local"))

@@ -18,6 +18,7 @@ from tests.models import (
     tiny_pixart_transformer,
     tiny_qwen_image_transformer,
     tiny_sd3_transformer,
+    tiny_z_image_transformer,
 )
 
 STEPS = 4
@@ -34,6 +35,11 @@ class Shape:
     masked: bool = False
 
 
+def _by_name(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    predicted: torch.Tensor = network(timestep=timestep, return_dict=False, **inputs)[0]
+    return predicted
+
+
 @dataclass(frozen=True)
 class Transformer:
     """How one family is made and called.
@@ -42,12 +48,13 @@ class Transformer:
         make: one with random weights.
         inputs: what it is called with besides timestep, by name, of a shape; latents are `hidden_states`.
         scale: of the timesteps that fall from 1 to 0.
-        channels: of the output that are the prediction.
+        predict: calls the network, with a timestep for each image.
     """
 
     make: Callable[..., Any]
     inputs: Callable[[Shape], dict[str, Any]]
     scale: float = 1.0
+    predict: Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor] = _by_name
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -120,12 +127,27 @@ def qwen_image(shape: Shape) -> dict[str, Any]:
     return inputs
 
 
+def z_image(shape: Shape) -> dict[str, Any]:
+    lengths = [shape.text + 40 * (shape.masked and image % 2) for image in range(shape.batch)]
+    return {
+        "hidden_states": noise(1, shape.batch, 4, 2 * shape.rows, 2 * shape.columns),
+        "cap_feats": [noise(2 + image, length, TEXT_WIDTH) for image, length in enumerate(lengths)],
+    }
+
+
+def _by_lists(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    images = list(inputs["hidden_states"][:, :, None])
+    predicted = network(images, 1 - timestep, inputs["cap_feats"], return_dict=False)[0]
+    return -torch.stack(predicted)[:, :, 0]
+
+
 TRANSFORMERS = {
     "flux": Transformer(tiny_flux_transformer, flux),
     "flux2": Transformer(tiny_flux2_transformer, flux2),
     "sd3": Transformer(tiny_sd3_transformer, sd3, scale=1000.0),
     "pixart": Transformer(tiny_pixart_transformer, pixart, scale=1000.0),
     "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image),
+    "z-image": Transformer(tiny_z_image_transformer, z_image, predict=_by_lists),
 }
 
 
@@ -133,7 +155,7 @@ def step(network: Any, transformer: Transformer, inputs: dict[str, Any], sigma: 
     """What the network predicts, of the form of the latents."""
     latents = inputs["hidden_states"]
     timestep = torch.full((len(latents),), sigma * transformer.scale)
-    predicted: torch.Tensor = network(timestep=timestep, return_dict=False, **inputs)[0]
+    predicted = transformer.predict(network, timestep, inputs)
     return predicted[:, : latents.shape[1]] if latents.ndim == 4 else predicted
 
 

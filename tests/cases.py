@@ -1,9 +1,8 @@
-"""What the engine's tests run on every rank, and on one process for comparison."""
+"""Pipeline calls that the engine's tests make on every rank, and by diffusers alone for comparison."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ class Case:
     width: int = 96
     images: int = 1
     guidance: float = 5.0
-    steps: int = 10
+    steps: int = 4
     scheduler: str = "ddim"
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -54,11 +53,6 @@ class Outcome:
     latents: torch.Tensor
     statistics: StepStatistics
     buffer_bytes: int
-
-
-@cache
-def _pipeline(model: str) -> Any:
-    return PIPELINES[model]()
 
 
 def call(pipeline: Any, case: Case) -> torch.Tensor:
@@ -81,15 +75,16 @@ def call(pipeline: Any, case: Case) -> torch.Tensor:
 
 
 def alone(case: Case) -> torch.Tensor:
-    """The reference: diffusers by itself, in this process."""
+    """The reference: diffusers by itself."""
     return call(PIPELINES[case.model](), case)
 
 
 def together(communicator: Communicator, cases: list[Case]) -> list[Outcome]:
     """One rank's results; a pipeline serves all cases, whatever their shapes and configurations."""
+    pipelines = {model: PIPELINES[model]() for model in {case.model for case in cases}}
     outcomes = []
     for case in cases:
-        pipeline = parallelize(_pipeline(case.model), communicator, ParallelConfig(**case.config))
+        pipeline = parallelize(pipelines[case.model], communicator, ParallelConfig(**case.config))
         latents = call(pipeline, case)
         engine = engine_of(pipeline)
         assert engine is not None

@@ -1,7 +1,8 @@
-"""One picture decoded by several processes: the claims of the patch-parallel VAE decoder."""
+"""One picture decoded by several ranks: the claims of the patch-parallel VAE decoder."""
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import re
@@ -12,11 +13,10 @@ from diffusers import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from distriray import Denoiser, ParallelConfig, SamplingParams, parallelize
-from distriray.collective import Communicator, connect, launch
+from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import GangBroken, GangMismatch
 from tests.models import tiny_sdxl, tiny_vae
 
-pytestmark = pytest.mark.distributed
 Shape = tuple[int, int, int, int]
 CHECK = 1280  # bytes to each peer that say what is to be decoded
 
@@ -45,7 +45,7 @@ def _decode(communicator: Communicator, shapes: list[Shape]) -> list[tuple[torch
 def test_a_gang_decodes_as_one_device_does(ranks: int) -> None:
     shapes = [(1, 4, 16, 12), (3, 4, 17, 8), (1, 4, ranks, 8)]
     alone = tiny_vae()
-    for pictures in launch(ranks, _decode, shapes):
+    for pictures in run_in_lockstep(ranks, functools.partial(_decode, shapes=shapes)):
         for shape, (picture, sent) in zip(shapes, pictures, strict=True):
             assert close(picture, alone.decode(latents(shape), return_dict=False)[0]), shape
             assert sent > ranks * CHECK
@@ -53,7 +53,7 @@ def test_a_gang_decodes_as_one_device_does(ranks: int) -> None:
 
 def test_fewer_rows_than_ranks_are_decoded_by_each_alone() -> None:
     shape = (1, 4, 2, 8)
-    ((picture, sent),) = launch(3, _decode, [shape])[2]
+    ((picture, sent),) = run_in_lockstep(3, functools.partial(_decode, shapes=[shape]))[2]
     assert sent == 2 * CHECK and close(picture, tiny_vae().decode(latents(shape), return_dict=False)[0])
 
 
@@ -84,7 +84,7 @@ class Strange:
 
 
 def test_one_rank_alone_decodes_what_is_not_for_the_gang() -> None:
-    assert launch(2, _whole) == [[0, 0, CHECK]] * 2
+    assert run_in_lockstep(2, _whole) == [[0, 0, CHECK]] * 2
 
 
 def _other_pipelines(communicator: Communicator) -> list[int]:
@@ -103,12 +103,12 @@ def _other_pipelines(communicator: Communicator) -> list[int]:
 
 
 def test_a_vae_leaves_the_gang_when_its_u_net_joins_one_without_it() -> None:
-    assert launch(2, _other_pipelines) == [[0, 0]] * 2
+    assert run_in_lockstep(2, _other_pipelines) == [[0, 0]] * 2
 
 
 def _modes(communicator: Communicator) -> tuple[str, list[torch.Tensor], bool]:
     """What is logged, pictures out of inference mode and in it, and whether one rank alone has gradients."""
-    displaced = ParallelConfig(warmup_steps=1, cfg_parallel=False)
+    displaced = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
     pipeline = parallelize(tiny_sdxl(), communicator, displaced)
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
@@ -125,7 +125,7 @@ def _modes(communicator: Communicator) -> tuple[str, list[torch.Tensor], bool]:
 
 
 def test_inference_mode_may_come_and_go_and_nothing_is_logged() -> None:
-    for logged, (image, inferred, again), differentiable in launch(2, _modes):
+    for logged, (image, inferred, again), differentiable in run_in_lockstep(2, _modes):
         assert logged == ""
         assert torch.equal(image, inferred) and torch.equal(image, again)
         assert differentiable
@@ -142,7 +142,7 @@ def test_tiles_and_slices_are_decoded_as_on_one_device() -> None:
     alone = tiny_vae()
     alone.enable_tiling()
     alone.enable_slicing()
-    assert close(launch(2, _tiled)[1], alone.decode(latents((2, 4, 40, 24)), return_dict=False)[0])
+    assert close(run_in_lockstep(2, _tiled)[1], alone.decode(latents((2, 4, 40, 24)), return_dict=False)[0])
 
 
 def _different(communicator: Communicator, what: str) -> str:
@@ -175,4 +175,4 @@ def _different(communicator: Communicator, what: str) -> str:
     ],
 )
 def test_ranks_that_decode_different_things_are_told_so(what: str, said: str) -> None:
-    assert re.match(said, launch(2, _different, what)[0])
+    assert re.match(said, run_in_lockstep(2, functools.partial(_different, what=what))[0])

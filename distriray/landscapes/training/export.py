@@ -1,6 +1,6 @@
 """Puts the trained parts together as an ordinary diffusers folder in half precision.
 
-python -m distriray.landscapes.export [--to distriray/landscapes/model]
+python -m distriray.landscapes.training.export [--to distriray/landscapes/model]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distriray.landscapes import MODEL_DIR
-from distriray.landscapes.train_unet import SCHEDULER_CONFIG, UNET_CONFIG
+from distriray.landscapes.training.unet import SCHEDULER_CONFIG, UNET_CONFIG
 
 
 def assemble(runs: Path) -> StableDiffusionXLPipeline:

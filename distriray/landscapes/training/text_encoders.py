@@ -1,6 +1,6 @@
 """Trains the text encoders to tell which attributes a caption states, and builds their tokenizer.
 
-    python -m distriray.landscapes.train_text [--steps 350]
+    python -m distriray.landscapes.training.text_encoders [--steps 350]
 
 Writes `tokenizer/`, `text_encoder/` and `text_encoder_2/` into `--out`.
 """
@@ -15,7 +15,8 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distriray.landscapes.scene import HELD_OUT_SEED
-from distriray.landscapes.text import (
+from distriray.landscapes.training.common import cosine
+from distriray.landscapes.training.text import (
     AttributeHeads,
     build_encoders,
     build_tokenizer,
@@ -25,7 +26,6 @@ from distriray.landscapes.text import (
     tokenize,
     words,
 )
-from distriray.landscapes.training import cosine
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """The two text encoders and their tokenizer: trained to say which attributes a caption states.
 
-    python -m distriray.landscapes.train_text
+    python -m distriray.landscapes.training.text_encoders
 
 Both are CLIP text models, as SDXL wants them; both are frozen while the U-Net learns.
 """

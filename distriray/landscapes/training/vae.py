@@ -1,9 +1,9 @@
 """Trains the model's f8 autoencoder on drawn scenes.
 
-    python -m distriray.landscapes.train_vae [--device cuda] [--steps 2000]
+    python -m distriray.landscapes.training.vae [--device cuda] [--steps 2000]
 
-Reads the pictures that `distriray.landscapes.dataset` rendered, writes `vae.pt` (resumable: the same command
-goes on where the last one stopped) and the averaged weights as a diffusers folder `vae/` into `--out`.
+Reads the pictures that `dataset` rendered, writes `vae.pt` (resumable: the same command goes on where the
+last one stopped) and the averaged weights as a diffusers folder `vae/` into `--out`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from distriray.landscapes import dataset
-from distriray.landscapes.codec import decode_linearly, finish_linear, patch_code, start_linear
-from distriray.landscapes.training import Average, Checkpoint, cosine, options, to_float
+from distriray.landscapes.pictures import psnr, to_float
+from distriray.landscapes.training import dataset
+from distriray.landscapes.training.codec import decode_linearly, finish_linear, patch_code, start_linear
+from distriray.landscapes.training.common import Average, Checkpoint, cosine, options
 
 VAE_CONFIG = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -53,12 +54,6 @@ def crops(
         crop = bucket[index, top : top + size, left : left + size]
         chosen.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
     return to_float(np.stack(chosen))
-
-
-def psnr(restored: Tensor, pictures: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, (batch,), for values in [-1, 1]."""
-    error = (restored.clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3))
-    return -10 * torch.log10(error / 4)
 
 
 def train_linear(vae: AutoencoderKL, pictures: list[np.ndarray], steps: int, seed: int) -> None:

@@ -1,8 +1,8 @@
 """Trains the decoder on latents as the U-Net makes them, against a critic that knows drawn pictures.
 
-    python -m distriray.landscapes.train_decoder [--device cuda] [--steps 4000]
+    python -m distriray.landscapes.training.decoder [--device cuda] [--steps 4000]
 
-Needs what `dataset`, `train_vae`, `train_text` and `train_unet` wrote; changes `vae/`, whose encoder stays as
+Needs what `dataset`, `vae`, `text_encoders` and `unet` wrote; changes `vae/`, whose encoder stays as
 it is. A decoder that has seen exact latents alone shows every error of the U-Net as a ragged edge or a
 speckle, and one that is taught by distances alone blurs where it is not sure. So drawn pictures are noised
 part of the way and denoised by the pipeline (SDEdit, Meng et al., ICLR 2022), which gives the U-Net's own
@@ -22,20 +22,20 @@ from diffusers import AutoencoderKL, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distriray.landscapes import dataset
 from distriray.landscapes.captions import caption
-from distriray.landscapes.codec import patch_code
-from distriray.landscapes.export import assemble
-from distriray.landscapes.train_vae import held_out_psnr, reconstruction_loss
-from distriray.landscapes.training import (
+from distriray.landscapes.pictures import to_float
+from distriray.landscapes.training import dataset
+from distriray.landscapes.training.codec import patch_code
+from distriray.landscapes.training.common import (
     Average,
     Checkpoint,
     MuonAndAdamW,
     options,
     save_whole,
     steady,
-    to_float,
 )
+from distriray.landscapes.training.export import assemble
+from distriray.landscapes.training.vae import held_out_psnr, reconstruction_loss
 
 CHUNK = 8
 

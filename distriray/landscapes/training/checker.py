@@ -1,6 +1,6 @@
 """Trains the attribute checker on drawn scenes.
 
-    python -m distriray.landscapes.train_checker [--steps 500]
+    python -m distriray.landscapes.training.checker [--steps 500]
 
 Pictures are blurred and noised at random, so that it judges what is shown and not how crisply.
 """
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from distriray.landscapes import dataset
 from distriray.landscapes.checker import CHECKER_FILE, Checker, to_input
-from distriray.landscapes.training import cosine
+from distriray.landscapes.training import dataset
+from distriray.landscapes.training.common import cosine
 
 
 def blur_some(inputs: Tensor, rng: np.random.Generator) -> Tensor:

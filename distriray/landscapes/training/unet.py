@@ -1,10 +1,10 @@
 """Trains the U-Net on latents of drawn scenes and their captions.
 
-    python -m distriray.landscapes.train_unet [--device cuda] [--steps 20000]
+    python -m distriray.landscapes.training.unet [--device cuda] [--steps 20000]
 
-Needs what `dataset`, `train_vae` and `train_text` wrote. On CPUs one process a core is
-fastest: `torchrun --nproc-per-node 2 -m distriray.landscapes.train_unet`. Resumable: the same command goes on
-where the last one stopped. `python -m distriray.landscapes.export` makes the model folder of it.
+Needs what `dataset`, `vae` and `text_encoders` wrote. On CPUs one process a core is fastest:
+`torchrun --nproc-per-node 2 -m distriray.landscapes.training.unet`. Resumable: the same command goes on where
+the last one stopped. `python -m distriray.landscapes.training.export` makes the model folder of it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor, distributed
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from distriray.landscapes import dataset
 from distriray.landscapes.captions import caption
-from distriray.landscapes.codec import patch_code
-from distriray.landscapes.text import POOLED, WIDTH, encode, tokenize
-from distriray.landscapes.training import (
+from distriray.landscapes.pictures import to_float
+from distriray.landscapes.training import dataset
+from distriray.landscapes.training.codec import patch_code
+from distriray.landscapes.training.common import (
     Average,
     Checkpoint,
     MuonAndAdamW,
     options,
     save_whole,
     steady,
-    to_float,
 )
+from distriray.landscapes.training.text import POOLED, WIDTH, encode, tokenize
 
 UNET_CONFIG = {
     "sample_size": 64,

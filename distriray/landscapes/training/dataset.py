@@ -1,6 +1,6 @@
 """Renders the training pictures once, so that training reads them from memory-mapped files.
 
-    python -m distriray.landscapes.dataset --out runs/landscapes/pictures
+    python -m distriray.landscapes.training.dataset --out runs/landscapes/pictures
 
 A bucket is one picture size: `HEIGHTxWIDTH.npy`, (count, height, width, 3) uint8; picture i shows scene
 `first_seed + i`. Finished buckets are kept, so the command can be repeated.

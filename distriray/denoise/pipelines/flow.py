@@ -1,0 +1,157 @@
+"""What families that denoise by flow matching share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from inspect import signature
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
+
+from distriray.denoise.pipelines.base import Commission, PipelineSteps, check_pixels
+from distriray.denoise.state import DenoiseState
+from distriray.errors import InvalidRequest, UnsupportedModel
+
+
+class FlowMatching(PipelineSteps):
+    """A transformer on the latents of an `AutoencoderKL`, by the methods of diffusers' ordinary pipelines.
+
+    Attributes:
+        kinds: the pipelines for text to image and for image to image.
+        parts: the components that no request can be drawn without.
+        optional_parts: those that a model may lack.
+        latents_per_input: channels of the network's input to one of the latents.
+    """
+
+    flow = True
+    needs_image = False
+    parts: ClassVar[tuple[str, ...]]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    latents_per_input: ClassVar[int] = 1
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        # Around the same models, but for each request's scheduler, which the user's pipeline never sees.
+        parts = {name: pipeline.components[name] for name in (*self.parts, *self.optional_parts)}
+        self._plain, self._img2img = (kind(**parts, scheduler=None) for kind in self.kinds)
+        self._transformer, self._vae = pipeline.transformer, pipeline.vae
+
+    def check(self) -> None:
+        components, what = self.pipeline.components, type(self.pipeline).__name__
+        for name in self.parts:
+            if components[name] is None:
+                raise UnsupportedModel(f"{what} without {name} cannot be denoised step by step")
+        vae, takes = components["vae"], components["transformer"].config.in_channels
+        if not isinstance(vae, AutoencoderKL):
+            raise UnsupportedModel(f"{what} with {type(vae).__name__}; known is AutoencoderKL")
+        if vae.config.shift_factor is None:
+            raise UnsupportedModel(f"{what} whose VAE has no shift_factor; 0.0 is none")
+        latents = vae.config.latent_channels
+        if takes != latents * self.latents_per_input:
+            raise UnsupportedModel(
+                f"a transformer of {takes} channels; with latents of {latents} there are those of "
+                f"{latents * self.latents_per_input}"
+            )
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> int:
+        """Rows of latents to a token."""
+
+    @abstractmethod
+    def encode(self, commission: Commission) -> dict[str, Any]:
+        """The prompt as the network takes it: `prompt_embeds` and others."""
+
+    @abstractmethod
+    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """`latents` of noise, (batch, channels, rows, columns), and what else goes by their size."""
+
+    @abstractmethod
+    def noised(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The same of pictures, (batch, 3, height, width), as noisy as each one's timestep says."""
+
+    def sigmas(self, steps: int) -> Any:
+        """How noisy each step's latents are, before that is shifted; None leaves it to the scheduler."""
+        return None
+
+    def prepare(self, commission: Commission) -> dict[str, Any]:
+        self._plain.scheduler = self._img2img.scheduler = commission.scheduler
+        values = self.encode(commission)
+        timesteps, dtype = self._schedule(commission), values["prompt_embeds"].dtype
+        if commission.image is None:
+            return {**values, **self.noise(commission, dtype), "timesteps": timesteps}
+        timesteps = self._last_of(timesteps, commission)
+        # One each, so that every image is drawn with its own generator.
+        pictures = self._img2img.image_processor.preprocess(
+            [commission.image.convert("RGB")] * len(commission.generators),
+            commission.height,
+            commission.width,
+        )
+        first = timesteps[:1].repeat(len(pictures))
+        return {**values, **self.noised(commission, dtype, pictures, first), "timesteps": timesteps}
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        config = self._vae.config
+        latents = latents.to(self._vae.dtype) / config.scaling_factor + config.shift_factor
+        decoded = self._vae.decode(latents, return_dict=False)[0]
+        check_pixels(decoded)
+        images: list[Image.Image] = self._plain.image_processor.postprocess(decoded, output_type="pil")
+        return images
+
+    def timestep(self, state: DenoiseState, batch: int) -> torch.Tensor:
+        """That of the next step for all of a batch, made where the latents are: nothing is copied there."""
+        timestep = float(state.values["timesteps"][state.step])
+        return torch.full((batch,), timestep, device=state.latents.device)
+
+    def advanced(self, state: DenoiseState, output: torch.Tensor) -> torch.Tensor:
+        """The latents after a step with that output."""
+        scheduler, timestep = state.scheduler, state.values["timesteps"][state.step]
+        draws = "generator" in signature(scheduler.step).parameters
+        options = {"generator": state.generators} if draws else {}
+        latents: torch.Tensor
+        (latents,) = scheduler.step(output, timestep, state.latents, **options, return_dict=False)
+        return latents
+
+    def _schedule(self, commission: Commission) -> torch.Tensor:
+        """The timesteps of all steps; raises InvalidRequest."""
+        scheduler, steps = commission.scheduler, commission.num_inference_steps
+        options: dict[str, Any] = {}
+        config, unit = scheduler.config, self.patch_size * self._plain.vae_scale_factor
+        if config.get("use_dynamic_shifting", False):
+            if "mu" not in signature(scheduler.set_timesteps).parameters:
+                raise InvalidRequest(
+                    f"scheduler {commission.params.scheduler} cannot shift by the size, as this model does",
+                    "scheduler",
+                )
+            options["mu"] = calculate_shift(
+                (commission.height // unit) * (commission.width // unit),
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.15),
+            )
+        sigmas = self.sigmas(steps)
+        if sigmas is not None and not config.get("use_flow_sigmas", False):
+            options["sigmas"] = sigmas
+        scheduler.set_timesteps(steps, device=self._transformer.device, **options)
+        scheduler.set_begin_index(0)  # two steps may round to one timestep
+        timesteps: torch.Tensor = scheduler.timesteps
+        return timesteps
+
+    def _last_of(self, timesteps: torch.Tensor, commission: Commission) -> torch.Tensor:
+        """The timesteps of a request's strength; raises InvalidRequest."""
+        if not hasattr(commission.scheduler, "scale_noise"):
+            raise InvalidRequest(
+                f"scheduler {commission.params.scheduler} cannot begin from an image with this model; use "
+                "euler",
+                "scheduler",
+            )
+        steps, device = commission.num_inference_steps, self._transformer.device
+        timesteps, _ = self._img2img.get_timesteps(steps, commission.strength, device)
+        commission.check_timesteps(timesteps)
+        return timesteps

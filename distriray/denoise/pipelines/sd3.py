@@ -1,0 +1,99 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.pipelines.guidance import guided
+from distriray.denoise.state import DenoiseState
+from distriray.errors import InvalidRequest
+
+T5_TOKENS = 256  # which the pipelines take of a prompt
+
+
+class StableDiffusion3(FlowMatching):
+    """A pipeline with two CLIP encoders, and T5 or none.
+
+    A state keeps the embeddings of both guidance branches as one batch [unconditional, conditional], which
+    goes through the network in one call.
+    """
+
+    kinds = (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline)
+    parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    optional_parts = ("text_encoder_3", "tokenizer_3")
+
+    @property
+    def max_clip_skip(self) -> int:
+        encoders = self._plain.text_encoder, self._plain.text_encoder_2
+        return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+
+    def tokens(self, text: str) -> list[Tokens]:
+        pipeline = self._plain
+        found = [tokens_of(each, text) for each in (pipeline.tokenizer, pipeline.tokenizer_2)]
+        if pipeline.text_encoder_3 is not None:
+            found.append(tokens_of(pipeline.tokenizer_3, text, T5_TOKENS))
+        return found
+
+    @property
+    def patch_size(self) -> int:
+        size: int = self._transformer.config.patch_size
+        return size
+
+    def prepare(self, commission: Commission) -> dict[str, Any]:
+        rows = self._transformer.config.pos_embed_max_size * self.patch_size
+        most = rows * self._plain.vae_scale_factor
+        for name, side in (("height", commission.height), ("width", commission.width)):
+            if side > most:
+                raise InvalidRequest(f"{name} {side} is above {most}, the largest that this model has", name)
+        return super().prepare(commission)
+
+    def encode(self, commission: Commission) -> dict[str, Any]:
+        params, is_guided = commission.params, commission.guidance_scale > 1.0
+        embeds, negative_embeds, pooled, negative_pooled = self._plain.encode_prompt(
+            prompt=params.prompt,
+            prompt_2=None,
+            prompt_3=None,
+            device=self._transformer.device,
+            num_images_per_prompt=len(commission.generators),
+            do_classifier_free_guidance=is_guided,
+            negative_prompt=params.negative_prompt,
+            clip_skip=params.clip_skip,
+            max_sequence_length=T5_TOKENS,
+        )
+        return {
+            "prompt_embeds": torch.cat([negative_embeds, embeds]) if is_guided else embeds,
+            "pooled_prompt_embeds": torch.cat([negative_pooled, pooled]) if is_guided else pooled,
+        }
+
+    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        config, device, generators = self._transformer.config, self._transformer.device, commission.generators
+        size = (config.in_channels, commission.height, commission.width)
+        return {"latents": self._plain.prepare_latents(len(generators), *size, dtype, device, generators)}
+
+    def noised(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        device, generators = self._transformer.device, commission.generators
+        latents = self._img2img.prepare_latents(
+            pictures, timesteps, len(pictures), 1, dtype, device, generators
+        )
+        return {"latents": latents}
+
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        is_guided, values = state.guidance_scale > 1.0, state.values
+        sample = torch.cat([state.latents] * 2) if is_guided else state.latents
+        output = self._transformer(
+            hidden_states=sample,
+            timestep=self.timestep(state, len(sample)),
+            encoder_hidden_states=values["prompt_embeds"],
+            pooled_projections=values["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+        if is_guided:
+            output = guided(output, state)
+        return self.advanced(state, output), output

@@ -1,0 +1,79 @@
+"""What a family says of a request's fields besides its size: neither torch nor diffusers is loaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args
+
+from distriray.denoise.pipelines.sizes import Configs
+from distriray.errors import InvalidRequest
+from distriray.requests import SamplingParams, SchedulerName
+
+Params = TypeVar("Params", bound=SamplingParams)
+
+# What of a field asks for something, where a model may have nothing for it.
+_ASKS: dict[str, Callable[[Any], bool]] = {
+    "negative_prompt": bool,
+    "guidance_scale": lambda scale: scale is not None and scale > 1.0,
+    "guidance_rescale": bool,
+    "clip_skip": bool,
+}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a model says of the fields of requests.
+
+    Attributes:
+        num_inference_steps, guidance_scale: of a request that names none.
+        schedulers: the names that it takes.
+        lacks: fields that it has nothing for, and why. A value that asks for nothing is taken all the same.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+    schedulers: tuple[SchedulerName, ...] = get_args(SchedulerName)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    def settle(self, params: Params) -> Params:
+        """A copy of a request that leaves neither steps nor guidance open.
+
+        Raises:
+            InvalidRequest: it asks for what the model has not; `param` names the field.
+        """
+        for name, why in self.lacks.items():
+            if _ASKS[name](getattr(params, name)):
+                raise InvalidRequest(f"{name}: {why}; leave it out", name)
+        if params.scheduler is not None and params.scheduler not in self.schedulers:
+            raise InvalidRequest(
+                f"scheduler {params.scheduler} is not for this model; use {', '.join(self.schedulers)}",
+                "scheduler",
+            )
+        own = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        open_ = {name: value for name, value in own.items() if getattr(params, name) is None}
+        return params.model_copy(update=open_)
+
+
+def usual_terms(config: Configs) -> Terms:
+    """Of families that know every field."""
+    return Terms()
+
+
+def sd3_terms(config: Configs) -> Terms:
+    """Of Stable Diffusion 3 and 3.5, as diffusers has them."""
+    return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"))
+
+
+def flux_terms(config: Configs) -> Terms:
+    """Of FLUX.1: of dev where the network takes the scale of guidance, of schnell where it does not."""
+    schedulers: tuple[SchedulerName, ...] = ("dpmpp-2m", "euler", "unipc")
+    lacks = {
+        "negative_prompt": "FLUX.1 was distilled from guidance, and has no branch for it",
+        "guidance_rescale": "FLUX.1 was distilled from guidance, and has no unguided noise to go by",
+        "clip_skip": "FLUX.1 takes the last layer's summary of CLIP, and no layer before",
+    }
+    if config("transformer")["guidance_embeds"]:
+        return Terms(28, 3.5, schedulers, lacks)
+    without = {"guidance_scale": "this model, like FLUX.1-schnell, was distilled to do without guidance"}
+    return Terms(4, 0.0, schedulers, {**lacks, **without})

@@ -1,0 +1,33 @@
+"""Saves a tiny pipeline with random weights as a folder, for every door that takes a model.
+
+python -m tests.save_model flux-dev /tmp/tiny-flux
+distriray generate "a lake" --model /tmp/tiny-flux --gang-size 2 --height 128 --width 128
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tests.models import tiny_flux, tiny_flux_schnell, tiny_sd3, tiny_sd15, tiny_sd21, tiny_sdxl
+
+MODELS = {
+    "flux-dev": tiny_flux,
+    "flux-schnell": tiny_flux_schnell,
+    "sd15": tiny_sd15,
+    "sd21": tiny_sd21,
+    "sd3": tiny_sd3,
+    "sdxl": tiny_sdxl,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    MODELS[arguments.model]().save_pretrained(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

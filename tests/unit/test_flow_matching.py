@@ -1,0 +1,759 @@
+"""Pipelines of flow matching step by step: their own numbers, in gangs and in a host too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    AutoPipelineForImage2Image,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    FluxInpaintPipeline,
+    StableDiffusion3InpaintPipeline,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from deployments.models import sizes_of
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.denoise import Denoiser, DenoiseState
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
+from distriray.gang.admission import admit
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import SegmentEnd
+from distriray.models import ModelSpec, load_pipeline
+from distriray.parallel import engine_of
+from distriray.parallel.schedules import Schedules, Turn
+from distriray.requests import GenerationRequest, SamplingParams
+from tests.models import tiny_flux, tiny_flux_schnell, tiny_sd3, tiny_sdxl
+from tests.unit.deployments.test_state import FACTS
+from tests.unit.gang.test_runner import Gang
+from tests.unit.test_denoise import (
+    MASK,
+    OTHERS,
+    PICTURE,
+    SIZE,
+    begin,
+    failing_at_the_end,
+    finish,
+    generators,
+)
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "sd3": tiny_sd3,
+    "flux-dev": tiny_flux,
+    "flux-schnell": tiny_flux_schnell,
+}
+SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
+BY_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+LIKENESS = 1e-5
+"""Of the largest value: what other sums of the same numbers may differ by."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def pipeline(model: str) -> Any:
+    return MODELS[model]()
+
+
+@pytest.fixture(scope="module")
+def denoiser(pipeline: Any) -> Denoiser:
+    return Denoiser(pipeline)
+
+
+def plain(
+    pipeline: Any, seeds: list[int], scheduler: Any = None, output_type: str = "latent", **call: Any
+) -> Any:
+    """What diffusers' own pipeline gives for the same call: unpacked latents, or pictures."""
+    if not pipeline.transformer.config.get("guidance_embeds", True):
+        call["max_sequence_length"] = 256  # what the makers of FLUX.1-schnell say
+    before = pipeline.scheduler
+    pipeline.scheduler = scheduler or before
+    try:
+        images = pipeline(
+            prompt="a lake",
+            num_images_per_prompt=len(seeds),
+            generator=generators(seeds),
+            output_type=output_type,
+            **call,
+        ).images
+    finally:
+        pipeline.scheduler = before
+    if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):
+        return pipeline._unpack_latents(images, call["height"], call["width"], pipeline.vae_scale_factor)
+    return images
+
+
+def differs(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, of the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def apart(picture: Image.Image, other: Image.Image) -> int:
+    """The largest difference of two pictures, of 255."""
+    return int(np.abs(np.array(picture, int) - np.array(other, int)).max())
+
+
+def named(name: str | None, pipeline: Any) -> Any:
+    """A scheduler for a model, made anew by diffusers' names."""
+    if name is None:
+        return None
+    config = pipeline.scheduler.config
+    kinds = {
+        "dpmpp-2m": (DPMSolverMultistepScheduler, {**BY_FLOW, "flow_shift": config["shift"]}),
+        "euler": (FlowMatchEulerDiscreteScheduler, {}),
+        "heun": (FlowMatchHeunDiscreteScheduler, {}),
+        "unipc": (UniPCMultistepScheduler, {**BY_FLOW, "flow_shift": config["shift"]}),
+    }
+    kind, options = kinds[name]
+    return kind.from_config(config, **options)
+
+
+@pytest.mark.parametrize("scheduler", [None, "dpmpp-2m", "euler", "heun", "unipc"])
+def test_steps_by_hand_are_the_ordinary_pipelines_bit_for_bit_also_through_bytes(
+    pipeline: Any, denoiser: Denoiser, scheduler: str | None
+) -> None:
+    if scheduler is not None and scheduler not in denoiser.terms.schedulers:
+        pytest.skip("not one of the family's")
+    by_size = pipeline.scheduler.config.use_dynamic_shifting
+    if scheduler == "dpmpp-2m" and hasattr(pipeline, "_unpack_latents") and not by_size:
+        pytest.skip("diffusers' FluxPipeline always shifts this one by the size, which it refuses")
+    call = {"num_inference_steps": 5, **SIZE}
+    expected = plain(pipeline, [1, 2], named(scheduler, pipeline), **call)
+    state = begin(denoiser, [1, 2], prompt="a lake", scheduler=scheduler, **call)
+    carried = DenoiseState.from_bytes(state.to_bytes())
+    assert torch.equal(finish(denoiser, state), expected)
+    while not carried.done:
+        carried = DenoiseState.from_bytes(carried.to_bytes())
+        denoiser.step(carried)
+    assert torch.equal(carried.latents, expected)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "heun", None])
+def test_image_to_image_is_the_ordinary_pipelines_bit_for_bit(
+    pipeline: Any, denoiser: Denoiser, scheduler: str | None
+) -> None:
+    if scheduler is not None and scheduler not in denoiser.terms.schedulers:
+        pytest.skip("not one of the family's")
+    other = AutoPipelineForImage2Image.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    call = {"image": PICTURE, "strength": 0.7, "num_inference_steps": 6, **SIZE}
+    call["guidance_scale"] = denoiser.terms.guidance_scale  # as for text to image, where diffusers has two
+    pictures = {"image": [PICTURE] * 2}
+    expected = plain(other, [1, 2], named(scheduler, pipeline), **{**call, **pictures})
+    state = begin(denoiser, [1, 2], prompt="a lake", scheduler=scheduler, **call)
+    assert state.num_steps == (9 if scheduler == "heun" else 5)
+    assert torch.equal(finish(denoiser, state), expected)
+
+
+def test_a_request_that_names_nothing_is_drawn_as_the_family_draws(pipeline: Any, denoiser: Denoiser) -> None:
+    terms = denoiser.terms
+    state = begin(denoiser, [1], prompt="a lake", **SIZE)
+    assert state.num_steps == terms.num_inference_steps and state.guidance_scale == terms.guidance_scale
+    own = plain(pipeline, [1], num_inference_steps=terms.num_inference_steps, **SIZE)
+    assert torch.equal(finish(denoiser, state), own)
+
+
+@pytest.mark.parametrize("call", [{}, {"image": PICTURE}])
+def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
+    call = {**SMALL, "strength": 0.8, **call}
+    together, alone = begin(denoiser, [1, 2, 3], **call), begin(denoiser, [2], **call)
+    torch.testing.assert_close(finish(denoiser, together)[1:2], finish(denoiser, alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampler_that_draws_draws_from_the_requests_own_generators(
+    monkeypatch: pytest.MonkeyPatch, pipeline: Any
+) -> None:
+    stochastic = FlowMatchEulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, stochastic_sampling=True
+    )
+    monkeypatch.setattr(pipeline, "scheduler", stochastic)
+    denoiser = Denoiser(pipeline)
+    together, alone = begin(denoiser, [1, 2], **SMALL), begin(denoiser, [2], **SMALL)
+    denoiser.step(together)
+    carried = DenoiseState.from_bytes(together.to_bytes())
+    assert torch.equal(finish(denoiser, carried), finish(denoiser, together))
+    torch.testing.assert_close(together.latents[1:], finish(denoiser, alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [None, "dpmpp-2m", "unipc"])
+@pytest.mark.parametrize("part", ["transformer", "scheduler"])
+def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str | None, part: str) -> None:
+    state = begin(denoiser, [1], **SMALL, scheduler=scheduler)
+    while not state.done:
+        owner = denoiser._pipeline.transformer if part == "transformer" else state.scheduler
+        before = state.to_bytes()
+        name = "forward" if part == "transformer" else "step"
+        with failing_at_the_end(owner, name), pytest.raises(GangBroken):
+            denoiser.step(state)
+        assert state.to_bytes() == before
+        denoiser.step(state)
+
+
+def test_the_users_pipeline_keeps_its_scheduler(pipeline: Any) -> None:
+    scheduler, before = pipeline.scheduler, dict(vars(pipeline.scheduler))
+    denoiser = Denoiser(pipeline)
+    finish(denoiser, begin(denoiser, [1], **SMALL, scheduler="unipc"))
+    assert pipeline.scheduler is scheduler and vars(scheduler) == before
+
+
+@pytest.mark.parametrize("field", SamplingParams.model_fields)
+def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
+    plain = {**SMALL, "seed": 1}
+    other = {**OTHERS, "height": 80, "width": 112, "scheduler": "unipc"}[field]
+    if field in denoiser.terms.lacks:
+        with pytest.raises(InvalidRequest, match=f"^{field}: .*; leave it out$") as error:
+            denoiser.prepare(SamplingParams(**{**plain, field: other}))
+        assert error.value.param == field
+        return
+    usual, changed = (
+        finish(denoiser, denoiser.prepare(SamplingParams(**fields)))
+        for fields in (plain, {**plain, field: other})
+    )
+    assert usual.shape != changed.shape or not torch.allclose(usual, changed, rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_and_previews(pipeline: Any, denoiser: Denoiser) -> None:
+    call = {"height": 192, "width": 256, "num_inference_steps": 2}
+    state = begin(denoiser, [1, 2], prompt="a lake", **call)
+    denoiser.step(state)
+    assert denoiser.preview(state).size == (64, 48)
+    finish(denoiser, state)
+    assert denoiser.decode(state) == plain(pipeline, [1, 2], output_type="pil", **call)
+
+
+@pytest.mark.parametrize("scheduler", [None, "dpmpp-2m", "heun", "unipc"])
+def test_estimates_are_of_the_picture_and_the_last_one_is_it(
+    denoiser: Denoiser, scheduler: str | None
+) -> None:
+    if scheduler is not None and scheduler not in denoiser.terms.schedulers:
+        pytest.skip("not one of the family's")
+    state = begin(denoiser, [1], **{**SMALL, "scheduler": scheduler})
+    noise = state.latents
+    denoiser.step(state)
+    output = state.network_output
+    assert output is not None and state.estimate is not None
+    # All noise at first, or nearly: the latents are the noise, and the output is noise less picture.
+    torch.testing.assert_close(state.estimate, noise - output.output, rtol=2e-2, atol=2e-2)
+    latents = finish(denoiser, state)
+    torch.testing.assert_close(state.estimate, latents, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 1000])
+@pytest.mark.parametrize("scheduler", ["dpmpp-2m", "euler", "heun", "unipc"])
+def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
+    denoiser: Denoiser, scheduler: Any, steps: int
+) -> None:
+    if scheduler not in denoiser.terms.schedulers:
+        pytest.skip("not one of the family's")
+    params = SamplingParams(
+        prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, height=16, width=16
+    )
+    state = denoiser.prepare(params)
+    assert params.num_steps(denoiser.own_steps) == state.num_steps
+    denoiser.step(state)
+    assert state.latents.isfinite().all() and state.estimate is not None
+    assert state.scheduler.step_index == 1, "though the first timesteps are one when they are rounded"
+
+
+@pytest.mark.parametrize(
+    ("call", "param", "says"),
+    [
+        ({"height": 72}, "height", "height 72 is not a multiple of 16; use 64 or 80"),
+        ({"scheduler": "ddim"}, "scheduler", r"scheduler ddim is not for this model; use .*euler"),
+        ({"scheduler": "lcm"}, "scheduler", "scheduler lcm is not for this model"),
+        ({"image": PICTURE, "mask_image": MASK}, "mask_image", "fills in no masks here"),
+        ({"image": PICTURE, "scheduler": "unipc"}, "scheduler", "unipc cannot begin from an image"),
+        ({"image": PICTURE, "strength": 1e-20}, "strength", "leaves none to do"),
+        ({"seed": None}, "seed", "there is no seed yet"),
+    ],
+)
+def test_bad_input_names_its_field(denoiser: Denoiser, call: dict[str, Any], param: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as error:
+        begin(denoiser, [1], **{**SMALL, **call})
+    assert error.value.param == param
+
+
+def test_a_model_with_a_scheduler_of_the_other_kind_or_of_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, pipeline: Any
+) -> None:
+    for kind, says in (
+        (EulerDiscreteScheduler, "EulerDiscreteScheduler follows noise, and .* denoises by flow matching"),
+        (FlowMatchLCMScheduler, "own scheduler FlowMatchLCMScheduler cannot be part of a state"),
+    ):
+        monkeypatch.setattr(pipeline, "scheduler", kind.from_config(pipeline.scheduler.config))
+        with pytest.raises(UnsupportedModel, match=says):
+            Denoiser(pipeline)
+    sdxl = tiny_sdxl()
+    sdxl.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UnsupportedModel, match="follows flow matching, and .* denoises by noise"):
+        Denoiser(sdxl)
+
+
+def test_models_that_cannot_be_drawn_from_are_refused_by_name(model: str) -> None:
+    textless, wide, shiftless, other = (MODELS[model]() for _ in range(4))
+    textless.register_modules(text_encoder_2=None)
+    with pytest.raises(UnsupportedModel, match="without text_encoder_2 cannot"):
+        Denoiser(textless)
+    wide.vae.register_to_config(latent_channels=8)
+    channels = wide.transformer.config.in_channels
+    with pytest.raises(UnsupportedModel, match=f"a transformer of {channels} channels; with latents of 8"):
+        Denoiser(wide)
+    shiftless.vae.register_to_config(shift_factor=None)
+    with pytest.raises(UnsupportedModel, match="no shift_factor"):
+        Denoiser(shiftless)
+    other.register_modules(vae=AutoencoderTiny())
+    with pytest.raises(UnsupportedModel, match="with AutoencoderTiny; known is AutoencoderKL"):
+        Denoiser(other)
+
+
+def test_the_edge_knows_what_a_model_lacks_and_what_it_draws_by_default(denoiser: Denoiser) -> None:
+    """A router and a host refuse before a worker has heard of the request."""
+    facts = replace(FACTS, terms=denoiser.terms, size_unit=denoiser.sizes.unit)
+    request = admit(GenerationRequest(prompt="a lake"), HostConfig(workers=1), facts).request
+    assert request.num_inference_steps == denoiser.terms.num_inference_steps
+    assert request.guidance_scale == denoiser.terms.guidance_scale
+    for field, value in [("scheduler", "ddim"), *((name, OTHERS[name]) for name in denoiser.terms.lacks)]:
+        with pytest.raises(InvalidRequest, match=field) as error:
+            admit(GenerationRequest(prompt="a lake", **{field: value}), HostConfig(workers=1), facts)
+        assert error.value.param == field
+
+
+# In gangs
+
+TALL: dict[str, Any] = {"height": 144, "width": 96, "num_inference_steps": 8}
+SYNC = {"exchange": "sync", "cfg_parallel": False}
+
+
+class Drawn(NamedTuple):
+    """What a rank has at the end."""
+
+    latents: torch.Tensor
+    picture: Image.Image
+    preview: Image.Image
+
+
+class Gangs:
+    """Gangs of up to four around copies of one model, which hand a state on as bytes.
+
+    Attributes:
+        synchronous: of each step that was done, whether it was.
+    """
+
+    def __init__(self, make: Callable[[], Any], **config: Any) -> None:
+        self._pipelines = [make() for _ in range(4)]
+        self._config = ParallelConfig(**config)
+        self.synchronous: list[bool] = []
+
+    def draw(self, sizes: tuple[int, ...], **call: Any) -> list[Drawn]:
+        """One image by gangs of these sizes, one after the other, each for as many steps."""
+        state = begin(Denoiser(self._pipelines[0]), [1], prompt="a lake", **call)
+        blob, steps = state.to_bytes(), state.num_steps
+        for index, size in enumerate(sizes, 1):
+            until = steps * index // len(sizes)
+            ranks = run_in_lockstep(size, partial(self._rank, blob, until))
+            blob = ranks[0][0]
+        return [Drawn(*drawn) for _, *drawn in ranks]
+
+    def _rank(self, blob: bytes, until: int, communicator: Communicator) -> Any:
+        """The state after that step as bytes, and when it is done what there is to see."""
+        gang = connect("local") if communicator.world_size == 1 else communicator
+        pipeline = parallelize(self._pipelines[communicator.rank], gang, self._config)
+        denoiser, state, engine = Denoiser(pipeline), DenoiseState.from_bytes(blob), engine_of(pipeline)
+        assert engine is not None
+        while state.step < until:
+            denoiser.step(state)
+            if communicator.rank == 0:
+                self.synchronous.append(engine.statistics.synchronous)
+        denoiser.settle(state)
+        if not state.done:
+            return (state.to_bytes(),)
+        return state.to_bytes(), state.latents, denoiser.decode(state)[0], denoiser.preview(state)
+
+
+@pytest.fixture(scope="module")
+def in_sync(model: str) -> Gangs:
+    return Gangs(MODELS[model], **SYNC)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("task", ["text-to-image", "image-to-image"])
+def test_a_gang_in_sync_draws_what_the_pipeline_draws(
+    pipeline: Any, denoiser: Denoiser, in_sync: Gangs, size: int, task: str
+) -> None:
+    call = {**TALL, "num_inference_steps": 4, "guidance_scale": denoiser.terms.guidance_scale}
+    own = pipeline
+    if task == "image-to-image":
+        own = AutoPipelineForImage2Image.from_pipe(pipeline)
+        own.set_progress_bar_config(disable=True)
+        call |= {"image": PICTURE, "strength": 0.8}
+    latents = plain(own, [1], **call)
+    (picture,) = plain(own, [1], output_type="pil", **call)
+    for drawn in in_sync.draw((size,), **call):
+        assert differs(drawn.latents, latents) <= LIKENESS
+        assert apart(drawn.picture, picture) <= 1
+
+
+@pytest.mark.parametrize("scheduler", [None, "unipc"])
+def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
+    pipeline: Any, in_sync: Gangs, scheduler: str | None
+) -> None:
+    (picture,) = plain(pipeline, [1], named(scheduler, pipeline), output_type="pil", **TALL)
+    one, other = in_sync.draw((2, 4, 1, 2), **TALL, scheduler=scheduler)
+    assert apart(one.picture, picture) <= 1 and apart(other.picture, picture) <= 1
+    assert one.preview == other.preview and one.preview.size == (24, 32)
+
+
+def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) -> None:
+    gangs = Gangs(MODELS[model], warmup_steps=1, cfg_parallel=False)
+    latents = gangs.draw((2, 4, 1, 2), **TALL)[0].latents
+    assert gangs.synchronous == [True, False, True, False, True, True, True, False]
+    assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize("exchange", ["sync", "displaced", "displaced_attention"])
+@pytest.mark.parametrize(
+    ("make", "layers", "text", "branches"), [(tiny_flux, 4, 512, 1), (tiny_sd3, 3, 333, 2)]
+)
+def test_buffers_are_as_large_as_the_page_of_models_says(
+    make: Callable[[], Any], layers: int, text: int, branches: int, exchange: Any
+) -> None:
+    """On every rank, whatever the gang's size: those of all tokens' keys and values."""
+
+    def rank(communicator: Communicator) -> int:
+        pipeline = parallelize(
+            make(), communicator, ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
+        )
+        denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+        state = begin(denoiser, [1], **{**SMALL, "num_inference_steps": 4})
+        for _ in range(3):
+            denoiser.step(state)
+        assert engine is not None
+        return engine.buffer_bytes
+
+    tokens, channels, number = SIZE["height"] * SIZE["width"] // 16**2, 32, 4
+    layer = 2 * channels * number * branches
+    joint, image = layer * (tokens + text), layer * tokens * (make is tiny_sd3)  # the first block's second
+    held = {"sync": 0, "displaced": 1, "displaced_attention": 3}[exchange]
+    most = held * (layers * joint + image) + joint + image
+    for size in (2, 3):
+        for buffers in run_in_lockstep(size, rank):
+            assert most - (joint + image) * (held > 0) <= buffers <= most * 1.01
+
+
+def test_a_step_that_is_cancelled_leaves_the_state_as_it_was(model: str) -> None:
+    pipeline = parallelize(MODELS[model](), connect("local"))
+    denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+    assert engine is not None
+    state = begin(denoiser, [1], **SMALL)
+    expected = finish(denoiser, DenoiseState.from_bytes(state.to_bytes()))
+    denoiser.step(state)
+    engine.ask_cancel()
+    with pytest.raises(GenerationCancelled):
+        denoiser.step(state)
+    assert state.step == 1 and torch.equal(finish(denoiser, state), expected)
+
+
+def test_who_survives_a_gang_goes_on_with_the_step_that_it_holds(model: str, pipeline: Any) -> None:
+    pipelines = [MODELS[model](), MODELS[model]()]
+
+    def rank(communicator: Communicator) -> Image.Image | None:
+        pipeline = parallelize(pipelines[communicator.rank], communicator, ParallelConfig(**SYNC))
+        denoiser = Denoiser(pipeline)
+        state = begin(denoiser, [1], prompt="a lake", **TALL)
+        for _ in range(4):
+            denoiser.step(state)
+        if communicator.rank == 1:
+            communicator.abort()
+            return None
+        with pytest.raises(GangBroken):
+            denoiser.step(state)
+        assert state.step == 4
+        parallelize(pipeline, connect("local"), ParallelConfig(**SYNC))
+        finish(denoiser, state)
+        return denoiser.decode(state)[0]
+
+    drawn = run_in_lockstep(2, rank)[0]
+    assert drawn is not None
+    assert apart(drawn, plain(pipeline, [1], output_type="pil", **TALL)[0]) <= 1
+
+
+@pytest.mark.parametrize("scheduler", [None, "unipc"])
+def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
+    monkeypatch: pytest.MonkeyPatch, model: str, scheduler: str | None
+) -> None:
+    """By the scheduler of the state at hand, of whatever step it has come with."""
+    seen: list[Any] = []
+    read = Schedules.read
+
+    def watch(self: Schedules, timestep: Any) -> Any:
+        seen.append(read(self, timestep))
+        return seen[-1]
+
+    monkeypatch.setattr(Schedules, "read", watch)
+    denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
+    states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
+    denoiser.step(states[0])
+    states[0] = DenoiseState.from_bytes(states[0].to_bytes())
+    for state in states:
+        finish(denoiser, state)
+    timesteps = states[0].values["timesteps"].tolist()
+    assert [moment.timestep for moment in seen] == [*timesteps, *timesteps]
+    assert all(isinstance(moment.element, Turn) for moment in seen)
+
+
+@pytest.fixture(scope="module")
+def folder(model: str, pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / model
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
+    pipeline: Any, denoiser: Denoiser, folder: Path
+) -> None:
+    gang = Gang(folder, 2)
+    runner = gang.runners[0]
+    assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
+    assert runner.terms == denoiser.terms and runner.row_unit == 16 and runner.cuts_vae
+    call = {"num_inference_steps": 3}
+    outcome, _ = gang.run(seed=3, **call)
+    (picture,) = outcome.images or ()
+    size = {"height": picture.height, "width": picture.width}
+    (expected,) = plain(pipeline, [3], output_type="pil", **call, **size)
+    assert apart(picture, expected) <= 1
+    refused, _ = gang.run(seed=3, scheduler="ddim")
+    assert refused.end is SegmentEnd.REFUSED and isinstance(refused.error, InvalidRequest)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("model", ["sd3", "flux-dev"])
+def test_the_command_line_draws_a_saved_model_with_two_workers(model: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "lake.png"
+    save = [sys.executable, "-m", "tests.save_model", model, str(folder)]
+    subprocess.run(save, check=True, capture_output=True, text=True, timeout=120)
+    options = {"model": folder, "out": out, "gang-size": 2, "exchange": "sync", "seed": 3,
+               "height": 144, "width": 96, "num-inference-steps": 4, "cpus": 2}  # fmt: skip
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "distriray", "generate", "a lake", *flags]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
+    (expected,) = plain(MODELS[model](), [3], output_type="pil", **{**TALL, "num_inference_steps": 4})
+    assert apart(Image.open(out), expected) <= 1
+
+
+# Stable Diffusion 3
+
+
+@pytest.fixture(scope="module")
+def sd3() -> Any:
+    return tiny_sd3()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0, "negative_prompt": "fog"},
+        {"guidance_scale": 4.0, "negative_prompt": "fog"},
+        {"guidance_scale": 4.0, "clip_skip": 0},
+        {"guidance_scale": 4.0, "clip_skip": 1},
+    ],
+)
+def test_guidance_and_clip_skip_are_the_pipelines(sd3: Any, call: dict[str, Any]) -> None:
+    denoiser = Denoiser(sd3)
+    state = begin(denoiser, [3], **SMALL, **call)
+    assert torch.equal(finish(denoiser, state), plain(sd3, [3], num_inference_steps=3, **SIZE, **call))
+
+
+def test_both_branches_are_one_call_of_the_network(sd3: Any) -> None:
+    denoiser, batches = Denoiser(sd3), []
+    hook = sd3.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    try:
+        finish(denoiser, begin(denoiser, [1, 2], **SMALL))
+        finish(denoiser, begin(denoiser, [1, 2], **SMALL, guidance_scale=1.0))
+    finally:
+        hook.remove()
+    assert batches == [4] * 3 + [2] * 3
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_prompt_alone(sd3: Any) -> None:
+    outputs: list[torch.Tensor] = []
+    hook = sd3.transformer.register_forward_hook(lambda _, inputs, output: outputs.append(output[0]))
+    try:
+        denoiser = Denoiser(sd3)
+        state = begin(denoiser, [1, 2], **SMALL, guidance_rescale=1.0)
+        denoiser.step(state)
+    finally:
+        hook.remove()
+    _, conditional = outputs[0].chunk(2)
+    assert state.network_output is not None
+    torch.testing.assert_close(state.network_output.output.std((1, 2, 3)), conditional.std((1, 2, 3)))
+
+
+def test_guidance_halves_of_a_gang_draw_what_the_pipeline_draws(sd3: Any) -> None:
+    gangs = Gangs(tiny_sd3, exchange="sync", cfg_parallel=True)
+    expected = plain(sd3, [1], **TALL)
+    for drawn in gangs.draw((2, 4), **TALL):
+        assert differs(drawn.latents, expected) <= LIKENESS
+
+
+def test_t5_reads_the_prompt_where_a_model_has_it() -> None:
+    pipeline = tiny_sd3(t5=True)
+    denoiser = Denoiser(pipeline)
+    latents = finish(denoiser, begin(denoiser, [1], **SMALL))
+    own = {"num_inference_steps": 3, "guidance_scale": 7.0, **SIZE}
+    assert torch.equal(latents, plain(pipeline, [1], **own))
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    without = Denoiser(pipeline)
+    assert not torch.allclose(finish(without, begin(without, [1], **SMALL)), latents, atol=1e-2)
+
+
+def test_a_shift_by_the_size_is_the_pipelines() -> None:
+    pipeline = tiny_sd3()
+    # What diffusers takes where another scheduler has lost it.
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.16)
+    denoiser = Denoiser(pipeline)
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 64, "width": 160}
+    for name in (None, "unipc", "dpmpp-2m"):
+        state = begin(denoiser, [1], prompt="a lake", scheduler=name, **call)
+        assert torch.equal(finish(denoiser, state), plain(pipeline, [1], named(name, pipeline), **call))
+    with pytest.raises(InvalidRequest, match="heun cannot shift by the size") as error:
+        begin(denoiser, [1], **SMALL, scheduler="heun")
+    assert error.value.param == "scheduler"
+
+
+def test_a_size_beyond_the_models_positions_is_refused_before_a_step_fails(sd3: Any) -> None:
+    denoiser = Denoiser(sd3)
+    begin(denoiser, [1], **{**SMALL, "height": 384})
+    for side in ("height", "width"):
+        with pytest.raises(InvalidRequest, match=f"{side} 400 is above 384") as error:
+            begin(denoiser, [1], **{**SMALL, side: 400})
+        assert error.value.param == side
+
+
+def test_inpainting_pipelines_are_refused_with_a_list_of_what_is_served(sd3: Any) -> None:
+    listed = r"Stable Diffusion 3 and 3.5 \(StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline\)"
+    with pytest.raises(UnsupportedModel, match=f"StableDiffusion3InpaintPipeline cannot .*{listed}"):
+        Denoiser(StableDiffusion3InpaintPipeline(**sd3.components))
+
+
+def test_a_folder_without_t5_is_loaded_and_its_dtype_on_a_gpu_is_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, sd3: Any, tmp_path: Path
+) -> None:
+    """diffusers by itself refuses such a folder."""
+    sd3.save_pretrained(tmp_path)
+    spec = ModelSpec(name=str(tmp_path))
+    loaded = load_pipeline(spec, "cpu")
+    assert loaded.text_encoder_3 is None and loaded.transformer.dtype is torch.float32
+    kinds: list[torch.dtype] = []
+    load = DiffusionPipeline.from_pretrained
+
+    def loads(*args: Any, dtype: torch.dtype, **options: Any) -> Any:
+        kinds.append(dtype)
+        return load(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", loads)
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda pipeline, device: pipeline)
+    half = load_pipeline(spec, "cuda")
+    assert kinds == [torch.bfloat16] and half.transformer.dtype is torch.bfloat16
+
+
+# FLUX.1
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
+def test_the_scale_of_guidance_is_an_input_of_flux_dev(scale: float) -> None:
+    pipeline = tiny_flux()
+    denoiser = Denoiser(pipeline)
+    call = {"num_inference_steps": 3, "guidance_scale": scale, **SIZE}
+    latents = finish(denoiser, begin(denoiser, [3], prompt="a lake", **call))
+    assert torch.equal(latents, plain(pipeline, [3], **call))
+    assert not torch.equal(latents, plain(pipeline, [3], **{**call, "guidance_scale": 3.5}))
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_flux_schnell])
+def test_fields_that_ask_flux_for_nothing_are_taken(make: Callable[[], Any]) -> None:
+    denoiser = Denoiser(make())
+    call = {"guidance_scale": 1.0} if make is tiny_flux_schnell else {}
+    nothing = {"negative_prompt": "", "clip_skip": 0, "guidance_rescale": 0.0, **call}
+    one, other = begin(denoiser, [1], **SMALL), begin(denoiser, [1], **SMALL, **nothing)
+    assert torch.equal(finish(denoiser, one), finish(denoiser, other))
+
+
+def test_flux_schnell_is_known_by_its_network_and_reads_as_many_tokens_as_it_was_trained_with() -> None:
+    dev, schnell = Denoiser(tiny_flux()), Denoiser(tiny_flux_schnell())
+    assert (dev.terms.num_inference_steps, dev.terms.guidance_scale) == (28, 3.5)
+    assert (schnell.terms.num_inference_steps, schnell.terms.guidance_scale) == (4, 0.0)
+    assert "guidance_scale" in schnell.terms.lacks and "guidance_scale" not in dev.terms.lacks
+    tokens = [len(begin(each, [1], **SMALL).values["txt_ids"]) for each in (dev, schnell)]
+    assert tokens == [512, 256]
+
+
+def test_flux_for_masks_and_edits_is_refused_with_a_list_of_what_is_served() -> None:
+    listed = r"FLUX.1 \(FluxPipeline, FluxImg2ImgPipeline\)"
+    with pytest.raises(UnsupportedModel, match=f"FluxInpaintPipeline cannot .*{listed}"):
+        Denoiser(FluxInpaintPipeline(**tiny_flux().components))
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [(tiny_sd3, 75), (partial(tiny_sd3, t5=True), 254), (tiny_flux, 510), (tiny_flux_schnell, 254)],
+)
+def test_a_prompt_is_said_to_be_cut_where_no_encoder_takes_all_of_it(
+    make: Callable[[], Any], most: int
+) -> None:
+    """With a tokenizer of a token a letter and two special ones, also in T5's place."""
+    denoiser = Denoiser(make())
+
+    def warnings(letters: int) -> tuple[str, ...]:
+        params = SamplingParams(prompt="x" * letters, seed=1, num_inference_steps=1, **SIZE)
+        return denoiser.prepare(params).warnings
+
+    assert warnings(most) == ()
+    (said,) = warnings(most + 9)
+    assert said.startswith(f"prompt has {most + 9} tokens, and a text encoder takes {most}:")
+
+
+def test_a_second_branch_is_taken_by_guidance_alone(denoiser: Denoiser, pipeline: Any) -> None:
+    batches: list[int] = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, inputs, named: batches.append(len(named["hidden_states"])), with_kwargs=True
+    )
+    denoiser.step(begin(denoiser, [1], **SMALL))
+    hook.remove()
+    assert batches == [1 + denoiser.guides]
+
+
+def test_what_would_be_black_is_refused_by_name(model: str) -> None:
+    pipeline = MODELS[model]()
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [1], **SMALL)
+    denoiser.step(state)
+    pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NotFinite, match="the decoded pixels"):
+        denoiser.decode(state)
+    state.latents[0, 0, 1, 1] = float("nan")
+    with pytest.raises(NotFinite, match="the latents after step 1"):
+        denoiser.decode(state)
