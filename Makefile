@@ -1,5 +1,5 @@
 # make demo      a picture by a gang of two
-# make check     linters, and the tests that start neither Ray nor other processes: for the inner loop
+# make check     linters, and first cases of what starts neither Ray nor other processes: for the inner loop
 # make test      every test that needs neither a GPU nor minutes of training
 # make test-all  every test that needs no GPU
 # make gpu       what one NVIDIA GPU shows, in stages (STAGE=2 for one of them, DRY=1 on a CPU)
@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
-IN_PROCESS := not (gpu or slow or ray or distributed)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+FIRST := not (gpu or slow or ray or distributed or sweep)
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -26,11 +26,10 @@ demo: $(STAMP)
 	$(BIN)/distriray generate "a lake at dusk, snowy mountains" --gang-size 2 --compare --out out/lake.png
 
 check: lint
-	$(PYTEST) -n 2 -m "$(IN_PROCESS)"
+	$(PYTEST) -m "$(FIRST)"
 
 test: $(STAMP)
-	$(PYTEST) -n 2 -m "$(IN_PROCESS)"
-	$(PYTEST) -m "(ray or distributed) and not (gpu or slow)"
+	$(PYTEST) -m "not (gpu or slow)"
 
 test-all: test
 	$(PYTEST) -m "slow and not gpu"

@@ -6,7 +6,8 @@ alike; ratios are medians of the rounds' ratios.
 
 `none` is the naive baseline: attention there reads the own keys only, so a part of what `displaced` costs
 more is arithmetic. `unsent` is `displaced` without its messages: the difference is what they cost.
-`of expected` is the step over what `exchange="auto"` expects of it from a synchronous one.
+`paper` is DistriFusion's own mix. `of expected` is the step over what `exchange="auto"` expects of it from a
+synchronous one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -26,12 +27,19 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, Work, connect, launch, serve_store
 from distriray.collective.local import NothingInFlight
 from distriray.collective.subgroup import Subgroup
-from distriray.config import MIXES
+from distriray.config import MIXES, PAPER, ExchangeMode, Mix
 from distriray.landscapes import MODEL_DIR
 from distriray.parallel import engine_of
 from distriray.parallel.choice import CANDIDATES, expected_step_s
 
-MODES = ("one rank", "none", "unsent", *MIXES)
+ALONE, UNSENT = "one rank", "unsent"
+EXCHANGES: Mapping[str, ExchangeMode | Mix] = {
+    "none": "none",
+    UNSENT: "displaced",
+    "paper": PAPER,
+    **{name: cast(ExchangeMode, name) for name in MIXES},
+}
+"""What each mode exchanges in, but for one rank alone."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def main() -> None:
     )
     for mode, backend in rounds[0]:
         timings = [timing[mode, backend] for timing in rounds]
-        alone = [timing[MODES[0], "-"].step_s for timing in rounds]
+        alone = [timing[ALONE, "-"].step_s for timing in rounds]
         none = [
             timing["none", arguments.backends[0] if backend == "-" else backend].step_s for timing in rounds
         ]
@@ -128,8 +136,8 @@ def measure(
     unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet").float().eval()
     timings = []
     for _ in range(rounds):
-        taken = {(MODES[0], "-"): _time_mode(unet, communicator, MODES[0], size, steps)}
-        for mode in MODES[1:]:
+        taken = {(ALONE, "-"): _time_mode(unet, communicator, ALONE, size, steps)}
+        for mode in EXCHANGES:
             for name, gang in gangs.items():
                 taken[mode, name] = _time_mode(unet, gang, mode, size, steps)
         timings.append(taken)
@@ -139,16 +147,16 @@ def measure(
 def _time_mode(
     unet: UNet2DConditionModel, communicator: Communicator, mode: str, size: int, steps: int
 ) -> Timing:
-    if mode == "one rank":
+    if mode == ALONE:
         barrier(communicator)  # the other ranks wait, without computing, for this one
         if communicator.rank:
             barrier(communicator)
             return Timing(0.0, 0.0, 0, 0)
         parallelize(unet, connect("local"))
     else:
-        exchange: Any = "displaced" if mode == "unsent" else mode
         gang = Mutable(communicator, range(communicator.world_size))
-        parallelize(unet, gang, ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False))
+        config = ParallelConfig(exchange=EXCHANGES[mode], warmup_steps=1, cfg_parallel=False)
+        parallelize(unet, gang, config)
     engine = engine_of(unet)
     assert engine is not None
     inputs = unet_inputs(unet, size)
@@ -157,9 +165,9 @@ def _time_mode(
         for step in range(steps + 2):
             unet(timestep=900 - step, **inputs)
             statistics.append(engine.statistics)
-            if mode == "unsent":
+            if mode == UNSENT:
                 gang.mute = True
-    if mode == "one rank":
+    if mode == ALONE:
         barrier(communicator)
     kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one
     step_s, wait_s = median(s.seconds for s in kept), median(s.wait_s for s in kept)

@@ -95,6 +95,9 @@ def generate(
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
+    quantize: Annotated[
+        Literal["int8", "float8"] | None, typer.Option(help="Round the network's weights, by torchao.")
+    ] = None,
     exchange: Annotated[
         ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
     ] = "auto",
@@ -114,7 +117,7 @@ def generate(
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
         parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
-        spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype)
+        spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype, quantize=quantize)
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from .gang import HostConfig, open_host

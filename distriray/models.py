@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .errors import ModelNotFound
+from .errors import ModelNotFound, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ class ModelSpec(BaseModel):
         variant: suffix of the weight files, such as `fp16`.
         dtype: of the weights in memory; `auto` is float32 on a CPU, and on a GPU bfloat16 for models that
             denoise with a transformer, float16 for others.
+        quantize: to what the weights of the denoising network's linear layers are rounded, by torchao; None
+            leaves them in `dtype`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +44,7 @@ class ModelSpec(BaseModel):
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    quantize: Literal["int8", "float8"] | None = None
 
 
 def builtin_models() -> dict[str, Path]:
@@ -141,6 +144,7 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
 
     Raises:
         ModelNotFound: no such model, its folder lacks safetensors weights, or its file some that it needs.
+        UnsupportedModel: it is to be quantized, and torchao is not installed, or it is a single file.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -152,11 +156,13 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
     index, missing = _index_of(folder)
+    quantization = None if spec.quantize is None else _quantization(spec, index)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
             variant=spec.variant,
             dtype=resolve_dtype(spec, device, index),
+            quantization_config=quantization,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -167,6 +173,21 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
         raise ModelNotFound(f"{spec.name!r}: no safetensors weights{variant} in {folder}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
+    """diffusers' configuration for the network among a pipeline's components; raises UnsupportedModel."""
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+    except ImportError as error:
+        raise UnsupportedModel(
+            f"quantize {spec.quantize!r} needs torchao: pip install 'distriray[quantize]'"
+        ) from error
+    kind = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[spec.quantize or ""]
+    network = "transformer" if "transformer" in components else "unet"
+    return PipelineQuantizationConfig(quant_mapping={network: TorchAoConfig(kind())})
 
 
 def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
@@ -181,6 +202,10 @@ def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:
     import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    if spec.quantize is not None:
+        raise UnsupportedModel(
+            f"quantize {spec.quantize!r} is for folders; load {spec.name!r} once, and save_pretrained it"
+        )
     folder = _configurations(spec, file)
     index, missing = _index_of(folder)
     kind, dtype = index["_class_name"], resolve_dtype(spec, device, index)

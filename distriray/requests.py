@@ -114,15 +114,14 @@ class SamplingParams(BaseModel):
     def num_steps(self, own: StepCount) -> int:
         """Calls of the network, where `own` is the count of the model's own scheduler.
 
-        Raises:
-            InvalidRequest: the number of steps is left to the model.
+        Raises InvalidRequest while the number of steps is left to the model.
         """
-        asked = self.num_inference_steps
-        if asked is None:
+        if self.num_inference_steps is None:
             raise InvalidRequest(
                 "the number of steps is the model's own, and not known yet", "num_inference_steps"
             )
-        return (STEP_COUNTS.get(self.scheduler, StepCount()) if self.scheduler else own).of(asked)
+        named = STEP_COUNTS.get(self.scheduler, StepCount()) if self.scheduler else own
+        return named.of(self.num_inference_steps)
 
     @property
     def seeds(self) -> list[int]:

@@ -42,6 +42,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
 )
@@ -106,6 +109,14 @@ SHALLOW: dict[str, Any] = {
     "attention_head_dim": (1, 2),
 }
 """Two levels of SDXL in place of three: every kind of layer, in half the time."""
+
+SHALLOW_SD: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (16, 32),
+    "attention_head_dim": 2,
+}
+"""Two levels of Stable Diffusion in place of four."""
 
 
 def tiny_sd15_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
@@ -289,7 +300,7 @@ def tiny_sd21(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
         **NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
     )
     tokenizer = tiny_tokenizer(pad_token="!")
-    return _tiny_sd(seed, tokenizer, tiny_sd15_unet(seed + 3, **layout, **unet), scheduler)
+    return _tiny_sd(seed, tokenizer, tiny_sd15_unet(seed + 3, **{**layout, **unet}), scheduler)
 
 
 def _tiny_sd(
@@ -403,20 +414,55 @@ def tiny_flux2(seed: int = 0) -> Flux2Pipeline:
 
 
 def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
-    """A Qwen-Image pipeline without a text encoder."""
+    """A whole Qwen-Image pipeline."""
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[1.0, 2.0, 1.5, 0.8],
     )
-    return _without_text_encoder(
-        QwenImagePipeline,
-        vae,
-        tiny_qwen_image_transformer(seed),
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    tokenizer = tiny_qwen_tokenizer()
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        vae=ready(vae, seed + 1),
+        text_encoder=tiny_qwen_vl(seed + 2, tokenizer),
+        tokenizer=tokenizer,
+        transformer=tiny_qwen_image_transformer(seed),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token a byte, no merges."""
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def tiny_qwen_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """The language model that Qwen-Image reads prompts with."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": TEXT_WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+    }
+    return ready(
+        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)), seed
     )
 
 

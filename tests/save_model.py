@@ -9,11 +9,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.models import tiny_flux, tiny_flux_schnell, tiny_sd3, tiny_sd15, tiny_sd21, tiny_sdxl
+from tests.models import (
+    tiny_flux,
+    tiny_flux_schnell,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_sd15,
+    tiny_sd21,
+    tiny_sdxl,
+)
 
 MODELS = {
     "flux-dev": tiny_flux,
     "flux-schnell": tiny_flux_schnell,
+    "qwen-image": tiny_qwen_image,
     "sd15": tiny_sd15,
     "sd21": tiny_sd21,
     "sd3": tiny_sd3,

@@ -129,7 +129,8 @@ class Denoiser:
     def _unused(self, params: SamplingParams) -> tuple[str, ...]:
         """What of a request's texts no picture shows, without the texts."""
         texts = {"prompt": params.prompt}
-        if params.negative_prompt and self.guides and (params.guidance_scale or 0.0) > 1.0:
+        assert params.guidance_scale is not None
+        if params.negative_prompt and self.guides and params.guidance_scale > 1.0:
             texts["negative_prompt"] = params.negative_prompt
         warnings = []
         for name, text in texts.items():

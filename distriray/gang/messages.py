@@ -125,9 +125,9 @@ class WorkerFacts:
         cuts_vae: the VAE's decoder can be cut into patches.
         load_s: seconds that loading took.
         memory: in bytes.
+        terms: what the model says of a request's fields besides its size.
         own_steps: how often the model's own scheduler calls the network.
         guides: whether guidance above 1 takes a second branch.
-        terms: what the model says of a request's fields besides its size.
     """
 
     pid: int

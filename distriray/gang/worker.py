@@ -66,9 +66,9 @@ class Worker:
             cuts_vae=runner.cuts_vae,
             load_s=runner.load_s,
             memory=self._kind.memory(),
+            terms=runner.terms,
             own_steps=runner.own_steps,
             guides=runner.guides,
-            terms=runner.terms,
         )
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:

@@ -19,8 +19,9 @@ from .prompts import BadLine, Prompt, plain
 UNFINISHED_IMAGE = re.compile(r"\.[0-9a-f]{16}(-[0-9]+)?_[0-9]+\.png\.part")
 """The name of an image that is being written: that of the image, with its prompt's id, between two marks."""
 
-COPIED = ("model", "height", "width", "gang_size", "exchange", "timings", "warnings")
-"""What a line of the manifest has of the result's summary."""
+
+TOLD = ("model", "height", "width", "gang_size", "exchange", "timings", "warnings")
+"""What a line of the manifest has of the summary of a result."""
 
 
 class Folder:
@@ -114,7 +115,7 @@ class Folder:
                     "of": len(seeds),
                     "file": str(path.relative_to(self.path)),
                     "seed": seed,
-                    **{name: facts[name] for name in COPIED},
+                    **{name: facts[name] for name in TOLD},
                 }
             )
         self._append(self.manifest, lines)

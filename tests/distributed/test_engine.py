@@ -20,14 +20,22 @@ pytestmark = pytest.mark.distributed
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
 CASES = [
-    Case(images=2, config={"warmup_steps": 2, "cfg_parallel": False, "prediction": {"halos": 0.5}}),
+    Case(
+        images=2,
+        config={
+            "exchange": "displaced",
+            "warmup_steps": 2,
+            "cfg_parallel": False,
+            "prediction": {"halos": 0.5},
+        },
+    ),
     Case(config={"exchange": PAPER, "warmup_steps": 1, "cfg_parallel": False}),
     Case(config={"exchange": "displaced_attention", "warmup_steps": 1, "cfg_parallel": False}),
     Case(config={"exchange": "compressed", "warmup_steps": 1, "cfg_parallel": False}),
     Case(height=136, config={"exchange": "sync", "cfg_parallel": False}),
     Case(config={"exchange": "none", "cfg_parallel": False}),
 ]
-HALVES = Case(config={"warmup_steps": 1, "cfg_parallel": True})
+HALVES = Case(config={"exchange": "displaced", "warmup_steps": 1, "cfg_parallel": True})
 
 
 def drawings(communicator: Communicator) -> dict[str, torch.Tensor]:

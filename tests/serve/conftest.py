@@ -17,10 +17,11 @@ from ray.serve.schema import ServeDeploySchema
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 from distriray.service import PoolReport
+from tests.distributed.ranks import free_address
 from tests.models import tiny_sdxl
 
 APP = "distriray"
-PORT = 8123
+PORT = int(free_address().split(":")[1])  # others may run tests on this machine
 HTTP = f"http://127.0.0.1:{PORT}"
 ENVIRONMENT = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
@@ -83,7 +84,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     for name, value in ENVIRONMENT.items():
         patch.setenv(name, value)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2])]))
-    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         serve.start(http_options={"port": PORT})
         service = Service({name: str(folder / name) for name in ("pair", "twins", "elastic")})

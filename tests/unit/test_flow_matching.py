@@ -22,7 +22,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImagePipeline,
     StableDiffusion3InpaintPipeline,
     UniPCMultistepScheduler,
 )
@@ -40,9 +44,10 @@ from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.models import tiny_flux, tiny_flux_schnell, tiny_sd3, tiny_sdxl
+from tests.models import tiny_flux, tiny_flux_schnell, tiny_qwen_image, tiny_sd3, tiny_sdxl
 from tests.unit.deployments.test_state import FACTS
 from tests.unit.gang.test_runner import Gang
+from tests.unit.parallel.transformers import watched
 from tests.unit.test_denoise import (
     MASK,
     OTHERS,
@@ -58,6 +63,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
     "flux-schnell": tiny_flux_schnell,
+    "qwen-image": tiny_qwen_image,
 }
 SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
 BY_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -85,8 +91,12 @@ def plain(
     pipeline: Any, seeds: list[int], scheduler: Any = None, output_type: str = "latent", **call: Any
 ) -> Any:
     """What diffusers' own pipeline gives for the same call: unpacked latents, or pictures."""
-    if not pipeline.transformer.config.get("guidance_embeds", True):
+    by_flux = isinstance(pipeline, FluxPipeline | FluxImg2ImgPipeline)
+    if by_flux and not pipeline.transformer.config.guidance_embeds:
         call["max_sequence_length"] = 256  # what the makers of FLUX.1-schnell say
+    if isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline):
+        call["true_cfg_scale"] = call.pop("guidance_scale", 4.0)
+        call.setdefault("negative_prompt", " ")  # what the makers of Qwen-Image say
     before = pipeline.scheduler
     pipeline.scheduler = scheduler or before
     try:
@@ -100,8 +110,14 @@ def plain(
     finally:
         pipeline.scheduler = before
     if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):
-        return pipeline._unpack_latents(images, call["height"], call["width"], pipeline.vae_scale_factor)
+        latents = pipeline._unpack_latents(images, call["height"], call["width"], pipeline.vae_scale_factor)
+        return latents.squeeze(2) if latents.ndim == 5 else latents
     return images
+
+
+def skip_unless_taken(denoiser: Denoiser, scheduler: str | None) -> None:
+    if scheduler is not None and scheduler not in denoiser.terms.schedulers:
+        pytest.skip("not one of the family's")
 
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -133,8 +149,7 @@ def named(name: str | None, pipeline: Any) -> Any:
 def test_steps_by_hand_are_the_ordinary_pipelines_bit_for_bit_also_through_bytes(
     pipeline: Any, denoiser: Denoiser, scheduler: str | None
 ) -> None:
-    if scheduler is not None and scheduler not in denoiser.terms.schedulers:
-        pytest.skip("not one of the family's")
+    skip_unless_taken(denoiser, scheduler)
     by_size = pipeline.scheduler.config.use_dynamic_shifting
     if scheduler == "dpmpp-2m" and hasattr(pipeline, "_unpack_latents") and not by_size:
         pytest.skip("diffusers' FluxPipeline always shifts this one by the size, which it refuses")
@@ -153,8 +168,7 @@ def test_steps_by_hand_are_the_ordinary_pipelines_bit_for_bit_also_through_bytes
 def test_image_to_image_is_the_ordinary_pipelines_bit_for_bit(
     pipeline: Any, denoiser: Denoiser, scheduler: str | None
 ) -> None:
-    if scheduler is not None and scheduler not in denoiser.terms.schedulers:
-        pytest.skip("not one of the family's")
+    skip_unless_taken(denoiser, scheduler)
     other = AutoPipelineForImage2Image.from_pipe(pipeline)
     other.set_progress_bar_config(disable=True)
     call = {"image": PICTURE, "strength": 0.7, "num_inference_steps": 6, **SIZE}
@@ -172,6 +186,17 @@ def test_a_request_that_names_nothing_is_drawn_as_the_family_draws(pipeline: Any
     assert state.num_steps == terms.num_inference_steps and state.guidance_scale == terms.guidance_scale
     own = plain(pipeline, [1], num_inference_steps=terms.num_inference_steps, **SIZE)
     assert torch.equal(finish(denoiser, state), own)
+
+
+def test_in_half_precision_too_it_is_the_ordinary_pipelines_bit_for_bit(model: str) -> None:
+    """As `auto` loads it on a GPU."""
+    pipeline = MODELS[model]().to(torch.bfloat16)
+    denoiser, call = Denoiser(pipeline), {"num_inference_steps": 3, **SIZE}
+    state = DenoiseState.from_bytes(begin(denoiser, [1], prompt="a lake", **call).to_bytes())
+    assert state.latents.dtype is torch.bfloat16
+    assert torch.equal(finish(denoiser, state), plain(pipeline, [1], **call))
+    assert [denoiser.decode(state)[0]] == plain(pipeline, [1], output_type="pil", **call)
+    denoiser.preview(state)
 
 
 @pytest.mark.parametrize("call", [{}, {"image": PICTURE}])
@@ -199,6 +224,7 @@ def test_a_sampler_that_draws_draws_from_the_requests_own_generators(
 @pytest.mark.parametrize("scheduler", [None, "dpmpp-2m", "unipc"])
 @pytest.mark.parametrize("part", ["transformer", "scheduler"])
 def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str | None, part: str) -> None:
+    skip_unless_taken(denoiser, scheduler)
     state = begin(denoiser, [1], **SMALL, scheduler=scheduler)
     while not state.done:
         owner = denoiser._pipeline.transformer if part == "transformer" else state.scheduler
@@ -213,14 +239,16 @@ def test_whatever_fails_the_state_stays(denoiser: Denoiser, scheduler: str | Non
 def test_the_users_pipeline_keeps_its_scheduler(pipeline: Any) -> None:
     scheduler, before = pipeline.scheduler, dict(vars(pipeline.scheduler))
     denoiser = Denoiser(pipeline)
-    finish(denoiser, begin(denoiser, [1], **SMALL, scheduler="unipc"))
+    finish(denoiser, begin(denoiser, [1], **SMALL, scheduler="euler"))
     assert pipeline.scheduler is scheduler and vars(scheduler) == before
 
 
 @pytest.mark.parametrize("field", SamplingParams.model_fields)
 def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
     plain = {**SMALL, "seed": 1}
-    other = {**OTHERS, "height": 80, "width": 112, "scheduler": "unipc"}[field]
+    other = {**OTHERS, "height": 80, "width": 112, "scheduler": "unipc", "guidance_scale": 2.0}[field]
+    if field == "scheduler" and len(denoiser.terms.schedulers) == 1:
+        pytest.skip("there is one alone")
     if field in denoiser.terms.lacks:
         with pytest.raises(InvalidRequest, match=f"^{field}: .*; leave it out$") as error:
             denoiser.prepare(SamplingParams(**{**plain, field: other}))
@@ -246,8 +274,7 @@ def test_pictures_and_previews(pipeline: Any, denoiser: Denoiser) -> None:
 def test_estimates_are_of_the_picture_and_the_last_one_is_it(
     denoiser: Denoiser, scheduler: str | None
 ) -> None:
-    if scheduler is not None and scheduler not in denoiser.terms.schedulers:
-        pytest.skip("not one of the family's")
+    skip_unless_taken(denoiser, scheduler)
     state = begin(denoiser, [1], **{**SMALL, "scheduler": scheduler})
     noise = state.latents
     denoiser.step(state)
@@ -264,11 +291,15 @@ def test_estimates_are_of_the_picture_and_the_last_one_is_it(
 def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
     denoiser: Denoiser, scheduler: Any, steps: int
 ) -> None:
-    if scheduler not in denoiser.terms.schedulers:
-        pytest.skip("not one of the family's")
+    skip_unless_taken(denoiser, scheduler)
     params = SamplingParams(
         prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, height=16, width=16
     )
+    if steps == 1 and denoiser.family == "QwenImage":
+        with pytest.raises(InvalidRequest, match=r"steps 1 is too few .* at 0.02 of all noise") as error:
+            denoiser.prepare(params)
+        assert error.value.param == "num_inference_steps"
+        return
     state = denoiser.prepare(params)
     assert params.num_steps(denoiser.own_steps) == state.num_steps
     denoiser.step(state)
@@ -283,7 +314,7 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
         ({"scheduler": "ddim"}, "scheduler", r"scheduler ddim is not for this model; use .*euler"),
         ({"scheduler": "lcm"}, "scheduler", "scheduler lcm is not for this model"),
         ({"image": PICTURE, "mask_image": MASK}, "mask_image", "fills in no masks here"),
-        ({"image": PICTURE, "scheduler": "unipc"}, "scheduler", "unipc cannot begin from an image"),
+        ({"image": PICTURE, "scheduler": "unipc"}, "scheduler", "unipc (cannot begin from an im|is not for)"),
         ({"image": PICTURE, "strength": 1e-20}, "strength", "leaves none to do"),
         ({"seed": None}, "seed", "there is no seed yet"),
     ],
@@ -310,6 +341,7 @@ def test_a_model_with_a_scheduler_of_the_other_kind_or_of_none_is_refused(
         Denoiser(sdxl)
 
 
+@pytest.mark.parametrize("model", ["sd3", "flux-dev"])
 def test_models_that_cannot_be_drawn_from_are_refused_by_name(model: str) -> None:
     textless, wide, shiftless, other = (MODELS[model]() for _ in range(4))
     textless.register_modules(text_encoder_2=None)
@@ -418,6 +450,7 @@ def test_a_gang_in_sync_draws_what_the_pipeline_draws(
 def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
     pipeline: Any, in_sync: Gangs, scheduler: str | None
 ) -> None:
+    skip_unless_taken(Denoiser(pipeline), scheduler)
     (picture,) = plain(pipeline, [1], named(scheduler, pipeline), output_type="pil", **TALL)
     one, other = in_sync.draw((2, 4, 1, 2), **TALL, scheduler=scheduler)
     assert apart(one.picture, picture) <= 1 and apart(other.picture, picture) <= 1
@@ -425,7 +458,7 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
 
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) -> None:
-    gangs = Gangs(MODELS[model], warmup_steps=1, cfg_parallel=False)
+    gangs = Gangs(MODELS[model], exchange="displaced", warmup_steps=1, cfg_parallel=False)
     latents = gangs.draw((2, 4, 1, 2), **TALL)[0].latents
     assert gangs.synchronous == [True, False, True, False, True, True, True, False]
     assert latents.isfinite().all()
@@ -481,14 +514,14 @@ def test_who_survives_a_gang_goes_on_with_the_step_that_it_holds(model: str, pip
         pipeline = parallelize(pipelines[communicator.rank], communicator, ParallelConfig(**SYNC))
         denoiser = Denoiser(pipeline)
         state = begin(denoiser, [1], prompt="a lake", **TALL)
-        for _ in range(4):
-            denoiser.step(state)
         if communicator.rank == 1:
+            for _ in range(4):
+                denoiser.step(state)
             communicator.abort()
             return None
         with pytest.raises(GangBroken):
-            denoiser.step(state)
-        assert state.step == 4
+            finish(denoiser, state)
+        assert state.step in (3, 4), "the fourth, unless a message of it was under way"
         parallelize(pipeline, connect("local"), ParallelConfig(**SYNC))
         finish(denoiser, state)
         return denoiser.decode(state)[0]
@@ -512,12 +545,14 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
 
     monkeypatch.setattr(Schedules, "read", watch)
     denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
+    skip_unless_taken(denoiser, scheduler)
+    calls = 2 if model == "qwen-image" else 1  # of the network, a step
     states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
     denoiser.step(states[0])
     states[0] = DenoiseState.from_bytes(states[0].to_bytes())
     for state in states:
         finish(denoiser, state)
-    timesteps = states[0].values["timesteps"].tolist()
+    timesteps = states[0].values["timesteps"].repeat_interleave(calls).tolist()
     assert [moment.timestep for moment in seen] == [*timesteps, *timesteps]
     assert all(isinstance(moment.element, Turn) for moment in seen)
 
@@ -535,7 +570,8 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     gang = Gang(folder, 2)
     runner = gang.runners[0]
     assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
-    assert runner.terms == denoiser.terms and runner.row_unit == 16 and runner.cuts_vae
+    assert runner.terms == denoiser.terms and runner.row_unit == 16
+    assert runner.cuts_vae == (folder.name != "qwen-image")
     call = {"num_inference_steps": 3}
     outcome, _ = gang.run(seed=3, **call)
     (picture,) = outcome.images or ()
@@ -547,7 +583,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("model", ["sd3", "flux-dev"])
+@pytest.mark.parametrize("model", ["sd3", "flux-dev", "qwen-image"])
 def test_the_command_line_draws_a_saved_model_with_two_workers(model: str, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "lake.png"
     save = [sys.executable, "-m", "tests.save_model", model, str(folder)]
@@ -717,6 +753,48 @@ def test_flux_for_masks_and_edits_is_refused_with_a_list_of_what_is_served() -> 
         Denoiser(FluxInpaintPipeline(**tiny_flux().components))
 
 
+# Qwen-Image
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 3.0, "negative_prompt": "fog"},
+        {"guidance_scale": 3.0, "negative_prompt": "fog over all of the lake, and more of it"},
+    ],
+)
+def test_guidance_of_qwen_image_is_the_pipelines(call: dict[str, Any]) -> None:
+    """Whatever the lengths of the texts."""
+    pipeline = tiny_qwen_image()
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [3, 4], **SMALL, **call)
+    expected = plain(pipeline, [3, 4], num_inference_steps=3, **SIZE, **call)
+    assert torch.equal(finish(denoiser, state), expected)
+
+
+def test_each_branch_of_qwen_image_is_displaced_by_itself() -> None:
+    def rank(communicator: Communicator) -> list[bool]:
+        pipeline = parallelize(
+            tiny_qwen_image(),
+            communicator,
+            ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False),
+        )
+        denoiser, synchronous = Denoiser(pipeline), watched(pipeline.transformer)
+        finish(denoiser, begin(denoiser, [1], **SMALL))
+        finish(denoiser, begin(denoiser, [1], **SMALL))
+        return synchronous
+
+    assert run_in_lockstep(2, rank) == [[True, True, False, False, False, False] * 2] * 2
+
+
+def test_qwen_image_that_takes_guidance_as_an_input_is_refused() -> None:
+    pipeline = tiny_qwen_image()
+    pipeline.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(UnsupportedModel, match="QwenImageTransformer2DModel with guidance_embeds"):
+        Denoiser(pipeline)
+
+
 @pytest.mark.parametrize(
     ("make", "most"),
     [(tiny_sd3, 75), (partial(tiny_sd3, t5=True), 254), (tiny_flux, 510), (tiny_flux_schnell, 254)],
@@ -743,7 +821,7 @@ def test_a_second_branch_is_taken_by_guidance_alone(denoiser: Denoiser, pipeline
     )
     denoiser.step(begin(denoiser, [1], **SMALL))
     hook.remove()
-    assert batches == [1 + denoiser.guides]
+    assert sum(batches) == 1 + denoiser.guides
 
 
 def test_what_would_be_black_is_refused_by_name(model: str) -> None:

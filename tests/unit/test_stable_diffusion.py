@@ -33,7 +33,8 @@ from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams
-from tests.models import tiny_safety_checker, tiny_sd15, tiny_sd21, tiny_sdxl
+from tests.models import SHALLOW_SD, tiny_safety_checker, tiny_sd15, tiny_sd21, tiny_sdxl
+from tests.parameters import sweep
 from tests.unit.gang.test_runner import Gang
 from tests.unit.test_denoise import (
     MASK,
@@ -54,7 +55,7 @@ SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
 
 @pytest.fixture(scope="module", params=MODELS)
 def pipeline(request: pytest.FixtureRequest) -> Any:
-    return MODELS[request.param]()
+    return MODELS[request.param](**SHALLOW_SD)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def denoiser(pipeline: Any) -> Denoiser:
     return Denoiser(pipeline)
 
 
-@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+@pytest.mark.parametrize("scheduler", sweep([None, *SCHEDULERS], first=2))
 def test_steps_by_hand_are_the_ordinary_pipelines_bit_for_bit_also_through_bytes(
     pipeline: Any, denoiser: Denoiser, scheduler: str | None
 ) -> None:
@@ -143,7 +144,7 @@ def test_image_to_image_is_the_ordinary_pipelines(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("channels", [4, 9])
 @pytest.mark.parametrize(
     ("scheduler", "strength"),
-    [("ddim", 1.0), ("dpmpp-2m", 0.8), ("euler-ancestral", 0.8), ("heun", 1.0), ("pndm", 0.8)],
+    sweep([("pndm", 0.8), ("ddim", 1.0), ("dpmpp-2m", 0.8), ("euler-ancestral", 0.8), ("heun", 1.0)]),
 )
 def test_inpainting_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes(
     channels: int, scheduler: str, strength: float
@@ -387,14 +388,17 @@ def changing_gangs(
 
 @pytest.mark.parametrize(
     ("model", "scheduler", "halves"),
-    [
-        ("1.5", "ddim", False),
-        ("1.5", "pndm", True),
-        ("1.5", "euler-ancestral", True),
-        ("2.1", "dpmpp-2m", False),
-        ("2.1", "heun", False),
-        ("2.1", "ddim", True),
-    ],
+    sweep(
+        [
+            ("1.5", "pndm", True),
+            ("2.1", "dpmpp-2m", False),
+            ("1.5", "ddim", False),
+            ("1.5", "euler-ancestral", True),
+            ("2.1", "heun", False),
+            ("2.1", "ddim", True),
+        ],
+        first=2,
+    ),
 )
 def test_changing_gangs_in_sync_mode_equal_one_device(model: str, scheduler: str, halves: bool) -> None:
     config = ParallelConfig(exchange="sync", cfg_parallel=halves)

@@ -175,9 +175,10 @@ class PipelineSteps(ABC):
 
     @abstractmethod
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do the next step of `state` but for its latents, by one call of the network for all branches.
+        """Do the next step of `state` but for its latents.
 
-        Of the state only scheduler and generators change.
+        One call of the network has all branches of guidance, or each has a call of its own, which
+        `cache_context` names. Of the state only scheduler and generators change.
 
         Returns:
             The latents after the step, and the network's output with guidance, of the same shape.

@@ -17,13 +17,15 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 
 
 class FlowMatching(PipelineSteps):
-    """A transformer on the latents of an `AutoencoderKL`, by the methods of diffusers' ordinary pipelines.
+    """A transformer on the latents of a VAE, by the methods of diffusers' ordinary pipelines.
 
     Attributes:
         kinds: the pipelines for text to image and for image to image.
         parts: the components that no request can be drawn without.
         optional_parts: those that a model may lack.
         latents_per_input: channels of the network's input to one of the latents.
+        vae_kind: the class of its VAEs.
+        vae_channels: what their configuration calls the number of the latents' channels.
     """
 
     flow = True
@@ -31,6 +33,8 @@ class FlowMatching(PipelineSteps):
     parts: ClassVar[tuple[str, ...]]
     optional_parts: ClassVar[tuple[str, ...]] = ()
     latents_per_input: ClassVar[int] = 1
+    vae_kind: ClassVar[type[Any]] = AutoencoderKL
+    vae_channels: ClassVar[str] = "latent_channels"
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -45,16 +49,22 @@ class FlowMatching(PipelineSteps):
             if components[name] is None:
                 raise UnsupportedModel(f"{what} without {name} cannot be denoised step by step")
         vae, takes = components["vae"], components["transformer"].config.in_channels
-        if not isinstance(vae, AutoencoderKL):
-            raise UnsupportedModel(f"{what} with {type(vae).__name__}; known is AutoencoderKL")
-        if vae.config.shift_factor is None:
+        if not isinstance(vae, self.vae_kind):
+            raise UnsupportedModel(f"{what} with {type(vae).__name__}; known is {self.vae_kind.__name__}")
+        if vae.config.get("shift_factor", 0.0) is None:
             raise UnsupportedModel(f"{what} whose VAE has no shift_factor; 0.0 is none")
-        latents = vae.config.latent_channels
+        latents = self.latent_channels
         if takes != latents * self.latents_per_input:
             raise UnsupportedModel(
                 f"a transformer of {takes} channels; with latents of {latents} there are those of "
                 f"{latents * self.latents_per_input}"
             )
+
+    @property
+    def latent_channels(self) -> int:
+        """Those of the VAE's latents."""
+        channels: int = self.pipeline.vae.config[self.vae_channels]
+        return channels
 
     @property
     @abstractmethod
@@ -98,7 +108,10 @@ class FlowMatching(PipelineSteps):
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         config = self._vae.config
         latents = latents.to(self._vae.dtype) / config.scaling_factor + config.shift_factor
-        decoded = self._vae.decode(latents, return_dict=False)[0]
+        return self.pictures(self._vae.decode(latents, return_dict=False)[0])
+
+    def pictures(self, decoded: torch.Tensor) -> list[Image.Image]:
+        """Of what a VAE gives, (batch, 3, height, width); raises NotFinite."""
         check_pixels(decoded)
         images: list[Image.Image] = self._plain.image_processor.postprocess(decoded, output_type="pil")
         return images
@@ -122,6 +135,12 @@ class FlowMatching(PipelineSteps):
         scheduler, steps = commission.scheduler, commission.num_inference_steps
         options: dict[str, Any] = {}
         config, unit = scheduler.config, self.patch_size * self._plain.vae_scale_factor
+        if steps == 1 and config.get("shift_terminal"):
+            raise InvalidRequest(
+                f"num_inference_steps 1 is too few for this model, whose last step is at "
+                f"{config['shift_terminal']} of all noise and whose first is at all of it; use 2 or more",
+                "num_inference_steps",
+            )
         if config.get("use_dynamic_shifting", False):
             if "mu" not in signature(scheduler.set_timesteps).parameters:
                 raise InvalidRequest(

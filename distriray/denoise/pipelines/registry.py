@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from distriray.denoise.pipelines.sizes import Configs, Sizes, flux_sizes, sd3_sizes, unet_sizes
-from distriray.denoise.pipelines.terms import Terms, flux_terms, sd3_terms, usual_terms
+from distriray.denoise.pipelines.sizes import (
+    Configs,
+    Sizes,
+    flux_sizes,
+    qwen_image_sizes,
+    sd3_sizes,
+    unet_sizes,
+)
+from distriray.denoise.pipelines.terms import Terms, flux_terms, qwen_image_terms, sd3_terms, usual_terms
 from distriray.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -58,6 +65,9 @@ PIPELINES: dict[str, Family] = {
         ".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms, _ON_NOISE_OR_PICTURE
     ),
     "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms, _ON_NOISE_OR_PICTURE),
+    "QwenImage": Family(
+        ".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms, _ON_NOISE_OR_PICTURE
+    ),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""
 

@@ -13,7 +13,7 @@ from distriray.denoise.pipelines.guidance import guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest
 
-T5_TOKENS = 256  # which the pipelines take of a prompt
+T5_TOKENS = 256
 
 
 class StableDiffusion3(FlowMatching):
@@ -33,11 +33,9 @@ class StableDiffusion3(FlowMatching):
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
 
     def tokens(self, text: str) -> list[Tokens]:
-        pipeline = self._plain
-        found = [tokens_of(each, text) for each in (pipeline.tokenizer, pipeline.tokenizer_2)]
-        if pipeline.text_encoder_3 is not None:
-            found.append(tokens_of(pipeline.tokenizer_3, text, T5_TOKENS))
-        return found
+        if self._plain.tokenizer_3 is not None:  # beside T5's, CLIP's tokens are the beginning once more
+            return [tokens_of(self._plain.tokenizer_3, text, T5_TOKENS)]
+        return [tokens_of(each, text) for each in (self._plain.tokenizer, self._plain.tokenizer_2)]
 
     @property
     def patch_size(self) -> int:

@@ -45,8 +45,17 @@ def sd3_sizes(config: Configs) -> Sizes:
 
 
 def flux_sizes(config: Configs) -> Sizes:
-    """Of a transformer over 2x2 latents, which has no size of its own: diffusers takes 1024x1024."""
-    scale = _vae_scale(config)
+    """Of a transformer over 2x2 latents."""
+    return _packed_sizes(_vae_scale(config))
+
+
+def qwen_image_sizes(config: Configs) -> Sizes:
+    """Of the same on the latents of a VAE for moving pictures."""
+    return _packed_sizes(2 ** len(config("vae")["temperal_downsample"]))
+
+
+def _packed_sizes(scale: int) -> Sizes:
+    """Of a transformer that has no size of its own: diffusers takes 128 rows of latents, 1024 pixels."""
     return Sizes((128 * scale, 128 * scale), unit=lcm(2 * scale, MULTIPLE_OF), latent_row=scale)
 
 

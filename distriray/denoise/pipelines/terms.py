@@ -77,3 +77,12 @@ def flux_terms(config: Configs) -> Terms:
         return Terms(28, 3.5, schedulers, lacks)
     without = {"guidance_scale": "this model, like FLUX.1-schnell, was distilled to do without guidance"}
     return Terms(4, 0.0, schedulers, {**lacks, **without})
+
+
+def qwen_image_terms(config: Configs) -> Terms:
+    """Of Qwen-Image, as diffusers has it."""
+    lacks = {
+        "guidance_rescale": "Qwen-Image keeps the length of each token's prediction by itself",
+        "clip_skip": "Qwen-Image reads prompts with a language model, not with CLIP",
+    }
+    return Terms(50, 4.0, ("euler",), lacks)

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from bench.launches import alone_of, share
 
 
+@pytest.mark.sweep
 def test_a_displaced_step_launches_and_moves_little_more_than_without_an_exchange() -> None:
     alone = alone_of(1024)
     (none, *_), (displaced, peers, buffers) = (share(1024, 8, True, mode) for mode in ("none", "displaced"))

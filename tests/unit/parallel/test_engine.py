@@ -13,6 +13,7 @@ from distriray.config import MIXES, PAPER
 from distriray.parallel import engine_of
 from tests.cases import Case, Outcome, alone, call, together
 from tests.models import tiny_sdxl
+from tests.parameters import sweep
 
 STALE = MIXES["displaced"]
 SYNC = {"exchange": "sync", "cfg_parallel": False}
@@ -35,24 +36,27 @@ def run(ranks: int, *cases: Case) -> list[Outcome]:
 
 
 def sync_cases(ranks: int) -> list[Case]:
-    """Sizes whose rows do not divide evenly; every value of every option with every number of ranks."""
+    """Sizes whose rows do not divide evenly; every value of every option with every number of ranks.
+
+    The schedulers move on by one case from each number of ranks to the next, so that all meet all sizes.
+    """
     tall = {2: (200, 120), 3: (136, 136), 4: (264, 72), 8: (392, 64)}[ranks]
+    wide = 32 * ranks + 8, 48 * ranks
     deep = {2: (216, 96), 3: (264, 72), 4: (328, 64), 8: (584, 64)}[ranks]  # four levels need more rows
-    cases = [
-        Case("sdxl", *tall, scheduler="ddim", config=SYNC),
-        Case("sdxl", *tall, scheduler="euler", images=3, guidance=1.0, config=SYNC),
-        Case("sdxl", 32 * ranks + 8, 48 * ranks, scheduler="dpmpp-2m", guidance=1.0, config=SYNC),
-        Case("sd15", *deep, scheduler="euler-ancestral", config=SYNC),
-        Case("sd15", *deep, scheduler="dpmpp-2m", images=3, config=SYNC),
-        Case("sd15", *deep, scheduler="ddim", guidance=1.0, config=SYNC),
+    at = [2, 3, 4, 8].index(ranks)
+    names = ["ddim", "euler", "dpmpp-2m", "euler-ancestral"]
+    first, second, third, fourth = names[at:] + names[:at]
+    model, size, images = ("sdxl", tall, 3) if at % 2 else ("sd15", deep, 1)
+    config = SYNC if ranks % 2 else SPLIT
+    return [
+        Case("sdxl", *tall, scheduler=first, config=SYNC),
+        Case("sdxl", *wide, scheduler=second, guidance=1.0, config=SYNC),
+        Case("sd15", *deep, scheduler=third, images=3, config=SYNC),
+        Case(model, *size, scheduler=fourth, images=images, config=config),
     ]
-    if ranks % 2 == 0:
-        cases.append(Case("sdxl", *tall, images=3, scheduler="euler-ancestral", config=SPLIT))
-        cases.append(Case("sd15", *deep, scheduler="euler", config=SPLIT))
-    return cases
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", sweep([2, 3, 4, 8]))
 def test_sync_mode_equals_one_device(ranks: int) -> None:
     cases = sync_cases(ranks)
     for case, outcome in zip(cases, run(ranks, *cases), strict=True):
@@ -101,7 +105,7 @@ def test_every_mix_and_prediction_makes_a_picture_of_its_own() -> None:
         assert not torch.equal(pictures[one], pictures[other]), (variants[one], variants[other])
 
 
-@pytest.mark.parametrize(("ranks", "weight"), [(2, 0.75), (3, 0.5)])
+@pytest.mark.parametrize(("ranks", "weight"), sweep([(2, 0.75), (3, 0.5)]))
 def test_statistics_are_extrapolated_more_between_two_patches(ranks: int, weight: float) -> None:
     patches = {"exchange": "displaced", "cfg_parallel": False, "warmup_steps": 2}
     default, given, other = run(

@@ -24,6 +24,7 @@ from distriray.errors import GangMismatch, GenerationCancelled, InvalidRequest, 
 from distriray.parallel import engine_of
 from tests.cases import Case, alone, call
 from tests.models import randomize, tiny_sd15, tiny_sdxl
+from tests.parameters import sweep
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
 DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
@@ -205,7 +206,7 @@ def _resampler(weights: Any, text_width: int, image_width: int) -> dict[str, tor
     return tokens
 
 
-@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("plus", sweep([True, False]))
 def test_an_ip_adapter_loaded_later_works_as_on_one_device(plus: bool) -> None:
     expected = single(lambda communicator: _image_prompts(communicator, SYNC, plus))
     assert not close(expected[1], expected[0]) and close(expected[2], expected[0])
@@ -363,7 +364,7 @@ def _hooked(communicator: Communicator, before: bool) -> tuple[torch.Tensor, tor
     return latents, picture, sent[0] > 0 and communicator.bytes_sent > sent[1] + 1000
 
 
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("before", sweep([False, True]))
 def test_a_gang_is_joined_past_hooks_on_the_networks(before: bool) -> None:
     hooked = functools.partial(_hooked, before=before)
     latents, picture, exchanged = run_in_lockstep(2, hooked)[0]

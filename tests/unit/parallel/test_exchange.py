@@ -12,7 +12,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.config import Mix
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
-from tests.pairwise import pairwise
+from tests.parameters import pairwise, sweep
 
 
 class Eager:
@@ -60,7 +60,9 @@ LATE_AND_FEW_BITS = Mix(statistics="stale", halos="stale", keys_values="stale", 
 MODES = ["displaced", "displaced_attention", FEW_BITS, LATE_AND_FEW_BITS]
 
 
-@pytest.mark.parametrize(("exchange", "statistics", "keys_values"), pairwise(MODES, [0.0, 0.5], [0.0, 0.5]))
+@pytest.mark.parametrize(
+    ("exchange", "statistics", "keys_values"), sweep(pairwise(MODES, [0.0, 0.5], [0.0, 0.5]), first=2)
+)
 def test_nothing_in_flight_is_read_or_overwritten(
     exchange: Any, statistics: float, keys_values: float
 ) -> None:

@@ -15,12 +15,11 @@ from distriray.parallel import engine_of
 from distriray.parallel.graphs import MOST_MET, StepGraphs
 from tests.cases import Case, call
 from tests.models import SHALLOW, tiny_sdxl
+from tests.parameters import sweep
 from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
 
 COMPRESSED = Mix(halos_width="int8", keys_values_width="int4")
 CASES: list[tuple[int, dict[str, Any]]] = [
-    (1, {}),
-    (4, {"exchange": "displaced", "warmup_steps": 2}),
     (
         2,
         {
@@ -30,6 +29,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
             "prediction": {"halos": 0.5, "keys_values": 0.5},
         },
     ),
+    (1, {}),
+    (4, {"exchange": "displaced", "warmup_steps": 2}),
     (2, {"exchange": PAPER, "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"exchange": "displaced_attention", "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"exchange": COMPRESSED, "warmup_steps": 1, "cfg_parallel": False}),
@@ -67,7 +68,7 @@ def drawn(
     return run_in_lockstep(ranks, rank), replays
 
 
-@pytest.mark.parametrize(("ranks", "config"), CASES, ids=str)
+@pytest.mark.parametrize(("ranks", "config"), sweep(CASES), ids=str)
 def test_captured_steps_draw_the_same_bit_for_bit(ranks: int, config: dict[str, Any]) -> None:
     images = len(IMAGES) if ranks == 1 or "prediction" in config else 3
     wanted, _ = drawn(ranks, config, images, graphs=False)

@@ -21,7 +21,7 @@ from distriray.parallel.kernels import plain
 from distriray.parallel.kernels.group_norm import group_norm_kernels
 from distriray.parallel.layers import group_norm
 from distriray.parallel.layers.group_norm import patch_group_norm
-from tests.pairwise import pairwise
+from tests.parameters import pairwise
 from tests.unit.parallel.test_group_norm import TwoRanks
 
 Run = Callable[..., None]
@@ -43,7 +43,12 @@ def interpreter() -> Iterator[Run]:
         yield lambda check, *case: pool.submit(check, "cpu", *case).result()
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+@pytest.fixture(
+    params=[
+        pytest.param("interpreter", marks=pytest.mark.distributed),
+        pytest.param("cuda", marks=[pytest.mark.gpu, CUDA]),
+    ]
+)
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs a check: a function of a device and of its case."""
     if request.param == "cuda":

@@ -18,7 +18,8 @@ from distriray.parallel.engine import Engine
 from distriray.parallel.networks.base import Call
 from distriray.parallel.schedules import Schedules
 from tests.cases import Case, call
-from tests.models import tiny_sdxl, tiny_sdxl_unet
+from tests.models import SHALLOW, tiny_sdxl, tiny_sdxl_unet
+from tests.parameters import sweep
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
 DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
@@ -142,7 +143,7 @@ def test_frames_of_one_step_are_made_each_by_itself_whatever_is_watched() -> Non
 
 
 def with_lora() -> UNet2DConditionModel:
-    unet = tiny_sdxl_unet()
+    unet = tiny_sdxl_unet(**SHALLOW)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]), "style")
     for index, (name, parameter) in enumerate(unet.named_parameters()):
         if "lora" in name:
@@ -167,7 +168,7 @@ def written(unet: UNet2DConditionModel, frame: int) -> None:
 
 
 @pytest.mark.parametrize("change", [rescaled, written])
-@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("said", sweep([False, True]))
 def test_text_is_read_with_the_adapters_of_now(
     change: Callable[[UNet2DConditionModel, int], None], said: bool
 ) -> None:

@@ -29,6 +29,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.networks.unet import UNet
 from distriray.parallel.networks.vae import can_be_cut
 from tests.models import randomize, tiny_sd15_unet, tiny_sdxl_unet, tiny_vae
+from tests.parameters import sweep
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
 Change = Callable[[UNet2DConditionModel], Any]
@@ -375,7 +376,7 @@ def adapt(unet: UNet2DConditionModel) -> None:
     unet.set_adapters(["dora", "lora"])
 
 
-@pytest.mark.parametrize("make", [tiny_sdxl_unet, lambda: tiny_sd15_unet(cross_attention_dim=32)])
+@pytest.mark.parametrize("make", sweep([tiny_sdxl_unet, lambda: tiny_sd15_unet(cross_attention_dim=32)]))
 @pytest.mark.parametrize("change", [cast, offload, offload_all, checkpoint, chunk, parametrize, adapt])
 def test_code_that_is_about_weights_is_known(
     change: Change, make: Callable[[], UNet2DConditionModel]
@@ -451,6 +452,7 @@ def test_processors_that_are_modules_are_known() -> None:
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.sweep
 def test_a_compiled_block_is_known() -> None:
     unet = parallelize(tiny_sdxl_unet(), connect("local"), SYNC)
     unet.mid_block.attentions[0] = torch.compile(unet.mid_block.attentions[0], backend="eager")

@@ -11,9 +11,10 @@ from distriray import SamplingParams
 from distriray.collective import run_in_lockstep
 from distriray.denoise import Denoiser
 from tests.models import tiny_sdxl
+from tests.parameters import sweep
 from tests.regroup import DISPLACED, REQUEST, SYNC, changing_gangs
 
-with_schedulers = pytest.mark.parametrize("scheduler", ["ddim", "dpmpp-2m", "euler-ancestral"])
+with_schedulers = pytest.mark.parametrize("scheduler", sweep(["dpmpp-2m", "ddim", "euler-ancestral"]))
 
 
 def alone(scheduler: str) -> torch.Tensor:

@@ -16,6 +16,7 @@ from distriray.parallel import engine_of
 from distriray.parallel.gather import HeaderOnItsWay
 from distriray.requests import SamplingParams
 from tests.models import SHALLOW, tiny_sdxl
+from tests.parameters import sweep
 from tests.unit.parallel.stand_in import DEVICE, OnDevice, StandIn
 
 STEPS = 5
@@ -39,12 +40,12 @@ class LateHeader(HeaderOnItsWay):
         return super().read()
 
 
-@pytest.mark.parametrize("exchange", ["displaced_attention", PAPER])
+@pytest.mark.parametrize("exchange", sweep(["displaced_attention", PAPER]))
 def test_a_displaced_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, exchange: Any) -> None:
     assert _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=1, exchange=exchange)) == 0
 
 
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", sweep(sorted(SCHEDULERS)))
 def test_no_scheduler_stops_the_device(monkeypatch: pytest.MonkeyPatch, scheduler: Any) -> None:
     stops = _stops_in_displaced_steps(
         monkeypatch, ParallelConfig(exchange="displaced", warmup_steps=1), scheduler

@@ -20,6 +20,7 @@ from tests.models import (
     tiny_sd3,
     tiny_z_image,
 )
+from tests.parameters import sweep
 from tests.unit.parallel.transformers import error, noise, watched
 
 PROMPT = {"prompt": "a lake at dusk", "max_sequence_length": 12, "output_type": "pt"}
@@ -97,7 +98,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", sweep([2, 3]))
 def test_a_whole_pipeline_equals_itself_alone(case: Case, ranks: int) -> None:
     expected = case.draw(case.make())
 

@@ -25,7 +25,7 @@ from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of, network_of
 from distriray.parallel.partition import TokenPartition
 from tests.models import TEXT_WIDTH, tiny_flux_transformer, tiny_qwen_image_transformer
-from tests.pairwise import pairwise
+from tests.parameters import pairwise
 from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.transformers import (
     STEPS,

@@ -1,10 +1,12 @@
-"""Few combinations in place of all of them."""
+"""Cases of parametrized tests: few combinations in place of all, and first ones in place of many."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
+
+import pytest
 
 
 def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -20,3 +22,13 @@ def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
         chosen.append(max(choices, key=lambda choice: len(meetings(choice) & missing)))
         missing -= meetings(chosen[-1])
     return [tuple(factor[at] for factor, at in zip(factors, choice, strict=True)) for choice in chosen]
+
+
+def sweep(cases: Iterable[Any], first: int = 1) -> list[Any]:
+    """Those cases; `make check` runs the `first` of them, `make test` all."""
+    return [
+        case
+        if index < first
+        else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.sweep)
+        for index, case in enumerate(cases)
+    ]
