@@ -152,6 +152,8 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
     device = torch.device(device)
     folder = locate(spec)
     if folder.is_file():
+        if spec.quantize is not None:
+            raise UnsupportedModel(f"quantize {spec.quantize!r} of a single file; save it as a folder first")
         pipeline = _load_file(spec, folder, device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
@@ -202,10 +204,6 @@ def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:
     import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    if spec.quantize is not None:
-        raise UnsupportedModel(
-            f"quantize {spec.quantize!r} is for folders; load {spec.name!r} once, and save_pretrained it"
-        )
     folder = _configurations(spec, file)
     index, missing = _index_of(folder)
     kind, dtype = index["_class_name"], resolve_dtype(spec, device, index)

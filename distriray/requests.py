@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -136,27 +136,20 @@ class SamplingParams(BaseModel):
             return self
         return self.model_copy(update={"seed": secrets.randbelow(2**32) if seed is None else seed})
 
-    def settled(self, height: int, width: int) -> Self:
-        """A copy that leaves nothing open: a size, by default this one, and a seed."""
-        size = {
-            "height": height if self.height is None else self.height,
-            "width": width if self.width is None else self.width,
-        }
-        return self.seeded().model_copy(update=size)
-
-
-Params = TypeVar("Params", bound=SamplingParams)
+    def settled(self, height: int, width: int, defaults: Defaults | None = None) -> Self:
+        """A copy with a size, by default this one, a seed, and what `defaults` say of what it leaves open."""
+        own = {"height": height, "width": width, **dict(Defaults() if defaults is None else defaults)}
+        left_open = {name: value for name, value in own.items() if getattr(self, name) is None}
+        return self.seeded().model_copy(update=left_open)
 
 
 class Defaults(BaseModel):
-    """What requests that leave it open are drawn with; what this leaves open too is the model's own.
-
-    For turbo and lightning models, which want few steps and little guidance, behind clients that can send
-    neither.
+    """What requests that leave it open are drawn with: turbo and lightning models want few steps and little
+    guidance, behind clients that can send neither. None is the model's own.
 
     Attributes:
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance; 1 or less turns it off.
+        guidance_scale: of guidance; 1 or less turns the classifier-free kind off.
         scheduler: noise scheduler.
     """
 
@@ -165,12 +158,6 @@ class Defaults(BaseModel):
     num_inference_steps: Count | None = None
     guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     scheduler: SchedulerName | None = None
-
-    def settle(self, params: Params) -> Params:
-        """A copy of a request with these values where it has none."""
-        return params.model_copy(
-            update={name: value for name, value in self if getattr(params, name) is None}
-        )
 
 
 def check_sides(height: int | None = None, width: int | None = None, unit: int = MULTIPLE_OF) -> None:

@@ -64,14 +64,14 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> A
             "height",
         )
     assert request.guidance_scale is not None
-    guided = facts.guides and request.guidance_scale > 1.0
-    return Admitted(request, max_gang, request.num_steps(facts.own_steps), guided)
+    num_steps, guided = request.num_steps(facts.own_steps), facts.guides and request.guidance_scale > 1.0
+    return Admitted(request, max_gang, num_steps, guided)
 
 
 def _settled(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:
-    """The request with all that it leaves open, by the pool and then by the model.
+    """The request with all that it leaves open: the host's defaults go before the model's own.
 
     Raises:
-        InvalidRequest: the model lacks a field.
+        InvalidRequest: the model lacks a field that it asks for.
     """
-    return facts.terms.settle(config.defaults.settle(request.settled(*facts.default_size)))
+    return facts.terms.settle(request.settled(*facts.default_size, config.defaults))

@@ -83,7 +83,8 @@ class Dispatcher:
         await self.group.start()
         self.facts = self.group.facts[0]
         try:  # nobody is refused for what they did not ask for
-            self.facts.terms.settle(self.config.defaults.settle(GenerationRequest(prompt="")))
+            left_open = GenerationRequest(prompt="")
+            self.facts.terms.settle(left_open.settled(*self.facts.default_size, self.config.defaults))
         except InvalidRequest as error:
             raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
         self.speed = Speed(guessed_profile(self.config, self.facts))

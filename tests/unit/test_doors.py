@@ -232,8 +232,7 @@ def test_what_is_left_open_at_a_door_is_drawn_by_the_pools_defaults_and_what_is_
 
 def test_a_limit_is_of_what_is_drawn_and_of_nothing_else() -> None:
     few = LIMITS.model_copy(update={"max_steps": 8})
-    left_open = GenerationRequest(prompt="x")
-    few.check(left_open)
+    few.check(GenerationRequest(prompt="x"))
     with pytest.raises(InvalidRequest, match="num_inference_steps 25 is above the limit of 8"):
-        few.check(Terms().settle(left_open))
-    few.check(Terms().settle(Defaults(num_inference_steps=8).settle(left_open)))
+        few.check(Terms().settle(GenerationRequest(prompt="x").settled(64, 64)))
+    few.check(GenerationRequest(prompt="x").settled(64, 64, Defaults(num_inference_steps=8)))

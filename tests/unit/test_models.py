@@ -160,7 +160,7 @@ def test_a_file_that_is_no_model_says_what_it_is(one_file: tuple[Any, Path, Path
     (tmp_path / "empty").mkdir()
     assert "is empty" in refusal(tmp_path / "empty")
     assert "no model_index.json" in refusal(tmp_path)
-    with pytest.raises(UnsupportedModel, match="quantize 'int8' is for folders"):
+    with pytest.raises(UnsupportedModel, match="quantize 'int8' of a single file"):
         load_pipeline(ModelSpec(name=str(file), config=str(folder), quantize="int8"), "cpu")
     with pytest.raises(ModelNotFound, match="there is no file .*model.safetensors"):
         locate(ModelSpec(name="some/model.safetensors"))
