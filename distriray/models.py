@@ -157,8 +157,7 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
         pipeline = _load_file(spec, folder, device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
-    index = json.loads((folder / "model_index.json").read_text())
-    missing = {name: None for name, home in index.items() if home == [None, None]}
+    index, missing = _index_of(folder)
     quantization = None if spec.quantize is None else _quantization(spec, index)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
@@ -193,6 +192,12 @@ def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
     return PipelineQuantizationConfig(quant_mapping={network: TorchAoConfig(kind())})
 
 
+def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
+    """What a folder says of its pipeline, and the components that it says are missing."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return index, {name: None for name, home in index.items() if home == [None, None]}
+
+
 def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:
     """The pipeline whose weights are all in one file, as its authors' own code writes it."""
     import diffusers
@@ -200,13 +205,13 @@ def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     folder = _configurations(spec, file)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index, missing = _index_of(folder)
     kind, dtype = index["_class_name"], resolve_dtype(spec, device, index)
     if not hasattr(getattr(diffusers, kind, None), "from_single_file"):
         raise ModelNotFound(f"{spec.name!r}: diffusers reads no {kind} from a single file")
     try:
         pipeline = getattr(diffusers, kind).from_single_file(
-            str(file), config=str(folder), dtype=dtype, local_files_only=True
+            str(file), config=str(folder), dtype=dtype, local_files_only=True, **missing
         )
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         raise ModelNotFound(

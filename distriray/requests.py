@@ -296,8 +296,7 @@ class Limits(BaseModel):
         What it leaves open is checked once it is settled.
         """
         for field, limit in self.LARGEST.items():
-            if field in request.model_fields_set:
-                self._at_most(field, getattr(request, field), getattr(self, limit))
+            self._at_most(field, getattr(request, field), getattr(self, limit))
         for field in self.TEXTS:
             length = len(getattr(request, field) or "")
             if length > self.max_prompt_chars:

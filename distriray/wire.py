@@ -44,8 +44,8 @@ _FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two,
 
 
 def encode_fields(request: GenerationRequest) -> dict[str, Any]:
-    """A request's fields by their HTTP names, without those that are None or left open."""
-    fields = request.model_dump(mode="json", include=set(CARRIED), exclude_none=True, exclude_unset=True)
+    """A request's fields by their HTTP names, without those that are None."""
+    fields = request.model_dump(mode="json", include=set(CARRIED), exclude_none=True)
     height, width = fields.pop("height", None), fields.pop("width", None)
     if height is not None and width is not None:
         fields["size"] = f"{width}x{height}"

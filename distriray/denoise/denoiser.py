@@ -134,7 +134,8 @@ class Denoiser:
             texts["negative_prompt"] = params.negative_prompt
         warnings = []
         for name, text in texts.items():
-            given, taken = min(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)
+            # of several encoders the one that takes most: what it does not take, none does
+            given, taken = max(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)
             if taken < given:
                 said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
                 warnings.append(said)

@@ -9,7 +9,14 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from ..errors import GangBroken, GenerationCancelled, InvalidRequest, ModelNotFound, QueueFull
+from ..errors import (
+    GangBroken,
+    GenerationCancelled,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    UnsupportedModel,
+)
 from ..events import Queued, Repaired
 from ..requests import GenerationRequest
 from ..results import GenerationResult
@@ -68,9 +75,18 @@ class Dispatcher:
         self._closed = False
 
     async def start(self) -> None:
-        """Bring the workers up; raises as `WorkerGroup.start`."""
+        """Bring the workers up; raises as `WorkerGroup.start`.
+
+        Raises:
+            UnsupportedModel: the model has nothing for a default of the configuration.
+        """
         await self.group.start()
         self.facts = self.group.facts[0]
+        try:  # nobody is refused for what they did not ask for
+            left_open = GenerationRequest(prompt="")
+            self.facts.terms.settle(left_open.settled(*self.facts.default_size, self.config.defaults))
+        except InvalidRequest as error:
+            raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
         self.speed = Speed(guessed_profile(self.config, self.facts))
 
     async def close(self) -> None:

@@ -36,7 +36,7 @@ from deployments.models import sizes_of
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import SegmentEnd
@@ -805,3 +805,45 @@ def test_what_qwen_image_does_not_read_of_a_prompt_is_said() -> None:
     assert longer.warnings == ("prompt has 515 tokens, and a text encoder takes 512: the rest is not used",)
     assert torch.equal(longer.values["prompt_embeds"], other.values["prompt_embeds"])
     assert not begin(denoiser, [1], **{**SMALL, "prompt": "a" * 512}).warnings
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [(tiny_sd3, 75), (partial(tiny_sd3, t5=True), 254), (tiny_flux, 510), (tiny_flux_schnell, 254)],
+)
+def test_a_prompt_is_said_to_be_cut_where_no_encoder_takes_all_of_it(
+    make: Callable[[], Any], most: int
+) -> None:
+    """With a tokenizer of a token a letter and two special ones, also in T5's place."""
+    denoiser = Denoiser(make())
+
+    def warnings(letters: int) -> tuple[str, ...]:
+        params = SamplingParams(prompt="x" * letters, seed=1, num_inference_steps=1, **SIZE)
+        return denoiser.prepare(params).warnings
+
+    assert warnings(most) == ()
+    (said,) = warnings(most + 9)
+    assert said.startswith(f"prompt has {most + 9} tokens, and a text encoder takes {most}:")
+
+
+def test_a_second_branch_is_taken_by_guidance_alone(denoiser: Denoiser, pipeline: Any) -> None:
+    batches: list[int] = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, inputs, named: batches.append(len(named["hidden_states"])), with_kwargs=True
+    )
+    denoiser.step(begin(denoiser, [1], **SMALL))
+    hook.remove()
+    assert sum(batches) == 1 + denoiser.guides
+
+
+def test_what_would_be_black_is_refused_by_name(model: str) -> None:
+    pipeline = MODELS[model]()
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [1], **SMALL)
+    denoiser.step(state)
+    pipeline.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NotFinite, match="the decoded pixels"):
+        denoiser.decode(state)
+    state.latents[0, 0, 1, 1] = float("nan")
+    with pytest.raises(NotFinite, match="the latents after step 1"):
+        denoiser.decode(state)

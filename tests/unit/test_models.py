@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from distriray.denoise import Denoiser
-from distriray.errors import ModelNotFound
+from distriray.errors import ModelNotFound, UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
 from tests.models import tiny_sd15, tiny_sdxl
 from tests.unit.single_file import single_file
@@ -160,6 +160,8 @@ def test_a_file_that_is_no_model_says_what_it_is(one_file: tuple[Any, Path, Path
     (tmp_path / "empty").mkdir()
     assert "is empty" in refusal(tmp_path / "empty")
     assert "no model_index.json" in refusal(tmp_path)
+    with pytest.raises(UnsupportedModel, match="quantize 'int8' of a single file"):
+        load_pipeline(ModelSpec(name=str(file), config=str(folder), quantize="int8"), "cpu")
     with pytest.raises(ModelNotFound, match="there is no file .*model.safetensors"):
         locate(ModelSpec(name="some/model.safetensors"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import DistrirayError, GangBroken
 from distriray.gang.config import HostConfig
 from distriray.gang.dispatcher import Dispatcher
@@ -82,6 +83,7 @@ class FakeWorker:
                 pid=id(self), node="n", device=self.fleet.device, device_name="cpu", model="m",
                 default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
                 load_s=0.0, memory=1, own_steps=self.fleet.own_steps, guides=self.fleet.guides,
+                terms=self.fleet.terms,
             )  # fmt: skip
 
         return self._call(load())
@@ -243,7 +245,7 @@ class FakeFleet:
         self.cuts_vae = True
         self.stuck: dict[int, str] = {}
         self.warnings: tuple[str, ...] = ()
-        self.own_steps, self.guides = StepCount(), True
+        self.own_steps, self.guides, self.terms = StepCount(), True, Terms()
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}
         self.launched: list[FakeWorker] = []

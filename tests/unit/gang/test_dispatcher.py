@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from distriray.config import PAPER, ParallelConfig
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest
+from distriray.denoise.pipelines.terms import Terms
+from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.events import Repaired
 from distriray.gang import segments
 from distriray.gang.admission import admit
@@ -446,6 +447,17 @@ def test_what_of_a_prompt_is_not_used_is_in_the_result_and_the_log_without_the_p
     with caplog.at_level(logging.WARNING):
         do(scene())
     assert "request mine: prompt has 90 tokens" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_default_that_the_model_has_nothing_for_is_found_when_the_host_starts() -> None:
+    async def scene() -> None:
+        host = FakeHost(1, defaults={"scheduler": "ddim"})
+        host.fleet.terms = Terms(schedulers=("euler",))
+        with pytest.raises(UnsupportedModel, match="scheduler ddim is not for this model"):
+            await host.dispatcher.start()
+        await host.dispatcher.close()
+
+    do(scene())
 
 
 def test_predictions_are_of_calls_of_the_network_and_of_its_branches() -> None:
