@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 FIRST := not (gpu or slow or ray or distributed or sweep)
 
 export RAY_USAGE_STATS_ENABLED ?= 0
