@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 FIRST := not (gpu or slow or ray or distributed or sweep)
 
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -26,10 +26,11 @@ demo: $(STAMP)
 	$(BIN)/distriray generate "a lake at dusk, snowy mountains" --gang-size 2 --compare --out out/lake.png
 
 check: lint
-	$(PYTEST) -m "$(FIRST)"
+	$(PYTEST) -n 2 -m "$(FIRST)"
 
 test: $(STAMP)
-	$(PYTEST) -m "not (gpu or slow)"
+	$(PYTEST) -n 2 -m "not (gpu or slow or ray)"
+	$(PYTEST) -m "ray and not (gpu or slow)"
 
 test-all: test
 	$(PYTEST) -m "slow and not gpu"
