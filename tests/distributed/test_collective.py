@@ -394,7 +394,7 @@ def _on_a_lifeline(rank: int, world_size: int, gang: dict[str, Any]) -> Any:
         lifeline.cut()
         lost.set()
 
-    lifeline = Lifeline(join("gloo", rank, world_size, gang, timeout_s=5.0), on_loss)
+    lifeline = Lifeline(join("gloo", rank, world_size, gang, timeout_s=20.0), on_loss)
     lifeline.watch()
     yield "watching"
     if gang["name"].endswith("parting"):

@@ -328,7 +328,7 @@ def test_another_process_goes_on_with_the_same_bits(denoiser: Denoiser, tmp_path
 
 
 def finish_saved(folder: Path) -> dict[str, np.ndarray]:
-    denoiser = Denoiser(tiny_sdxl())
+    denoiser = Denoiser(tiny_sdxl(**SHALLOW))
     return {
         file.name: finish(denoiser, DenoiseState.from_bytes(file.read_bytes())).numpy()
         for file in folder.iterdir()
