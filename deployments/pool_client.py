@@ -31,6 +31,7 @@ ANSWER_S = 5.0  # timeout of a call to all hosts; a silent one is left to Serve'
 REPORT_S = 1.0  # timeout of a host's report
 PATIENCE_S = 0.2  # longest wait of a request for reports where something is known already
 MEET_AGAIN_S = 0.01  # between two looks at whether Serve has said who is there
+CALL_OFF_S, CALL_OFF_TRIES = 0.1, 20  # between two looks whether a host that woke has begun, and how many
 ASK_AGAIN_S = 10.0  # wait for the report of a first host before any host is asked once more
 
 
@@ -231,6 +232,7 @@ class PoolClient:
             except TimeoutError:
                 message = f"host {host} did not accept request {request.id} within {self._accept_s:g} s"
                 log.warning("%s; the request is cancelled there", message)
+                self._background.spawn(self._call_off(host, request.id))
                 raise HostSilent(message) from None
             yield first
             async for event in events:
@@ -245,6 +247,16 @@ class PoolClient:
         finally:
             if not over:
                 response.cancel()
+
+    async def _call_off(self, host: str, request_id: str) -> None:
+        """Cancel what a silent host was sent, when it wakes: Ray asks again only when it has long begun."""
+        try:
+            for _ in range(CALL_OFF_TRIES):
+                if await self._handle.cancel.remote(host, request_id):
+                    return
+                await asyncio.sleep(CALL_OFF_S)
+        except (RayError, DeploymentUnavailableError):
+            return  # it is gone, and what it had with it
 
     def _unavailable(self) -> NotEnoughDevices:
         return NotEnoughDevices(f"pool {self.config.name} cannot be run; `serve status` says why")

@@ -78,6 +78,7 @@ class FakeHandle:
         self.wakes_s, self.woken = 0.0, 0
         self.hung: set[str] = set()
         self.cancelled: list[str] = []
+        self.called_off: list[str] = []
         self.undeployed = self.lost_at_start = False
         self.asked: Counter[str] = Counter()
         self.report = SimpleNamespace(remote=lambda *asked: Answer(self._tell(*asked)))
@@ -107,6 +108,9 @@ class FakeHandle:
 
     async def _cancel(self, host: str, request_id: str) -> bool:
         self.asked["cancel"] += 1
+        while host in self.hung:
+            await asyncio.sleep(0.001)
+        self.called_off.append(host)
         return (host, request_id) in {(at, request.id) for at, request in self.calls}
 
     async def _tell(self, host: str | None, known: str | None) -> HostReport:
@@ -339,6 +343,26 @@ def test_a_host_that_says_nothing_gets_nothing() -> None:
     service = front(pool=handle, refresh_s=0.0)
     asyncio.run(scene())
     assert [host for host, _ in handle.calls] == ["b"] * 6
+
+
+def test_what_a_host_that_hung_was_sent_is_called_off_when_it_wakes() -> None:
+    """Ray itself may ask it only seconds after it has begun, when few steps are done."""
+
+    async def scene() -> None:
+        await service.generate(request())
+        handle.hung, handle.calls = {handle.calls[0][0]}, []
+        for _ in range(8):
+            await service.generate(request())
+        sent = handle.cancelled.count(*handle.hung)
+        assert sent and not handle.called_off
+        hung = handle.hung.pop()
+        async with asyncio.timeout(5):
+            while handle.called_off != [hung] * sent:
+                await asyncio.sleep(0.01)
+
+    handle = FakeHandle("a", "b")
+    service = front(refresh_s=0.0, accept_s=0.05, pool=handle)
+    asyncio.run(scene())
 
 
 def test_a_router_that_starts_while_a_host_hangs_finds_the_others() -> None:
