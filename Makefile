@@ -1,7 +1,7 @@
 # make demo      a picture by a gang of two
 # make check     linters, and first cases of what starts neither Ray nor other processes: for the inner loop
 # make test      every test that needs neither a GPU nor minutes of training
-# make test-all  every test that needs no GPU
+# make test-all  every test that needs no GPU, with torchao too, which takes its time to be imported
 # make gpu       what one NVIDIA GPU shows, in stages (STAGE=2 for one of them, DRY=1 on a CPU)
 # make lint      ruff, mypy and import-linter      make clean     what this file made
 PYTHON ?= python3
@@ -33,6 +33,8 @@ test: $(STAMP)
 	$(PYTEST) -m "ray and not (gpu or slow)"
 
 test-all: test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quantize]'
+	$(PYTEST) -n 2 tests/unit/test_quantized.py
 	$(PYTEST) -m "slow and not gpu"
 
 # The machine's own Python, where torch and CuPy fit its driver.
