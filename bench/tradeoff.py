@@ -77,9 +77,10 @@ def plot(
         for name, speed in found.items():
             at = (speed, psnr.get(name, exact))
             axes.plot(*at, marker="*" if name == PAPER else "o", color=colour, markersize=9)
-            label = "the paper's" if name == PAPER else name
-            axes.annotate(label, at, xytext=(6, 5), textcoords="offset points", color=colour, fontsize=8)
+            if name != PAPER:
+                axes.annotate(name, at, xytext=(6, 5), textcoords="offset points", color=colour, fontsize=8)
         axes.plot([], [], "o", color=colour, label=backend)
+    axes.plot([], [], "*", color="0.4", markersize=9, label="the paper's")
     axes.set_ylim(top=exact + 4)
     axes.margins(x=0.15)
     axes.legend(loc="lower left")
