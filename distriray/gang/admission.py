@@ -43,14 +43,14 @@ def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) ->
     Raises:
         InvalidRequest: it is beyond a limit, or neither the model nor a gang of this host can serve it.
     """
-    request = _settled(request, config, facts)
+    request = settle(request, config, facts)
     config.limits.check(request)
     return fit(request, config, facts)
 
 
 def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
     """`admit` without limits."""
-    request = _settled(request, config, facts)
+    request = settle(request, config, facts)
     assert request.height is not None
     check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
@@ -71,7 +71,7 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> A
     return Admitted(request, max_gang, num_steps, guided, fresh=mix is not None and mix.exact)
 
 
-def _settled(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:
+def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:
     """The request with all that it leaves open: the host's defaults go before the model's own.
 
     Raises:

@@ -42,5 +42,4 @@ class Speed:
             step_s = segment.fresh_step_s * times.step_s / times.sync_step_s
         if step_s is not None:
             full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
-            height, width, batch, guided, _ = view.shape
-            self.model.observe(gang, height, width, batch, step_s * full, guided)
+            self.model.observe(gang, view.height, view.width, view.batch, step_s * full, view.guided)

@@ -189,8 +189,8 @@ class SimulatedHost:
     def _end_of_steps(self, live: _Live, segment: _Segment) -> None:
         view = live.view
         if self.model is not self.truth:
-            height, width, batch, guided, _ = view.shape
-            self.model.observe(len(segment.workers), height, width, batch, segment.step_s, guided)
+            workers = len(segment.workers)
+            self.model.observe(workers, view.height, view.width, view.batch, segment.step_s, view.guided)
         if view.steps_done + segment.ends < view.steps_total:
             self._let_go(live, segment)
             live.view = _with(view, view.steps_done + segment.ends, None, False)
