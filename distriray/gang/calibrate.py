@@ -57,7 +57,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     least, steps = config.sizes[0], max(1, warmup_steps(config)) + MEASURED_STEPS
     warming = CHOOSING_STEPS if config.parallel.exchange == "auto" else 1
     most = config.workers // least
-    await _draw(generate, [least] * most, warming)
+    await _draw(generate, [least] * most, warming if least > 1 else 1)  # a lone worker has nothing to choose
     counts = sorted({*(2**i for i in range(most.bit_length())), most})
     alone = {count: await _draw(generate, [least] * count, steps) for count in counts}
     full_s = _step_s(alone[most])
