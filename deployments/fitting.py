@@ -52,21 +52,5 @@ def _view_of(
         check_gang_size(request, config.sizes)
         return request, None
     admitted = admit(request, config, facts)
-    settled = admitted.request
-    assert settled.height is not None and settled.width is not None
-    view = RequestView(
-        id=settled.id,
-        height=settled.height,
-        width=settled.width,
-        batch=settled.num_images,
-        steps_total=admitted.num_steps,
-        steps_done=0,
-        arrival_s=now_s,
-        deadline_s=None if left_s is None else now_s + left_s,
-        priority=settled.priority,
-        gang_size=None if settled.gang_size == "auto" else settled.gang_size,
-        max_gang=admitted.max_gang,
-        guided=admitted.guided,
-        fresh=admitted.fresh,
-    )
-    return settled, view
+    deadline_s = None if left_s is None else now_s + left_s
+    return admitted.request, admitted.view(now_s, deadline_s)

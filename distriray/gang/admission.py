@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..errors import InvalidRequest
 from ..requests import GenerationRequest, check_sides
+from ..routing.policy import RequestView
 from .config import HostConfig
 from .messages import WorkerFacts
 
@@ -36,21 +37,38 @@ class Admitted(NamedTuple):
     guided: bool
     fresh: bool
 
+    def view(self, arrival_s: float, deadline_s: float | None) -> RequestView:
+        """The request as routing sees it before anything of it is done; both times are of one clock."""
+        request = self.request
+        assert request.height is not None and request.width is not None
+        return RequestView(
+            id=request.id,
+            height=request.height,
+            width=request.width,
+            batch=request.num_images,
+            steps_total=self.num_steps,
+            steps_done=0,
+            arrival_s=arrival_s,
+            deadline_s=deadline_s,
+            priority=request.priority,
+            gang_size=None if request.gang_size == "auto" else request.gang_size,
+            max_gang=self.max_gang,
+            guided=self.guided,
+            fresh=self.fresh,
+        )
 
-def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
-    """A client's `request`, as a host would take it on.
+
+def admit(
+    request: GenerationRequest, config: HostConfig, facts: WorkerFacts, *, limited: bool = True
+) -> Admitted:
+    """A request as a host would take it on; `limited` is every one that is not the host's own.
 
     Raises:
         InvalidRequest: it is beyond a limit, or neither the model nor a gang of this host can serve it.
     """
     request = settle(request, config, facts)
-    config.limits.check(request)
-    return fit(request, config, facts)
-
-
-def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
-    """`admit` without limits."""
-    request = settle(request, config, facts)
+    if limited:
+        config.limits.check(request)
     assert request.height is not None
     check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)

@@ -12,7 +12,7 @@ from ..requests import GenerationRequest
 from ..results import GenerationResult
 from ..routing.latency import Entry, Profile
 from ..version import __version__
-from .admission import fit
+from .admission import admit
 from .config import HostConfig
 from .messages import WorkerFacts
 from .profile import device_of, make_profile, warmup_steps
@@ -53,7 +53,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     do not wait for each other and so take more of what they share. How much faster a step is when fewer
     workers are busy is found with gangs of the least size.
     """
-    guided = fit(GenerationRequest(prompt="a lake"), config, facts).guided
+    guided = admit(GenerationRequest(prompt="a lake"), config, facts, limited=False).guided
     least, steps = config.sizes[0], max(1, warmup_steps(config)) + MEASURED_STEPS
     warming = CHOOSING_STEPS if config.parallel.exchange == "auto" else 1
     most = config.workers // least

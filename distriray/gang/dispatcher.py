@@ -24,7 +24,7 @@ from ..routing.buddy import WorkersUnavailable
 from ..routing.host_clock import busy_workers
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
-from .admission import Admitted, admit, fit, settle
+from .admission import Admitted, admit, settle
 from .background import Background
 from .config import HostConfig
 from .job import Job, JobState
@@ -163,7 +163,7 @@ class Dispatcher:
         Raises:
             InvalidRequest: no gang here can serve it.
         """
-        return self._queue(fit(request, self.config, self.facts))
+        return self._queue(admit(request, self.config, self.facts, limited=False))
 
     def _queue(self, admitted: Admitted) -> Job:
         request = admitted.request

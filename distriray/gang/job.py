@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from enum import StrEnum
 
 from PIL import Image
@@ -62,8 +63,8 @@ class Job:
     """
 
     def __init__(self, admitted: Admitted, number: int) -> None:
+        self._admitted = admitted
         self.request, self.number = admitted.request, number
-        self.max_gang, self.guided, self.fresh = admitted.max_gang, admitted.guided, admitted.fresh
         self.arrival = time.monotonic()
         self.state = JobState.WAITING
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
@@ -117,25 +118,13 @@ class Job:
 
     def view(self) -> RequestView:
         """What a policy sees of it."""
-        request = self.request
-        assert request.height is not None and request.width is not None
-        return RequestView(
-            id=request.id,
-            height=request.height,
-            width=request.width,
-            batch=request.num_images,
+        return replace(
+            self._admitted.view(self.arrival, self.deadline),
             steps_total=self.num_steps,
             steps_done=self.step,
-            arrival_s=self.arrival,
-            deadline_s=self.deadline,
-            priority=request.priority,
-            gang_size=None if request.gang_size == "auto" else request.gang_size,
-            max_gang=self.max_gang,
             workers=self.workers,
             prepared=self.prepared,
             pinned=self.decoding,
-            guided=self.guided,
-            fresh=self.fresh,
         )
 
     def status(self, now_s: float) -> RequestStatus:
