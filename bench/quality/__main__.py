@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.quality.design import BASE, Section, quick, sections
-from bench.quality.figures import SHOWN, draw_pictures, plot_warmup
+from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
@@ -65,11 +65,12 @@ def main() -> None:
     table.report(title, chosen, arguments.seed, settings).publish(arguments.json)
     if arguments.figures:
         arguments.figures.mkdir(parents=True, exist_ok=True)
-        eight = replace(BASE, patches=8)
-        shown = [BASE.alone, replace(eight, exchange="none"), replace(eight, warmup=0), eight]
-        sheet = draw_pictures(album, plan, job.painter(), job.prompts, shown)
-        sheet.save(arguments.figures / "patches.png", optimize=True)
-        plot_warmup(table, arguments.figures / "warmup.png", arguments.count)
+        asked = {section.title for section in chosen}
+        if "in pictures" in asked:
+            sheet = draw_pictures(album, plan, job.painter(), job.prompts)
+            sheet.save(arguments.figures / "patches.png", optimize=True)
+        if "warm-up" in asked:
+            plot_warmup(table, arguments.figures / "warmup.png", arguments.count)
 
 
 def parse() -> argparse.Namespace:
@@ -86,7 +87,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="the table of what is finished")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where parts are kept")
     parser.add_argument("--json", help="also write the table to this file")
-    parser.add_argument("--figures", type=Path, help="draw patches.png and warmup.png into this folder")
+    parser.add_argument(
+        "--figures", type=Path, help="draw patches.png (rows in pictures), warmup.png (warm-up) here"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next")
     parser.add_argument("--model", default="builtin:landscapes", help="built in, a folder, or a Hub id")
     parser.add_argument("--device", default="cpu")
@@ -130,7 +133,7 @@ def choose(arguments: argparse.Namespace) -> list[Section]:
     if arguments.quick:
         return quick(arguments.count)
     full = arguments.count
-    every = sections(full, min(full, max(SHOWN, full * 2 // 5)), max(1, full // 10))
+    every = sections(full, max(1, full * 2 // 5), max(1, full // 10))
     known = list(dict.fromkeys(section.title for section in every))
     unknown = [title for title in arguments.rows or () if title not in known]
     if unknown:

@@ -13,6 +13,7 @@ from distriray.requests import SchedulerName
 PATCHES = (2, 4, 8)
 SCHEDULERS: tuple[SchedulerName, ...] = ("ddim", "euler", "dpmpp-2m")
 STEPS = (10, 20, 50)
+SHOWN = 5  # pictures of a row of the figure
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ WEIGHTS: tuple[dict[str, float], ...] = (
     {"halos": 0.25},
     {"halos": 1.0},
 )
+EIGHT = replace(BASE, patches=8)
 METHODS: tuple[Setting, ...] = (
     BASE,
     replace(BASE, exchange=PAPER),
@@ -128,12 +130,25 @@ METHODS: tuple[Setting, ...] = (
 )
 
 
+def _attention(base: Setting, **others: Any) -> Setting:
+    """Only keys and values stale, extrapolated as by default."""
+    return replace(base, exchange="displaced_attention", keys_values=0.5, **others)
+
+
+PICTURED: dict[str, Setting] = {
+    "one device": BASE.alone,
+    "eight patches that do not talk": replace(EIGHT, exchange="none"),
+    "DistriFusion: after four steps, all that peers send is one step old": replace(EIGHT, exchange=PAPER),
+    "only keys and values are old, after two steps": _attention(EIGHT, warmup=2),
+}
+"""The rows of the figure, in words."""
+
+
 def sections(full: int, half: int, few: int) -> list[Section]:
     """All that is measured, the most important first: on `full`, `half` or `few` prompts.
 
     Every row of the table says on how many.
     """
-    eight = replace(BASE, patches=8)
     return [
         Section("one device", (BASE.alone,), full),
         Section("exchange", (replace(BASE, exchange="none"), BASE), full),
@@ -164,8 +179,9 @@ def sections(full: int, half: int, few: int) -> list[Section]:
             lambda base: tuple(replace(base, warmup="auto", steps=steps) for steps in (10, 50)),
             (4,),
         ),
-        Section("warm-up of few steps", tuple(replace(eight, steps=10, warmup=n) for n in (1, 2)), few),
+        Section("warm-up of few steps", tuple(replace(EIGHT, steps=10, warmup=n) for n in (1, 2)), few),
         *_columns("warm-up as by default", few, _default_warmups, PATCHES),
+        Section("in pictures", tuple(PICTURED.values()), min(full, SHOWN)),
     ]
 
 
@@ -198,11 +214,6 @@ def _warmups(base: Setting) -> tuple[Setting, ...]:
 def _default_warmups(base: Setting) -> tuple[Setting, ...]:
     weight = Prediction().weights(MIXES["displaced"], base.patches).statistics
     return tuple(replace(base, statistics=weight, warmup=steps) for steps in (1, 2, 4, 8))
-
-
-def _attention(base: Setting, **others: Any) -> Setting:
-    """Only keys and values stale, extrapolated as by default."""
-    return replace(base, exchange="displaced_attention", keys_values=0.5, **others)
 
 
 def _mixes(base: Setting) -> tuple[Setting, ...]:

@@ -8,32 +8,29 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bench.quality.design import BASE, Setting
+from bench.quality.design import BASE, PICTURED, SHOWN
 from bench.quality.painter import Painter
 from bench.quality.prompts import Prompt
 from bench.quality.table import Table
 from bench.quality.work import Album, Plan
 
-SHOWN = 5
 GAP, LINE, LEFT = 6, 18, 150
 
 
-def draw_pictures(
-    album: Album, plan: Plan, painter: Painter, prompts: tuple[Prompt, ...], settings: list[Setting]
-) -> Image.Image:
-    """A row of pictures for each setting, with each picture's PSNR against one device beneath it.
+def draw_pictures(album: Album, plan: Plan, painter: Painter, prompts: tuple[Prompt, ...]) -> Image.Image:
+    """The rows of `PICTURED`, with each picture's PSNR against one device beneath it.
 
     Raises:
         ValueError: the album lacks a setting.
     """
     font = ImageFont.load_default(size=13)
     rows = []
-    for setting in settings:
+    for words, setting in PICTURED.items():
         values = album.read(plan.units(setting), "latents", "psnr")
         if not values:
             raise ValueError(f"no pictures of {setting.name} for the figure; run it first")
-        rows.append((setting, painter.decode(values["latents"][:SHOWN]), values["psnr"]))
-    count, side = rows[0][1].shape[:2]
+        rows.append((words, setting, painter.decode(values["latents"][:SHOWN]), values["psnr"]))
+    count, side = rows[0][2].shape[:2]
     captions = [textwrap.wrap(prompt.text, side // 7) for prompt in prompts[:count]]
     head = LINE * max(map(len, captions)) + GAP
     width = LEFT + count * (side + GAP)
@@ -41,11 +38,9 @@ def draw_pictures(
     pen = ImageDraw.Draw(sheet)
     for index, lines in enumerate(captions):
         pen.multiline_text((LEFT + index * (side + GAP), 2), "\n".join(lines), "black", font)
-    for row, (setting, pictures, psnr) in enumerate(rows):
+    for row, (words, setting, pictures, psnr) in enumerate(rows):
         top = head + row * (side + LINE + GAP)
-        gang = [] if setting.patches == 1 else [f"{setting.patches} patches"]
-        label = [line for part in (*gang, *setting.method.split(", ")) for line in textwrap.wrap(part, 20)]
-        pen.multiline_text((GAP, top), "\n".join(label), "black", font)
+        pen.multiline_text((GAP, top), textwrap.fill(words, LEFT // 8), "black", font)
         for index, picture in enumerate(pictures):
             left = LEFT + index * (side + GAP)
             sheet.paste(Image.fromarray(picture), (left, top))
