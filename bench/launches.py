@@ -1,16 +1,17 @@
-"""What a step of SDXL asks of a GPU, counted without one: `python -m bench.launches`.
+"""What a step asks of a GPU, counted without one: `python -m bench.launches [--model flux]`.
 
-A guided step of SDXL's U-Net in float16 runs on torch's meta device, which knows shapes and computes nothing.
-Counted are the operations that launch something on a GPU, and the bytes that they read and write: for
-diffusers alone, and for one rank of a gang in each mode of the exchange, kernel by kernel. Attention counts
-as one launch, and group norm as its kernels (`distriray.parallel.kernels.fused`).
+A step of a published network, in the dtype that it is used in, runs on torch's meta device, which knows
+shapes and computes nothing. Counted are the operations that launch something on a GPU, and the bytes that
+they read and write: for diffusers alone, and for one rank of a gang in each mode of the exchange, kernel by
+kernel; and what that rank sends. Attention counts as one launch, and group norm as its kernels
+(`distriray.parallel.kernels.fused`).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,25 +21,27 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers.utils import logging
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.projection.peers import AbsentPeers
-from bench.projection.share import SDXL, step_inputs
+from bench.published import PUBLISHED, Published
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.config import MIXES
+from distriray.config import AttentionMode, ExchangeMode
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
+from distriray.parallel.schedules import Moment, Schedules
 
 COLUMNS = (
     "size",
     "share of",
     "guidance",
     "exchange",
+    "attention",
     "launches",
     "of diffusers",
     "GB moved",
@@ -48,6 +51,7 @@ COLUMNS = (
     "MB sent",
     "MB of buffers",
 )
+NAMES: tuple[ExchangeMode, ...] = ("displaced", "displaced_attention", "compressed", "sync")
 OVERWRITES = {"copy_", "fill_", "zero_"}
 """Operations that do not read what they write to."""
 
@@ -129,6 +133,7 @@ def counting() -> Iterator[Count]:
             (F, "scaled_dot_product_attention", attend),
             (gather, "HeaderOnItsWay", Unread),
             (engines, "check_same_image", lambda *_: None),
+            (Schedules, "read", lambda schedules, timestep: Moment(0.0)),
             (group_norm, "group_norm_kernels", lambda device_type: fused),
             (fused, "_part_moments", Kernel(count, lambda args: args[:2])),
             (fused, "_merge_parts", Kernel(count, lambda args: args[:2])),
@@ -143,35 +148,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=PUBLISHED, default="sdxl")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 3840], help="pixels of a side")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
+    logging.set_verbosity_error()  # diffusers warns of a cast that it has no objection to
+    model = PUBLISHED[arguments.model]
+    dtype = str(model.dtype).removeprefix("torch.")
     report = Report(
-        "bench.launches: a guided step of SDXL in float16, counted on the meta device",
+        f"bench.launches: {model.name} in {dtype}, counted on the meta device",
         COLUMNS,
         seed=0,
         settings=vars(arguments),
     )
     for size in arguments.sizes:
-        alone = alone_of(size)
-        report.add(*cells(size, "diffusers", "together", "-", alone, alone, None), "-", "-", "-", "-")
-        for ranks, split in product(arguments.ranks, (True, False)):
+        alone = alone_of(model, size)
+        report.add(*cells(size, "diffusers", "together", "-", "-", alone, alone, None), "-", "-", "-", "-")
+        for ranks, split in product(arguments.ranks, (True, False) if model.splits else (False,)):
             least: Count | None = None
-            for exchange in ("none", *MIXES):
-                count, peers, buffers = share(size, ranks, split, exchange)
+            for exchange, attention in ways(model):
+                count, peers, buffers = share(model, size, ranks, split, exchange, attention)
                 least = least or count
                 sent = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
+                guidance = "split" if split else "together"
                 report.add(
-                    *cells(
-                        size,
-                        f"a gang of {ranks}",
-                        "split" if split else "together",
-                        exchange,
-                        count,
-                        alone,
-                        least,
-                    ),
+                    *cells(size, f"a gang of {ranks}", guidance, exchange, attention, count, alone, least),
                     str(len(sent)),
                     str(sum(map(len, sent))),
                     f"{sum(sum(bytes_.values()) for bytes_ in sent) / 1e6:.0f}",
@@ -180,8 +182,23 @@ def main() -> None:
     report.publish(arguments.json)
 
 
+def ways(model: Published) -> Sequence[tuple[ExchangeMode, AttentionMode]]:
+    """What is compared: every mix, and both ways to attend where heads may be dealt."""
+    if model.splits:
+        return [(exchange, "gather") for exchange in ("none", *NAMES)]
+    of_tokens = [name for name in NAMES if name != "displaced_attention"]  # that is `displaced` there
+    return *((exchange, "gather") for exchange in ("none", *of_tokens)), ("sync", "ulysses")
+
+
 def cells(
-    size: int, of: str, guidance: str, exchange: str, count: Count, alone: Count, least: Count | None
+    size: int,
+    of: str,
+    guidance: str,
+    exchange: str,
+    attention: str,
+    count: Count,
+    alone: Count,
+    least: Count | None,
 ) -> tuple[str, ...]:
     """The part of a row that is about what the device does."""
     return (
@@ -189,6 +206,7 @@ def cells(
         of,
         guidance,
         exchange,
+        attention,
         str(count.launches),
         f"{count.launches / alone.launches:.2f}x",
         f"{count.nbytes / 1e9:.1f}",
@@ -196,40 +214,57 @@ def cells(
     )
 
 
-def sdxl() -> UNet2DConditionModel:
-    """SDXL's U-Net without values."""
+def on_meta(model: Published, size: int) -> tuple[Any, dict[str, Any]]:
+    """The network without values, and what a step calls it with but for the timestep."""
+
+    def place(leaf: Any) -> Any:
+        return leaf.to("meta", model.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
     with torch.device("meta"):
-        return UNet2DConditionModel(**SDXL).to(torch.float16).eval().requires_grad_(False)
+        network: Any = model.make()
+    network = network.to(model.dtype).eval().requires_grad_(False)
+    return network, dict(pytree.tree_map(place, model.inputs(network, size)))
 
 
-def alone_of(size: int) -> Count:
+def alone_of(model: Published, size: int) -> Count:
     """A step by diffusers."""
-    unet = sdxl()
-    inputs, timestep = step_inputs(unet, size), torch.zeros((), device="meta")
+    network, inputs = on_meta(model, size)
     with torch.no_grad(), counting() as count:
-        unet(timestep=timestep, **inputs)
+        network(timestep=_timestep(model, 900.0), **inputs)
     return count
 
 
-def share(size: int, ranks: int, split: bool, exchange: Any) -> tuple[Count, AbsentPeers, int]:
+def share(
+    model: Published,
+    size: int,
+    ranks: int,
+    split: bool,
+    exchange: ExchangeMode,
+    attention: AttentionMode = "gather",
+) -> tuple[Count, AbsentPeers, int]:
     """One rank's part of the third step: its count, its peers, and the bytes of its buffers."""
-    unet, device = sdxl(), torch.device("meta")
+    (network, inputs), device = on_meta(model, size), torch.device("meta")
     peers = AbsentPeers(ranks // 2 if ranks > 2 else 0, ranks, device)
     peers.fills = False
     parallelizing = import_module("distriray.parallel.parallelize")  # which the function of that name hides
     with patch.object(parallelizing, "_share_random_state", lambda communicator: None):
-        config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=split)
-        parallelize(unet, peers, config)
-    engine = engine_of(unet)
+        config = ParallelConfig(
+            exchange=exchange, attention=attention, warmup_steps=1, cfg_parallel=split, cuda_graphs=False
+        )
+        parallelize(network, peers, config)
+    engine = engine_of(network)
     assert engine is not None
-    inputs = step_inputs(unet, size)
     with engine.image():
         for step in range(3):
             engine.announce_more()
             peers.begin_step()
             with counting() as count:
-                unet(timestep=900.0 - step, **inputs)
+                network(timestep=_timestep(model, 900.0 - step), **inputs)
     return count, peers, engine.buffer_bytes
+
+
+def _timestep(model: Published, timestep: float) -> torch.Tensor:
+    return torch.as_tensor(model.timestep(timestep), device="meta")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Kind = Literal["statistics", "halos", "keys_values"]
 StatisticsMode = Literal["stale", "corrected", "fresh", "local"]
 Freshness = Literal["stale", "fresh"]
 Width = Literal["whole", "int8", "int4", "int2"]
+AttentionMode = Literal["auto", "gather", "ulysses"]
 
 Weight = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -52,6 +53,11 @@ class Mix(BaseModel):
     def is_stale(self, kind: Kind) -> bool:
         """Whether displaced steps read values of this kind that were sent one step ago."""
         return getattr(self, kind) in ("stale", "corrected")
+
+    @property
+    def fresh_keys_values(self) -> bool:
+        """Whether keys and values are fresh, and travel whole."""
+        return self.keys_values == "fresh" and self.keys_values_width == "whole"
 
     @property
     def exact(self) -> bool:
@@ -117,6 +123,11 @@ class ParallelConfig(BaseModel):
             2024); `displaced_attention` does so for self-attention's keys and values alone; `compressed`
             waits for those too, as changes of 4 bits; `sync` exchanges fresh ones at every layer and gives
             one device's numbers; `none` exchanges nothing but the output, the naive baseline. Or a `Mix`.
+        attention: how a transformer's ranks attend to one another's tokens where keys and values are fresh
+            and whole: `gather` sends those of all heads to everybody; `ulysses` deals the heads to the ranks,
+            which sends 2/n of that among n ranks, in two messages a layer, and needs a number of heads that n
+            divides (Jacobs et al. 2023, arXiv 2309.14509). `auto` deals them wherever that sends less. Both
+            are exact. U-Nets, whose heads seldom divide, gather.
         max_wait: largest share of a step that sending fresh values and waiting for them may take, for `auto`.
         warmup_steps: synchronous steps at the start of every image (the first one always is), or `auto`:
             until the drift of what is sent falls below `auto_warmup_drift`. None is as many as the mix needs:
@@ -135,6 +146,7 @@ class ParallelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     exchange: ExchangeMode | Mix = "auto"
+    attention: AttentionMode = "auto"
     max_wait: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     auto_warmup_drift: Annotated[float, Field(gt=0.0)] = 0.12

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.barrier import finish
 from bench.projection.peers import AbsentPeers
-from bench.projection.share import SDXL, random_unet, step_inputs
+from bench.projection.share import random_unet, step_inputs
+from bench.published import SDXL
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.parallel import engine_of

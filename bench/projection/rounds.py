@@ -13,7 +13,8 @@ from diffusers import UNet2DConditionModel
 
 from bench.barrier import barrier
 from bench.projection.links import Link
-from bench.projection.share import SDXL, Share, measure_gang, measure_share, random_unet
+from bench.projection.share import Share, measure_gang, measure_share, random_unet
+from bench.published import SDXL
 from distriray import ParallelConfig
 from distriray.collective import Communicator, all_gather
 from distriray.config import ExchangeMode

@@ -451,7 +451,8 @@ class Engine:
         partition = self.network.partition(call, layout.patches)
         part = layout.batch_slice(rank, call.batch)
         exchanges = layout.patches > 1 and self.config.exchange != "none"
-        return Share(layout, communicator, partition, call.batch, part, exchanges)
+        deals_heads = exchanges and self.network.deals_heads(self.config.attention, layout.patches)
+        return Share(layout, communicator, partition, call.batch, part, exchanges, deals_heads)
 
     def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
         """The step of the exchange for this call; None without patches or without an exchange."""

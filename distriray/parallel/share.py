@@ -25,6 +25,7 @@ class Share:
         batch: images of the whole call, both guidance branches counted.
         part: those that this rank computes.
         exchanges: whether layers exchange anything.
+        deals_heads: whether attention deals its heads to the ranks where keys and values are fresh and whole.
     """
 
     layout: GangLayout
@@ -33,6 +34,7 @@ class Share:
     batch: int
     part: slice
     exchanges: bool
+    deals_heads: bool
 
     def cut(self, tree: Any) -> Any:
         """This rank's part of the batch, of every tensor that has one; the rest as it is."""

@@ -7,7 +7,7 @@ slot k.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -46,6 +46,7 @@ class Step(ABC):
         displaced: whether layers read what the peers sent one step ago, of the kinds that are stale then.
         waiting: the time that messages cost this rank.
         waits: how often it waited for its peers.
+        mix: the kinds of stale values.
         recorder: of the graphs that the layers are being captured into, if they are.
 
     Args:
@@ -54,11 +55,12 @@ class Step(ABC):
 
     displaced: ClassVar[bool]
 
-    def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier]) -> None:
+    def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix) -> None:
         self.recorder: Recorder | None = None
         self.rank = patch.rank
         self.waiting = Waiting(*(Stopwatch(patch.communicator.device) for _ in Waiting._fields))
         self.waits = 0
+        self.mix = mix
         self._patch = patch
         self._carriers = carriers
 
@@ -172,6 +174,49 @@ class Step(ABC):
             UnsupportedModel: the number of this rank's tokens is another one.
         """
 
+    def deal_heads(
+        self, projections: Sequence[torch.Tensor], tokens: tuple[int, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """This rank's share of the heads, of all ranks' tokens, from all heads of its own tokens.
+
+        Nothing of it lasts: only where keys and values are fresh and whole.
+
+        Args:
+            projections: (batch, this rank's tokens, heads, channels of a head) each, the heads a multiple of
+                the ranks.
+            tokens: of every rank.
+
+        Returns:
+            (batch, tokens of all ranks, heads of this rank, channels of a head) each, in the order of the
+            ranks, in a buffer that the next layer of this shape overwrites.
+        """
+        assert self.mix.fresh_keys_values
+        ranks, first = len(tokens), projections[0]
+        heads = [projection.shape[2] // ranks for projection in projections]
+        rest = len(first), sum(heads), first.shape[3]
+        outbox = self._patch.scratch((ranks, tokens[self.rank], *rest), first)
+        for part, projection in zip(outbox.split(heads, 3), projections, strict=True):
+            part.copy_(projection.unflatten(2, (ranks, -1)).permute(2, 1, 0, 3, 4))
+        inbox = self._patch.scratch((sum(tokens), *rest), first)
+        self._swap_parts(outbox.unbind(), inbox.split(tokens))
+        return tuple(part.transpose(0, 1) for part in inbox.split(heads, 2))
+
+    def deal_tokens(self, attended: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
+        """All heads of this rank's tokens, from its share of the heads of all tokens: undoes `deal_heads`.
+
+        Args:
+            attended: (batch, tokens of all ranks, heads of this rank, channels of a head).
+            tokens: of every rank.
+
+        Returns:
+            (batch, this rank's tokens, heads, channels of a head).
+        """
+        by_token = attended.transpose(0, 1)
+        outbox = self._patch.scratch(tuple(by_token.shape), attended).copy_(by_token)
+        inbox = self._patch.scratch((len(tokens), tokens[self.rank], *by_token.shape[1:]), attended)
+        self._swap_parts(outbox.split(tokens), inbox.unbind())
+        return inbox.permute(2, 1, 0, 3, 4).flatten(2, 3)
+
     @property
     @abstractmethod
     def kind(self) -> Hashable:
@@ -214,6 +259,13 @@ class Step(ABC):
                 parts[peer].copy_(values)
         return parts
 
+    def _swap_parts(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
+        """Send each rank its part, and receive from each; this rank's own stays here."""
+        receives[self.rank].copy_(sends[self.rank])
+        peers = self._patch.communicator.peers
+        of_peers = ({peer: parts[peer] for peer in peers} for parts in (sends, receives))
+        self._swap("keys_values", *of_peers)
+
     def _swap(self, what: Literal["rows", "keys_values"], sends: Values, receives: Values) -> None:
         """Send and receive now, and wait."""
         self._talk(lambda step: step._swap_now(what, sends, receives))
@@ -235,7 +287,7 @@ class SynchronousStep(Step):
     """Every value is swapped at once, and `memory` keeps those that the next step reads as stale ones.
 
     Args:
-        mix: which those are.
+        memory: keeps them.
     """
 
     displaced = False
@@ -243,8 +295,7 @@ class SynchronousStep(Step):
     fuses = True
 
     def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, memory: Memory) -> None:
-        super().__init__(patch, carriers)
-        self._mix = mix
+        super().__init__(patch, carriers, mix)
         self._memory = memory
 
     @property
@@ -268,7 +319,7 @@ class SynchronousStep(Step):
         return padded, everyone
 
     def keep_halos(self, padded: torch.Tensor, window: Window) -> None:
-        if self._mix.is_stale("halos"):
+        if self.mix.is_stale("halos"):
             buffer = self._patch.like(padded, window)
             self._expect(buffer.slot)
             self._keep("halos", buffer.halos(padded))
@@ -285,7 +336,7 @@ class SynchronousStep(Step):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(key, tokens)
         self._expect(slot)
-        lasts = self._mix.is_stale("keys_values") and not self._memory.borrows
+        lasts = self.mix.is_stale("keys_values") and not self._memory.borrows
         everyone = key.new_empty(slot.whole) if lasts else self._patch.scratch(slot.whole, key)
         parts = self._swap_keys_values(key, value, slot, everyone)
         self._keep("keys_values", dict(enumerate(parts)))
@@ -303,11 +354,11 @@ class SynchronousStep(Step):
         return self._memory.end()
 
     def _expect(self, slot: Slot) -> None:
-        if self._mix.is_stale(slot.kind):
+        if self.mix.is_stale(slot.kind):
             self._memory = self._memory.expect(slot)
 
     def _keep(self, kind: Kind, everyone: Values) -> None:
-        if self._mix.is_stale(kind):
+        if self.mix.is_stale(kind):
             self._memory.keep(dict(everyone))
 
 
@@ -318,7 +369,6 @@ class DisplacedStep(Step):
     first slot, it waits for them. So what is stale is always exactly one step old.
 
     Args:
-        mix: the kinds of stale values.
         buckets: filled by the step before.
         predicts: whether two steps came before, from which stale values can be extrapolated.
     """
@@ -328,8 +378,7 @@ class DisplacedStep(Step):
     def __init__(
         self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, buckets: Buckets, predicts: bool
     ) -> None:
-        super().__init__(patch, carriers)
-        self._mix = mix
+        super().__init__(patch, carriers, mix)
         self._buckets = buckets
         self._predicts = predicts
         self._index = 0
@@ -337,26 +386,26 @@ class DisplacedStep(Step):
 
     @property
     def statistics(self) -> StatisticsMode:
-        return self._mix.statistics
+        return self.mix.statistics
 
     @property
     def fuses(self) -> bool:
-        return self._mix.statistics == self._mix.halos == "fresh"
+        return self.mix.statistics == self.mix.halos == "fresh"
 
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
-        if not self._mix.is_stale("statistics"):
+        if not self.mix.is_stale("statistics"):
             return super().read_statistics(input, groups)
         bucket = self._enter(self._patch.statistics_slot(input, groups))
         return bucket.statistics.read(self._index)
 
     def send_statistics(self, everyone: torch.Tensor) -> None:
-        if not self._mix.is_stale("statistics"):
+        if not self.mix.is_stale("statistics"):
             return super().send_statistics(everyone)
         self._leave(self._buckets[self._index])  # they leave with the bucket, from where the layer put them
         return None
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
-        if not self._mix.is_stale("halos"):
+        if not self.mix.is_stale("halos"):
             return super().padded(input, window)
         padded = self._patch.padded(input, window)
         bucket = self._enter(padded.slot)
@@ -369,7 +418,7 @@ class DisplacedStep(Step):
         self, key: torch.Tensor, value: torch.Tensor, tokens: tuple[int, ...] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(key, tokens)
-        if not self._mix.is_stale("keys_values"):
+        if not self.mix.is_stale("keys_values"):
             everyone = self._patch.scratch(slot.whole, key)
             self._swap_keys_values(key, value, slot, everyone)
         else:

@@ -24,17 +24,19 @@ class Tokens:
         partition: who owns which.
         key_mask: which keys of all ranks, in the order in which `Step.keys_values` gives them, are attended
             to; bool (batch, 1, 1, tokens of all ranks), None where all are.
+        deals_heads: whether heads are dealt to the ranks where keys and values are fresh and whole.
         entered: how often each processor was called.
     """
 
     def __init__(self) -> None:
         self.partition: TokenPartition
         self.key_mask: torch.Tensor | None = None
+        self.deals_heads = False
         self.entered: Counter[object] = Counter()
 
-    def begin(self, partition: TokenPartition, key_mask: torch.Tensor | None) -> None:
+    def begin(self, partition: TokenPartition, key_mask: torch.Tensor | None, deals_heads: bool) -> None:
         """Begin a call."""
-        self.partition, self.key_mask = partition, key_mask
+        self.partition, self.key_mask, self.deals_heads = partition, key_mask, deals_heads
         self.entered.clear()
 
     def of(self, sequence: Sequence) -> tuple[int, ...]:
@@ -75,7 +77,7 @@ class PatchTokenAttention:
             raise UnsupportedModel("attention with an attention_mask, which is not cut into patches")
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention to the keys of all ranks; only within a step.
+        """Attention of this rank's tokens to those of all ranks; only within a step.
 
         Args:
             query, key, value: (batch, this rank's tokens, heads, channels of a head).
@@ -83,18 +85,22 @@ class PatchTokenAttention:
         Returns:
             (batch, this rank's tokens, channels).
         """
-        step = self.context.step
+        step, tokens = self.context.step, self.tokens.of(self.sequence)
         assert step is not None
-        keys, values = step.keys_values(key.flatten(2), value.flatten(2), self.tokens.of(self.sequence))
-        heads = key.shape[2:]
-        attended: torch.Tensor = dispatch_attention_fn(
-            query,
-            keys.unflatten(2, heads),
-            values.unflatten(2, heads),
-            attn_mask=self.tokens.key_mask,
-            backend=self._attention_backend,
-        )
+        if self.tokens.deals_heads and step.mix.fresh_keys_values:
+            attended = step.deal_tokens(self._attend(*step.deal_heads((query, key, value), tokens)), tokens)
+        else:
+            heads = key.shape[2:]
+            keys, values = step.keys_values(key.flatten(2), value.flatten(2), tokens)
+            attended = self._attend(query, keys.unflatten(2, heads), values.unflatten(2, heads))
         return attended.flatten(2).to(query.dtype)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, heads, channels of a head) each; keys and values are of all tokens."""
+        attended: torch.Tensor = dispatch_attention_fn(
+            query, key, value, attn_mask=self.tokens.key_mask, backend=self._attention_backend
+        )
+        return attended
 
 
 class PatchJointAttention(PatchTokenAttention):

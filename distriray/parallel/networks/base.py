@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from distriray.config import AttentionMode
 from distriray.parallel.agreement import Compared
 from distriray.parallel.context import PatchContext
 from distriray.parallel.networks.local import LocalCode
@@ -135,6 +136,14 @@ class Network(ABC):
         Raises:
             InvalidRequest: fewer units of rows than ranks.
         """
+
+    def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
+        """Whether heads of attention are dealt to that many ranks, where it may be.
+
+        Raises:
+            InvalidRequest: they do not divide, and are to be dealt.
+        """
+        return False
 
     @abstractmethod
     def compared(self, call: Call) -> Compared:

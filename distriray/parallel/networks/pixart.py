@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention as AttentionLayer
@@ -18,7 +19,7 @@ from distriray.parallel.layers.attention import (
     PatchSelfAttention,
     check_plain_attention,
 )
-from distriray.parallel.layers.tokens import Sequence, Tokens
+from distriray.parallel.layers.tokens import Sequence, Tokens, output_of, projections_of
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
@@ -34,6 +35,15 @@ class PatchImageAttention(PatchSelfAttention):
     def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens.entered[self] += 1
         return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    def attend(self, attn: Any, hidden_states: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+        step, tokens = self.step, self.tokens.of(self.sequence)
+        if step is None or not (self.tokens.deals_heads and step.mix.fresh_keys_values):
+            return super().attend(attn, hidden_states, *inputs)
+        projected = projections_of(attn, hidden_states, ("to_q", "to_k", "to_v"), ())
+        query, key, value = (x.transpose(1, 2) for x in step.deal_heads(projected, tokens))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return output_of(attn, step.deal_tokens(attended, tokens).flatten(2))
 
 
 class PixArt(TokenNetwork):

@@ -25,7 +25,8 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from distriray.errors import UnsupportedModel
+from distriray.config import AttentionMode
+from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.tokens import Tokens
@@ -207,6 +208,17 @@ class TokenNetwork(Network):
         text = call.text.shape[1] if self._cuts_text else 0
         return TokenPartition.of(self.image_tokens(call.sample), text, patches)
 
+    def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
+        dealt = [module.heads for _, module, planned in self._attentions() if planned.sequence is not None]
+        divides = not any(heads % patches for heads in dealt)
+        if attention == "ulysses" and not divides:
+            raise InvalidRequest(
+                f"attention='ulysses' cannot deal {max(dealt)} heads evenly to {patches} ranks; use 'auto'",
+                "gang_size",
+            )
+        # Two ranks send as much either way, and one message is better than two.
+        return attention == "ulysses" or (attention == "auto" and divides and patches > 2)
+
     def compared(self, call: Call) -> Compared:
         given, inputs = call.arguments, self.plan.inputs
         timestep, packed = call.timestep, call.sample.ndim == 3
@@ -243,7 +255,7 @@ class TokenNetwork(Network):
             name: value if name in unbatched else share.cut(value) for name, value in call.arguments.items()
         }
         mask = None if self.plan.mask is None else arguments[self.plan.mask]
-        self._tokens.begin(partition, None if mask is None else key_mask(mask, partition))
+        self._tokens.begin(partition, None if mask is None else key_mask(mask, partition), share.deals_heads)
         cutter = Cutter(partition, rank)
         with ExitStack() as hooks:
             for module, cuts in self._cuts:

@@ -129,7 +129,7 @@ class ZImage(TokenNetwork):
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
         partition = share.partition
         assert isinstance(partition, TokenPartition)
-        self._tokens.begin(partition, None)
+        self._tokens.begin(partition, None, share.deals_heads)
         cutter = _Cutter(partition, share.communicator.rank, self._tokens)
         given = dict(call.arguments)
         arguments = {

@@ -57,10 +57,10 @@ def alone(name: str, shape: Shape = WIDE) -> list[torch.Tensor]:
     return draw(TRANSFORMERS[name].make(), TRANSFORMERS[name], shape)
 
 
-def gang(ranks: int, name: str, shape: Shape = WIDE, **config: Any) -> Any:
+def gang(ranks: int, name: str, shape: Shape = WIDE, heads: int = 2, **config: Any) -> Any:
     """Latents and figures of rank 0, after checking that all ranks have the same."""
     config = {"cfg_parallel": False, **config}
-    everyone = run_in_lockstep(ranks, lambda communicator: drawn(communicator, name, shape, **config))
+    everyone = run_in_lockstep(ranks, lambda communicator: drawn(communicator, name, shape, heads, **config))
     for latents, _ in everyone[1:]:
         assert all(map(torch.equal, latents, everyone[0][0]))
     return everyone[0]
@@ -78,6 +78,65 @@ def test_sync_mode_equals_one_device(name: str, shape: Shape, ranks: int) -> Non
     latents, statistics = gang(ranks, name, shape, exchange="sync")
     assert off(latents, name, shape) < 1e-5
     assert statistics.synchronous
+
+
+@cache
+def alone_with_twelve_heads(name: str, shape: Shape) -> list[torch.Tensor]:
+    transformer = TRANSFORMERS[name]
+    return draw(transformer.make(**transformer.twelve_heads), transformer, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "ranks"),
+    [*pairwise(list(TRANSFORMERS), [WIDE, SQUARE], RANKS), *pairwise(MASKED, [PADDED], RANKS)],
+)
+def test_heads_dealt_to_the_ranks_equal_one_device_and_send_their_share(
+    name: str, shape: Shape, ranks: int
+) -> None:
+    expected = alone_with_twelve_heads(name, shape)
+    sent = {}
+    for attention in ("ulysses", "gather"):
+        latents, statistics = gang(ranks, name, shape, heads=12, exchange="sync", attention=attention)
+        assert max(map(error, latents, expected)) < 1e-5
+        sent[attention] = statistics
+    network: Any = network_of(TRANSFORMERS[name].make())
+    dealt = sum(plan.sequence is not None for _, _, plan in network._attentions())
+    assert (sent["ulysses"].waits, sent["gather"].waits) == (2 * dealt + 1, dealt + 1)
+    # Ranks of uneven shares swap a little more or less of what they own.
+    assert sent["ulysses"].bytes_sent == pytest.approx(2 / ranks * sent["gather"].bytes_sent, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart", "z-image"])
+def test_the_halves_of_a_gang_deal_their_heads(name: str) -> None:
+    shape = Shape(masked=name != "sd3")
+    config = {"exchange": "sync", "attention": "ulysses", "cfg_parallel": True}
+    latents, _ = gang(4, name, shape, heads=12, **config)
+    assert max(map(error, latents, alone_with_twelve_heads(name, shape))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "dealt"), [(2, 12, False), (3, 12, True), (4, 12, True), (3, 2, False)]
+)
+def test_auto_deals_heads_where_that_sends_less(ranks: int, heads: int, dealt: bool) -> None:
+    sent = {
+        attention: gang(ranks, "flux", heads=heads, exchange="sync", attention=attention)[1].waits
+        for attention in ("auto", "gather")
+    }
+    assert (sent["auto"] > sent["gather"]) == dealt
+
+
+def test_heads_that_do_not_divide_are_refused_by_all_ranks() -> None:
+    with pytest.raises(InvalidRequest, match="2 heads evenly to 3 ranks"):
+        gang(3, "flux", exchange="sync", attention="ulysses")
+
+
+@pytest.mark.parametrize("exchange", ["displaced", "compressed"])
+def test_what_lasts_of_keys_and_values_is_gathered(exchange: Any) -> None:
+    dealt, gathered = (
+        gang(4, "flux", heads=12, exchange=exchange, attention=attention, warmup_steps=1)[0]
+        for attention in ("ulysses", "gather")
+    )
+    assert all(map(torch.equal, dealt, gathered))
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,7 @@ class Transformer:
 
     Attributes:
         make: one with random weights.
+        twelve_heads: what it is made with to have as many.
         inputs: what it is called with besides timestep, by name, of a shape; latents are `hidden_states`.
         scale: of the timesteps that fall from 1 to 0.
         predict: calls the network, with a timestep for each image.
@@ -53,6 +54,7 @@ class Transformer:
 
     make: Callable[..., Any]
     inputs: Callable[[Shape], dict[str, Any]]
+    twelve_heads: Mapping[str, int]
     scale: float = 1.0
     predict: Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor] = _by_name
 
@@ -141,13 +143,26 @@ def _by_lists(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> t
     return -torch.stack(predicted)[:, :, 0]
 
 
+HEADS = {"num_attention_heads": 12}
 TRANSFORMERS = {
-    "flux": Transformer(tiny_flux_transformer, flux),
-    "flux2": Transformer(tiny_flux2_transformer, flux2),
-    "sd3": Transformer(tiny_sd3_transformer, sd3, scale=1000.0),
-    "pixart": Transformer(tiny_pixart_transformer, pixart, scale=1000.0),
-    "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image),
-    "z-image": Transformer(tiny_z_image_transformer, z_image, predict=_by_lists),
+    "flux": Transformer(tiny_flux_transformer, flux, HEADS),
+    "flux2": Transformer(tiny_flux2_transformer, flux2, HEADS),
+    "sd3": Transformer(
+        tiny_sd3_transformer,
+        sd3,
+        {**HEADS, "caption_projection_dim": 192},
+        scale=1000.0,
+    ),
+    "pixart": Transformer(
+        tiny_pixart_transformer,
+        pixart,
+        {**HEADS, "cross_attention_dim": 144},
+        scale=1000.0,
+    ),
+    "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image, HEADS),
+    "z-image": Transformer(
+        tiny_z_image_transformer, z_image, {"n_heads": 12, "n_kv_heads": 12, "dim": 192}, predict=_by_lists
+    ),
 }
 
 
@@ -173,11 +188,12 @@ def draw(network: Any, transformer: Transformer, shape: Shape, steps: int = STEP
 
 
 def drawn(
-    communicator: Any, name: str, shape: Shape, steps: int = STEPS, **config: Any
+    communicator: Any, name: str, shape: Shape, heads: int = 2, steps: int = STEPS, **config: Any
 ) -> tuple[list[torch.Tensor], StepStatistics]:
     """As `draw`, by one rank of a gang, and the figures of the last step."""
     transformer = TRANSFORMERS[name]
-    network = parallelize(transformer.make(), communicator, ParallelConfig(**config))
+    made = transformer.make(**(transformer.twelve_heads if heads == 12 else {}))
+    network = parallelize(made, communicator, ParallelConfig(**config))
     engine = engine_of(network)
     assert engine is not None
     return draw(network, transformer, shape, steps), engine.statistics
