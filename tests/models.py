@@ -45,6 +45,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -475,13 +477,36 @@ def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:
 
 
 def tiny_z_image(seed: int = 0) -> ZImagePipeline:
-    """A Z-Image pipeline without a text encoder."""
-    return _without_text_encoder(
-        ZImagePipeline,
-        tiny_vae(seed, shift_factor=0.0),
-        tiny_z_image_transformer(seed),
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    """A whole Z-Image pipeline."""
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>"
+        "{% endfor %}<|im_start|>assistant"
     )
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(seed + 1, shift_factor=0.0),
+        text_encoder=tiny_qwen3(seed + 2, tokenizer),
+        tokenizer=tokenizer,
+        transformer=tiny_z_image_transformer(seed),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_qwen3(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+    """The language model that Z-Image reads prompts with."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return ready(Qwen3Model(config), seed)
 
 
 def _without_text_encoder(kind: Any, vae: Any, transformer: Any, scheduler: Any) -> Any:

@@ -17,6 +17,7 @@ from tests.models import (
     tiny_sd15,
     tiny_sd21,
     tiny_sdxl,
+    tiny_z_image,
 )
 
 MODELS = {
@@ -27,6 +28,7 @@ MODELS = {
     "sd21": tiny_sd21,
     "sd3": tiny_sd3,
     "sdxl": tiny_sdxl,
+    "z-image": tiny_z_image,
 }
 
 

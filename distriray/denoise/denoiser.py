@@ -37,7 +37,7 @@ class Denoiser:
         sizes: of its pictures.
         terms: what the model says of a request's other fields.
         needs_image: whether the network takes a picture and its mask besides the latents.
-        guides: whether guidance above 1 takes a second branch.
+        guides: whether guidance takes a second branch.
         own_steps: how often the model's own scheduler calls the network.
 
     Raises:
@@ -130,9 +130,11 @@ class Denoiser:
         """What of a request's texts no picture shows, without the texts."""
         texts = {"prompt": params.prompt}
         assert params.guidance_scale is not None
-        if params.negative_prompt and self.guides and params.guidance_scale > 1.0:
-            texts["negative_prompt"] = params.negative_prompt
         warnings = []
+        if params.negative_prompt and self.guides and params.guidance_scale > self.terms.unguided:
+            texts["negative_prompt"] = params.negative_prompt
+        elif params.negative_prompt:
+            warnings.append(f"negative_prompt is not used with a guidance_scale of {params.guidance_scale:g}")
         for name, text in texts.items():
             # of several encoders the one that takes most: what it does not take, none does
             given, taken = max(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)

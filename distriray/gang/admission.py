@@ -84,7 +84,8 @@ def admit(
             "height",
         )
     assert request.guidance_scale is not None
-    num_steps, guided = request.num_steps(facts.own_steps), facts.guides and request.guidance_scale > 1.0
+    num_steps = request.num_steps(facts.own_steps)
+    guided = facts.guides and request.guidance_scale > facts.terms.unguided
     mix = request.shared(config.parallel).mix
     return Admitted(request, max_gang, num_steps, guided, fresh=mix is not None and mix.exact)
 

@@ -127,7 +127,7 @@ class WorkerFacts:
         memory: in bytes.
         terms: what the model says of a request's fields besides its size.
         own_steps: how often the model's own scheduler calls the network.
-        guides: whether guidance above 1 takes a second branch.
+        guides: whether guidance takes a second branch.
     """
 
     pid: int

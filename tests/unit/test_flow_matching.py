@@ -29,6 +29,8 @@ from diffusers import (
     QwenImagePipeline,
     StableDiffusion3InpaintPipeline,
     UniPCMultistepScheduler,
+    ZImageImg2ImgPipeline,
+    ZImagePipeline,
 )
 from PIL import Image
 
@@ -44,7 +46,7 @@ from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.models import tiny_flux, tiny_flux_schnell, tiny_qwen_image, tiny_sd3, tiny_sdxl
+from tests.models import tiny_flux, tiny_flux_schnell, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.unit.deployments.test_state import FACTS
 from tests.unit.gang.test_runner import Gang
 from tests.unit.parallel.transformers import watched
@@ -64,6 +66,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux-dev": tiny_flux,
     "flux-schnell": tiny_flux_schnell,
     "qwen-image": tiny_qwen_image,
+    "z-image": tiny_z_image,
 }
 SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
 BY_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -97,6 +100,8 @@ def plain(
     if isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline):
         call["true_cfg_scale"] = call.pop("guidance_scale", 4.0)
         call.setdefault("negative_prompt", " ")  # what the makers of Qwen-Image say
+    if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline):
+        call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
     before = pipeline.scheduler
     pipeline.scheduler = scheduler or before
     try:
@@ -193,7 +198,7 @@ def test_in_half_precision_too_it_is_the_ordinary_pipelines_bit_for_bit(model: s
     pipeline = MODELS[model]().to(torch.bfloat16)
     denoiser, call = Denoiser(pipeline), {"num_inference_steps": 3, **SIZE}
     state = DenoiseState.from_bytes(begin(denoiser, [1], prompt="a lake", **call).to_bytes())
-    assert state.latents.dtype is torch.bfloat16
+    assert state.latents.dtype is (torch.float32 if model == "z-image" else torch.bfloat16)
     assert torch.equal(finish(denoiser, state), plain(pipeline, [1], **call))
     assert [denoiser.decode(state)[0]] == plain(pipeline, [1], output_type="pil", **call)
     denoiser.preview(state)
@@ -246,6 +251,8 @@ def test_the_users_pipeline_keeps_its_scheduler(pipeline: Any) -> None:
 @pytest.mark.parametrize("field", SamplingParams.model_fields)
 def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
     plain = {**SMALL, "seed": 1}
+    if field == "negative_prompt" and denoiser.guides:
+        plain["guidance_scale"] = denoiser.terms.unguided + 2
     other = {**OTHERS, "height": 80, "width": 112, "scheduler": "unipc", "guidance_scale": 2.0}[field]
     if field == "scheduler" and len(denoiser.terms.schedulers) == 1:
         pytest.skip("there is one alone")
@@ -438,7 +445,8 @@ def test_a_gang_in_sync_draws_what_the_pipeline_draws(
     if task == "image-to-image":
         own = AutoPipelineForImage2Image.from_pipe(pipeline)
         own.set_progress_bar_config(disable=True)
-        call |= {"image": PICTURE, "strength": 0.8}
+        # Z-Image's pipeline does not scale pictures.
+        call |= {"image": PICTURE.resize((call["width"], call["height"])), "strength": 0.8}
     latents = plain(own, [1], **call)
     (picture,) = plain(own, [1], output_type="pil", **call)
     for drawn in in_sync.draw((size,), **call):
@@ -583,7 +591,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("model", ["sd3", "flux-dev", "qwen-image"])
+@pytest.mark.parametrize("model", ["sd3", "flux-dev", "qwen-image", "z-image"])
 def test_the_command_line_draws_a_saved_model_with_two_workers(model: str, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "lake.png"
     save = [sys.executable, "-m", "tests.save_model", model, str(folder)]
@@ -809,7 +817,13 @@ def test_what_qwen_image_does_not_read_of_a_prompt_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("make", "most"),
-    [(tiny_sd3, 75), (partial(tiny_sd3, t5=True), 254), (tiny_flux, 510), (tiny_flux_schnell, 254)],
+    [
+        (tiny_sd3, 75),
+        (partial(tiny_sd3, t5=True), 254),
+        (tiny_flux, 510),
+        (tiny_flux_schnell, 254),
+        (tiny_z_image, 464),  # 48 letters of a template are around it
+    ],
 )
 def test_a_prompt_is_said_to_be_cut_where_no_encoder_takes_all_of_it(
     make: Callable[[], Any], most: int
@@ -829,11 +843,15 @@ def test_a_prompt_is_said_to_be_cut_where_no_encoder_takes_all_of_it(
 def test_a_second_branch_is_taken_by_guidance_alone(denoiser: Denoiser, pipeline: Any) -> None:
     batches: list[int] = []
     hook = pipeline.transformer.register_forward_pre_hook(
-        lambda _, inputs, named: batches.append(len(named["hidden_states"])), with_kwargs=True
+        lambda _, inputs, named: batches.append(len(named.get("hidden_states", named.get("x")))),
+        with_kwargs=True,
     )
-    denoiser.step(begin(denoiser, [1], **SMALL))
+    scale = denoiser.terms.unguided
+    for guidance_scale in (scale, scale + 1) if denoiser.guides else (scale,):
+        batches.clear()
+        denoiser.step(begin(denoiser, [1], **SMALL, guidance_scale=guidance_scale))
+        assert sum(batches) == 1 + (guidance_scale > scale)
     hook.remove()
-    assert sum(batches) == 1 + denoiser.guides
 
 
 def test_what_would_be_black_is_refused_by_name(model: str) -> None:

@@ -141,7 +141,7 @@ class PipelineSteps(ABC):
 
     @property
     def guides(self) -> bool:
-        """Whether a step with guidance above 1 takes a second branch, and so twice the network's work."""
+        """Whether a step with guidance takes a second branch, and so twice the network's work."""
         return True
 
     @property

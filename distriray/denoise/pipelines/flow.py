@@ -130,6 +130,12 @@ class FlowMatching(PipelineSteps):
         (latents,) = scheduler.step(output, timestep, state.latents, **options, return_dict=False)
         return latents
 
+    def _size(self, commission: Commission, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What diffusers' methods that prepare latents take of it, in their order."""
+        images, size = len(commission.generators), (commission.height, commission.width)
+        device = self._transformer.device
+        return images, self.latent_channels, *size, dtype, device, commission.generators
+
     def _schedule(self, commission: Commission) -> torch.Tensor:
         """The timesteps of all steps; raises InvalidRequest."""
         scheduler, steps = commission.scheduler, commission.num_inference_steps

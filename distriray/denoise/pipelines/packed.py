@@ -41,12 +41,6 @@ class PackedFlowMatching(FlowMatching):
         )
         return latents.reshape(len(tokens), -1, *latents.shape[-2:])
 
-    def _size(self, commission: Commission, dtype: torch.dtype) -> tuple[Any, ...]:
-        """What diffusers' methods that prepare latents take of it, in their order."""
-        images, size = len(commission.generators), (commission.height, commission.width)
-        device = self._transformer.device
-        return images, self.latent_channels, *size, dtype, device, commission.generators
-
     def _prepared(self, commission: Commission, prepared: Any) -> dict[str, torch.Tensor]:
         """`latents`, and where each of their tokens lies if the pipeline says so."""
         tokens, *ids = prepared if isinstance(prepared, tuple) else (prepared,)

@@ -18,7 +18,14 @@ from distriray.denoise.pipelines.sizes import (
     sd3_sizes,
     unet_sizes,
 )
-from distriray.denoise.pipelines.terms import Terms, flux_terms, qwen_image_terms, sd3_terms, usual_terms
+from distriray.denoise.pipelines.terms import (
+    Terms,
+    flux_terms,
+    qwen_image_terms,
+    sd3_terms,
+    usual_terms,
+    z_image_terms,
+)
 from distriray.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -68,6 +75,7 @@ PIPELINES: dict[str, Family] = {
     "QwenImage": Family(
         ".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms, _ON_NOISE_OR_PICTURE
     ),
+    "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms, _ON_NOISE_OR_PICTURE),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""
 

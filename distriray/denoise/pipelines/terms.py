@@ -29,12 +29,14 @@ class Terms:
         num_inference_steps, guidance_scale: of a request that names none.
         schedulers: the names that it takes.
         lacks: fields that it has nothing for, and why. A value that asks for nothing is taken all the same.
+        unguided: the largest `guidance_scale` that takes no second branch.
     """
 
     num_inference_steps: int = 25
     guidance_scale: float = 5.0
     schedulers: tuple[SchedulerName, ...] = get_args(SchedulerName)
     lacks: Mapping[str, str] = field(default_factory=dict)
+    unguided: float = 1.0
 
     def settle(self, params: Params) -> Params:
         """A copy of a request that leaves neither steps nor guidance open.
@@ -86,3 +88,12 @@ def qwen_image_terms(config: Configs) -> Terms:
         "clip_skip": "Qwen-Image reads prompts with a language model, not with CLIP",
     }
     return Terms(50, 4.0, ("euler",), lacks)
+
+
+def z_image_terms(config: Configs) -> Terms:
+    """Of Z-Image-Turbo, as its makers use it; nothing in a folder tells the one that was not distilled."""
+    lacks = {
+        "guidance_rescale": "Z-Image's guidance has no unguided noise to go by",
+        "clip_skip": "Z-Image reads prompts with a language model, not with CLIP",
+    }
+    return Terms(9, 0.0, ("euler",), lacks, unguided=0.0)

@@ -1,0 +1,77 @@
+"""Z-Image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.state import DenoiseState
+
+TEXT_TOKENS = 512
+
+
+class ZImage(FlowMatching):
+    """A pipeline that reads prompts with a language model, and keeps latents in float32.
+
+    Both branches of guidance go through the network in one call, with texts of unequal length. The scale is
+    diffusers' for it: what the prompt adds is added once more so many times, so 0 is none.
+    """
+
+    kinds = (ZImagePipeline, ZImageImg2ImgPipeline)
+    parts = ("transformer", "vae", "text_encoder", "tokenizer")
+    max_clip_skip = 0
+    patch_size = 2
+
+    def tokens(self, text: str) -> list[Tokens]:
+        tokenizer = self._plain.tokenizer
+        nothing = [{"role": "user", "content": ""}]
+        around = tokenizer.apply_chat_template(
+            nothing, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return [tokens_of(tokenizer, text, TEXT_TOKENS - tokens_of(tokenizer, around).given)]
+
+    def sigmas(self, steps: int) -> Any:
+        return get_default_z_image_sigmas(steps)
+
+    def encode(self, commission: Commission) -> dict[str, Any]:
+        embeds, negative_embeds = self._plain.encode_prompt(
+            prompt=commission.params.prompt,
+            negative_prompt=commission.params.negative_prompt,
+            do_classifier_free_guidance=commission.guidance_scale > 0.0,
+            device=self._transformer.device,
+            max_sequence_length=TEXT_TOKENS,
+        )
+        return {
+            "prompt_embeds": embeds[0],
+            "negative_prompt_embeds": negative_embeds[0] if negative_embeds else None,
+        }
+
+    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {"latents": self._plain.prepare_latents(*self._size(commission, torch.float32))}
+
+    def noised(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        size = self._size(commission, dtype)
+        return {"latents": self._img2img.prepare_latents(pictures, timesteps, *size)}
+
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        branches = [name for name in ("prompt_embeds", "negative_prompt_embeds") if name in state.values]
+        texts = [state.values[name] for name in branches for _ in range(state.batch)]
+        sample = state.latents.to(self._transformer.dtype).repeat(len(branches), 1, 1, 1)
+        predicted = self._transformer(
+            x=list(sample[:, :, None].unbind()),
+            t=(1000 - self.timestep(state, len(texts))) / 1000,
+            cap_feats=texts,
+            return_dict=False,
+        )[0]
+        output = -torch.stack([each.float() for each in predicted]).squeeze(2)
+        if len(branches) == 2:
+            conditional, without = output.chunk(2)
+            output = conditional + state.guidance_scale * (conditional - without)
+        return self.advanced(state, output), output
