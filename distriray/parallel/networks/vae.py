@@ -1,11 +1,11 @@
-"""The decoder of Stable Diffusion's VAE: that of `AutoencoderKL`."""
+"""The decoder of Stable Diffusion's VAE, which those of FLUX have too."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
@@ -25,9 +25,9 @@ from distriray.parallel.partition import Partition
 
 
 def decoder_of(pipeline: Any, local: LocalCode) -> Decoder | None:
-    """The decoder of the pipeline's VAE, if it can be cut into patches: that of Stable Diffusion can."""
+    """The decoder of the pipeline's VAE, if it can be cut into patches."""
     vae = getattr(pipeline, "vae", None)
-    if not isinstance(vae, AutoencoderKL) or type(vae.decoder) is not Decoder:
+    if not isinstance(vae, AutoencoderKL | AutoencoderKLFlux2) or type(vae.decoder) is not Decoder:
         return None
     return vae.decoder if can_be_cut(vae.decoder, local) else None
 

@@ -6,6 +6,8 @@ import functools
 import io
 import logging
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from distriray import Denoiser, ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import GangBroken, GangMismatch
-from tests.models import tiny_sdxl, tiny_vae
+from tests.models import tiny_flux2, tiny_sdxl, tiny_vae
 from tests.parameters import sweep
 
 Shape = tuple[int, int, int, int]
@@ -30,9 +32,11 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
 
 
-def _decode(communicator: Communicator, shapes: list[Shape]) -> list[tuple[torch.Tensor, int]]:
+def _decode(
+    communicator: Communicator, shapes: list[Shape], make: Callable[[], Any] = tiny_sdxl
+) -> list[tuple[torch.Tensor, int]]:
     """Each picture, and the bytes that its decoding has sent."""
-    pipeline = parallelize(tiny_sdxl(), communicator)
+    pipeline = parallelize(make(), communicator)
     pictures = []
     for shape in shapes:
         sent = communicator.bytes_sent
@@ -42,11 +46,12 @@ def _decode(communicator: Communicator, shapes: list[Shape]) -> list[tuple[torch
     return pictures
 
 
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_flux2])
 @pytest.mark.parametrize("ranks", sweep([3, 2, 4]))
-def test_a_gang_decodes_as_one_device_does(ranks: int) -> None:
+def test_a_gang_decodes_as_one_device_does(ranks: int, make: Callable[[], Any]) -> None:
     shapes = [(1, 4, 16, 12), (3, 4, 17, 8), (1, 4, ranks, 8)]
-    alone = tiny_vae()
-    for pictures in run_in_lockstep(ranks, functools.partial(_decode, shapes=shapes)):
+    alone = make().vae
+    for pictures in run_in_lockstep(ranks, functools.partial(_decode, shapes=shapes, make=make)):
         for shape, (picture, sent) in zip(shapes, pictures, strict=True):
             assert close(picture, alone.decode(latents(shape), return_dict=False)[0]), shape
             assert sent > ranks * CHECK
