@@ -17,6 +17,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
@@ -42,10 +43,15 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -54,6 +60,15 @@ from transformers import (
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 TEXT_WIDTH = 16
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
+    "<|im_start|>assistant"
+)
+CHAT_OF_PARTS = (
+    "{% for message in messages if message.role == 'user' %}"
+    "<|im_start|>{{ message.content[0].text }}<|im_end|>{% endfor %}"
+)
+"""Of contents of several kinds, without what the system says: that is long in letters."""
 NOISE_SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -398,7 +413,66 @@ def tiny_sd3(seed: int = 0, t5: bool = False) -> StableDiffusion3Pipeline:
 
 
 def tiny_flux2(seed: int = 0) -> Flux2Pipeline:
-    """A FLUX.2 pipeline without a text encoder."""
+    """A whole FLUX.2-dev pipeline, with a tokenizer where a processor of pictures needs torchvision."""
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.chat_template = CHAT_OF_PARTS
+    pipeline = Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_flux2_vae(seed + 1),
+        text_encoder=tiny_mistral(seed + 2, tokenizer),
+        tokenizer=tokenizer,
+        transformer=tiny_flux2_transformer(seed, joint_attention_dim=3 * TEXT_WIDTH),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux2_klein(seed: int = 0, is_distilled: bool = False) -> Flux2KleinPipeline:
+    """A whole FLUX.2-klein pipeline, of the base unless distilled."""
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.chat_template = CHAT
+    text_encoder = ready(Qwen3ForCausalLM(tiny_qwen3_config(tokenizer, num_hidden_layers=28)), seed + 2)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_flux2_vae(seed + 1),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=tiny_flux2_transformer(seed, joint_attention_dim=3 * TEXT_WIDTH, guidance_embeds=False),
+        is_distilled=is_distilled,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux2_klein_distilled(seed: int = 0) -> Flux2KleinPipeline:
+    return tiny_flux2_klein(seed, is_distilled=True)
+
+
+def tiny_mistral(seed: int, tokenizer: Qwen2Tokenizer) -> Mistral3ForConditionalGeneration:
+    """The language model that FLUX.2 dev reads prompts with."""
+    text = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=31,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    vision = PixtralVisionConfig(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+    )
+    return ready(
+        Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)), seed
+    )
+
+
+def tiny_flux2_vae(seed: int) -> AutoencoderKLFlux2:
+    """One whose latents are normalized by what it has seen."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -407,12 +481,10 @@ def tiny_flux2(seed: int = 0) -> Flux2Pipeline:
         norm_num_groups=4,
         sample_size=128,
     )
-    return _without_text_encoder(
-        Flux2Pipeline,
-        vae,
-        tiny_flux2_transformer(seed),
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    vae.bn.running_mean.normal_(generator=generator)
+    vae.bn.running_var.uniform_(0.5, 2.0, generator=generator)
+    return ready(vae, seed)
 
 
 def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
@@ -479,14 +551,11 @@ def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:
 def tiny_z_image(seed: int = 0) -> ZImagePipeline:
     """A whole Z-Image pipeline."""
     tokenizer = tiny_qwen_tokenizer()
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>"
-        "{% endfor %}<|im_start|>assistant"
-    )
+    tokenizer.chat_template = CHAT
     pipeline = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_vae(seed + 1, shift_factor=0.0),
-        text_encoder=tiny_qwen3(seed + 2, tokenizer),
+        text_encoder=ready(Qwen3Model(tiny_qwen3_config(tokenizer, num_hidden_layers=2)), seed + 2),
         tokenizer=tokenizer,
         transformer=tiny_z_image_transformer(seed),
     )
@@ -494,19 +563,18 @@ def tiny_z_image(seed: int = 0) -> ZImagePipeline:
     return pipeline
 
 
-def tiny_qwen3(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen3Model:
-    """The language model that Z-Image reads prompts with."""
-    config = Qwen3Config(
+def tiny_qwen3_config(tokenizer: Qwen2Tokenizer, num_hidden_layers: int) -> Qwen3Config:
+    """Of the language models that Z-Image and FLUX.2 klein read prompts with."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
         intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return ready(Qwen3Model(config), seed)
 
 
 def _without_text_encoder(kind: Any, vae: Any, transformer: Any, scheduler: Any) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tests.models import (
     tiny_flux,
+    tiny_flux2,
+    tiny_flux2_klein,
     tiny_flux_schnell,
     tiny_qwen_image,
     tiny_sd3,
@@ -22,6 +24,8 @@ from tests.models import (
 
 MODELS = {
     "flux-dev": tiny_flux,
+    "flux2-dev": tiny_flux2,
+    "flux2-klein": tiny_flux2_klein,
     "flux-schnell": tiny_flux_schnell,
     "qwen-image": tiny_qwen_image,
     "sd15": tiny_sd15,

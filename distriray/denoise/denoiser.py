@@ -20,7 +20,7 @@ from distriray.errors import GangBroken, GangMismatch, InvalidRequest, Unsupport
 from distriray.parallel import engine_of
 from distriray.requests import SamplingParams, check_sides
 
-PREVIEW_SCALE, PREVIEW_LATENT_SIDE = 0.25, 16  # of the picture, with at most this many latent rows
+PREVIEW_SCALE, PREVIEW_SIDE = 0.25, 128  # of the picture, and pixels at most
 
 
 class Denoiser:
@@ -85,8 +85,11 @@ class Denoiser:
             raise InvalidRequest(f"strength {strength} is not above 0 and at most 1", "strength")
         if self.needs_image and mask_image is None:
             raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", "image")
-        if mask_image is not None and "inpainting" not in PIPELINES[self.family].tasks:
-            raise InvalidRequest(f"{PIPELINES[self.family].models} fills in no masks here", "mask_image")
+        tasks, models = PIPELINES[self.family].tasks, PIPELINES[self.family].models
+        if mask_image is not None and "inpainting" not in tasks:
+            raise InvalidRequest(f"{models} fills in no masks here", "mask_image")
+        if image is not None and mask_image is None and "image-to-image" not in tasks:
+            raise InvalidRequest(f"{models} does not begin from a picture here", "image")
         height = self.sizes.default[0] if params.height is None else params.height
         width = self.sizes.default[1] if params.width is None else params.width
         check_sides(height, width, self.sizes.unit)
@@ -224,7 +227,7 @@ class Denoiser:
         _check_latents(state)
         estimate = state.estimate
         latents = (state.latents if estimate is None else estimate)[:1]
-        scale = min(PREVIEW_SCALE, PREVIEW_LATENT_SIDE / max(latents.shape[2:]))
+        scale = min(PREVIEW_SCALE, PREVIEW_SIDE / self.sizes.latent_row / max(latents.shape[2:]))
         sides = [max(1, round(scale * side)) for side in latents.shape[2:]]
         latents = F.interpolate(latents.float(), size=sides, mode="area")
         engine = engine_of(self._pipeline)

@@ -22,6 +22,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxPipeline,
@@ -38,6 +40,7 @@ from deployments.models import sizes_of
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
+from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
@@ -46,7 +49,17 @@ from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.models import tiny_flux, tiny_flux_schnell, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.models import (
+    tiny_flux,
+    tiny_flux2,
+    tiny_flux2_klein,
+    tiny_flux2_klein_distilled,
+    tiny_flux_schnell,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
 from tests.unit.deployments.test_state import FACTS
 from tests.unit.gang.test_runner import Gang
 from tests.unit.parallel.transformers import watched
@@ -65,6 +78,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
     "flux-schnell": tiny_flux_schnell,
+    "flux2-dev": tiny_flux2,
+    "flux2-klein": tiny_flux2_klein,
+    "flux2-klein-distilled": tiny_flux2_klein_distilled,
     "qwen-image": tiny_qwen_image,
     "z-image": tiny_z_image,
 }
@@ -102,6 +118,10 @@ def plain(
         call.setdefault("negative_prompt", " ")  # what the makers of Qwen-Image say
     if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline):
         call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
+    tokens: dict[str, torch.Tensor] = {}
+    by_flux2 = isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline)
+    if by_flux2:  # klein gives latents out as its VAE takes them
+        call["callback_on_step_end"] = lambda _pipeline, _step, _timestep, values: tokens.update(values) or {}
     before = pipeline.scheduler
     pipeline.scheduler = scheduler or before
     try:
@@ -114,10 +134,25 @@ def plain(
         ).images
     finally:
         pipeline.scheduler = before
+    if output_type == "latent" and by_flux2:
+        return tokens["latents"].transpose(1, 2).unflatten(2, (call["height"] // 16, call["width"] // 16))
     if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):
         latents = pipeline._unpack_latents(images, call["height"], call["width"], pipeline.vae_scale_factor)
         return latents.squeeze(2) if latents.ndim == 5 else latents
     return images
+
+
+def skip_unless_it_begins_from_pictures(pipeline: Any) -> None:
+    if "image-to-image" not in PIPELINES[family_of(pipeline)].tasks:
+        pytest.skip("the family draws from text alone")
+
+
+def image_to_image(pipeline: Any) -> Any:
+    """diffusers' pipeline for it around the same models."""
+    skip_unless_it_begins_from_pictures(pipeline)
+    other = AutoPipelineForImage2Image.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def skip_unless_taken(denoiser: Denoiser, scheduler: str | None) -> None:
@@ -174,8 +209,7 @@ def test_image_to_image_is_the_ordinary_pipelines_bit_for_bit(
     pipeline: Any, denoiser: Denoiser, scheduler: str | None
 ) -> None:
     skip_unless_taken(denoiser, scheduler)
-    other = AutoPipelineForImage2Image.from_pipe(pipeline)
-    other.set_progress_bar_config(disable=True)
+    other = image_to_image(pipeline)
     call = {"image": PICTURE, "strength": 0.7, "num_inference_steps": 6, **SIZE}
     call["guidance_scale"] = denoiser.terms.guidance_scale  # as for text to image, where diffusers has two
     pictures = {"image": [PICTURE] * 2}
@@ -206,6 +240,8 @@ def test_in_half_precision_too_it_is_the_ordinary_pipelines_bit_for_bit(model: s
 
 @pytest.mark.parametrize("call", [{}, {"image": PICTURE}])
 def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
+    if "image" in call:
+        skip_unless_it_begins_from_pictures(denoiser._pipeline)
     call = {**SMALL, "strength": 0.8, **call}
     together, alone = begin(denoiser, [1, 2, 3], **call), begin(denoiser, [2], **call)
     torch.testing.assert_close(finish(denoiser, together)[1:2], finish(denoiser, alone), rtol=1e-4, atol=1e-4)
@@ -327,6 +363,8 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
     ],
 )
 def test_bad_input_names_its_field(denoiser: Denoiser, call: dict[str, Any], param: str, says: str) -> None:
+    if param == "strength":
+        skip_unless_it_begins_from_pictures(denoiser._pipeline)
     with pytest.raises(InvalidRequest, match=says) as error:
         begin(denoiser, [1], **{**SMALL, **call})
     assert error.value.param == param
@@ -443,8 +481,7 @@ def test_a_gang_in_sync_draws_what_the_pipeline_draws(
     call = {**TALL, "num_inference_steps": 4, "guidance_scale": denoiser.terms.guidance_scale}
     own = pipeline
     if task == "image-to-image":
-        own = AutoPipelineForImage2Image.from_pipe(pipeline)
-        own.set_progress_bar_config(disable=True)
+        own = image_to_image(pipeline)
         # Z-Image's pipeline does not scale pictures.
         call |= {"image": PICTURE.resize((call["width"], call["height"])), "strength": 0.8}
     latents = plain(own, [1], **call)
@@ -462,7 +499,8 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
     (picture,) = plain(pipeline, [1], named(scheduler, pipeline), output_type="pil", **TALL)
     one, other = in_sync.draw((2, 4, 1, 2), **TALL, scheduler=scheduler)
     assert apart(one.picture, picture) <= 1 and apart(other.picture, picture) <= 1
-    assert one.preview == other.preview and one.preview.size == (24, 32)
+    assert one.preview == other.preview
+    assert one.preview.size == ((32, 32) if "Flux2" in type(pipeline).__name__ else (24, 32))
 
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) -> None:
@@ -554,7 +592,7 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
     monkeypatch.setattr(Schedules, "read", watch)
     denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
     skip_unless_taken(denoiser, scheduler)
-    calls = 2 if model == "qwen-image" else 1  # of the network, a step
+    calls = 2 if model in ("qwen-image", "flux2-klein") else 1  # of the network, a step
     states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
     denoiser.step(states[0])
     states[0] = DenoiseState.from_bytes(states[0].to_bytes())
@@ -591,7 +629,16 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("model", ["sd3", "flux-dev", "qwen-image", "z-image"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "flux-dev",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("flux2-klein", "qwen-image", "sd3", "z-image")
+        ),
+    ],
+)
 def test_the_command_line_draws_a_saved_model_with_two_workers(model: str, tmp_path: Path) -> None:
     folder, out = tmp_path / "model", tmp_path / "lake.png"
     save = [sys.executable, "-m", "tests.save_model", model, str(folder)]
@@ -865,3 +912,20 @@ def test_what_would_be_black_is_refused_by_name(model: str) -> None:
     state.latents[0, 0, 1, 1] = float("nan")
     with pytest.raises(NotFinite, match="the latents after step 1"):
         denoiser.decode(state)
+
+
+def test_a_family_that_draws_from_text_alone_refuses_a_picture() -> None:
+    with pytest.raises(InvalidRequest, match="FLUX.2 klein does not begin from a picture here") as error:
+        begin(Denoiser(tiny_flux2_klein()), [1], **SMALL, image=PICTURE)
+    assert error.value.param == "image"
+
+
+def test_what_the_system_says_is_the_users_own() -> None:
+    pipeline = tiny_flux2()
+    before = finish(Denoiser(pipeline), begin(Denoiser(pipeline), [1], **SMALL))
+    pipeline.tokenizer.chat_template = "{{ messages[0].content[0].text }}{{ messages[1].content[0].text }}"
+    pipeline.system_message = "See."
+    denoiser = Denoiser(pipeline)
+    said = finish(denoiser, begin(denoiser, [1], **SMALL))
+    assert not torch.equal(said, before)
+    assert torch.equal(said, plain(pipeline, [1], num_inference_steps=3, **SIZE))

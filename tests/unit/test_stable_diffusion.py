@@ -457,6 +457,7 @@ def test_a_gang_of_runners_draws_the_picture_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_command_line_draws_a_saved_model_with_two_workers(tmp_path: Path) -> None:
     pipeline = tiny_sd15()
     pipeline.save_pretrained(tmp_path / "model")

@@ -30,6 +30,11 @@ def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> Tokens:
     return Tokens(given, min(given, (tokenizer.model_max_length if most is None else most) - special))
 
 
+def tokens_in_chat(tokenizer: Any, text: str, around: str, most: int) -> Tokens:
+    """The tokens of `text` for an encoder that takes `most` with the template `around` it."""
+    return tokens_of(tokenizer, text, most - tokens_of(tokenizer, around).given)
+
+
 def check_finite(values: torch.Tensor, what: str, advice: str) -> None:
     """Raise NotFinite, naming `what` it is, unless all values are numbers. On a GPU the host waits for it."""
     if not bool(torch.isfinite(values).all()):

@@ -20,7 +20,7 @@ class FlowMatching(PipelineSteps):
     """A transformer on the latents of a VAE, by the methods of diffusers' ordinary pipelines.
 
     Attributes:
-        kinds: the pipelines for text to image and for image to image.
+        kinds: the pipelines for text to image and for image to image, if there is one.
         parts: the components that no request can be drawn without.
         optional_parts: those that a model may lack.
         latents_per_input: channels of the network's input to one of the latents.
@@ -40,7 +40,8 @@ class FlowMatching(PipelineSteps):
         super().__init__(pipeline)
         # Around the same models, but for each request's scheduler, which the user's pipeline never sees.
         parts = {name: pipeline.components[name] for name in (*self.parts, *self.optional_parts)}
-        self._plain, self._img2img = (kind(**parts, scheduler=None) for kind in self.kinds)
+        self._plain, *others = (kind(**parts, scheduler=None) for kind in self.kinds)
+        self._img2img: Any = others[0] if others else None
         self._transformer, self._vae = pipeline.transformer, pipeline.vae
 
     def check(self) -> None:
@@ -79,22 +80,38 @@ class FlowMatching(PipelineSteps):
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """`latents` of noise, (batch, channels, rows, columns), and what else goes by their size."""
 
-    @abstractmethod
     def noised(
         self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The same of pictures, (batch, 3, height, width), as noisy as each one's timestep says."""
+        """The same of pictures, (batch, 3, height, width), as noisy as each one's timestep says.
+
+        Only families have it that begin from pictures.
+        """
+        raise NotImplementedError
 
     def sigmas(self, steps: int) -> Any:
         """How noisy each step's latents are, before that is shifted; None leaves it to the scheduler."""
         return None
 
+    def shift(self, commission: Commission, tokens: int) -> float:
+        """By how much the noise of all steps is shifted, for a picture of so many tokens."""
+        config = commission.scheduler.config
+        shift: float = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        return shift
+
     def prepare(self, commission: Commission) -> dict[str, Any]:
-        self._plain.scheduler = self._img2img.scheduler = commission.scheduler
+        self._plain.scheduler = commission.scheduler
         values = self.encode(commission)
         timesteps, dtype = self._schedule(commission), values["prompt_embeds"].dtype
         if commission.image is None:
             return {**values, **self.noise(commission, dtype), "timesteps": timesteps}
+        self._img2img.scheduler = commission.scheduler
         timesteps = self._last_of(timesteps, commission)
         # One each, so that every image is drawn with its own generator.
         pictures = self._img2img.image_processor.preprocess(
@@ -153,13 +170,8 @@ class FlowMatching(PipelineSteps):
                     f"scheduler {commission.params.scheduler} cannot shift by the size, as this model does",
                     "scheduler",
                 )
-            options["mu"] = calculate_shift(
-                (commission.height // unit) * (commission.width // unit),
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.15),
-            )
+            tokens = (commission.height // unit) * (commission.width // unit)
+            options["mu"] = self.shift(commission, tokens)
         sigmas = self.sigmas(steps)
         if sigmas is not None and not config.get("use_flow_sigmas", False):
             options["sigmas"] = sigmas

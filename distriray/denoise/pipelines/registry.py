@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distriray.denoise.pipelines.sizes import (
     Configs,
     Sizes,
+    flux2_sizes,
     flux_sizes,
     qwen_image_sizes,
     sd3_sizes,
@@ -20,6 +21,8 @@ from distriray.denoise.pipelines.sizes import (
 )
 from distriray.denoise.pipelines.terms import (
     Terms,
+    flux2_klein_terms,
+    flux2_terms,
     flux_terms,
     qwen_image_terms,
     sd3_terms,
@@ -63,6 +66,7 @@ class Family:
         return steps
 
 
+_ON_NOISE = ("text-to-image",)
 _ON_NOISE_OR_PICTURE = ("text-to-image", "image-to-image")
 
 PIPELINES: dict[str, Family] = {
@@ -72,6 +76,8 @@ PIPELINES: dict[str, Family] = {
         ".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms, _ON_NOISE_OR_PICTURE
     ),
     "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms, _ON_NOISE_OR_PICTURE),
+    "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _ON_NOISE),
+    "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _ON_NOISE),
     "QwenImage": Family(
         ".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms, _ON_NOISE_OR_PICTURE
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from typing import Any
 from distriray.requests import MULTIPLE_OF
 
 Configs = Callable[[str], Mapping[str, Any]]
-"""The configuration of a component, such as `unet`, of a pipeline or of the folder that it was saved to."""
+"""The configuration of a component, such as `unet`, of a pipeline or of the folder that it was saved to.
+
+That of the pipeline itself has the name `""`.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ def flux_sizes(config: Configs) -> Sizes:
     return _packed_sizes(_vae_scale(config))
 
 
+def flux2_sizes(config: Configs) -> Sizes:
+    """Of the same where the pipeline's latents are those tokens."""
+    return replace(flux_sizes(config), latent_row=2 * _vae_scale(config))
+
+
 def qwen_image_sizes(config: Configs) -> Sizes:
     """Of the same on the latents of a VAE for moving pictures."""
     return _packed_sizes(2 ** len(config("vae")["temperal_downsample"]))
@@ -67,9 +75,11 @@ def _vae_scale(config: Configs) -> int:
 
 def configs_of(pipeline: Any) -> Configs:
     """The configurations of a loaded pipeline's components."""
-    return lambda name: pipeline.components[name].config
+    return lambda name: (pipeline.components[name] if name else pipeline).config
 
 
 def configs_in(folder: Path) -> Configs:
     """The configurations of the components of a saved pipeline."""
-    return lambda name: json.loads((folder / name / "config.json").read_text())
+    return lambda name: json.loads(
+        (folder / name / ("config.json" if name else "model_index.json")).read_text()
+    )

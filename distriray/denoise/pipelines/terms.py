@@ -21,6 +21,9 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+_NO_CLIP = "this model reads prompts with a language model, not with CLIP"
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a model says of the fields of requests.
@@ -81,11 +84,30 @@ def flux_terms(config: Configs) -> Terms:
     return Terms(4, 0.0, schedulers, {**lacks, **without})
 
 
+def flux2_terms(config: Configs) -> Terms:
+    """Of FLUX.2 dev, as diffusers has it."""
+    lacks = {
+        "negative_prompt": "FLUX.2 dev was distilled from guidance, and has no branch for it",
+        "guidance_rescale": "FLUX.2 dev was distilled from guidance, and has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+    }
+    return Terms(50, 4.0, ("euler",), lacks)
+
+
+def flux2_klein_terms(config: Configs) -> Terms:
+    """Of FLUX.2 klein: of the base, and of the one that was distilled, which says so of itself."""
+    lacks = {"guidance_rescale": "FLUX.2's guidance has no unguided noise to go by", "clip_skip": _NO_CLIP}
+    if not config("").get("is_distilled", False):
+        return Terms(50, 4.0, ("euler",), lacks)
+    why = "this model was distilled to do without guidance"
+    return Terms(4, 1.0, ("euler",), {**lacks, "guidance_scale": why, "negative_prompt": why})
+
+
 def qwen_image_terms(config: Configs) -> Terms:
     """Of Qwen-Image, as diffusers has it."""
     lacks = {
         "guidance_rescale": "Qwen-Image keeps the length of each token's prediction by itself",
-        "clip_skip": "Qwen-Image reads prompts with a language model, not with CLIP",
+        "clip_skip": _NO_CLIP,
     }
     return Terms(50, 4.0, ("euler",), lacks)
 
@@ -94,6 +116,6 @@ def z_image_terms(config: Configs) -> Terms:
     """Of Z-Image-Turbo, as its makers use it; nothing in a folder tells the one that was not distilled."""
     lacks = {
         "guidance_rescale": "Z-Image's guidance has no unguided noise to go by",
-        "clip_skip": "Z-Image reads prompts with a language model, not with CLIP",
+        "clip_skip": _NO_CLIP,
     }
     return Terms(9, 0.0, ("euler",), lacks, unguided=0.0)

@@ -8,7 +8,7 @@ import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.state import DenoiseState
 
@@ -28,12 +28,13 @@ class ZImage(FlowMatching):
     patch_size = 2
 
     def tokens(self, text: str) -> list[Tokens]:
-        tokenizer = self._plain.tokenizer
-        nothing = [{"role": "user", "content": ""}]
-        around = tokenizer.apply_chat_template(
-            nothing, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        around = self._plain.tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
         )
-        return [tokens_of(tokenizer, text, TEXT_TOKENS - tokens_of(tokenizer, around).given)]
+        return [tokens_in_chat(self._plain.tokenizer, text, around, TEXT_TOKENS)]
 
     def sigmas(self, steps: int) -> Any:
         return get_default_z_image_sigmas(steps)

@@ -57,10 +57,10 @@ class PatchFlux2SingleAttention(PatchTokenAttention, Flux2ParallelSelfAttnProces
 
 
 class Flux2(TokenNetwork):
-    """A `Flux2Transformer2DModel`: a token is 2x2 latents, which the pipeline packs."""
+    """A `Flux2Transformer2DModel`: a token is what its pipeline has made of 2x2 latents of the VAE."""
 
     kind = Flux2Transformer2DModel
-    row_unit = 2
+    row_unit = 1
     plan = Plan(
         cuts=CUTS,
         attention={

@@ -60,7 +60,7 @@ CASES = [
     Case(tiny_sd3, PROMPT),
     Case(tiny_flux, PROMPT),
     Case(tiny_flux, {**PROMPT, "negative_prompt": "fog", "true_cfg_scale": 3.0}, calls=2),
-    Case(tiny_flux2, {"prompt": None, **EMBEDDED, "output_type": "pt"}),
+    Case(tiny_flux2, PROMPT),
     Case(
         tiny_qwen_image,
         {

@@ -1,0 +1,157 @@
+"""FLUX.2, dev and klein."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
+from PIL import Image
+
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.state import DenoiseState
+from distriray.errors import UnsupportedModel
+
+TEXT_TOKENS = 512
+
+
+class _Flux2(FlowMatching):
+    """What both share: a state's latents are tokens of 2x2 latents of the VAE, normalized, in rows.
+
+    Padding of the text is attended to, as in the pipelines.
+    """
+
+    parts = ("transformer", "vae", "text_encoder", "tokenizer")
+    latents_per_input = 4
+    patch_size = 2
+    vae_kind = AutoencoderKLFlux2
+    max_clip_skip = 0
+
+    def sigmas(self, steps: int) -> Any:
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def shift(self, commission: Commission, tokens: int) -> float:
+        return compute_empirical_mu(tokens, commission.num_inference_steps)
+
+    def embedded(self, prompt: str, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prompt's embeddings, (images, tokens, channels), and the tokens' positions."""
+        embeds, ids = self._plain.encode_prompt(
+            prompt=prompt,
+            device=self._transformer.device,
+            num_images_per_prompt=images,
+            max_sequence_length=TEXT_TOKENS,
+        )
+        return embeds, ids
+
+    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        tokens, ids = self._plain.prepare_latents(*self._size(commission, dtype))
+        unit = self.patch_size * self._plain.vae_scale_factor
+        sides = commission.height // unit, commission.width // unit
+        return {"latents": tokens.transpose(1, 2).unflatten(2, sides), "img_ids": ids}
+
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = state.latents
+        tokens = self._plain._pack_latents(latents).to(self._transformer.dtype)
+        timestep = self.timestep(state, state.batch).to(latents.dtype) / 1000
+        predicted = self.predicted(state, tokens, timestep)
+        output = predicted.transpose(1, 2).unflatten(2, latents.shape[2:])
+        return self.advanced(state, output), output
+
+    @abstractmethod
+    def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What the network says of `tokens`, (batch, tokens, channels), with guidance."""
+
+    def call(
+        self, state: DenoiseState, branch: str, tokens: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """One call of the network, for the branch whose values begin with that."""
+        values = state.values
+        output: torch.Tensor = self._transformer(
+            hidden_states=tokens,
+            timestep=timestep,
+            guidance=values.get("guidance"),
+            encoder_hidden_states=values[f"{branch}prompt_embeds"],
+            txt_ids=values[f"{branch}txt_ids"],
+            img_ids=values["img_ids"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        norm, eps = self._vae.bn, self._vae.config.batch_norm_eps
+        mean, variance = (each.view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var))
+        deviation = torch.sqrt(variance + eps).to(latents)
+        latents = self._plain._unpatchify_latents(latents * deviation + mean.to(latents))
+        return self.pictures(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
+
+
+class Flux2(_Flux2):
+    """FLUX.2 dev, whose network was distilled from guidance and takes the scale as an input."""
+
+    kinds = (Flux2Pipeline,)
+    guides = False
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self._plain.system_message = pipeline.system_message
+
+    def tokens(self, text: str) -> list[Tokens]:
+        processor, system = self._plain.tokenizer, self._plain.system_message
+        around = processor.apply_chat_template(format_input([""], system)[0], tokenize=False)
+        tokenizer = getattr(processor, "tokenizer", processor)  # a processor takes pictures too
+        return [tokens_in_chat(tokenizer, text, around, TEXT_TOKENS)]
+
+    def encode(self, commission: Commission) -> dict[str, Any]:
+        images = len(commission.generators)
+        embeds, ids = self.embedded(commission.params.prompt, images)
+        scale = torch.full((images,), commission.guidance_scale, device=embeds.device)
+        return {"prompt_embeds": embeds, "txt_ids": ids, "guidance": scale}
+
+    def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.call(state, "", tokens, timestep)
+
+
+class Flux2Klein(_Flux2):
+    """FLUX.2 klein: a call of the network for each branch of guidance, or distilled to do without."""
+
+    kinds = (Flux2KleinPipeline,)
+
+    def check(self) -> None:
+        super().check()
+        if self.pipeline.transformer.config.guidance_embeds:
+            raise UnsupportedModel("a Flux2Transformer2DModel of klein with guidance_embeds")
+
+    @property
+    def guides(self) -> bool:
+        return not self.pipeline.config.is_distilled
+
+    def tokens(self, text: str) -> list[Tokens]:
+        around = self._plain.tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        return [tokens_in_chat(self._plain.tokenizer, text, around, TEXT_TOKENS)]
+
+    def encode(self, commission: Commission) -> dict[str, Any]:
+        images, values = len(commission.generators), {}
+        prompts = {"": commission.params.prompt}
+        if self.guides and commission.guidance_scale > 1.0:
+            prompts["negative_"] = commission.params.negative_prompt or ""
+        for branch, prompt in prompts.items():
+            values[f"{branch}prompt_embeds"], values[f"{branch}txt_ids"] = self.embedded(prompt, images)
+        return values
+
+    def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        with self._transformer.cache_context("cond"):
+            conditional = self.call(state, "", tokens, timestep)
+        if "negative_prompt_embeds" not in state.values:
+            return conditional
+        with self._transformer.cache_context("uncond"):
+            without = self.call(state, "negative_", tokens, timestep)
+        return without + state.guidance_scale * (conditional - without)
