@@ -98,6 +98,9 @@ def generate(
     quantize: Annotated[
         Literal["int8", "float8"] | None, typer.Option(help="Round the network's weights, by torchao.")
     ] = None,
+    offload_text: Annotated[
+        bool, typer.Option("--offload-text", help="Keep text encoders in the host's memory.")
+    ] = False,
     exchange: Annotated[
         ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
     ] = "auto",
@@ -117,7 +120,14 @@ def generate(
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
         parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
-        spec = ModelSpec(name=model, revision=revision, variant=variant, dtype=dtype, quantize=quantize)
+        spec = ModelSpec(
+            name=model,
+            revision=revision,
+            variant=variant,
+            dtype=dtype,
+            quantize=quantize,
+            offload_text=offload_text,
+        )
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from .gang import HostConfig, open_host

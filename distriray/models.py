@@ -35,6 +35,8 @@ class ModelSpec(BaseModel):
             denoise with a transformer, float16 for others.
         quantize: to what the weights of the denoising network's linear layers are rounded, by torchao; None
             leaves them in `dtype`.
+        offload_text: keep text encoders in the host's memory; their layers come to the device one by one to
+            read a prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +47,7 @@ class ModelSpec(BaseModel):
     variant: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     quantize: Literal["int8", "float8"] | None = None
+    offload_text: bool = False
 
 
 def builtin_models() -> dict[str, Path]:
@@ -154,9 +157,7 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
     if folder.is_file():
         if spec.quantize is not None:
             raise UnsupportedModel(f"quantize {spec.quantize!r} of a single file; save it as a folder first")
-        pipeline = _load_file(spec, folder, device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(device)
+        return _placed(_load_file(spec, folder, device), spec, device)
     index, missing = _index_of(folder)
     quantization = None if spec.quantize is None else _quantization(spec, index)
     try:
@@ -173,8 +174,14 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
     except (OSError, ValueError) as error:
         variant = f" of variant {spec.variant!r}" if spec.variant else ""
         raise ModelNotFound(f"{spec.name!r}: no safetensors weights{variant} in {folder}: {error}") from error
+    return _placed(pipeline, spec, device)
+
+
+def _placed(pipeline: Any, spec: ModelSpec, device: torch.device) -> Any:
+    from .text_encoders import place_but_for_text
+
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return place_but_for_text(pipeline, device) if spec.offload_text else pipeline.to(device)
 
 
 def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
