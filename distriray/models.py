@@ -147,7 +147,8 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
 
     Raises:
         ModelNotFound: no such model, its folder lacks safetensors weights, or its file some that it needs.
-        UnsupportedModel: it is to be quantized, and torchao is not installed, or it is a single file.
+        UnsupportedModel: it is to be quantized, and torchao is not installed, or it is a single file; or it
+            does not fit into the device's memory.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -178,10 +179,10 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
 
 
 def _placed(pipeline: Any, spec: ModelSpec, device: torch.device) -> Any:
-    from .text_encoders import place_but_for_text
+    from .weights import place
 
     pipeline.set_progress_bar_config(disable=True)
-    return place_but_for_text(pipeline, device) if spec.offload_text else pipeline.to(device)
+    return place(pipeline, device, offload_text=spec.offload_text)
 
 
 def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:

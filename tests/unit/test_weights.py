@@ -1,4 +1,4 @@
-"""Text encoders in the host's memory: the same pictures, and the device holds none of their weights."""
+"""Weights that leave the device, and weights that do not fit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from distriray.denoise import Denoiser
+from distriray.errors import UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline
 from distriray.requests import SamplingParams
+from distriray.weights import check_fit
 from tests.parameters import sweep
 from tests.save_model import MODELS
 
@@ -25,7 +27,7 @@ REQUEST: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", sweep(sorted(MODELS)))
-def test_pictures_are_the_same_and_weights_stay_on_the_host(name: str, tmp_path: Path) -> None:
+def test_text_encoders_that_stay_on_the_host_draw_the_same_pictures(name: str, tmp_path: Path) -> None:
     MODELS[name]().save_pretrained(tmp_path)
     latents = []
     for offload_text in (False, True):
@@ -40,3 +42,14 @@ def test_pictures_are_the_same_and_weights_stay_on_the_host(name: str, tmp_path:
                 away = offload_text and part.startswith("text_encoder")
                 assert all(weight.is_meta == away for weight in network.parameters()), part
     assert torch.equal(*latents)
+
+
+def test_what_does_not_fit_is_refused_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, layers = torch.device("cuda", 0), {"transformer": torch.nn.Linear(1000, 1000, bias=False)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4_000_000, 80_000_000))
+    check_fit(layers, gpu)
+    layers["vae"] = torch.nn.BatchNorm1d(1)
+    with pytest.raises(
+        UnsupportedModel, match=r"need 0.0 GB \(transformer 0.0, vae 0.0\) where cuda:0 has 0.0"
+    ):
+        check_fit(layers, gpu)

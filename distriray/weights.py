@@ -1,0 +1,59 @@
+"""Where a pipeline's weights lie, and whether they fit there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from torch import nn
+
+from .errors import UnsupportedModel
+
+
+def place(pipeline: Any, device: torch.device, *, offload_text: bool) -> Any:
+    """The pipeline on `device`.
+
+    Args:
+        offload_text: leave text encoders in the host's memory: each layer of them comes as it is needed.
+
+    Raises:
+        UnsupportedModel: it does not fit into what the device has free; nothing was moved.
+    """
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    away = {name: part for name, part in modules.items() if offload_text and name.startswith("text_encoder")}
+    check_fit({name: part for name, part in modules.items() if name not in away}, device)
+    for part in away.values():
+        cpu_offload(part, device, offload_buffers=True)
+    if not away:
+        return pipeline.to(device)
+    for name in modules.keys() - away.keys():
+        modules[name].to(device)
+    return pipeline
+
+
+def check_fit(modules: dict[str, nn.Module], device: torch.device) -> None:
+    """Raise `UnsupportedModel`, with the bytes, where these weights are more than a GPU has free."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    sizes = {name: _nbytes(module) for name, module in modules.items()}
+    if (needed := sum(sizes.values())) > free:
+        told = ", ".join(f"{name} {nbytes / 1e9:.1f}" for name, nbytes in sizes.items())
+        raise UnsupportedModel(
+            f"the weights need {needed / 1e9:.1f} GB ({told}) where {device} has {free / 1e9:.1f} GB free; "
+            "`offload_text` and `quantize` need less"
+        )
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(map(_stored, (*module.parameters(), *module.buffers())))
+
+
+def _stored(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; of a quantized one, of the numbers that it is kept as."""
+    if type(tensor.data).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        return tensor.nbytes
+    names: Iterable[str] = tensor.data.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+    return sum(_stored(getattr(tensor.data, name)) for name in names)
