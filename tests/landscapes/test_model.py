@@ -70,7 +70,7 @@ def test_the_autoencoder_restores_held_out_scenes(pipeline) -> None:  # noqa: AN
 
 
 def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa: ANN001
-    from distriray.landscapes.training.unet import encode_pictures
+    from distriray.landscapes.training.denoising import encode_pictures
 
     picture = draw(sample_scene(HELD_OUT_SEED), 128, 128)[None]
     inputs = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -82,7 +82,7 @@ def test_the_encoder_is_one_linear_map_of_each_patch(pipeline) -> None:  # noqa:
 @pytest.mark.slow
 def test_training_weighs_an_error_as_the_picture_shows_it(pipeline) -> None:  # noqa: ANN001
     from distriray.landscapes.training.codec import patch_code
-    from distriray.landscapes.training.unet import encode_pictures, picture_weights
+    from distriray.landscapes.training.denoising import encode_pictures, picture_weights
 
     pictures = np.stack([draw(sample_scene(HELD_OUT_SEED + index), 256, 256) for index in range(8)])
     weights = picture_weights(pipeline.vae, encode_pictures(pipeline.vae, pictures))
@@ -126,7 +126,7 @@ def test_training_steps_change_every_weight_and_resume() -> None:
 
 def test_every_size_has_its_share_of_the_training() -> None:
     from distriray.landscapes.training.dataset import BUCKETS
-    from distriray.landscapes.training.unet import SHARES
+    from distriray.landscapes.training.denoising import SHARES
 
     assert SHARES.keys() == {bucket.name for bucket in BUCKETS}
     assert sum(SHARES.values()) == pytest.approx(1)
@@ -137,11 +137,12 @@ def test_every_size_has_its_share_of_the_training() -> None:
 @needs_muon
 @pytest.mark.slow
 def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from distriray.landscapes.training import dataset, unet
+    from distriray.landscapes.training import dataset, denoising
+    from distriray.landscapes.training.unet import UNetLesson
 
     buckets = (dataset.Bucket(256, 256, 4, 0), dataset.Bucket(256, 384, 2, 2_000_000))
     monkeypatch.setattr(dataset, "BUCKETS", buckets)
-    monkeypatch.setattr(unet, "SHARES", {"256x256": 0.5, "256x384": 0.5})
+    monkeypatch.setattr(denoising, "SHARES", {"256x256": 0.5, "256x384": 0.5})
     for bucket in buckets:
         dataset.render(bucket, tmp_path, 1)
 
@@ -149,11 +150,8 @@ def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp
         out = tmp_path / name
         shutil.copytree(MODEL_DIR, out)
         for step in steps:
-            unet.train(
-                unet.parse(
-                    f"--pictures {tmp_path} --out {out} --initial {out}/unet --steps {step} --batch 2".split()
-                )
-            )
+            words = f"--pictures {tmp_path} --out {out} --initial {out}/unet --steps {step} --batch 2"
+            denoising.train(denoising.parse(None, words.split()), UNetLesson)
         return torch.load(out / "unet.pt")["average"]
 
     whole, halved = run("whole", 3), run("halved", 1, 3)

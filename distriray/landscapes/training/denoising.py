@@ -1,0 +1,224 @@
+"""What trainings of denoising networks share: latents of drawn scenes, captions, and the loop.
+
+On CPUs one process a core is fastest: `torchrun --nproc-per-node 2 -m` and the module. Resumable: the same
+command goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, distributed
+from torch.nn import functional
+
+from distriray.landscapes.captions import caption
+from distriray.landscapes.pictures import to_float
+from distriray.landscapes.training import dataset
+from distriray.landscapes.training.codec import patch_code
+from distriray.landscapes.training.common import (
+    Average,
+    Checkpoint,
+    MuonAndAdamW,
+    options,
+    save_whole,
+    steady,
+)
+
+SHARES = {
+    "256x256": 0.27,
+    "512x512": 0.30,
+    "256x384": 0.04,
+    "384x256": 0.04,
+    "384x512": 0.03,
+    "512x384": 0.03,
+    "768x768": 0.08,
+    "1024x1024": 0.15,
+    "512x768": 0.03,
+    "768x512": 0.03,
+}
+"""How often a step takes a bucket."""
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -> Tensor:
+    """Scaled latents, (N, C, H/8, W/8) float16."""
+    kernel, bias = patch_code(vae)
+    scale = vae.config.scaling_factor
+    return torch.cat(
+        [
+            functional.conv2d(
+                to_float(pictures[at : at + batch]), kernel * scale, bias * scale, stride=8
+            ).half()
+            for at in range(0, len(pictures), batch)
+        ]
+    )
+
+
+def cache_latents(arguments: argparse.Namespace) -> None:
+    """Makes `latents.pt`: the latents of every bucket, and what an error in each channel of them costs.
+
+    The costs are kept because training the decoder changes them, and a resumed training needs the same.
+    """
+    vae = AutoencoderKL.from_pretrained(arguments.out / "vae")
+    latents = {
+        bucket.name: encode_pictures(vae, pictures) for bucket, pictures in dataset.load(arguments.pictures)
+    }
+    weights = picture_weights(vae, latents[dataset.BUCKETS[0].name][:16])
+    save_whole({"latents": latents, "weights": weights}, arguments.out / "latents.pt")
+
+
+@torch.no_grad()
+def picture_weights(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """What an error in each latent channel costs in the picture, (C,) float32 with a mean of 1.
+
+    Measured: how a little noise in one channel of scaled `latents`, (N, C, h, w), changes the pictures.
+    """
+    clean = latents.float() / vae.config.scaling_factor
+    picture = vae.decode(clean).sample
+    noise = 0.1 * torch.randn(clean[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    cost = torch.empty(clean.shape[1])
+    for channel in range(len(cost)):
+        noisy = clean.clone()
+        noisy[:, channel] += noise / vae.config.scaling_factor
+        cost[channel] = (vae.decode(noisy).sample - picture).square().mean()
+    return cost / cost.mean()
+
+
+def captions(bucket: dataset.Bucket, indices: np.ndarray, rng: np.random.Generator) -> list[str]:
+    """Captions of scenes, which leave out some of what there is to say."""
+    return [caption(bucket.scene(int(index)), rng, keep=float(rng.uniform(0.6, 1.0)))[0] for index in indices]
+
+
+class Lesson(ABC):
+    """What one kind of network learns from latents and captions.
+
+    Args:
+        folder: where the other trainings wrote what it needs.
+        device: to compute on.
+
+    Attributes:
+        name: of the checkpoint.
+        kind, config: of the network.
+        outer: how the names of its first and last layers begin.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Any]
+    config: ClassVar[Mapping[str, Any]]
+    outer: ClassVar[tuple[str, ...]]
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.device = device
+
+    def made(self, initial: Path | None) -> Any:
+        """The network, with random weights or those of a folder."""
+        network = self.kind(**self.config)
+        if initial:
+            network.load_state_dict(self.kind.from_pretrained(initial).state_dict())
+        return network.to(self.device)
+
+    @abstractmethod
+    def loss(
+        self,
+        network: Any,
+        clean: Tensor,
+        bucket: dataset.Bucket,
+        indices: np.ndarray,
+        rng: np.random.Generator,
+        weights: Tensor,
+    ) -> Tensor:
+        """Of one step, from which the gradients follow.
+
+        Args:
+            clean: scaled latents, (N, C, h, w) float32.
+            indices: of their scenes in the bucket.
+            rng: draws all that is random.
+            weights: what an error in each channel costs, (C,).
+        """
+
+
+def noise_like(clean: Tensor, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(clean.device)
+
+
+def share_gradients(module: torch.nn.Module) -> None:
+    """Replaces every process's gradients by their mean, in one message."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view(gradient.shape))
+
+
+def train(arguments: argparse.Namespace, kind: type[Lesson]) -> None:
+    device = torch.device(arguments.device)
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("gloo")
+    rank, world = (
+        (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    )
+    torch.manual_seed(arguments.seed)
+    lesson = kind(arguments.out, device)
+    network = lesson.made(arguments.initial)
+    average = Average(network, 0.998)
+    optimizer = MuonAndAdamW(network, outer=lesson.outer)
+    checkpoint = Checkpoint(
+        arguments.out / f"{lesson.name}.pt", {"model": network, "average": average, "optimizer": optimizer}
+    )
+    start = checkpoint.restore()
+    if rank == 0:
+        if start:
+            print(f"{checkpoint.path} goes on after {start} of {arguments.steps} steps", flush=True)
+        if not (arguments.out / "latents.pt").exists():
+            cache_latents(arguments)
+    if world > 1:
+        distributed.barrier()
+    cached = torch.load(arguments.out / "latents.pt")
+    buckets = [(bucket, cached["latents"][bucket.name]) for bucket in dataset.BUCKETS]
+    weights = cached["weights"].to(device)
+    shares = [SHARES[bucket.name] for bucket, _ in buckets]
+    began, losses = time.monotonic(), []
+    for step in range(start, arguments.steps):
+        rng = np.random.default_rng([arguments.seed, step, rank])
+        bucket, latents = buckets[rng.choice(len(buckets), p=shares)]
+        count = max(1, round(arguments.batch * 256 * 256 / (bucket.height * bucket.width)))
+        indices = rng.integers(0, bucket.count, count)
+        loss = lesson.loss(network, latents[indices].float().to(device), bucket, indices, rng, weights)
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        if world > 1:
+            share_gradients(network)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step(steady(step, arguments.steps, arguments.lr, warmup=100))
+        average.update(step)
+        losses.append(loss.item())
+        if rank == 0 and step % 10 == 9:
+            pace = (time.monotonic() - began) / (step + 1 - start)
+            print(f"{step + 1} loss {np.mean(losses[-10:]):.4f} {pace:.2f} s/step", flush=True)
+        if rank == 0 and (step % 50 == 49 or step + 1 == arguments.steps):
+            checkpoint.save(step + 1)
+
+
+def parse(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
+    parser = options(description)
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument(
+        "--initial",
+        type=Path,
+        help="folder of a network to begin with in place of random weights; not to resume",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=12, help="pictures of 256x256 a step; fewer of the larger ones"
+    )
+    parser.add_argument("--lr", type=float, default=1.2e-3)
+    return parser.parse_args(words)
