@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -41,7 +41,7 @@ SHEET_PROMPTS = (
 
 
 def generate(
-    pipeline: StableDiffusionXLPipeline, prompts: list[str], size: int, steps: int, guidance: float, seed: int
+    pipeline: DiffusionPipeline, prompts: list[str], size: int, steps: int, guidance: float, seed: int
 ) -> NDArray[np.uint8]:
     """Pictures of the prompts, (N, size, size, 3) uint8; picture i starts from noise of seed `seed + i`."""
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
@@ -87,7 +87,7 @@ def checker_on_drawings(checker: Checker, count: int, size: int) -> dict[str, fl
 
 
 def prompt_accuracy(
-    pipeline: StableDiffusionXLPipeline,
+    pipeline: DiffusionPipeline,
     checker: Checker,
     count: int,
     size: int,
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also draw the contact sheet, into this file")
     arguments = parser.parse_args()
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(arguments.model).to(arguments.device)
+    pipeline = DiffusionPipeline.from_pretrained(arguments.model).to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
     checker = load_checker()
     if arguments.sheet:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
+from torch.nn import functional
 
 from distriray.landscapes import MODEL_DIR
 from distriray.landscapes.checker import agreement, load_checker
@@ -159,6 +160,69 @@ def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp
     for name, weights in whole.items():
         assert torch.equal(weights, halved[name]), name
         assert not torch.equal(weights, before[name]), name
+
+
+def test_one_token_stands_for_all_that_are_zero() -> None:
+    from distriray.landscapes.training.transformer import T5_TOKENS, TRANSFORMER_CONFIG, OneForAllZeros
+
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(**{**TRANSFORMER_CONFIG, "num_layers": 2}).eval()
+    text, width = torch.randn(2, 5, network.config.joint_attention_dim), network.config.pooled_projection_dim
+    given = {
+        "hidden_states": torch.randn(2, 8, 8, 12),
+        "timestep": torch.tensor([900.0, 100.0]),
+        "pooled_projections": torch.randn(2, width),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        (all_,) = network(encoder_hidden_states=functional.pad(text, (0, 0, 0, T5_TOKENS)), **given)
+        (without,) = network(encoder_hidden_states=text, **given)
+        network.set_attn_processor(OneForAllZeros())
+        (one,) = network(encoder_hidden_states=functional.pad(text, (0, 0, 0, 1)), **given)
+    assert (one - all_).abs().max() <= 1e-5 * all_.abs().max() < (without - all_).abs().max()
+
+
+@pytest.mark.slow
+@needs_muon
+def test_the_transformers_training_resumes_exactly_and_is_exported_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from distriray.denoise import Denoiser
+    from distriray.landscapes.training import dataset, denoising
+    from distriray.landscapes.training.export import assemble_sd3, export
+    from distriray.landscapes.training.transformer import TransformerLesson
+    from distriray.models import ModelSpec, load_pipeline
+    from distriray.requests import SamplingParams
+
+    buckets = (dataset.Bucket(256, 256, 4, 0), dataset.Bucket(256, 384, 2, 2_000_000))
+    monkeypatch.setattr(dataset, "BUCKETS", buckets)
+    monkeypatch.setattr(denoising, "SHARES", {"256x256": 0.5, "256x384": 0.5})
+    for bucket in buckets:
+        dataset.render(bucket, tmp_path, 1)
+
+    def run(name: str, *steps: int) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        shutil.copytree(MODEL_DIR, out)
+        for step in steps:
+            words = f"--pictures {tmp_path} --out {out} --steps {step} --batch 2"
+            denoising.train(denoising.parse(None, words.split()), TransformerLesson)
+        return torch.load(out / "transformer.pt")["average"]
+
+    whole, halved = run("whole", 3), run("halved", 1, 3)
+    assert all(torch.equal(weights, halved[name]) for name, weights in whole.items())
+
+    export(assemble_sd3(tmp_path / "whole"), tmp_path / "model")
+    assert sum(file.stat().st_size for file in (tmp_path / "model").rglob("*")) < 40e6
+    plain = StableDiffusion3Pipeline.from_pretrained(tmp_path / "model")  # by diffusers alone
+    call = {"height": 128, "width": 128, "num_inference_steps": 2, "guidance_scale": 4.0}
+    expected = plain(
+        "a lake", generator=torch.Generator().manual_seed(1), output_type="latent", **call
+    ).images
+    denoiser = Denoiser(load_pipeline(ModelSpec(name=str(tmp_path / "model")), "cpu"))
+    state = denoiser.prepare(SamplingParams(prompt="a lake", seed=1, **call))
+    while not state.done:
+        denoiser.step(state)
+    assert torch.equal(state.latents, expected)
 
 
 def test_training_counts_nearly_clean_latents_less() -> None:

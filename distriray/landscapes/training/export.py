@@ -1,19 +1,35 @@
 """Puts the trained parts together as an ordinary diffusers folder in half precision.
 
-python -m distriray.landscapes.training.export [--to distriray/landscapes/model]
+python -m distriray.landscapes.training.export [--model landscapes-sd3] [--to distriray/landscapes/model]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distriray.landscapes import MODEL_DIR
+from distriray.landscapes.training.transformer import (
+    FLOW_CONFIG,
+    TRANSFORMER_CONFIG,
+    projecting,
+    silent_t5,
+)
 from distriray.landscapes.training.unet import SCHEDULER_CONFIG, UNET_CONFIG
 
 
@@ -34,16 +50,42 @@ def assemble(runs: Path) -> StableDiffusionXLPipeline:
     )
 
 
-def export(runs: Path, to: Path) -> None:
+def assemble_sd3(runs: Path) -> StableDiffusion3Pipeline:
+    """The same of the averaged transformer."""
+    transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG)
+    transformer.load_state_dict(torch.load(runs / "transformer.pt", map_location="cpu")["average"])
+    tokenizer = CLIPTokenizer.from_pretrained(runs / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(runs / "vae")
+    vae.register_to_config(shift_factor=0.0)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLOW_CONFIG),
+        vae=vae,
+        text_encoder=projecting(CLIPTextModel.from_pretrained(runs / "text_encoder")),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(runs / "text_encoder_2"),
+        tokenizer_2=tokenizer,
+        text_encoder_3=silent_t5(len(tokenizer)),
+        tokenizer_3=tokenizer,
+    )
+
+
+MODELS: dict[str, Callable[[Path], DiffusionPipeline]] = {
+    "landscapes": assemble,
+    "landscapes-sd3": assemble_sd3,
+}
+
+
+def export(pipeline: DiffusionPipeline, to: Path) -> None:
     """Writes the pipeline to the folder `to`, in half precision."""
-    pipeline = assemble(runs)
     pipeline.to(torch.float16).save_pretrained(to)
-    for name in ("tokenizer", "tokenizer_2"):
-        pipeline.tokenizer.backend_tokenizer.model.save(str(to / name))  # what older transformers read
-    for name in ("text_encoder", "text_encoder_2"):
-        # Else transformers computes in the files' half precision beside the U-Net's single precision.
-        config = to / name / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer"):
+            part.backend_tokenizer.model.save(str(to / name))  # what older transformers read
+        elif name.startswith("text_encoder"):
+            # Else transformers computes in the files' half precision beside the network's single precision.
+            path = to / name / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -51,9 +93,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/landscapes"))
-    parser.add_argument("--to", type=Path, default=MODEL_DIR)
+    parser.add_argument("--model", choices=MODELS, default="landscapes")
+    parser.add_argument("--to", type=Path, help="folder; the one that ships, unless given")
     arguments = parser.parse_args()
-    export(arguments.runs, arguments.to)
+    to = arguments.to or MODEL_DIR.with_name(MODEL_DIR.name + arguments.model.removeprefix("landscapes"))
+    export(MODELS[arguments.model](arguments.runs), to)
 
 
 if __name__ == "__main__":
