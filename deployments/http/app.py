@@ -28,6 +28,7 @@ from .head import HeadAsGet
 from .health import Health
 from .images import ImageRequest
 from .openapi import describe_images, document, errors
+from .site import add_page
 
 T = TypeVar("T")
 
@@ -143,6 +144,8 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
             raise Refusal(503, "unavailable", str(error)) from error
         return Healthy()
 
+    if config.page:
+        add_page(app)
     return app
 
 
