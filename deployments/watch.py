@@ -47,7 +47,7 @@ class _Pool:
                 self._silent.add(host)
                 continue
             self._silent.discard(host)
-            new, wait_s = answer
+            new, wait_s = _on_clock(answer[0], time.time()), answer[1]
             now = (new.model_copy(update={"segments": [], "outages": []}), wait_s)
             if host not in self._told or not _same(now, self._told[host]):
                 news[host] = new
@@ -80,9 +80,28 @@ async def watch(clients: Sequence[PoolClient]) -> AsyncGenerator[FleetNews, None
         ]
         found = dict(zip(pools, await asyncio.gather(*looks), strict=True))
         if complete or any(news.hosts or news.silent or news.gone for news in found.values()):
-            yield FleetNews(complete=complete, pools=found)
+            yield FleetNews(now=time.time(), complete=complete, pools=found)
             complete = False
         await asyncio.sleep(max(0.0, began_s + LOOK_S - time.monotonic()))
+
+
+def _on_clock(news: HostNews, now: float) -> HostNews:
+    """`news` with times of the clock that shows `now`, if the host's differs by a second or more."""
+    by = round(now - news.now)
+    if by == 0:  # so that what is told twice is told alike, whatever the answer took
+        return news
+
+    def moved(time: float | None) -> float | None:
+        return None if time is None else time + by
+
+    segments = [
+        one.model_copy(update={"began_at": one.began_at + by, "ended_at": moved(one.ended_at)})
+        for one in news.segments
+    ]
+    outages = [
+        one.model_copy(update={"out_at": one.out_at + by, "back_at": moved(one.back_at)}) for one in news.outages
+    ]
+    return news.model_copy(update={"now": news.now + by, "segments": segments, "outages": outages})
 
 
 def _same(one: tuple[HostNews, float], other: tuple[HostNews, float]) -> bool:

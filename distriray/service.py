@@ -73,11 +73,12 @@ class PoolNews(BaseModel):
 
 
 class FleetNews(BaseModel):
-    """What changed in the fleet, by pool. `complete`: it says all that is remembered, whatever was told
-    before."""
+    """What changed in the fleet, by pool. `complete`: it says all that is remembered, whatever was told before.
+    `now` is when it was told, and all times are on the clock of whoever tells it, in seconds since the epoch."""
 
     model_config = ConfigDict(frozen=True)
 
+    now: float
     complete: bool = False
     pools: dict[str, PoolNews]
 

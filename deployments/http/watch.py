@@ -45,7 +45,7 @@ class Watch:
         watcher = Watcher(self)
         self._watchers.add(watcher)
         if self._known is not None:
-            watcher.tell(_frame(self._known))
+            watcher.tell(_frame(self._known.model_copy(update={"now": time.time()})))
         if self._looking is None:
             self._looking = self._background.spawn(self._look())
         return watcher
@@ -121,7 +121,7 @@ def merged(known: FleetNews, news: FleetNews) -> FleetNews:
         hosts = {host: one for host, one in {**former, **told}.items() if host not in pool.gone}
         update = {"hosts": hosts, "silent": tuple(sorted(silent - set(pool.gone))), "gone": ()}
         pools[name] = pool.model_copy(update=update)
-    return FleetNews(complete=True, pools=pools)
+    return news.model_copy(update={"complete": True, "pools": pools})
 
 
 def _later(known: HostNews | None, news: HostNews) -> HostNews:

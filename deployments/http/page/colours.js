@@ -1,17 +1,29 @@
-// A colour for each request, the same wherever it is shown.
+// A colour and a name for each request, the same wherever it is shown.
 
 const COLOURS = 10; // as many as page.css has classes r0 … r9
+const KEPT = 2000;
 const turns = new Map();
+const prompts = new Map();
 let next = 0;
 
 /** The class of a request's colour. Requests that come one after the other have different ones. */
 export function colourOf(request) {
   if (!turns.has(request)) {
     turns.set(request, next++ % COLOURS);
-    if (turns.size > 2000) turns.delete(turns.keys().next().value);
+    bound(turns);
   }
   return `r${turns.get(request)}`;
 }
 
-/** The short name of a request. */
-export const shortName = (request) => request.slice(0, 6);
+/** Call a request of this tab by its prompt. */
+export function nameRequest(request, prompt) {
+  prompts.set(request, prompt);
+  bound(prompts);
+}
+
+/** What a request is called: by its prompt where this tab knows it, else by the beginning of its id. */
+export const nameOf = (request) => prompts.get(request) ?? request.slice(0, 8);
+
+function bound(map) {
+  if (map.size > KEPT) map.delete(map.keys().next().value);
+}

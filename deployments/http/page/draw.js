@@ -51,6 +51,7 @@ export function startDraw(needKey) {
   }
 
   function offerFields() {
+    if (!models.length) return;
     const known = picture.taken && taken.edits ? taken.edits : taken.fields;
     fields.offer(known, model());
     const ideas = IDEAS[model().alias_of ?? model().id] ?? OTHER_IDEAS;
@@ -60,7 +61,7 @@ export function startDraw(needKey) {
 
   async function submit(asked, source) {
     if (underWay >= AT_ONCE) {
-      stage.complain(`${AT_ONCE} pictures are under way in this tab; wait for one, or cancel one.`);
+      sayNo(`${AT_ONCE} pictures are under way in this tab; wait for one, or cancel one.`);
       return;
     }
     const previews = Math.min(PREVIEWS, model().limits?.max_previews ?? 0);
@@ -77,6 +78,9 @@ export function startDraw(needKey) {
     underWay -= 1;
     if (drawing.error) complain(drawing.error);
   }
+
+  /** Say what is wrong with no field and no picture. */
+  const sayNo = (message) => (byId("submit-error").textContent = message);
 
   function complain(error) {
     if (error.needsKey) needKey(error);
@@ -112,7 +116,7 @@ export function startDraw(needKey) {
       offerFields();
       byId("submit").disabled = false;
     },
-    fail: (error) => stage.complain(error.message),
+    fail: (error) => sayNo(error.message),
   };
 }
 

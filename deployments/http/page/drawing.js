@@ -1,5 +1,6 @@
 // One request from this tab, from its submission to its end.
 
+import { nameRequest } from "./colours.js";
 import { workers } from "./dom.js";
 import { stream } from "./service.js";
 
@@ -75,7 +76,7 @@ export class Drawing extends EventTarget {
 
   #hear(event) {
     if (!this.underWay) return;
-    if (event.id) this.id = event.id;
+    if (event.id && !this.id) nameRequest((this.id = event.id), this.asked.prompt);
     if (event.type === "error") return this.#fail(event.error);
     if (event.type.endsWith(".completed")) return this.#finish(event);
     if (event.type.endsWith(".partial_image")) {

@@ -41,11 +41,6 @@ export class Stage {
     this.#draw();
   }
 
-  /** Say what is wrong with the service or the request as a whole. */
-  complain(message) {
-    this.error.textContent = message;
-  }
-
   handleEvent() {
     if (this.#due) return;
     this.#due = true;

@@ -12,9 +12,10 @@ import pytest
 from deployments import watch as looks
 from deployments.watch import watch
 from distriray.service import FleetNews
-from distriray.status import HostNews
+from distriray.status import HostNews, OutageStatus
 
 from ..http.test_watch import host as news
+from ..http.test_watch import segment
 
 
 class FakeClient:
@@ -38,6 +39,7 @@ class FakeClient:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looks, "LOOK_S", 0.005)
+    monkeypatch.setattr(looks.time, "time", lambda: 100.0)
 
 
 def do(scene: Coroutine[Any, Any, None]) -> None:
@@ -57,14 +59,30 @@ def test_only_what_changed_is_told_and_only_news_are_asked_for() -> None:
         first: FleetNews = await anext(looking)
         assert first.complete and first.pools["one"].hosts.keys() == {"a", "b"}
         assert first.pools["two"].predicted_wait_s == 2.0
-        one.hosts["b"] = news(200.0, edition=5, waiting=1)
-        one.hosts["a"] = news(200.0, edition=3)  # only its clock has gone on
+        one.hosts["b"] = news(100.2, edition=5, waiting=1)
+        one.hosts["a"] = news(100.2, edition=3)  # only its clock has gone on
         second = await anext(looking)
         assert not second.complete and second.pools["one"].hosts.keys() == {"b"}
         assert not second.pools["two"].hosts
         assert one.asked[:4] == [("a", 0), ("b", 0), ("a", 3), ("b", 4)]
         await silence(looking)
 
+    do(scene())
+
+
+def test_times_are_on_one_clock_whatever_a_hosts_own_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        past = [segment(1, ended_at=95.0), segment(2)]
+        out = [OutageStatus(worker=0, out_at=90.0, died=True)]
+        late, near = news(100.0, *past, outages=out), news(1000.3, segment(1, ended_at=95.0))
+        looking = watch([FakeClient("one", late=late, near=near)])  # type: ignore[list-item]
+        told = (await anext(looking)).pools["one"].hosts
+        assert told["near"] == near
+        first, second = told["late"].segments
+        assert told["late"].now == 1000.0 and first.ended_at == 995.0 and first.began_at == 901.0
+        assert second.ended_at is None and told["late"].outages[0].out_at == 990.0
+
+    monkeypatch.setattr(looks.time, "time", lambda: 1000.0)
     do(scene())
 
 

@@ -37,7 +37,7 @@ def segment(serial: int, ended_at: float | None = None) -> SegmentStatus:
 
 def fleet(complete: bool = False, gone: tuple[str, ...] = (), **hosts: HostNews) -> FleetNews:
     pool = PoolNews(model="m", predicted_wait_s=0.5, hosts=hosts, gone=gone)
-    return FleetNews(complete=complete, pools={"pool": pool})
+    return FleetNews(now=7.0, complete=complete, pools={"pool": pool})
 
 
 def frames(url: str, until: int) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def test_all_who_watch_share_one_look_which_ends_with_the_last_of_them() -> None
         one, other = told(first), told(second)
         assert one == other and [news["complete"] for news in one if news] == [True, False]
         (everything,) = told(third)
-        assert everything is not None and everything["complete"]
+        assert everything is not None and everything["complete"] and everything["now"] > 7.0
         assert [s["serial"] for s in everything["pools"]["pool"]["hosts"]["a"]["segments"]] == [1]
         for watcher in (first, second):
             await watcher.aclose()
@@ -224,7 +224,7 @@ def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not() -> None:
 
 
 def test_a_host_is_silent_until_it_answers_again() -> None:
-    silent = FleetNews(pools={"pool": PoolNews(model="m", predicted_wait_s=None, silent=("a", "b"))})
+    silent = FleetNews(now=7.0, pools={"pool": PoolNews(model="m", predicted_wait_s=None, silent=("a", "b"))})
     known = merged(fleet(True, a=host(), b=host()), silent)
     assert known.pools["pool"].silent == ("a", "b")
     assert merged(known, fleet(a=host(5.0))).pools["pool"].silent == ("b",)
