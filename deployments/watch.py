@@ -99,7 +99,8 @@ def _on_clock(news: HostNews, now: float) -> HostNews:
         for one in news.segments
     ]
     outages = [
-        one.model_copy(update={"out_at": one.out_at + by, "back_at": moved(one.back_at)}) for one in news.outages
+        one.model_copy(update={"out_at": one.out_at + by, "back_at": moved(one.back_at)})
+        for one in news.outages
     ]
     return news.model_copy(update={"now": news.now + by, "segments": segments, "outages": outages})
 

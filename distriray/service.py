@@ -73,8 +73,9 @@ class PoolNews(BaseModel):
 
 
 class FleetNews(BaseModel):
-    """What changed in the fleet, by pool. `complete`: it says all that is remembered, whatever was told before.
-    `now` is when it was told, and all times are on the clock of whoever tells it, in seconds since the epoch."""
+    """What changed in the fleet, by pool. `complete`: it says all that is remembered, whatever was told
+    before. `now` is when it was told; all times are on the clock of whoever tells it, in seconds since the
+    epoch."""
 
     model_config = ConfigDict(frozen=True)
 
