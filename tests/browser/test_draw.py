@@ -36,16 +36,17 @@ def draw(page: Page, prompt: str = "a lake", **fields: str) -> None:
     page.click("#submit:enabled")
 
 
-def wait_for_text(page: Page, selector: str, pattern: str) -> None:
+def wait_for_text(page: Page, selector: str, pattern: str, seconds: float = 20.0) -> None:
     from playwright.sync_api import expect
 
-    expect(page.locator(selector).first).to_have_text(re.compile(pattern, re.DOTALL))
+    text = re.compile(pattern, re.DOTALL)
+    expect(page.locator(selector).first).to_have_text(text, timeout=1e3 * seconds)
 
 
 def wait_for_count(page: Page, selector: str, count: int) -> None:
     from playwright.sync_api import expect
 
-    expect(page.locator(selector)).to_have_count(count)
+    expect(page.locator(selector)).to_have_count(count, timeout=20_000)
 
 
 def test_a_prompt_becomes_a_picture_with_previews_on_the_way(

@@ -7,7 +7,7 @@ const PICTURES = new Set(["image", "image[]", "mask", "mask_image", "control"]);
 /** The page sets these itself. */
 const OWN = new Set([
   "prompt", "model", "n", "stream", "progress", "partial_images", "response_format",
-  "quality", "moderation", "style", "background", "user",
+  "quality", "moderation", "style", "background", "user", "input_fidelity",
 ]);
 
 /**
