@@ -4,8 +4,8 @@ import { colourOf, nameOf } from "./colours.js";
 import { h, seconds, svg, workers } from "./dom.js";
 import { MINUTE } from "./fleet.js";
 
-export const ROW = 26; // pixels of a row, as in watch.css
-const BAR = 18;
+const ROW = 30; // pixels of a row, as in watch.css
+const BAR = 20;
 const MARKS = { cancelled: "×", regrouped: "◆", repaired: "✚", failed: "!" };
 
 export class Timeline {
