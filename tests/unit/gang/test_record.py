@@ -8,11 +8,15 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distriray.errors import InvalidRequest
 from distriray.gang import record
+from distriray.gang.messages import RankResult, SegmentEnd, WorkerId
 from distriray.gang.record import Record
 from distriray.gang.report import news_of
+from distriray.gang.segment_result import SegmentResult
+from distriray.results import Segment
 from distriray.status import HostNews, SegmentStatus
 
 from .fleet import LONG, FakeHost, until
@@ -118,6 +122,50 @@ def test_what_waits_is_counted() -> None:
             assert news(host).waiting == 2 and news(host).max_queue == host.config.max_queue
 
     do(scene())
+
+
+@pytest.mark.parametrize(
+    ("ends", "lost", "word"),
+    [
+        ((SegmentEnd.DONE, SegmentEnd.DONE), (), "finished"),
+        ((SegmentEnd.YIELDED, SegmentEnd.YIELDED), (), "yielded"),
+        ((SegmentEnd.CANCELLED, SegmentEnd.CANCELLED), (), "cancelled"),
+        ((SegmentEnd.REFUSED, SegmentEnd.NOT_BEGUN), (), "failed"),
+        ((SegmentEnd.BROKEN,), (WorkerId(1, 1),), "broken"),
+        ((SegmentEnd.DONE,), (), "broken"),
+        ((), (WorkerId(0, 0), WorkerId(1, 1)), "broken"),
+    ],
+)
+def test_an_end_has_one_word(ends: tuple[SegmentEnd, ...], lost: tuple[WorkerId, ...], word: str) -> None:
+    def rank(index: int, end: SegmentEnd) -> RankResult:
+        finished = end is SegmentEnd.DONE and word == "finished" and index == 0
+        return RankResult(
+            end, 1, 6,
+            images=[Image.new("RGB", (8, 8))] if finished else None,
+            error=InvalidRequest("no", "prompt") if end is SegmentEnd.REFUSED else None,
+        )  # fmt: skip
+
+    result = SegmentResult({WorkerId(n, n): rank(n, end) for n, end in enumerate(ends)}, lost)
+    if word == "broken" and not lost:
+        result = SegmentResult({**result.ranks, WorkerId(1, 1): RankResult(SegmentEnd.NOT_BEGUN, 1, 6)})
+    assert result.end == word
+
+
+def test_what_ranks_waited_is_told_as_their_mean() -> None:
+    past = Record()
+    past.began(1, "one", (0, 1), 2)
+    waited = {
+        WorkerId(n, n): RankResult(SegmentEnd.YIELDED, 5, 6, waited=share)
+        for n, share in ((0, 0.1), (1, 0.3))
+    }
+    segment = Segment(
+        workers=(0, 1), first_step=2, last_step=5, seconds=1.0, sent_at=0, formed_at=0, left_at=1,
+        fresh_step_s=0.5, stale_step_s=0.25, exchange="displaced",
+    )  # fmt: skip
+    past.ended(1, SegmentResult(waited), segment)
+    (told,) = past.segments(0)
+    assert told.waited == pytest.approx(0.2) and (told.step_s, told.exchange) == (0.25, "displaced")
+    assert (told.first_step, told.last_step, told.end) == (2, 5, "yielded")
 
 
 def test_memory_is_bounded_and_what_runs_is_never_forgotten() -> None:
