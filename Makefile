@@ -1,6 +1,7 @@
 # make demo      a picture by a gang of two
 # make check     linters, and first cases of what starts neither Ray nor other processes: for the inner loop
 # make test      every test that needs neither a GPU nor minutes of training
+# make test-browser  the page in Chromium, which must be there; SCREENSHOTS=docs/images keeps pictures of it
 # make test-all  every test that needs no GPU, with torchao too, which takes its time to be imported
 # make gpu       what one NVIDIA GPU shows, in stages (STAGE=2 for one of them, DRY=1 on a CPU)
 # make lint      ruff, mypy and import-linter      make clean     what this file made
@@ -9,11 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
-FIRST := not (gpu or slow or ray or distributed or sweep)
+FIRST := not (gpu or slow or ray or distributed or sweep or browser)
 
 export RAY_USAGE_STATS_ENABLED ?= 0
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo check test test-all gpu lint clean
+.PHONY: demo check test test-browser test-all gpu lint clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,8 +31,14 @@ check: lint
 	$(PYTEST) -n 2 -m "$(FIRST)"
 
 test: $(STAMP)
-	$(PYTEST) -n 2 -m "not (gpu or slow or ray)"
-	$(PYTEST) -m "ray and not (gpu or slow)"
+	$(PYTEST) -n 2 -m "not (gpu or slow or ray or browser)"
+	$(PYTEST) -m "ray and not (gpu or slow or browser)"
+
+# Chromium is the system's own; what drives it comes from the registry.
+test-browser: $(STAMP)
+	@test -n "$(CHROMIUM)" || { echo "make test-browser needs Chromium: apt-get install chromium, or set CHROMIUM to its path" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser
 
 test-all: test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quantize]'

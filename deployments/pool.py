@@ -11,24 +11,29 @@ from ray import serve
 from distriray.events import Event, Finished, Queued
 from distriray.gang import Host
 from distriray.requests import GenerationRequest
-from distriray.routing.router import publish
-from distriray.status import HostStatus
+from distriray.routing.router import HostState, publish
+from distriray.status import HostNews, HostStatus
 
 from .autoscaling import BACKLOG_S
 from .config import PoolConfig
 from .logs import shorten_refusals
 from .pool_client import ANSWER_S
-from .state import HostKnowledge, HostReport, shifted
+from .state import HostKnowledge, HostReport, shifted, wait_s
+
+
+def state_of(name: str, host: Host) -> HostState:
+    """What routing knows of a host; times count from now."""
+    view, repair_s = host.view(), host.repair_s()
+    repaired = range(0 if repair_s is None else host.config.workers)
+    state = publish(name, view, host.latency, host.config.max_queue, repaired, repair_s or 0.0)
+    return shifted(state, -view.now_s)
 
 
 def report_of(name: str, host: Host, configured: int, known: str | None) -> HostReport:
     """What a router that has the edition `known` is told of a host that was configured so many times."""
-    view, repair_s = host.view(), host.repair_s()
-    repaired = range(0 if repair_s is None else host.config.workers)
-    state = publish(name, view, host.latency, host.config.max_queue, repaired, repair_s or 0.0)
     edition = f"{configured}.{host.latency.observations}"
     new = HostKnowledge(host.latency, host.facts, host.config) if edition != known else None
-    return HostReport(shifted(state, -view.now_s), edition, new)
+    return HostReport(state_of(name, host), edition, new)
 
 
 class Pool:
@@ -79,6 +84,12 @@ class Pool:
     async def status(self, target: str | None) -> tuple[str, HostStatus]:
         """The host's name and what it is doing."""
         return self._name, self._host.status()
+
+    async def news(self, target: str | None, since: int) -> tuple[HostNews, float]:
+        """What is new since an edition, and how long a request that came now would wait, in seconds."""
+        wait = wait_s([state_of(self._name, self._host)], 0.0)
+        assert wait is not None, "there is a host"
+        return self._host.news(since), wait
 
     async def ping(self, target: str | None) -> int:
         """How many workers answer."""

@@ -20,6 +20,7 @@ from distriray.gang.background import Background
 from distriray.handle import own_error
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
+from distriray.status import HostNews
 
 from .config import PoolConfig, RouterConfig
 from .members import members_of
@@ -179,6 +180,21 @@ class PoolClient:
             return [await self._call(host, method, ANSWER_S, *args)]
         except (TimeoutError, RayError, DeploymentUnavailableError):
             return []
+
+    async def members(self) -> tuple[str, ...]:
+        """The names of all hosts, as Serve has told."""
+        await self._meet()
+        return self.state.members
+
+    async def news(self, host: str, since: int) -> tuple[HostNews, float] | None:
+        """As `Pool.news`; None from a host that does not answer."""
+        return await asyncio.shield(self._background.spawn(self._news(host, since)))
+
+    async def _news(self, host: str, since: int) -> tuple[HostNews, float] | None:
+        try:
+            return await self._call(host, "news", REPORT_S, since)
+        except (TimeoutError, RayError, DeploymentUnavailableError):
+            return None
 
     async def _call(self, host: str, method: str, timeout_s: float, *args: Any) -> Any:
         """The answer of one host.

@@ -26,7 +26,7 @@ from distriray.gang.admission import check_gang_size
 from distriray.requests import MULTIPLE_OF, GenerationRequest, check_sides
 from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
-from distriray.service import Fleet, ModelCard, PoolReport
+from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
 
 from .attempts import Attempts, Wait
 from .config import AppConfig
@@ -34,6 +34,7 @@ from .fitting import fitting, offer
 from .models import sizes_of
 from .pool_client import HostSilent, PoolClient
 from .state import choose, wait_s
+from .watch import watch
 
 LONGEST_RETRY_S = 3600.0
 
@@ -153,6 +154,10 @@ class Router:
                 model=client.config.model.name, predicted_wait_s=wait, hosts=hosts
             )
         return Fleet(pools=pools)
+
+    def watch(self) -> AsyncGenerator[FleetNews, None]:
+        """What happens in the fleet; see `distriray.service.Service.watch`."""
+        return watch(self._clients)
 
     async def check_health(self) -> None:
         """Ask the workers. Returns if every model has one that answers, or a pool that starts when asked.

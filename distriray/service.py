@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from .events import Event
 from .requests import MULTIPLE_OF, Count, Defaults, GenerationRequest, Limits
 from .results import GenerationResult, Seconds
-from .status import HostStatus
+from .status import HostNews, HostStatus
 
 
 class ModelCard(BaseModel):
@@ -59,6 +59,31 @@ class Fleet(BaseModel):
     pools: dict[str, PoolReport]
 
 
+class PoolNews(BaseModel):
+    """What changed in one pool: `hosts` have news, `silent` ones gave no answer, `gone` ones are no more.
+    `predicted_wait_s` as in PoolReport."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    predicted_wait_s: Seconds | None
+    hosts: dict[str, HostNews] = {}
+    silent: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+
+
+class FleetNews(BaseModel):
+    """What changed in the fleet, by pool. `complete`: it says all that is remembered, whatever was told
+    before. `now` is when it was told; all times are on the clock of whoever tells it, in seconds since the
+    epoch."""
+
+    model_config = ConfigDict(frozen=True)
+
+    now: float
+    complete: bool = False
+    pools: dict[str, PoolNews]
+
+
 class Service(Protocol):
     """Makes images. Every method raises errors of `distriray.errors`, unwrapped."""
 
@@ -90,6 +115,13 @@ class Service(Protocol):
 
     async def fleet(self) -> Fleet:
         """Hosts, gangs, queues and predicted waits, as they are now."""
+        ...
+
+    def watch(self) -> AsyncGenerator[FleetNews, None]:
+        """What happens in the fleet from now on, and first what is remembered of the last minutes.
+
+        Hosts are asked at a bounded pace, however many there are.
+        """
         ...
 
     async def check_health(self) -> None:

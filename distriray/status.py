@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -73,3 +75,59 @@ class HostStatus(_Report):
     steps: dict[str, int]
     regroupings: int
     predictions: PredictionStatus
+
+
+SegmentEndStatus = Literal["finished", "yielded", "cancelled", "broken", "failed"]
+"""How a segment ended: with the picture, for others, by its owner, with its gang, or refused."""
+
+
+class SegmentStatus(_Report):
+    """A segment that runs or ended lately; `serial` numbers a host's. Times are seconds since the epoch on
+    the host's clock. While it runs, `end` and what comes with it are None.
+
+    `exchange` is how the steps were shared (`mix` is one without a name), `step_s` the mean seconds of a
+    step, a stale one where there were any, `waited` the share of the last step in which a rank waited for its
+    peers, as a mean over the ranks; None of a lone worker.
+    """
+
+    serial: int
+    request: str
+    workers: tuple[int, ...]
+    first_step: int
+    began_at: float
+    last_step: int | None = None
+    ended_at: float | None = None
+    end: SegmentEndStatus | None = None
+    exchange: str | None = None
+    step_s: float | None = None
+    waited: float | None = None
+
+
+class OutageStatus(_Report):
+    """A time in which a worker could not be lent, `died` with its process or else for its gangs to be formed
+    anew; `back_at` is None while it lasts. Times as in SegmentStatus."""
+
+    worker: int
+    out_at: float
+    back_at: float | None = None
+    died: bool
+
+
+class HostNews(_Report):
+    """What is new on a host since an edition, and how it stands now, at `now` on its clock.
+
+    `running` has the step and the number of steps of each request that a gang works on; `segments` and
+    `outages` are those that changed. A host that has forgotten some leaves them out.
+    """
+
+    edition: int
+    now: float
+    device: str
+    workers: int
+    waiting: int
+    max_queue: int
+    backlog_s: float
+    running: dict[str, tuple[int, int]]
+    outcomes: dict[str, int]
+    segments: list[SegmentStatus]
+    outages: list[OutageStatus]

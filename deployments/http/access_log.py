@@ -27,7 +27,7 @@ class RequestIdAndLog:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
         noted: dict[str, object] = {}
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "noted": noted}
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "noted": noted, "head": False}
         began, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:

@@ -27,7 +27,9 @@ from .errors import Refusal, answer_errors, log, refusal_of
 from .head import HeadAsGet
 from .health import Health
 from .images import ImageRequest
-from .openapi import describe_images, document, errors
+from .openapi import describe_images, describe_watch, document, errors
+from .site import add_page
+from .watch import Watch
 
 T = TypeVar("T")
 
@@ -73,7 +75,7 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestIdAndLog)
     answer_errors(app)
-    health = Health(service)
+    health, watch = Health(service), Watch(service)
     allowed = Depends(require_key(config))
 
     @app.post(
@@ -135,6 +137,21 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
     async def get_fleet() -> Fleet:
         return await service.fleet()
 
+    @app.get(
+        "/v1/fleet/events",
+        dependencies=[allowed],
+        response_class=Response,
+        responses=errors(401, 429, 500),
+        openapi_extra=describe_watch(),
+        summary="What happens in the fleet, as it happens",
+        tags=["fleet"],
+    )
+    async def watch_fleet(request: Request) -> Response:
+        if request.state.head:
+            return Response(media_type="text/event-stream")
+        watcher = watch.join()
+        return EventStream(watcher.frames(request), watcher)
+
     @app.get("/healthz", responses=errors(503), summary="Whether a request could be served", tags=["fleet"])
     async def get_health() -> Healthy:
         try:
@@ -143,6 +160,8 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
             raise Refusal(503, "unavailable", str(error)) from error
         return Healthy()
 
+    if config.page:
+        add_page(app)
     return app
 
 

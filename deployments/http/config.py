@@ -22,6 +22,7 @@ class HttpConfig(BaseModel):
         timeout_s: after so many seconds a request is given up and its gang freed; what is predicted to take
             longer is refused. None waits for ever.
         log_prompts: whether prompts are written to the log.
+        page: whether `/` is a page to draw on and to watch the fleet.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +32,7 @@ class HttpConfig(BaseModel):
     max_body_bytes: Count = 256 * 1024
     timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = 600.0
     log_prompts: bool = False
+    page: bool = True
 
     def keys(self) -> list[str]:
         """Every key of the environment and of the file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
@@ -40,12 +40,18 @@ async def _left(receive: Receive) -> None:
         pass
 
 
+class Closable(Protocol):
+    """What events come from."""
+
+    async def aclose(self) -> object: ...
+
+
 class EventStream(Response):
-    """Server-sent events from a generator that is closed whatever becomes of the client."""
+    """Server-sent events from a generator that is closed whatever becomes of the client, as is its source."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes, None], source: Closable) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames

@@ -21,4 +21,5 @@ class HeadAsGet:
                 message = {**message, "body": b""}
             await send(message)
 
-        await self._app({**scope, "method": "GET"}, receive, send_without_body)
+        state = {**scope.get("state", {}), "head": True}  # what has no end need not begin
+        await self._app({**scope, "method": "GET", "state": state}, receive, send_without_body)

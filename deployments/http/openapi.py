@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from distriray.requests import Limits
-from distriray.service import ModelCard, Service
+from distriray.service import FleetNews, ModelCard, Service
 from distriray.version import __version__
 from distriray.wire import PARAMS
 
@@ -19,13 +19,13 @@ from .images import ImageRequest
 from .responses import CompletedEvent, ErrorEvent, ImagesResponse, PartialImageEvent, ProgressEvent
 
 _EVENTS: tuple[type[BaseModel], ...] = (PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent)
-_BODIES: tuple[type[BaseModel], ...] = (ImageRequest, ImagesResponse, ErrorResponse, *_EVENTS)
+_BODIES: tuple[type[BaseModel], ...] = (ImageRequest, ImagesResponse, ErrorResponse, FleetNews, *_EVENTS)
 _REASONS = {
     400: "A field, or the body, cannot be served as it is",
     401: "No key, a wrong key, or no keys configured and the client is on another machine",
     404: "No such model",
     413: "The body is too long",
-    429: "The queue is full, or the deadline cannot be met",
+    429: "The queue is full, the deadline cannot be met, or enough watch already",
     500: "The service failed",
     503: "No host can serve now",
 }
@@ -75,6 +75,29 @@ def describe_images() -> dict[str, Any]:
                 }
             },
         },
+    }
+
+
+def describe_watch() -> dict[str, Any]:
+    """The success of GET /v1/fleet/events."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"{_REF}FleetNews"},
+    }
+    event = {
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {"event": {"const": "fleet.news"}, "data": data},
+    }
+    return {
+        "responses": {
+            "200": {
+                "description": "Server-sent events, for a minute at most; then ask again",
+                "content": {"text/event-stream": {"itemSchema": event}},
+            },
+            "429": {"headers": {"Retry-After": {"schema": {"type": "integer"}}}},
+        }
     }
 
 

@@ -31,6 +31,7 @@ from .job import Job, JobState
 from .messages import Progress, StopSignal, WorkerFacts, WorkerId
 from .metrics import HostMetrics
 from .profile import guessed_profile
+from .record import Record
 from .remote import RemoteWorker
 from .segment_result import IN_ORDER, SegmentResult
 from .segments import RunningSegment
@@ -52,6 +53,7 @@ class Dispatcher:
         leased: workers whose gang is out; taken before it is sent off and given back after.
         speed: what the policy believes of the workers' speed; every segment corrects it.
         metrics: what an operator is told.
+        record: what happened lately, for whoever watches.
         fault: the policy's or the host's own error, after which nothing is right any more.
     """
 
@@ -66,6 +68,7 @@ class Dispatcher:
         self.leased: set[int] = set()
         self.jobs: dict[str, Job] = {}
         self.metrics = HostMetrics(config.model.name, name)
+        self.record = Record()
         self.fault: BaseException | None = None
         self._accepted = self._segments = 0
         self._background = Background(self._fail)
@@ -246,15 +249,18 @@ class Dispatcher:
         for job in self.jobs.values():
             if index in (job.workers or ()):
                 job.break_off()
+        self.record.out(index, died=False)
         self._wake()
 
     def worker_dead(self, worker: WorkerId) -> None:
         """For `WorkerGroup`."""
+        self.record.out(worker.index, died=True)
         for job in self.jobs.values():
             job.lose(worker)
 
     def worker_ready(self, index: int) -> None:
         """For `WorkerGroup`."""
+        self.record.back(index)
         self._wake()
 
     @asynccontextmanager
@@ -303,6 +309,7 @@ class Dispatcher:
             self.leased.difference_update(workers)
             self._end(job, error)
             return
+        self.record.began(job.serial, job.request.id, workers, job.step)
         self._background.spawn(self._work(job, segment))
 
     async def _work(self, job: Job, segment: RunningSegment) -> None:
@@ -310,10 +317,12 @@ class Dispatcher:
 
         An error of the host's own ends this request; its gang, which may be anywhere, is replaced.
         """
-        gang, began = segment.workers, self.speed.now()
+        gang, began, serial = segment.workers, self.speed.now(), job.serial
+        came: SegmentResult | None = None
         try:
             result = await segment.come_back(lambda progress: self._heard(job, progress))
             if job.state is not JobState.ENDED:  # as it is where the host has failed
+                came = result
                 self._take_back(job, result, began)
                 self._conclude(job, result)
             if result.torn and len(gang) > 1 and all(map(self.group.alive, gang)):
@@ -324,6 +333,7 @@ class Dispatcher:
                 self.group.replace(worker, f"the host failed in its segment: {error!r}")
             self._end(job, error)
         finally:
+            self.record.ended(serial, came, job.segments[-1] if came and came.worked else None)
             self.leased.difference_update(worker.index for worker in gang)
             self._all_back.set()
             self._wake()

@@ -14,14 +14,14 @@ from ..results import GenerationResult
 from ..routing.latency import LatencyModel
 from ..routing.policies import make_policy
 from ..routing.policy import HostPolicy, HostView
-from ..status import HostStatus
+from ..status import HostNews, HostStatus
 from .calibrate import keep_profile
 from .config import LIVE_FIELDS, HostConfig
 from .dispatcher import Dispatcher
 from .messages import WorkerFacts
 from .placement import Placement
 from .remote import Launcher
-from .report import status_of
+from .report import news_of, status_of
 from .speed import Speed
 
 
@@ -117,6 +117,10 @@ class Host:
     def status(self) -> HostStatus:
         """Queue, gangs, workers, repairs, and how long what was accepted will take."""
         return status_of(self._dispatcher, self._placement.device)
+
+    def news(self, since: int) -> HostNews:
+        """What changed since an edition (0 for all that is remembered), and how things stand."""
+        return news_of(self._dispatcher, self._placement.device, since)
 
     @property
     def facts(self) -> WorkerFacts:

@@ -82,6 +82,7 @@ class RankResult:
         formed_at: when this rank was ready to step, not counting prompt encoding; seconds since the epoch.
         left_at: when it had done its last step.
         exchange: how the ranks shared the steps.
+        waited: the share of its last step in which this rank waited for its peers; None of a lone worker.
         warnings: what of the request is not used.
     """
 
@@ -101,6 +102,7 @@ class RankResult:
     formed_at: float = 0.0
     left_at: float = 0.0
     exchange: ExchangeMode | Mix = "sync"
+    waited: float | None = None
     warnings: tuple[str, ...] = ()
 
 

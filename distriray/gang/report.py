@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ..status import HostStatus, RepairStatus, WorkerStatus
+from ..status import HostNews, HostStatus, RepairStatus, WorkerStatus
 from .dispatcher import Dispatcher
 
 
@@ -41,4 +41,22 @@ def status_of(dispatcher: Dispatcher, device: str) -> HostStatus:
         steps=dict(metrics.steps),
         regroupings=metrics.regroupings,
         predictions=metrics.predictions(),
+    )
+
+
+def news_of(dispatcher: Dispatcher, device: str, since: int) -> HostNews:
+    """What changed since an edition, and how things stand."""
+    jobs, record = dispatcher.jobs.values(), dispatcher.record
+    return HostNews(
+        edition=record.edition,
+        now=time.time(),
+        device=device,
+        workers=dispatcher.config.workers,
+        waiting=dispatcher.waiting,
+        max_queue=dispatcher.config.max_queue,
+        backlog_s=dispatcher.backlog_s(),
+        running={job.request.id: (job.step, job.num_steps) for job in jobs if job.workers},
+        outcomes=dict(dispatcher.metrics.outcomes),
+        segments=record.segments(since),
+        outages=record.outages(since),
     )

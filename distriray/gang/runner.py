@@ -40,6 +40,7 @@ class _Work:
     prepare_s: float = 0.0
     fresh_s: list[float] = field(default_factory=list)
     stale_s: list[float] = field(default_factory=list)
+    waited: float | None = None
     decode_s: float = 0.0
     images: list[Image.Image] | None = None
     formed_at: float = 0.0
@@ -211,6 +212,7 @@ class SegmentRunner:
             formed_at=work.formed_at,
             left_at=work.left_at,
             exchange=self._engine.exchange,
+            waited=work.waited,
             warnings=() if work.state is None else work.state.warnings,
         )
 
@@ -291,6 +293,9 @@ class SegmentRunner:
                     self._denoiser.settle(state)
                     break
             work.step_over()
+        if engine.communicator.world_size > 1 and state.step > order.step:
+            # of one step, since to read the marks of a GPU takes its host some time
+            work.waited = engine.statistics.wait_s / engine.statistics.seconds
         return SegmentEnd.DONE if state.done else SegmentEnd.YIELDED
 
     def _preview(self, order: SegmentOrder, state: DenoiseState) -> Image.Image | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import DistrirayError
+from ..status import SegmentEndStatus
 from .messages import RankResult, SegmentEnd, WorkerId
 
 IN_ORDER = frozenset({SegmentEnd.DONE, SegmentEnd.YIELDED, SegmentEnd.CANCELLED})
@@ -52,6 +53,18 @@ class SegmentResult:
     def interrupted(self) -> bool:
         """Whether the gang ended neither by its own work nor because it was told to stop."""
         return bool(self.lost) or not self.ranks or any(r.end not in IN_ORDER for r in self.ranks.values())
+
+    @property
+    def end(self) -> SegmentEndStatus:
+        """The same in one word."""
+        if self.finished is not None:
+            return "finished"
+        if self.error is not None:
+            return "failed"
+        if self.interrupted:
+            return "broken"
+        cancelled = any(rank.end is SegmentEnd.CANCELLED for rank in self.ranks.values())
+        return "cancelled" if cancelled else "yielded"
 
     @property
     def torn(self) -> bool:

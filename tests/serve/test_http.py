@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -60,6 +64,32 @@ def test_http_says_what_is_up(service: Service, client: HandleClient) -> None:
     assert [model["id"] for model in models] == list(service.models.values())
     pools = httpx.get(f"{HTTP}/v1/fleet", timeout=30).json()["pools"]
     assert set(pools) == {"pair", "twins", "elastic"} and len(pools["twins"]["hosts"]) == 2
+
+
+def test_what_happens_in_the_fleet_is_streamed_to_who_watches(service: Service, client: HandleClient) -> None:
+    """Everything first, then a segment that begins and one that ends; watching costs no place in a queue."""
+
+    def news(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+        return (json.loads(line[5:]) for line in lines if line.startswith("data:"))
+
+    def segments(told: dict[str, Any]) -> list[dict[str, Any]]:
+        return [s for host in told["pools"]["pair"]["hosts"].values() for s in host["segments"]]
+
+    with httpx.stream("GET", f"{HTTP}/v1/fleet/events", timeout=60) as answer, ThreadPoolExecutor(1) as pool:
+        told = news(answer.iter_lines())
+        first = next(told)
+        assert first["complete"] and set(first["pools"]) == {"pair", "twins", "elastic"}
+        assert abs(first["now"] - time.time()) < 30 and len(first["pools"]["twins"]["hosts"]) == 2
+        asked = body(service, gang_size=2, num_inference_steps=60)
+        drawing = pool.submit(httpx.post, f"{HTTP}/v1/images/generations", json=asked, timeout=60)
+        seen: list[dict[str, Any]] = []
+        while not any("end" in segment for segment in seen):
+            seen += segments(next(told))
+        result = drawing.result().json()
+        assert {segment["request"] for segment in seen} == {result["id"]}
+        over = seen[-1]
+        assert over["workers"] == result["segments"][0]["workers"] and over["last_step"] == 60
+        assert over["end"] == "finished" and over["exchange"] == "sync" and 0 < over["waited"] < 1
 
 
 def test_an_unknown_model_is_not_found(service: Service) -> None:

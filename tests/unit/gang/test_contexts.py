@@ -37,6 +37,7 @@ OWN = {
     ("gang/calibrate.py", "_draw"): "awaited within the start of the host",
     ("gang/host.py", "stream"): "waits for the events of its own request",
     ("deployments/router.py", "_look"): "waits for reports, which are asked for in the background",
+    ("deployments/watch.py", "*"): "waits for news, which are asked for in the background",
     ("deployments/callers.py", "_look"): "awaited within a background task",
     ("deployments/http/disconnect.py", "cancel_on_disconnect"): "the work of its own request",
     ("deployments/http/app.py", "*"): "encodes the answer to its own request",

@@ -109,6 +109,14 @@ def test_memory_is_given_back_before_gangs_are_formed_and_when_it_has_run_out(
     assert len(trimmed) == 3
 
 
+def test_ranks_say_what_share_of_a_step_they_waited_and_a_lone_worker_has_nobody_to_wait_for(
+    gang: Gang,
+) -> None:
+    together = gang.run()
+    assert all(rank.waited is not None and 0.0 < rank.waited < 1.0 for rank in together)
+    assert all(rank.waited is None for rank in gang.run(link="alone"))
+
+
 def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> None:
     outcomes = gang.run(scheduler="lcm", num_inference_steps=51)
     assert endings(outcomes) == [SegmentEnd.REFUSED] * 2

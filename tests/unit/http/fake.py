@@ -17,7 +17,7 @@ from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
 from distriray.requests import GenerationRequest, Limits, StepCount
 from distriray.results import GenerationResult, Segment, Timings
-from distriray.service import Fleet, ModelCard, PoolReport
+from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
 
 LIMITS = Limits(max_side=256, max_pixels=256 * 256, max_steps=50, max_images=4, max_previews=3)
@@ -38,6 +38,7 @@ class FakeService:
     asked: list[GenerationRequest] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     patience: list[float | None] = field(default_factory=list)
+    news: list[FleetNews] = field(default_factory=list)
     looks: int = 0
 
     async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
@@ -103,6 +104,11 @@ class FakeService:
         )
         pool = PoolReport(model=CARDS[0].id, predicted_wait_s=0.5, hosts={"a": host})
         return Fleet(pools={"pool": pool})
+
+    async def watch(self) -> AsyncGenerator[FleetNews, None]:
+        for news in self.news:
+            yield news
+            await asyncio.sleep(self.pace_s)
 
     async def check_health(self) -> None:
         self.looks += 1

@@ -149,14 +149,14 @@ def _other_method(chance: random.Random) -> Malformed:
 
 def _other_path(chance: random.Random) -> Malformed:
     paths = [
-        "/",
+        "/page/none.js",
         "/v1",
         "/v1/images",
         "/v1/images/edits",
         "/v1/chat/completions",
         "/%00",
         "/v1/models/%ff",
-        "//",
+        "//v1/models/",
     ]
     return Malformed(b"", 404, method="GET", path=chance.choice(paths))
 

@@ -1,0 +1,265 @@
+"""The nodes as ComfyUI loads and runs them, with stand-ins of its modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from email import message_from_bytes, policy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from fastapi import FastAPI, Request, Response
+from PIL import Image
+from starlette.responses import StreamingResponse
+
+from deployments.http import HttpConfig, build_http
+from distriray.errors import GangBroken, QueueFull
+from distriray.service import Service
+from tests.unit.conftest import serving
+from tests.unit.http.fake import FakeService
+
+FOLDER = Path(__file__).parents[3] / "integrations" / "comfyui"
+
+
+class Interrupted(Exception):
+    """As ComfyUI's own InterruptProcessingException."""
+
+
+class Comfy:
+    """What a node may see of ComfyUI: `bars` have what they were told, `cancelled` is the user's wish."""
+
+    def __init__(self) -> None:
+        self.bars: list[list[tuple[int, int, Any]]] = []
+        self.cancelled = False
+
+    def bar(self, total: int) -> Any:
+        told: list[tuple[int, int, Any]] = []
+        self.bars.append(told)
+
+        class ProgressBar:
+            def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
+                told.append((value, total or 0, preview))
+
+        return ProgressBar()
+
+    def check(self) -> None:
+        if self.cancelled:
+            raise Interrupted
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch) -> Comfy:
+    there = Comfy()
+    utils, management, whole = (
+        ModuleType(name) for name in ("comfy.utils", "comfy.model_management", "comfy")
+    )
+    utils.ProgressBar = there.bar  # type: ignore[attr-defined]
+    management.throw_exception_if_processing_interrupted = there.check  # type: ignore[attr-defined]
+    whole.utils, whole.model_management = utils, management  # type: ignore[attr-defined]
+    for module in (whole, utils, management):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delenv("DISTRIRAY_API_KEY", raising=False)
+    return there
+
+
+@pytest.fixture
+def nodes(comfy: Comfy) -> Iterator[dict[str, Any]]:
+    """The folder's classes by name, loaded by its path as ComfyUI does."""
+    name = "custom_nodes.distriray"
+    spec = importlib.util.spec_from_file_location(
+        name, FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    assert module.NODE_CLASS_MAPPINGS.keys() == module.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    yield module.NODE_CLASS_MAPPINGS
+    for loaded in [other for other in sys.modules if other.startswith(name)]:
+        del sys.modules[loaded]
+
+
+def defaults(node: Any) -> dict[str, Any]:
+    """What ComfyUI passes for widgets that nobody touched."""
+    found = {}
+    for kinds in node.INPUT_TYPES().values():
+        for name, kind in kinds.items():
+            if isinstance(kind[0], list):
+                found[name] = kind[0][0]
+            elif kind[0] not in ("IMAGE", "MASK"):
+                found[name] = kind[1]["default"]
+    return found
+
+
+def run(node: Any, **inputs: Any) -> Any:
+    """A node as it is executed: made, and its FUNCTION called with all inputs by name."""
+    result = getattr(node(), node.FUNCTION)(**{**defaults(node), **inputs})
+    assert isinstance(result, tuple) and len(result) == len(node.RETURN_TYPES)
+    return result
+
+
+def test_a_prompt_becomes_an_image_with_steps_and_previews_in_the_bar(
+    nodes: dict[str, Any], comfy: Comfy
+) -> None:
+    service = FakeService()
+    with serving(service) as url:
+        image, seed = run(nodes["DistrirayGenerate"], url=f"{url}/", prompt="a lake", seed=5)
+    assert image.shape == (1, 64, 96, 3) and image.dtype == torch.float32 and float(image.max()) <= 1
+    assert seed == 5
+    (asked,) = service.asked
+    assert (asked.prompt, asked.seed, asked.previews) == ("a lake", 5, 3)
+    assert asked.num_inference_steps is None and asked.guidance_scale is None and asked.width is None
+    (told,) = comfy.bars
+    assert [value for value, *_ in told] == list(range(1, 26)) and {total for _, total, _ in told} == {25}
+    kind, preview, _ = told[-1][2]
+    assert kind == "JPEG" and preview.size == (8, 12) and told[0][2] is None
+
+
+def test_every_widget_reaches_the_service(nodes: dict[str, Any]) -> None:
+    service = FakeService()
+    with serving(service) as url:
+        run(
+            nodes["DistrirayGenerate"],
+            url=url, prompt="a lake", seed=2, negative_prompt="fog", model="builtin:landscapes", steps=4,
+            guidance=0.0, width=128, height=64, scheduler="euler", gang_size="2",
+        )  # fmt: skip
+    (asked,) = service.asked
+    assert (asked.width, asked.height, asked.num_inference_steps, asked.gang_size) == (128, 64, 4, 2)
+    assert (asked.guidance_scale, asked.scheduler, asked.negative_prompt) == (0.0, "euler", "fog")
+    assert asked.model == "builtin:landscapes"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"width": 100, "height": 64}, "width 100 is not a multiple of 8; use 96 or 104"),
+        ({"width": 64}, "both width and height"),
+        ({"loras": "ink:much"}, "no name with a scale"),
+        ({"loras": "ink:0.8, neon"}, "there is no field 'loras'"),
+        ({"model": "none"}, "there is no model 'none'"),
+        ({"url": "localhost"}, "is no address of a service"),
+        ({"url": "http://127.0.0.1:9"}, "cannot be reached"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(
+    nodes: dict[str, Any], inputs: dict[str, Any], message: str
+) -> None:
+    with serving(FakeService()) as url, pytest.raises(RuntimeError, match=message):
+        run(nodes["DistrirayGenerate"], **{"url": url, "prompt": "a lake", "seed": 0, **inputs})
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        FakeService(refusal=QueueFull("every queue is full; try again in 3.0 s", 3.0)),
+        FakeService(failure=GangBroken("every queue is full of broken gangs")),
+    ],
+)
+def test_an_error_of_the_service_is_the_nodes(nodes: dict[str, Any], service: FakeService) -> None:
+    with serving(service) as url, pytest.raises(RuntimeError, match="every queue is full"):
+        run(nodes["DistrirayGenerate"], url=url)
+
+
+def test_a_key_comes_from_the_environment(nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEYS", "secret")
+    with serving(FakeService(), HttpConfig(keys_env="SOME_KEYS")) as url:
+        with pytest.raises(RuntimeError, match="a key is needed"):
+            run(nodes["DistrirayGenerate"], url=url)
+        monkeypatch.setenv("DISTRIRAY_API_KEY", "secret")
+        assert run(nodes["DistrirayGenerate"], url=url)[0].shape[0] == 1
+    kinds = nodes["DistrirayGenerate"].INPUT_TYPES()
+    assert not any("key" in name for kind in kinds.values() for name in kind)
+
+
+def test_cancelling_in_comfyui_cancels_at_the_service(nodes: dict[str, Any], comfy: Comfy) -> None:
+    service = FakeService(pace_s=0.2)
+    with serving(service) as url:
+        threading.Timer(0.6, setattr, (comfy, "cancelled", True)).start()
+        with pytest.raises(Interrupted):
+            run(nodes["DistrirayGenerate"], url=url)
+        for _ in range(100):
+            if service.ended:
+                break
+            time.sleep(0.05)
+    assert service.ended == ["cancelled"]
+
+
+def edits(taken: list[dict[str, bytes]], service: Service, config: HttpConfig) -> FastAPI:
+    """A service that also takes pictures, and answers each with itself in a stream as OpenAI's."""
+    app = build_http(service, config)
+
+    @app.post("/v1/images/edits")
+    async def edit(request: Request) -> Response:
+        head = f"Content-Type: {request.headers['content-type']}\r\n\r\n".encode()
+        message = message_from_bytes(head + await request.body(), policy=policy.HTTP)
+        form = {
+            str(part.get_param("name", header="Content-Disposition")): part.get_payload(decode=True)
+            for part in message.iter_parts()
+        }
+        taken.append(form)
+        import base64
+
+        async def frames() -> AsyncIterator[str]:
+            picture = base64.b64encode(form["image"]).decode()
+            running = {"state": "running", "step": 1, "num_steps": 2, "type": "image_edit.progress"}
+            for event in (
+                running,
+                {"type": "image_edit.partial_image", "b64_json": picture},
+                {**running, "step": 2},
+                {"type": "image_edit.completed", "b64_json": picture, "seed": 1},
+            ):
+                yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+
+        return StreamingResponse(frames(), media_type="text/event-stream")
+
+    return app
+
+
+def test_pictures_and_masks_are_sent_one_by_one_and_come_back_as_a_batch(
+    nodes: dict[str, Any], comfy: Comfy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[dict[str, bytes]] = []
+    monkeypatch.setattr("tests.unit.conftest.build_http", lambda *args: edits(taken, *args))
+    image = (torch.arange(2 * 16 * 24 * 3).reshape(2, 16, 24, 3) % 256) / 255
+    mask = torch.zeros(16, 24)
+    mask[:8] = 1.0
+    with serving(FakeService()) as url:
+        (drawn,) = run(
+            nodes["DistrirayEdit"],
+            url=url, image=image, prompt="a hill", seed=3, mask=mask, strength=0.5, loras="ink:0.8",
+        )  # fmt: skip
+    assert torch.allclose(drawn, image, atol=1e-6)
+    first, _ = taken
+    assert (first["prompt"], first["seed"], first["strength"]) == (b"a hill", b"3", b"0.5")
+    assert first["stream"] == b"true" and json.loads(first["loras"]) == [{"name": "ink", "scale": 0.8}]
+    alpha = Image.open(io.BytesIO(first["mask"])).getchannel("A")
+    assert alpha.size == (24, 16) and alpha.getpixel((3, 3)) == 0 and alpha.getpixel((3, 12)) == 255
+    assert [len(bar) for bar in comfy.bars] == [2, 2] and comfy.bars[0][1][2][1].size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(8, 8), "the mask is 8 x 8 and the picture 24 x 16"),
+        (torch.zeros(3, 16, 24), "3 masks for 1"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(nodes: dict[str, Any], mask: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run(nodes["DistrirayEdit"], image=torch.zeros(1, 16, 24, 3), mask=mask)
+
+
+def test_a_service_without_edits_says_so(nodes: dict[str, Any]) -> None:
+    with (
+        serving(FakeService()) as url,
+        pytest.raises(RuntimeError, match="there is no POST /v1/images/edits"),
+    ):
+        run(nodes["DistrirayEdit"], url=url, image=torch.zeros(1, 16, 24, 3))
