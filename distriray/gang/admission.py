@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from ..errors import InvalidRequest
-from ..requests import GenerationRequest, check_sides
+from ..requests import GenerationRequest
 from .config import HostConfig
 from .messages import WorkerFacts
 
@@ -51,8 +53,8 @@ def admit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) ->
 def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> Admitted:
     """`admit` without limits."""
     request = settle(request, config, facts)
+    request.check_size(facts.size_unit)
     assert request.height is not None
-    check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
     max_gang = facts.max_gang(request.height)
     if request.gang_size != "auto" and request.gang_size > max_gang:
@@ -66,7 +68,8 @@ def fit(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> A
             "height",
         )
     assert request.guidance_scale is not None
-    num_steps, guided = request.num_steps(facts.own_steps), facts.guides and request.guidance_scale > 1.0
+    num_steps = request.num_steps(facts.own_steps, rounds_up=facts.terms.rounds_up)
+    guided = facts.guides and request.guidance_scale > 1.0
     mix = request.shared(config.parallel).mix
     return Admitted(request, max_gang, num_steps, guided, fresh=mix is not None and mix.exact)
 
@@ -78,3 +81,14 @@ def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -
         InvalidRequest: the model lacks a field that it asks for.
     """
     return facts.terms.settle(request.settled(*facts.default_size, config.defaults))
+
+
+def example(facts: WorkerFacts, **fields: Any) -> GenerationRequest:
+    """A request of a host's own, of the default size, with a picture to fill in if the model needs one."""
+    if facts.terms.needs_mask:
+        height, width = facts.default_size
+        fields |= {name: Image.new("L", (width, height), level) for name, level in _GREY_TO_FILL.items()}
+    return GenerationRequest(prompt="a lake", **fields)
+
+
+_GREY_TO_FILL = {"image": 128, "mask_image": 255}

@@ -47,6 +47,8 @@ class Job:
     Its verbs change it, and nobody else does.
 
     Attributes:
+        request: without its pictures.
+        pictures: by field, for whoever prepares it; nobody has them any more when it has ended.
         number: of all requests that the host accepted, this one's.
         step: steps that are done of `num_steps`, as far as the host has heard (second order
             schedulers take more steps than were asked for).
@@ -62,7 +64,8 @@ class Job:
     """
 
     def __init__(self, admitted: Admitted, number: int) -> None:
-        self.request, self.number = admitted.request, number
+        self.request, self.number = admitted.request.without_pictures(), number
+        self.pictures = admitted.request.pictures
         self.max_gang, self.guided, self.fresh = admitted.max_gang, admitted.guided, admitted.fresh
         self.arrival = time.monotonic()
         self.state = JobState.WAITING
@@ -213,6 +216,7 @@ class Job:
     def end(self, end: GenerationResult | BaseException) -> None:
         """It is over."""
         self._become(JobState.ENDED)
+        self.pictures = {}
         if isinstance(end, GenerationResult):
             self.ended.set_result(end)
         else:

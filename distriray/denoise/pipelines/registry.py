@@ -18,7 +18,7 @@ from distriray.denoise.pipelines.sizes import (
     sd3_sizes,
     unet_sizes,
 )
-from distriray.denoise.pipelines.terms import Terms, flux_terms, qwen_image_terms, sd3_terms, usual_terms
+from distriray.denoise.pipelines.terms import Terms, flux_terms, qwen_image_terms, sd3_terms, unet_terms
 from distriray.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Family:
     home: str
     models: str
     sizes: Callable[[Configs], Sizes]
-    terms: Callable[[Configs], Terms] = usual_terms
+    terms: Callable[[Configs], Terms] = unet_terms
     tasks: tuple[str, ...] = tuple(TASKS)
 
     @property

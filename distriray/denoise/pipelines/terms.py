@@ -18,7 +18,11 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "guidance_scale": lambda scale: scale is not None and scale > 1.0,
     "guidance_rescale": bool,
     "clip_skip": bool,
+    "mask_image": lambda picture: picture is not None,
 }
+
+STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
+"""Of requests that name none: inside a mask, all is drawn anew."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,19 @@ class Terms:
         num_inference_steps, guidance_scale: of a request that names none.
         schedulers: the names that it takes.
         lacks: fields that it has nothing for, and why. A value that asks for nothing is taken all the same.
+        rounds_up: how many whole steps a share of them is: not at most, but at least.
+        needs_mask: it draws nothing but what a mask leaves open of an image.
     """
 
     num_inference_steps: int = 25
     guidance_scale: float = 5.0
     schedulers: tuple[SchedulerName, ...] = get_args(SchedulerName)
     lacks: Mapping[str, str] = field(default_factory=dict)
+    rounds_up: bool = False
+    needs_mask: bool = False
 
     def settle(self, params: Params) -> Params:
-        """A copy of a request that leaves neither steps nor guidance open.
+        """A copy of a request that leaves neither steps nor guidance open, nor the strength of its image.
 
         Raises:
             InvalidRequest: it asks for what the model has not; `param` names the field.
@@ -50,19 +58,30 @@ class Terms:
                 f"scheduler {params.scheduler} is not for this model; use {', '.join(self.schedulers)}",
                 "scheduler",
             )
-        own = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        if self.needs_mask and params.mask_image is None:
+            missing = "image" if params.image is None else "mask_image"
+            raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", missing)
+        own: dict[str, Any] = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        if params.image is not None:
+            own["strength"] = STRENGTH if params.mask_image is None else STRENGTH_IN_MASK
         open_ = {name: value for name, value in own.items() if getattr(params, name) is None}
         return params.model_copy(update=open_)
 
 
-def usual_terms(config: Configs) -> Terms:
-    """Of families that know every field."""
-    return Terms()
+def unet_terms(config: Configs) -> Terms:
+    """Of U-Nets, which know every field; some take a mask and a picture beside the latents, and need both."""
+    return Terms(needs_mask=config("unet")["in_channels"] != config("vae")["latent_channels"])
+
+
+_NO_MASKS = {"mask_image": "this model's family fills in no masks here"}
 
 
 def sd3_terms(config: Configs) -> Terms:
     """Of Stable Diffusion 3 and 3.5, as diffusers has them."""
-    return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"))
+    return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"), _NO_MASKS, rounds_up=True)
 
 
 def flux_terms(config: Configs) -> Terms:
@@ -72,11 +91,12 @@ def flux_terms(config: Configs) -> Terms:
         "negative_prompt": "FLUX.1 was distilled from guidance, and has no branch for it",
         "guidance_rescale": "FLUX.1 was distilled from guidance, and has no unguided noise to go by",
         "clip_skip": "FLUX.1 takes the last layer's summary of CLIP, and no layer before",
+        **_NO_MASKS,
     }
     if config("transformer")["guidance_embeds"]:
-        return Terms(28, 3.5, schedulers, lacks)
+        return Terms(28, 3.5, schedulers, lacks, rounds_up=True)
     without = {"guidance_scale": "this model, like FLUX.1-schnell, was distilled to do without guidance"}
-    return Terms(4, 0.0, schedulers, {**lacks, **without})
+    return Terms(4, 0.0, schedulers, {**lacks, **without}, rounds_up=True)
 
 
 def qwen_image_terms(config: Configs) -> Terms:
@@ -84,5 +104,6 @@ def qwen_image_terms(config: Configs) -> Terms:
     lacks = {
         "guidance_rescale": "Qwen-Image keeps the length of each token's prediction by itself",
         "clip_skip": "Qwen-Image reads prompts with a language model, not with CLIP",
+        **_NO_MASKS,
     }
-    return Terms(50, 4.0, ("euler",), lacks)
+    return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)

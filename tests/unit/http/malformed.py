@@ -152,7 +152,7 @@ def _other_path(chance: random.Random) -> Malformed:
         "/",
         "/v1",
         "/v1/images",
-        "/v1/images/edits",
+        "/v1/images/nothing",
         "/v1/chat/completions",
         "/%00",
         "/v1/models/%ff",
