@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import struct
-import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from distriray import picture as module
 from distriray.errors import InvalidRequest
 from distriray.picture import Picture, holes, mask_of, opaque, png
 from distriray.requests import GenerationRequest, Limits
+from tests.unit.http.malformed import bomb
 
 COLORS = Image.merge(
     "RGB", [Image.linear_gradient("L").rotate(turn).resize((48, 32)) for turn in (0, 90, 180)]
@@ -93,17 +92,6 @@ def test_what_is_transparent_shows_white_and_is_a_mask_where_it_is_so_wholly() -
     with pytest.raises(InvalidRequest, match="mask_image has transparent parts"):
         mask_of(Picture.of(image))
     assert mask_of(Picture.of(Image.new("RGBA", (4, 4), "white"))).tobytes() == b"\xff" * 16
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few hundred bytes that says it is so large."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * 10**6)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 ANIMATED = [COLORS, COLORS.rotate(180)]
