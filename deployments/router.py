@@ -23,7 +23,7 @@ from distriray.errors import (
 )
 from distriray.events import Event
 from distriray.gang.admission import check_gang_size
-from distriray.requests import MULTIPLE_OF, GenerationRequest, check_sides
+from distriray.requests import MULTIPLE_OF, GenerationRequest
 from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
 from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
@@ -215,7 +215,7 @@ class Router:
         limits, gang_sizes = offer(clients)
         limits.check(attempts.request)
         _, unit = self._sizes_of(clients[0].config.model.name)
-        check_sides(attempts.request.height, attempts.request.width, unit)
+        attempts.request.check_size(unit)
         check_gang_size(attempts.request, gang_sizes)
         with suppress(QueueFull, DeadlineUnmet, NotEnoughDevices):
             client, host, asked = self._choose(attempts, few)

@@ -32,7 +32,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 notes = Console(stderr=True, highlight=False)
 
 
-_SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"]}
+_SHORT = {
+    "num_inference_steps": ["--steps"],
+    "guidance_scale": ["--guidance"],
+    "mask_image": ["--mask"],
+}
 """Second spellings of options with long names."""
 
 
@@ -48,10 +52,11 @@ def _options() -> Iterator[inspect.Parameter]:
             yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=argument)
             continue
         kind = {**schema[name], **schema[name].get("anyOf", [{}])[0]}
+        names = kind.get("enum", [kind["type"]])
         option = typer.Option(
             *(f"--{name.replace('_', '-')}", *_SHORT.get(name, ())),
             help=field.description,
-            metavar=f"<{'|'.join(kind.get('enum', [kind['type']]))}>",
+            metavar="<path>" if name in SamplingParams.FILES else f"<{'|'.join(names)}>",
         )
         default = None if field.default is None else str(field.default)
         yield inspect.Parameter(
@@ -64,6 +69,7 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         fields = {name: values.pop(name) for name in SamplingParams.model_fields}
+        fields |= {name: Path(fields[name]) for name in SamplingParams.FILES if fields[name] is not None}
         command(sampling={k: v for k, v in fields.items() if v is not None}, **values)
 
     own = inspect.signature(command, eval_str=True).parameters.values()

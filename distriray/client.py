@@ -15,7 +15,6 @@ from .requests import GenerationRequest
 from .results import GenerationResult
 from .service import Fleet, ModelCard
 from .wire import (
-    IMAGES,
     decode_cards,
     decode_error,
     decode_event,
@@ -65,16 +64,14 @@ class Client:
     def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request, without loss."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers = encode_request(wanted, stream=False), encode_headers(wanted)
-        return self._ask(
-            "POST", IMAGES, lambda answer: decode_result(answer.json()), json=body, headers=headers
-        )
+        call, headers = encode_request(wanted, stream=False), encode_headers(wanted)
+        return self._ask(lambda answer: decode_result(answer.json()), method="POST", headers=headers, **call)
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
         """The events of a request for one image, ending with `Finished`."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers, finished = encode_request(wanted, stream=True), encode_headers(wanted), False
-        with _errors_of(self._http), self._http.stream("POST", IMAGES, json=body, headers=headers) as answer:
+        call, headers, finished = encode_request(wanted, stream=True), encode_headers(wanted), False
+        with _errors_of(self._http), self._http.stream("POST", headers=headers, **call) as answer:
             if not answer.is_success:
                 answer.read()
                 raise decode_error(answer)
@@ -87,15 +84,15 @@ class Client:
 
     def models(self) -> list[ModelCard]:
         """The models on offer; the first is the default."""
-        return self._ask("GET", "/v1/models", lambda answer: decode_cards(answer.json()))
+        return self._ask(lambda answer: decode_cards(answer.json()), url="/v1/models")
 
     def fleet(self) -> Fleet:
         """Every pool with its hosts, gangs and queues."""
-        return self._ask("GET", "/v1/fleet", lambda answer: Fleet.model_validate_json(answer.content))
+        return self._ask(lambda answer: Fleet.model_validate_json(answer.content), url="/v1/fleet")
 
-    def _ask(self, method: str, path: str, read: Callable[[httpx.Response], T], **options: Any) -> T:
+    def _ask(self, read: Callable[[httpx.Response], T], *, method: str = "GET", **call: Any) -> T:
         with _errors_of(self._http):
-            return _read(self._http.request(method, path, **options), read)
+            return _read(self._http.request(method, **call), read)
 
 
 class AsyncClient:
@@ -117,17 +114,17 @@ class AsyncClient:
     async def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request, without loss. Cancelling this coroutine cancels the request."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers = encode_request(wanted, stream=False), encode_headers(wanted)
+        call, headers = encode_request(wanted, stream=False), encode_headers(wanted)
         return await self._ask(
-            "POST", IMAGES, lambda answer: decode_result(answer.json()), json=body, headers=headers
+            lambda answer: decode_result(answer.json()), method="POST", headers=headers, **call
         )
 
     async def stream(self, request: GenerationRequest | str, **fields: Any) -> AsyncGenerator[Event, None]:
         """The events of a request for one image, ending with `Finished`."""
         wanted = GenerationRequest.of(request, fields)
-        body, headers, finished = encode_request(wanted, stream=True), encode_headers(wanted), False
+        call, headers, finished = encode_request(wanted, stream=True), encode_headers(wanted), False
         with _errors_of(self._http):
-            async with self._http.stream("POST", IMAGES, json=body, headers=headers) as answer:
+            async with self._http.stream("POST", headers=headers, **call) as answer:
                 if not answer.is_success:
                     await answer.aread()
                     raise decode_error(answer)
@@ -140,15 +137,15 @@ class AsyncClient:
 
     async def models(self) -> list[ModelCard]:
         """The models on offer; the first is the default."""
-        return await self._ask("GET", "/v1/models", lambda answer: decode_cards(answer.json()))
+        return await self._ask(lambda answer: decode_cards(answer.json()), url="/v1/models")
 
     async def fleet(self) -> Fleet:
         """Every pool with its hosts, gangs and queues."""
-        return await self._ask("GET", "/v1/fleet", lambda answer: Fleet.model_validate_json(answer.content))
+        return await self._ask(lambda answer: Fleet.model_validate_json(answer.content), url="/v1/fleet")
 
-    async def _ask(self, method: str, path: str, read: Callable[[httpx.Response], T], **options: Any) -> T:
+    async def _ask(self, read: Callable[[httpx.Response], T], *, method: str = "GET", **call: Any) -> T:
         with _errors_of(self._http):
-            return _read(await self._http.request(method, path, **options), read)
+            return _read(await self._http.request(method, **call), read)
 
 
 def _options(url: str, api_key: str | None, timeout_s: float | None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from uuid import uuid4
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .config import ExchangeMode, ParallelConfig
 from .errors import InvalidRequest
+from .picture import LARGEST_BYTES, LARGEST_PIXELS, Picture
 
 Count = Annotated[int, Field(ge=1)]
 MAX_SEEDS = 2**63
@@ -39,9 +41,9 @@ class StepCount(NamedTuple):
     factor: int = 1
     more: int = 0
 
-    def of(self, steps: int) -> int:
-        """Calls in all; the last step, and so an only one, is always a single call."""
-        return self.factor * steps + self.more if steps > 1 else 1
+    def of(self, steps: int, skipped: int = 0) -> int:
+        """Calls in all but the first steps; the last step, and so an only one, is always a single call."""
+        return self.factor * (steps - skipped) + self.more if steps > 1 else 1 - skipped
 
 
 STEP_COUNTS: dict[SchedulerName, StepCount] = {"heun": StepCount(2, -1), "pndm": StepCount(1, 1)}
@@ -85,6 +87,15 @@ class SamplingParams(BaseModel):
     """Noise scheduler; the model's own by default."""
     clip_skip: Annotated[int, Field(ge=0)] | None = None
     """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
+    image: Picture | None = None
+    """A picture to begin from, a PNG, JPEG or WebP file. Its size is the default; to another it is scaled."""
+    mask_image: Picture | None = None
+    """Where to fill `image` in, which has its size: white is drawn anew, black stays."""
+    strength: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the steps that are done on `image`, above 0 and at most 1; by default 0.6, with a mask 1."""
+
+    FILES: ClassVar[tuple[str, ...]] = ("image", "mask_image")
+    """The fields that are pictures."""
 
     if not TYPE_CHECKING:
 
@@ -111,17 +122,50 @@ class SamplingParams(BaseModel):
             )
         return self
 
-    def num_steps(self, own: StepCount) -> int:
-        """Calls of the network, where `own` is the count of the model's own scheduler.
+    @model_validator(mode="after")
+    def _check_pictures(self) -> Self:
+        for name in ("mask_image", "strength"):
+            if getattr(self, name) is not None and self.image is None:
+                raise InvalidRequest(
+                    f"{name} is of an image, and there is none; give one, or leave it out", name
+                )
+        if self.image is not None and self.mask_image is not None and self.mask_image.size != self.image.size:
+            (width, height), (wide, high) = self.mask_image.size, self.image.size
+            raise InvalidRequest(
+                f"mask_image is {width}x{height} pixels and image {wide}x{high}; give both the same size",
+                "mask_image",
+            )
+        return self
 
-        Raises InvalidRequest while the number of steps is left to the model.
+    def num_steps(self, own: StepCount, *, rounds_up: bool = False) -> int:
+        """Calls of the network.
+
+        Args:
+            own: the count of the model's own scheduler.
+            rounds_up: how the model makes whole steps of a share of them.
+
+        Raises:
+            InvalidRequest: steps or strength are left to the model still, or there are no steps to do.
         """
-        if self.num_inference_steps is None:
+        steps, strength = self.num_inference_steps, self.strength
+        if steps is None:
             raise InvalidRequest(
                 "the number of steps is the model's own, and not known yet", "num_inference_steps"
             )
+        skipped = 0
+        if self.image is not None:
+            if strength is None:
+                raise InvalidRequest("strength is left open, and not known yet", "strength")
+            # the numbers of diffusers' pipelines, also where a product is a hair from a whole one
+            skipped = int(steps - steps * strength) if rounds_up else steps - int(steps * strength)
+        if skipped == steps:
+            least = ceil(1000 / steps) / 1000
+            raise InvalidRequest(
+                f"strength {strength:g} of {steps} steps leaves none to do; use {least:g} or more",
+                "strength",
+            )
         named = STEP_COUNTS.get(self.scheduler, StepCount()) if self.scheduler else own
-        return named.of(self.num_inference_steps)
+        return named.of(steps, skipped)
 
     @property
     def seeds(self) -> list[int]:
@@ -137,10 +181,42 @@ class SamplingParams(BaseModel):
         return self.model_copy(update={"seed": secrets.randbelow(2**32) if seed is None else seed})
 
     def settled(self, height: int, width: int, defaults: Defaults | None = None) -> Self:
-        """A copy with a size, by default this one, a seed, and what `defaults` say of what it leaves open."""
+        """A copy with a size, a seed, and what `defaults` say of what it leaves open.
+
+        The size is by default that of its image, else this one.
+        """
+        if self.image is not None:
+            width, height = self.image.size
         own = {"height": height, "width": width, **dict(Defaults() if defaults is None else defaults)}
         left_open = {name: value for name, value in own.items() if getattr(self, name) is None}
         return self.seeded().model_copy(update=left_open)
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """The pictures that it carries, by field."""
+        return {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
+
+    def without_pictures(self) -> Self:
+        """A copy that carries none, for those who have them or need them no more."""
+        return self.model_copy(update=dict.fromkeys(self.pictures)) if self.pictures else self
+
+    def check_size(self, unit: int) -> None:
+        """Raise InvalidRequest, with what would do, unless its size is one of multiples of `unit` pixels."""
+        if self.image is not None and self.has_images_size and any(side % unit for side in self.image.size):
+            width, height = self.image.size
+            scaled = "x".join(str(max(unit, round(side / unit) * unit)) for side in self.image.size)
+            raise InvalidRequest(
+                f"image is {width}x{height} pixels, and sizes are multiples of {unit} here; "
+                f"name a size that it is scaled to, such as {scaled}",
+                "image",
+            )
+        check_sides(self.height, self.width, unit)
+
+    @property
+    def has_images_size(self) -> bool:
+        """Whether it asks for a picture of just the size of its image."""
+        asked = self.width, self.height
+        return self.image is not None and asked in ((None, None), self.image.size)
 
 
 class Defaults(BaseModel):
@@ -278,6 +354,8 @@ class Limits(BaseModel):
     max_prompt_chars: Count = 4000
     max_previews: Count = 8
     max_clip_skip: Annotated[int, Field(ge=0)] = 11
+    max_image_bytes: Annotated[int, Field(ge=1, le=LARGEST_BYTES)] = 16 * 2**20
+    max_image_pixels: Annotated[int, Field(ge=1, le=LARGEST_PIXELS)] = 4096 * 4096
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
@@ -303,16 +381,35 @@ class Limits(BaseModel):
                 raise InvalidRequest(
                     f"{field} has {length} characters; the limit is {self.max_prompt_chars}", field
                 )
+        self.check_pictures(request.pictures)
+        self._check_size(request)
+
+    def check_pictures(self, pictures: Mapping[str, Picture]) -> None:
+        """The same of pictures by field, before any of them is decoded."""
+        for field, picture in pictures.items():
+            (width, height), length = picture.size, len(picture.data)
+            if length > self.max_image_bytes:
+                raise InvalidRequest(
+                    f"{field} has {length} bytes; the limit is {self.max_image_bytes}", field
+                )
+            if width * height > self.max_image_pixels:
+                limit = f"the limit is {self.max_image_pixels} in all"
+                raise InvalidRequest(f"{field} has {width}x{height} pixels; {limit}", field)
+
+    def _check_size(self, request: GenerationRequest) -> None:
+        whose = "; it is the image's own, name a size that it is scaled to" if request.has_images_size else ""
         for field in ("height", "width"):
             side = getattr(request, field)
             if side is not None:
-                self._at_most(field, side, self.max_side)
+                self._at_most(field, side, self.max_side, whose)
                 if side < self.min_side:
-                    raise InvalidRequest(f"{field} {side} is below the limit of {self.min_side}", field)
+                    raise InvalidRequest(
+                        f"{field} {side} is below the limit of {self.min_side}{whose}", field
+                    )
         if request.height and request.width and request.height * request.width > self.max_pixels:
             raise InvalidRequest(
                 f"height {request.height} by width {request.width} is more than the limit of "
-                f"{self.max_pixels} pixels",
+                f"{self.max_pixels} pixels{whose}",
                 "height",
             )
 
@@ -328,6 +425,6 @@ class Limits(BaseModel):
         )
 
     @staticmethod
-    def _at_most(field: str, value: float | None, limit: float) -> None:
+    def _at_most(field: str, value: float | None, limit: float, whose: str = "") -> None:
         if value is not None and value > limit:
-            raise InvalidRequest(f"{field} {value} is above the limit of {limit}", field)
+            raise InvalidRequest(f"{field} {value} is above the limit of {limit}{whose}", field)

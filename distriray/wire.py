@@ -30,7 +30,7 @@ from .requests import GenerationRequest
 from .results import GenerationResult
 from .service import ModelCard
 
-IMAGES = "/v1/images/generations"
+IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """The form of an X-Request-ID."""
 
@@ -40,12 +40,15 @@ PARAMS = {"num_images": "n", "previews": "partial_images", "height": "size", "wi
 _NOT_CARRIED = ("priority", "parallel")
 CARRIED = GenerationRequest.model_fields.keys() - {"id", *_NOT_CARRIED}
 """The fields of a GenerationRequest that an HTTP body has; the id is a header."""
+OF_PICTURES = ("image", "mask_image", "strength")
+"""Those that only a form has: `EDITS` takes one, `IMAGES` takes JSON."""
 _FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two, the first
 
 
 def encode_fields(request: GenerationRequest) -> dict[str, Any]:
-    """A request's fields by their HTTP names, without those that are None."""
-    fields = request.model_dump(mode="json", include=set(CARRIED), exclude_none=True)
+    """A request's fields by their HTTP names, without pictures and what is None."""
+    carried = CARRIED - request.pictures.keys()
+    fields = request.model_dump(mode="json", include=set(carried), exclude_none=True)
     height, width = fields.pop("height", None), fields.pop("width", None)
     if height is not None and width is not None:
         fields["size"] = f"{width}x{height}"
@@ -69,7 +72,7 @@ def encode_headers(request: GenerationRequest) -> dict[str, str]:
 
 
 def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
-    """The JSON of a request.
+    """Where to post a request and what, as httpx's arguments: JSON, or a form where it has pictures.
 
     Raises:
         InvalidRequest: it has a field that HTTP does not carry.
@@ -87,7 +90,13 @@ def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
     body = encode_fields(request)
     if stream:
         body |= {"stream": True, "progress": True}
-    return body
+    if not request.pictures:
+        return {"url": IMAGES, "json": body}
+    files = {
+        name: (f"{name}.{picture.format}", picture.data, f"image/{picture.format}")
+        for name, picture in request.pictures.items()
+    }
+    return {"url": EDITS, "data": body, "files": files}
 
 
 def _picture(encoded: str) -> Image.Image:
@@ -125,9 +134,9 @@ def _event(data: dict[str, Any]) -> Event:
     match data:
         case {"type": "error", "error": error}:
             raise _error(error)
-        case {"type": "image_generation.completed", "id": name}:
+        case {"type": "image_generation.completed" | "image_edit.completed", "id": name}:
             return Finished(name, decode_result(data))
-        case {"type": "image_generation.partial_image", "id": name, "step": step}:
+        case {"partial_image_index": _, "id": name, "step": step}:
             return Preview(name, step, data["partial_image_index"], _picture(data["b64_json"]))
         case {"state": "queued", "id": name}:
             return Queued(name, data["position"], data["predicted_wait_s"])

@@ -46,6 +46,7 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
             width, height = event.image.size
             return _frame(
                 PartialImageEvent(
+                    type=_type(asked, "partial_image"),
                     id=event.request_id,
                     partial_image_index=event.index,
                     b64_json=encode(event.image, asked.format, asked.compression),
@@ -58,6 +59,7 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
         case Finished(result=result):
             return _frame(
                 CompletedEvent(
+                    type=_type(asked, "completed"),
                     b64_json=encode(result.images[0], asked.format, asked.compression),
                     seed=result.seeds[0],
                     created_at=_now(),
@@ -68,11 +70,14 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
             return b""
         case Queued():
             wait = event.predicted_wait_s
-            return _progress(event, "queued", position=event.position, predicted_wait_s=wait)
+            return _progress(asked, event, "queued", position=event.position, predicted_wait_s=wait)
         case Started():
-            return _progress(event, "started", gang_size=len(event.workers), workers=event.workers, step=0)
+            return _progress(
+                asked, event, "started", gang_size=len(event.workers), workers=event.workers, step=0
+            )
         case Step():
             return _progress(
+                asked,
                 event,
                 "running",
                 step=event.step,
@@ -82,9 +87,16 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
             )
         case Regrouped():
             workers = event.workers
-            return _progress(event, "regrouped", gang_size=len(workers), workers=workers, step=event.step)
+            return _progress(
+                asked, event, "regrouped", gang_size=len(workers), workers=workers, step=event.step
+            )
         case Repaired():
-            return _progress(event, "repaired", lost_workers=event.lost_workers, step=event.step)
+            return _progress(asked, event, "repaired", lost_workers=event.lost_workers, step=event.step)
+
+
+def _type(asked: ImageRequest, event: str) -> Any:
+    """OpenAI's name of that event of such a request."""
+    return f"{asked.EVENTS}.{event}"
 
 
 def error_frame(refusal: Refusal) -> bytes:
@@ -107,8 +119,12 @@ def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
     }
 
 
-def _progress(event: Event, state: ProgressState, **fields: Any) -> bytes:
-    return _frame(ProgressEvent(id=event.request_id, state=state, created_at=_now(), **fields))
+def _progress(asked: ImageRequest, event: Event, state: ProgressState, **fields: Any) -> bytes:
+    return _frame(
+        ProgressEvent(
+            type=_type(asked, "progress"), id=event.request_id, state=state, created_at=_now(), **fields
+        )
+    )
 
 
 def _frame(event: StreamEvent) -> bytes:

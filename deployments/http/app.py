@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable
+from contextlib import nullcontext
 from secrets import token_hex
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel
@@ -24,14 +25,18 @@ from .body import read_body
 from .config import HttpConfig
 from .disconnect import EventStream, cancel_on_disconnect
 from .errors import Refusal, answer_errors, log, refusal_of
+from .form import read_form
 from .head import HeadAsGet
 from .health import Health
-from .images import ImageRequest
+from .images import EditRequest, ImageRequest, VariationRequest
 from .openapi import describe_images, describe_watch, document, errors
 from .site import add_page
 from .watch import Watch
 
 T = TypeVar("T")
+
+DECODED_AT_ONCE = 2
+"""Forms whose pictures are looked at together: decoded, each may take four bytes a pixel a few times over."""
 
 
 class Model(BaseModel):
@@ -76,23 +81,38 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
     app.add_middleware(RequestIdAndLog)
     answer_errors(app)
     health, watch = Health(service), Watch(service)
+    decoding = asyncio.Semaphore(DECODED_AT_ONCE)
     allowed = Depends(require_key(config))
 
-    @app.post(
-        "/v1/images/generations",
-        dependencies=[allowed],
-        response_class=Response,
-        responses=errors(400, 401, 404, 413, 429, 500, 503),
-        openapi_extra=describe_images(),
-        summary="Draw images of a prompt",
-        tags=["images"],
-    )
+    def images(asked: type[ImageRequest], summary: str) -> dict[str, Any]:
+        return {
+            "dependencies": [allowed],
+            "response_class": Response,
+            "responses": errors(400, 401, 404, 413, 429, 500, 503),
+            "openapi_extra": describe_images(asked),
+            "summary": summary,
+            "tags": ["images"],
+        }
+
+    @app.post("/v1/images/generations", **images(ImageRequest, "Draw images of a prompt"))
     async def generate_images(request: Request) -> Response:
-        asked = ImageRequest.parse(await read_body(request, config.max_body_bytes))
+        return await draw(request, ImageRequest.parse(await read_body(request, config.max_body_bytes)))
+
+    @app.post("/v1/images/edits", **images(EditRequest, "Draw on a picture, or fill in a part of it"))
+    async def edit_images(request: Request) -> Response:
+        return await draw(request, EditRequest.of_form(await read_form(request, config)))
+
+    @app.post("/v1/images/variations", **images(VariationRequest, "Draw pictures like another"))
+    async def vary_images(request: Request) -> Response:
+        return await draw(request, VariationRequest.of_form(await read_form(request, config)))
+
+    async def draw(request: Request, asked: ImageRequest) -> Response:
         _note(request, asked, config)
+        card = _card(service, asked.model)
         # The suffix keeps two requests apart to which a client gave the same id.
         name = f"{request.state.request_id}-{token_hex(4)}"
-        generation = asked.generation(_card(service, asked.model).id, name)
+        async with decoding if isinstance(asked, EditRequest) else nullcontext():
+            generation = await asyncio.to_thread(asked.generation, card.id, name, card.limits)
         ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s
         if not asked.stream:
             work = service.generate(generation, give_up_s=config.timeout_s)

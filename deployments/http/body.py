@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from email.message import Message
 
 from fastapi import Request
@@ -10,33 +11,44 @@ from starlette.requests import ClientDisconnect
 from .errors import Refusal
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The JSON text that a client sends, declared in length or in chunks.
+async def chunks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body of a request as it comes, declared in length or in chunks.
 
     Raises:
-        Refusal: 413 beyond `limit` bytes, 400 if it is not said to be JSON.
+        Refusal: 413 beyond `limit` bytes.
         ClientDisconnect: the client left.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise _too_large(limit)
+    length = 0
+    try:
+        async for chunk in request.stream():
+            length += len(chunk)
+            if length > limit:
+                raise _too_large(limit)
+            yield chunk
+    except (Refusal, ClientDisconnect):
+        raise
+    except Exception as error:  # of the server before us, which has lost the client
+        raise ClientDisconnect() from error
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The JSON text that a client sends.
+
+    Raises:
+        Refusal: 413 beyond `limit` bytes, 400 if it is not said to be JSON.
+        ClientDisconnect: the client left.
+    """
+    body = chunks(request, limit)
     content_type = Message()
     content_type["content-type"] = request.headers.get("content-type", "")
     if content_type.get_content_type() != "application/json":
         given = request.headers.get("content-type", "none")[:100]
         message = f"the content type is {given}; send JSON, with Content-Type: application/json"
         raise Refusal(400, "unsupported_content_type", message)
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise _too_large(limit)
-    except (Refusal, ClientDisconnect):
-        raise
-    except Exception as error:  # of the server before us, which has lost the client
-        raise ClientDisconnect() from error
-    return bytes(body)
+    return b"".join([chunk async for chunk in body])
 
 
 def _too_large(limit: int) -> Refusal:

@@ -18,7 +18,8 @@ class HttpConfig(BaseModel):
         keys_env: the environment variable that holds bearer keys, separated by commas or blanks.
         keys_file: a file with a bearer key a line; lines that begin with # are comments. With no key in
             either place only clients on this machine are answered.
-        max_body_bytes: the longest request body that is read.
+        max_body_bytes: the longest JSON text, or text in a form, that is read.
+        max_upload_bytes: the longest form that is read, with the pictures in it, which stay in memory.
         timeout_s: after so many seconds a request is given up and its gang freed; what is predicted to take
             longer is refused. None waits for ever.
         log_prompts: whether prompts are written to the log.
@@ -30,6 +31,7 @@ class HttpConfig(BaseModel):
     keys_env: str = "DISTRIRAY_API_KEYS"
     keys_file: Path | None = None
     max_body_bytes: Count = 256 * 1024
+    max_upload_bytes: Count = 33 * 2**20
     timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = 600.0
     log_prompts: bool = False
     page: bool = True

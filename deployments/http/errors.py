@@ -27,7 +27,7 @@ from distriray.errors import (
     TooLong,
 )
 from distriray.requests import invalid_request
-from distriray.wire import PARAMS
+from distriray.wire import EDITS, OF_PICTURES, PARAMS
 
 CLIENT_LEFT = 499
 """The status of a request whose client did not wait; nobody receives it, logs show it."""
@@ -151,7 +151,10 @@ def refusal_of_fields(error: ValidationError) -> Refusal:
         given = str(error.errors(include_url=False)[0]["input"])[:60]
         message = f"size {given!r} is no size; write WIDTHxHEIGHT in pixels, such as 512x768, or auto"
         return Refusal(400, "invalid_value", message, "size")
-    return Refusal(400, _CODES.get(found["type"], "invalid_value"), str(first), first.param)
+    message = str(first)
+    if found["type"] == "extra_forbidden" and first.param in OF_PICTURES:
+        message += f" in this body; send a form with pictures to {EDITS}"
+    return Refusal(400, _CODES.get(found["type"], "invalid_value"), message, first.param)
 
 
 def answer_errors(app: FastAPI) -> None:

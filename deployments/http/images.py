@@ -1,8 +1,11 @@
-"""The request of POST /v1/images/generations, in OpenAI's words."""
+"""The requests for images, in OpenAI's words: one in JSON, and those with pictures in forms."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, Self
 
 from pydantic import (
     BaseModel,
@@ -15,8 +18,10 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from distriray.requests import GenerationRequest
-from distriray.wire import CARRIED, PARAMS, decode_fields
+from distriray.errors import InvalidRequest
+from distriray.picture import Picture, holes, mask_of, png
+from distriray.requests import GenerationRequest, Limits
+from distriray.wire import CARRIED, OF_PICTURES, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat
 from .errors import Refusal, refusal_of_fields
@@ -51,7 +56,7 @@ else:
         **{
             name: _optional(field)
             for name, field in GenerationRequest.model_fields.items()
-            if name in CARRIED and name not in PARAMS
+            if name in CARRIED and name not in {*PARAMS, *OF_PICTURES}
         },
     )
 
@@ -84,6 +89,11 @@ _RULES: list[JsonValue] = [
 
 class ImageRequest(_Shared):
     """A request to draw. Absent fields and null mean the default; an unknown field is refused."""
+
+    EVENTS: ClassVar[str] = "image_generation"
+    """What the names of its events begin with."""
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """The fields that are pictures."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -179,7 +189,133 @@ class ImageRequest(_Shared):
     def compression(self) -> int:
         return FULL_QUALITY if self.output_compression is None else self.output_compression
 
-    def generation(self, model: str, request_id: str) -> GenerationRequest:
-        """The same in distriray's words; raises InvalidRequest."""
-        fields = decode_fields(self.model_dump(exclude_none=True))
+    def generation(self, model: str, request_id: str, limits: Limits) -> GenerationRequest:
+        """The same in distriray's words, for a model of these limits.
+
+        Looks at every pixel of its pictures, if it has any: call it in a thread.
+
+        Raises:
+            InvalidRequest: a field, or a picture, cannot be served as it is.
+        """
+        fields = decode_fields({name: value for name, value in self if value is not None})
         return GenerationRequest.parse({**fields, "model": model, "id": request_id})
+
+
+if TYPE_CHECKING:
+
+    class _WithPictures(ImageRequest):
+        image: Picture | None = None
+        mask_image: Picture | None = None
+else:
+    _WithPictures = create_model(
+        "_WithPictures",
+        __base__=ImageRequest,
+        **{name: _optional(GenerationRequest.model_fields[name]) for name in OF_PICTURES},
+    )
+
+
+class EditRequest(_WithPictures):
+    """A form of a picture to draw on, and where. The part of `mask` that is fully transparent is drawn anew,
+    and without a mask that of `image`; `mask_image` says the same in white and black."""
+
+    EVENTS = "image_edit"
+    FILES: ClassVar[tuple[str, ...]] = ("image", "mask", "mask_image")
+
+    model_config = ConfigDict(json_schema_extra={"allOf": _RULES, "examples": []})
+
+    image: Annotated[Picture, Field(description="The picture: a PNG, JPEG or WebP file.")]
+    mask: Annotated[
+        Picture | None,
+        Field(description="A file of the size of `image`, transparent where that is to be drawn anew."),
+    ] = None
+    input_fidelity: Annotated[
+        Literal["high", "low"] | None,
+        Field(description="For clients that always send it: strength decides, whatever it says."),
+    ] = None
+
+    @classmethod
+    def of_form(cls, form: Mapping[str, str | bytes]) -> Self:
+        """The request in a form's fields; raises Refusal (400)."""
+        values: dict[str, Any] = {}
+        for name, value in form.items():
+            if isinstance(value, bytes) and name in cls.model_fields and name not in cls.FILES:
+                raise Refusal(400, "invalid_value", f"{name} is sent as a file; send it as text", name)
+            values[name] = _value(value) if name in _numbers(cls) and isinstance(value, str) else value
+        try:
+            request = cls.model_validate(values)
+        except ValidationError as error:
+            raise refusal_of_fields(error) from None
+        request._check_together()
+        return request
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        if self.mask is not None and self.mask_image is not None:
+            message = "mask and mask_image are one thing, by transparency and in black and white; send one"
+            raise Refusal(400, "invalid_value", message, "mask")
+
+    def generation(self, model: str, request_id: str, limits: Limits) -> GenerationRequest:
+        pictures = {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
+        limits.check_pictures(pictures)
+        mask = self._mask()
+        request = super().generation(model, request_id, limits)
+        if mask is None:
+            return request
+        try:
+            return GenerationRequest.parse({**dict(request), "mask_image": mask})
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error).replace("mask_image", "mask"), "mask") from error
+
+    def _mask(self) -> Picture | None:
+        """What is drawn anew because it is transparent, of `mask` or, without a mask, of the image."""
+        image = self.image.load()
+        if self.mask_image is not None:
+            mask_of(self.mask_image)
+            return None
+        if self.mask is None:
+            hole = holes(image)
+        elif (hole := holes(self.mask.load("mask"))) is None:
+            raise InvalidRequest(
+                "mask has no fully transparent part, which is the one to draw anew; give it one, or send "
+                "mask_image, white where to draw anew and black elsewhere",
+                "mask",
+            )
+        return None if hole is None else Picture.of(png(hole), "mask")
+
+
+class VariationRequest(EditRequest):
+    """A form of a picture to draw another like it of, without a prompt unless there is one."""
+
+    FILES = ("image",)
+
+    prompt: Annotated[str, Field(description="What the picture shows; nothing by default.")] = ""
+    mask: None = None
+    mask_image: None = None
+
+    def _mask(self) -> Picture | None:
+        self.image.load()
+        return None
+
+
+@cache
+def _numbers(request: type[EditRequest]) -> frozenset[str]:
+    """The fields of a form that may be something else than text or a file."""
+    fields = request.model_json_schema()["properties"]
+    return frozenset(
+        name
+        for name, field in fields.items()
+        if {kind.get("type") for kind in field.get("anyOf", [field])} - {"string", "null"}
+    )
+
+
+def _value(text: str) -> Any:
+    """What a text stands for in JSON; the text itself where that is nothing or a structure."""
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, list | dict | str) else value
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(text)

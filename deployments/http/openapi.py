@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -15,11 +15,12 @@ from distriray.version import __version__
 from distriray.wire import PARAMS
 
 from .errors import ErrorResponse
-from .images import ImageRequest
+from .images import EditRequest, ImageRequest, VariationRequest
 from .responses import CompletedEvent, ErrorEvent, ImagesResponse, PartialImageEvent, ProgressEvent
 
 _EVENTS: tuple[type[BaseModel], ...] = (PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent)
-_BODIES: tuple[type[BaseModel], ...] = (ImageRequest, ImagesResponse, ErrorResponse, FleetNews, *_EVENTS)
+_REQUESTS: tuple[type[ImageRequest], ...] = (ImageRequest, EditRequest, VariationRequest)
+_BODIES: tuple[type[BaseModel], ...] = (*_REQUESTS, ImagesResponse, ErrorResponse, FleetNews, *_EVENTS)
 _REASONS = {
     400: "A field, or the body, cannot be served as it is",
     401: "No key, a wrong key, or no keys configured and the client is on another machine",
@@ -30,11 +31,19 @@ _REASONS = {
     503: "No host can serve now",
 }
 _REF = "#/components/schemas/"
+_FILE = {"type": "string", "format": "binary"}
+
+
+def _names_of_events() -> list[str]:
+    kinds: list[Any] = [event.model_fields["type"].annotation for event in _EVENTS]
+    return [name for kind in kinds for name in get_args(kind)]
+
+
 _EVENT = {
     "type": "object",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": [event.model_fields["type"].default for event in _EVENTS]},
+        "event": {"enum": _names_of_events()},
         "data": {
             "type": "string",
             "contentMediaType": "application/json",
@@ -49,13 +58,14 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": _REASONS[status]} for status in statuses}
 
 
-def describe_images() -> dict[str, Any]:
-    """The body and the two kinds of success of POST /v1/images/generations, whose body is read by hand:
-    the framework's parser accepts NaN and coerces."""
+def describe_images(asked: type[ImageRequest]) -> dict[str, Any]:
+    """The body and the two kinds of success of a request for images, whose body is read by hand: the
+    framework's parser accepts NaN and coerces."""
+    kind = "multipart/form-data" if issubclass(asked, EditRequest) else "application/json"
     return {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": {"$ref": f"{_REF}ImageRequest"}}},
+            "content": {kind: {"schema": {"$ref": f"{_REF}{asked.__name__}"}}},
         },
         "responses": {
             "200": {
@@ -116,7 +126,11 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
             own = body.model_json_schema(ref_template=f"{_REF}{{model}}")
             schemas.update(own.pop("$defs", {}))
             schemas[body.__name__] = own
-        _limit(schemas["ImageRequest"]["properties"], service.models())
+        for asked in _REQUESTS:
+            fields = schemas[asked.__name__]["properties"]
+            _limit(fields, service.models())
+            for name in asked.FILES:
+                fields[name] = {**_FILE, "description": fields[name]["description"]}
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

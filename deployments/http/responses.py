@@ -1,4 +1,4 @@
-"""The answers of POST /v1/images/generations, in OpenAI's words: one body, or events."""
+"""The answers to requests for images, in OpenAI's words: one body, or events."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PartialImageEvent(BaseModel):
     """A small picture of the image after `step`; `size` is this picture's."""
 
     id: str
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
     b64_json: str
     background: Literal["opaque"] = "opaque"
@@ -83,7 +83,7 @@ class ProgressEvent(BaseModel):
     """
 
     id: str
-    type: Literal["image_generation.progress"] = "image_generation.progress"
+    type: Literal["image_generation.progress", "image_edit.progress"]
     created_at: int
     state: ProgressState
     position: int | None = None
@@ -99,7 +99,7 @@ class ProgressEvent(BaseModel):
 class CompletedEvent(_Answer):
     """The image, and what ImagesResponse says of it."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"]
     b64_json: str
     seed: int
     created_at: int

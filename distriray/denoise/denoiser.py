@@ -18,8 +18,10 @@ from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
-from distriray.requests import SamplingParams, check_sides
+from distriray.picture import mask_of, opaque
+from distriray.requests import SamplingParams
 
+STRETCHED = 0.02  # how far an image's proportions may be off without a word
 PREVIEW_SCALE, PREVIEW_SIDE = 0.25, 128  # of the picture, and pixels at most
 
 
@@ -36,7 +38,6 @@ class Denoiser:
         family: the family's name there.
         sizes: of its pictures.
         terms: what the model says of a request's other fields.
-        needs_image: whether the network takes a picture and its mask besides the latents.
         guides: whether guidance takes a second branch.
         own_steps: how often the model's own scheduler calls the network.
 
@@ -51,7 +52,7 @@ class Denoiser:
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
         self.terms = PIPELINES[self.family].terms(configs_of(pipeline))
-        self.needs_image, self.guides = self._steps.needs_image, self._steps.guides
+        self.guides = self._steps.guides
         _check_scheduler(pipeline, self._steps.flow)
         self.own_steps = step_count(pipeline.scheduler)
         self.scheduler: Any = None  # of the state at hand: the engine looks it up here
@@ -60,39 +61,20 @@ class Denoiser:
         self._image: AbstractContextManager[Any] | None = None  # in that gang
 
     @torch.no_grad()
-    def prepare(
-        self,
-        params: SamplingParams,
-        *,
-        image: Image.Image | None = None,
-        mask_image: Image.Image | None = None,
-        strength: float = 0.3,
-    ) -> DenoiseState:
-        """Encode the prompt and draw the noise: the state before the first step.
+    def prepare(self, params: SamplingParams) -> DenoiseState:
+        """Encode the prompt and the pictures, and draw the noise: the state before the first step.
 
         Args:
             params: must have a seed; image `i` of any batch is the image of its seed alone.
-            image: starts from this picture (image to image), or fills in where `mask_image` is white.
-            strength: share of the steps that are done on `image`, above 0 and at most 1.
 
         Raises:
-            InvalidRequest: a value is out of range; `param` names it.
+            InvalidRequest: a value is out of range, or a picture is damaged; `param` names it.
         """
-        params, seeds = self.terms.settle(params), params.seeds
-        if mask_image is not None and image is None:
-            raise InvalidRequest("a mask_image needs an image", "image")
-        if not 0.0 < strength <= 1.0:
-            raise InvalidRequest(f"strength {strength} is not above 0 and at most 1", "strength")
-        if self.needs_image and mask_image is None:
-            raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", "image")
-        tasks, models = PIPELINES[self.family].tasks, PIPELINES[self.family].models
-        if mask_image is not None and "inpainting" not in tasks:
-            raise InvalidRequest(f"{models} fills in no masks here", "mask_image")
-        if image is not None and mask_image is None and "image-to-image" not in tasks:
-            raise InvalidRequest(f"{models} does not begin from a picture here", "image")
-        height = self.sizes.default[0] if params.height is None else params.height
-        width = self.sizes.default[1] if params.width is None else params.width
-        check_sides(height, width, self.sizes.unit)
+        seeds = params.seeds
+        params = self.terms.settle(params.settled(*self.sizes.default))
+        params.check_size(self.sizes.unit)
+        params.num_steps(self.own_steps, rounds_up=self.terms.rounds_up)  # or there are none to do
+        assert params.height is not None and params.width is not None
         most = self._steps.max_clip_skip
         if params.clip_skip is not None and params.clip_skip > most:
             raise InvalidRequest(
@@ -100,13 +82,13 @@ class Denoiser:
             )
         commission = Commission(
             params=params,
-            height=height,
-            width=width,
+            height=params.height,
+            width=params.width,
             scheduler=make_scheduler(self._pipeline.scheduler, params.scheduler),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-            image=image,
-            mask_image=mask_image,
-            strength=strength,
+            image=None if params.image is None else opaque(params.image.load()),
+            mask_image=None if params.mask_image is None else mask_of(params.mask_image),
+            strength=1.0 if params.strength is None else params.strength,
         )
         try:
             values = self._steps.prepare(commission)
@@ -124,13 +106,13 @@ class Denoiser:
             generators=commission.generators,
             guidance_scale=commission.guidance_scale,
             guidance_rescale=params.guidance_rescale,
-            height=height,
-            width=width,
+            height=commission.height,
+            width=commission.width,
             warnings=self._unused(params),
         ).to(values["latents"].device)
 
     def _unused(self, params: SamplingParams) -> tuple[str, ...]:
-        """What of a request's texts no picture shows, without the texts."""
+        """What of a request no picture shows as it is, without its texts."""
         texts = {"prompt": params.prompt}
         assert params.guidance_scale is not None
         warnings = []
@@ -144,6 +126,12 @@ class Denoiser:
             if taken < given:
                 said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
                 warnings.append(said)
+        if params.image is not None:
+            assert params.height is not None and params.width is not None
+            width, height = params.image.size
+            if abs(width * params.height - height * params.width) > STRETCHED * width * params.height:
+                to = f"{params.width}x{params.height}, of other proportions"
+                warnings.append(f"image of {width}x{height} is stretched to {to}")
         return tuple(warnings)
 
     @torch.no_grad()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from ..errors import InvalidRequest
-from ..requests import GenerationRequest, check_sides
+from ..requests import GenerationRequest
 from ..routing.policy import RequestView
 from .config import HostConfig
 from .messages import WorkerFacts
@@ -69,8 +71,8 @@ def admit(
     request = settle(request, config, facts)
     if limited:
         config.limits.check(request)
+    request.check_size(facts.size_unit)
     assert request.height is not None
-    check_sides(request.height, request.width, facts.size_unit)
     check_gang_size(request, config.sizes)
     max_gang = facts.max_gang(request.height)
     if request.gang_size != "auto" and request.gang_size > max_gang:
@@ -84,7 +86,7 @@ def admit(
             "height",
         )
     assert request.guidance_scale is not None
-    num_steps = request.num_steps(facts.own_steps)
+    num_steps = request.num_steps(facts.own_steps, rounds_up=facts.terms.rounds_up)
     guided = facts.guides and request.guidance_scale > facts.terms.unguided
     mix = request.shared(config.parallel).mix
     return Admitted(request, max_gang, num_steps, guided, fresh=mix is not None and mix.exact)
@@ -97,3 +99,14 @@ def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -
         InvalidRequest: the model lacks a field that it asks for.
     """
     return facts.terms.settle(request.settled(*facts.default_size, config.defaults))
+
+
+def example(facts: WorkerFacts, **fields: Any) -> GenerationRequest:
+    """A request of a host's own, of the default size, with a picture to fill in if the model needs one."""
+    if facts.terms.needs_mask:
+        height, width = facts.default_size
+        fields |= {name: Image.new("L", (width, height), level) for name, level in _GREY_TO_FILL.items()}
+    return GenerationRequest(prompt="a lake", **fields)
+
+
+_GREY_TO_FILL = {"image": 128, "mask_image": 255}

@@ -12,7 +12,7 @@ from ..requests import GenerationRequest
 from ..results import GenerationResult
 from ..routing.latency import Entry, Profile
 from ..version import __version__
-from .admission import admit
+from .admission import admit, example
 from .config import HostConfig
 from .messages import WorkerFacts
 from .profile import device_of, make_profile, warmup_steps
@@ -53,13 +53,14 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     do not wait for each other and so take more of what they share. How much faster a step is when fewer
     workers are busy is found with gangs of the least size.
     """
-    guided = admit(GenerationRequest(prompt="a lake"), config, facts, limited=False).guided
+    guided = admit(example(facts), config, facts, limited=False).guided
     least, steps = config.sizes[0], max(1, warmup_steps(config)) + MEASURED_STEPS
     warming = CHOOSING_STEPS if config.parallel.exchange == "auto" else 1
     most = config.workers // least
-    await _draw(generate, [least] * most, warming if least > 1 else 1)  # a lone worker has nothing to choose
+    warm = warming if least > 1 else 1  # a lone worker has nothing to choose
+    await _draw(generate, facts, [least] * most, warm)
     counts = sorted({*(2**i for i in range(most.bit_length())), most})
-    alone = {count: await _draw(generate, [least] * count, steps) for count in counts}
+    alone = {count: await _draw(generate, facts, [least] * count, steps) for count in counts}
     full_s = _step_s(alone[most])
     contention = tuple((least * n, _step_s(results) / full_s) for n, results in alone.items())
     entries = [_entry(least, guided, [alone[most]])]
@@ -70,20 +71,20 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
         crowds = [[size] * (config.workers // size)]
         if config.workers - size >= least:
             crowds.append([size] + [least] * ((config.workers - size) // least))
-        await _draw(generate, crowds[0], warming)
-        runs = [await _draw(generate, crowd, steps) for crowd in crowds]
+        await _draw(generate, facts, crowds[0], warming)
+        runs = [await _draw(generate, facts, crowd, steps) for crowd in crowds]
         entries.append(_entry(size, guided, [[r for r in run if r.gang_size == size] for run in runs]))
         moves_s += [result.timings.waiting_s for run in runs for result in run]
     moves_s = moves_s or [result.timings.waiting_s for result in alone[most]]
     return make_profile(config, facts, tuple(entries), median(moves_s), contention)
 
 
-async def _draw(generate: Generate, gangs: Sequence[int], steps: int) -> list[GenerationResult]:
+async def _draw(
+    generate: Generate, facts: WorkerFacts, gangs: Sequence[int], steps: int
+) -> list[GenerationResult]:
     """One image by a gang of each of these sizes, all at once."""
     requests = [
-        GenerationRequest(
-            id=f"profile {i}", prompt="a lake", seed=0, num_inference_steps=steps, gang_size=size
-        )
+        example(facts, id=f"profile {i}", seed=0, num_inference_steps=steps, gang_size=size)
         for i, size in enumerate(gangs)
     ]
     return await asyncio.gather(*map(generate, requests))

@@ -24,7 +24,7 @@ from ..routing.buddy import WorkersUnavailable
 from ..routing.host_clock import busy_workers
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
-from .admission import Admitted, admit, settle
+from .admission import Admitted, admit, example, settle
 from .background import Background
 from .config import HostConfig
 from .job import Job, JobState
@@ -86,7 +86,7 @@ class Dispatcher:
         await self.group.start()
         self.facts = self.group.facts[0]
         try:  # nobody is refused for what they did not ask for
-            settle(GenerationRequest(prompt=""), self.config, self.facts)
+            settle(example(self.facts), self.config, self.facts)
         except InvalidRequest as error:
             raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
         self.speed = Speed(guessed_profile(self.config, self.facts))

@@ -48,6 +48,8 @@ class Job:
     Its verbs change it, and nobody else does.
 
     Attributes:
+        request: without its pictures.
+        pictures: by field, for whoever prepares it; nobody has them any more when it has ended.
         number: of all requests that the host accepted, this one's.
         step: steps that are done of `num_steps`, as far as the host has heard (second order
             schedulers take more steps than were asked for).
@@ -63,8 +65,9 @@ class Job:
     """
 
     def __init__(self, admitted: Admitted, number: int) -> None:
-        self._admitted = admitted
-        self.request, self.number = admitted.request, number
+        self.request, self.number = admitted.request.without_pictures(), number
+        self.pictures = admitted.request.pictures
+        self._admitted = admitted._replace(request=self.request)
         self.arrival = time.monotonic()
         self.state = JobState.WAITING
         self.ended: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
@@ -202,6 +205,7 @@ class Job:
     def end(self, end: GenerationResult | BaseException) -> None:
         """It is over."""
         self._become(JobState.ENDED)
+        self.pictures = {}
         if isinstance(end, GenerationResult):
             self.ended.set_result(end)
         else:

@@ -35,6 +35,8 @@ class GangMembership:
 class SegmentOrder:
     """Resume `request` at `step` as one rank of the gang of `communicator`, until done or told to stop.
 
+    The request's pictures are not here: whoever prepares it gets them besides.
+
     `serial` numbers a host's segments, so that a stop signal never reaches another one. `job` numbers the
     requests that it accepted, so that no state is taken for that of another request that had the same id.
     """

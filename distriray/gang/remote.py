@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from ..collective import serve_store
+from ..picture import Picture
 from .config import HostConfig
 from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 from .placement import Placement
@@ -36,8 +37,14 @@ class RemoteWorker(Protocol):
 
     def link(self, links: Sequence[GangMembership]) -> asyncio.Future[None]: ...
 
-    def run(self, order: SegmentOrder, state: Any) -> asyncio.Future[RankResult]:
-        """As `Worker.run`; `state` is what `export` gave, or None. Raises StateLost too."""
+    def run(self, order: SegmentOrder, state: Any, pictures: Any) -> asyncio.Future[RankResult]:
+        """As `Worker.run`; `state` is what `export` gave, `pictures` what `share` gave, or None.
+
+        Raises StateLost too.
+        """
+
+    def share(self, pictures: Mapping[str, Picture]) -> Any:
+        """One copy of `pictures` for all workers, to be handed to `run`; it goes when no run has it."""
 
     def export(self, job: int) -> Any:
         """The state of a job, to be handed to `run` of other workers; nothing waits for it here."""
@@ -89,8 +96,11 @@ class _Actor:
     def link(self, links: Sequence[GangMembership]) -> asyncio.Future[None]:
         return self._answer("link", links)
 
-    def run(self, order: SegmentOrder, state: Any) -> asyncio.Future[RankResult]:
-        return self._answer("run", order, state)
+    def run(self, order: SegmentOrder, state: Any, pictures: Any) -> asyncio.Future[RankResult]:
+        return self._answer("run", order, state, pictures)
+
+    def share(self, pictures: Mapping[str, Picture]) -> Any:
+        return Context().run(ray.put, pictures)
 
     def export(self, job: int) -> Any:
         return self._submit("export", job)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from ..collective.all_gather import numbers_of_all
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.pipelines.sizes import Sizes
 from ..denoise.pipelines.terms import Terms
-from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory, UnsupportedModel
+from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory
 from ..models import ModelSpec, load_pipeline
 from ..parallel import engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
+from ..picture import Picture
 from ..requests import StepCount
 from .control import SegmentControl
 from .devices import DEVICES
@@ -94,10 +96,6 @@ class SegmentRunner:
         engine = engine_of(parallelize(self.pipeline, self._communicators["alone"]))
         assert engine is not None
         self._engine = engine
-        if self._denoiser.needs_image:
-            raise UnsupportedModel(
-                f"{spec.name} fills in masks, which requests do not carry; serve a model that draws from text"
-            )
         self.load_s = time.perf_counter() - began
 
     def link(self, memberships: Sequence[GangMembership]) -> None:
@@ -112,14 +110,21 @@ class SegmentRunner:
         for membership in memberships:
             self._join(membership)
 
-    def run(self, order: SegmentOrder, blob: bytes | None) -> RankResult:
+    def run(
+        self,
+        order: SegmentOrder,
+        blob: bytes | None,
+        pictures: Mapping[str, Picture] = MappingProxyType({}),
+    ) -> RankResult:
         """One segment. `blob` is the request's state where this worker does not hold it at `order.step`.
+
+        `pictures` are the request's, by field, where it is to be prepared.
 
         Whatever goes wrong is a result.
         """
         try:
             with self.control.running(order.serial, order.step):
-                return self._run(order, blob)
+                return self._run(order, blob, pictures)
         except Exception as error:
             log.exception("segment %d of request %s failed", order.serial, order.request.id)
             return RankResult(SegmentEnd.FAILED, order.step, 0, cause=_told(error), broken=True)
@@ -185,12 +190,12 @@ class SegmentRunner:
         if former is not None:
             self._communicators.pop(former).close()
 
-    def _run(self, order: SegmentOrder, blob: bytes | None) -> RankResult:
+    def _run(self, order: SegmentOrder, blob: bytes | None, pictures: Mapping[str, Picture]) -> RankResult:
         communicator = self._communicators[order.communicator]
         sent, work = communicator.bytes_sent, _Work(order.step)
         error, cause = None, ""
         try:
-            end = self._work(order, blob, communicator, work)
+            end = self._work(order, blob, pictures, communicator, work)
         except Exception as raised:
             end, error, cause = self._judge(raised, order, work)
             if work.begun and not _alike(raised) and communicator.world_size > 1:
@@ -217,13 +222,18 @@ class SegmentRunner:
         )
 
     def _work(
-        self, order: SegmentOrder, blob: bytes | None, communicator: Communicator, work: _Work
+        self,
+        order: SegmentOrder,
+        blob: bytes | None,
+        pictures: Mapping[str, Picture],
+        communicator: Communicator,
+        work: _Work,
     ) -> SegmentEnd:
         """One segment, recorded in `work`."""
         began = time.perf_counter()
         try:
             self._engine.join(communicator, order.parallel)  # requests have generators: no state to share
-            work.state = state = self._state(order, blob)
+            work.state = state = self._state(order, blob, pictures)
         except Exception:
             with suppress(GangBroken):
                 numbers_of_all(communicator, False)
@@ -322,7 +332,9 @@ class SegmentRunner:
         else:
             self._engine.ask_yield()
 
-    def _state(self, order: SegmentOrder, blob: bytes | None) -> DenoiseState:
+    def _state(
+        self, order: SegmentOrder, blob: bytes | None, pictures: Mapping[str, Picture]
+    ) -> DenoiseState:
         request = order.request
         state = self._states.get(order.job)
         if state is not None and state.step == order.step:
@@ -330,7 +342,7 @@ class SegmentRunner:
         if blob is not None:
             state = DenoiseState.from_bytes(blob).to(self.device)
         elif order.step == 0:
-            state = self._denoiser.prepare(request)
+            state = self._denoiser.prepare(request.model_copy(update=pictures))
         else:
             raise LookupError(
                 f"request {request.id} is to go on at step {order.step}, but its state is not here"

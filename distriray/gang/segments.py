@@ -51,6 +51,8 @@ class RunningSegment:
             state = sender.export(job.number)
         self.workers = [member.id for member in gang]
         self._first: RemoteWorker = gang[0].remote
+        begins = job.step == 0 and not holders
+        pictures = self._first.share(job.pictures) if begins and job.pictures else None
         self._running: dict[asyncio.Future[RankResult], WorkerId] = {}
         for rank, member in enumerate(gang):
             order = SegmentOrder(
@@ -64,7 +66,8 @@ class RunningSegment:
                 preview_steps=job.request.preview_steps(job.num_steps) if rank == 0 else frozenset(),
             )
             lacks = state is not None and member.id not in holders
-            self._running[member.remote.run(order, state if lacks else None)] = member.id
+            running = member.remote.run(order, state if lacks else None, pictures)
+            self._running[running] = member.id
 
     async def come_back(self, on_progress: Callable[[Progress], None]) -> SegmentResult:
         """Follow the gang until all its members are back or lost."""

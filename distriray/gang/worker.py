@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +12,7 @@ import ray
 
 from ..collective import open_store
 from ..models import ModelSpec
+from ..picture import Picture
 from .devices import DEVICES
 from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 
@@ -75,9 +76,12 @@ class Worker:
         """Join these gangs, in this order; raises GangBroken."""
         await asyncio.get_running_loop().run_in_executor(self._linking, self.runner.link, memberships)
 
-    async def run(self, order: SegmentOrder, blob: bytes | None) -> RankResult:
+    async def run(
+        self, order: SegmentOrder, blob: bytes | None, pictures: Mapping[str, Picture] | None
+    ) -> RankResult:
         """One segment, as in `SegmentRunner.run`."""
-        return await asyncio.get_running_loop().run_in_executor(self._compute, self.runner.run, order, blob)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._compute, self.runner.run, order, blob, pictures or {})
 
     async def watch(self, serial: int, seen: int) -> Progress:
         """Wait until segment `serial` is beyond step `seen` or over."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from ..errors import InvalidRequest
+from ..picture import Picture
 from ..requests import GenerationRequest, Limits
 
 FIELD = re.compile(r"[a-z][a-z0-9_]{0,30}")
@@ -18,11 +21,21 @@ FIELD = re.compile(r"[a-z][a-z0-9_]{0,30}")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One good line, counted from 1. `id` is its content's digest, so it stays when lines move."""
+    """One good line, counted from 1. `id` is its content's digest, so it stays when lines move.
+
+    `request` is without the pictures that lie in files, since of many lines they would fill the memory;
+    `files` are these, and `whole` reads them again.
+    """
 
     id: str
     line: int
     request: GenerationRequest
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def whole(self) -> GenerationRequest:
+        """The request with its pictures; raises InvalidRequest where a file is not what it was any more."""
+        pictures = {name: Picture.of(path, name) for name, path in self.files.items()}
+        return self.request.model_copy(update=pictures)
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ def read_prompts(
 ) -> tuple[list[Prompt], list[BadLine]]:
     """The good and the bad lines of a file, in order. Empty lines are neither.
 
+    Pictures are files beside it, or `data:` URLs.
+
     Equal lines are requests of their own: the second has `-2` behind its id. A line without a seed gets one
     from its id, so that making it again makes the same pictures.
 
@@ -60,9 +75,13 @@ def read_prompts(
             if not line.strip():
                 continue
             try:
-                request = GenerationRequest.parse(line.removeprefix(b"\xef\xbb\xbf"))
+                request = GenerationRequest.parse(
+                    _with_paths(line.removeprefix(b"\xef\xbb\xbf"), path.parent)
+                )
                 if limits is not None:
                     limits.check(request)
+                for field_name, picture in request.pictures.items():
+                    picture.load(field_name)
             except InvalidRequest as error:
                 param = error.param if FIELD.fullmatch(error.param or "") else None
                 bad.append(BadLine(number, plain(error), param))
@@ -71,8 +90,42 @@ def read_prompts(
             digest = _digest(request)
             seen[digest] += 1
             name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-            good.append(Prompt(name, number, _named(request, name)))
+            files = {of: picture.path for of, picture in request.pictures.items() if picture.path}
+            named = _named(request, name).model_copy(update=dict.fromkeys(files))
+            good.append(Prompt(name, number, named, files))
     return good, bad
+
+
+def _with_paths(line: bytes, folder: Path) -> dict[str, Any] | bytes:
+    """The fields of a line, with the paths of its pictures in `folder`; the line as it is if it has none.
+
+    Raises:
+        InvalidRequest: a path leads out of the folder.
+    """
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):  # which GenerationRequest says in its own words
+        return line
+    if not isinstance(fields, dict):
+        return line
+    texts = {name: fields[name] for name in GenerationRequest.FILES if isinstance(fields.get(name), str)}
+    paths = {
+        name: _inside(folder, text, name) for name, text in texts.items() if not text.startswith("data:")
+    }
+    return {**fields, **paths} if paths else line
+
+
+def _inside(folder: Path, text: str, name: str) -> Path:
+    """The file of that path in `folder`; links that lead out of it lead nowhere."""
+    home = folder.resolve()
+    try:
+        path = (home / text).resolve()
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{name} {text[:100]!r} is no path", name, f"{name} is no path") from error
+    if not path.is_relative_to(home):
+        where = f"lies outside of {home}; put it beside the prompts"
+        raise InvalidRequest(f"{name} {text!r} {where}", name, f"{name} {where}")
+    return path
 
 
 def plain(error: Exception) -> str:

@@ -137,7 +137,7 @@ class Run:
         name = f"{prompt.id}.{token_hex(4)}"
         self._under_way[name] = maker
         try:
-            return maker.generate(prompt.request.model_copy(update={"id": name}))
+            return maker.generate(prompt.whole().model_copy(update={"id": name}))
         finally:
             del self._under_way[name]
 

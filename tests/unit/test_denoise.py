@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -57,17 +58,10 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def begin(
-    denoiser: Denoiser,
-    seeds: list[int],
-    image: Image.Image | None = None,
-    mask_image: Image.Image | None = None,
-    strength: float = 0.3,
-    **fields: Any,
-) -> DenoiseState:
+def begin(denoiser: Denoiser, seeds: list[int], **fields: Any) -> DenoiseState:
     """Those fields prepared, with consecutive seeds."""
     params = SamplingParams(**{"seed": seeds[0], "num_images": len(seeds), **fields})
-    return denoiser.prepare(params, image=image, mask_image=mask_image, strength=strength)
+    return denoiser.prepare(params)
 
 
 def finish(denoiser: Denoiser, state: DenoiseState) -> torch.Tensor:
@@ -197,9 +191,9 @@ def test_inpainting_keeps_the_rest_with_latents_of_any_width(strength: float) ->
     assert not torch.allclose(latents[..., :6], kept[..., :6], atol=0.1)
 
 
-@pytest.mark.parametrize("call", [{}, {"image": PICTURE}, {"image": PICTURE, "mask_image": MASK}])
+@pytest.mark.parametrize("call", [{}, ON_PICTURE, {**ON_PICTURE, "mask_image": MASK}])
 def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
-    call = {"num_inference_steps": 3, "strength": 0.8, "scheduler": "euler-ancestral", **SIZE, **call}
+    call = {"num_inference_steps": 3, "scheduler": "euler-ancestral", **SIZE, **call}
     together = begin(denoiser, prompt="a lake", seeds=[1, 2, 3], **call)
     alone = begin(denoiser, prompt="a lake", seeds=[2], **call)
     torch.testing.assert_close(finish(denoiser, together)[1:2], finish(denoiser, alone), rtol=1e-4, atol=1e-4)
@@ -355,7 +349,8 @@ def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
         ({"scheduler": "magic"}, "scheduler"),
         ({"clip_skip": -1}, "clip_skip"),
         ({"clip_skip": 2}, "clip_skip"),
-        ({"mask_image": Image.new("L", (96, 64))}, "image"),
+        ({"mask_image": Image.new("L", (96, 64))}, "mask_image"),
+        ({"strength": 0.5}, "strength"),
         ({"strength": 0.0}, "strength"),
         ({"height": 60}, "height"),
         ({"width": 0, "height": 8}, "width"),
@@ -409,12 +404,17 @@ OTHERS: dict[str, Any] = {
     "num_images": 2,
     "scheduler": "euler-ancestral",
     "clip_skip": 1,
+    "image": PICTURE,
+    "mask_image": MASK,
+    "strength": 0.9,
 }
+OF_AN_IMAGE: dict[str, dict[str, Any]] = dict.fromkeys(("mask_image", "strength"), {"image": PICTURE})
+"""What some fields need beside them."""
 
 
 @pytest.mark.parametrize("field", SamplingParams.model_fields)
 def test_every_field_decides_the_picture(denoiser: Denoiser, field: str) -> None:
-    plain = {"prompt": "a lake", "seed": 1, "num_inference_steps": 3, **SIZE}
+    plain = {"prompt": "a lake", "seed": 1, "num_inference_steps": 3, **SIZE, **OF_AN_IMAGE.get(field, {})}
     usual, other = (
         finish(denoiser, denoiser.prepare(SamplingParams(**fields)))
         for fields in (plain, {**plain, field: OTHERS[field]})
@@ -440,6 +440,33 @@ def test_a_request_knows_how_many_steps_its_state_will_have(
 ) -> None:
     params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, **SIZE)
     assert params.num_steps(denoiser.own_steps) == denoiser.prepare(params).num_steps
+
+
+@pytest.mark.parametrize("strength", [0.07, 0.29, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_a_request_knows_how_many_steps_are_done_on_its_image(
+    denoiser: Denoiser, scheduler: SchedulerName, strength: float
+) -> None:
+    # of 100, 0.29 and 0.07 are a hair from a whole number
+    for steps in (1, 2, 7, 30, *([] if scheduler == "lcm" else [100])):
+        params = SamplingParams(
+            prompt="x",
+            seed=1,
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            image=PICTURE,
+            strength=strength,
+        )
+        try:
+            known = params.num_steps(denoiser.own_steps, rounds_up=denoiser.terms.rounds_up)
+        except InvalidRequest as error:
+            with pytest.raises(InvalidRequest, match="leaves none to do"):
+                denoiser.prepare(params)
+            would_do = float(re.search(r"use ([0-9.]+) or more", str(error))[1])
+            least = params.model_copy(update={"strength": would_do})
+            assert denoiser.prepare(least).num_steps == least.num_steps(denoiser.own_steps)
+        else:
+            assert known == denoiser.prepare(params).num_steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30])
@@ -559,7 +586,7 @@ def test_the_refiner_is_refused() -> None:
 
 def test_a_network_that_takes_a_mask_draws_nothing_without_one() -> None:
     denoiser = Denoiser(tiny_sdxl(in_channels=9))
-    assert denoiser.needs_image
+    assert denoiser.terms.needs_mask
     with pytest.raises(InvalidRequest, match="needs an image and a mask_image"):
         begin(denoiser, prompt="x", seeds=[1], **SIZE)
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydantic.fields import FieldInfo
 
 from distriray import AsyncClient, Client, HandleClient
@@ -30,8 +31,10 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
+from distriray.picture import Picture
 from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams, StepCount
 from distriray.results import GenerationResult
+from distriray.wire import OF_PICTURES
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
 Fields = dict[str, Any]
@@ -41,11 +44,14 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.text(min_size=1, max_size=30),
     "height": st.integers(8, 16).map(lambda units: 8 * units),
     "width": st.integers(8, 16).map(lambda units: 8 * units),
-    "num_inference_steps": st.integers(1, LIMITS.max_steps),
+    "num_inference_steps": st.integers(2, LIMITS.max_steps),
     "guidance_scale": st.floats(0.0, LIMITS.max_guidance_scale),
     "num_images": st.integers(1, 3),
     "clip_skip": st.integers(0, LIMITS.max_clip_skip),
     "seed": st.integers(0, MAX_SEEDS - 3),  # the last image has a seed too
+    "image": st.sampled_from([Picture.of(Image.new("RGB", (40, 24), color)) for color in ("red", "blue")]),
+    "mask_image": st.sampled_from([Picture.of(Image.new("L", (40, 24), level)) for level in (9, 255)]),
+    "strength": st.floats(0.5, 1.0),  # some of two steps
 }
 
 
@@ -88,11 +94,17 @@ def at_the_denoiser(request: GenerationRequest, defaults: Defaults | None = None
     )  # fmt: skip
     admitted = admit(request, HostConfig(limits=LIMITS, defaults=defaults or Defaults()), facts).request
     order = SegmentOrder(
-        serial=1, job=1, request=admitted, step=0, communicator="alone", rank=0, parallel=ParallelConfig()
+        serial=1,
+        job=1,
+        request=admitted.without_pictures(),
+        step=0,
+        communicator="alone",
+        rank=0,
+        parallel=ParallelConfig(),
     )
     runner = SegmentRunner.__new__(SegmentRunner)
     runner._states, runner._denoiser = {}, Denoiser()  # type: ignore[assignment]
-    runner._state(order, None)
+    runner._state(order, None, admitted.pictures)
     return {name: getattr(runner._denoiser.prepared, name) for name in SamplingParams.model_fields}
 
 
@@ -109,9 +121,15 @@ def test_every_field_arrives_by_http(url: str, service: FakeService, fields: Fie
     own = {"height", "width", "num_images"}  # which are `size` and `n`, as at OpenAI
     body = {name: value for name, value in fields.items() if name not in own}
     body |= {"n": fields["num_images"], "size": f"{fields['width']}x{fields['height']}"}
-    answer = httpx.post(f"{url}/v1/images/generations", json=body)
+    files = {name: body.pop(name).data for name in SamplingParams.FILES}
+    answer = httpx.post(f"{url}/v1/images/edits", data=body, files=files)
     assert answer.status_code == 200, answer.text
     assert at_the_denoiser(service.asked[-1]) == fields
+    del body["strength"]
+    answer = httpx.post(f"{url}/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    without = dict.fromkeys(OF_PICTURES)
+    assert at_the_denoiser(service.asked[-1]) == {**fields, **without}
 
 
 @settings(max_examples=15)
@@ -167,12 +185,21 @@ def test_every_field_arrives_by_a_line_of_a_job(
     tmp_path_factory: pytest.TempPathFactory, fields: Fields
 ) -> None:
     folder, maker = tmp_path_factory.mktemp("job"), Recorder()
-    (folder / "prompts.jsonl").write_text(json.dumps(fields) + "\n")
+    line = {**fields, **{name: path.name for name, path in written(fields, folder).items()}}
+    (folder / "prompts.jsonl").write_text(json.dumps(line) + "\n")
     good, bad = read_prompts(folder / "prompts.jsonl", limits=LIMITS)
     assert not bad
     with Folder(folder / "out") as out:
         Run(good, out, [maker], in_flight=1).finish()
     assert [at_the_denoiser(request) for request in maker.asked] == [fields]
+
+
+def written(fields: Fields, folder: Path) -> dict[str, Path]:
+    """The files of the pictures among those fields."""
+    paths = {name: folder / f"{name}.png" for name in SamplingParams.FILES}
+    for name, path in paths.items():
+        path.write_bytes(fields[name].data)
+    return paths
 
 
 def options(fields: Fields) -> list[str]:
@@ -192,7 +219,8 @@ def test_every_field_arrives_by_the_command_line(
 
     host = Recorder()
     monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
-    app(["generate", f"--out={tmp_path / 'out.png'}", *options(fields)], standalone_mode=False)
+    given = options({**fields, **written(fields, tmp_path)})
+    app(["generate", f"--out={tmp_path / 'out.png'}", *given], standalone_mode=False)
     assert [at_the_denoiser(request) for request in host.asked] == [fields]
 
 

@@ -65,6 +65,7 @@ from tests.unit.gang.test_runner import Gang
 from tests.unit.parallel.transformers import watched
 from tests.unit.test_denoise import (
     MASK,
+    OF_AN_IMAGE,
     OTHERS,
     PICTURE,
     SIZE,
@@ -242,7 +243,7 @@ def test_in_half_precision_too_it_is_the_ordinary_pipelines_bit_for_bit(model: s
 def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
     if "image" in call:
         skip_unless_it_begins_from_pictures(denoiser._pipeline)
-    call = {**SMALL, "strength": 0.8, **call}
+    call = {**SMALL, **call}
     together, alone = begin(denoiser, [1, 2, 3], **call), begin(denoiser, [2], **call)
     torch.testing.assert_close(finish(denoiser, together)[1:2], finish(denoiser, alone), rtol=1e-4, atol=1e-4)
 
@@ -286,7 +287,7 @@ def test_the_users_pipeline_keeps_its_scheduler(pipeline: Any) -> None:
 
 @pytest.mark.parametrize("field", SamplingParams.model_fields)
 def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
-    plain = {**SMALL, "seed": 1}
+    plain = {**SMALL, "seed": 1, **OF_AN_IMAGE.get(field, {})}
     if field == "negative_prompt" and denoiser.guides:
         plain["guidance_scale"] = denoiser.terms.unguided + 2
     other = {**OTHERS, "height": 80, "width": 112, "scheduler": "unipc", "guidance_scale": 2.0}[field]
@@ -327,6 +328,16 @@ def test_estimates_are_of_the_picture_and_the_last_one_is_it(
     torch.testing.assert_close(state.estimate, noise - output.output, rtol=2e-2, atol=2e-2)
     latents = finish(denoiser, state)
     torch.testing.assert_close(state.estimate, latents, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "heun"])
+def test_a_request_knows_how_many_steps_are_done_on_its_image(denoiser: Denoiser, scheduler: Any) -> None:
+    skip_unless_taken(denoiser, scheduler)
+    for steps, strength in ((2, 0.5), (7, 0.3), (10, 0.3), (100, 0.29), (30, 1.0)):
+        on_picture = {"image": PICTURE, "strength": strength, "num_inference_steps": steps}
+        params = SamplingParams(prompt="x", seed=1, scheduler=scheduler, **on_picture)
+        known = params.num_steps(denoiser.own_steps, rounds_up=denoiser.terms.rounds_up)
+        assert denoiser.prepare(params).num_steps == known
 
 
 @pytest.mark.parametrize("steps", [1, 2, 1000])
@@ -915,7 +926,7 @@ def test_what_would_be_black_is_refused_by_name(model: str) -> None:
 
 
 def test_a_family_that_draws_from_text_alone_refuses_a_picture() -> None:
-    with pytest.raises(InvalidRequest, match="FLUX.2 klein does not begin from a picture here") as error:
+    with pytest.raises(InvalidRequest, match="image: .*draws from text alone here; leave it out") as error:
         begin(Denoiser(tiny_flux2_klein()), [1], **SMALL, image=PICTURE)
     assert error.value.param == "image"
 

@@ -115,7 +115,7 @@ class FlowMatching(PipelineSteps):
         timesteps = self._last_of(timesteps, commission)
         # One each, so that every image is drawn with its own generator.
         pictures = self._img2img.image_processor.preprocess(
-            [commission.image.convert("RGB")] * len(commission.generators),
+            [commission.image] * len(commission.generators),
             commission.height,
             commission.width,
         )

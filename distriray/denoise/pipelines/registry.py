@@ -26,7 +26,7 @@ from distriray.denoise.pipelines.terms import (
     flux_terms,
     qwen_image_terms,
     sd3_terms,
-    usual_terms,
+    unet_terms,
     z_image_terms,
 )
 from distriray.errors import UnsupportedModel
@@ -55,7 +55,7 @@ class Family:
     home: str
     models: str
     sizes: Callable[[Configs], Sizes]
-    terms: Callable[[Configs], Terms] = usual_terms
+    terms: Callable[[Configs], Terms] = unet_terms
     tasks: tuple[str, ...] = tuple(TASKS)
 
     @property

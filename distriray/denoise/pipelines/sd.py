@@ -180,9 +180,7 @@ class StableDiffusion(PipelineSteps):
 
     def _on_picture(self, pipeline: Any, commission: Commission, dtype: torch.dtype) -> dict[str, Any]:
         assert commission.image is not None
-        picture = pipeline.image_processor.preprocess(
-            commission.image.convert("RGB"), commission.height, commission.width
-        )
+        picture = pipeline.image_processor.preprocess(commission.image, commission.height, commission.width)
         timesteps = self._timesteps(pipeline, commission)
         images, device = len(commission.generators), self._unet.device
         first = timesteps[:1].repeat(images)
@@ -196,7 +194,7 @@ class StableDiffusion(PipelineSteps):
         size, images = (commission.height, commission.width), len(generators)
         timesteps = self._timesteps(pipeline, commission)
         # One each, so that every image is drawn with its own generator.
-        picture = pipeline.image_processor.preprocess([commission.image.convert("RGB")] * images, *size)
+        picture = pipeline.image_processor.preprocess([commission.image] * images, *size)
         mask = pipeline.mask_processor.preprocess([commission.mask_image] * images, *size)
         channels = self._vae.config.latent_channels
         latents, noise, *image_latents = pipeline.prepare_latents(

@@ -75,7 +75,7 @@ class StableDiffusionXL(PipelineSteps):
             "num_images_per_prompt": images,
             "generator": commission.generators,
             # One each, so that every image is drawn with its own generator.
-            "image": None if image is None else [image.convert("RGB")] * images,
+            "image": None if image is None else [image] * images,
             "mask_image": None if mask_image is None else [mask_image] * images,
             "strength": commission.strength,
         }.items():

@@ -18,10 +18,16 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "guidance_scale": lambda scale: scale is not None and scale > 1.0,
     "guidance_rescale": bool,
     "clip_skip": bool,
+    "image": lambda picture: picture is not None,
+    "mask_image": lambda picture: picture is not None,
 }
 
+STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
+"""Of requests that name none: inside a mask, all is drawn anew."""
 
 _NO_CLIP = "this model reads prompts with a language model, not with CLIP"
+_NO_MASKS = {"mask_image": "this model's family fills in no masks here"}
+_NO_PICTURES = {**_NO_MASKS, "image": "this model's family draws from text alone here"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Terms:
         schedulers: the names that it takes.
         lacks: fields that it has nothing for, and why. A value that asks for nothing is taken all the same.
         unguided: the largest `guidance_scale` that takes no second branch.
+        rounds_up: how many whole steps a share of them is: not at most, but at least.
+        needs_mask: it draws nothing but what a mask leaves open of an image.
     """
 
     num_inference_steps: int = 25
@@ -40,9 +48,11 @@ class Terms:
     schedulers: tuple[SchedulerName, ...] = get_args(SchedulerName)
     lacks: Mapping[str, str] = field(default_factory=dict)
     unguided: float = 1.0
+    rounds_up: bool = False
+    needs_mask: bool = False
 
     def settle(self, params: Params) -> Params:
-        """A copy of a request that leaves neither steps nor guidance open.
+        """A copy of a request that leaves neither steps nor guidance open, nor the strength of its image.
 
         Raises:
             InvalidRequest: it asks for what the model has not; `param` names the field.
@@ -55,19 +65,27 @@ class Terms:
                 f"scheduler {params.scheduler} is not for this model; use {', '.join(self.schedulers)}",
                 "scheduler",
             )
-        own = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        if self.needs_mask and params.mask_image is None:
+            missing = "image" if params.image is None else "mask_image"
+            raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", missing)
+        own: dict[str, Any] = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        if params.image is not None:
+            own["strength"] = STRENGTH if params.mask_image is None else STRENGTH_IN_MASK
         open_ = {name: value for name, value in own.items() if getattr(params, name) is None}
         return params.model_copy(update=open_)
 
 
-def usual_terms(config: Configs) -> Terms:
-    """Of families that know every field."""
-    return Terms()
+def unet_terms(config: Configs) -> Terms:
+    """Of U-Nets, which know every field; some take a mask and a picture beside the latents, and need both."""
+    return Terms(needs_mask=config("unet")["in_channels"] != config("vae")["latent_channels"])
 
 
 def sd3_terms(config: Configs) -> Terms:
     """Of Stable Diffusion 3 and 3.5, as diffusers has them."""
-    return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"))
+    return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"), _NO_MASKS, rounds_up=True)
 
 
 def flux_terms(config: Configs) -> Terms:
@@ -77,11 +95,12 @@ def flux_terms(config: Configs) -> Terms:
         "negative_prompt": "FLUX.1 was distilled from guidance, and has no branch for it",
         "guidance_rescale": "FLUX.1 was distilled from guidance, and has no unguided noise to go by",
         "clip_skip": "FLUX.1 takes the last layer's summary of CLIP, and no layer before",
+        **_NO_MASKS,
     }
     if config("transformer")["guidance_embeds"]:
-        return Terms(28, 3.5, schedulers, lacks)
+        return Terms(28, 3.5, schedulers, lacks, rounds_up=True)
     without = {"guidance_scale": "this model, like FLUX.1-schnell, was distilled to do without guidance"}
-    return Terms(4, 0.0, schedulers, {**lacks, **without})
+    return Terms(4, 0.0, schedulers, {**lacks, **without}, rounds_up=True)
 
 
 def flux2_terms(config: Configs) -> Terms:
@@ -90,13 +109,18 @@ def flux2_terms(config: Configs) -> Terms:
         "negative_prompt": "FLUX.2 dev was distilled from guidance, and has no branch for it",
         "guidance_rescale": "FLUX.2 dev was distilled from guidance, and has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
+        **_NO_PICTURES,
     }
     return Terms(50, 4.0, ("euler",), lacks)
 
 
 def flux2_klein_terms(config: Configs) -> Terms:
     """Of FLUX.2 klein: of the base, and of the one that was distilled, which says so of itself."""
-    lacks = {"guidance_rescale": "FLUX.2's guidance has no unguided noise to go by", "clip_skip": _NO_CLIP}
+    lacks = {
+        "guidance_rescale": "FLUX.2's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_NO_PICTURES,
+    }
     if not config("").get("is_distilled", False):
         return Terms(50, 4.0, ("euler",), lacks)
     why = "this model was distilled to do without guidance"
@@ -108,8 +132,9 @@ def qwen_image_terms(config: Configs) -> Terms:
     lacks = {
         "guidance_rescale": "Qwen-Image keeps the length of each token's prediction by itself",
         "clip_skip": _NO_CLIP,
+        **_NO_MASKS,
     }
-    return Terms(50, 4.0, ("euler",), lacks)
+    return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
 
 
 def z_image_terms(config: Configs) -> Terms:
@@ -117,5 +142,6 @@ def z_image_terms(config: Configs) -> Terms:
     lacks = {
         "guidance_rescale": "Z-Image's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
+        **_NO_MASKS,
     }
-    return Terms(9, 0.0, ("euler",), lacks, unguided=0.0)
+    return Terms(9, 0.0, ("euler",), lacks, unguided=0.0, rounds_up=True)

@@ -39,6 +39,7 @@ from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.models import ModelSpec
+from distriray.picture import Picture
 from distriray.requests import Defaults, GenerationRequest, Limits, StepCount
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.routing.router import HostState, Route, route
@@ -239,6 +240,34 @@ def test_another_host_takes_over_with_the_same_seed(trouble: Deed) -> None:
     generate(front(pool=handle))
     hosts, seeds = {host for host, _ in handle.calls}, {sent.seed for _, sent in handle.calls}
     assert hosts == {"a", "b"} and len(seeds) == 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_picture_is_sent_again_to_the_host_that_takes_over(streams: bool) -> None:
+    handle = FakeHandle("a", "b")
+    handle.deeds = [dies]
+    service, image = front(pool=handle), Picture.of(Image.new("RGB", (64, 128), "red"))
+
+    async def scene() -> None:
+        asked = request(image=image, mask_image=Image.new("L", (64, 128)))
+        if streams:
+            assert [event async for event in service.stream(asked)]
+        else:
+            await service.generate(asked)
+
+    asyncio.run(scene())
+    assert {host for host, _ in handle.calls} == {"a", "b"}
+    for _, sent in handle.calls:
+        assert sent.image == image and sent.mask_image is not None
+        assert (sent.height, sent.width, sent.strength) == (128, 64, 1.0)
+
+
+def test_a_picture_of_a_size_that_cannot_be_drawn_is_refused_with_one_that_can() -> None:
+    handle = FakeHandle("a")
+    with pytest.raises(InvalidRequest, match="500x333 pixels.* multiples of 8.* such as 496x336") as refused:
+        generate(front(pool=handle), image=Image.new("RGB", (500, 333)))
+    assert refused.value.param == "image" and not handle.calls
+    generate(front(pool=handle), image=Image.new("RGB", (500, 333)), height=336, width=496)
 
 
 def test_a_request_under_which_every_host_dies_fails_in_the_end() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from distriray.gang.messages import (
     WorkerFacts,
 )
 from distriray.gang.remote import StateLost, WorkerDied
+from distriray.picture import Picture
 from distriray.requests import GenerationRequest, StepCount
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policy import HostPolicy
@@ -63,6 +64,7 @@ class FakeWorker:
         self.communicators: set[str] = {"alone"}
         self.signals: dict[int, StopSignal] = {}
         self.retained: list[tuple[set[int], int]] = []
+        self.pictures: list[tuple[int, Mapping[str, Picture] | None]] = []
         self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._death.add_done_callback(lambda death: death.exception())
 
@@ -103,8 +105,15 @@ class FakeWorker:
 
         return self._call(link())
 
-    def run(self, order: SegmentOrder, state: Sent | None) -> asyncio.Future[RankResult]:
+    def run(
+        self, order: SegmentOrder, state: Sent | None, pictures: Mapping[str, Picture] | None
+    ) -> asyncio.Future[RankResult]:
+        self.pictures.append((order.job, pictures))
         return self._call(self._run(order, state))
+
+    def share(self, pictures: Mapping[str, Picture]) -> Mapping[str, Picture]:
+        self.fleet.shared += 1
+        return pictures
 
     def export(self, job: int) -> Sent:
         return Sent(self, self.states[job])
@@ -235,6 +244,7 @@ class FakeFleet:
 
     Attributes:
         callers: for whom each call to a worker was made.
+        shared: how often pictures were put where workers get them.
         linked_beside: whether gangs were formed while others worked.
     """
 
@@ -251,6 +261,7 @@ class FakeFleet:
         self.launched: list[FakeWorker] = []
         self.gangs: dict[int, FakeGang] = {}
         self.callers: list[str | None] = []
+        self.shared = 0
 
     def __call__(self, index: int) -> FakeWorker:
         self.callers.append(CALLER.get())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distriray.config import PAPER, ParallelConfig
 from distriray.denoise.pipelines.terms import Terms
@@ -16,12 +18,15 @@ from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, Un
 from distriray.events import Repaired
 from distriray.gang import segments
 from distriray.gang.admission import admit
+from distriray.gang.calibrate import calibrate
 from distriray.gang.job import Job
-from distriray.gang.messages import Progress
+from distriray.gang.messages import Progress, SegmentOrder, StopSignal
 from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
 from distriray.gang.speed import Speed
-from distriray.requests import StepCount
+from distriray.picture import png
+from distriray.requests import GenerationRequest, StepCount
+from distriray.results import GenerationResult
 from distriray.routing.latency import Entry
 from tests.gang.policies import NewestFirst, Script
 
@@ -575,5 +580,101 @@ def test_a_request_ends_whatever_becomes_of_its_metrics(monkeypatch: pytest.Monk
 
             monkeypatch.setattr(host.dispatcher.metrics, "ended", fails)
             assert (await host.accept().ended).images
+
+    do(scene())
+
+
+ON_PICTURE: dict[str, Any] = {"image": Image.new("RGB", (128, 128), "red"), "strength": 1.0}
+
+
+def test_pictures_are_put_once_for_a_gang_that_begins_and_never_for_one_that_goes_on() -> None:
+    async def scene() -> None:
+        async with FakeHost(4, policy := Script([(0, 1), (0, 1, 2, 3)], every=LONG), **opened()) as host:
+            job = host.accept(num_inference_steps=60, **ON_PICTURE)
+            given = job.pictures
+            await at(job, 10)
+            policy.at = 1
+            job.yield_() and host.dispatcher._stop(job, StopSignal.YIELD)
+            result = await job.ended
+            assert [len(segment.workers) for segment in result.segments] == [2, 4]
+            assert host.fleet.shared == 1 and [*given] == ["image"]
+            told = [pictures for worker in host.fleet.launched for _, pictures in worker.pictures]
+            assert told.count(given) == 2 and told.count(None) == 4
+            assert not job.pictures, "nobody has them any more"
+            await host.accept().ended
+            assert host.fleet.shared == 1
+
+    do(scene())
+
+
+def test_a_gang_that_broke_before_anybody_prepared_is_followed_by_one_that_gets_the_pictures_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene() -> None:
+        async with impatient(1, monkeypatch) as host:
+            first = host.fleet.at(0)
+            first.stuck = "prepare"
+            job = host.accept(**ON_PICTURE)
+            given = job.pictures
+            assert (await job.ended).repairs == 1
+            assert [pictures for _, pictures in first.pictures] == [given]
+            assert [pictures for _, pictures in host.fleet.at(0).pictures] == [given]
+            assert host.fleet.shared == 2
+
+    do(scene())
+
+
+def test_orders_events_and_status_have_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with FakeHost(1, **opened()) as host:
+            orders: list[SegmentOrder] = []
+            run = host.fleet.at(0)._run
+
+            async def noted(order: SegmentOrder, state: Any) -> Any:
+                orders.append(order)
+                return await run(order, state)
+
+            monkeypatch.setattr(host.fleet.at(0), "_run", noted)
+            marked = png(Image.effect_noise((128, 128), 90))
+            job = host.accept(num_inference_steps=300, image=marked, mask_image=marked)
+            await at(job, 3)
+            events = [job.events.get_nowait() for _ in range(job.events.qsize())]
+            said = pickle.dumps((orders, events, job.view(), job.status(0.0), host.dispatcher.view()))
+            assert len(orders) == 1 and len(said) < len(marked) / 2
+            assert len(pickle.dumps(await job.ended)) < len(marked) / 2
+
+    do(scene())
+
+
+def test_what_is_done_on_an_image_is_planned_with_the_steps_that_are_left_of_it() -> None:
+    async def scene() -> None:
+        async with FakeHost(1, **opened()) as host:
+            whole = host.accept(num_inference_steps=50)
+            part = host.accept(num_inference_steps=50, **{**ON_PICTURE, "strength": 0.3})
+            assert (whole.num_steps, part.num_steps) == (50, 15)
+            assert part.view().steps_total == 15
+            with pytest.raises(InvalidRequest, match="leaves none to do; use 0.02 or more"):
+                host.accept(num_inference_steps=50, **{**ON_PICTURE, "strength": 0.01})
+
+    do(scene())
+
+
+def test_a_model_that_fills_in_masks_starts_and_refuses_what_has_none() -> None:
+    async def scene() -> None:
+        host = FakeHost(1, **opened())
+        host.fleet.terms = Terms(needs_mask=True)
+        async with host:
+            with pytest.raises(InvalidRequest, match="needs an image and a mask_image") as refused:
+                host.accept(image=Image.new("L", (128, 128)))
+            assert refused.value.param == "mask_image"
+            await host.accept(image=Image.new("L", (128, 128)), mask_image=Image.new("L", (128, 128))).ended
+            measured = await calibrate(host.config, host.dispatcher.facts, own(host))
+            assert measured.entries
+
+    async def measure(host: FakeHost, request: GenerationRequest) -> GenerationResult:
+        return await host.dispatcher.accept_own(request).ended
+
+    def own(host: FakeHost) -> Any:
+        return lambda request: measure(host, request)
 
     do(scene())

@@ -8,17 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
-from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory, UnsupportedModel
+from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
 from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
+from distriray.picture import png
 from tests.models import tiny_sdxl
 
 from .fleet import ask
@@ -63,14 +66,14 @@ class Gang:
             order = SegmentOrder(
                 serial=self._serial,
                 job=job,
-                request=request,
+                request=request.without_pictures(),
                 step=step,
                 communicator=link,
                 rank=rank,
                 parallel=sync,
                 preview_steps=request.preview_steps(request.num_inference_steps),
             )
-            return runner.run(order, blob)
+            return runner.run(order, blob, request.pictures)
 
         return self._together(one)
 
@@ -247,7 +250,50 @@ def test_only_states_of_jobs_that_are_over_are_dropped(gang: Gang) -> None:
     assert {11, 13} <= runner._states.keys() and 12 not in runner._states
 
 
-def test_a_model_that_no_request_can_be_drawn_with_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
-    tiny_sdxl(in_channels=9).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="fills in masks, which requests do not carry"):
-        SegmentRunner(ModelSpec(name=str(tmp_path)), torch.device("cpu"), HashStore(), timeout_s=10.0)
+PICTURE = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+MASK = Image.new("L", (128, 128))
+MASK.paste(255, (32, 48, 128, 128))
+
+
+def difference(one: list[RankResult], other: list[RankResult]) -> int:
+    """The largest between two pictures' values."""
+    (first,), (second,) = ([r.images for r in results if r.images is not None] for results in (one, other))
+    return int(np.abs(np.array(first[0], dtype=int) - np.array(second[0], dtype=int)).max())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_a_picture_is_drawn_on_and_filled_in_by_a_gang_as_by_one_device(
+    tmp_path: Path, size: int, channels: int, mask: Image.Image | None
+) -> None:
+    """The order has no picture; those who prepare the request are given it besides."""
+    if channels == 9 and mask is None:
+        pytest.skip("such a network fills in masks only")
+    tiny_sdxl(in_channels=channels).save_pretrained(tmp_path)
+    gang = Gang(tmp_path, size)
+    pictures = {"image": PICTURE, "mask_image": mask, "strength": 0.7, "num_inference_steps": 4}
+    alone, together = gang.run(link="alone", **pictures), gang.run(**pictures)
+    assert endings(together) == [SegmentEnd.DONE] * size
+    assert together[0].num_steps == 2
+    assert difference(alone, together) <= 1
+    assert difference(alone, gang.run(link="alone", **{**pictures, "image": MASK})) > 1
+
+
+def test_a_gang_that_goes_on_needs_no_pictures_any_more(gang: Gang) -> None:
+    """The state has them as latents, also where it came as bytes."""
+    pictures = {"image": PICTURE, "mask_image": MASK, "strength": 1.0, "num_inference_steps": 4}
+    whole = gang.run(job=31, **pictures)
+    blob = gang.runners[0]._denoiser.prepare(ask(**pictures)).to_bytes()
+    gone_on = gang.run(job=32, blob=blob, num_inference_steps=4)
+    assert endings(gone_on) == [SegmentEnd.DONE] * 2
+    assert difference(whole, gone_on) <= 1
+
+
+def test_a_damaged_picture_is_the_requests_fault(gang: Gang) -> None:
+    whole = png(PICTURE.effect_spread(30))
+    outcomes = gang.run(image=whole[: len(whole) // 2])
+    assert endings(outcomes) == [SegmentEnd.REFUSED] * 2
+    assert isinstance(outcomes[0].error, InvalidRequest) and outcomes[0].error.param == "image"
+    assert "damaged or cut short" in str(outcomes[0].error)
+    assert endings(gang.run()) == [SegmentEnd.DONE] * 2

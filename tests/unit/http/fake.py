@@ -52,6 +52,8 @@ class FakeService:
     ) -> AsyncGenerator[Event, None]:
         card = next(card for card in CARDS if card.id == request.model)
         card.limits.check(request)
+        request.check_size(card.size_unit)
+        card.limits.check(request.settled(*card.default_size))
         check_gang_size(request, card.gang_sizes)
         self.asked.append(request)
         self.patience.append(give_up_s)

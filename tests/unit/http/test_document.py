@@ -15,7 +15,7 @@ from PIL import Image
 import deployments.http
 from deployments.http import HttpConfig, build_http
 from deployments.http.errors import ErrorResponse, refusal_of
-from deployments.http.images import ImageRequest
+from deployments.http.images import EditRequest
 from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
 from distriray.requests import GenerationRequest
@@ -71,7 +71,7 @@ def test_the_page_names_every_field_and_every_code() -> None:
     codes = {code for file in SOURCES for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', file.read_text())}
     codes |= {"missing_required_parameter", "unknown_parameter"}
     assert len(codes) > 15
-    for name in codes | set(ImageRequest.model_fields):
+    for name in codes | set(EditRequest.model_fields):
         assert f"`{name}`" in page, name
 
 
@@ -134,7 +134,8 @@ def test_the_commands_of_the_page_run_as_printed(url: str, tmp_path: Path) -> No
         assert done.returncode == 0 and not done.stderr, done
         printed.append(done.stdout)
     assert Image.open(tmp_path / "lake.png").size == (96, 64)
-    drawn, streamed, refused, models, fleet, health = printed
+    drawn, streamed, refused, models, fleet, health, edited = printed
+    assert edited.startswith('{"id":') and '"size":"96x64"' in edited
     assert '"seed": 1' in drawn and "predicted_wait_s" in fleet and health == '{"status":"ok"}'
     assert streamed.count("event: image_generation.partial_image") == 2 and "completed" in streamed
     assert "use 496 or 504" in refused and "builtin:landscapes" in models

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import httpx
+import gc
+import tempfile
+import tracemalloc
+from typing import Any
 
+import httpx
+import pytest
+
+from deployments.http import HttpConfig
 from deployments.http.errors import ErrorResponse
+from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
-from tests.unit.http.malformed import IMAGES, malformed
+from tests.unit.http.malformed import EDITS, IMAGES, MOST, malformed, malformed_forms, picture
 
 
 def test_five_hundred_malformed_requests_are_each_refused_with_the_error_object(
@@ -21,3 +29,42 @@ def test_five_hundred_malformed_requests_are_each_refused_with_the_error_object(
             assert len(response.content) < 2000
     assert not service.asked
     assert http.post(IMAGES, json={"prompt": "a lake"}).status_code == 200
+
+
+def no_file(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a form is written to a disk")
+
+
+def test_two_hundred_malformed_forms_are_each_refused_and_leave_neither_files_nor_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for opens in ("TemporaryFile", "NamedTemporaryFile", "mkstemp", "mkdtemp"):
+        monkeypatch.setattr(tempfile, opens, no_file)
+    service, sent, kept = FakeService(), 0, 0
+    config = HttpConfig(keys_env="NO_SUCH_VARIABLE", max_upload_bytes=MOST)
+    tracemalloc.start()
+    with serving(service, config) as url, httpx.Client(base_url=url, timeout=60) as http:
+        for number, request in enumerate(malformed_forms(seed=7, count=240)):
+            response = request.send(http)
+            assert response.status_code == request.status, (number, response.text, request.content[:300])
+            error = ErrorResponse.model_validate(response.json()).error
+            assert error.message and error.code and error.type == "invalid_request_error"
+            assert len(response.content) < 2000
+            sent += len(b"".join(request.content) if isinstance(request.content, list) else request.content)
+            if number == 40:
+                kept = held()
+        del request, response
+        assert held() < kept + 2**21, "what was sent is kept"
+        assert not service.asked and sent > 150 * 2**20
+        large = picture((1000, 900), compress_level=0)
+        fields = {"prompt": "a lake", "size": "96x64"}
+        assert http.post(EDITS, data=fields, files={"image": large}).status_code == 200
+        assert service.asked[-1].image is not None and service.asked[-1].image.data == large
+        assert len(large) > 2**21
+    tracemalloc.stop()
+
+
+def held() -> int:
+    """Bytes of everything that is there."""
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from distriray.errors import DeadlineUnmet, GangBroken, QueueFull
+from distriray.wire import OF_PICTURES
 from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
 
@@ -76,6 +77,7 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "width": 64,
         "num_images": 3,
         "previews": 0,
+        **dict.fromkeys(OF_PICTURES),
         **extra,
     }
 

@@ -1,0 +1,74 @@
+"""Reading a form with pictures, no further than allowed and never onto a disk."""
+
+from __future__ import annotations
+
+import sys
+from email.message import Message
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from .body import chunks
+from .config import HttpConfig
+from .errors import Refusal
+
+MAX_FILES, MAX_FIELDS = 8, 64
+
+
+class _InMemory(MultiPartParser):
+    """Files stay in memory, which the bound of the body is for; `complete` is whether it has its end."""
+
+    spool_max_size = sys.maxsize
+    complete = False
+
+    def on_end(self) -> None:
+        self.complete = True
+
+
+async def read_form(request: Request, config: HttpConfig) -> dict[str, str | bytes]:
+    """The fields of a form by name: a text, or the content of a file.
+
+    `image[]`, by which lists are sent, is `image`; a file without name and content is none, as browsers
+    send it where nothing was chosen.
+
+    Raises:
+        Refusal: 413 beyond the bound, 400 if it is no form, cannot be read, or has a field twice.
+        ClientDisconnect: the client left.
+    """
+    content_type = Message()
+    content_type["content-type"] = request.headers.get("content-type", "")
+    if content_type.get_content_type() != "multipart/form-data":
+        given = request.headers.get("content-type", "none")[:100]
+        message = f"the content type is {given}; send a form, with Content-Type: multipart/form-data"
+        raise Refusal(400, "unsupported_content_type", message)
+    body = chunks(request, config.max_upload_bytes)
+    limits: dict[str, Any] = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS}
+    parser = _InMemory(request.headers, body, max_part_size=config.max_body_bytes, **limits)
+    try:
+        form = await parser.parse()
+    except (Refusal, ClientDisconnect):
+        raise
+    except MultiPartException as error:
+        raise Refusal(400, "invalid_form", f"the form cannot be read: {error.message}") from error
+    except Exception as error:  # whatever a parser of foreign bytes comes to
+        raise Refusal(400, "invalid_form", "the form cannot be read") from error
+    if not parser.complete:
+        raise Refusal(400, "invalid_form", "the form is cut short: its last boundary is missing")
+    return _fields(form.multi_items())
+
+
+def _fields(items: list[tuple[str, str | UploadFile]]) -> dict[str, str | bytes]:
+    fields: dict[str, str | bytes] = {}
+    for name, value in items:
+        name = name.removesuffix("[]")
+        content = value if isinstance(value, str) else value.file.read()
+        if not isinstance(value, str) and not value.filename and not content:
+            continue
+        if name in fields:
+            message = f"{name[:100]} is there more than once; send one"
+            raise Refusal(400, "invalid_value", message, name)
+        fields[name] = content
+    return fields

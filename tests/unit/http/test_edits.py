@@ -1,0 +1,176 @@
+"""Pictures that are sent: the unmodified `openai` client's edits and variations, and forms by hand."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import ExifTags, Image
+
+from distriray import Client
+from distriray.events import Finished
+from distriray.picture import Picture
+from tests.unit.http.fake import FakeService
+from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def clear_on_the_left(mode: str = "RGBA") -> bytes:
+    """A file of 96x64, red, whose left third is fully transparent."""
+    image = Image.new(mode, (96, 64), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    out = BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+LEFT = np.zeros((64, 96), dtype=np.uint8)
+LEFT[:, :32] = 255
+
+
+def asked_mask(service: FakeService) -> Any:
+    mask = service.asked[-1].mask_image
+    return None if mask is None else np.array(mask.load().convert("L"))
+
+
+def test_a_picture_is_drawn_on(client: openai.OpenAI, service: FakeService) -> None:
+    answer = client.images.edit(
+        image=picture(),
+        prompt="a lake in winter",
+        n=2,
+        size="128x64",
+        quality="high",
+        input_fidelity="high",
+        output_format="webp",
+        output_compression=80,
+        background="opaque",
+        user="me",
+        extra_body={
+            "seed": 7,
+            "strength": 0.4,
+            "negative_prompt": "12",
+            "gang_size": 2,
+            "scheduler": "ddim",
+        },
+    )
+    assert answer.data is not None
+    drawn = [Image.open(BytesIO(b64decode(image.b64_json or ""))) for image in answer.data]
+    assert [(image.format, image.size) for image in drawn] == [("WEBP", (128, 64))] * 2
+    asked = service.asked[-1]
+    assert asked.image == Picture.of(picture()) and asked.mask_image is None
+    assert (asked.strength, asked.seed, asked.num_images, asked.gang_size) == (0.4, 7, 2, 2)
+    assert (asked.negative_prompt, asked.scheduler, asked.height, asked.width) == ("12", "ddim", 64, 128)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_mask_is_drawn_anew_where_it_is_transparent(
+    client: openai.OpenAI, service: FakeService, as_list: bool
+) -> None:
+    image: Any = [("lake.png", picture(), "image/png")] if as_list else picture()
+    answer = client.images.edit(image=image, mask=clear_on_the_left(), prompt="a hut")
+    assert answer.size == "96x64", "by default that of the picture"
+    assert np.array_equal(asked_mask(service), LEFT)
+
+
+def test_without_a_mask_the_part_of_the_picture_is_drawn_anew_that_is_transparent(
+    client: openai.OpenAI, service: FakeService
+) -> None:
+    client.images.edit(image=clear_on_the_left(), prompt="a hut")
+    assert np.array_equal(asked_mask(service), LEFT)
+
+
+def test_edits_stream_events_of_their_own(client: openai.OpenAI) -> None:
+    events = client.images.edit(
+        image=picture(), prompt="a hut", stream=True, partial_images=2, extra_body={"num_inference_steps": 8}
+    )
+    *partials, completed = events
+    assert [event.type for event in partials] == ["image_edit.partial_image"] * 2
+    assert completed.type == "image_edit.completed" and completed.size == "96x64"
+    assert Image.open(BytesIO(b64decode(completed.b64_json))).size == (96, 64)
+    told = client.images.edit(image=picture(), prompt="a hut", stream=True, extra_body={"progress": True})
+    assert [event.type for event in told][0] == "image_edit.progress"
+
+
+def test_variations_are_drawn_without_a_prompt(client: openai.OpenAI, service: FakeService) -> None:
+    answer = client.images.create_variation(image=clear_on_the_left(), n=2, response_format="url")
+    assert (
+        answer.data is not None and len(answer.data) == 2 and (answer.data[0].url or "").startswith("data:")
+    )
+    assert service.asked[-1].prompt == "" and service.asked[-1].mask_image is None
+    assert service.asked[-1].image is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"image": [picture(), picture()]}, "image", "image is there more than once; send one"),
+        ({"mask": picture()}, "mask", "no fully transparent part.* or send mask_image"),
+        ({"mask": picture((64, 64), "RGBA")}, "mask", "mask is 64x64 pixels and image 96x64"),
+        ({"image": picture((100, 60))}, "image", "100x60 pixels.* multiples of 8.* such as 96x64"),
+        ({"image": picture((512, 64))}, "size", "512 is above the limit of 256; it is the image's own"),
+        ({"image": picture((5000, 4000), "L")}, "image", "5000x4000 pixels; the limit is 16777216 in all"),
+        ({"image": b"no picture"}, "image", "send a PNG, JPEG or WebP file"),
+        ({"extra_body": {"strength": 2}}, "strength", "strength 2"),
+        ({"background": "transparent"}, "background", "background"),
+    ],
+)
+def test_what_is_wrong_raises_the_right_exception(
+    client: openai.OpenAI, fields: dict[str, Any], param: str, says: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=says) as refused:
+        client.images.edit(**{"image": picture(), "prompt": "a lake", **fields})
+    assert refused.value.param == param
+
+
+def test_a_form_without_files_where_none_was_chosen_is_as_without_the_field(
+    http: httpx.Client, service: FakeService
+) -> None:
+    parts = form(("prompt", "a lake"), ("image", picture()))
+    none = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="mask"; filename=""\r\n\r\n\r\n'.encode()
+    headers = {"Content-Type": f'multipart/form-data; boundary="{BOUNDARY}"'}
+    answer = http.post(EDITS, content=none + parts, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert service.asked[-1].mask_image is None
+
+
+def test_a_picture_that_lies_on_its_side_is_as_high_as_it_is_shown(
+    http: httpx.Client, service: FakeService
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    answer = http.post(EDITS, data={"prompt": "a lake"}, files={"image": picture(kind="JPEG", exif=exif)})
+    assert answer.json()["size"] == "64x96"
+
+
+def test_pictures_in_json_are_told_where_they_are_taken(http: httpx.Client) -> None:
+    refused = http.post(
+        "/v1/images/generations", json={"prompt": "a lake", "image": Picture.of(picture()).url}
+    )
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "image"
+    assert "/v1/images/edits" in refused.json()["error"]["message"]
+
+
+def test_the_clients_send_a_request_with_pictures_as_a_form(url: str, service: FakeService) -> None:
+    mask = Image.fromarray(LEFT)
+    with Client(url) as own:
+        fields: dict[str, Any] = {"image": picture(), "mask_image": mask, "strength": 0.5, "seed": 3}
+        result = own.generate("a hut", **fields)
+        assert (result.width, result.height) == (96, 64) and np.array_equal(asked_mask(service), LEFT)
+        *events, finished = own.stream("a hut", previews=1, **fields)
+        assert isinstance(finished, Finished) and len(events) > 3
+
+
+def test_the_log_has_no_picture(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    http.post(EDITS, data={"prompt": "a lake"}, files={"image": picture()}).raise_for_status()
+    assert all(len(record.getMessage()) < 400 for record in caplog.records)
