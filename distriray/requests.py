@@ -51,6 +51,21 @@ MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels, and so is the unit of each model."""
 
 
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""What the name of an adapter looks like; no path does."""
+
+
+class Lora(BaseModel):
+    """An adapter to draw with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    """One of those that the model is served with."""
+    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+    """How much it counts; 0 is not at all."""
+
+
 class SamplingParams(BaseModel):
     """The fields that decide a picture: names, types, defaults and descriptions for every interface.
 
@@ -85,6 +100,8 @@ class SamplingParams(BaseModel):
     """Noise scheduler; the model's own by default."""
     clip_skip: Annotated[int, Field(ge=0)] | None = None
     """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
+    loras: tuple[Lora, ...] = ()
+    """Adapters to draw with, all at once."""
 
     if not TYPE_CHECKING:
 
@@ -99,6 +116,14 @@ class SamplingParams(BaseModel):
     def _is_multiple(cls, value: int | None, info: Any) -> int | None:
         check_sides(**{info.field_name: value}, unit=MULTIPLE_OF)
         return value
+
+    @field_validator("loras")
+    @classmethod
+    def _is_named_once(cls, loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        names = [lora.name for lora in loras]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise InvalidRequest(f"loras names {double!r} more than once", "loras")
+        return loras
 
     @model_validator(mode="after")
     def _check_seeds(self) -> Self:
@@ -278,6 +303,7 @@ class Limits(BaseModel):
     max_prompt_chars: Count = 4000
     max_previews: Count = 8
     max_clip_skip: Annotated[int, Field(ge=0)] = 11
+    max_loras: Annotated[int, Field(ge=0)] = 8
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
@@ -303,6 +329,10 @@ class Limits(BaseModel):
                 raise InvalidRequest(
                     f"{field} has {length} characters; the limit is {self.max_prompt_chars}", field
                 )
+        if len(request.loras) > self.max_loras:
+            raise InvalidRequest(
+                f"loras names {len(request.loras)} adapters; the limit is {self.max_loras}", "loras"
+            )
         for field in ("height", "width"):
             side = getattr(request, field)
             if side is not None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from distriray.denoise.adapters import MOST_BYTES, Adapters
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
@@ -31,9 +32,11 @@ class Denoiser:
 
     Args:
         pipeline: a diffusers pipeline of a family in `pipelines.registry.PIPELINES`.
+        most_adapter_bytes: of the adapters that it holds in memory.
 
     Attributes:
         family: the family's name there.
+        adapters: those that requests may name; at first none.
         sizes: of its pictures.
         terms: what the model says of a request's other fields.
         needs_image: whether the network takes a picture and its mask besides the latents.
@@ -45,8 +48,9 @@ class Denoiser:
             cannot be part of a state.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, most_adapter_bytes: int = MOST_BYTES) -> None:
         self.family = family_of(pipeline)
+        self.adapters = Adapters(pipeline, self.family, most_adapter_bytes)
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
@@ -77,6 +81,7 @@ class Denoiser:
 
         Raises:
             InvalidRequest: a value is out of range; `param` names it.
+            AdapterNotFound, UnusableAdapter: it names an adapter that is not known, or that does not fit.
         """
         params, seeds = self.terms.settle(params), params.seeds
         if mask_image is not None and image is None:
@@ -105,6 +110,7 @@ class Denoiser:
             mask_image=mask_image,
             strength=strength,
         )
+        adapters = self.adapters.choose(params.loras)
         try:
             values = self._steps.prepare(commission)
         except InvalidRequest:
@@ -123,6 +129,7 @@ class Denoiser:
             guidance_rescale=params.guidance_rescale,
             height=height,
             width=width,
+            adapters=adapters,
             warnings=self._unused(params),
         ).to(values["latents"].device)
 
@@ -141,6 +148,14 @@ class Denoiser:
                 warnings.append(said)
         return tuple(warnings)
 
+    def adapt(self, state: DenoiseState) -> None:
+        """Use the adapters of `state`, as its next step would: what may fail on one rank alone goes first.
+
+        Raises:
+            UnusableAdapter: one is not held here, and its file is not what it was.
+        """
+        self.adapters.use(state.adapters)
+
     @torch.no_grad()
     def step(self, state: DenoiseState) -> None:
         """Do the next step of `state`, in place; if it raises, the state is as it was.
@@ -152,11 +167,13 @@ class Denoiser:
         Raises:
             GenerationCancelled, GangBroken, GangMismatch: from the gang.
             InvalidRequest: the state is another family's.
+            UnusableAdapter: as `adapt`.
             ValueError: the state is done.
         """
         self._check_family(state)
         if state.done:
             raise ValueError(f"all {state.num_steps} steps are done")
+        self.adapt(state)
         self._follow(state)
         timestep, before = state.values["timesteps"][state.step], state.latents
         self.scheduler = state.scheduler
