@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -26,8 +27,10 @@ def report_of(name: str, host: Host, configured: int, known: str | None) -> Host
     view, repair_s = host.view(), host.repair_s()
     repaired = range(0 if repair_s is None else host.config.workers)
     state = publish(name, view, host.latency, host.config.max_queue, repaired, repair_s or 0.0)
-    edition = f"{configured}.{host.latency.observations}"
-    new = HostKnowledge(host.latency, host.facts, host.config) if edition != known else None
+    state = replace(state, adapters=host.adapters)
+    adapters = host.catalogue.names
+    edition = f"{configured}.{host.latency.observations}.{host.catalogue.edition}"
+    new = HostKnowledge(host.latency, host.facts, host.config, adapters) if edition != known else None
     return HostReport(shifted(state, -view.now_s), edition, new)
 
 

@@ -28,7 +28,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class AdapterSpec(BaseModel):
-    """Where the weights of an adapter are.
+    """An adapter, and where its weights are.
 
     Attributes:
         name: by which requests ask for it.

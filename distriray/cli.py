@@ -35,6 +35,11 @@ notes = Console(stderr=True, highlight=False)
 _SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"]}
 """Second spellings of options with long names."""
 
+_LORA = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="<name[=scale]>", help="Adapter to draw with; repeatable."),
+]
+
 
 def _options() -> Iterator[inspect.Parameter]:
     """The prompt as an argument, and an option for every other field of SamplingParams.
@@ -46,6 +51,9 @@ def _options() -> Iterator[inspect.Parameter]:
         if field.is_required():
             argument = Annotated[str, typer.Argument(help=field.description)]
             yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=argument)
+            continue
+        if name == "loras":
+            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_LORA, default=None)
             continue
         kind = {**schema[name], **schema[name].get("anyOf", [{}])[0]}
         option = typer.Option(
@@ -64,6 +72,8 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         fields = {name: values.pop(name) for name in SamplingParams.model_fields}
+        with errors_as_messages():
+            fields["loras"] = [_lora(text) for text in fields["loras"] or ()]
         command(sampling={k: v for k, v in fields.items() if v is not None}, **values)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
@@ -71,6 +81,16 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature([*_options(), *others])  # type: ignore[attr-defined]
     return run
+
+
+def _lora(text: str) -> dict[str, Any]:
+    name, equals, scale = text.partition("=")
+    if not equals:
+        return {"name": name}
+    try:
+        return {"name": name, "scale": float(scale)}
+    except ValueError:
+        raise InvalidRequest(f"--lora {text}: the scale {scale!r} is no number", "loras") from None
 
 
 @app.callback(invoke_without_command=True)
@@ -97,6 +117,9 @@ def generate(
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
     quantize: Annotated[
         Literal["int8", "float8"] | None, typer.Option(help="Round the network's weights, by torchao.")
+    ] = None,
+    lora_dir: Annotated[
+        Path | None, typer.Option(help="Folder of .safetensors files, which --lora names without the suffix.")
     ] = None,
     exchange: Annotated[
         ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
@@ -128,6 +151,7 @@ def generate(
             gang_sizes=tuple(sorted({1, gang_size} if compare else {gang_size})),
             device=device,
             parallel=parallel,
+            lora_dir=lora_dir and lora_dir.absolute(),
         )
         with Progress(
             TextColumn("{task.description}"),

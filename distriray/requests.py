@@ -58,7 +58,7 @@ ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 class Lora(BaseModel):
     """An adapter to draw with."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(pattern=ADAPTER_NAME)]
     """One of those that the model is served with."""
@@ -268,17 +268,17 @@ class GenerationRequest(SamplingParams):
 def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first error that pydantic found, as one sentence with the field and the value."""
     first = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in first["loc"] if isinstance(part, int | str)) or None
-    param = param.split(".")[0] if param else None
+    place = [str(part) for part in first["loc"] if isinstance(part, int | str)]
+    param, whole = place[0] if place else None, ".".join(place)
     if first["type"] == "value_error":
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, InvalidRequest):
             return cause
         return InvalidRequest(str(cause), param)
     if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"there is no field {param!r}", param, "there is no such field")
+        return InvalidRequest(f"there is no field {whole!r}", param, "there is no such field")
     if first["type"] == "missing":
-        return InvalidRequest(f"{param} is missing", param)
+        return InvalidRequest(f"{whole} is missing", param)
     message = first["msg"][0].lower() + first["msg"][1:]
     what = param or "request"
     return InvalidRequest(f"{what} {_shortened(first['input'])}: {message}", param, f"{what}: {message}")

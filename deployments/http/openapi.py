@@ -23,7 +23,7 @@ _BODIES: tuple[type[BaseModel], ...] = (ImageRequest, ImagesResponse, ErrorRespo
 _REASONS = {
     400: "A field, or the body, cannot be served as it is",
     401: "No key, a wrong key, or no keys configured and the client is on another machine",
-    404: "No such model",
+    404: "No such model, or no such adapter",
     413: "The body is too long",
     429: "The queue is full, or the deadline cannot be met",
     500: "The service failed",
@@ -120,6 +120,7 @@ def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
         PARAMS.get(field, field): {"maximum": getattr(limits, limit)}
         for field, limit in Limits.LARGEST.items()
     }
+    bounds["loras"] = {"maxItems": limits.max_loras}
     for name, bound in bounds.items():
         field = fields[name]
         (field["anyOf"][0] if "anyOf" in field else field).update(bound)

@@ -180,7 +180,8 @@ class Adapters:
         self.counts = AdapterCounts(
             counts.hits + len(adapters) - len(new), counts.loads + len(new), counts.evictions
         )
-        self._switch(adapters)
+        if adapters != self._used:
+            self._switch(adapters)
 
     def _switch(self, adapters: tuple[Adapter, ...]) -> None:
         scales = {_key(digest): scale for _, scale, digest in adapters}
@@ -287,7 +288,7 @@ class Adapters:
         try:
             file = self._fit(digest, tensors, metadata)
         except Exception as error:
-            raise UnusableAdapter(f"{what} ({path}) does not fit the model: {_first_line(error)}") from error
+            raise UnusableAdapter(f"{what} does not fit the model: {_first_line(error)}") from error
         self._digests[mark] = digest
         return file
 

@@ -7,10 +7,12 @@ from enum import StrEnum
 
 from PIL import Image
 
+from ..adapters import AdapterSpec
 from ..config import ExchangeMode, Mix, ParallelConfig
 from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError
 from ..requests import GenerationRequest, StepCount
+from ..status import AdapterStatus
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -37,6 +39,7 @@ class SegmentOrder:
 
     `serial` numbers a host's segments, so that a stop signal never reaches another one. `job` numbers the
     requests that it accepted, so that no state is taken for that of another request that had the same id.
+    `adapters` are those that the request names, as the host knew them when it accepted it.
     """
 
     serial: int
@@ -47,6 +50,7 @@ class SegmentOrder:
     rank: int
     parallel: ParallelConfig
     preview_steps: frozenset[int] = frozenset()
+    adapters: tuple[AdapterSpec, ...] = ()
 
 
 class StopSignal(StrEnum):
@@ -79,15 +83,19 @@ class RankResult:
         error: why the request was refused.
         cause: why the gang broke or this worker failed.
         broken: the gang's communicator is unusable.
-        formed_at: when this rank was ready to step, not counting prompt encoding; seconds since the epoch.
+        adapters_s: seconds of loading and switching adapters.
+        formed_at: when this rank was ready to step, not counting prompt encoding and adapters; seconds since
+            the epoch.
         left_at: when it had done its last step.
         exchange: how the ranks shared the steps.
         warnings: what of the request is not used.
+        adapters: what this worker holds now.
     """
 
     end: SegmentEnd
     step: int
     num_steps: int
+    adapters_s: float = 0.0
     prepare_s: float = 0.0
     fresh_s: tuple[float, ...] = ()
     stale_s: tuple[float, ...] = ()
@@ -102,6 +110,7 @@ class RankResult:
     left_at: float = 0.0
     exchange: ExchangeMode | Mix = "sync"
     warnings: tuple[str, ...] = ()
+    adapters: AdapterStatus = AdapterStatus()
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,15 @@ from distriray.gang.runner import SegmentRunner
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams, StepCount
+from distriray.requests import (
+    ADAPTER_NAME,
+    MAX_SEEDS,
+    Defaults,
+    GenerationRequest,
+    Lora,
+    SamplingParams,
+    StepCount,
+)
 from distriray.results import GenerationResult
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
@@ -46,6 +54,11 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "num_images": st.integers(1, 3),
     "clip_skip": st.integers(0, LIMITS.max_clip_skip),
     "seed": st.integers(0, MAX_SEEDS - 3),  # the last image has a seed too
+    "loras": st.lists(
+        st.builds(Lora, name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip)),
+        max_size=LIMITS.max_loras,
+        unique_by=lambda lora: lora.name,
+    ).map(tuple),
 }
 
 
@@ -107,7 +120,7 @@ def changed(fields: Fields) -> None:
 def test_every_field_arrives_by_http(url: str, service: FakeService, fields: Fields) -> None:
     changed(fields)
     own = {"height", "width", "num_images"}  # which are `size` and `n`, as at OpenAI
-    body = {name: value for name, value in fields.items() if name not in own}
+    body = {name: value for name, value in as_json(fields).items() if name not in own}
     body |= {"n": fields["num_images"], "size": f"{fields['width']}x{fields['height']}"}
     answer = httpx.post(f"{url}/v1/images/generations", json=body)
     assert answer.status_code == 200, answer.text
@@ -167,7 +180,7 @@ def test_every_field_arrives_by_a_line_of_a_job(
     tmp_path_factory: pytest.TempPathFactory, fields: Fields
 ) -> None:
     folder, maker = tmp_path_factory.mktemp("job"), Recorder()
-    (folder / "prompts.jsonl").write_text(json.dumps(fields) + "\n")
+    (folder / "prompts.jsonl").write_text(json.dumps(as_json(fields)) + "\n")
     good, bad = read_prompts(folder / "prompts.jsonl", limits=LIMITS)
     assert not bad
     with Folder(folder / "out") as out:
@@ -177,8 +190,14 @@ def test_every_field_arrives_by_a_line_of_a_job(
 
 def options(fields: Fields) -> list[str]:
     """The command line of those fields; a prompt may begin with a dash."""
-    named = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if name != "prompt"]
-    return [*named, "--", fields["prompt"]]
+    own = "prompt", "loras"
+    named = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if name not in own]
+    loras = [f"--lora={lora.name}={lora.scale}" for lora in fields["loras"]]
+    return [*named, *loras, "--", fields["prompt"]]
+
+
+def as_json(fields: Fields) -> Fields:
+    return {**fields, "loras": [lora.model_dump() for lora in fields["loras"]]}
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

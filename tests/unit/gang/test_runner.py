@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from distriray.adapters import AdapterSpec
 from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory, UnsupportedModel
@@ -51,6 +52,7 @@ class Gang:
         step: int = 0,
         link: str = "all",
         blob: bytes | None = None,
+        adapters: tuple[AdapterSpec, ...] = (),
         **fields: Any,
     ) -> list[RankResult]:
         """A segment of a job, a new one unless given."""
@@ -69,6 +71,7 @@ class Gang:
                 rank=rank,
                 parallel=sync,
                 preview_steps=request.preview_steps(request.num_inference_steps),
+                adapters=adapters,
             )
             return runner.run(order, blob)
 
