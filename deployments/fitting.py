@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distriray.errors import InvalidRequest
+from distriray.errors import AdapterNotFound, InvalidRequest
 from distriray.gang.admission import admit, check_gang_size
 from distriray.requests import GenerationRequest, Limits
 from distriray.routing.policy import RequestView
@@ -22,14 +22,14 @@ def fitting(
     """The pools that can serve a request, and the request as each of them would.
 
     Raises:
-        InvalidRequest: there is none; what the first pool has against it.
+        InvalidRequest, AdapterNotFound: there is none; what the first pool has against it.
     """
     fits: list[tuple[PoolClient, GenerationRequest, RequestView | None]] = []
-    unfit: InvalidRequest | None = None
+    unfit: InvalidRequest | AdapterNotFound | None = None
     for client in clients:
         try:
             fits.append((client, *_view_of(request, client, now_s, left_s)))
-        except InvalidRequest as error:
+        except (InvalidRequest, AdapterNotFound) as error:
             unfit = unfit or error
     if unfit is not None and not fits:
         raise unfit
@@ -44,9 +44,10 @@ def _view_of(
     While no host of the pool was ever seen, only what its configuration says can be checked.
 
     Raises:
-        InvalidRequest: the pool cannot serve it.
+        InvalidRequest, AdapterNotFound: the pool cannot serve it.
     """
     config, facts = client.state.config, client.state.facts
+    client.state.check_adapters(request.loras)
     if facts is None:
         config.limits.check(request)
         check_gang_size(request, config.sizes)

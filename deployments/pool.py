@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -26,13 +27,14 @@ def state_of(name: str, host: Host) -> HostState:
     view, repair_s = host.view(), host.repair_s()
     repaired = range(0 if repair_s is None else host.config.workers)
     state = publish(name, view, host.latency, host.config.max_queue, repaired, repair_s or 0.0)
-    return shifted(state, -view.now_s)
+    return shifted(replace(state, adapters=host.adapters), -view.now_s)
 
 
 def report_of(name: str, host: Host, configured: int, known: str | None) -> HostReport:
     """What a router that has the edition `known` is told of a host that was configured so many times."""
-    edition = f"{configured}.{host.latency.observations}"
-    new = HostKnowledge(host.latency, host.facts, host.config) if edition != known else None
+    edition = f"{configured}.{host.latency.observations}.{host.catalogue.edition}"
+    adapters = host.catalogue.names
+    new = HostKnowledge(host.latency, host.facts, host.config, adapters) if edition != known else None
     return HostReport(state_of(name, host), edition, new)
 
 

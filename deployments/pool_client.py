@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -62,13 +62,14 @@ class PoolClient:
         self._silent: set[str] = set()
         self._background = Background(self._log)
 
-    async def look(self, choices: int, news: bool = False) -> list[str]:
+    async def look(self, choices: int, news: bool = False, adapters: Collection[str] = ()) -> list[str]:
         """Draw up to `choices` of the pool's hosts, and ask those for a report whose last one is old.
 
         Waits for the reports, but not for long. Hosts that were silent are asked too, and not waited for.
 
         Args:
             news: what was asked for before now does not do.
+            adapters: one of those drawn holds all of these, if any host is known to.
 
         Returns:
             Those that have reported; if none has, those of which anything is known.
@@ -77,6 +78,8 @@ class PoolClient:
         state, now_s = self.state, time.monotonic()
         since_s = now_s if news else now_s - self._refresh_s
         drawn = self._draw.sample(state.members, min(choices, len(state.members)))
+        if adapters and drawn and (holders := state.holders(adapters)) and not set(holders) & set(drawn):
+            drawn[-1] = self._draw.choice(holders)
         for _ in range(2):  # a host may be asked already, but since before now
             asks = {
                 host: self._ask(host)

@@ -134,6 +134,7 @@ class Router:
                     limits=limits,
                     gang_sizes=gang_sizes,
                     defaults=clients[0].config.defaults,
+                    loras=tuple(sorted({name for client in clients for name in client.state.adapters})),
                 )
             )
         by_name = {card.id: card for card in cards}
@@ -193,7 +194,8 @@ class Router:
         """Where to send a request now, and the request as it is to be sent.
 
         Raises:
-            ModelNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices: nowhere.
+            ModelNotFound, AdapterNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices:
+                nowhere.
             GenerationCancelled: somebody called it off while it waited for a first host.
         """
         clients = self._clients_of(attempts.request.model)
@@ -211,7 +213,7 @@ class Router:
         A few hosts are compared, drawn from all. What none of them takes is refused only when more were asked
         anew: what was sent to a host counts until its next report, done or not.
         """
-        few = await self._look(clients, self._choices)
+        few = await self._look(clients, self._choices, attempts.request)
         limits, gang_sizes = offer(clients)
         limits.check(attempts.request)
         _, unit = self._sizes_of(clients[0].config.model.name)
@@ -221,7 +223,7 @@ class Router:
             client, host, asked = self._choose(attempts, few)
             if host is not None:
                 return client, host, asked
-        more = await self._look(clients, MORE_CHOICES * self._choices, news=True)
+        more = await self._look(clients, MORE_CHOICES * self._choices, attempts.request, news=True)
         return self._choose(attempts, more)
 
     @property
@@ -229,9 +231,10 @@ class Router:
         return self._config.router.choices
 
     async def _look(
-        self, clients: list[PoolClient], choices: int, news: bool = False
+        self, clients: list[PoolClient], choices: int, request: GenerationRequest, news: bool = False
     ) -> dict[PoolClient, list[str]]:
-        found = await asyncio.gather(*(client.look(choices, news) for client in clients))
+        adapters = [lora.name for lora in request.loras]
+        found = await asyncio.gather(*(client.look(choices, news, adapters) for client in clients))
         return dict(zip(clients, found, strict=True))
 
     def _sizes_of(self, name: str) -> tuple[tuple[int, int] | None, int]:

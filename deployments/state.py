@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import inf
 
+from distriray.adapters import Catalogue, check_names
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
+from distriray.requests import Lora
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import RequestView
 from distriray.routing.router import HostState, Route, route
@@ -19,11 +22,12 @@ REMEMBERED = 256  # requests sent to one host between two of its reports
 
 @dataclass(frozen=True, slots=True)
 class HostKnowledge:
-    """The part of a report that seldom changes."""
+    """The part of a report that seldom changes; `adapters` are the names that requests may have."""
 
     latency: LatencyModel
     facts: WorkerFacts
     config: HostConfig
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class PoolState:
         self.hosts: dict[str, HostState] = {}
         self.silent: set[str] = set()
         self.facts: WorkerFacts | None = None
+        self._listed = Catalogue(config.model.name, config.loras).names
         self._latency: LatencyModel | None = None
         self._known: dict[str, tuple[str, HostKnowledge]] = {}
         self._sent: dict[str, deque[tuple[float, RequestView]]] = {}
@@ -102,6 +107,21 @@ class PoolState:
         self.silent &= there
         if not members:
             self.config = self._initial
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that some host has, and of those that every host will have."""
+        told = (knowledge.adapters for _, knowledge in self._known.values())
+        return tuple(sorted({*self._listed, *chain.from_iterable(told)}))
+
+    def check_adapters(self, loras: Sequence[Lora]) -> None:
+        """Raise AdapterNotFound for a name that no host has; while none was seen, its folder may have any."""
+        if self._known or self.config.lora_dir is None:
+            check_names(loras, self.adapters)
+
+    def holders(self, adapters: Collection[str]) -> list[str]:
+        """The hosts that hold all of these adapters."""
+        return [host for host, state in self.hosts.items() if state.holds(adapters) == len(adapters)]
 
     def edition(self, host: str) -> str | None:
         """What is known of a host, for it to report only what is new."""

@@ -39,6 +39,11 @@ _SHORT = {
 }
 """Second spellings of options with long names."""
 
+_LORA = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="<name[=scale]>", help="Adapter to draw with; repeatable."),
+]
+
 
 def _options() -> Iterator[inspect.Parameter]:
     """The prompt as an argument, and an option for every other field of SamplingParams.
@@ -50,6 +55,9 @@ def _options() -> Iterator[inspect.Parameter]:
         if field.is_required():
             argument = Annotated[str, typer.Argument(help=field.description)]
             yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=argument)
+            continue
+        if name == "loras":
+            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_LORA, default=None)
             continue
         kind = {**schema[name], **schema[name].get("anyOf", [{}])[0]}
         names = kind.get("enum", [kind["type"]])
@@ -70,6 +78,8 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         fields = {name: values.pop(name) for name in SamplingParams.model_fields}
         fields |= {name: Path(fields[name]) for name in SamplingParams.FILES if fields[name] is not None}
+        with errors_as_messages():
+            fields["loras"] = [_lora(text) for text in fields["loras"] or ()]
         command(sampling={k: v for k, v in fields.items() if v is not None}, **values)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
@@ -77,6 +87,16 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature([*_options(), *others])  # type: ignore[attr-defined]
     return run
+
+
+def _lora(text: str) -> dict[str, Any]:
+    name, equals, scale = text.partition("=")
+    if not equals:
+        return {"name": name}
+    try:
+        return {"name": name, "scale": float(scale)}
+    except ValueError:
+        raise InvalidRequest(f"--lora {text}: the scale {scale!r} is no number", "loras") from None
 
 
 @app.callback(invoke_without_command=True)
@@ -107,6 +127,9 @@ def generate(
     offload_text: Annotated[
         bool, typer.Option("--offload-text", help="Keep text encoders in the host's memory.")
     ] = False,
+    lora_dir: Annotated[
+        Path | None, typer.Option(help="Folder of .safetensors files, which --lora names without the suffix.")
+    ] = None,
     exchange: Annotated[
         ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
     ] = "auto",
@@ -144,6 +167,7 @@ def generate(
             gang_sizes=tuple(sorted({1, gang_size} if compare else {gang_size})),
             device=device,
             parallel=parallel,
+            lora_dir=lora_dir and lora_dir.absolute(),
         )
         with Progress(
             TextColumn("{task.description}"),

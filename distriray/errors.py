@@ -28,6 +28,14 @@ class ModelNotFound(DistrirayError, FileNotFoundError):
     """No model of that name; the message says what was looked for and where."""
 
 
+class AdapterNotFound(DistrirayError, LookupError):
+    """No adapter of that name; the message lists those that there are."""
+
+
+class UnusableAdapter(DistrirayError, ValueError):
+    """An adapter's file is missing, damaged or not for this model; the message names it and says what is."""
+
+
 class NotEnoughDevices(DistrirayError, RuntimeError):
     """The machine or cluster has fewer devices than were asked for."""
 

@@ -88,7 +88,7 @@ def locate(spec: ModelSpec) -> Path:
         )
     # In the components' folders: beside them a repository often has the same weights again, in one file.
     weights = f"*/*.{spec.variant}.safetensors" if spec.variant else "*/*.safetensors"
-    return _from_hub(spec, local, (*_FILES, weights))
+    return _pipeline_folder(download(spec, local, (*_FILES, weights)), name)
 
 
 def _single_file(file: Path, name: str) -> Path:
@@ -109,7 +109,15 @@ def _pipeline_folder(folder: Path, name: str) -> Path:
     )
 
 
-def _from_hub(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
+def download(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
+    """The folder with those of a Hugging Face id's files, downloaded if not cached.
+
+    Args:
+        local: where it was looked for before, for the error.
+
+    Raises:
+        ModelNotFound: saying what was looked for, and where.
+    """
     from httpx import HTTPError
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -127,7 +135,7 @@ def _from_hub(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
             f"{constants.HF_HUB_CACHE} and at {constants.ENDPOINT}/{spec.name} "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
         ) from error
-    return _pipeline_folder(Path(folder), spec.name)
+    return Path(folder)
 
 
 def resolve_dtype(spec: ModelSpec, device: torch.device, components: Collection[str] = ()) -> torch.dtype:
@@ -246,4 +254,4 @@ def _configurations(spec: ModelSpec, file: Path) -> Path:
         name = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
     if (local := Path(name).expanduser()).is_dir():
         return _pipeline_folder(local, name)
-    return _from_hub(ModelSpec(name=name), local, _FILES)
+    return _pipeline_folder(download(ModelSpec(name=name), local, _FILES), name)

@@ -53,6 +53,21 @@ MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels, and so is the unit of each model."""
 
 
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""What the name of an adapter looks like; no path does."""
+
+
+class Lora(BaseModel):
+    """An adapter to draw with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    """One of those that the model is served with."""
+    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+    """How much it counts; 0 is not at all."""
+
+
 class SamplingParams(BaseModel):
     """The fields that decide a picture: names, types, defaults and descriptions for every interface.
 
@@ -87,6 +102,8 @@ class SamplingParams(BaseModel):
     """Noise scheduler; the model's own by default."""
     clip_skip: Annotated[int, Field(ge=0)] | None = None
     """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
+    loras: tuple[Lora, ...] = ()
+    """Adapters to draw with, all at once."""
     image: Picture | None = None
     """A picture to begin from, a PNG, JPEG or WebP file. Its size is the default; to another it is scaled."""
     mask_image: Picture | None = None
@@ -110,6 +127,14 @@ class SamplingParams(BaseModel):
     def _is_multiple(cls, value: int | None, info: Any) -> int | None:
         check_sides(**{info.field_name: value}, unit=MULTIPLE_OF)
         return value
+
+    @field_validator("loras")
+    @classmethod
+    def _is_named_once(cls, loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        names = [lora.name for lora in loras]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise InvalidRequest(f"loras names {double!r} more than once", "loras")
+        return loras
 
     @model_validator(mode="after")
     def _check_seeds(self) -> Self:
@@ -319,17 +344,17 @@ class GenerationRequest(SamplingParams):
 def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first error that pydantic found, as one sentence with the field and the value."""
     first = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in first["loc"] if isinstance(part, int | str)) or None
-    param = param.split(".")[0] if param else None
+    place = [str(part) for part in first["loc"] if isinstance(part, int | str)]
+    param, whole = place[0] if place else None, ".".join(place)
     if first["type"] == "value_error":
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, InvalidRequest):
             return cause
         return InvalidRequest(str(cause), param)
     if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"there is no field {param!r}", param, "there is no such field")
+        return InvalidRequest(f"there is no field {whole!r}", param, "there is no such field")
     if first["type"] == "missing":
-        return InvalidRequest(f"{param} is missing", param)
+        return InvalidRequest(f"{whole} is missing", param)
     message = first["msg"][0].lower() + first["msg"][1:]
     what = param or "request"
     return InvalidRequest(f"{what} {_shortened(first['input'])}: {message}", param, f"{what}: {message}")
@@ -356,6 +381,7 @@ class Limits(BaseModel):
     max_clip_skip: Annotated[int, Field(ge=0)] = 11
     max_image_bytes: Annotated[int, Field(ge=1, le=LARGEST_BYTES)] = 16 * 2**20
     max_image_pixels: Annotated[int, Field(ge=1, le=LARGEST_PIXELS)] = 4096 * 4096
+    max_loras: Annotated[int, Field(ge=0)] = 8
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
@@ -381,6 +407,10 @@ class Limits(BaseModel):
                 raise InvalidRequest(
                     f"{field} has {length} characters; the limit is {self.max_prompt_chars}", field
                 )
+        if len(request.loras) > self.max_loras:
+            raise InvalidRequest(
+                f"loras names {len(request.loras)} adapters; the limit is {self.max_loras}", "loras"
+            )
         self.check_pictures(request.pictures)
         self._check_size(request)
 

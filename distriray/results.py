@@ -42,11 +42,12 @@ class Segment(BaseModel):
 
 
 class Timings(BaseModel):
-    """Seconds of each phase; `total_s` is from submission to result."""
+    """Seconds of each phase; `total_s` is from submission to result, `adapters_s` of switching adapters."""
 
     model_config = ConfigDict(frozen=True)
 
     queued_s: Seconds
+    adapters_s: Seconds = 0.0
     prepare_s: Seconds
     denoise_s: Seconds
     decode_s: Seconds
@@ -55,7 +56,8 @@ class Timings(BaseModel):
     @property
     def waiting_s(self) -> float:
         """Seconds that no phase explains: forming gangs, waiting between them, sending results."""
-        return max(0.0, self.total_s - self.queued_s - self.prepare_s - self.denoise_s - self.decode_s)
+        phases = self.queued_s + self.adapters_s + self.prepare_s + self.denoise_s + self.decode_s
+        return max(0.0, self.total_s - phases)
 
 
 class GenerationResult(BaseModel):

@@ -24,6 +24,7 @@ class ModelCard(BaseModel):
         limits: those of requests for this model.
         gang_sizes: the sizes that the model's pools lend, ascending.
         defaults: what requests for this model are drawn with that leave it open.
+        loras: the adapters that its requests may name, as far as hosts have told.
         alias_of: the model that it is, where this is another name of it.
     """
 
@@ -37,6 +38,7 @@ class ModelCard(BaseModel):
     limits: Limits = Limits()
     gang_sizes: tuple[int, ...] = (1,)
     defaults: Defaults = Defaults()
+    loras: tuple[str, ...] = ()
     alias_of: str | None = None
 
 

@@ -11,6 +11,19 @@ class _Report(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class AdapterStatus(_Report):
+    """The adapters that a worker holds, the last one used at the end: `names`, and their `memory` in bytes.
+
+    Since it started, requests found `hits` held, had `loads` loaded, and `evictions` made room for others.
+    """
+
+    names: tuple[str, ...] = ()
+    memory: int = 0
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+
+
 class WorkerStatus(_Report):
     """One worker; `memory` in bytes, `request` is what it works on."""
 
@@ -21,6 +34,7 @@ class WorkerStatus(_Report):
     load_s: float
     memory: int
     request: str | None
+    adapters: AdapterStatus = AdapterStatus()
 
 
 class RequestStatus(_Report):

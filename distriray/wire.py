@@ -13,6 +13,7 @@ from httpx_sse import ServerSentEvent
 from PIL import Image
 
 from .errors import (
+    AdapterNotFound,
     DeadlineUnmet,
     DistrirayError,
     GangBroken,
@@ -24,6 +25,7 @@ from .errors import (
     NotFinite,
     OutOfMemory,
     QueueFull,
+    UnusableAdapter,
 )
 from .events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from .requests import GenerationRequest
@@ -190,6 +192,10 @@ def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
             return DeadlineUnmet(message, error.get("possible_s"))
         case "model_not_found":
             return ModelNotFound(message)
+        case "adapter_not_found":
+            return AdapterNotFound(message)
+        case "adapter_unusable":
+            return UnusableAdapter(message)
         case "cancelled":
             return GenerationCancelled(message)
         case "gang_broken":

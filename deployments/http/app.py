@@ -41,8 +41,8 @@ DECODED_AT_ONCE = 2
 
 class Model(BaseModel):
     """A model; beside OpenAI's fields its own size (`WxH`, null until a host was up), the unit of all sizes,
-    its limits, the gangs that can draw it, what it is drawn with unless a request says otherwise, and the
-    model that this is another name of, or null."""
+    its limits, the gangs that can draw it, what it is drawn with unless a request says otherwise, the
+    adapters that requests may name, and the model that this is another name of, or null."""
 
     id: str
     object: Literal["model"] = "model"
@@ -53,6 +53,7 @@ class Model(BaseModel):
     limits: Limits
     gang_sizes: tuple[int, ...]
     defaults: Defaults
+    loras: tuple[str, ...]
     alias_of: str | None
 
 
@@ -238,6 +239,7 @@ def _model(card: ModelCard) -> Model:
         limits=card.limits,
         gang_sizes=card.gang_sizes,
         defaults=card.defaults,
+        loras=card.loras,
         alias_of=card.alias_of,
     )
 

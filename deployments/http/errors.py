@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from distriray.errors import (
+    AdapterNotFound,
     DeadlineUnmet,
     DistrirayError,
     GangBroken,
@@ -25,6 +26,7 @@ from distriray.errors import (
     OutOfMemory,
     QueueFull,
     TooLong,
+    UnusableAdapter,
 )
 from distriray.requests import invalid_request
 from distriray.wire import EDITS, OF_PICTURES, PARAMS
@@ -110,6 +112,10 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(400, "invalid_value", message, PARAMS.get(error.param or "", error.param))
         case ModelNotFound():
             return Refusal(404, "model_not_found", str(error), "model")
+        case AdapterNotFound():
+            return Refusal(404, "adapter_not_found", str(error), "loras")
+        case UnusableAdapter():
+            return Refusal(500, "adapter_unusable", str(error), "loras", dict(_NO_RETRY))
         case QueueFull():
             seconds = min(max(error.retry_after_s, 0.0), 3600.0)
             return Refusal(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, Self, get_origin
 
 from pydantic import (
     BaseModel,
@@ -43,9 +43,10 @@ def _optional(field: FieldInfo) -> tuple[Any, None]:
     kind: Any = field.annotation
     for constraint in field.metadata:
         kind = Annotated[kind, constraint]
-    default = "" if field.is_required() or field.default is None else f" {field.default} by default."
-    text = f"{field.description}{default}"
-    return Annotated[kind | None, WHOLE, Field(description=text)], None
+    default = "" if field.is_required() or field.default in (None, ()) else f" {field.default} by default."
+    described = Annotated[kind | None, Field(description=f"{field.description}{default}")]
+    lists = get_origin(field.annotation) is tuple  # which are read as the JSON that they are
+    return described if lists else Annotated[described, WHOLE], None
 
 
 if TYPE_CHECKING:

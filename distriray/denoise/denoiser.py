@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from distriray.denoise.adapters import MOST_BYTES, Adapters
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
@@ -33,9 +34,11 @@ class Denoiser:
 
     Args:
         pipeline: a diffusers pipeline of a family in `pipelines.registry.PIPELINES`.
+        most_adapter_bytes: of the adapters that it holds in memory.
 
     Attributes:
         family: the family's name there.
+        adapters: those that requests may name; at first none.
         sizes: of its pictures.
         terms: what the model says of a request's other fields.
         guides: whether guidance takes a second branch.
@@ -46,8 +49,9 @@ class Denoiser:
             cannot be part of a state.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, most_adapter_bytes: int = MOST_BYTES) -> None:
         self.family = family_of(pipeline)
+        self.adapters = Adapters(pipeline, self.family, most_adapter_bytes)
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
@@ -69,6 +73,7 @@ class Denoiser:
 
         Raises:
             InvalidRequest: a value is out of range, or a picture is damaged; `param` names it.
+            AdapterNotFound, UnusableAdapter: it names an adapter that is not known, or that does not fit.
         """
         seeds = params.seeds
         params = self.terms.settle(params.settled(*self.sizes.default))
@@ -90,6 +95,7 @@ class Denoiser:
             mask_image=None if params.mask_image is None else mask_of(params.mask_image),
             strength=1.0 if params.strength is None else params.strength,
         )
+        adapters = self.adapters.choose(params.loras)
         try:
             values = self._steps.prepare(commission)
         except InvalidRequest:
@@ -108,6 +114,7 @@ class Denoiser:
             guidance_rescale=params.guidance_rescale,
             height=commission.height,
             width=commission.width,
+            adapters=adapters,
             warnings=self._unused(params),
         ).to(values["latents"].device)
 
@@ -134,6 +141,14 @@ class Denoiser:
                 warnings.append(f"image of {width}x{height} is stretched to {to}")
         return tuple(warnings)
 
+    def adapt(self, state: DenoiseState) -> None:
+        """Use the adapters of `state`, as its next step would: what may fail on one rank alone goes first.
+
+        Raises:
+            UnusableAdapter: one is not held here, and its file is not what it was.
+        """
+        self.adapters.use(state.adapters)
+
     @torch.no_grad()
     def step(self, state: DenoiseState) -> None:
         """Do the next step of `state`, in place; if it raises, the state is as it was.
@@ -145,11 +160,13 @@ class Denoiser:
         Raises:
             GenerationCancelled, GangBroken, GangMismatch: from the gang.
             InvalidRequest: the state is another family's.
+            UnusableAdapter: as `adapt`.
             ValueError: the state is done.
         """
         self._check_family(state)
         if state.done:
             raise ValueError(f"all {state.num_steps} steps are done")
+        self.adapt(state)
         self._follow(state)
         timestep, before = state.values["timesteps"][state.step], state.latents
         self.scheduler = state.scheduler

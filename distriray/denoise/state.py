@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from distriray.denoise.adapters import Adapter
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
 
 _MAGIC = b"distriray state "
-_VERSION = b"3\n"
+_VERSION = b"4\n"
 _DIGEST_SIZE = 16
 
 
@@ -45,6 +46,7 @@ class DenoiseState:
             embeddings, for inpainting mask and image latents.
         scheduler: the request's own scheduler, whose memory is part of the state.
         generators: one CPU generator an image.
+        adapters: those that it is drawn with.
         warnings: what of the request is not used, in words for whoever asked.
         network_output: the last step's; not part of the bytes.
         unsettled: how it was before the last step, as long as that step's latents may turn out to be garbage
@@ -61,6 +63,7 @@ class DenoiseState:
     height: int
     width: int
     step: int = 0
+    adapters: tuple[Adapter, ...] = ()
     warnings: tuple[str, ...] = ()
     network_output: NetworkOutput | None = field(default=None, repr=False)
     unsettled: Snapshot | None = field(default=None, repr=False)
@@ -113,6 +116,7 @@ class DenoiseState:
             "width": self.width,
             "step": self.step,
             "images": self.batch,
+            "adapters": self.adapters,
             "warnings": self.warnings,
         }
         for index, generator in enumerate(self.generators):
@@ -153,6 +157,7 @@ class DenoiseState:
                 height=header["height"],
                 width=header["width"],
                 step=header["step"],
+                adapters=tuple(Adapter(*adapter) for adapter in header["adapters"]),
                 warnings=tuple(header["warnings"]),
             )
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -57,6 +57,7 @@ class Admitted(NamedTuple):
             max_gang=self.max_gang,
             guided=self.guided,
             fresh=self.fresh,
+            adapters=tuple(lora.name for lora in request.loras if lora.scale),
         )
 
 

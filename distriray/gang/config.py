@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from ..adapters import AdapterSpec
 from ..config import ParallelConfig
 from ..models import ModelSpec
 from ..requests import Defaults, Limits
@@ -30,6 +31,11 @@ class HostConfig(BaseModel):
         cpus_per_worker: what Ray reserves for each worker, in logical CPUs.
         strategy: of the placement group: all workers on one node, or not.
         defaults: what requests are drawn with that leave it open.
+        loras: adapters that requests may name; each worker reads them once when it starts, so that what does
+            not fit the model is found then.
+        lora_dir: folder of more of them, `.safetensors` files that requests name without the suffix; it is
+            looked at again while the host runs.
+        lora_cache_bytes: memory of each worker for adapters; what was not used for longest makes room.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
@@ -55,6 +61,9 @@ class HostConfig(BaseModel):
     parallel: ParallelConfig = ParallelConfig()
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
+    loras: tuple[AdapterSpec, ...] = ()
+    lora_dir: Path | None = None
+    lora_cache_bytes: Count = 2**30
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
     silence_s: Seconds = 30.0
@@ -68,6 +77,13 @@ class HostConfig(BaseModel):
     def _check_sizes(self) -> Self:
         if check_gang_sizes(self.sizes)[-1] > self.workers:
             raise ValueError(f"gang_sizes {list(self.sizes)} exceed the {self.workers} workers of the host")
+        return self
+
+    @model_validator(mode="after")
+    def _check_loras(self) -> Self:
+        names = [spec.name for spec in self.loras]
+        if double := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"loras {double} are there more than once; give each adapter a name of its own")
         return self
 
     @model_validator(mode="after")

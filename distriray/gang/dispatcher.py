@@ -8,7 +8,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import chain
 
+from ..adapters import AdapterSpec, Catalogue
 from ..errors import (
     GangBroken,
     GenerationCancelled,
@@ -40,6 +42,9 @@ from .worker_group import WorkerGroup
 
 log = logging.getLogger("ray.serve.distriray")
 
+REPORTED_ADAPTERS = 16
+"""Adapters of each worker that routers are told of, those that it used last."""
+
 
 class Dispatcher:
     """The unfinished requests of one host and its workers. All methods belong to one event loop.
@@ -53,6 +58,7 @@ class Dispatcher:
         leased: workers whose gang is out; taken before it is sent off and given back after.
         speed: what the policy believes of the workers' speed; every segment corrects it.
         metrics: what an operator is told.
+        catalogue: the adapters that requests may name.
         record: what happened lately, for whoever watches.
         fault: the policy's or the host's own error, after which nothing is right any more.
     """
@@ -68,6 +74,7 @@ class Dispatcher:
         self.leased: set[int] = set()
         self.jobs: dict[str, Job] = {}
         self.metrics = HostMetrics(config.model.name, name)
+        self.catalogue = Catalogue(config.model.name, config.loras, config.lora_dir)
         self.record = Record()
         self.fault: BaseException | None = None
         self._accepted = self._segments = 0
@@ -134,6 +141,12 @@ class Dispatcher:
             return self.group.repairs[-1].seconds
         return max(facts.load_s for facts in self.group.facts.values())
 
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The names of adapters that a worker holds, of each worker those that it used last."""
+        held = (member.adapters.names[-REPORTED_ADAPTERS:] for member in self.group.members)
+        return frozenset(chain.from_iterable(held))
+
     def backlog_s(self) -> float:
         """Predicted seconds until everything accepted is finished, were it spread evenly over all workers."""
         everyone = tuple(range(self.config.workers))
@@ -145,20 +158,22 @@ class Dispatcher:
         """Check a request and queue it.
 
         Raises:
-            InvalidRequest, ModelNotFound, QueueFull; GenerationCancelled once the host is closed.
+            InvalidRequest, ModelNotFound, AdapterNotFound, QueueFull; GenerationCancelled once the host is
+                closed.
         """
         if self._closed:
             raise GenerationCancelled("the host is closed")
         if request.model not in (None, self.config.model.name):
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
         admitted = admit(request, self.config, self.facts)
+        adapters = self.catalogue.find(admitted.request.loras)
         if self.waiting >= self.config.max_queue:
             self.metrics.refused()
             raise QueueFull(
                 f"{self.waiting} requests wait, which is the limit; try again in {self.backlog_s():.1f} s",
                 max(0.1, self.backlog_s()),
             )
-        return self._queue(admitted)
+        return self._queue(admitted, adapters)
 
     def accept_own(self, request: GenerationRequest) -> Job:
         """Queue a request of the host's own, which neither limits nor the queue's bound hold for.
@@ -168,12 +183,12 @@ class Dispatcher:
         """
         return self._queue(admit(request, self.config, self.facts, limited=False))
 
-    def _queue(self, admitted: Admitted) -> Job:
+    def _queue(self, admitted: Admitted, adapters: tuple[AdapterSpec, ...] = ()) -> Job:
         request = admitted.request
         if request.id in self.jobs:
             raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
         self._accepted += 1
-        job = Job(admitted, self._accepted)
+        job = Job(admitted, self._accepted, adapters)
         if not self._can_serve(job):
             raise GangBroken(f"no gang here can serve this any more: {self.group.failure}")
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
@@ -345,6 +360,10 @@ class Dispatcher:
             self.metrics.segment(job, result.worked)
             self.speed.learn(job, began)
         for worker, rank in result.ranks.items():
+            member = self.group.member(worker.index)
+            if member is not None and member.id == worker:
+                self.metrics.adapters(member.adapters, rank.adapters)
+                member.adapters = rank.adapters
             if rank.end in IN_ORDER:
                 self.group.proved(worker)
 

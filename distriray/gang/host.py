@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+from ..adapters import Catalogue
 from ..errors import GangBroken
 from ..events import Event, Finished
 from ..requests import GenerationRequest
@@ -48,6 +49,7 @@ class Host:
         Raises:
             NotEnoughDevices: the cluster is too small.
             ModelNotFound, UnsupportedModel: the model cannot be loaded or cannot be cut into patches.
+            UnusableAdapter: one that the configuration lists does not fit the model.
         """
         host = cls(config, await Placement.make(config), policy or make_policy(config.policy))
         try:
@@ -73,7 +75,8 @@ class Host:
         """Make the images of `request`. Cancelling this coroutine cancels the request.
 
         Raises:
-            InvalidRequest, QueueFull: at once.
+            InvalidRequest, AdapterNotFound, QueueFull: at once.
+            UnusableAdapter: the file of an adapter that it names does not fit the model.
             GenerationCancelled: somebody called `cancel`, or the host is closed.
             GangBroken: its gang broke more often than the configuration allows.
         """
@@ -126,6 +129,16 @@ class Host:
     def facts(self) -> WorkerFacts:
         """What the first worker reported of its model and device."""
         return self._dispatcher.facts
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The adapters that requests may name."""
+        return self._dispatcher.catalogue
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The names of adapters that a worker holds, of each worker those that it used last."""
+        return self._dispatcher.adapters
 
     @property
     def latency(self) -> LatencyModel:

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from PIL import Image
 
+from ..adapters import AdapterSpec
 from ..events import Event, Preview, Regrouped, Started, Step
 from ..results import GenerationResult, Segment, Timings
 from ..routing.policy import RequestView
@@ -51,6 +52,7 @@ class Job:
         request: without its pictures.
         pictures: by field, for whoever prepares it; nobody has them any more when it has ended.
         number: of all requests that the host accepted, this one's.
+        adapters: those that it names, as they were known when it was accepted.
         step: steps that are done of `num_steps`, as far as the host has heard (second order
             schedulers take more steps than were asked for).
         workers: the gang that it has, rank 0 first; None while it waits.
@@ -64,9 +66,9 @@ class Job:
         ended: its result or its error.
     """
 
-    def __init__(self, admitted: Admitted, number: int) -> None:
+    def __init__(self, admitted: Admitted, number: int, adapters: tuple[AdapterSpec, ...] = ()) -> None:
         self.request, self.number = admitted.request.without_pictures(), number
-        self.pictures = admitted.request.pictures
+        self.adapters, self.pictures = adapters, admitted.request.pictures
         self._admitted = admitted._replace(request=self.request)
         self.arrival = time.monotonic()
         self.state = JobState.WAITING
@@ -87,7 +89,7 @@ class Job:
         self._failures: list[str] = []
         self._started: float | None = None
         self._sent_at = self._sent = 0.0
-        self._prepare_s = self._denoise_s = self._decode_s = 0.0
+        self._adapters_s = self._prepare_s = self._denoise_s = self._decode_s = 0.0
 
     @property
     def deadline(self) -> float | None:
@@ -224,6 +226,7 @@ class Job:
             seeds=request.seeds,
             timings=Timings(
                 queued_s=self._started - self.arrival,
+                adapters_s=self._adapters_s,
                 prepare_s=self._prepare_s,
                 denoise_s=self._denoise_s,
                 decode_s=self._decode_s,
@@ -262,6 +265,7 @@ class Job:
             )
         )
         first = ranks[0]
+        self._adapters_s += first.adapters_s
         self._prepare_s += first.prepare_s
         self._denoise_s += sum(first.fresh_s) + sum(first.stale_s)
         self._decode_s += first.decode_s

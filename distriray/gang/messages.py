@@ -7,10 +7,12 @@ from enum import StrEnum
 
 from PIL import Image
 
+from ..adapters import AdapterSpec
 from ..config import ExchangeMode, Mix, ParallelConfig
 from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError
 from ..requests import GenerationRequest, StepCount
+from ..status import AdapterStatus
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -39,6 +41,7 @@ class SegmentOrder:
 
     `serial` numbers a host's segments, so that a stop signal never reaches another one. `job` numbers the
     requests that it accepted, so that no state is taken for that of another request that had the same id.
+    `adapters` are those that the request names, as the host knew them when it accepted it.
     """
 
     serial: int
@@ -49,6 +52,7 @@ class SegmentOrder:
     rank: int
     parallel: ParallelConfig
     preview_steps: frozenset[int] = frozenset()
+    adapters: tuple[AdapterSpec, ...] = ()
 
 
 class StopSignal(StrEnum):
@@ -81,16 +85,20 @@ class RankResult:
         error: why the request was refused.
         cause: why the gang broke or this worker failed.
         broken: the gang's communicator is unusable.
-        formed_at: when this rank was ready to step, not counting prompt encoding; seconds since the epoch.
+        adapters_s: seconds of loading and switching adapters.
+        formed_at: when this rank was ready to step, not counting prompt encoding and adapters; seconds since
+            the epoch.
         left_at: when it had done its last step.
         exchange: how the ranks shared the steps.
         waited: the share of its last step in which this rank waited for its peers; None of a lone worker.
         warnings: what of the request is not used.
+        adapters: what this worker holds now.
     """
 
     end: SegmentEnd
     step: int
     num_steps: int
+    adapters_s: float = 0.0
     prepare_s: float = 0.0
     fresh_s: tuple[float, ...] = ()
     stale_s: tuple[float, ...] = ()
@@ -106,6 +114,7 @@ class RankResult:
     exchange: ExchangeMode | Mix = "sync"
     waited: float | None = None
     warnings: tuple[str, ...] = ()
+    adapters: AdapterStatus = AdapterStatus()
 
 
 @dataclass(frozen=True, slots=True)

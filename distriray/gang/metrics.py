@@ -19,7 +19,7 @@ from ..config import Mix
 from ..errors import GenerationCancelled
 from ..results import GenerationResult
 from ..routing.quantiles import Quantiles
-from ..status import PredictionStatus
+from ..status import AdapterStatus, PredictionStatus
 
 if TYPE_CHECKING:
     from .job import Job
@@ -56,6 +56,7 @@ class Name(StrEnum):
     PREDICTION_RATIO = "distriray_prediction_ratio"
     WORKER_SECONDS = "distriray_worker_seconds_total"
     SENT_BYTES = "distriray_sent_bytes_total"
+    ADAPTERS = "distriray_adapters_total"
     REGROUPINGS = "distriray_regroupings_total"
     BROKEN_GANGS = "distriray_broken_gangs_total"
     REPAIRS = "distriray_repairs_total"
@@ -73,7 +74,7 @@ METRICS: Mapping[Name, Spec] = {
     Name.IMAGES: Spec("counter", "images made"),
     Name.REQUEST_SECONDS: Spec("histogram", "from acceptance to the images", (), SECONDS),
     Name.PHASE_SECONDS: Spec(
-        "histogram", "of a request: queued, prepare, denoise, decode, waiting", ("phase",), SECONDS
+        "histogram", "of a request: queued, adapters, prepare, denoise, decode, waiting", ("phase",), SECONDS
     ),
     Name.STEPS: Spec("counter", "steps that gangs made, by how they shared them", ("gang_size", "exchange")),
     Name.STEP_SECONDS: Spec(
@@ -83,6 +84,7 @@ METRICS: Mapping[Name, Spec] = {
     Name.PREDICTION_RATIO: Spec("histogram", "actual seconds over those predicted at acceptance", (), RATIOS),
     Name.WORKER_SECONDS: Spec("counter", "seconds that workers spent in gangs", ("gang_size",)),
     Name.SENT_BYTES: Spec("counter", "bytes that ranks sent to each other", ("gang_size",)),
+    Name.ADAPTERS: Spec("counter", "adapters that workers found held, loaded, evicted", ("outcome",)),
     Name.REGROUPINGS: Spec("counter", "times that a request went on in another gang"),
     Name.BROKEN_GANGS: Spec("counter", "gangs that broke under a request"),
     Name.REPAIRS: Spec("counter", "workers that died and were replaced"),
@@ -127,7 +129,7 @@ class HostMetrics:
         timings, total_s = end.timings, end.timings.total_s
         self._count(Name.IMAGES, len(end.images))
         self._observe(Name.REQUEST_SECONDS, total_s)
-        for phase in ("queued", "prepare", "denoise", "decode", "waiting"):
+        for phase in ("queued", "adapters", "prepare", "denoise", "decode", "waiting"):
             self._observe(Name.PHASE_SECONDS, getattr(timings, f"{phase}_s"), phase=phase)
         if job.request.deadline_s is not None:
             in_time = total_s <= job.request.deadline_s
@@ -153,6 +155,12 @@ class HostMetrics:
         if len(job.segments) > 1:
             self.regroupings += 1
             self._count(Name.REGROUPINGS)
+
+    def adapters(self, before: AdapterStatus, now: AdapterStatus) -> None:
+        """A worker came back with other counts of adapters."""
+        self._count(Name.ADAPTERS, now.hits - before.hits, outcome="held")
+        self._count(Name.ADAPTERS, now.loads - before.loads, outcome="loaded")
+        self._count(Name.ADAPTERS, now.evictions - before.evictions, outcome="evicted")
 
     def gang_broke(self) -> None:
         """A gang broke under a request."""

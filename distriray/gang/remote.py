@@ -75,9 +75,8 @@ class Launcher:
     def __call__(self, index: int) -> RemoteWorker:
         """A new process in the place of worker `index`, without a model yet."""
         actor = ray.remote(Worker).options(name=None, **self._placement.options(index))
-        config, device = self._config, self._placement.device
-        store = self._store.address
-        return _Actor(Context().run(actor.remote, config.model, device, store, config.timeout_s))
+        make = Context().run(actor.remote, self._config, self._placement.device, self._store.address)
+        return _Actor(make)
 
 
 class _Actor:

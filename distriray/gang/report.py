@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ..status import HostNews, HostStatus, RepairStatus, WorkerStatus
+from ..status import AdapterStatus, HostNews, HostStatus, RepairStatus, WorkerStatus
 from .dispatcher import Dispatcher
 
 
@@ -28,6 +28,7 @@ def status_of(dispatcher: Dispatcher, device: str) -> HostStatus:
                 load_s=facts.load_s,
                 memory=member.memory if (member := group.member(index)) else 0,
                 request=working.get(index),
+                adapters=member.adapters if member else AdapterStatus(),
             )
             for index, facts in sorted(group.facts.items())
         ],

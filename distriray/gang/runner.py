@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch.distributed import Store
 
+from ..adapters import AdapterSpec
 from ..collective import Communicator, connect
 from ..collective.all_gather import numbers_of_all
 from ..denoise import Denoiser, DenoiseState
+from ..denoise.adapters import MOST_BYTES
 from ..denoise.pipelines.sizes import Sizes
 from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory
@@ -25,6 +27,7 @@ from ..parallel import engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
 from ..picture import Picture
 from ..requests import StepCount
+from ..status import AdapterStatus
 from .control import SegmentControl
 from .devices import DEVICES
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
@@ -39,6 +42,7 @@ class _Work:
     step: int
     state: DenoiseState | None = None
     begun: bool = False
+    adapters_s: float = 0.0
     prepare_s: float = 0.0
     fresh_s: list[float] = field(default_factory=list)
     stale_s: list[float] = field(default_factory=list)
@@ -68,6 +72,8 @@ class SegmentRunner:
         device: the device of the pipeline and of every communicator.
         store: where gangs rendezvous.
         on_progress: called after every step of a segment in which this is rank 0, and at its end.
+        loras: adapters that must fit the model.
+        lora_cache_bytes: of the adapters that are held.
 
     Attributes:
         control: takes signals for the segment that runs, and says how far it is.
@@ -81,6 +87,9 @@ class SegmentRunner:
         store: Store,
         timeout_s: float,
         on_progress: Callable[[], None] = lambda: None,
+        *,
+        loras: Sequence[AdapterSpec] = (),
+        lora_cache_bytes: int = MOST_BYTES,
     ) -> None:
         began = time.perf_counter()
         self.pipeline: Any = load_pipeline(spec, device)
@@ -91,11 +100,14 @@ class SegmentRunner:
         self._communicators: dict[str, Communicator] = {}
         self._names: dict[tuple[int, ...], str] = {}
         self._states: dict[int, DenoiseState] = {}
-        self._denoiser = Denoiser(self.pipeline)  # first, since its refusal lists what can be served
+        # First, since its refusal lists what can be served.
+        self._denoiser = Denoiser(self.pipeline, lora_cache_bytes)
         self._join(GangMembership((), "alone", 0, 1))
         engine = engine_of(parallelize(self.pipeline, self._communicators["alone"]))
         assert engine is not None
         self._engine = engine
+        for adapter in loras:
+            self._denoiser.adapters.check(adapter)
         self.load_s = time.perf_counter() - began
 
     def link(self, memberships: Sequence[GangMembership]) -> None:
@@ -204,6 +216,7 @@ class SegmentRunner:
             end=end,
             step=work.step if work.state is None else work.state.step,
             num_steps=0 if work.state is None else work.state.num_steps,
+            adapters_s=work.adapters_s,
             prepare_s=work.prepare_s,
             fresh_s=tuple(work.fresh_s),
             stale_s=tuple(work.stale_s),
@@ -219,6 +232,7 @@ class SegmentRunner:
             exchange=self._engine.exchange,
             waited=work.waited,
             warnings=() if work.state is None else work.state.warnings,
+            adapters=self._adapters_now(),
         )
 
     def _work(
@@ -230,16 +244,21 @@ class SegmentRunner:
         work: _Work,
     ) -> SegmentEnd:
         """One segment, recorded in `work`."""
-        began = time.perf_counter()
+        began, adapters = time.perf_counter(), self._denoiser.adapters
+        switching_s = adapters.seconds
         try:
             self._engine.join(communicator, order.parallel)  # requests have generators: no state to share
-            work.state = state = self._state(order, blob, pictures)
+            adapters.learn(order.adapters)
+            state = self._state(order, blob, pictures)
+            self._denoiser.adapt(state)
+            work.state = state
         except Exception:
             with suppress(GangBroken):
                 numbers_of_all(communicator, False)
             raise
-        work.prepare_s = time.perf_counter() - began if order.step == 0 else 0.0
-        work.formed_at = work.left_at = time.time() - work.prepare_s
+        work.adapters_s = adapters.seconds - switching_s
+        work.prepare_s = time.perf_counter() - began - work.adapters_s if order.step == 0 else 0.0
+        work.formed_at = work.left_at = time.time() - work.prepare_s - work.adapters_s
         if not all(numbers_of_all(communicator, True)):
             return SegmentEnd.NOT_BEGUN
         work.begun = True
@@ -281,6 +300,17 @@ class SegmentRunner:
                 "",
             )
         return SegmentEnd.FAILED, None, _told(error)
+
+    def _adapters_now(self) -> AdapterStatus:
+        adapters = self._denoiser.adapters
+        counts = adapters.counts
+        return AdapterStatus(
+            names=adapters.held,
+            memory=adapters.nbytes,
+            hits=counts.hits,
+            loads=counts.loads,
+            evictions=counts.evictions,
+        )
 
     def _device_works(self) -> bool:
         """Whether the device still computes: after some errors every later call to a GPU raises."""

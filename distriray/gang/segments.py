@@ -64,6 +64,7 @@ class RunningSegment:
                 rank=rank,
                 parallel=job.request.shared(config.parallel),
                 preview_steps=job.request.preview_steps(job.num_steps) if rank == 0 else frozenset(),
+                adapters=job.adapters,
             )
             lacks = state is not None and member.id not in holders
             running = member.remote.run(order, state if lacks else None, pictures)

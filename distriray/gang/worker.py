@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import ray
 
 from ..collective import open_store
-from ..models import ModelSpec
 from ..picture import Picture
+from .config import HostConfig
 from .devices import DEVICES
 from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
 
@@ -30,8 +30,8 @@ class Worker:
     gangs of others can be repaired meanwhile; except on devices where that must wait until all are at rest.
     """
 
-    def __init__(self, spec: ModelSpec, device: str, store: str, timeout_s: float) -> None:
-        self._spec, self._timeout_s, self._store = spec, timeout_s, store
+    def __init__(self, config: HostConfig, device: str, store: str) -> None:
+        self._config, self._store = config, store
         self._kind = DEVICES[device]
         self._compute = ThreadPoolExecutor(1, "compute", initializer=self._kind.bind)
         self._linking = self._compute if self._kind.links_at_rest else ThreadPoolExecutor(1, "link")
@@ -39,7 +39,7 @@ class Worker:
         self._runner: SegmentRunner | None = None
 
     async def load(self) -> WorkerFacts:
-        """Load the weights; raises ModelNotFound, UnsupportedModel."""
+        """Load the weights; raises ModelNotFound, UnsupportedModel, UnusableAdapter."""
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
@@ -50,7 +50,16 @@ class Worker:
 
             _quiet()
             device, store = self._kind.device(), open_store(self._store)
-            return SegmentRunner(self._spec, device, store, self._timeout_s, tell)
+            config = self._config
+            return SegmentRunner(
+                config.model,
+                device,
+                store,
+                config.timeout_s,
+                tell,
+                loras=config.loras,
+                lora_cache_bytes=config.lora_cache_bytes,
+            )
 
         runner = await loop.run_in_executor(self._compute, make)
         self._runner = runner
@@ -60,7 +69,7 @@ class Worker:
             node=ray.get_runtime_context().get_node_id(),
             device=str(runner.device),
             device_name=self._kind.product(),
-            model=self._spec.name,
+            model=self._config.model.name,
             default_size=sizes.default,
             size_unit=sizes.unit,
             row_unit=runner.row_unit,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ..errors import GangBroken
 from ..routing.buddy import aligned_blocks
+from ..status import AdapterStatus
 from .background import Background
 from .config import HostConfig
 from .devices import DEVICES
@@ -36,12 +37,13 @@ class Repair:
 
 @dataclass(slots=True)
 class Member:
-    """A worker that has its model; `memory` in bytes, as it was told last."""
+    """A worker that has its model; `memory` in bytes and `adapters` as they were told last."""
 
     id: WorkerId
     remote: RemoteWorker
     facts: WorkerFacts
     memory: int
+    adapters: AdapterStatus = AdapterStatus()
 
 
 class Owner(Protocol):
@@ -103,7 +105,7 @@ class WorkerGroup:
         """Start and load all workers, and form every gang once.
 
         Raises:
-            ModelNotFound, UnsupportedModel, GangBroken: as the workers do.
+            ModelNotFound, UnsupportedModel, UnusableAdapter, GangBroken: as the workers do.
         """
         members = await _together(self._bring_up(index) for index in range(self.config.workers))
         for member in members:

@@ -50,6 +50,9 @@ def generate(
         list[int] | None, typer.Option(min=1, help="Gangs that hosts lend; repeatable, 1 unless given.")
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    lora_dir: Annotated[
+        Path | None, typer.Option(help="Adapters of hosts started here: a folder of .safetensors files.")
+    ] = None,
     in_flight: Annotated[
         int | None, typer.Option(min=1, help="Prompts under way at each host, or at the app.")
     ] = None,
@@ -83,7 +86,13 @@ def generate(
                     from ..gang import HostConfig
 
                     sizes = tuple(sorted(set(gang_size or [1])))
-                    config = HostConfig(model=spec, workers=workers, gang_sizes=sizes, device=device)
+                    config = HostConfig(
+                        model=spec,
+                        workers=workers,
+                        gang_sizes=sizes,
+                        device=device,
+                        lora_dir=lora_dir and lora_dir.absolute(),
+                    )
                     makers = own_hosts(config, hosts, address=address, cpus=cpus)
                     each = in_flight or workers // sizes[0] + 1
                 run = _finish(good, folder, makers, each, before)

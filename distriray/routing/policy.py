@@ -35,6 +35,7 @@ class RequestView:
         pinned: it holds workers and cannot yield any more (it decodes).
         guided: its steps are of two branches, with guidance and without.
         fresh: its steps are all synchronous.
+        adapters: the names of those that it is drawn with.
     """
 
     id: str
@@ -53,6 +54,7 @@ class RequestView:
     pinned: bool = False
     guided: bool = True
     fresh: bool = False
+    adapters: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, bool, bool]:

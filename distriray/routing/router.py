@@ -3,13 +3,14 @@
 A host publishes its capacity over the time ahead. A router fits the request into each host's capacity and
 takes the host where it would be done first. Hosts that are as good within what the model and the age of the
 state leave uncertain are drawn from evenly, so that several routers that look at the same state do not all
-run to the same host.
+run to the same host. Of these, those go first that hold most of the adapters which the request needs: to load
+one takes less time than is uncertain, and none that is done sooner is left for it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
 from math import inf
@@ -37,6 +38,7 @@ class HostState:
             `capacity_beside_all` does not count.
         waiting, max_waiting: its queue, and the bound at which it takes no more.
         workers, gang_sizes: those that it has, or will have once it is repaired, and what they can form.
+        adapters: the names of those that a worker of it holds, or will hold.
     """
 
     host: str
@@ -48,6 +50,11 @@ class HostState:
     backlog_s: float = 0.0
     waiting: int = 0
     max_waiting: int = 1000
+    adapters: frozenset[str] = frozenset()
+
+    def holds(self, adapters: Iterable[str]) -> int:
+        """How many of these adapters it holds."""
+        return sum(name in self.adapters for name in adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +178,11 @@ def route(
     def near(option: _Option) -> bool:
         return option.finish_s - best <= slack_s + max(0.0, now_s - option.state.published_s)
 
-    finish_s, state, reservation, candidate = draw.choice([option for option in options if near(option)])
+    good = [option for option in options if near(option)]
+    most = max(option.state.holds(request.adapters) for option in good)
+    finish_s, state, reservation, candidate = draw.choice(
+        [option for option in good if option.state.holds(request.adapters) == most]
+    )
     meets = request.deadline_s is None or best - slack_s <= request.deadline_s
     beside_deadlines = Timeline.of(state.capacity_beside_deadlines, now_s)
     beside_all = Timeline.of(state.capacity_beside_all, now_s)
@@ -184,6 +195,7 @@ def route(
         capacity_beside_deadlines=beside_deadlines.steps,
         capacity_beside_all=beside_all.steps,
         waiting=state.waiting + 1,
+        adapters=state.adapters.union(request.adapters),
     )
     return Route(state.host, finish_s, meets, after)
 

@@ -14,7 +14,7 @@ from tests.gang.conftest import ask
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-RARE = {Name.BROKEN_GANGS, Name.REGROUPINGS, Name.REPAIRS}
+RARE = {Name.ADAPTERS, Name.BROKEN_GANGS, Name.REGROUPINGS, Name.REPAIRS}
 """Counters that stay silent until what they count happens."""
 
 

@@ -32,7 +32,15 @@ from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
 from distriray.picture import Picture
-from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams, StepCount
+from distriray.requests import (
+    ADAPTER_NAME,
+    MAX_SEEDS,
+    Defaults,
+    GenerationRequest,
+    Lora,
+    SamplingParams,
+    StepCount,
+)
 from distriray.results import GenerationResult
 from distriray.wire import OF_PICTURES
 from tests.unit.http.fake import LIMITS, FakeService, result_of
@@ -52,6 +60,11 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "image": st.sampled_from([Picture.of(Image.new("RGB", (40, 24), color)) for color in ("red", "blue")]),
     "mask_image": st.sampled_from([Picture.of(Image.new("L", (40, 24), level)) for level in (9, 255)]),
     "strength": st.floats(0.5, 1.0),  # some of two steps
+    "loras": st.lists(
+        st.builds(Lora, name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip)),
+        max_size=LIMITS.max_loras,
+        unique_by=lambda lora: lora.name,
+    ).map(tuple),
 }
 
 
@@ -119,7 +132,7 @@ def changed(fields: Fields) -> None:
 def test_every_field_arrives_by_http(url: str, service: FakeService, fields: Fields) -> None:
     changed(fields)
     own = {"height", "width", "num_images"}  # which are `size` and `n`, as at OpenAI
-    body = {name: value for name, value in fields.items() if name not in own}
+    body = {name: value for name, value in as_json(fields).items() if name not in own}
     body |= {"n": fields["num_images"], "size": f"{fields['width']}x{fields['height']}"}
     files = {name: body.pop(name).data for name in SamplingParams.FILES}
     answer = httpx.post(f"{url}/v1/images/edits", data=body, files=files)
@@ -185,7 +198,7 @@ def test_every_field_arrives_by_a_line_of_a_job(
     tmp_path_factory: pytest.TempPathFactory, fields: Fields
 ) -> None:
     folder, maker = tmp_path_factory.mktemp("job"), Recorder()
-    line = {**fields, **{name: path.name for name, path in written(fields, folder).items()}}
+    line = {**as_json(fields), **{name: path.name for name, path in written(fields, folder).items()}}
     (folder / "prompts.jsonl").write_text(json.dumps(line) + "\n")
     good, bad = read_prompts(folder / "prompts.jsonl", limits=LIMITS)
     assert not bad
@@ -204,8 +217,14 @@ def written(fields: Fields, folder: Path) -> dict[str, Path]:
 
 def options(fields: Fields) -> list[str]:
     """The command line of those fields; a prompt may begin with a dash."""
-    named = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if name != "prompt"]
-    return [*named, "--", fields["prompt"]]
+    own = "prompt", "loras"
+    named = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if name not in own]
+    loras = [f"--lora={lora.name}={lora.scale}" for lora in fields["loras"]]
+    return [*named, *loras, "--", fields["prompt"]]
+
+
+def as_json(fields: Fields) -> Fields:
+    return {**fields, "loras": [lora.model_dump() for lora in fields["loras"]]}
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -66,6 +66,7 @@ from tests.unit.parallel.transformers import watched
 from tests.unit.test_denoise import (
     MASK,
     OF_AN_IMAGE,
+    OF_THE_NETWORK,
     OTHERS,
     PICTURE,
     SIZE,
@@ -285,7 +286,7 @@ def test_the_users_pipeline_keeps_its_scheduler(pipeline: Any) -> None:
     assert pipeline.scheduler is scheduler and vars(scheduler) == before
 
 
-@pytest.mark.parametrize("field", SamplingParams.model_fields)
+@pytest.mark.parametrize("field", OF_THE_NETWORK)
 def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
     plain = {**SMALL, "seed": 1, **OF_AN_IMAGE.get(field, {})}
     if field == "negative_prompt" and denoiser.guides:

@@ -37,6 +37,7 @@ from tests.unit.gang.test_runner import Gang
 from tests.unit.test_denoise import (
     MASK,
     OF_AN_IMAGE,
+    OF_THE_NETWORK,
     ON_PICTURE,
     OTHERS,
     PICTURE,
@@ -212,7 +213,7 @@ def test_the_users_pipeline_keeps_its_scheduler() -> None:
     assert (dict(scheduler.config), dict(vars(scheduler))) == before
 
 
-@pytest.mark.parametrize("field", SamplingParams.model_fields)
+@pytest.mark.parametrize("field", OF_THE_NETWORK)
 def test_every_field_decides_the_picture(denoiser: Denoiser, field: str) -> None:
     plain = {**SMALL, "seed": 1, **OF_AN_IMAGE.get(field, {})}
     usual, other = (

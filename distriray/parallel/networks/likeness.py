@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,17 +15,21 @@ _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scali
 
 @torch.no_grad()
 def weights_of(network: nn.Module) -> list[torch.Tensor]:
-    """One number of every matrix, those of adapters too: an adapter that was merged has changed them all.
+    """One number of every matrix, those of adapters in use too: one that was merged has changed them all.
 
     Not of those that are elsewhere (on the meta device), or that are made of several tensors.
     """
     numbers = defaultdict(list)
-    for weight in network.parameters():
+    idle = _idle_weights(network)
+    # By their names, as ranks may have loaded adapters in any order, or none yet.
+    named = ((name.replace(".base_layer", ""), weight) for name, weight in network.named_parameters())
+    for _, weight in sorted(named, key=itemgetter(0)):
         if (
             weight.ndim > 1
             and type(weight) is nn.Parameter
             and weight.numel()
             and weight.device.type != "meta"
+            and id(weight) not in idle
         ):
             number = weight[(-1,) * weight.ndim]
             if weight.dtype.itemsize == 1:
@@ -34,12 +39,44 @@ def weights_of(network: nn.Module) -> list[torch.Tensor]:
 
 
 def adapters_of(network: nn.Module) -> str:
-    """The adapters of every layer that has some: which are active or merged, and their scales."""
+    """The adapters of every layer that uses or has merged some: which, in order, and their scales."""
     found = []
     for name, layer in network.named_modules():
         if "base_layer" in layer._modules:
-            found.append((name, *(_plain(getattr(layer, of, None)) for of in _OF_ADAPTERS)))
+            used, merged = _used_adapters(layer), getattr(layer, "merged_adapters", [])
+            if used or merged:
+                scales = getattr(layer, "scaling", {})
+                found.append((name, [(each, _plain(scales.get(each))) for each in used], _plain(merged)))
     return repr(found)
+
+
+def _used_adapters(layer: Any) -> list[str]:
+    if getattr(layer, "disable_adapters", False):
+        return []
+    there = _by_adapter(layer)
+    return [each for each in getattr(layer, "active_adapters", ()) if each in there]
+
+
+def _by_adapter(layer: Any) -> dict[str, list[Any]]:
+    """What PEFT keeps for each adapter of a layer: modules and parameters."""
+    kept = defaultdict(list)
+    for kind in getattr(layer, "adapter_layer_names", ()):
+        for adapter, its in getattr(layer, kind, {}).items():
+            kept[adapter].append(its)
+    return kept
+
+
+def _idle_weights(network: nn.Module) -> set[int]:
+    """Identities of the weights of adapters that are held and not used, which ranks may have or not."""
+    idle: set[int] = set()
+    for layer in network.modules():
+        if "base_layer" in layer._modules:
+            used = _used_adapters(layer)
+            for adapter, kept in _by_adapter(layer).items():
+                if adapter not in used:
+                    for its in kept:
+                        idle.update(map(id, its.parameters() if isinstance(its, nn.Module) else [its]))
+    return idle
 
 
 def processors_of(network: nn.Module) -> str:

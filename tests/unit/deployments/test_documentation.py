@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from deployments.config import AppConfig, HostConfig, PoolConfig, RouterConfig
 from deployments.http.config import HttpConfig
+from distriray.adapters import AdapterSpec
 from distriray.config import ParallelConfig, Prediction
 from distriray.gang.config import LIVE_FIELDS
 from distriray.models import ModelSpec
@@ -44,6 +45,7 @@ def default_of(field: FieldInfo) -> str:
         RouterConfig,
         HttpConfig,
         ModelSpec,
+        AdapterSpec,
         Limits,
         Defaults,
         ParallelConfig,

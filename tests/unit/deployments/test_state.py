@@ -52,7 +52,13 @@ def report(
 def host_of(view: HostView, latency: LatencyModel, config: HostConfig, repair_s: float | None = None) -> Any:
     """A host in that state, as far as its reports need one."""
     return SimpleNamespace(
-        view=lambda: view, repair_s=lambda: repair_s, latency=latency, facts=FACTS, config=config
+        view=lambda: view,
+        repair_s=lambda: repair_s,
+        latency=latency,
+        facts=FACTS,
+        config=config,
+        catalogue=SimpleNamespace(names=("ink",), edition=1),
+        adapters=frozenset({"ink"}),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.distributed import HashStore
 
+from distriray.adapters import AdapterSpec
 from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory
@@ -54,6 +55,7 @@ class Gang:
         step: int = 0,
         link: str = "all",
         blob: bytes | None = None,
+        adapters: tuple[AdapterSpec, ...] = (),
         **fields: Any,
     ) -> list[RankResult]:
         """A segment of a job, a new one unless given."""
@@ -72,6 +74,7 @@ class Gang:
                 rank=rank,
                 parallel=sync,
                 preview_steps=request.preview_steps(request.num_inference_steps),
+                adapters=adapters,
             )
             return runner.run(order, blob, request.pictures)
 

@@ -16,6 +16,7 @@ from distriray import AsyncClient, Client
 from distriray.client import KEY_VARIABLE
 from distriray.config import ParallelConfig
 from distriray.errors import (
+    AdapterNotFound,
     DeadlineUnmet,
     DistrirayError,
     GangBroken,
@@ -27,6 +28,7 @@ from distriray.errors import (
     NotFinite,
     OutOfMemory,
     QueueFull,
+    UnusableAdapter,
 )
 from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from distriray.requests import GenerationRequest
@@ -147,6 +149,8 @@ def test_models_and_fleet_are_those_of_a_handle(client: Client, service: FakeSer
     [
         InvalidRequest("too many", "num_images"),
         ModelNotFound("no such model"),
+        AdapterNotFound("no such adapter"),
+        UnusableAdapter("not for this model"),
         QueueFull("full", retry_after_s=7.0),
         DeadlineUnmet("too soon", possible_s=12.5),
         DeadlineUnmet("too soon"),

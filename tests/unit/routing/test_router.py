@@ -128,3 +128,14 @@ def test_the_backlog_is_the_work_over_the_workers():
     view = HostView(0.0, tuple(range(8)), SIZES, tuple(request(str(i), 2048) for i in range(4)))
     assert backlog_s(view, MODEL) == pytest.approx(4 * 18.0 / 8, rel=0.02)
     assert backlog_s(replace(view, requests=()), MODEL) == 0.0
+
+
+def test_of_equals_those_that_hold_the_adapters_go_first_and_none_waits_for_them():
+    states = [state("a"), replace(state("b"), adapters=frozenset({"ink"})), state("c")]
+    for seed in range(20):
+        chosen = route(states, request(adapters=("ink", "neon")), 0.0, MODEL, random.Random(seed))
+        assert chosen.host == "b" and chosen.state.adapters == {"ink", "neon"}
+    spread = Counter(route(states, request(), 0.0, MODEL, random.Random(seed)).host for seed in range(60))
+    assert len(spread) == 3
+    late = [replace(busy("b"), adapters=frozenset({"ink"})), state("c")]
+    assert route(late, request(adapters=("ink",)), 0.0, MODEL, random.Random(0)).host == "c"

@@ -1,0 +1,410 @@
+"""Adapters (LoRA) of a pipeline: read, checked, held within a bound, and switched between requests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _load_lora_into_text_encoder
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from distriray.adapters import AdapterSpec, check_names
+from distriray.errors import InvalidRequest, UnusableAdapter
+from distriray.requests import Lora
+
+MOST_BYTES = 2**30
+MOST_HELD = 64
+"""Adapters that are held at once, however small they are: every layer has its part of each."""
+
+_FACTORS = "lora_A", "lora_B"
+
+
+class Adapter(NamedTuple):
+    """An adapter that a request is drawn with; `digest` tells its weights from those of others."""
+
+    name: str
+    scale: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class AdapterCounts:
+    """What became of the adapters that were asked for: held already, loaded, dropped for want of room."""
+
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """The weights of a file that fits the pipeline, as diffusers loads them."""
+
+    digest: str
+    weights: dict[str, Tensor]
+    alphas: dict[str, float] | None
+    metadata: dict[str, Any] | None
+    factors: Mapping[str, frozenset[str]]
+    nbytes: int
+
+
+class Adapters:
+    """The adapters of one pipeline. One thread uses it.
+
+    Those that were used last stay in the network, beside its own weights, which never change: layers with
+    no adapter in use compute what they compute without any, bit by bit.
+
+    Args:
+        pipeline: of diffusers; adapters that it has by itself are not known here.
+        family: its name in `pipelines.registry.PIPELINES`.
+        most_bytes: of the weights of all adapters that are held, in memory.
+
+    Attributes:
+        known: the adapters that requests may name.
+        counts: what became of those that were asked for.
+        seconds: spent on reading, loading and switching.
+    """
+
+    def __init__(self, pipeline: Any, family: str, most_bytes: int = MOST_BYTES) -> None:
+        self.known: dict[str, AdapterSpec] = {}
+        self.counts = AdapterCounts()
+        self.seconds = 0.0
+        self._pipeline, self._family, self._most_bytes = pipeline, family, most_bytes
+        self._held: dict[str, int] = {}  # bytes by digest, the last one used at the end
+        self._names: dict[str, str] = {}  # by digest
+        self._digests: dict[tuple[str, int, int], str] = {}  # of files, by path, size and time
+        self._layers: list[LoraLayer] = []
+        self._used: tuple[Adapter, ...] = ()
+
+    def learn(self, specs: Iterable[AdapterSpec]) -> None:
+        """Know these adapters too, in place of others with their names."""
+        self.known.update((spec.name, spec) for spec in specs)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The names of the adapters in memory, the last one used at the end."""
+        return tuple(self._names[digest] for digest in self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the adapters that are held, in bytes."""
+        return sum(self._held.values())
+
+    def check(self, spec: AdapterSpec) -> None:
+        """Read an adapter that nobody asked for yet; raises UnusableAdapter unless it fits the pipeline."""
+        self._read(spec)
+
+    def choose(self, loras: Sequence[Lora]) -> tuple[Adapter, ...]:
+        """Use the adapters that a request names, and none else. Those with scale 0 are none.
+
+        Raises:
+            AdapterNotFound: a name is not known.
+            UnusableAdapter: a file is missing, damaged or not for this pipeline.
+            InvalidRequest: together they need more than `most_bytes`.
+        """
+        check_names(loras, self.known)
+        wanted = [lora for lora in loras if lora.scale]
+        with self._timed():
+            files: dict[str, _File] = {}
+            chosen = [
+                Adapter(lora.name, lora.scale, self._digest(self.known[lora.name], files)) for lora in wanted
+            ]
+            self._use(tuple(chosen), files)
+        return self._used
+
+    def use(self, adapters: tuple[Adapter, ...]) -> None:
+        """Use these adapters and none else: those that a state was begun with.
+
+        Raises:
+            UnusableAdapter: one is not held any more, and its file is another now; else as `choose`.
+        """
+        if adapters == self._used:
+            return
+        with self._timed():
+            files: dict[str, _File] = {}
+            for name, _, digest in adapters:
+                if digest in self._held:
+                    continue
+                if name not in self.known or self._digest(self.known[name], files) != digest:
+                    raise UnusableAdapter(f"adapter {name!r} was replaced while a request was drawn with it")
+            self._use(adapters, files)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def _digest(self, spec: AdapterSpec, files: dict[str, _File]) -> str:
+        """That of an adapter's weights; if they are not held they are read, into `files`."""
+        path = spec.locate()
+        digest = self._digests.get(_mark(path))
+        if digest not in self._held:
+            file = self._read(spec)
+            files[file.digest] = file
+            digest = file.digest
+        return digest
+
+    # Using
+
+    def _use(self, adapters: tuple[Adapter, ...], files: Mapping[str, _File]) -> None:
+        """Switch to adapters that are held or read; what fails leaves none in use."""
+        new = {name: digest for name, _, digest in adapters if digest not in self._held}
+        if new:
+            self._switch(())
+            self._make_room({digest for _, _, digest in adapters}, [files[digest] for digest in new.values()])
+            for name, digest in new.items():
+                self._load(name, files[digest])
+        for _, _, digest in adapters:
+            self._held[digest] = self._held.pop(digest)
+        counts = self.counts
+        self.counts = AdapterCounts(
+            counts.hits + len(adapters) - len(new), counts.loads + len(new), counts.evictions
+        )
+        if adapters != self._used:
+            self._switch(adapters)
+
+    def _switch(self, adapters: tuple[Adapter, ...]) -> None:
+        scales = {_key(digest): scale for _, scale, digest in adapters}
+        for layer in self._layers:
+            here = [key for key in scales if key in layer.lora_A]
+            layer.set_adapter(here)
+            layer.enable_adapters(bool(here))
+            for key in here:
+                layer.set_scale(key, scales[key])
+        self._used = adapters
+
+    def _make_room(self, kept: set[str], files: Sequence[_File]) -> None:
+        """Drop what was not used for longest until there is room for these files."""
+        more, count = sum(file.nbytes for file in files), len(files)
+        least = more + sum(nbytes for digest, nbytes in self._held.items() if digest in kept)
+        if least > self._most_bytes:
+            raise InvalidRequest(
+                f"the adapters take {least} bytes together, and {self._most_bytes} are there for them "
+                "(lora_cache_bytes); use fewer at once",
+                "loras",
+            )
+        for digest in list(self._held):
+            if self.nbytes + more <= self._most_bytes and len(self._held) + count <= MOST_HELD:
+                return
+            if digest not in kept:
+                self._drop(digest)
+                self.counts = AdapterCounts(self.counts.hits, self.counts.loads, self.counts.evictions + 1)
+
+    def _drop(self, digest: str) -> None:
+        key = _key(digest)
+        for component in self._components().values():
+            for layer in _lora_layers(component):
+                if key in layer.lora_A:
+                    layer.set_adapter([other for other in layer.active_adapters if other != key])
+                    layer.delete_adapter(key)
+            getattr(component, "peft_config", {}).pop(key, None)
+        self._held.pop(digest, None)
+        self._names.pop(digest, None)
+
+    def _load(self, name: str, file: _File) -> None:
+        """Put the weights of a file into the pipeline, all of them or none."""
+        key = _key(file.digest)
+        common = {"network_alphas": file.alphas, "metadata": file.metadata, "adapter_name": key}
+        self._names[file.digest] = name
+        try:
+            for part in file.factors:
+                component = self._components()[part]
+                place = component.device, component.dtype
+                weights = {k: w.to(*place) for k, w in file.weights.items() if k.startswith(f"{part}.")}
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # that it has adapters already
+                    if part.startswith("text_encoder"):
+                        _load_lora_into_text_encoder(weights, text_encoder=component, prefix=part, **common)
+                    else:
+                        component.load_lora_adapter(weights, prefix=part, low_cpu_mem_usage=True, **common)
+            found = {
+                part: factors
+                for part, component in self._components().items()
+                if (factors := _factors_of(component, key))
+            }
+            if {part: frozenset(factors) for part, factors in found.items()} != file.factors:
+                raise UnusableAdapter(f"adapter {name!r} has weights that diffusers did not take")
+        except Exception as error:
+            self._drop(file.digest)
+            self._look_for_layers()
+            self._switch(())
+            if isinstance(error, UnusableAdapter | MemoryError | torch.OutOfMemoryError):
+                raise
+            raise UnusableAdapter(f"adapter {name!r} cannot be loaded: {_first_line(error)}") from error
+        self._held[file.digest] = sum(w.nbytes for weights in found.values() for w in weights.values())
+        self._look_for_layers()
+
+    def _look_for_layers(self) -> None:
+        self._layers = [layer for part in self._components().values() for layer in _lora_layers(part)]
+
+    def _components(self) -> dict[str, Any]:
+        """The parts of the pipeline that adapters may be of."""
+        parts = getattr(self._pipeline, "_lora_loadable_modules", ())
+        found = {part: getattr(self._pipeline, part, None) for part in parts}
+        return {part: component for part, component in found.items() if component is not None}
+
+    # Reading
+
+    def _read(self, spec: AdapterSpec) -> _File:
+        """The weights of an adapter; raises UnusableAdapter unless all of them fit the pipeline."""
+        what = f"adapter {spec.name!r}"
+        if spec.families and self._family not in spec.families:
+            raise UnusableAdapter(f"{what} is for {', '.join(spec.families)}; the model is {self._family}")
+        path = spec.locate()
+        try:
+            mark = _mark(path)
+            if mark[1] > 4 * self._most_bytes:
+                raise UnusableAdapter(
+                    f"{what}: {path} has {mark[1]} bytes, and {self._most_bytes} are there for adapters "
+                    "(lora_cache_bytes)"
+                )
+            content = path.read_bytes()
+            tensors, metadata = load(content), _metadata(content)
+        except (OSError, SafetensorError, ValueError) as error:
+            if isinstance(error, UnusableAdapter):
+                raise
+            raise UnusableAdapter(f"{what}: {path} cannot be read: {_first_line(error)}") from error
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        try:
+            file = self._fit(digest, tensors, metadata)
+        except Exception as error:
+            raise UnusableAdapter(f"{what} does not fit the model: {_first_line(error)}") from error
+        self._digests[mark] = digest
+        return file
+
+    def _fit(self, digest: str, tensors: dict[str, Tensor], metadata: dict[str, Any] | None) -> _File:
+        """Weights in diffusers' form; raises ValueError, naming what does not fit."""
+        for name, tensor in tensors.items():
+            if "dora" in name:
+                raise ValueError(f"{name} is of a DoRA, which is not read")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, and no float")
+            if not bool(torch.isfinite(tensor.float()).all()):
+                raise ValueError(f"{name} holds infinities or NaN")
+        components = self._components()
+        network = components.get("unet")
+        options = {} if network is None else {"unet_config": network.config}
+        result = self._pipeline.lora_state_dict(dict(tensors), return_alphas=True, **options)
+        weights, alphas = result if isinstance(result, tuple) else (result, None)
+        factors, nbytes, left = {}, 0, dict(weights)
+        for part, component in components.items():
+            own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
+            if not own:
+                continue
+            own = {name.removeprefix(f"{part}."): tensor for name, tensor in own.items()}
+            own = _as_peft(own, component, text=part.startswith("text_encoder"))
+            _check_shapes(own, part, component)
+            factors[part] = frozenset(own)
+            nbytes += sum(tensor.numel() for tensor in own.values()) * component.dtype.itemsize
+        if left:
+            raise ValueError(f"{next(iter(left))} is for no part of it; it has {', '.join(components)}")
+        if not factors:
+            raise ValueError("it has no weights")
+        return _File(digest, weights, alphas or None, None if alphas else metadata, factors, nbytes)
+
+
+def _key(digest: str) -> str:
+    """What PEFT calls an adapter: the same on all ranks, and another for other weights."""
+    return f"lora_{digest}"
+
+
+def _mark(path: Path) -> tuple[str, int, int]:
+    """What changes when a file is written anew; raises OSError."""
+    facts = os.stat(path)
+    return str(path), facts.st_size, facts.st_mtime_ns
+
+
+def _metadata(content: bytes) -> dict[str, Any] | None:
+    """What diffusers wrote into a safetensors file of how it is to be loaded; raises ValueError."""
+    length = int.from_bytes(content[:8], "little")
+    written = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(LORA_ADAPTER_METADATA_KEY)
+    metadata = None if written is None else json.loads(written)
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} is no mapping")
+    return metadata
+
+
+def _as_peft(weights: dict[str, Tensor], component: Any, text: bool) -> dict[str, Tensor]:
+    """The weights of one part by the names that PEFT gives them."""
+    if not text:
+        first = next(iter(weights))
+        return weights if "lora_A" in first else convert_unet_state_dict_to_peft(weights)
+    weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
+    if hasattr(component, "text_model"):
+        return weights
+    return {name.removeprefix("text_model."): weight for name, weight in weights.items()}
+
+
+def _check_shapes(weights: Mapping[str, Tensor], part: str, component: nn.Module) -> None:
+    """Raise ValueError unless each layer has both of its factors, of one rank, and they fit it."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        place, _, factor = name.removesuffix(".weight").rpartition(".")
+        if factor not in _FACTORS or not name.endswith(".weight"):
+            raise ValueError(f"{part}.{name} is no weight of a LoRA that is read here")
+        pairs.setdefault(place, {})[factor] = weight
+    for name, pair in pairs.items():
+        what = f"{part}.{name}"
+        try:
+            layer = component.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{what} is no layer of it") from None
+        base = getattr(layer, "base_layer", layer)
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            raise ValueError(f"{what} is a {type(base).__name__}, which no LoRA is loaded on")
+        if missing := [factor for factor in _FACTORS if factor not in pair]:
+            raise ValueError(f"{what} has no {missing[0]}")
+        down, kernel = pair["lora_A"], tuple(base.weight.shape[2:])
+        rank = down.shape[0] if down.ndim else 0
+        takes: tuple[int, ...] = (rank, base.weight.shape[1], *kernel)
+        gives: tuple[int, ...] = (base.weight.shape[0], rank, *(1 for _ in kernel))
+        for factor, wanted in (("lora_A", takes), ("lora_B", gives)):
+            if tuple(pair[factor].shape) != wanted or not rank:
+                given = _times(pair[factor].shape)
+                raise ValueError(f"{factor} of {what} is {given}, and the layer takes {_times(wanted)}")
+
+
+def _lora_layers(component: nn.Module) -> list[LoraLayer]:
+    return [layer for layer in component.modules() if isinstance(layer, LoraLayer)]
+
+
+def _factors_of(component: nn.Module, key: str) -> dict[str, Tensor]:
+    """The weights of an adapter in a component, by the names that files give them."""
+    found: dict[str, Tensor] = {}
+    for name, layer in component.named_modules():
+        if isinstance(layer, LoraLayer) and key in layer.lora_A:
+            for kind in layer.adapter_layer_names:
+                held = getattr(layer, kind)
+                if key in held:
+                    for rest, weight in held[key].named_parameters():
+                        found[f"{name}.{kind}.{rest}"] = weight
+    return found
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
