@@ -218,9 +218,22 @@ def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not() -> None:
     open_ = OutageStatus(worker=1, out_at=0.0, died=True)
     new = fleet(gone=("b",), a=host(95.0, segment(3, ended_at=90.0), outages=[old, open_]))
     told = merged(known, new).pools["pool"]
-    assert [one.serial for one in told.hosts["a"].segments] == [2, 3] and told.hosts.keys() == {"a"}
+    assert [one.serial for one in told.hosts["a"].segments] == [3, 2] and told.hosts.keys() == {"a"}
     assert told.hosts["a"].outages == [open_] and told.hosts["a"].now == 95.0
-    assert told.hosts["a"].segments[1].ended_at == 90.0
+    assert told.hosts["a"].segments[0].ended_at == 90.0
+
+
+def test_what_is_told_at_once_is_bounded_however_many_hosts_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "TOLD_AT_ONCE", 40)
+    hosts = {
+        f"h{n}": host(5.0, segment(0), *(segment(s, ended_at=s) for s in range(1, 30))) for n in range(4)
+    }
+    known = merged(fleet(True), fleet(**hosts))
+    assert [one.serial for one in known.pools["pool"].hosts["h0"].segments] == [*range(20, 30), 0]
+    many = merged(known, fleet(**{f"g{n}": host(5.0, segment(1, ended_at=1.0)) for n in range(100)}))
+    assert sum(len(one.segments) for one in many.pools["pool"].hosts.values()) <= 40 + 4
 
 
 def test_a_host_is_silent_until_it_answers_again() -> None:
