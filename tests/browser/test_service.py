@@ -18,7 +18,7 @@ from deployments.config import AppConfig
 from tests.distributed.ranks import free_address
 
 from .conftest import Open
-from .test_draw import wait_for_text
+from .hands import wait_for_text
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
