@@ -40,7 +40,7 @@ chromium:
 # Chromium is the system's own; what drives it comes from the registry.
 test-browser: chromium $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
-	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser
+	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser tests/browser
 
 test-all: test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quantize]'
