@@ -15,7 +15,7 @@ FIRST := not (gpu or slow or ray or distributed or sweep or browser)
 export RAY_USAGE_STATS_ENABLED ?= 0
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo check test test-browser test-all gpu lint clean
+.PHONY: demo check test test-browser chromium test-all gpu lint clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt
@@ -34,11 +34,13 @@ test: $(STAMP)
 	$(PYTEST) -n 2 -m "not (gpu or slow or ray or browser)"
 	$(PYTEST) -m "ray and not (gpu or slow or browser)"
 
+chromium:
+	@test -x "$(CHROMIUM)" || { echo 'make test-browser needs Chromium: apt-get install chromium, or make test-browser CHROMIUM=/path/to/it' >&2; exit 2; }
+
 # Chromium is the system's own; what drives it comes from the registry.
-test-browser: $(STAMP)
-	@test -n "$(CHROMIUM)" || { echo "make test-browser needs Chromium: apt-get install chromium, or set CHROMIUM to its path" >&2; exit 2; }
+test-browser: chromium $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
-	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser
+	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser tests/browser
 
 test-all: test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quantize]'

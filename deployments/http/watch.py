@@ -19,8 +19,10 @@ from .errors import Refusal, log
 MAX_WATCHERS = 64  # of one router; each holds a connection, and Serve counts it among the router's requests
 STREAM_S = 60.0  # after which a watcher asks anew, so that a router that is to stop need not wait for long
 KEEP_ALIVE_S = 15.0  # of silence, in which proxies may take a connection for dead
+EACH_S = 0.2  # for each who watches, until the next look: so many events a second are told to all together
 BEHIND = 16  # frames that a watcher may be behind before it is sent away
 REMEMBERED_S = 90.0  # what ended before is not told to those who come
+TOLD_AT_ONCE = 8192  # segments that they are told at most, beside those that run: the newest of each host
 
 
 class Watch:
@@ -64,6 +66,7 @@ class Watch:
                 frame = _frame(news)
                 for watcher in self._watchers:
                     watcher.tell(frame)
+                await asyncio.sleep(EACH_S * len(self._watchers))
         finally:
             for watcher in self._watchers:
                 watcher.tell(None)
@@ -110,10 +113,12 @@ class Watcher:
 
 def merged(known: FleetNews, news: FleetNews) -> FleetNews:
     """All that is known after `news`, for those who come later."""
+    count = sum(len(pool.hosts) for pool in (*known.pools.values(), *news.pools.values()))
+    share = TOLD_AT_ONCE // max(1, count)  # some hosts may be counted twice, and none is left out
     pools = {}
     for name, pool in news.pools.items():
         former = known.pools[name].hosts if name in known.pools else {}
-        told = {host: _later(former.get(host), new) for host, new in pool.hosts.items()}
+        told = {host: _later(former.get(host), new, share) for host, new in pool.hosts.items()}
         silent = {
             *(known.pools[name].silent if name in known.pools else ()),
             *pool.silent,
@@ -124,15 +129,17 @@ def merged(known: FleetNews, news: FleetNews) -> FleetNews:
     return news.model_copy(update={"complete": True, "pools": pools})
 
 
-def _later(known: HostNews | None, news: HostNews) -> HostNews:
-    if known is None:
-        return news
+def _later(known: HostNews | None, news: HostNews, share: int) -> HostNews:
+    """`news` with what is remembered of before: segments that run, and `share` of those that ended."""
+    before: tuple[list[SegmentStatus], list[OutageStatus]] = ([], [])
+    if known is not None:
+        before = known.segments, known.outages
     since = news.now - REMEMBERED_S
-    segments: dict[int, SegmentStatus] = {one.serial: one for one in (*known.segments, *news.segments)}
-    outages: dict[tuple[int, float], OutageStatus] = {
-        (one.worker, one.out_at): one for one in (*known.outages, *news.outages)
-    }
-    recent = [one for one in segments.values() if one.ended_at is None or one.ended_at > since]
+    segments = {one.serial: one for one in (*before[0], *news.segments)}
+    outages = {(one.worker, one.out_at): one for one in (*before[1], *news.outages)}
+    ended = [one for one in segments.values() if one.ended_at is not None and one.ended_at > since]
+    running = [one for one in segments.values() if one.ended_at is None]
+    recent = [*ended[max(0, len(ended) - share) :], *running]
     out = [one for one in outages.values() if one.back_at is None or one.back_at > since]
     return news.model_copy(update={"segments": recent, "outages": out})
 

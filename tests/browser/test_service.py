@@ -18,7 +18,7 @@ from deployments.config import AppConfig
 from tests.distributed.ranks import free_address
 
 from .conftest import Open
-from .test_draw import wait_for_text
+from .hands import wait_for_text
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -98,9 +98,10 @@ def test_a_picture_is_drawn_with_previews_and_another_is_cancelled(
     page.wait_for_selector(".frame.preview img", timeout=90_000)
     page.wait_for_selector(".facts >> text=512 × 512", timeout=150_000)
     assert [page.inner_text(f".facts dd >> nth={place}") for place in (0, 3, 5)] == ["1", "2", "0"]
-    keep(page, shots / "page-draw.png")
+    keep(page, shots / "page-draw.png", full_page=True)
     page.emulate_media(color_scheme="dark")
-    keep(page, shots / "page-draw-dark.png")
+    page.wait_for_timeout(500)  # colours change softly
+    keep(page, shots / "page-draw-dark.png", full_page=True)
     page.set_viewport_size(PHONE)
     keep(page, shots / "page-phone.png")
     page.set_viewport_size({"width": 1280, "height": 860})
@@ -137,21 +138,23 @@ def test_a_killed_worker_is_seen_as_a_repair_in_both_views(
     until(page, lambda: page.locator(".worker.dead").count() == 0, 120)
     page.click("#to-draw")
     submit(page, "a beach at noon", gang="4", num_inference_steps="8", **small)
-    submit(page, "a storm that nobody waits for", num_inference_steps="90", **small)
-    submit(page, "a river at night", gang="2", num_inference_steps="12", **small)
+    submit(page, "a storm that nobody waits for", gang="2", num_inference_steps="90", **small)
+    submit(page, "a river at night", gang="2", num_inference_steps="10", **small)
     page.click("#to-watch")
     page.wait_for_selector(".requests >> text=a storm", timeout=60_000)
     page.wait_for_timeout(1500)
     page.click("#to-draw")
     page.locator(".strip li:nth-child(2) button").click()
     page.click("#cancel")
-    submit(page, "a meadow in spring, flowers", num_inference_steps="40", **small)
+    submit(page, "a meadow in spring, flowers", num_inference_steps="50", **small)
     page.click("#to-watch")
     page.wait_for_selector(".timeline .mark.cancelled", state="attached", timeout=60_000)
     page.wait_for_selector(".requests >> text=a meadow", timeout=90_000)
+    page.wait_for_selector(".timeline .mark.regrouped", state="attached", timeout=90_000)
     page.wait_for_timeout(2500)
     keep(page, shots / "page-watch.png")
     page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(500)  # colours change softly
     keep(page, shots / "page-watch-dark.png")
     page.click("#to-draw")
     page.locator(".strip li:nth-child(1) button").click()

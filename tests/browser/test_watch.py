@@ -15,7 +15,7 @@ from tests.unit.http.fake import FakeService
 from tests.unit.http.test_watch import host
 
 from .conftest import Open, Serve
-from .test_draw import wait_for_count, wait_for_text
+from .hands import wait_for_count, wait_for_text
 
 pytestmark = pytest.mark.browser
 

@@ -14,8 +14,13 @@ export function makeControl(id, field, offered) {
 function number(id, field) {
   if (field.choices.length) return choice(id, { ...field, choices: field.choices });
   const input = h("input", {
-    id, type: "number", inputmode: field.step === 1 ? "numeric" : "decimal",
-    min: field.min, max: field.max, step: field.step, placeholder: field.placeholder,
+    id,
+    type: "number",
+    inputmode: field.step === 1 ? "numeric" : "decimal",
+    min: field.min,
+    max: field.max,
+    step: field.step,
+    placeholder: field.placeholder,
   });
   const read = () => {
     if (input.validity.badInput) throw new NoValue("Write a number.");
@@ -26,7 +31,11 @@ function number(id, field) {
 
 function text(id, field) {
   const input = h("input", { id, type: "text", placeholder: field.placeholder, autocomplete: "off" });
-  return { element: input, read: () => input.value || undefined, write: (value) => (input.value = value ?? "") };
+  return {
+    element: input,
+    read: () => input.value || undefined,
+    write: (value) => (input.value = value ?? ""),
+  };
 }
 
 function choice(id, field) {
@@ -48,7 +57,11 @@ function json(id) {
       throw new NoValue(`This is no JSON: ${error.message}`);
     }
   };
-  return { element: area, read, write: (value) => (area.value = value === undefined ? "" : JSON.stringify(value)) };
+  return {
+    element: area,
+    read,
+    write: (value) => (area.value = value === undefined ? "" : JSON.stringify(value)),
+  };
 }
 
 /** A list of small objects, such as adapters with their scales. `offered` are names that the model has. */
@@ -60,14 +73,20 @@ function rows(id, field, offered = []) {
 
   function line(values) {
     const controls = [...field.parts].map(([name, part]) => {
-      const described = name === "name" && offered.length ? { ...part, kind: "choice", choices: offered } : part;
+      const described =
+        name === "name" && offered.length ? { ...part, kind: "choice", choices: offered } : part;
       const control = makeControl(null, { ...described, placeholder: name });
       control.element.setAttribute("aria-label", name);
       control.write(values[name]);
       return [name, control];
     });
     const remove = h("button", { type: "button", class: "quiet", "aria-label": "Remove" }, "×");
-    const row = h("div", { class: "row" }, controls.map(([, control]) => control.element), remove);
+    const row = h(
+      "div",
+      { class: "row" },
+      controls.map(([, control]) => control.element),
+      remove,
+    );
     remove.addEventListener("click", () => {
       known.delete(row);
       row.remove();
@@ -80,7 +99,10 @@ function rows(id, field, offered = []) {
 
   const read = () => {
     const values = [...known.values()].map((controls) =>
-      Object.fromEntries(controls.map(([name, one]) => [name, one.read()]).filter(([, v]) => v !== undefined)));
+      Object.fromEntries(
+        controls.map(([name, one]) => [name, one.read()]).filter(([, v]) => v !== undefined),
+      ),
+    );
     return values.length ? values : undefined;
   };
   const write = (values) => {

@@ -14,10 +14,16 @@ const AT_ONCE = 4; // browsers keep six connections to one service, and the flee
 const PREVIEWS = 8;
 const IDEAS = {
   "builtin:landscapes": [
-    "a lake at dusk, snowy mountains", "autumn trees on a meadow, a sunny day", "a desert at night, a full moon",
+    "a lake at dusk, snowy mountains",
+    "autumn trees on a meadow, a sunny day",
+    "a desert at night, a full moon",
   ],
 };
-const OTHER_IDEAS = ["a lighthouse in a storm, oil painting", "a fox asleep in autumn leaves", "a city street in the rain at night"];
+const OTHER_IDEAS = [
+  "a lighthouse in a storm, oil painting",
+  "a fox asleep in autumn leaves",
+  "a city street in the rain at night",
+];
 
 /** Starts the view. @returns {{offer, fail}} */
 export function startDraw(needKey) {
@@ -55,8 +61,25 @@ export function startDraw(needKey) {
     const known = picture.taken && taken.edits ? taken.edits : taken.fields;
     fields.offer(known, model());
     const ideas = IDEAS[model().alias_of ?? model().id] ?? OTHER_IDEAS;
-    byId("ideas").replaceChildren(...ideas.map((idea) =>
-      h("li", {}, h("button", { type: "button", class: "quiet", onclick: () => { byId("f-prompt").value = idea; } }, idea))));
+    byId("ideas").replaceChildren(
+      ...ideas.map((idea) =>
+        h(
+          "li",
+          {},
+          h(
+            "button",
+            {
+              type: "button",
+              class: "quiet",
+              onclick: () => {
+                byId("f-prompt").value = idea;
+              },
+            },
+            idea,
+          ),
+        ),
+      ),
+    );
   }
 
   async function submit(asked, source) {
@@ -110,7 +133,8 @@ export function startDraw(needKey) {
       taken = readDocument(document);
       picture.offer(taken.edits);
       stage.actions = Object.fromEntries(
-        Object.entries(stage.actions).filter(([label]) => label !== "Start from this" || taken.edits));
+        Object.entries(stage.actions).filter(([label]) => label !== "Start from this" || taken.edits),
+      );
       byId("model-field")?.remove();
       if (cards.length > 1) byId("fields").before(modelField(cards, offerFields));
       offerFields();
@@ -121,9 +145,14 @@ export function startDraw(needKey) {
 }
 
 function modelField(cards, changed) {
-  const options = cards.map((card) => h("option", { value: card.id }, card.alias_of ? `${card.id} (${card.alias_of})` : card.id));
-  return h("div", { class: "field", id: "model-field" },
+  const options = cards.map((card) =>
+    h("option", { value: card.id }, card.alias_of ? `${card.id} (${card.alias_of})` : card.id),
+  );
+  return h(
+    "div",
+    { class: "field", id: "model-field" },
     h("label", { for: "f-model" }, "Model"),
     h("select", { id: "f-model", "aria-describedby": "f-model-error", onchange: changed }, options),
-    h("p", { class: "error", id: "f-model-error" }));
+    h("p", { class: "error", id: "f-model-error" }),
+  );
 }

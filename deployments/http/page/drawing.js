@@ -6,7 +6,12 @@ import { stream } from "./service.js";
 
 /** Where a request stands. */
 export const State = Object.freeze({
-  ASKING: "asking", QUEUED: "queued", RUNNING: "running", DONE: "done", FAILED: "failed", CANCELLED: "cancelled",
+  ASKING: "asking",
+  QUEUED: "queued",
+  RUNNING: "running",
+  DONE: "done",
+  FAILED: "failed",
+  CANCELLED: "cancelled",
 });
 
 /**
@@ -117,7 +122,11 @@ export class Drawing extends EventTarget {
   _repaired({ lost_workers: lost, step }) {
     this.step = step;
     this.#pace = null;
-    this.#mark("repaired", step, `${lost.length ? `${workers(lost)} died` : "The gang broke"}; going on from step ${step}.`);
+    this.#mark(
+      "repaired",
+      step,
+      `${lost.length ? `${workers(lost)} died` : "The gang broke"}; going on from step ${step}.`,
+    );
   }
 
   #takeUp(gang, step) {
@@ -137,7 +146,10 @@ export class Drawing extends EventTarget {
     this.step = this.steps;
     this.#show({ ...result, b64_json: data });
     this.final = true;
-    this.#end(State.DONE, `The picture is finished, in ${result.timings.total_s.toFixed(1)} seconds, with seed ${result.seed}.`);
+    this.#end(
+      State.DONE,
+      `The picture is finished, in ${result.timings.total_s.toFixed(1)} seconds, with seed ${result.seed}.`,
+    );
   }
 
   #show({ b64_json: data, output_format: format }) {

@@ -7,13 +7,29 @@ import { isAsked } from "./schema.js";
 /** In this order, at once; what else the service takes is under "More settings". */
 const FIRST = ["negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "gang_size"];
 const LABELS = {
-  negative_prompt: "Negative prompt", num_inference_steps: "Steps", guidance_scale: "Guidance",
-  gang_size: "Gang", scheduler: "Scheduler", exchange: "Exchange", deadline_s: "Deadline, seconds",
-  guidance_rescale: "Guidance rescale", clip_skip: "CLIP skip", output_format: "Format",
-  output_compression: "Quality", loras: "Adapters", strength: "Strength",
+  negative_prompt: "Negative prompt",
+  num_inference_steps: "Steps",
+  guidance_scale: "Guidance",
+  gang_size: "Gang",
+  scheduler: "Scheduler",
+  exchange: "Exchange",
+  deadline_s: "Deadline, seconds",
+  guidance_rescale: "Guidance rescale",
+  clip_skip: "CLIP skip",
+  output_format: "Format",
+  output_compression: "Quality",
+  loras: "Adapters",
+  strength: "Strength",
 };
 /** The texts of the others are their descriptions in the document. */
-const QUIET = new Set(["negative_prompt", "size", "num_inference_steps", "guidance_scale", "seed", "gang_size"]);
+const QUIET = new Set([
+  "negative_prompt",
+  "size",
+  "num_inference_steps",
+  "guidance_scale",
+  "seed",
+  "gang_size",
+]);
 
 /** Of a field's control; its hint and its error have this and "-hint" or "-error". */
 export const idOf = (name) => `f-${name}`;
@@ -71,7 +87,9 @@ export class Fields {
 
   forgive() {
     document.querySelectorAll("#form .error").forEach((element) => (element.textContent = ""));
-    document.querySelectorAll("#form [aria-invalid]").forEach((input) => input.removeAttribute("aria-invalid"));
+    document
+      .querySelectorAll("#form [aria-invalid]")
+      .forEach((input) => input.removeAttribute("aria-invalid"));
   }
 
   #typed() {
@@ -95,20 +113,27 @@ export class Fields {
     const told = QUIET.has(name) ? "" : described.text;
     const target = control.element.querySelector(`#${id}`) ?? control.element;
     target.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
-    return h("div", { class: `field field-${name}` },
+    return h(
+      "div",
+      { class: `field field-${name}` },
       control.group
         ? h("span", { class: "label", id: `${id}-label` }, label(name))
         : h("label", { for: id }, label(name)),
       control.element,
       h("p", { class: "hint", id: `${id}-hint` }, told),
-      h("p", { class: "error", id: `${id}-error` }));
+      h("p", { class: "error", id: `${id}-error` }),
+    );
   }
 }
 
 /** What a model says of a field: its own value, and its limits. */
 function bounds(name, card) {
   const own = card.defaults?.[name];
-  const limits = { num_inference_steps: "max_steps", guidance_scale: "max_guidance_scale", clip_skip: "max_clip_skip" };
+  const limits = {
+    num_inference_steps: "max_steps",
+    guidance_scale: "max_guidance_scale",
+    clip_skip: "max_clip_skip",
+  };
   const found = own === null || own === undefined ? {} : { placeholder: String(own) };
   if (name in limits) found.max = card.limits?.[limits[name]];
   if (name === "negative_prompt") return { ...found, placeholder: "what it must not show" };
@@ -119,37 +144,72 @@ function bounds(name, card) {
 
 /** The names in what a model lists of a field, such as its adapters. */
 const namesOf = (listed) =>
-  Array.isArray(listed) ? listed.map((one) => (typeof one === "string" ? one : one?.name)).filter(Boolean) : [];
+  Array.isArray(listed)
+    ? listed.map((one) => (typeof one === "string" ? one : one?.name)).filter(Boolean)
+    : [];
 
 function size(field, card) {
   const [width, height] = (card.default_size ?? "x").split("x");
   const unit = card.size_unit ?? 8;
-  const side = (id, named, own) => h("input", {
-    id, type: "number", inputmode: "numeric", "aria-label": named, placeholder: own || "auto",
-    min: Math.ceil((card.limits?.min_side ?? unit) / unit) * unit, max: card.limits?.max_side, step: unit,
-  });
+  const side = (id, named, own) =>
+    h("input", {
+      id,
+      type: "number",
+      inputmode: "numeric",
+      "aria-label": named,
+      placeholder: own || "auto",
+      min: Math.ceil((card.limits?.min_side ?? unit) / unit) * unit,
+      max: card.limits?.max_side,
+      step: unit,
+    });
   const across = side("f-size", "Width in pixels", width);
   const down = side("f-size-height", "Height in pixels", height);
-  const turn = h("button", {
-    type: "button", class: "quiet", "aria-label": "Exchange width and height", title: "Exchange width and height",
-    onclick: () => ([across.value, down.value] = [down.value, across.value]),
-  }, "⇄");
+  const turn = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      "aria-label": "Exchange width and height",
+      title: "Exchange width and height",
+      onclick: () => ([across.value, down.value] = [down.value, across.value]),
+    },
+    "⇄",
+  );
   const read = () => {
     if (across.validity.badInput || down.validity.badInput) throw new NoValue("Write the sides in pixels.");
     if (!across.value && !down.value) return undefined;
     return `${across.value || width}x${down.value || height}`;
   };
   const write = (value) => ([across.value, down.value] = value ? value.split("x") : ["", ""]);
-  const element = h("div", { class: "pair", role: "group", "aria-labelledby": "f-size-label" }, across, turn, down);
+  const element = h(
+    "div",
+    { class: "pair", role: "group", "aria-labelledby": "f-size-label" },
+    across,
+    turn,
+    down,
+  );
   return { element, read, write, group: true };
 }
 
 function seed(field) {
-  const input = h("input", { id: "f-seed", type: "text", inputmode: "numeric", placeholder: "random", autocomplete: "off" });
-  const dice = h("button", {
-    type: "button", class: "quiet", "aria-label": "Draw a seed by lot", title: "Draw a seed by lot",
-    onclick: () => (input.value = crypto.getRandomValues(new Uint32Array(1))[0]),
-  }, "⚄");
+  const input = h("input", {
+    id: "f-seed",
+    type: "text",
+    inputmode: "numeric",
+    placeholder: "random",
+    autocomplete: "off",
+  });
+  const dice = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      "aria-label": "Draw a seed by lot",
+      title: "Draw a seed by lot",
+      onclick: () => (input.value = crypto.getRandomValues(new Uint32Array(1))[0]),
+    },
+    "⚄",
+  );
   const read = () => {
     const value = input.value.trim();
     if (!value) return undefined;
@@ -159,19 +219,40 @@ function seed(field) {
     }
     return Number(value);
   };
-  return { element: h("div", { class: "pair" }, input, dice), read, write: (value) => (input.value = value ?? "") };
+  return {
+    element: h("div", { class: "pair" }, input, dice),
+    read,
+    write: (value) => (input.value = value ?? ""),
+  };
 }
 
 function gang(field, card) {
   const sizes = ["auto", ...(card.gang_sizes ?? [])];
   const buttons = sizes.map((one, place) =>
-    h("label", {}, h("input", { type: "radio", name: "gang", id: place ? null : "f-gang_size", value: one, checked: !place }), String(one)));
-  const element = h("div", { class: "switch", role: "radiogroup", "aria-labelledby": "f-gang_size-label" }, buttons);
+    h(
+      "label",
+      {},
+      h("input", {
+        type: "radio",
+        name: "gang",
+        id: place ? null : "f-gang_size",
+        value: one,
+        checked: !place,
+      }),
+      String(one),
+    ),
+  );
+  const element = h(
+    "div",
+    { class: "switch", role: "radiogroup", "aria-labelledby": "f-gang_size-label" },
+    buttons,
+  );
   const inputs = buttons.map((button) => button.firstChild);
   const read = () => {
     const chosen = inputs.find((input) => input.checked)?.value ?? "auto";
     return chosen === "auto" ? undefined : Number(chosen);
   };
-  const write = (value) => inputs.forEach((input) => (input.checked = input.value === String(value ?? "auto")));
+  const write = (value) =>
+    inputs.forEach((input) => (input.checked = input.value === String(value ?? "auto")));
   return { element, read, write, group: true };
 }

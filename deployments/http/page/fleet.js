@@ -18,7 +18,8 @@ export class Fleet {
       const pool = this.pools.get(name);
       Object.assign(pool, { model: told.model, wait: told.predicted_wait_s ?? null });
       for (const gone of told.gone ?? []) pool.hosts.delete(gone);
-      for (const silent of told.silent ?? []) if (pool.hosts.has(silent)) pool.hosts.get(silent).silent = true;
+      for (const silent of told.silent ?? [])
+        if (pool.hosts.has(silent)) pool.hosts.get(silent).silent = true;
       for (const [id, hostNews] of Object.entries(told.hosts ?? {})) {
         if (!pool.hosts.has(id)) pool.hosts.set(id, new Host(id));
         happened.push(...pool.hosts.get(id).take(hostNews, this.#offset));
@@ -59,7 +60,8 @@ export class Host {
       if (outage.worker === index && outage.back === null) return { state: outage.died ? "dead" : "out" };
     }
     for (const segment of this.segments.values()) {
-      if (segment.ended === null && segment.workers.includes(index)) return { state: "busy", request: segment.request };
+      if (segment.ended === null && segment.workers.includes(index))
+        return { state: "busy", request: segment.request };
     }
     return { state: "free" };
   }
@@ -73,16 +75,27 @@ export class Host {
   }
 
   #count(state) {
-    return Array.from({ length: this.workers }, (_, index) => this.worker(index)).filter((w) => w.state === state).length;
+    return Array.from({ length: this.workers }, (_, index) => this.worker(index)).filter(
+      (w) => w.state === state,
+    ).length;
   }
 
   #segment(told, offset) {
     const known = this.segments.get(told.serial);
     const former = known ? known.former : this.#former(told);
     const segment = {
-      serial: told.serial, request: told.request, workers: told.workers, first: told.first_step,
-      began: told.began_at + offset, last: told.last_step ?? null, ended: told.ended_at ? told.ended_at + offset : null,
-      end: told.end ?? null, exchange: told.exchange ?? null, step: told.step_s ?? null, waited: told.waited ?? null, former,
+      serial: told.serial,
+      request: told.request,
+      workers: told.workers,
+      first: told.first_step,
+      began: told.began_at + offset,
+      last: told.last_step ?? null,
+      ended: told.ended_at ? told.ended_at + offset : null,
+      end: told.end ?? null,
+      exchange: told.exchange ?? null,
+      step: told.step_s ?? null,
+      waited: told.waited ?? null,
+      former,
     };
     this.segments.set(told.serial, segment);
     const happened = [];
@@ -98,7 +111,9 @@ export class Host {
 
   /** The segment of the same request before this one. */
   #former(told) {
-    const before = [...this.segments.values()].filter((one) => one.request === told.request && one.serial < told.serial);
+    const before = [...this.segments.values()].filter(
+      (one) => one.request === told.request && one.serial < told.serial,
+    );
     return before.at(-1) ?? null;
   }
 
@@ -110,12 +125,15 @@ export class Host {
     this.outages.set(id, outage);
     const happened = [];
     if (outage.died && !known?.died) happened.push({ at: outage.out, kind: "died", outage });
-    if (outage.died && back !== null && (known?.back ?? null) === null) happened.push({ at: back, kind: "replaced", outage });
+    if (outage.died && back !== null && (known?.back ?? null) === null)
+      happened.push({ at: back, kind: "replaced", outage });
     return happened;
   }
 
   #forget(before) {
-    for (const [serial, segment] of this.segments) if (segment.ended !== null && segment.ended < before) this.segments.delete(serial);
-    for (const [id, outage] of this.outages) if (outage.back !== null && outage.back < before) this.outages.delete(id);
+    for (const [serial, segment] of this.segments)
+      if (segment.ended !== null && segment.ended < before) this.segments.delete(serial);
+    for (const [id, outage] of this.outages)
+      if (outage.back !== null && outage.back < before) this.outages.delete(id);
   }
 }

@@ -13,27 +13,53 @@ export class Picture extends EventTarget {
   constructor(element) {
     super();
     this.element = element;
-    this.input = h("input", { id: "f-image", type: "file", accept: "image/png,image/jpeg,image/webp", "aria-describedby": "f-image-error" });
+    this.input = h("input", {
+      id: "f-image",
+      type: "file",
+      accept: "image/png,image/jpeg,image/webp",
+      "aria-describedby": "f-image-error",
+    });
     this.input.addEventListener("change", () => this.#take(this.input.files[0] ?? null));
     this.shown = h("img", { alt: "The picture to start from" });
     this.canvas = h("canvas", {
-      id: "f-mask", tabindex: 0, role: "application", "aria-describedby": "f-mask-hint f-mask-error",
+      id: "f-mask",
+      tabindex: 0,
+      role: "application",
+      "aria-describedby": "f-mask-hint f-mask-error",
       "aria-label": "Paint what is to be drawn anew",
     });
     this.brush = h("input", { id: "brush", type: "range", min: 2, max: 40, value: 12 });
     this.rub = h("input", { id: "rub", type: "checkbox" });
-    this.desk = h("div", { class: "desk", hidden: true },
+    this.desk = h(
+      "div",
+      { class: "desk", hidden: true },
       h("div", { class: "paper" }, this.shown, this.canvas),
-      h("div", { class: "actions" },
-        h("label", { for: "brush" }, "Brush"), this.brush,
+      h(
+        "div",
+        { class: "actions" },
+        h("label", { for: "brush" }, "Brush"),
+        this.brush,
         h("label", { class: "tick" }, this.rub, "Rub out"),
         h("button", { type: "button", onclick: () => this.#clear() }, "Clear"),
-        h("button", { type: "button", onclick: () => this.use(null) }, "No picture")),
-      h("p", { class: "hint", id: "f-mask-hint" },
-        "Paint what is to be drawn anew, or nothing for all of it. By keys: arrows move the brush, Space paints."),
-      h("p", { class: "error", id: "f-mask-error" }));
-    element.append(h("div", { class: "field" }, h("label", { for: "f-image" }, "Picture to start from"), this.input,
-      h("p", { class: "error", id: "f-image-error" })), this.desk);
+        h("button", { type: "button", onclick: () => this.use(null) }, "No picture"),
+      ),
+      h(
+        "p",
+        { class: "hint", id: "f-mask-hint" },
+        "Paint what is to be drawn anew, or nothing for all of it. By keys: arrows move the brush, Space paints.",
+      ),
+      h("p", { class: "error", id: "f-mask-error" }),
+    );
+    element.append(
+      h(
+        "div",
+        { class: "field" },
+        h("label", { for: "f-image" }, "Picture to start from"),
+        this.input,
+        h("p", { class: "error", id: "f-image-error" }),
+      ),
+      this.desk,
+    );
     this.#listen();
   }
 
@@ -95,7 +121,12 @@ export class Picture extends EventTarget {
       if (event.buttons) this.#paint(place(event));
     });
     canvas.addEventListener("keydown", (event) => {
-      const moves = { ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP] };
+      const moves = {
+        ArrowLeft: [-STEP, 0],
+        ArrowRight: [STEP, 0],
+        ArrowUp: [0, -STEP],
+        ArrowDown: [0, STEP],
+      };
       const move = moves[event.key];
       if (!move && event.key !== " ") return;
       event.preventDefault();

@@ -6,8 +6,19 @@ const PICTURES = new Set(["image", "image[]", "mask", "mask_image", "control"]);
 
 /** The page sets these itself. */
 const OWN = new Set([
-  "prompt", "model", "n", "stream", "progress", "partial_images", "response_format",
-  "quality", "moderation", "style", "background", "user", "input_fidelity",
+  "prompt",
+  "model",
+  "n",
+  "stream",
+  "progress",
+  "partial_images",
+  "response_format",
+  "quality",
+  "moderation",
+  "style",
+  "background",
+  "user",
+  "input_fidelity",
 ]);
 
 /**
@@ -38,8 +49,12 @@ function field(schema, schemas) {
     .map((form) => resolve(form, schemas))
     .filter((form) => form.type !== "null");
   const choices = forms.flatMap((form) => form.enum ?? ("const" in form ? [form.const] : []));
-  const found = { text: schema.description ?? whole.description ?? "", choices: choices.filter((c) => c !== null) };
-  const of = (...types) => forms.find((form) => types.includes(form.type) && !form.enum && !("const" in form));
+  const found = {
+    text: schema.description ?? whole.description ?? "",
+    choices: choices.filter((c) => c !== null),
+  };
+  const of = (...types) =>
+    forms.find((form) => types.includes(form.type) && !form.enum && !("const" in form));
   const number = of("integer", "number");
   const list = of("array");
   if (number) {

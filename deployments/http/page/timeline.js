@@ -17,7 +17,12 @@ export class Timeline {
     this.moving = svg("g");
     this.svg = svg("svg", { role: "img", height: ROW * host.workers }, this.moving);
     const times = [60, 45, 30, 15, 0].map((ago) => h("span", {}, ago ? `${ago} s` : "now"));
-    this.element = h("div", { class: "timeline" }, this.svg, h("div", { class: "times", "aria-hidden": "true" }, times));
+    this.element = h(
+      "div",
+      { class: "timeline" },
+      this.svg,
+      h("div", { class: "times", "aria-hidden": "true" }, times),
+    );
     this.width = 0;
     new ResizeObserver(([entry]) => {
       this.width = entry.contentRect.width;
@@ -30,9 +35,10 @@ export class Timeline {
   /** Show what the host has become; between two of these, `move` is enough. */
   draw() {
     if (!this.width) return;
-    const shown = new Set();
-    for (const segment of this.host.segments.values()) this.#place(shown, `s${segment.serial}`, segment.ended, segment.end, () => segmentMarks(segment), () => segment);
-    for (const [id, outage] of this.host.outages) this.#place(shown, `o${id}`, outage.back, outage.died, () => outageMarks(outage), () => outage);
+    const { segments, outages } = this.host;
+    const shown = new Set([...segments.keys(), ...outages.keys()]);
+    for (const [id, one] of segments) this.#place(id, one, one.ended, `${one.end}`, segmentMarks);
+    for (const [id, one] of outages) this.#place(id, one, one.back, `${one.back} ${one.died}`, outageMarks);
     for (const [id, { group }] of this.#bars) {
       if (shown.has(id)) continue;
       group.remove();
@@ -56,15 +62,15 @@ export class Timeline {
     return ((at - this.#zero) * this.width) / MINUTE;
   }
 
-  #place(shown, id, ended, end, make, item) {
-    shown.add(id);
+  /** Make the bars of something anew if its `state` is another one. */
+  #place(id, item, ended, state, make) {
     const known = this.#bars.get(id);
-    if (known && known.end === end && known.ended === ended) return;
+    if (known && known.state === state) return;
     known?.group.remove();
-    const group = make();
-    size(group, this.#x(began(item())), this.#x(ended ?? Date.now() / 1000));
+    const group = make(item);
+    size(group, this.#x(began(item)), this.#x(ended ?? Date.now() / 1000));
     this.moving.append(group);
-    this.#bars.set(id, { group, item: item(), end, ended, grows: ended === null });
+    this.#bars.set(id, { group, item, state, grows: ended === null });
   }
 
   #inWords() {
@@ -80,12 +86,21 @@ const began = (item) => item.began ?? item.out;
 
 /** A bar in each row of its gang, and a mark at its beginning or end. */
 function segmentMarks(segment) {
-  const group = svg("g", { class: `segment ${colourOf(segment.request)}`, "data-end": segment.end, "data-request": segment.request },
-    svg("title", {}, describe(segment)));
+  const group = svg(
+    "g",
+    {
+      class: `segment ${colourOf(segment.request)}`,
+      "data-end": segment.end,
+      "data-request": segment.request,
+    },
+    svg("title", {}, describe(segment)),
+  );
   const open = segment.end === "broken" ? "bar broken" : "bar";
-  for (const row of segment.workers) group.append(svg("rect", { class: open, y: row * ROW + (ROW - BAR) / 2, height: BAR, rx: 4 }));
+  for (const row of segment.workers)
+    group.append(svg("rect", { class: open, y: row * ROW + (ROW - BAR) / 2, height: BAR, rx: 4 }));
   const top = Math.min(...segment.workers) * ROW + ROW / 2;
-  if (segment.former) group.append(mark(segment.former.end === "broken" ? "repaired" : "regrouped", top, "first"));
+  if (segment.former)
+    group.append(mark(segment.former.end === "broken" ? "repaired" : "regrouped", top, "first"));
   if (segment.end === "cancelled" || segment.end === "failed") group.append(mark(segment.end, top, "last"));
   return group;
 }
@@ -93,14 +108,23 @@ function segmentMarks(segment) {
 function outageMarks(outage) {
   const kind = outage.died ? "dead" : "out";
   const text = outage.died ? `Worker ${outage.worker} died` : `Worker ${outage.worker} was linked anew`;
-  const back = outage.back === null ? "" : `, ${seconds(outage.back - outage.out)} until it could be lent again`;
-  return svg("g", { class: `outage ${kind}` }, svg("title", {}, text + back),
-    svg("rect", { class: "bar", y: outage.worker * ROW + (ROW - BAR) / 2, height: BAR, rx: 4 }));
+  const back =
+    outage.back === null ? "" : `, ${seconds(outage.back - outage.out)} until it could be lent again`;
+  return svg(
+    "g",
+    { class: `outage ${kind}` },
+    svg("title", {}, text + back),
+    svg("rect", { class: "bar", y: outage.worker * ROW + (ROW - BAR) / 2, height: BAR, rx: 4 }),
+  );
 }
 
 const mark = (kind, y, place) =>
-  svg("g", { class: `mark ${kind}`, "data-place": place, "data-y": y },
-    svg("circle", { r: 8 }), svg("text", { y: 0.5 }, MARKS[kind]));
+  svg(
+    "g",
+    { class: `mark ${kind}`, "data-place": place, "data-y": y },
+    svg("circle", { r: 8 }),
+    svg("text", { y: 0.5 }, MARKS[kind]),
+  );
 
 /** Let the bars of a group begin and end there, and its marks be at their ends. */
 function size(group, from, to) {
@@ -114,7 +138,8 @@ function size(group, from, to) {
 }
 
 function describe(segment) {
-  const steps = segment.last === null ? `from step ${segment.first}` : `steps ${segment.first} to ${segment.last}`;
+  const steps =
+    segment.last === null ? `from step ${segment.first}` : `steps ${segment.first} to ${segment.last}`;
   const parts = [`${nameOf(segment.request)}: ${steps} by ${workers(segment.workers)}`];
   if (segment.exchange) parts.push(segment.exchange);
   if (segment.step) parts.push(`${seconds(segment.step)} a step`);

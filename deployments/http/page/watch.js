@@ -12,9 +12,15 @@ const AGAIN_MS = [1000, 2000, 5000, 10000]; // waits before the service is asked
 const OPEN = 12; // hosts whose timelines are shown unasked
 
 /** What the marks of timelines mean. */
-const KEY = () => h("p", { class: "key" },
-  h("span", {}, h("b", {}, "◆"), "regrouped"), h("span", {}, h("b", {}, "✚"), "repaired"),
-  h("span", {}, h("b", {}, "×"), "cancelled"), h("span", {}, h("b", { class: "swatch" }), "worker died, until it is replaced"));
+const KEY = () =>
+  h(
+    "p",
+    { class: "key" },
+    h("span", {}, h("b", {}, "◆"), "regrouped"),
+    h("span", {}, h("b", {}, "✚"), "repaired"),
+    h("span", {}, h("b", {}, "×"), "cancelled"),
+    h("span", {}, h("b", { class: "swatch" }), "worker died, until it is replaced"),
+  );
 
 /** Starts the view. @returns {{show}} `show(false)` asks for nothing any more. */
 export function startWatch(element, needKey) {
@@ -27,9 +33,15 @@ export function startWatch(element, needKey) {
   const exchange = h("div", { class: "card panel" });
   const happenings = new Happenings();
   element.append(
-    h("div", { class: "watch-top" }, h("h2", {}, "The fleet, live"), state), overview,
-    h("div", { class: "watch-body" }, h("div", { class: "pools-and-key" }, pools, KEY()),
-      h("div", { class: "side" }, atWork, exchange, happenings.element)));
+    h("div", { class: "watch-top" }, h("h2", {}, "The fleet, live"), state),
+    overview,
+    h(
+      "div",
+      { class: "watch-body" },
+      h("div", { class: "pools-and-key" }, pools, KEY()),
+      h("div", { class: "side" }, atWork, exchange, happenings.element),
+    ),
+  );
 
   let leave = null;
   let timer = 0;

@@ -73,6 +73,11 @@ class Endless(FakeService):
             self.over += 1
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "EACH_S", 0.0)
+
+
 def do(scene: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scene, 10))
 
@@ -100,6 +105,7 @@ def test_news_come_as_server_sent_events_and_the_stream_ends_with_them() -> None
     assert "end" not in first["pools"]["pool"]["hosts"]["a"]["segments"][0]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_all_who_watch_share_one_look_which_ends_with_the_last_of_them() -> None:
     async def scene() -> None:
         service = Endless()
@@ -129,6 +135,7 @@ def test_all_who_watch_share_one_look_which_ends_with_the_last_of_them() -> None
     do(scene())
 
 
+@pytest.mark.usefixtures("at_once")
 def test_who_does_not_keep_up_is_sent_away_and_holds_nobody_up() -> None:
     async def scene() -> None:
         service = Endless()
@@ -146,6 +153,28 @@ def test_who_does_not_keep_up_is_sent_away_and_holds_nobody_up() -> None:
     do(scene())
 
 
+def test_the_more_watch_the_less_often_is_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        watching = Watch(FakeService(news=[fleet(True), fleet(), fleet()]))
+        for _ in range(3):
+            watching.join()
+        for _ in range(5):
+            await settle()
+        assert slept == [0.6, 0.6, 0.6]
+
+    slept: list[float] = []
+    own = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if seconds:
+            slept.append(round(seconds, 3))
+        await own(0)
+
+    monkeypatch.setattr(watch.asyncio, "sleep", sleep)
+    do(scene())
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_look_that_fails_ends_the_streams_and_the_next_looks_again() -> None:
     class Broken(FakeService):
         async def watch(self) -> AsyncGenerator[FleetNews, None]:
@@ -182,7 +211,7 @@ def test_a_stream_has_an_end_and_is_kept_alive_until_then(monkeypatch: pytest.Mo
     monkeypatch.setattr(watch, "KEEP_ALIVE_S", 0.1)
     with serving(Endless()) as url:
         text = httpx.get(f"{url}/v1/fleet/events", timeout=20).text
-    assert text.startswith("event: fleet.news") and 3 <= text.count("\n:\n") <= 5
+    assert text.startswith("event: fleet.news") and 1 <= text.count("\n:\n") <= 6
 
 
 def test_a_client_that_leaves_watches_no_more() -> None:
@@ -218,9 +247,22 @@ def test_what_ended_long_ago_is_forgotten_and_what_goes_on_is_not() -> None:
     open_ = OutageStatus(worker=1, out_at=0.0, died=True)
     new = fleet(gone=("b",), a=host(95.0, segment(3, ended_at=90.0), outages=[old, open_]))
     told = merged(known, new).pools["pool"]
-    assert [one.serial for one in told.hosts["a"].segments] == [2, 3] and told.hosts.keys() == {"a"}
+    assert [one.serial for one in told.hosts["a"].segments] == [3, 2] and told.hosts.keys() == {"a"}
     assert told.hosts["a"].outages == [open_] and told.hosts["a"].now == 95.0
-    assert told.hosts["a"].segments[1].ended_at == 90.0
+    assert told.hosts["a"].segments[0].ended_at == 90.0
+
+
+def test_what_is_told_at_once_is_bounded_however_many_hosts_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "TOLD_AT_ONCE", 40)
+    hosts = {
+        f"h{n}": host(5.0, segment(0), *(segment(s, ended_at=s) for s in range(1, 30))) for n in range(4)
+    }
+    known = merged(fleet(True), fleet(**hosts))
+    assert [one.serial for one in known.pools["pool"].hosts["h0"].segments] == [*range(20, 30), 0]
+    many = merged(known, fleet(**{f"g{n}": host(5.0, segment(1, ended_at=1.0)) for n in range(100)}))
+    assert sum(len(one.segments) for one in many.pools["pool"].hosts.values()) <= 40 + 4
 
 
 def test_a_host_is_silent_until_it_answers_again() -> None:
