@@ -14,18 +14,13 @@ _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scali
 
 @torch.no_grad()
 def weights_of(network: nn.Module) -> list[torch.Tensor]:
-    """One number of every matrix, those of adapters too: an adapter that was merged has changed them all.
+    """One number of every parameter, those of adapters too: an adapter that was merged has changed them all.
 
     Not of those that are elsewhere (on the meta device), or that are made of several tensors.
     """
     numbers = defaultdict(list)
     for weight in network.parameters():
-        if (
-            weight.ndim > 1
-            and type(weight) is nn.Parameter
-            and weight.numel()
-            and weight.device.type != "meta"
-        ):
+        if type(weight) is nn.Parameter and weight.numel() and weight.device.type != "meta":
             number = weight[(-1,) * weight.ndim]
             if weight.dtype.itemsize == 1:
                 number = number.view(torch.uint8)  # few operations know such small floats
