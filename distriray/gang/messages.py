@@ -49,6 +49,10 @@ class SegmentOrder:
     preview_steps: frozenset[int] = frozenset()
 
 
+class StateLost(Exception):
+    """A process has not sent the state that it was to: it died before it had, or it cannot."""
+
+
 class StopSignal(StrEnum):
     """Why a running segment is to leave after the step it is in."""
 
