@@ -193,6 +193,8 @@ class Job:
             for step, image in worked[0].previews:
                 self._show(step, image)
         self._failures += result.failures
+        if result.mute is not None:
+            self.held.pop(result.mute, None)
         self.held.update(held)
         self.workers = None
         self._become(JobState.WAITING)

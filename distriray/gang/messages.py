@@ -55,6 +55,10 @@ class SegmentOrder:
     adapters: tuple[AdapterSpec, ...] = ()
 
 
+class StateLost(Exception):
+    """A process has not sent the state that it was to: it died before it had, or it cannot."""
+
+
 class StopSignal(StrEnum):
     """Why a running segment is to leave after the step it is in."""
 

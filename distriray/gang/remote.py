@@ -14,17 +14,13 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ..collective import serve_store
 from ..picture import Picture
 from .config import HostConfig
-from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
+from .messages import GangMembership, Progress, RankResult, SegmentOrder, StateLost, StopSignal, WorkerFacts
 from .placement import Placement
 from .worker import Worker
 
 
 class WorkerDied(Exception):
     """The process is gone, or nothing can be sent to it."""
-
-
-class StateLost(Exception):
-    """The process that was to send a state died before it had."""
 
 
 class RemoteWorker(Protocol):

@@ -20,17 +20,21 @@ class SegmentResult:
         ranks: results of the processes that can be relied on, lowest rank first.
         lost: the processes that died, hung or failed.
         failures: what the failed ones reported.
+        mute: the process that was to send the request's state and has not: what it holds is of no use.
     """
 
     ranks: dict[WorkerId, RankResult]
     lost: tuple[WorkerId, ...] = ()
     failures: tuple[str, ...] = ()
+    mute: WorkerId | None = None
 
     @property
     def held(self) -> dict[WorkerId, int]:
         """The step at which each process holds the request's state."""
         return {
-            worker: rank.step for worker, rank in self.ranks.items() if rank.end is not SegmentEnd.REFUSED
+            worker: rank.step
+            for worker, rank in self.ranks.items()
+            if rank.end is not SegmentEnd.REFUSED and worker != self.mute
         }
 
     @property
@@ -75,4 +79,6 @@ class SegmentResult:
     def causes(self) -> list[str]:
         """Why the gang was interrupted, for the request's owner."""
         causes = {rank.cause for rank in self.ranks.values() if rank.cause} | set(self.failures)
+        if self.mute is not None:
+            causes.add(f"worker {self.mute.index} did not send the request's state")
         return sorted(causes) or [f"lost workers {[worker.index for worker in self.lost]}"]

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from ..routing.latency import Times
 from .config import HostConfig
 from .job import Job
-from .messages import Progress, RankResult, SegmentEnd, SegmentOrder, WorkerId
+from .messages import Progress, RankResult, SegmentEnd, SegmentOrder, StateLost, WorkerId
 from .patience import Patience
-from .remote import RemoteWorker, StateLost, WorkerDied
+from .remote import RemoteWorker, WorkerDied
 from .segment_result import SegmentResult
 from .worker_group import WorkerGroup
 
@@ -45,8 +45,10 @@ class RunningSegment:
             raise LookupError(f"workers {job.workers} are not linked; there is {sorted(group.communicators)}")
         gang = [member for member in members if member is not None]
         state, holders = None, job.holders
+        self._sender: WorkerId | None = None
         if holders and not holders.issuperset(member.id for member in gang):
-            sender = group.remote(min(holders))
+            self._sender = min(holders)
+            sender = group.remote(self._sender)
             assert sender is not None, "a job loses its holders when they die"
             state = sender.export(job.number)
         self.workers = [member.id for member in gang]
@@ -91,6 +93,7 @@ class RunningSegment:
         ranks: dict[WorkerId, RankResult] = {}
         lost: list[WorkerId] = []
         failures: list[str] = []
+        mute: WorkerId | None = None
         pending, trouble = set(self._running), False
 
         def give_up(worker: WorkerId, cause: str) -> None:
@@ -111,8 +114,8 @@ class RunningSegment:
                     rank = future.result()
                 except WorkerDied:
                     give_up(worker, "died")
-                except StateLost:
-                    pass  # it has not begun, as if it were not there
+                except StateLost:  # it has not begun, as if it were not there
+                    mute = self._sender
                 except Exception as error:
                     give_up(worker, f"failed: {error!r}")
                     failures.append(repr(error))
@@ -134,7 +137,7 @@ class RunningSegment:
             for future in pending:
                 self._group.replace(self._running[future], cause)
         in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
-        return SegmentResult(in_order, tuple(lost), tuple(failures))
+        return SegmentResult(in_order, tuple(lost), tuple(failures), mute)
 
     async def _follow(self, on_progress: Callable[[Progress], None]) -> None:
         seen = self._job.step

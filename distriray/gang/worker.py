@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,14 @@ from ..collective import open_store
 from ..picture import Picture
 from .config import HostConfig
 from .devices import DEVICES
-from .messages import GangMembership, Progress, RankResult, SegmentOrder, StopSignal, WorkerFacts
+from .messages import GangMembership, Progress, RankResult, SegmentOrder, StateLost, StopSignal, WorkerFacts
 
 if TYPE_CHECKING:
     from .runner import SegmentRunner
 
 T = TypeVar("T")
+
+log = logging.getLogger("ray.serve.distriray.worker")
 
 
 class Worker:
@@ -106,8 +109,16 @@ class Worker:
         self.runner.control.stop(serial, signal)
 
     async def export(self, job: int) -> bytes:
-        """A job's state, for a worker that lacks it."""
-        return await asyncio.to_thread(self.runner.export, job)
+        """A job's state, for a worker that lacks it.
+
+        Raises:
+            StateLost: whatever went wrong. Whoever is sent the state raises it too, and is not to blame.
+        """
+        try:
+            return await asyncio.to_thread(self.runner.export, job)
+        except Exception as error:
+            log.exception("the state of job %d cannot be sent", job)
+            raise StateLost(f"the state cannot be sent: {error!r}") from error
 
     async def retain(self, jobs: Collection[int], newest: int) -> None:
         """Drop the states of jobs that are over; later ones than `newest` are not meant."""

@@ -229,8 +229,13 @@ class WorkerGroup:
         return self._owner.at_rest() if at_rest else nullcontext()
 
     async def _link_all(self) -> str | None:
-        """`_link` until nobody fails, or why somebody does. Who fails alone is given up."""
+        """`_link` until nobody fails, or why somebody does. Who fails alone is given up.
+
+        Nobody is to blame for a peer that is silent: it answers again, or `_watch` replaces it.
+        """
         for _ in range(REPAIR_ATTEMPTS):
+            if answers := [member.remote.ping() for member in self.members]:
+                await asyncio.wait(answers, timeout=HEARTBEAT_S + self.config.silence_s)
             failed = await self._link()
             if not failed:
                 return None

@@ -80,19 +80,22 @@ def check_same_image(
     _compare(communicator, compared._replace(numbers=numbers))
 
 
-def check_same_latents(communicator: Communicator, latents: torch.Tensor, in_patches: bool) -> None:
-    """Compare what the ranks are to decode, and whether they can decode it in patches.
+def check_same_latents(
+    communicator: Communicator, latents: torch.Tensor, in_patches: bool, weights: Tensors
+) -> None:
+    """Compare what the ranks are to decode, with which weights, and whether they can decode it in patches.
 
     Args:
         latents: (batch, channels, rows, columns).
         in_patches: whether this rank's decoder and these latents can be cut into patches.
+        weights: some of this rank's decoder's.
 
     Raises:
         GangMismatch: on every rank, naming what differs and the values.
         GangBroken: a peer died or hung.
     """
     numbers = {**described(latents), "decoding in patches": float(in_patches)}
-    _compare(communicator, Compared(numbers, near={"latents": latents}))
+    _compare(communicator, Compared(numbers, {"latents": latents}, {"weights of the decoder": weights}))
 
 
 def _compare(communicator: Communicator, compared: Compared) -> None:

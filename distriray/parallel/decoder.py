@@ -15,6 +15,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.gather import Gather
 from distriray.parallel.layout import GangLayout
+from distriray.parallel.networks.likeness import weights_of
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.spatial import takes_whole
 from distriray.parallel.networks.vae import can_be_cut, convert_decoder, picture_partition
@@ -70,7 +71,7 @@ class PatchDecoder:
             (batch, channels, pixel rows, pixel columns).
 
         Raises:
-            GangMismatch: the ranks were called with different latents, or have different layers.
+            GangMismatch: the ranks were called with different latents, or have different layers or weights.
             GangBroken: a peer died or hung, or did not decode.
         """
         gang = self.communicator
@@ -78,7 +79,7 @@ class PatchDecoder:
             return self._network(sample, latent_embeds)
         enough = sample.shape[2] >= gang.world_size
         in_patches = enough and can_be_cut(self._decoder, self.local, self._network)
-        check_same_latents(gang, sample, in_patches)
+        check_same_latents(gang, sample, in_patches, weights_of(self._decoder))
         if not in_patches:
             return self._network(sample, latent_embeds)
         return self._decode_rows(gang, sample, latent_embeds)

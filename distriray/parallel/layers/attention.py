@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
@@ -204,3 +205,11 @@ def check_plain_attention(name: str, attn: Attention) -> None:
             raise UnsupportedModel(f"{name} has a {extra}, which no supported network has there")
     if attn.residual_connection or attn.rescale_output_factor != 1.0 or attn.added_kv_proj_dim is not None:
         raise UnsupportedModel(f"{name} is not the attention of a supported network")
+    if not has_own_scale(attn):
+        raise UnsupportedModel(f"{name} has a scale of {attn.scale:g}, not of its heads' channels")
+
+
+def has_own_scale(attn: Attention) -> bool:
+    """Whether logits are divided by the root of a head's channels, as everything but `AttnProcessor` does."""
+    scale: float = attn.scale
+    return math.isclose(scale, (attn.inner_dim // attn.heads) ** -0.5)

@@ -15,7 +15,7 @@ _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scali
 
 @torch.no_grad()
 def weights_of(network: nn.Module) -> list[torch.Tensor]:
-    """One number of every matrix, those of adapters in use too: one that was merged has changed them all.
+    """One number of every parameter, those of adapters in use too: one that was merged has changed them all.
 
     Not of those that are elsewhere (on the meta device), or that are made of several tensors.
     """
@@ -25,8 +25,7 @@ def weights_of(network: nn.Module) -> list[torch.Tensor]:
     named = ((name.replace(".base_layer", ""), weight) for name, weight in network.named_parameters())
     for _, weight in sorted(named, key=itemgetter(0)):
         if (
-            weight.ndim > 1
-            and type(weight) is nn.Parameter
+            type(weight) is nn.Parameter
             and weight.numel()
             and weight.device.type != "meta"
             and id(weight) not in idle

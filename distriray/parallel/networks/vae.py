@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import nn
 
 from distriray.parallel.context import PatchContext
-from distriray.parallel.layers.attention import PatchSpatialAttention
+from distriray.parallel.layers.attention import PatchSpatialAttention, has_own_scale
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
@@ -54,6 +54,8 @@ def can_be_cut(decoder: Decoder, local: LocalCode | None = None, forward: Any = 
                 return False
         elif isinstance(module, Attention):
             if type(module.processor) not in SELF_ATTENTION or module.spatial_norm:
+                return False
+            if not has_own_scale(module):
                 return False
         elif type(module).__name__ == "SpatialNorm":
             return False

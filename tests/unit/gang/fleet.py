@@ -21,10 +21,11 @@ from distriray.gang.messages import (
     RankResult,
     SegmentEnd,
     SegmentOrder,
+    StateLost,
     StopSignal,
     WorkerFacts,
 )
-from distriray.gang.remote import StateLost, WorkerDied
+from distriray.gang.remote import WorkerDied
 from distriray.picture import Picture
 from distriray.requests import GenerationRequest, StepCount
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
@@ -47,7 +48,8 @@ class Sent:
 
 
 class FakeWorker:
-    """One process. A test may let it `die`, and set what it `raises` or `refuses` and whether it `hangs`.
+    """One process. A test may let it `die`, and set what it `raises` or `refuses`, whether it `hangs`, and
+    whether it is `mute`: it cannot send the states that it has.
 
     One that is `stuck`, before its first step ("prepare"), in a later "step" or in its "decode", answers all
     else.
@@ -56,7 +58,7 @@ class FakeWorker:
     def __init__(self, fleet: FakeFleet, index: int) -> None:
         self.fleet, self.index = fleet, index
         self.alive = True
-        self.hangs = False
+        self.hangs = self.mute = False
         self.stuck = fleet.stuck.get(index, "")
         self.raises: Exception | None = None
         self.refuses: DistrirayError | None = None
@@ -150,11 +152,11 @@ class FakeWorker:
 
     async def _run(self, order: SegmentOrder, state: Sent | None) -> RankResult:
         if state is not None:
-            if not state.sender.alive:
-                raise StateLost("its sender died")
+            if not state.sender.alive or state.sender.mute:
+                raise StateLost("its sender died, or cannot")
             self.states[order.job] = state.step
         elif order.step == 0:
-            self.states.setdefault(order.job, 0)
+            self.states[order.job] = 0
         if self.raises is None and self.refuses is None:
             assert self.states[order.job] == order.step, "the host takes this worker for a holder"
         assert order.communicator in self.communicators
@@ -193,8 +195,13 @@ class FakeGang:
         self.members.append(worker)
         if len(self.members) == self.size:
             self._stepping = asyncio.ensure_future(self._steps())
+        waits = round(worker.fleet.timeout_s / STEP_S)  # counted: a busy machine is no silent peer
         while self._stepping is None:
             await asyncio.sleep(STEP_S)
+            waits -= 1
+            if waits < 0:
+                self.over = True
+                return RankResult(SegmentEnd.BROKEN, order.step, 0, cause="a peer did not come", broken=True)
         ending = await asyncio.shield(self._stepping)
         while worker.hangs or (worker.stuck == "decode" and order.rank == 0):
             await asyncio.sleep(STEP_S)

@@ -17,7 +17,10 @@ from ray.exceptions import ActorDiedError, RayTaskError
 import deployments
 import distriray.gang
 from distriray.gang.background import Background
-from distriray.gang.remote import RemoteWorker, StateLost, WorkerDied, _Actor
+from distriray.gang.messages import StateLost
+from distriray.gang.remote import RemoteWorker, WorkerDied, _Actor
+from distriray.gang.worker import Worker
+from distriray.models import ModelSpec
 
 from .fleet import CALLER, until
 
@@ -114,8 +117,22 @@ def test_what_a_worker_is_called_with_and_raises_arrives_as_it_is() -> None:
             await answer(task_error(ZeroDivisionError()))
         with pytest.raises(StateLost):
             await answer(task_error(ActorDiedError()))
+        with pytest.raises(StateLost, match="no memory"):
+            await answer(task_error(StateLost("no memory")))
 
     asyncio.run(scene())
+
+
+def test_whoever_cannot_send_a_state_says_so_and_is_not_taken_for_whom_it_was_sent_to() -> None:
+    """Ray lets a call raise what made its argument, as if it were its own error."""
+
+    def fails(job: int) -> bytes:
+        raise RuntimeError(f"device-side assert, job {job}")
+
+    worker = Worker(ModelSpec(), "cpu", "", 1.0)
+    worker._runner = SimpleNamespace(export=fails)  # type: ignore[assignment]
+    with pytest.raises(StateLost, match="cannot be sent: .*device-side assert, job 3"):
+        asyncio.run(worker.export(3))
 
 
 def test_tasks_and_timers_of_an_owner_have_an_empty_context_and_tell_their_errors() -> None:

@@ -20,7 +20,7 @@ from distriray.gang import segments
 from distriray.gang.admission import admit
 from distriray.gang.calibrate import calibrate
 from distriray.gang.job import Job
-from distriray.gang.messages import Progress, SegmentOrder, StopSignal
+from distriray.gang.messages import Progress, SegmentOrder, StopSignal, WorkerId
 from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
 from distriray.gang.speed import Speed
@@ -294,6 +294,28 @@ def test_holders_that_die_while_a_request_waits_send_it_back_to_the_step_of_the_
                 fleet.at(index).die()
             result = await job.ended
             assert result.segments[-1].first_step == min(before.values()) >= 30
+
+    do(scene())
+
+
+@pytest.mark.parametrize("gang", [(0, 1), (1,)], ids=str)
+@pytest.mark.parametrize("earlier", [(), (2, 3)], ids=["no other has it", "others have an earlier one"])
+def test_a_worker_that_cannot_send_a_state_costs_what_only_it_had_and_no_worker(
+    earlier: tuple[int, ...], gang: tuple[int, ...]
+) -> None:
+    async def scene() -> None:
+        gangs = [each for each in (earlier, (0,), gang) if each]
+        async with FakeHost(4, policy := Script(gangs, every=LONG), **opened()) as host:
+            job = host.accept(num_inference_steps=300)
+            for policy.at, workers in enumerate(gangs[:-1]):
+                host.dispatcher._decide()
+                await until(lambda gang=workers: job.workers == gang and job.step >= 20 * (policy.at + 1))
+            kept = job.held.get(WorkerId(2, 2), 0)
+            host.fleet.at(0).mute = True
+            policy.at += 1
+            result = await job.ended
+            assert result.segments[-1].workers == gang and result.segments[-1].first_step == kept
+            assert len(host.fleet.launched) == 4 and (kept >= 20) == bool(earlier)
 
     do(scene())
 

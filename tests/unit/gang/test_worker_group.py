@@ -155,6 +155,22 @@ def test_a_silent_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     do(scene())
 
 
+def test_a_worker_that_is_silent_for_longer_than_gangs_are_waited_for_costs_nobody_else() -> None:
+    """A pause of many timeouts, but not as long as a worker may be silent."""
+
+    async def scene() -> None:
+        async with Scene() as at:
+            at.fleet.at(1).hangs = True
+            at.group.reform(at.ids())
+            await asyncio.sleep(2 * (REPAIR_ATTEMPTS + 1) * at.fleet.timeout_s)
+            assert at.group.failure is None and not at.group.healthy
+            at.fleet.at(1).hangs = False
+            await until(lambda: at.group.healthy == {0, 1})
+            assert len(at.fleet.launched) == 2 and not at.told.dead
+
+    do(scene())
+
+
 def test_no_error_of_a_background_task_goes_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with Scene() as s:

@@ -115,6 +115,11 @@ GIVEN: dict[str, tuple[Give, str]] = {
     "no adapter": (lambda unet, given: unet.disable_adapters(), "adapters, their scales, or which"),
     "merged": (merged, "sum of the weights"),
     "other weights": (lambda unet, given: unet.conv_in.weight.data.mul_(2), "sum of the weights"),
+    "other bias": (lambda unet, given: unet.conv_in.bias.data.add_(0.1), "sum of the weights"),
+    "other norm": (
+        lambda unet, given: unet.mid_block.resnets[0].norm1.weight.data.mul_(1.1),
+        "sum of the weights",
+    ),
     "processor": (
         lambda unet, given: (
             unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(SlicedAttnProcessor(1))

@@ -158,6 +158,9 @@ def _different(communicator: Communicator, what: str) -> str:
             pipeline.vae.decode(latents((1 + communicator.rank, 4, 16, 8)))
         elif what == "dtype":
             pipeline.vae.double().decode(latents((1, 4, 16, 8)).double())
+        elif what == "weights":
+            pipeline.vae.decoder.conv_out.bias.data.add_(0.1)
+            pipeline.vae.decode(latents((1, 4, 16, 8)))
         elif what == "rows":
             pipeline.vae.decode(latents((1, 4, 1, 8)))
         elif what == "layers":
@@ -175,6 +178,7 @@ def _different(communicator: Communicator, what: str) -> str:
     [
         ("latents", "GangMismatch: .*batch 1 and 2"),
         ("dtype", "GangMismatch: .*precision of the latents"),
+        ("weights", "GangMismatch: .*sum of the weights of the decoder"),
         ("rows", "GangMismatch: .*rows 16 and 1"),
         ("layers", "GangMismatch: .*decoding in patches 1 and 0"),
         ("call", "GangMismatch: .*one is denoising while the other is decoding"),

@@ -46,7 +46,7 @@ def test_garbage_of_an_aborted_transfer_is_no_result() -> None:
 def test_equal_latents_are_equal_also_if_they_are_not_finite(value: float) -> None:
     def rank(communicator: Communicator, other: float) -> None:
         latents = torch.full((1, 4, 8, 8), value if communicator.rank == 0 else other)
-        check_same_latents(communicator, latents, True)
+        check_same_latents(communicator, latents, True, None)
 
     run_in_lockstep(2, lambda communicator: rank(communicator, value))
     with pytest.raises(GangMismatch, match="rank 0 and rank 1 .* sum of the latents"):

@@ -148,6 +148,14 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda unet: unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True)),
         "conv1 has an adapter with a DoraConv2dVariant",
     ),
+    "scale of attention": (
+        lambda unet: setattr(transformer(unet).attn1, "scale", 0.1),
+        "attn1 has a scale of 0.1",
+    ),
+    "scale of cross-attention": (
+        lambda unet: setattr(transformer(unet).attn2, "scale", 0.1),
+        "attn2 has a scale of 0.1",
+    ),
     "normalized text": (
         lambda unet: setattr(transformer(unet).attn2, "norm_cross", nn.LayerNorm(32)),
         "attn2 has a norm_cross",
@@ -307,6 +315,7 @@ def test_a_vae_with_code_of_others_is_decoded_whole() -> None:
         lambda decoder: decoder.mid_block.register_forward_hook(less_its_mean),
         lambda decoder: setattr(decoder.up_blocks[0], "forward", functools.partial(adaptive, decoder)),
         lambda decoder: recast(decoder, decoder.up_blocks[0].resnets[0], OwnResnet),
+        lambda decoder: setattr(decoder.mid_block.attentions[0], "scale", 0.1),
     ):
         decoder = tiny_vae().decoder
         assert can_be_cut(decoder)
