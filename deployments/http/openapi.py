@@ -24,7 +24,7 @@ _BODIES: tuple[type[BaseModel], ...] = (*_REQUESTS, ImagesResponse, ErrorRespons
 _REASONS = {
     400: "A field, or the body, cannot be served as it is",
     401: "No key, a wrong key, or no keys configured and the client is on another machine",
-    404: "No such model",
+    404: "No such model, or no such request",
     413: "The body is too long",
     429: "The queue is full, or the deadline cannot be met",
     500: "The service failed",
