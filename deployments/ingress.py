@@ -41,7 +41,7 @@ class Ingress:
         self._callers = Callers(self._front.cancel, dead_drivers)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_http(self._front, self._config.http)
+        return build_http(self._front, self._config.http, self.cancel)
 
     async def generate(self, request: GenerationRequest, driver: str | None = None) -> GenerationResult:
         """The images of `request`. Cancelling the call cancels the request."""

@@ -15,6 +15,7 @@ from .requests import GenerationRequest
 from .results import GenerationResult
 from .service import Fleet, ModelCard
 from .wire import (
+    IMAGES,
     decode_cards,
     decode_error,
     decode_event,
@@ -82,6 +83,11 @@ class Client:
         if not finished:
             raise _broken_off(wanted)
 
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request of one's own, by the id that its events have; whether there was one."""
+        with _errors_of(self._http):
+            return _was_there(self._http.delete(f"{IMAGES}/{request_id}"))
+
     def models(self) -> list[ModelCard]:
         """The models on offer; the first is the default."""
         return self._ask(lambda answer: decode_cards(answer.json()), url="/v1/models")
@@ -135,6 +141,11 @@ class AsyncClient:
         if not finished:
             raise _broken_off(wanted)
 
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a request of one's own, by the id that its events have; whether there was one."""
+        with _errors_of(self._http):
+            return _was_there(await self._http.delete(f"{IMAGES}/{request_id}"))
+
     async def models(self) -> list[ModelCard]:
         """The models on offer; the first is the default."""
         return await self._ask(lambda answer: decode_cards(answer.json()), url="/v1/models")
@@ -165,6 +176,12 @@ def _read(answer: httpx.Response, read: Callable[[httpx.Response], T]) -> T:
         return read(answer)
     except (ValueError, KeyError, TypeError) as error:
         raise not_the_service(answer) from error
+
+
+def _was_there(answer: httpx.Response) -> bool:
+    if answer.status_code == httpx.codes.NOT_FOUND and "request_not_found" in answer.text:
+        return False
+    return _read(answer, lambda _: True)
 
 
 @contextmanager

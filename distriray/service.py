@@ -111,6 +111,10 @@ class Service(Protocol):
         """
         ...
 
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a request after the step it is in; whether there was one."""
+        ...
+
     def models(self) -> list[ModelCard]:
         """The models on offer; the first is the default."""
         ...

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import nullcontext
-from secrets import token_hex
 from typing import Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from distriray.errors import DistrirayError
@@ -28,8 +28,10 @@ from .errors import Refusal, answer_errors, log, refusal_of
 from .form import read_form
 from .head import HeadAsGet
 from .health import Health
+from .ids import is_of, new_id
 from .images import EditRequest, ImageRequest, VariationRequest
 from .openapi import describe_images, describe_watch, document, errors
+from .paths import TrailingSlash
 from .site import add_page
 from .watch import Watch
 
@@ -64,14 +66,26 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class Cancelled(BaseModel):
+    """A request that stops after the step it is in; whoever waits for it is answered 503, `cancelled`."""
+
+    id: str
+    cancelled: Literal[True] = True
+
+
 class Healthy(BaseModel):
     """A request that came now could be served."""
 
     status: Literal["ok"] = "ok"
 
 
-def build_http(service: Service, config: HttpConfig) -> FastAPI:
+def build_http(
+    service: Service, config: HttpConfig, cancel: Callable[[str], Awaitable[bool]] | None = None
+) -> FastAPI:
     """OpenAI's Images API over `service`.
+
+    Args:
+        cancel: stops a request of any router's, where `service.cancel` is one router's.
 
     Raises:
         ValueError, OSError: the keys cannot be had; see `HttpConfig.keys`.
@@ -79,7 +93,18 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
     app = FastAPI(redirect_slashes=False, redoc_url=None)
     app.openapi = document(app, service)  # type: ignore[method-assign]
     app.add_middleware(HeadAsGet)
+    app.add_middleware(TrailingSlash)
     app.add_middleware(RequestIdAndLog)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=(
+                "*",
+            ),  # browsers name those of the client's own, and no cookie opens anything here
+            expose_headers=("X-Request-ID", "Retry-After", "X-Should-Retry"),
+        )
     answer_errors(app)
     health, watch = Health(service), Watch(service)
     decoding = asyncio.Semaphore(DECODED_AT_ONCE)
@@ -107,11 +132,22 @@ def build_http(service: Service, config: HttpConfig) -> FastAPI:
     async def vary_images(request: Request) -> Response:
         return await draw(request, VariationRequest.of_form(await read_form(request, config)))
 
+    @app.delete(
+        "/v1/images/generations/{name}",
+        dependencies=[allowed],
+        responses=errors(401, 404, 500),
+        summary="Cancel what you asked for, by the `id` that its events have",
+        tags=["images"],
+    )
+    async def cancel_images(name: str, request: Request) -> Cancelled:
+        if not is_of(name, request.state.owner) or not await (cancel or service.cancel)(name):
+            raise Refusal(404, "request_not_found", f"you have no unfinished request {name[:200]!r}", "id")
+        return Cancelled(id=name)
+
     async def draw(request: Request, asked: ImageRequest) -> Response:
         _note(request, asked, config)
         card = _card(service, asked.model)
-        # The suffix keeps two requests apart to which a client gave the same id.
-        name = f"{request.state.request_id}-{token_hex(4)}"
+        name = new_id(request.state.request_id, request.state.owner)
         async with decoding if isinstance(asked, EditRequest) else nullcontext():
             generation = await asyncio.to_thread(asked.generation, card.id, name, card.limits)
         ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s

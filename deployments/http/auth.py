@@ -22,7 +22,7 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 
 
 def require_key(config: HttpConfig) -> Callable[..., Any]:
-    """A dependency that raises Refusal (401) for whoever may not ask.
+    """A dependency that raises Refusal (401) for whoever may not ask; `request.state.owner` is who asks.
 
     Raises:
         ValueError, OSError: as `HttpConfig.keys`.
@@ -34,7 +34,7 @@ def require_key(config: HttpConfig) -> Callable[..., Any]:
 def _holders_of(keys: list[str]) -> Callable[..., Any]:
     digests = [_digest(key.encode()) for key in keys]
 
-    async def holders_of_a_key(credentials: _Credentials) -> None:
+    async def holders_of_a_key(request: Request, credentials: _Credentials) -> None:
         headers = {"WWW-Authenticate": "Bearer"}
         if credentials is None:
             message = "a key is needed; send it as the header Authorization: Bearer KEY"
@@ -44,6 +44,7 @@ def _holders_of(keys: list[str]) -> Callable[..., Any]:
         matches = [hmac.compare_digest(given, digest) for digest in digests]
         if True not in matches:
             raise Refusal(401, "invalid_api_key", "this key is not one of the service's", headers=headers)
+        request.state.owner = given
 
     return holders_of_a_key
 
@@ -63,6 +64,7 @@ def _this_machine(config: HttpConfig) -> Callable[..., Any]:
         elif not _is_loopback(named):
             reason = f"this request names the host {named or 'wrongly'}"
         else:
+            request.state.owner = b""
             return
         message = (
             f"without keys only clients on this machine are answered, at localhost, and {reason}; {mend}"

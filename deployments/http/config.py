@@ -22,6 +22,8 @@ class HttpConfig(BaseModel):
         max_upload_bytes: the longest form that is read, with the pictures in it, which stay in memory.
         timeout_s: after so many seconds a request is given up and its gang freed; what is predicted to take
             longer is refused. None waits for ever.
+        cors_origins: where pages may come from that ask from within a browser, such as
+            `https://pictures.example.org`; `*` is from anywhere, with none no page may.
         log_prompts: whether prompts are written to the log.
         page: whether `/` is a page to draw on and to watch the fleet.
     """
@@ -33,6 +35,7 @@ class HttpConfig(BaseModel):
     max_body_bytes: Count = 256 * 1024
     max_upload_bytes: Count = 33 * 2**20
     timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = 600.0
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = ()
     log_prompts: bool = False
     page: bool = True
 

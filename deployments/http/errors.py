@@ -181,6 +181,8 @@ def answer_errors(app: FastAPI) -> None:
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
             allowed = "GET, HEAD" if allowed == "GET" else allowed
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
             refusal = Refusal(405, "method_not_allowed", f"there is no {where}; use {allowed}")
         else:
             refusal = Refusal(error.status_code, "invalid_value", str(error.detail))

@@ -24,7 +24,7 @@ _BODIES: tuple[type[BaseModel], ...] = (*_REQUESTS, ImagesResponse, ErrorRespons
 _REASONS = {
     400: "A field, or the body, cannot be served as it is",
     401: "No key, a wrong key, or no keys configured and the client is on another machine",
-    404: "No such model, or no such adapter",
+    404: "No such model, no such adapter, or no such request",
     413: "The body is too long",
     429: "The queue is full, the deadline cannot be met, or enough watch already",
     500: "The service failed",

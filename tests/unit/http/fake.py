@@ -39,6 +39,7 @@ class FakeService:
     ended: list[str] = field(default_factory=list)
     patience: list[float | None] = field(default_factory=list)
     news: list[FleetNews] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
     looks: int = 0
 
     async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
@@ -80,6 +81,10 @@ class FakeService:
             raise
         finally:
             self.ended.append(outcome)
+
+    async def cancel(self, request_id: str) -> bool:
+        self.cancelled.append(request_id)
+        return any(request.id == request_id for request in self.asked[len(self.ended) :])
 
     def models(self) -> list[ModelCard]:
         return CARDS
