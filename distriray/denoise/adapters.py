@@ -187,8 +187,10 @@ class Adapters:
         scales = {_key(digest): scale for _, scale, digest in adapters}
         for layer in self._layers:
             here = [key for key in scales if key in layer.lora_A]
-            layer.set_adapter(here)
-            layer.enable_adapters(bool(here))
+            if here:
+                layer.set_adapter(here)
+            if layer.disable_adapters is bool(here):
+                layer.enable_adapters(bool(here))
             for key in here:
                 layer.set_scale(key, scales[key])
         self._used = adapters
