@@ -2,6 +2,7 @@
 
 Adapters with random weights, of the rank of those that ship and on more layers. Each is asked for twice, in
 turn with none: the first time it is read, checked and put into the network, the second time it is there.
+Beside the time by the clock stands that of the processor, which other work on the machine does not lengthen.
 """
 
 from __future__ import annotations
@@ -42,24 +43,32 @@ def write_adapter(path: Path, unet: UNet2DConditionModel, seed: int) -> None:
     save_file(weights, path)
 
 
-@contextmanager
-def clocked(times: list[float]) -> Iterator[None]:
-    """Note the milliseconds that the block takes."""
-    began = time.perf_counter()
-    yield
-    times.append(1000 * (time.perf_counter() - began))
+class Times(list[tuple[float, float]]):
+    """Milliseconds by the clock, and of the processor."""
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Note what the block takes."""
+        began = time.perf_counter(), time.process_time()
+        yield
+        self.append((1000 * (time.perf_counter() - began[0]), 1000 * (time.process_time() - began[1])))
+
+    @property
+    def medians(self) -> tuple[float, float]:
+        clock, processor = map(median, zip(*self, strict=True))
+        return clock, processor
 
 
-def step_ms(denoiser: Denoiser, size: int, loras: Sequence[Lora], steps: int) -> float:
-    """Median of a request's steps but for the first."""
+def steps_of(denoiser: Denoiser, size: int, loras: Sequence[Lora], steps: int) -> Times:
+    """A request's steps but for the first."""
     params = SamplingParams(
         prompt="a lake", seed=1, height=size, width=size, num_inference_steps=steps, loras=tuple(loras)
     )
-    state, times = denoiser.prepare(params), list[float]()
+    state, times = denoiser.prepare(params), Times()
     while not state.done:
-        with clocked(times):
+        with times.one_more():
             denoiser.step(state)
-    return median(times[1:])
+    return Times(times[1:])
 
 
 def main() -> None:
@@ -77,7 +86,7 @@ def main() -> None:
     names = [f"style-{index}" for index in range(arguments.adapters)]
     report = Report(
         f"bench.adapters: builtin:landscapes in float32, {len(names)} adapters of rank {RANK}",
-        columns=("what", "", ""),
+        columns=("", "ms", "of the processor"),
         seed=0,
         settings=vars(arguments),
     )
@@ -91,32 +100,36 @@ def main() -> None:
         adapters.learn(
             AdapterSpec(name=name, source=str(Path(folder) / f"{name}.safetensors")) for name in names
         )
-        plain = step_ms(denoiser, arguments.size, (), arguments.steps)
-        before, cold, warm, off = process.memory_info().rss, list[float](), list[float](), list[float]()
-        memory = []
+        steps_of(denoiser, arguments.size, (), 3)
+        before, memory = process.memory_info().rss, 0
+        first_use, held, none = Times(), Times(), Times()
         for name in names:
-            with clocked(cold):
+            with first_use.one_more():
                 adapters.choose([Lora(name=name)])
-            with clocked(off):
+            with none.one_more():
                 adapters.choose([])
-            with clocked(warm):
+            with held.one_more():
                 adapters.choose([Lora(name=name)])
-            memory.append(adapters.nbytes)
-        after = process.memory_info().rss
-        counts = adapters.counts
-        for what, times in (("first use", cold), ("held already", warm), ("none again", off)):
-            report.add(what, f"{median(times):.1f} ms", f"{min(times):.1f} to {max(times):.1f} ms")
-        report.add("weights of one", f"{each / 2**20:.2f} MiB", "in memory")
-        report.add("weights of those held", f"{max(memory) / 2**20:.2f} MiB", f"{len(adapters.held)} of them")
-        report.add("the process has grown by", f"{(after - before) / 2**20:.0f} MiB", "")
-        report.add("loads, evictions", str(counts.loads), str(counts.evictions))
-        last = adapters.held
+            memory = max(memory, adapters.nbytes)
+        grown, counts, there = process.memory_info().rss - before, adapters.counts, adapters.held
+        rows = {
+            "an adapter is used for the first time": first_use,
+            "one that is held": held,
+            "none again": none,
+        }
         for count in (0, 1, 2):
-            loras = [Lora(name=name, scale=0.1) for name in last[:count]]
-            took = step_ms(denoiser, arguments.size, loras, arguments.steps)
+            loras = [Lora(name=name, scale=0.1) for name in there[:count]]
             what = f"a step of {arguments.size}x{arguments.size} with {count}"
-            report.add(what, f"{took:.0f} ms", f"{took / plain:.2f} of one without")
+            rows[what] = steps_of(denoiser, arguments.size, loras, arguments.steps)
+        for what, times in rows.items():
+            clock, processor = times.medians
+            report.add(what, f"{clock:.1f}", f"{processor:.1f}")
     report.publish(arguments.json)
+    print(
+        f"{counts.loads} loaded, {counts.evictions} evicted; {len(there)} held in at most "
+        f"{memory / 2**20:.2f} MiB of {arguments.held * each / 2**20:.2f}; the process has grown by "
+        f"{grown / 2**20:.0f} MiB"
+    )
 
 
 if __name__ == "__main__":

@@ -187,8 +187,10 @@ class Adapters:
         scales = {_key(digest): scale for _, scale, digest in adapters}
         for layer in self._layers:
             here = [key for key in scales if key in layer.lora_A]
-            layer.set_adapter(here)
-            layer.enable_adapters(bool(here))
+            if here:
+                layer.set_adapter(here)
+            if layer.disable_adapters is bool(here):
+                layer.enable_adapters(bool(here))
             for key in here:
                 layer.set_scale(key, scales[key])
         self._used = adapters
@@ -311,6 +313,8 @@ class Adapters:
             own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
             if not own:
                 continue
+            if any(weight.is_meta for weight in component.parameters()):
+                raise ValueError(f"it changes the {part}, which offload_text keeps in the host's memory")
             own = {name.removeprefix(f"{part}."): tensor for name, tensor in own.items()}
             own = _as_peft(own, component, text=part.startswith("text_encoder"))
             _check_shapes(own, part, component)

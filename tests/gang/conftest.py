@@ -12,13 +12,25 @@ from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from tests.adapters import write
 from tests.gang.policies import Changeable
+from tests.models import tiny_sdxl
 
 
 @pytest.fixture(scope="package")
-def shared_host(tiny_model: Path) -> Iterator[BlockingHost]:
+def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two adapters for the tiny model."""
+    folder, pipeline = tmp_path_factory.mktemp("loras"), tiny_sdxl()
+    write(folder / "ink.safetensors", pipeline, 1, text=True)
+    write(folder / "neon.safetensors", pipeline, 2)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def shared_host(tiny_model: Path, lora_dir: Path) -> Iterator[BlockingHost]:
     config = HostConfig(
         model=ModelSpec(name=str(tiny_model)),
+        lora_dir=lora_dir,
         workers=4,
         device="cpu",
         parallel=ParallelConfig(exchange="sync"),

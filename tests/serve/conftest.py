@@ -17,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 from distriray.service import PoolReport
+from tests.adapters import write
 from tests.distributed.ranks import free_address
 from tests.models import tiny_sdxl
 
@@ -34,12 +35,19 @@ ENVIRONMENT = {
 class Service:
     """The application under test, deployed as `serve deploy` does it."""
 
-    def __init__(self, models: dict[str, str]) -> None:
+    def __init__(self, models: dict[str, str], lora_dir: str) -> None:
         self.models = models
         tiny = {"device": "cpu", "cpus_per_worker": 0.1, "parallel": {"exchange": "sync"}}
         self.args: dict[str, Any] = {
             "pools": [
-                {**tiny, "name": "pair", "model": models["pair"], "workers": 2, "max_queue": 2},
+                {
+                    **tiny,
+                    "name": "pair",
+                    "model": models["pair"],
+                    "workers": 2,
+                    "max_queue": 2,
+                    "lora_dir": lora_dir,
+                },
                 {**tiny, "name": "twins", "model": models["twins"], "min_hosts": 2, "max_hosts": 2},
                 {
                     **tiny,
@@ -78,6 +86,8 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("models")
     tiny_sdxl().save_pretrained(folder / "pair")
+    for seed, name in enumerate(("ink", "neon")):
+        write(folder / "loras" / f"{name}.safetensors", tiny_sdxl(), seed)
     for name in ("twins", "elastic"):
         (folder / name).symlink_to(folder / "pair")
     patch = pytest.MonkeyPatch()
@@ -87,7 +97,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         serve.start(http_options={"port": PORT})
-        service = Service({name: str(folder / name) for name in ("pair", "twins", "elastic")})
+        models = {name: str(folder / name) for name in ("pair", "twins", "elastic")}
+        service = Service(models, str(folder / "loras"))
         service.deploy()
         until(service.is_up, 150)
         yield service

@@ -53,6 +53,28 @@ def test_previews_are_streamed_at_their_steps_before_the_image(
     assert streamed.tobytes() == client.generate(ask(num_inference_steps=12)).images[0].tobytes()
 
 
+def test_adapters_are_named_by_extra_body_and_an_unknown_one_is_told_which_there_are(
+    api: openai.OpenAI, service: Service
+) -> None:
+    def draw(*loras: dict[str, object]) -> str | None:
+        body = {**SMALL, "loras": list(loras)}
+        answer = api.images.generate(prompt="a lake", size="128x128", extra_body=body)
+        assert answer.data is not None and answer.model_extra is not None
+        assert answer.model_extra["timings"]["adapters_s"] > 0 or not loras
+        return answer.data[0].b64_json
+
+    ink, neon = {"name": "ink", "scale": 0.8}, {"name": "neon", "scale": 0.8}
+    plain = draw()
+    assert len({plain, draw(ink), draw(neon), draw(ink, neon)}) == 4
+    assert draw() == plain
+    with pytest.raises(openai.NotFoundError) as refused:
+        draw({"name": "oil"})
+    assert refused.value.code == "adapter_not_found" and refused.value.param == "loras"
+    assert "no adapter 'oil'; there is 'ink', 'neon'" in str(refused.value)
+    pair = api.models.retrieve(service.models["pair"])
+    assert pair.model_extra is not None and pair.model_extra["loras"] == ["ink", "neon"]
+
+
 def test_models_are_listed_and_found_by_name(api: openai.OpenAI, service: Service) -> None:
     for model in api.models.list():
         assert api.models.retrieve(model.id).id == model.id

@@ -25,6 +25,7 @@ from distriray.errors import (
     UnusableAdapter,
 )
 from distriray.requests import Lora, SamplingParams
+from distriray.weights import place
 from tests.adapters import Weights, random_weights, write
 from tests.models import SHALLOW, tiny_flux, tiny_qwen_image, tiny_sd3, tiny_sd15, tiny_sdxl
 from tests.parameters import sweep
@@ -243,6 +244,15 @@ def test_what_does_not_fit_is_refused_by_name_and_leaves_nothing_behind(
     assert checked.adapters.held == ("neon",)
     with pytest.raises(UnusableAdapter):
         checked.adapters.check(checked.adapters.known["bad"])
+
+
+def test_one_for_text_encoders_that_stay_on_the_host_is_refused(folder: Path) -> None:
+    pipeline = MODELS["sdxl"]()
+    place(pipeline, torch.device("cpu"), offload_text=True)
+    denoiser = denoiser_of(pipeline, folder)
+    with pytest.raises(UnusableAdapter, match="it changes the text_encoder, which offload_text keeps"):
+        begin(denoiser, ("ink", 1.0))
+    assert not torch.equal(draw(denoiser, ("neon", 1.0)), draw(denoiser))  # that one is of the U-Net alone
 
 
 def test_one_for_text_encoders_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
