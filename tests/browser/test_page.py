@@ -46,8 +46,11 @@ def test_it_fits_a_phone(open_page: Open, url: str, scheme: str) -> None:
     draw(page)
     page.wait_for_selector(".facts")
     for view in ("draw", "watch"):
+        page.evaluate("scrollTo(0, 200)")
         page.click(f"#to-{view}")
+        page.wait_for_selector(f"#{view}", state="visible")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("scrollY") == 0
 
 
 def test_a_key_is_asked_for_once_and_kept_in_the_tab(

@@ -48,7 +48,10 @@ byId("key-form").addEventListener("submit", (event) => {
   meet();
 });
 byId("key-cancel").addEventListener("click", () => byId("key-dialog").close());
-window.addEventListener("hashchange", showView);
+window.addEventListener("hashchange", () => {
+  showView();
+  scrollTo(0, 0);
+});
 document.addEventListener("visibilitychange", showView);
 showView();
 meet();

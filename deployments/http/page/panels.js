@@ -88,9 +88,16 @@ export function mixes(fleet) {
       if (!exchange || ended === null || ended < since || last <= first) continue;
       const name = gang.length === 1 ? "alone" : exchange;
       const mix = found.get(name) ?? { steps: 0, seconds: 0, timed: 0, waited: 0, told: 0 };
-      mix.steps += last - first;
-      if (step !== null) ((mix.seconds += step * (last - first)), (mix.timed += last - first));
-      if (waited !== null) ((mix.waited += waited * (last - first)), (mix.told += last - first));
+      const made = last - first;
+      mix.steps += made;
+      if (step !== null) {
+        mix.seconds += step * made;
+        mix.timed += made;
+      }
+      if (waited !== null) {
+        mix.waited += waited * made;
+        mix.told += made;
+      }
       found.set(name, mix);
     }
   }

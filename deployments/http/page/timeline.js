@@ -69,7 +69,9 @@ export class Timeline {
     known?.group.remove();
     const group = make(item);
     size(group, this.#x(began(item)), this.#x(ended ?? Date.now() / 1000));
-    this.moving.append(group);
+    if (group.querySelector(".mark"))
+      this.moving.append(group); // marks are above the bars of others
+    else this.moving.prepend(group);
     this.#bars.set(id, { group, item, state, grows: ended === null });
   }
 
