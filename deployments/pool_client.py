@@ -253,6 +253,9 @@ class PoolClient:
                 log.warning("%s; the request is cancelled there", message)
                 self._background.spawn(self._call_off(host, request.id))
                 raise HostSilent(message) from None
+            except asyncio.CancelledError:  # the client left before the host has begun, if it ever does
+                self._background.spawn(self._call_off(host, request.id))
+                raise
             yield first
             async for event in events:
                 over = isinstance(event, Finished)

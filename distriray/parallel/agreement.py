@@ -13,12 +13,14 @@ import torch.nn.functional as F
 
 from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator
+from distriray.config import ParallelConfig
 from distriray.errors import GangMismatch
 from distriray.parallel.sums import WEIGHTED, Sums
 
 _FINGERPRINT = 160  # numbers, of which `_compare` uses as many as it needs
 _NEAR = 3e-3  # of what networks have computed, at least: devices of another kind round otherwise
 _EQUAL = 1e-6  # of what was given, and is only summed in another order
+_OF_ONE_RANK = {"cuda_graphs", "max_buffer_bytes"}  # of a configuration: nobody else's matter
 
 Tensors = torch.Tensor | Sequence[torch.Tensor] | None
 
@@ -52,6 +54,7 @@ def described(
 def check_same_image(
     communicator: Communicator,
     compared: Compared,
+    config: ParallelConfig,
     step: int,
     timestep: float,
     num_steps: int | None = None,
@@ -61,6 +64,7 @@ def check_same_image(
 
     Args:
         compared: what decides the picture, and the size of messages.
+        config: by which this rank shares a step.
         step: number of the step within the image.
         timestep: of the scheduler.
         num_steps: of the whole image; None if it is not known.
@@ -77,7 +81,9 @@ def check_same_image(
         "step": step,
         "timestep": timestep,
     }
-    _compare(communicator, compared._replace(numbers=numbers))
+    shared = config.model_dump_json(exclude=_OF_ONE_RANK)
+    texts = {**compared.texts, "parallel configurations": shared}
+    _compare(communicator, compared._replace(numbers=numbers, texts=texts))
 
 
 def check_same_latents(

@@ -369,7 +369,13 @@ class Engine:
                 num_steps = self._image.num_steps or moment.num_steps
                 with suppress(GangMismatch) if refused else nullcontext():
                     check_same_image(
-                        self.communicator, compared, branch.step, moment.timestep, num_steps, refused
+                        self.communicator,
+                        compared,
+                        self.config,
+                        branch.step,
+                        moment.timestep,
+                        num_steps,
+                        refused,
                     )
             if self._baked is not None and self._baked.obstacle is not None:
                 self._baked = None  # it may be gone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ class Text:
     """
 
     def __init__(self, tokens: torch.Tensor, scale: Any) -> None:
-        self.tokens, self.scale = tokens, scale
+        self.tokens = tokens
+        self.scale = copy(scale)  # callers may change what they gave
         self._version = None if tokens.is_inference() else tokens._version
 
     def reads_as(self, other: Text) -> bool:

@@ -394,6 +394,24 @@ def test_what_a_host_that_hung_was_sent_is_called_off_when_it_wakes() -> None:
     asyncio.run(scene())
 
 
+def test_what_a_client_that_left_had_sent_to_a_host_that_hung_is_called_off_too() -> None:
+    async def scene() -> None:
+        handle.hung = {"a"}
+        leaving = asyncio.create_task(service.generate(request()))
+        async with asyncio.timeout(5):
+            while not handle.calls:
+                await asyncio.sleep(0.01)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            handle.hung = set()
+            while handle.called_off != ["a"]:
+                await asyncio.sleep(0.01)
+
+    handle = FakeHandle("a")
+    service = front(refresh_s=0.0, accept_s=60.0, pool=handle)
+    asyncio.run(scene())
+
+
 def test_a_router_that_starts_while_a_host_hangs_finds_the_others() -> None:
     handle = FakeHandle("a", "b")
     handle.silent = handle.hung = {"a"}

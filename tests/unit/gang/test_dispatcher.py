@@ -487,6 +487,19 @@ def test_a_default_that_the_model_has_nothing_for_is_found_when_the_host_starts(
     do(scene())
 
 
+@pytest.mark.parametrize("limits", [{"max_steps": 1}, {"max_side": 64}, {}], ids=str)
+def test_limits_that_refuse_what_a_client_leaves_open_are_told_of_when_the_host_starts(
+    limits: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        async with FakeHost(2, limits=limits) as host:
+            told = "requests that leave it open are refused" in caplog.text
+            assert host.dispatcher.healthy and told == bool(limits)
+            assert all(str(limit) in caplog.text for limit in limits.values())
+
+    do(scene())
+
+
 def test_predictions_are_of_calls_of_the_network_and_of_its_branches() -> None:
     async def predicted(own: StepCount, guides: bool, **fields: Any) -> float:
         host = FakeHost(1)

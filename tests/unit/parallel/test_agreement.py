@@ -225,6 +225,35 @@ def test_pipelines_that_are_called_with_something_else(
         assert outcome.startswith("GangMismatch") and name in outcome
 
 
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"exchange": "sync"},
+        {"warmup_steps": 3},
+        {"prediction": {"statistics": 0.9}},
+        {"cfg_parallel": "auto"},
+        {"parallel_vae": False},
+    ],
+    ids=str,
+)
+def test_ranks_that_share_steps_otherwise(differs: dict[str, Any]) -> None:
+    def rank(communicator: Communicator) -> None:
+        own = differs if communicator.rank == 1 else {}
+        config = ParallelConfig.model_validate({**DISPLACED.model_dump(), **own})
+        call(parallelize(tiny_sdxl(**SHALLOW), communicator, config), Case(steps=2, height=128, width=64))
+
+    for outcome in outcomes(2, rank):
+        assert outcome.startswith("GangMismatch") and "parallel configurations" in outcome
+
+
+def test_ranks_may_keep_and_capture_otherwise() -> None:
+    def rank(communicator: Communicator) -> None:
+        own = {"max_buffer_bytes": 0, "cuda_graphs": False} if communicator.rank == 1 else {}
+        parallelize(adapted(), communicator, SYNC.model_copy(update=own))(**inputs())
+
+    run_in_lockstep(2, rank)
+
+
 def test_own_loops_that_step_otherwise() -> None:
     def rank(communicator: Communicator) -> None:
         unet, given, scheduler = parallelize(adapted(), communicator, SYNC), inputs(), DDIMScheduler()

@@ -38,9 +38,13 @@ def engine(module: Any) -> Engine:
 
 
 def noise(
-    unet: UNet2DConditionModel, sample: torch.Tensor, timestep: Any, text: torch.Tensor = TEXT
+    unet: UNet2DConditionModel,
+    sample: torch.Tensor,
+    timestep: Any,
+    text: torch.Tensor = TEXT,
+    **inputs: Any,
 ) -> torch.Tensor:
-    return unet(sample, timestep, text, added_cond_kwargs=ADDED).sample
+    return unet(sample, timestep, text, added_cond_kwargs=ADDED, **inputs).sample
 
 
 def watched(unet: UNet2DConditionModel, communicator: Communicator, config: ParallelConfig) -> Any:
@@ -197,6 +201,25 @@ def test_text_is_read_with_the_adapters_of_now(
     for made in run_in_lockstep(2, rank):
         for ours, theirs in zip(made, wanted, strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+
+
+def test_a_scale_that_is_changed_within_the_object_that_was_given_counts() -> None:
+    """As callbacks change `pipe.cross_attention_kwargs`."""
+
+    def draw(unet: UNet2DConditionModel) -> torch.Tensor:
+        given = {"scale": 0.2}
+        made = []
+        for step, timestep in enumerate(torch.tensor([900, 600, 300])):
+            given["scale"] = 0.2 + 0.4 * step
+            made.append(noise(unet, picture(0), timestep, cross_attention_kwargs=given))
+        return torch.stack(made)
+
+    def rank(communicator: Communicator) -> torch.Tensor:
+        return draw(watched(with_lora(), communicator, SYNC).unet)
+
+    wanted = draw(with_lora())
+    for made in run_in_lockstep(2, rank):
+        torch.testing.assert_close(made, wanted, atol=2e-4, rtol=0)
 
 
 def test_another_text_within_an_image_is_read() -> None:
