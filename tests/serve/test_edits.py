@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from base64 import b64decode
 from collections.abc import Iterator
 from io import BytesIO
@@ -14,10 +15,10 @@ import pytest
 from PIL import Image
 
 from distriray import Client, HandleClient
-from distriray.errors import InvalidRequest
+from distriray.errors import GenerationCancelled, InvalidRequest
 from tests.unit.http.malformed import EDITS, malformed_forms, picture
 
-from .conftest import HTTP, Service
+from .conftest import HTTP, Service, until
 
 pytestmark = pytest.mark.ray
 
@@ -94,3 +95,27 @@ def test_malformed_forms_are_refused_and_the_service_goes_on(service: Service) -
         fields = {"prompt": "a lake", "size": "64x64", "num_inference_steps": 2}
         done = http.post(EDITS, data={**fields, "model": service.models["pair"]}, files={"image": picture()})
         assert done.status_code == 200, done.text
+
+
+def test_a_request_is_cancelled_by_its_id_at_any_router(service: Service, client: HandleClient) -> None:
+    seen: list[str] = []
+    ended: list[BaseException] = []
+
+    def watch(client: Client) -> None:
+        try:
+            for event in client.stream("a lake", model=service.models["twins"], num_inference_steps=200):
+                seen.append(getattr(event, "request_id", ""))
+        except GenerationCancelled as error:
+            ended.append(error)
+
+    for _ in range(4):  # so that another router than the one that has it is asked, too
+        seen.clear()
+        ended.clear()
+        with Client(HTTP) as asks, Client(HTTP) as cancels:
+            watching = threading.Thread(target=watch, args=(asks,))
+            watching.start()
+            until(lambda: seen)
+            assert not cancels.cancel(seen[0][:-1] + "x") and cancels.cancel(seen[0])
+            watching.join(60)
+            assert len(ended) == 1
+            assert not cancels.cancel(seen[0])

@@ -38,6 +38,10 @@ finally:
         ),
         (["--height", "500"], "height 500 is not a multiple of 8; use 496 or 504"),
         (["--guidance-rescale", "2"], "guidance_rescale '2': input should be less than or equal to 1"),
+        (["--image", "none.png"], "image 'none.png' cannot be read: no such file"),
+        (["--image", __file__], "image cannot be read; send a PNG, JPEG or WebP file"),
+        (["--strength", "0.5"], "strength is of an image, and there is none"),
+        (["--mask", __file__], "mask_image cannot be read"),
     ],
 )
 def test_a_wrong_value_is_named_before_ray_or_a_model_is_loaded(arguments: list[str], says: str) -> None:

@@ -16,6 +16,7 @@ from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import MAX_TRIES, Run
+from distriray.picture import Picture, png
 from distriray.requests import GenerationRequest, Limits
 from distriray.results import GenerationResult, Segment, Timings
 
@@ -386,3 +387,58 @@ def test_a_file_that_is_not_there_is_a_usage_error(
 ) -> None:
     assert command(str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def with_picture(folder: Path, *texts: str, name: str = "prompts.jsonl", **fields: object) -> Path:
+    """A file of lines with these images, beside a picture `a.png`."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 96), "red").save(folder / "a.png")
+    (folder / name).write_text(
+        "".join(json.dumps({"prompt": "a lake", "image": text, **fields}) + "\n" for text in texts)
+    )
+    return folder / name
+
+
+def test_pictures_lie_beside_the_prompts_and_are_read_when_it_is_their_turn(tmp_path: Path) -> None:
+    file = with_picture(tmp_path / "job", "a.png", "./a.png", strength=0.5)
+    (first, second), bad = read_prompts(file)
+    assert not bad and second.id == f"{first.id}-2", "a path is no content"
+    assert not first.request.pictures, "of thousands of lines they would fill the memory"
+    assert first.whole().image == Picture.of(tmp_path / "job" / "a.png") and first.whole().strength == 0.5
+    Image.new("RGB", (64, 96), "blue").save(tmp_path / "job" / "a.png")
+    assert read_prompts(file)[0][0].id != first.id, "another picture is another prompt"
+    (inline,), _ = read_prompts(with_picture(tmp_path / "job", first.whole().image.url))  # type: ignore[union-attr]
+    assert inline.whole().image == inline.request.image is not None
+
+
+def test_a_picture_that_leads_out_of_the_folder_or_is_none_makes_a_bad_line(tmp_path: Path) -> None:
+    outside = tmp_path / "secret.png"
+    Image.new("RGB", (64, 64)).save(outside)
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(outside)
+    (folder / "cut.png").write_bytes(png(Image.effect_noise((64, 64), 90))[:2000])
+    (folder / "text.png").write_text("text")
+    texts = [
+        "../secret.png", str(outside), "link.png", "none.png", "cut.png", "text.png", "", ".", "\0",
+        "x" * 5000,
+    ]  # fmt: skip
+    good, bad = read_prompts(with_picture(folder, *texts, "a.png"))
+    assert [prompt.line for prompt in good] == [len(texts) + 1]
+    assert [(line.line, line.param) for line in bad] == [(i + 1, "image") for i in range(len(texts))]
+    assert all("lies outside" in line.message for line in bad[:3])
+    assert "no such file" in bad[3].message and "cut short" in bad[4].message
+    assert not [line for line in bad if "secret" in line.message or "none.png" in line.message]
+
+
+def test_a_picture_that_is_gone_when_it_is_its_turn_fails_its_prompt_alone(tmp_path: Path) -> None:
+    file, painter = with_picture(tmp_path / "job", "a.png"), Painter()
+    file.write_text(file.read_text() + json.dumps({"prompt": "a hill"}) + "\n")
+    good, _ = read_prompts(file)
+    (tmp_path / "job" / "a.png").unlink()
+    with Folder(tmp_path / "out") as folder:
+        done = Run(good, folder, [painter], in_flight=1)
+        done.finish()
+    assert (done.completed, done.failed) == (1, 1)
+    (failed,) = lines(tmp_path / "out" / "errors.jsonl")
+    assert "image cannot be read" in str(failed) and "a.png" not in str(failed)

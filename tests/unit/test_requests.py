@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from distriray.config import ParallelConfig
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import InvalidRequest
 from distriray.requests import GenerationRequest, Limits, StepCount
 
@@ -106,3 +108,13 @@ def test_what_a_request_says_of_sharing_goes_before_the_host() -> None:
     assert asked == ParallelConfig(exchange="sync", max_wait=0.5)
     whole = ParallelConfig(exchange="none")
     assert GenerationRequest(prompt="x", parallel=whole).shared(host) == whole
+
+
+def test_strength_is_by_default_some_of_the_steps_and_all_of_them_inside_a_mask() -> None:
+    image = Image.new("RGB", (64, 64))
+    on_image = GenerationRequest(prompt="x", image=image, num_inference_steps=10)
+    in_mask = GenerationRequest(prompt="x", image=image, mask_image=image, num_inference_steps=10)
+    assert [Terms().settle(one).num_steps(StepCount()) for one in (on_image, in_mask)] == [6, 10]
+    assert Terms().settle(GenerationRequest(prompt="x")).strength is None
+    with pytest.raises(InvalidRequest, match="strength is left open"):
+        on_image.num_steps(StepCount())

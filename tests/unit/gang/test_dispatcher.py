@@ -659,6 +659,20 @@ def test_a_gang_that_broke_before_anybody_prepared_is_followed_by_one_that_gets_
     do(scene())
 
 
+def test_when_all_who_hold_a_state_die_its_request_begins_again_with_its_pictures() -> None:
+    async def scene() -> None:
+        async with FakeHost(1, **opened()) as host:
+            first, job = host.fleet.at(0), host.accept(num_inference_steps=200, **ON_PICTURE)
+            given = job.pictures
+            await at(job, 10)
+            first.die()
+            result = await job.ended
+            assert result.repairs == 1 and result.segments[-1].first_step == 0
+            assert [pictures for _, pictures in host.fleet.at(0).pictures] == [given]
+
+    do(scene())
+
+
 def test_orders_events_and_status_have_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with FakeHost(1, **opened()) as host:
