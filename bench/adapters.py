@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR, torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
     names = [f"style-{index}" for index in range(arguments.adapters)]
     report = Report(
         f"bench.adapters: builtin:landscapes in float32, {len(names)} adapters of rank {RANK}",

@@ -46,6 +46,12 @@ class AdapterSpec(BaseModel):
     revision: str | None = None
     families: tuple[str, ...] = ()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the source is a file, there or not, and no Hugging Face id."""
+        local = Path(self.source).expanduser()
+        return local.suffix == SUFFIX or local.exists()
+
     def locate(self) -> Path:
         """The local file; from the Hugging Face Hub it is downloaded, if not cached.
 
@@ -53,7 +59,7 @@ class AdapterSpec(BaseModel):
             UnusableAdapter: there is none; saying what was looked for, and where.
         """
         local = Path(self.source).expanduser()
-        if local.suffix == SUFFIX or local.exists():
+        if self.is_local:
             if local.suffix != SUFFIX or not local.is_file():
                 raise UnusableAdapter(
                     f"adapter {self.name!r}: {local.absolute()} is no {SUFFIX} file; others are not read"

@@ -90,6 +90,7 @@ class Adapters:
         self._held: dict[str, int] = {}  # bytes by digest, the last one used at the end
         self._names: dict[str, str] = {}  # by digest
         self._digests: dict[tuple[str, int, int], str] = {}  # of files, by path, size and time
+        self._downloaded: dict[AdapterSpec, Path] = {}
         self._layers: list[LoraLayer] = []
         self._used: tuple[Adapter, ...] = ()
 
@@ -156,13 +157,21 @@ class Adapters:
 
     def _digest(self, spec: AdapterSpec, files: dict[str, _File]) -> str:
         """That of an adapter's weights; if they are not held they are read, into `files`."""
-        path = spec.locate()
-        digest = self._digests.get(_mark(path))
+        digest = self._digests.get(_mark(self._locate(spec)))
         if digest not in self._held:
             file = self._read(spec)
             files[file.digest] = file
             digest = file.digest
         return digest
+
+    def _locate(self, spec: AdapterSpec) -> Path:
+        """The file of an adapter; the Hub is asked once, as it may take long."""
+        path = self._downloaded.get(spec)
+        if path is None or not path.is_file():
+            path = spec.locate()
+            if not spec.is_local:
+                self._downloaded[spec] = path
+        return path
 
     # Using
 
@@ -272,7 +281,7 @@ class Adapters:
         what = f"adapter {spec.name!r}"
         if spec.families and self._family not in spec.families:
             raise UnusableAdapter(f"{what} is for {', '.join(spec.families)}; the model is {self._family}")
-        path = spec.locate()
+        path = self._locate(spec)
         try:
             mark = _mark(path)
             if mark[1] > 4 * self._most_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from distriray.errors import (
     InvalidRequest,
     UnusableAdapter,
 )
+from distriray.models import ModelSpec
 from distriray.requests import Lora, SamplingParams
 from distriray.weights import place
 from tests.adapters import Weights, random_weights, write
@@ -325,6 +326,25 @@ def test_a_file_that_is_replaced_is_read_anew_and_not_mixed_with_what_it_was(tmp
     other = denoiser_of(MODELS["sdxl"](), tmp_path)
     with pytest.raises(UnusableAdapter, match="'ink' was replaced while a request was drawn with it"):
         other.adapt(moved)
+
+
+def test_the_hub_is_asked_once_for_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
+        asked.append(f"{spec.name}@{spec.revision}: {', '.join(files)}")
+        return tmp_path
+
+    monkeypatch.setattr("distriray.adapters.download", download)
+    write(tmp_path / "pixels.safetensors", MODELS["sdxl"](), 1, layers=["to_q"])
+    spec = AdapterSpec(name="px", source="some/pixels", file="pixels.safetensors", revision="v1")
+    denoiser = Denoiser(MODELS["sdxl"]())
+    denoiser.adapters.learn([spec])
+    for _ in range(3):
+        begin(denoiser, ("px", 1.0))
+    assert asked == ["some/pixels@v1: pixels.safetensors"]
+    with pytest.raises(UnusableAdapter, match="pixels has no pytorch_lora_weights.safetensors; set `file`"):
+        AdapterSpec(name="px", source="some/pixels").locate()
 
 
 def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:
