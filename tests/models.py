@@ -13,6 +13,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -163,6 +165,23 @@ def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DMode
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(FluxTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
+    """Chroma's layout: that of FLUX.1, whose modulation comes from one network for all blocks."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+        "approximator_num_channels": 16,
+        "approximator_hidden_dim": 32,
+        "approximator_layers": 1,
+    }
+    return ready(ChromaTransformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
@@ -384,6 +403,20 @@ def tiny_flux(seed: int = 0, **transformer: Any) -> FluxPipeline:
         text_encoder_2=tiny_t5(seed + 3, tokenizer_2, TEXT_WIDTH),
         tokenizer_2=tokenizer_2,
         transformer=tiny_flux_transformer(seed, **transformer),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_chroma(seed: int = 0) -> ChromaPipeline:
+    """A whole Chroma pipeline."""
+    tokenizer = tiny_tokenizer()
+    pipeline = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(seed + 1, shift_factor=0.0),
+        text_encoder=tiny_t5(seed + 2, tokenizer, TEXT_WIDTH),
+        tokenizer=tokenizer,
+        transformer=tiny_chroma_transformer(seed),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -32,9 +32,7 @@ DTYPES = [
 ]
 HAS_CUPY = find_spec("cupy") is not None
 HAS_GPU = torch.cuda.is_available() and HAS_CUPY
-NCCL = pytest.param(
-    "nccl", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU and CuPy")]
-)
+ON_GPUS = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU and CuPy")]
 _names = count()
 
 
@@ -50,21 +48,30 @@ def gang(served: str) -> dict[str, Any]:
     return {"address": served, "name": f"gang-{next(_names)}", "timeout_s": 20.0}
 
 
-def size(backend: str) -> int:
-    return {"local": 1, "shm": 3, "gloo": 3}.get(backend) or max(2, min(torch.cuda.device_count(), 4))
-
-
 def device_type(backend: str) -> str:
     return BACKENDS[backend].device or "cpu"
 
 
-every_backend = pytest.mark.parametrize("backend", ["local", "shm", "gloo", NCCL])
-with_peers = pytest.mark.parametrize("backend", ["shm", "gloo", NCCL])
-on_the_cpu = pytest.mark.parametrize("backend", ["shm", "gloo"])
+def size(backend: str) -> int:
+    if BACKENDS[backend].alone:
+        return 1
+    return 3 if device_type(backend) == "cpu" else max(2, min(torch.cuda.device_count(), 4))
+
+
+def backends(*devices: str, alone: bool = False) -> Any:
+    """Cases of the backends for tensors of such devices, those for gangs of one too if `alone`."""
+    names = [name for name, each in BACKENDS.items() if device_type(name) in devices and alone >= each.alone]
+    marks = {name: ON_GPUS if device_type(name) == "cuda" else [] for name in names}
+    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+every_backend = backends("cpu", "cuda", alone=True)
+with_peers = backends("cpu", "cuda")
+on_the_cpu = backends("cpu")
 
 
 def join(backend: str, rank: int, world_size: int, gang: dict[str, Any], **changes: Any) -> Communicator:
-    device = gpu_of(rank, world_size) if backend == "nccl" else "cpu"
+    device = gpu_of(rank, world_size) if device_type(backend) == "cuda" else "cpu"
     return connect(backend, rank=rank, world_size=world_size, device=device, **{**gang, **changes})
 
 

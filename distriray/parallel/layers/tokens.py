@@ -23,7 +23,7 @@ class Tokens:
     Attributes:
         partition: who owns which.
         key_mask: which keys of all ranks, in the order in which `Step.keys_values` gives them, are attended
-            to; bool (batch, 1, 1, tokens of all ranks), None where all are.
+            to; bool (batch, 1, 1, tokens of all ranks), or what a family makes `mask` of. None where all are.
         deals_heads: whether heads are dealt to the ranks where keys and values are fresh and whole.
         entered: how often each processor was called.
     """
@@ -70,10 +70,10 @@ class PatchTokenAttention:
         """Begin a call.
 
         Raises:
-            UnsupportedModel: it has an `attention_mask`, which would be over one rank's tokens.
+            UnsupportedModel: it has an `attention_mask`, within a step: that would be over one rank's tokens.
         """
         self.tokens.entered[self] += 1
-        if attention_mask is not None:
+        if attention_mask is not None and self.context.step is not None:
             raise UnsupportedModel("attention with an attention_mask, which is not cut into patches")
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -98,9 +98,17 @@ class PatchTokenAttention:
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads, channels of a head) each; keys and values are of all tokens."""
         attended: torch.Tensor = dispatch_attention_fn(
-            query, key, value, attn_mask=self.tokens.key_mask, backend=self._attention_backend
+            query, key, value, attn_mask=self.mask(query.shape[1]), backend=self._attention_backend
         )
         return attended
+
+    def mask(self, queries: int) -> torch.Tensor | None:
+        """What as many tokens attend to, this rank's or those of all ranks; None is everything.
+
+        Returns:
+            (batch, 1, 1 or `queries`, tokens of all ranks).
+        """
+        return self.tokens.key_mask
 
 
 class PatchJointAttention(PatchTokenAttention):
@@ -124,6 +132,7 @@ class PatchJointAttention(PatchTokenAttention):
         self.enter(attention_mask)
         if self.context.step is None:
             others = {
+                "attention_mask": attention_mask,
                 "image_rotary_emb": image_rotary_emb,
                 "encoder_hidden_states_mask": encoder_hidden_states_mask,
             }

@@ -43,7 +43,7 @@ class PatchFlux2SingleAttention(PatchTokenAttention, Flux2ParallelSelfAttnProces
     ) -> torch.Tensor:
         self.enter(attention_mask)
         if self.context.step is None:
-            own: torch.Tensor = super().__call__(attn, hidden_states, None, image_rotary_emb)
+            own: torch.Tensor = super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
             return own
         sizes = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
         *projected, forward = attn.to_qkv_mlp_proj(hidden_states).split(sizes, -1)

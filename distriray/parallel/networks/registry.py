@@ -35,6 +35,7 @@ class Family:
 NETWORKS: dict[str, Family] = {
     "UNet2DConditionModel": Family(".unet:UNet", "Stable Diffusion 1.x, 2.x and XL"),
     "FluxTransformer2DModel": Family(".flux:Flux", "FLUX.1"),
+    "ChromaTransformer2DModel": Family(".chroma:Chroma", "Chroma"),
     "Flux2Transformer2DModel": Family(".flux2:Flux2", "FLUX.2"),
     "SD3Transformer2DModel": Family(".sd3:SD3", "Stable Diffusion 3 and 3.5"),
     "PixArtTransformer2DModel": Family(".pixart:PixArt", "PixArt"),

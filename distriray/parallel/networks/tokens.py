@@ -208,6 +208,14 @@ class TokenNetwork(Network):
         text = call.text.shape[1] if self._cuts_text else 0
         return TokenPartition.of(self.image_tokens(call.sample), text, patches)
 
+    def take_mask(self, arguments: dict[str, Any], partition: TokenPartition) -> torch.Tensor | None:
+        """The `Tokens.key_mask` of a call with these arguments of the network.
+
+        What only attention of all tokens could use is taken out of them.
+        """
+        mask = None if self.plan.mask is None else arguments[self.plan.mask]
+        return None if mask is None else key_mask(mask, partition)
+
     def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
         dealt = [module.heads for _, module, planned in self._attentions() if planned.sequence is not None]
         divides = not any(heads % patches for heads in dealt)
@@ -254,8 +262,7 @@ class TokenNetwork(Network):
         arguments = {
             name: value if name in unbatched else share.cut(value) for name, value in call.arguments.items()
         }
-        mask = None if self.plan.mask is None else arguments[self.plan.mask]
-        self._tokens.begin(partition, None if mask is None else key_mask(mask, partition), share.deals_heads)
+        self._tokens.begin(partition, self.take_mask(arguments, partition), share.deals_heads)
         cutter = Cutter(partition, rank)
         with ExitStack() as hooks:
             for module, cuts in self._cuts:

@@ -13,6 +13,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
 from tests.models import (
     TEXT_WIDTH,
+    tiny_chroma,
     tiny_flux,
     tiny_flux2,
     tiny_pixart,
@@ -61,6 +62,7 @@ CASES = [
     Case(tiny_flux, PROMPT),
     Case(tiny_flux, {**PROMPT, "negative_prompt": "fog", "true_cfg_scale": 3.0}, calls=2),
     Case(tiny_flux2, PROMPT),
+    Case(tiny_chroma, {**PROMPT, "guidance_scale": 1.0}),
     Case(
         tiny_qwen_image,
         {
@@ -97,7 +99,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+UNNAMED = Case(tiny_chroma, {**PROMPT, "negative_prompt": "fog", "guidance_scale": 3.0}, calls=2)
+"""Guided by a call for each branch, which the pipeline does not name."""
+
+
+@pytest.mark.parametrize("case", [*CASES, UNNAMED], ids=str)
 @pytest.mark.parametrize("ranks", sweep([2, 3]))
 def test_a_whole_pipeline_equals_itself_alone(case: Case, ranks: int) -> None:
     expected = case.draw(case.make())
@@ -124,3 +130,14 @@ def test_a_whole_pipeline_displaces_all_steps_but_the_first_of_each_image(case: 
 
     image = [True] * case.calls + [False] * 2 * case.calls
     assert run_in_lockstep(2, rank) == [image * 2] * 2
+
+
+def test_branches_that_a_pipeline_does_not_name_are_never_displaced() -> None:
+    def rank(communicator: Communicator) -> list[bool]:
+        config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+        pipeline = parallelize(UNNAMED.make(), communicator, config)
+        synchronous = watched(pipeline.transformer)
+        UNNAMED.draw(pipeline)
+        return synchronous
+
+    assert run_in_lockstep(2, rank) == [[True] * 3 * UNNAMED.calls] * 2

@@ -40,7 +40,7 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
-MASKED = ("qwen-image", "pixart", "z-image")
+MASKED = ("chroma", "pixart", "qwen-image", "z-image")
 HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 RANKS = [2, 3, 4]
 
@@ -402,6 +402,27 @@ def test_ranks_with_other_conditions_are_told_so() -> None:
         run_in_lockstep(2, rank)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "other", "error", "said"),
+    [
+        (22, 1, GangMismatch, "mask of the text's and the image's tokens"),
+        (7, 0, InvalidRequest, "attention_mask of 7 tokens, where text and image have 22"),
+    ],
+)
+def test_a_mask_of_chroma_is_of_text_and_image_and_the_same_on_all_ranks(
+    tokens: int, other: int, error: type[Exception], said: str
+) -> None:
+    def rank(communicator: Communicator) -> None:
+        network = parallelize(TRANSFORMERS["chroma"].make(), communicator, ParallelConfig(exchange="sync"))
+        mask = torch.ones(2, tokens)
+        mask[:, 3] = 1 - other * communicator.rank
+        inputs = {**TRANSFORMERS["chroma"].inputs(WIDE), "attention_mask": mask}
+        step(network, TRANSFORMERS["chroma"], inputs, 1.0)
+
+    with pytest.raises(error, match=said):
+        run_in_lockstep(3, rank)
+
+
 def call_flux(change: Callable[[Any], None] = lambda network: None, **arguments: Any) -> None:
     """One step of a FLUX.1 that was changed after it was parallelized."""
     network = parallelize(tiny_flux_transformer(), connect("local"))
@@ -584,7 +605,7 @@ def test_plans_are_those_of_diffusers_where_it_has_one(name: str) -> None:
     network: Any = network_of(TRANSFORMERS[name].make())
     theirs = getattr(network.module, "_cp_plan", None)
     if theirs is None:
-        assert name in ("sd3", "pixart", "z-image")
+        assert name not in ("flux", "flux2", "qwen-image")
         return
     gathers = {module: plan.gather_dim for module, plan in theirs.items() if not isinstance(plan, dict)}
     assert gathers == {network.plan.gather: 1}

@@ -13,6 +13,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.parallel import StepStatistics, engine_of
 from tests.models import (
     TEXT_WIDTH,
+    tiny_chroma_transformer,
     tiny_flux2_transformer,
     tiny_flux_transformer,
     tiny_pixart_transformer,
@@ -95,6 +96,14 @@ def flux(shape: Shape) -> dict[str, Any]:
     }
 
 
+def chroma(shape: Shape) -> dict[str, Any]:
+    inputs = {**packed(shape), "img_ids": positions(shape, 3), "txt_ids": torch.zeros(shape.text, 3)}
+    if shape.masked:
+        image = torch.ones(shape.batch, shape.rows * shape.columns)
+        inputs["attention_mask"] = torch.cat((text_mask(shape), image), 1)
+    return inputs
+
+
 def flux2(shape: Shape) -> dict[str, Any]:
     return {
         **packed(shape),
@@ -146,6 +155,7 @@ def _by_lists(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> t
 HEADS = {"num_attention_heads": 12}
 TRANSFORMERS = {
     "flux": Transformer(tiny_flux_transformer, flux, HEADS),
+    "chroma": Transformer(tiny_chroma_transformer, chroma, HEADS),
     "flux2": Transformer(tiny_flux2_transformer, flux2, HEADS),
     "sd3": Transformer(
         tiny_sd3_transformer,

@@ -317,9 +317,11 @@ def test_an_empty_plan_for_an_empty_host():
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_of_the_table_can_be_configured_and_is_documented(name):
     assert type(make_policy(HostConfig(policy=name).policy)) is type(POLICIES[name]())
-    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    docs = Path(__file__).parents[3] / "docs"
+    page = (docs / "configuration.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| `policy`"))
     assert f"`{name}`" in row.split("|")[3]
+    assert f"\n| `{name}` |" in (docs / "routing.md").read_text(), "what bounds the wait"
 
 
 def test_a_policy_that_is_not_in_the_table_is_refused_with_those_that_are():

@@ -1,0 +1,81 @@
+"""Chroma: `ChromaTransformer2DModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ChromaTransformer2DModel
+from diffusers.models.transformers.transformer_chroma import (
+    ChromaAdaLayerNormContinuousPruned,
+    ChromaAdaLayerNormZeroPruned,
+    ChromaAdaLayerNormZeroSinglePruned,
+    ChromaApproximator,
+    ChromaCombinedTimestepTextProjEmbeddings,
+    ChromaSingleTransformerBlock,
+    ChromaTransformerBlock,
+)
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
+
+from distriray.errors import InvalidRequest
+from distriray.parallel.networks.flux import CUTS, POSITIONS, PatchFluxAttention
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork
+from distriray.parallel.partition import TokenPartition
+
+
+class PatchChromaAttention(PatchFluxAttention):
+    """That of Chroma, where one mask is of the queries as well as of the keys."""
+
+    def mask(self, queries: int) -> torch.Tensor | None:
+        keys, step = self.tokens.key_mask, self.context.step
+        if keys is None:
+            return None
+        assert step is not None
+        own = keys.transpose(2, 3)
+        if queries < own.shape[2]:
+            own = own.split(self.tokens.of(self.sequence), 2)[step.rank]
+        return own * keys  # as in the network's blocks; a pipeline's are numbers that are added to scores
+
+
+class Chroma(TokenNetwork):
+    """A `ChromaTransformer2DModel`: near FLUX.1, but with a mask over text and image."""
+
+    kind = ChromaTransformer2DModel
+    row_unit = 2
+    plan = Plan(
+        cuts=CUTS,
+        attention={
+            "transformer_blocks.*.attn": Attention(FluxAttnProcessor, PatchChromaAttention),
+            "single_transformer_blocks.*.attn": Attention(FluxAttnProcessor, PatchChromaAttention),
+        },
+        inputs={"attention_mask": Input("mask of the text's and the image's tokens"), **POSITIONS},
+    )
+    layers = frozenset[type](
+        {
+            FluxAttention,
+            FluxPosEmbed,
+            ChromaAdaLayerNormContinuousPruned,
+            ChromaAdaLayerNormZeroPruned,
+            ChromaAdaLayerNormZeroSinglePruned,
+            ChromaApproximator,
+            ChromaCombinedTimestepTextProjEmbeddings,
+            ChromaSingleTransformerBlock,
+            ChromaTransformerBlock,
+        }
+    )
+
+    def take_mask(self, arguments: dict[str, Any], partition: TokenPartition) -> torch.Tensor | None:
+        if partition.world_size == 1 or arguments["attention_mask"] is None:
+            return None
+        mask = arguments.pop("attention_mask")
+        text, image = partition.text, partition.height
+        if mask.shape[1] != text + image:
+            raise InvalidRequest(
+                f"attention_mask of {mask.shape[1]} tokens, where text and image have {text + image}"
+            )
+        parts = []
+        for rank in range(partition.world_size):
+            of_text, of_image = partition.text_tokens(rank), partition.rows(rank)
+            parts += [mask[:, slice(*of_text)], mask[:, text:][:, slice(*of_image)]]
+        return torch.cat(parts, 1)[:, None, None]
