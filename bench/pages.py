@@ -2,8 +2,9 @@
 
 Starts Ray and the service of serve_config.yaml on this machine. As many clients as there would be pages
 follow `/v1/fleet/events` as the page's view to watch does, asking again when a stream ends. Measured are the
-processor's seconds of the service's processes, without pages and with them in turn, while nobody draws and
-while requests are always in flight; and the images a second of the latter.
+processor's seconds of the service's processes, without pages and with them in turn, while nobody
+draws, while one large picture is drawn, and while requests are always in flight; and the images a second of
+the latter (none of it with `--seconds 0`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pages", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3, help="without and with pages, each first in turn")
-    parser.add_argument("--idle-seconds", type=float, default=30.0, help="of each without requests")
+    parser.add_argument(
+        "--idle-seconds", type=float, default=30.0, help="of each measurement without, or of one picture"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="half of it: of images a second, each")
     parser.add_argument("--size", type=int, default=128, help="pixels of a side (default 128)")
     parser.add_argument("--steps", type=int, default=6)
@@ -47,7 +50,8 @@ async def measure(url: str, options: argparse.Namespace) -> Report:
     """All rounds; medians over them."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
-        await measure_capacity(client, options)
+        if options.seconds:
+            await measure_capacity(client, options)
         cost: dict[tuple[str, int], list[Counter[str]]] = {}
         images: dict[int, list[float]] = {}
         for number in range(2 * options.rounds):
@@ -55,7 +59,13 @@ async def measure(url: str, options: argparse.Namespace) -> Report:
             async with watching(client, pages):
                 before, began = used(), time.monotonic()
                 await asyncio.sleep(options.idle_seconds)
-                cost.setdefault(("nobody", pages), []).append(share(before, began))
+                cost.setdefault(("nothing", pages), []).append(share(before, began))
+                async with drawing(client):
+                    before, began = used(), time.monotonic()
+                    await asyncio.sleep(options.idle_seconds)
+                    cost.setdefault(("one picture", pages), []).append(share(before, began))
+                if not options.seconds:
+                    continue
                 before, began = used(), time.monotonic()
                 images.setdefault(pages, []).append(await measure_capacity(client, options))
                 cost.setdefault(("requests", pages), []).append(share(before, began))
@@ -71,6 +81,24 @@ async def measure(url: str, options: argparse.Namespace) -> Report:
         together = f"{100 * median(one.total() for one in rounds):.2f}"
         report.add(meanwhile, str(pages), *roles, together, drawn)
     return report
+
+
+@asynccontextmanager
+async def drawing(client: httpx.AsyncClient) -> AsyncIterator[None]:
+    """One worker is at one large picture after the other: every look has news, and all else stands still."""
+
+    async def draw() -> None:
+        while True:
+            body = {"prompt": "a lake", "size": "512x512", "num_inference_steps": 100, "gang_size": 1}
+            (await client.post("/v1/images/generations", json=body)).raise_for_status()
+
+    task = asyncio.create_task(draw())
+    try:
+        await asyncio.sleep(3.0)
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -19,7 +19,7 @@ from .errors import Refusal, log
 MAX_WATCHERS = 64  # of one router; each holds a connection, and Serve counts it among the router's requests
 STREAM_S = 60.0  # after which a watcher asks anew, so that a router that is to stop need not wait for long
 KEEP_ALIVE_S = 15.0  # of silence, in which proxies may take a connection for dead
-EACH_S = 0.2  # for each who watches, until the next look: so many events a second are told to all together
+EACH_S = 0.3  # for each who watches, until the next look: so many events a second are told to all together
 BEHIND = 16  # frames that a watcher may be behind before it is sent away
 REMEMBERED_S = 90.0  # what ended before is not told to those who come
 TOLD_AT_ONCE = 8192  # segments that they are told at most, beside those that run: the newest of each host

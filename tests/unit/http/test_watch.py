@@ -160,7 +160,7 @@ def test_the_more_watch_the_less_often_is_looked(monkeypatch: pytest.MonkeyPatch
             watching.join()
         for _ in range(5):
             await settle()
-        assert slept == [0.6, 0.6, 0.6]
+        assert slept == [3 * 0.25] * 3
 
     slept: list[float] = []
     own = asyncio.sleep
@@ -170,6 +170,7 @@ def test_the_more_watch_the_less_often_is_looked(monkeypatch: pytest.MonkeyPatch
             slept.append(round(seconds, 3))
         await own(0)
 
+    monkeypatch.setattr(watch, "EACH_S", 0.25)
     monkeypatch.setattr(watch.asyncio, "sleep", sleep)
     do(scene())
 
