@@ -146,7 +146,7 @@ def test_a_host_tells_its_workers_where_adapters_are_and_routers_what_they_hold(
     monkeypatch.setattr(FakeWorker, "_run", noting)
 
     async def scene() -> None:
-        async with FakeHost(2, lora_dir=tmp_path) as host:
+        async with FakeHost(2, model={"name": "some/model"}, lora_dir=tmp_path) as host:
             with pytest.raises(AdapterNotFound, match="no adapter 'ink'; there is none here"):
                 host.accept(loras=[INK])
             (tmp_path / "ink.safetensors").touch()
@@ -165,7 +165,7 @@ def test_a_host_tells_its_workers_where_adapters_are_and_routers_what_they_hold(
 
 def test_an_adapter_that_is_taken_away_is_still_that_of_who_was_accepted_with_it(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with FakeHost(1, lora_dir=tmp_path) as host:
+        async with FakeHost(1, model={"name": "some/model"}, lora_dir=tmp_path) as host:
             (tmp_path / "ink.safetensors").touch()
             job = host.accept(loras=[INK])
             (tmp_path / "ink.safetensors").unlink()
