@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from base64 import b64decode
 from collections.abc import Mapping
@@ -98,7 +99,9 @@ def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
         name: (f"{name}.{picture.format}", picture.data, f"image/{picture.format}")
         for name, picture in request.pictures.items()
     }
-    return {"url": EDITS, "data": body, "files": files}
+    # Of a list httpx would make several fields; a form has it as the JSON that it is.
+    form = {name: json.dumps(value) if isinstance(value, list) else value for name, value in body.items()}
+    return {"url": EDITS, "data": form, "files": files}
 
 
 def _picture(encoded: str) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, Self, get_origin
 
@@ -241,7 +241,8 @@ class EditRequest(_WithPictures):
         for name, value in form.items():
             if isinstance(value, bytes) and name in cls.model_fields and name not in cls.FILES:
                 raise Refusal(400, "invalid_value", f"{name} is sent as a file; send it as text", name)
-            values[name] = _value(value) if name in _numbers(cls) and isinstance(value, str) else value
+            kinds = _kinds(cls).get(name)
+            values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
@@ -299,22 +300,23 @@ class VariationRequest(EditRequest):
 
 
 @cache
-def _numbers(request: type[EditRequest]) -> frozenset[str]:
-    """The fields of a form that may be something else than text or a file."""
+def _kinds(request: type[EditRequest]) -> dict[str, set[str]]:
+    """What the fields of a form may be besides text and a file, in JSON's words."""
     fields = request.model_json_schema()["properties"]
-    return frozenset(
-        name
+    return {
+        name: {kind.get("type") for kind in field.get("anyOf", [field])} - {"string", "null"}
         for name, field in fields.items()
-        if {kind.get("type") for kind in field.get("anyOf", [field])} - {"string", "null"}
-    )
+    }
 
 
-def _value(text: str) -> Any:
-    """What a text stands for in JSON; the text itself where that is nothing or a structure."""
+def _value(text: str, kinds: Container[str]) -> Any:
+    """What a text stands for in JSON; the text itself where that is nothing, or is of no such kind."""
     try:
         value = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return text
+    if isinstance(value, list) and "array" in kinds:
+        return tuple(value)
     return text if isinstance(value, list | dict | str) else value
 
 

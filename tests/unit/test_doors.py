@@ -135,7 +135,8 @@ def test_every_field_arrives_by_http(url: str, service: FakeService, fields: Fie
     body = {name: value for name, value in as_json(fields).items() if name not in own}
     body |= {"n": fields["num_images"], "size": f"{fields['width']}x{fields['height']}"}
     files = {name: body.pop(name).data for name in SamplingParams.FILES}
-    answer = httpx.post(f"{url}/v1/images/edits", data=body, files=files)
+    form = {**body, "loras": json.dumps(body["loras"])}
+    answer = httpx.post(f"{url}/v1/images/edits", data=form, files=files)
     assert answer.status_code == 200, answer.text
     assert at_the_denoiser(service.asked[-1]) == fields
     del body["strength"]
