@@ -491,7 +491,7 @@ def test_what_the_ranks_must_agree_on_is_checked_when_they_join(served: str, gan
     with pytest.raises(ValueError, match="'local' is for one rank"):
         connect("local", world_size=2)
     with pytest.raises(ValueError, match="'local', 'shm', 'gloo' and 'nccl'"):
-        join("mpi", 0, 1, gang, name="backend")
+        connect("mpi", rank=0, world_size=1, **{**gang, "name": "backend"})
     with pytest.raises(ValueError, match="not 'host:port'"):
         join("gloo", 0, 1, gang, address="localhost")
     with pytest.raises(ValueError, match="pass an address"):

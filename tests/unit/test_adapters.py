@@ -304,7 +304,7 @@ def test_files_that_are_none_and_families_that_are_not_the_models_are_refused(tm
             denoiser.adapters.check(spec)
     denoiser.adapters.check(AdapterSpec(name="x", source=str(good), families=("StableDiffusionXL",)))
     with pytest.raises(UnusableAdapter, match="neither a .safetensors file nor a Hugging Face id"):
-        AdapterSpec(name="x", source="../../etc").locate()
+        AdapterSpec(name="x", source="no/such/folder").locate()
     huge = Denoiser(MODELS["sdxl"](), most_adapter_bytes=good.stat().st_size // 5)
     with pytest.raises(UnusableAdapter, match="lora_cache_bytes"):
         huge.adapters.check(AdapterSpec(name="x", source=str(good)))
@@ -382,7 +382,7 @@ def _steps(
 
 
 def by_gangs(
-    folder: Path, sizes: tuple[int, ...], named: Named, make: Callable[[], Any], **config: Any
+    folder: Path, sizes: Sequence[int], named: Named, make: Callable[[], Any], **config: Any
 ) -> list[tuple[bytes, torch.Tensor, bytes]]:
     state = begin(denoiser_of(make(), folder), *named, height=128, num_inference_steps=4)
     blob, before = state.to_bytes(), [[], BOTH[1:], BOTH[:1], BOTH]
@@ -403,9 +403,9 @@ def apart(one: bytes, other: bytes) -> int:
 
 
 @pytest.mark.parametrize("named", [BOTH[:1], BOTH])
-@pytest.mark.parametrize("sizes", sweep([(2,), (2, 1, 2), (4,)], first=2))
+@pytest.mark.parametrize("sizes", sweep([[2], [2, 1, 2], [4]], first=2))
 def test_a_gang_draws_one_devices_picture_whatever_its_ranks_held_before(
-    folder: Path, sizes: tuple[int, ...], named: Named
+    folder: Path, sizes: list[int], named: Named
 ) -> None:
     make = MODELS["sdxl"]
     denoiser = denoiser_of(make(), folder)

@@ -17,10 +17,10 @@ from ray.exceptions import ActorDiedError, RayTaskError
 import deployments
 import distriray.gang
 from distriray.gang.background import Background
+from distriray.gang.config import HostConfig
 from distriray.gang.messages import StateLost
 from distriray.gang.remote import RemoteWorker, WorkerDied, _Actor
 from distriray.gang.worker import Worker
-from distriray.models import ModelSpec
 
 from .fleet import CALLER, until
 
@@ -129,7 +129,7 @@ def test_whoever_cannot_send_a_state_says_so_and_is_not_taken_for_whom_it_was_se
     def fails(job: int) -> bytes:
         raise RuntimeError(f"device-side assert, job {job}")
 
-    worker = Worker(ModelSpec(), "cpu", "", 1.0)
+    worker = Worker(HostConfig(workers=1), "cpu", "")
     worker._runner = SimpleNamespace(export=fails)  # type: ignore[assignment]
     with pytest.raises(StateLost, match="cannot be sent: .*device-side assert, job 3"):
         asyncio.run(worker.export(3))

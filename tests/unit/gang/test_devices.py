@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES, place_of
 from distriray.gang.worker import Worker
-from distriray.models import ModelSpec
 
 
 @pytest.mark.parametrize(
@@ -31,5 +31,5 @@ def test_a_worker_computes_on_the_gpu_that_ray_reserved(
 
 @pytest.mark.parametrize(("device", "beside"), [("cpu", True), ("cuda", False)])
 def test_a_worker_forms_gangs_beside_what_it_computes_unless_all_must_rest(device: str, beside: bool) -> None:
-    worker = Worker(ModelSpec(name="m"), device, "nowhere:1", 1.0)
+    worker = Worker(HostConfig(workers=1), device, "nowhere:1")
     assert (worker._linking is not worker._compute) is beside is not DEVICES[device].links_at_rest
