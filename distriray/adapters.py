@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import AdapterNotFound, ModelNotFound, UnusableAdapter
+from .errors import AdapterNotFound, InvalidRequest, ModelNotFound, UnusableAdapter
 from .models import BUILTIN, ModelSpec, download
 from .requests import ADAPTER_NAME, Lora
 
@@ -122,7 +122,7 @@ class Catalogue:
             self.edition += 1
 
     def find(self, loras: Iterable[Lora]) -> tuple[AdapterSpec, ...]:
-        """The adapters that a request names; raises AdapterNotFound, listing those that there are."""
+        """The adapters that a request names; raises as `check_names`."""
         loras = list(loras)
         if any(lora.name not in self.specs for lora in loras):
             self.look()  # it may just have come
@@ -159,12 +159,19 @@ def built_in(model: str) -> list[AdapterSpec]:
 
 
 def check_names(loras: Iterable[Lora], known: Iterable[str]) -> None:
-    """Raise AdapterNotFound, listing the known names, unless all that a request names are among them."""
-    known = list(known)
-    for lora in loras:
-        if lora.name not in known:
+    """Check what a request names.
+
+    Raises:
+        AdapterNotFound: it is not among the known names, which are listed.
+        InvalidRequest: it is named more than once.
+    """
+    known, names = list(known), [lora.name for lora in loras]
+    for name in names:
+        if name not in known:
             there_is = f"there is {_listing(known)}" if known else "there is none here"
-            raise AdapterNotFound(f"no adapter {lora.name!r}; {there_is}")
+            raise AdapterNotFound(f"no adapter {name!r}; {there_is}")
+        if names.count(name) > 1:
+            raise InvalidRequest(f"loras names {name!r} more than once", "loras")
 
 
 def _listing(names: list[str], most: int = 20) -> str:

@@ -128,14 +128,6 @@ class SamplingParams(BaseModel):
         check_sides(**{info.field_name: value}, unit=MULTIPLE_OF)
         return value
 
-    @field_validator("loras")
-    @classmethod
-    def _is_named_once(cls, loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
-        names = [lora.name for lora in loras]
-        if double := next((name for name in names if names.count(name) > 1), None):
-            raise InvalidRequest(f"loras names {double!r} more than once", "loras")
-        return loras
-
     @model_validator(mode="after")
     def _check_seeds(self) -> Self:
         if self.seed is not None and self.seed + self.num_images > MAX_SEEDS:

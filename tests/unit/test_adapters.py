@@ -507,9 +507,17 @@ def test_what_is_a_path_is_no_name(name: str) -> None:
         SamplingParams(prompt="x", loras=[{"name": name}])
 
 
-def test_a_request_names_an_adapter_once_and_a_finite_scale() -> None:
+def test_a_request_names_an_adapter_once(folder: Path) -> None:
+    denoiser = denoiser_of(MODELS["sdxl"](), folder)
+    with pytest.raises(InvalidRequest, match="loras names 'ink' more than once") as error:
+        begin(denoiser, ("ink", 1.0), ("neon", 1.0), ("ink", 0.5))
+    assert error.value.param == "loras"
+    with pytest.raises(InvalidRequest, match="loras names 'ink' more than once"):
+        Catalogue("", folder=folder).find((Lora(name="ink"), Lora(name="ink", scale=0.5)))
+
+
+def test_a_request_names_an_adapter_with_a_finite_scale() -> None:
     for loras, says in (
-        ([{"name": "ink"}, {"name": "ink", "scale": 0.5}], "names 'ink' more than once"),
         ([{"name": "ink", "scale": float("nan")}], "loras"),
         ([{"name": "ink", "scale": 10.5}], "less than or equal to 10"),
         ([{"name": "ink", "path": "/x"}], "there is no field"),
