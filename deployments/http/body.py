@@ -42,13 +42,18 @@ async def read_body(request: Request, limit: int) -> bytes:
         ClientDisconnect: the client left.
     """
     body = chunks(request, limit)
+    check_content_type(request, "application/json", "JSON")
+    return b"".join([chunk async for chunk in body])
+
+
+def check_content_type(request: Request, wanted: str, what: str) -> None:
+    """Raise Refusal (400) unless the body is said to be of the type `wanted`, which is `what` in words."""
     content_type = Message()
     content_type["content-type"] = request.headers.get("content-type", "")
-    if content_type.get_content_type() != "application/json":
+    if content_type.get_content_type() != wanted:
         given = request.headers.get("content-type", "none")[:100]
-        message = f"the content type is {given}; send JSON, with Content-Type: application/json"
+        message = f"the content type is {given}; send {what}, with Content-Type: {wanted}"
         raise Refusal(400, "unsupported_content_type", message)
-    return b"".join([chunk async for chunk in body])
 
 
 def _too_large(limit: int) -> Refusal:

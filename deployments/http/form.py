@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from email.message import Message
 from typing import Any
 
 from fastapi import Request
@@ -11,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from .body import chunks
+from .body import check_content_type, chunks
 from .config import HttpConfig
 from .errors import Refusal
 
@@ -38,12 +37,7 @@ async def read_form(request: Request, config: HttpConfig) -> dict[str, str | byt
         Refusal: 413 beyond the bound, 400 if it is no form, cannot be read, or has a field twice.
         ClientDisconnect: the client left.
     """
-    content_type = Message()
-    content_type["content-type"] = request.headers.get("content-type", "")
-    if content_type.get_content_type() != "multipart/form-data":
-        given = request.headers.get("content-type", "none")[:100]
-        message = f"the content type is {given}; send a form, with Content-Type: multipart/form-data"
-        raise Refusal(400, "unsupported_content_type", message)
+    check_content_type(request, "multipart/form-data", "a form")
     body = chunks(request, config.max_upload_bytes)
     limits: dict[str, Any] = {"max_files": MAX_FILES, "max_fields": MAX_FIELDS}
     parser = _InMemory(request.headers, body, max_part_size=config.max_body_bytes, **limits)

@@ -140,11 +140,6 @@ class PipelineSteps(ABC):
         """Raise `UnsupportedModel`, naming it, for a pipeline of which no request could be drawn rightly."""
 
     @property
-    @abstractmethod
-    def needs_image(self) -> bool:
-        """Whether the network takes a picture and its mask besides the latents."""
-
-    @property
     def guides(self) -> bool:
         """Whether a step with guidance takes a second branch, and so twice the network's work."""
         return True

@@ -29,7 +29,6 @@ class FlowMatching(PipelineSteps):
     """
 
     flow = True
-    needs_image = False
     parts: ClassVar[tuple[str, ...]]
     optional_parts: ClassVar[tuple[str, ...]] = ()
     latents_per_input: ClassVar[int] = 1

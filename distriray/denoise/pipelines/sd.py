@@ -60,6 +60,7 @@ class StableDiffusion(PipelineSteps):
 
     @property
     def needs_image(self) -> bool:
+        """Whether the network takes a picture and its mask besides the latents."""
         takes: int = self._unet.config.in_channels
         return takes != self._vae.config.latent_channels
 

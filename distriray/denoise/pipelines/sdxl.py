@@ -42,11 +42,6 @@ class StableDiffusionXL(PipelineSteps):
             raise UnsupportedModel(f"{what} is SDXL's refiner, which goes on from another model's latents")
 
     @property
-    def needs_image(self) -> bool:
-        takes: int = self.components.unet.config.in_channels
-        return takes != self.components.vae.config.latent_channels
-
-    @property
     def guides(self) -> bool:
         return self.components.unet.config.time_cond_proj_dim is None
 

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 
 from distriray.errors import InvalidRequest
 from distriray.parallel.networks.flux import CUTS, POSITIONS, PatchFluxAttention
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Input, Plan, of_all_ranks
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 
@@ -74,8 +74,4 @@ class Chroma(TokenNetwork):
             raise InvalidRequest(
                 f"attention_mask of {mask.shape[1]} tokens, where text and image have {text + image}"
             )
-        parts = []
-        for rank in range(partition.world_size):
-            of_text, of_image = partition.text_tokens(rank), partition.rows(rank)
-            parts += [mask[:, slice(*of_text)], mask[:, text:][:, slice(*of_image)]]
-        return torch.cat(parts, 1)[:, None, None]
+        return of_all_ranks(mask[:, :text], mask[:, text:], partition)

@@ -128,9 +128,20 @@ def key_mask(mask: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
     Returns:
         bool (batch, 1, 1, tokens of all ranks).
     """
+    image = mask.new_ones((len(mask), partition.height), dtype=torch.bool)
+    return of_all_ranks(mask.bool(), image, partition)
+
+
+def of_all_ranks(text: torch.Tensor, image: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
+    """What is said of the text's and of the image's tokens, in the order of the ranks, each one's text first.
+
+    Args:
+        text, image: (batch, tokens).
+
+    Returns:
+        (batch, 1, 1, tokens of all ranks).
+    """
     parts = []
     for rank in range(partition.world_size):
-        start, stop = partition.text_tokens(rank)
-        image = partition.counts(0)[rank]
-        parts += [mask[:, start:stop].bool(), mask.new_ones((len(mask), image), dtype=torch.bool)]
+        parts += [text[:, slice(*partition.text_tokens(rank))], image[:, slice(*partition.rows(rank))]]
     return torch.cat(parts, 1)[:, None, None]
