@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -25,7 +25,7 @@ from distriray.landscapes.training.common import Checkpoint, options, save_whole
 from distriray.landscapes.training.dataset import Bucket
 from distriray.landscapes.training.denoising import encode_pictures, picture_weights
 from distriray.landscapes.training.styles import STYLES
-from distriray.landscapes.training.unet import SCHEDULER_CONFIG, Conditioning, timesteps, velocity_loss
+from distriray.landscapes.training.unet import UNetLesson
 
 BUCKETS = (Bucket(256, 256, 1500, 0), Bucket(512, 512, 240, 1_000_000))
 SHARES = (0.75, 0.25)
@@ -68,6 +68,7 @@ def train(arguments: argparse.Namespace) -> None:
     device, folder = torch.device(arguments.device), arguments.out / "adapters" / arguments.style
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
+    lesson = UNetLesson(MODEL_DIR, device)
     unet = UNet2DConditionModel.from_pretrained(MODEL_DIR / "unet", dtype=torch.float32).to(device)
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())
@@ -79,8 +80,7 @@ def train(arguments: argparse.Namespace) -> None:
     if not (folder / "latents.pt").exists():
         cache_latents(arguments.style, folder / "latents.pt")
     cached = torch.load(folder / "latents.pt")
-    weights, conditioning = cached["weights"].to(device), Conditioning(MODEL_DIR, device)
-    scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
+    weights = cached["weights"].to(device)
     began, losses = time.monotonic(), []
     for step in range(start, arguments.steps):
         rng = np.random.default_rng([arguments.seed, step])
@@ -88,14 +88,7 @@ def train(arguments: argparse.Namespace) -> None:
         count = max(1, round(arguments.batch * 256 * 256 / (bucket.height * bucket.width)))
         indices = rng.integers(0, bucket.count, count)
         clean = cached["latents"][bucket.name][indices].float().to(device)
-        embeddings, added = conditioning(bucket, indices, rng)
-        steps = timesteps(rng, count, bucket.height).to(device)
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            noisy = scheduler.add_noise(clean, noise, steps)
-            velocity = unet(noisy, steps, encoder_hidden_states=embeddings, added_cond_kwargs=added).sample
-        target = scheduler.get_velocity(clean, noise, steps)
-        loss = velocity_loss(velocity, target, scheduler.alphas_cumprod[steps.cpu()].to(device), weights)
+        loss = lesson.loss(unet, clean, bucket, indices, rng, weights)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(factors.weights, 1.0)
