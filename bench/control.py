@@ -1,8 +1,8 @@
 """What ControlNets add to a step, alone and in gangs: `python -m bench.control`.
 
 ControlNets of the model's own layout with weights that are not trained, which take the time that trained ones
-take. The ranks of a gang are in lock-step in one process, so what stands in the table is the processor's time
-for one of them: its share of the whole gang's.
+take. The ranks of a gang are in lock-step, each in a thread of one process; what stands in the table is the
+processor's time of such a thread, the mean of the ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -44,19 +44,16 @@ def write_controlnet(folder: Path, pipeline: StableDiffusionXLPipeline, seed: in
 def milliseconds(
     communicator: Communicator, *, folder: Path, exchange: ExchangeMode, size: int, steps: int
 ) -> list[float]:
-    """Of the processor for a step without ControlNets, with one and with two, in the whole gang: medians."""
+    """The processor's, of this rank for a step without ControlNets, with one and with two: medians."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)
     gang = connect("local") if communicator.world_size == 1 else communicator
     config = ParallelConfig(exchange=exchange, cfg_parallel=False, warmup_steps=1)
     denoiser = Denoiser(parallelize(pipeline, gang, config))
     for name in NAMES:
         denoiser.controls.load(ControlNetSpec(name=name, source=str(folder / name)))
-    found = []
+    found, grey = [], Picture.of(Image.new("RGB", (size, size), "grey"))
     for count in range(len(NAMES) + 1):
-        control = tuple(
-            Control(name=name, image=Picture.of(Image.new("RGB", (size, size), "grey")))
-            for name in NAMES[:count]
-        )
+        control = tuple(Control(name=name, image=grey) for name in NAMES[:count])
         state = denoiser.prepare(
             SamplingParams(
                 prompt="a lake", seed=1, height=size, width=size, num_inference_steps=steps, control=control
@@ -64,9 +61,9 @@ def milliseconds(
         )
         times = []
         while not state.done:
-            began = time.process_time()
+            began = time.thread_time()
             denoiser.step(state)
-            times.append(1000 * (time.process_time() - began))
+            times.append(1000 * (time.thread_time() - began))
         denoiser.settle(state)
         found.append(median(times[2:]))
     return found
@@ -101,8 +98,8 @@ def main() -> None:
                     size=arguments.size,
                     steps=arguments.steps,
                 )
-                # by the whole gang, whose ranks take turns: a step of each sees those of all
-                without, one, two = (ms / ranks for ms in run_in_lockstep(ranks, measure)[0])
+                by_rank = run_in_lockstep(ranks, measure)
+                without, one, two = map(fmean, zip(*by_rank, strict=True))
                 share = f"{100 * (one - without) / one:.0f} %"
                 report.add(str(ranks), exchange, f"{without:.0f}", f"{one:.0f}", f"{two:.0f}", share)
     report.publish(arguments.json)
