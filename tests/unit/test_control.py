@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from diffusers import (
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
 from PIL import Image
 
 from distriray import ParallelConfig, parallelize
@@ -112,6 +119,45 @@ def test_a_request_is_drawn_as_diffusers_draws_it(
     ours = alone(model, folder, *named, guidance_scale=scale)
     assert np.abs(ours - np.asarray(theirs, dtype=int)).max() <= 1
     assert np.abs(ours - alone(model, folder, guidance_scale=scale)).max() > 10
+
+
+ON_PICTURES = {
+    ("sdxl", False): StableDiffusionXLControlNetImg2ImgPipeline,
+    ("sdxl", True): StableDiffusionXLControlNetInpaintPipeline,
+    ("sd15", False): StableDiffusionControlNetImg2ImgPipeline,
+    ("sd15", True): StableDiffusionControlNetInpaintPipeline,
+}
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize(("model", "masked"), ON_PICTURES)
+def test_a_picture_is_drawn_on_as_diffusers_draws_on_it(
+    model: str, masked: bool, channels: int, tmp_path: Path
+) -> None:
+    """Shares are of the steps that are done; of a network for masks, a ControlNet takes the latents alone."""
+    if channels == 9 and not masked:
+        pytest.skip("a network for masks needs one")
+    more = {**(SHALLOW if model == "sdxl" else SHALLOW_SD), "in_channels": channels}
+    own = (tiny_sdxl if model == "sdxl" else tiny_sd15)(**more)
+    plain = MODELS[model][0]().unet
+    for name in NAMES:
+        tiny_controlnet(plain, 1 + NAMES.index(name)).save_pretrained(tmp_path / name)
+    pipeline = ON_PICTURES[model, masked](**own.components, controlnet=tiny_controlnet(plain, 1))
+    pipeline.set_progress_bar_config(disable=True)
+    below = Image.effect_noise((64, 128), 90).convert("RGB")
+    mask = Image.new("L", (64, 128))
+    mask.paste(255, (0, 0, 32, 128))
+    theirs = pipeline(
+        prompt="a lake", image=below, control_image=picture("canny"), strength=0.5, guidance_scale=4.0,
+        height=128, width=64, num_inference_steps=8, generator=[torch.Generator().manual_seed(3)],
+        controlnet_conditioning_scale=0.7, control_guidance_start=0.25, control_guidance_end=0.75,
+        **({"mask_image": mask} if masked else {}),
+    ).images[0]  # fmt: skip
+    denoiser = denoiser_of(own, tmp_path)
+    given = {"image": below, "strength": 0.5, **({"mask_image": mask} if masked else {})}
+    named = ("canny", {"scale": 0.7, "start": 0.25, "end": 0.75})
+    state = denoiser.prepare(params(named, guidance_scale=4.0, num_inference_steps=8, **given))
+    assert np.abs(drawn(denoiser, state) - np.asarray(theirs, dtype=int)).max() <= 1
 
 
 def _by_gang(
