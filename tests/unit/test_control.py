@@ -190,11 +190,15 @@ def by_gangs(
 
 
 @pytest.mark.parametrize("sizes", [(2,), (4,), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize("cfg_parallel", ["auto", False])
 @pytest.mark.parametrize("model", MODELS)
-def test_sync_mode_equals_one_device(model: str, sizes: Sequence[int], folder: Path) -> None:
+def test_sync_mode_equals_one_device(
+    model: str, cfg_parallel: Any, sizes: Sequence[int], folder: Path
+) -> None:
     for named, fields in ((ONE, {"guidance_scale": 1.0}), (BOTH, {"num_images": 2})):
         expected = alone(model, folder, *named, **fields)
-        for image in by_gangs(model, folder, sizes, named, {"exchange": "sync"}, **fields):
+        config = {"exchange": "sync", "cfg_parallel": cfg_parallel}
+        for image in by_gangs(model, folder, sizes, named, config, **fields):
             assert np.abs(image - expected).max() <= 1
 
 
@@ -202,7 +206,7 @@ def test_sync_mode_equals_one_device(model: str, sizes: Sequence[int], folder: P
 def test_displaced_steps_stay_near_one_device_and_need_the_control(model: str, folder: Path) -> None:
     """Also where a ControlNet begins or ends on the way, with which the layers of a step change."""
     fields = {"num_inference_steps": 12}
-    config = {"exchange": "displaced", "warmup_steps": 1}
+    config = {"exchange": "displaced", "warmup_steps": 1, "cfg_parallel": False}
     for named in (ONE, BOTH):
         expected, without = alone(model, folder, *named, **fields), alone(model, folder, **fields)
         first, *others = by_gangs(model, folder, (2,), named, config, **fields)
@@ -210,10 +214,22 @@ def test_displaced_steps_stay_near_one_device_and_need_the_control(model: str, f
         assert np.abs(first - expected).mean() < np.abs(without - expected).mean() / 2
 
 
+def test_one_that_begins_late_reads_the_text_of_its_own_image(folder: Path) -> None:
+    denoiser = denoiser_of(parallelize(MODELS["sdxl"][0](), connect("local")), folder / "sdxl")
+    late = "canny", {"start": 0.5}
+    drawn(denoiser, denoiser.prepare(params(("canny", {"scale": 4.0}))))
+    after = drawn(denoiser, denoiser.prepare(params(late).model_copy(update={"prompt": "a hill"})))
+    fresh = denoiser_of(MODELS["sdxl"][0](), folder / "sdxl")
+    expected = drawn(fresh, fresh.prepare(params(late).model_copy(update={"prompt": "a hill"})))
+    assert np.abs(after - expected).max() <= 1
+
+
 def _in_turns(communicator: Communicator, folder: Path, mode: str) -> tuple[bytes, bytes]:
     """A request without control, by itself and then beside one with it, step by step in turns."""
     make = MODELS["sdxl"][0]
-    pipeline = parallelize(make(), communicator, ParallelConfig(exchange=mode, warmup_steps=1))
+    pipeline = parallelize(
+        make(), communicator, ParallelConfig(exchange=mode, warmup_steps=1, cfg_parallel=False)
+    )
     denoiser = denoiser_of(pipeline, folder / "sdxl")
     drawn(denoiser, before := denoiser.prepare(params(num_inference_steps=6)))
     plain = denoiser.prepare(params(num_inference_steps=6))
