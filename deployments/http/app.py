@@ -123,7 +123,8 @@ def build_http(
 
     @app.post("/v1/images/generations", **images(ImageRequest, "Draw images of a prompt"))
     async def generate_images(request: Request) -> Response:
-        return await draw(request, ImageRequest.parse(await read_body(request, config.max_upload_bytes)))
+        body = await read_body(request, config.max_upload_bytes)
+        return await draw(request, await asyncio.to_thread(ImageRequest.parse, body))
 
     @app.post("/v1/images/edits", **images(EditRequest, "Draw on a picture, or fill in a part of it"))
     async def edit_images(request: Request) -> Response:

@@ -41,6 +41,7 @@ from tests.models import (
     tiny_sdxl,
     tiny_z_image,
 )
+from tests.parameters import sweep
 
 MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
     "sdxl": (partial(tiny_sdxl, **SHALLOW), StableDiffusionXLControlNetPipeline),
@@ -189,8 +190,8 @@ def by_gangs(
     return [image for _, image in ranks]
 
 
-@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 1, 4)], ids=str)
-@pytest.mark.parametrize("cfg_parallel", ["auto", False])
+@pytest.mark.parametrize("sizes", [[2], [4], *sweep([[2, 1, 4]], first=0)], ids=str)
+@pytest.mark.parametrize("cfg_parallel", sweep([False, "auto"]))
 @pytest.mark.parametrize("model", MODELS)
 def test_sync_mode_equals_one_device(
     model: str, cfg_parallel: Any, sizes: Sequence[int], folder: Path
