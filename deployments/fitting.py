@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distriray.controls import check_controls
 from distriray.errors import AdapterNotFound, InvalidRequest
 from distriray.gang.admission import admit, check_gang_size
 from distriray.requests import GenerationRequest, Limits
@@ -44,10 +45,11 @@ def _view_of(
     While no host of the pool was ever seen, only what its configuration says can be checked.
 
     Raises:
-        InvalidRequest, AdapterNotFound: the pool cannot serve it.
+        InvalidRequest, AdapterNotFound, ControlNetNotFound: the pool cannot serve it.
     """
     config, facts = client.state.config, client.state.facts
     client.state.check_adapters(request.loras)
+    check_controls(request.control, (spec.name for spec in config.controls))
     if facts is None:
         config.limits.check(request)
         check_gang_size(request, config.sizes)

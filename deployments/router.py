@@ -134,6 +134,7 @@ class Router:
                     limits=limits,
                     gang_sizes=gang_sizes,
                     defaults=clients[0].config.defaults,
+                    controls=tuple(sorted({spec.name for each in clients for spec in each.config.controls})),
                     loras=tuple(sorted({name for client in clients for name in client.state.adapters})),
                 )
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -39,9 +40,21 @@ _SHORT = {
 }
 """Second spellings of options with long names."""
 
+_AFTER_PATH = re.compile(r"@(-?[0-9.e+-]+(?:,[0-9.e+-]+){0,2})$")
+"""Numbers at the end of `--control`."""
+
 _LORA = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="<name[=scale]>", help="Adapter to draw with; repeatable."),
+]
+
+_CONTROL = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        metavar="<name=path[@scale[,start[,end]]]>",
+        help="ControlNet to draw with, and the picture that it goes by; repeatable.",
+    ),
 ]
 
 
@@ -58,6 +71,9 @@ def _options() -> Iterator[inspect.Parameter]:
             continue
         if name == "loras":
             yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_LORA, default=None)
+            continue
+        if name == "control":
+            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_CONTROL, default=None)
             continue
         kind = {**schema[name], **schema[name].get("anyOf", [{}])[0]}
         names = kind.get("enum", [kind["type"]])
@@ -80,6 +96,7 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
         fields |= {name: Path(fields[name]) for name in SamplingParams.FILES if fields[name] is not None}
         with errors_as_messages():
             fields["loras"] = [_lora(text) for text in fields["loras"] or ()]
+            fields["control"] = [_control(text) for text in fields["control"] or ()]
         command(sampling={k: v for k, v in fields.items() if v is not None}, **values)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
@@ -97,6 +114,19 @@ def _lora(text: str) -> dict[str, Any]:
         return {"name": name, "scale": float(scale)}
     except ValueError:
         raise InvalidRequest(f"--lora {text}: the scale {scale!r} is no number", "loras") from None
+
+
+def _control(text: str) -> dict[str, Any]:
+    name, equals, path = text.partition("=")
+    numbers = _AFTER_PATH.search(path)
+    values = numbers[1].split(",") if numbers else []
+    if not equals or not path:
+        raise InvalidRequest(f"--control {text}: write name=path, such as canny=edges.png@0.8", "control")
+    control: dict[str, Any] = {"name": name, "image": Path(path[: numbers.start()] if numbers else path)}
+    try:
+        return control | dict(zip(("scale", "start", "end"), map(float, values), strict=False))
+    except ValueError:
+        raise InvalidRequest(f"--control {text}: {','.join(values)} are no numbers", "control") from None
 
 
 @app.callback(invoke_without_command=True)

@@ -36,6 +36,14 @@ class UnusableAdapter(DistrirayError, ValueError):
     """An adapter's file is missing, damaged or not for this model; the message names it and says what is."""
 
 
+class ControlNetNotFound(DistrirayError, LookupError):
+    """No ControlNet of that name; the message lists those that there are."""
+
+
+class UnusableControlNet(DistrirayError, ValueError):
+    """A ControlNet is missing, damaged or not for this model; the message names it and says what is."""
+
+
 class NotEnoughDevices(DistrirayError, RuntimeError):
     """The machine or cluster has fewer devices than were asked for."""
 

@@ -68,6 +68,32 @@ class Lora(BaseModel):
     """How much it counts; 0 is not at all."""
 
 
+class Control(BaseModel):
+    """A ControlNet to draw with, and the picture that it goes by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    """One of those that the model is served with."""
+    image: Picture
+    """What it goes by, such as edges or depths, as a `data:` URL. It is scaled to the picture's size."""
+    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+    """How much it counts; 0 is not at all."""
+    start: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """The share of the steps after which it begins."""
+    end: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """The share of the steps at which it ends."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.start >= self.end:
+            raise InvalidRequest(
+                f"control {self.name!r} starts at {self.start:g} and ends at {self.end:g}; end it later",
+                "control",
+            )
+        return self
+
+
 class SamplingParams(BaseModel):
     """The fields that decide a picture: names, types, defaults and descriptions for every interface.
 
@@ -104,6 +130,8 @@ class SamplingParams(BaseModel):
     """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
     loras: tuple[Lora, ...] = ()
     """Adapters to draw with, all at once."""
+    control: tuple[Control, ...] = ()
+    """ControlNets to draw with, all at once, each with the picture that it goes by."""
     image: Picture | None = None
     """A picture to begin from, a PNG, JPEG or WebP file. Its size is the default; to another it is scaled."""
     mask_image: Picture | None = None
@@ -211,11 +239,27 @@ class SamplingParams(BaseModel):
     @property
     def pictures(self) -> dict[str, Picture]:
         """The pictures that it carries, by field."""
-        return {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
+        own = {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
+        of_control = {_picture_of(index): control.image for index, control in enumerate(self.control)}
+        return own | {name: picture for name, picture in of_control.items() if picture is not None}
 
     def without_pictures(self) -> Self:
-        """A copy that carries none, for those who have them or need them no more."""
-        return self.model_copy(update=dict.fromkeys(self.pictures)) if self.pictures else self
+        """A copy that carries none, for those who have them or need them no more.
+
+        Its `control` has None for each: `with_pictures` puts them back.
+        """
+        return self.with_pictures(dict.fromkeys(self.pictures)) if self.pictures else self
+
+    def with_pictures(self, pictures: Mapping[str, Picture | None]) -> Self:
+        """A copy with other pictures, by the names that `pictures` gives them."""
+        control = tuple(
+            each.model_copy(update={"image": pictures[name]})
+            if (name := _picture_of(index)) in pictures
+            else each
+            for index, each in enumerate(self.control)
+        )
+        own = {name: picture for name, picture in pictures.items() if name in self.FILES}
+        return self.model_copy(update={**own, "control": control})
 
     def check_size(self, unit: int) -> None:
         """Raise InvalidRequest, with what would do, unless its size is one of multiples of `unit` pixels."""
@@ -234,6 +278,11 @@ class SamplingParams(BaseModel):
         """Whether it asks for a picture of just the size of its image."""
         asked = self.width, self.height
         return self.image is not None and asked in ((None, None), self.image.size)
+
+
+def _picture_of(control: int) -> str:
+    """What the picture of one of a request's ControlNets is called."""
+    return f"control.{control}.image"
 
 
 class Defaults(BaseModel):
@@ -374,6 +423,7 @@ class Limits(BaseModel):
     max_image_bytes: Annotated[int, Field(ge=1, le=LARGEST_BYTES)] = 16 * 2**20
     max_image_pixels: Annotated[int, Field(ge=1, le=LARGEST_PIXELS)] = 4096 * 4096
     max_loras: Annotated[int, Field(ge=0)] = 8
+    max_controls: Annotated[int, Field(ge=0)] = 4
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
@@ -402,6 +452,11 @@ class Limits(BaseModel):
         if len(request.loras) > self.max_loras:
             raise InvalidRequest(
                 f"loras names {len(request.loras)} adapters; the limit is {self.max_loras}", "loras"
+            )
+        if len(request.control) > self.max_controls:
+            raise InvalidRequest(
+                f"control names {len(request.control)} ControlNets; the limit is {self.max_controls}",
+                "control",
             )
         self.check_pictures(request.pictures)
         self._check_size(request)

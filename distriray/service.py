@@ -25,6 +25,7 @@ class ModelCard(BaseModel):
         gang_sizes: the sizes that the model's pools lend, ascending.
         defaults: what requests for this model are drawn with that leave it open.
         loras: the adapters that its requests may name, as far as hosts have told.
+        controls: the ControlNets that they may name.
         alias_of: the model that it is, where this is another name of it.
     """
 
@@ -39,6 +40,7 @@ class ModelCard(BaseModel):
     gang_sizes: tuple[int, ...] = (1,)
     defaults: Defaults = Defaults()
     loras: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
     alias_of: str | None = None
 
 

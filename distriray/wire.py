@@ -15,6 +15,7 @@ from PIL import Image
 
 from .errors import (
     AdapterNotFound,
+    ControlNetNotFound,
     DeadlineUnmet,
     DistrirayError,
     GangBroken,
@@ -27,6 +28,7 @@ from .errors import (
     OutOfMemory,
     QueueFull,
     UnusableAdapter,
+    UnusableControlNet,
 )
 from .events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from .requests import GenerationRequest
@@ -93,8 +95,10 @@ def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
     body = encode_fields(request)
     if stream:
         body |= {"stream": True, "progress": True}
-    if not request.pictures:
+    if request.image is None:
         return {"url": IMAGES, "json": body}
+    for control in body["control"]:
+        del control["image"]
     files = {
         name: (f"{name}.{picture.format}", picture.data, f"image/{picture.format}")
         for name, picture in request.pictures.items()
@@ -199,6 +203,10 @@ def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
             return AdapterNotFound(message)
         case "adapter_unusable":
             return UnusableAdapter(message)
+        case "controlnet_not_found":
+            return ControlNetNotFound(message)
+        case "controlnet_unusable":
+            return UnusableControlNet(message)
         case "cancelled":
             return GenerationCancelled(message)
         case "gang_broken":

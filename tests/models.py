@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -149,6 +150,12 @@ def tiny_sd15_unet(seed: int = 0, **config: Any) -> UNet2DConditionModel:
         "cross_attention_dim": TEXT_WIDTH,
     }
     return ready(UNet2DConditionModel(**{**settings, **config}), seed)
+
+
+def tiny_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetModel:
+    """One for that U-Net, whose weights are its own, none of them zero; its picture counts."""
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    return ready(network, seed)
 
 
 def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DModel:

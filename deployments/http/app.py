@@ -56,6 +56,7 @@ class Model(BaseModel):
     gang_sizes: tuple[int, ...]
     defaults: Defaults
     loras: tuple[str, ...]
+    controls: tuple[str, ...]
     alias_of: str | None
 
 
@@ -122,7 +123,8 @@ def build_http(
 
     @app.post("/v1/images/generations", **images(ImageRequest, "Draw images of a prompt"))
     async def generate_images(request: Request) -> Response:
-        return await draw(request, ImageRequest.parse(await read_body(request, config.max_body_bytes)))
+        body = await read_body(request, config.max_upload_bytes)
+        return await draw(request, await asyncio.to_thread(ImageRequest.parse, body))
 
     @app.post("/v1/images/edits", **images(EditRequest, "Draw on a picture, or fill in a part of it"))
     async def edit_images(request: Request) -> Response:
@@ -148,7 +150,7 @@ def build_http(
         _note(request, asked, config)
         card = _card(service, asked.model)
         name = new_id(request.state.request_id, request.state.owner)
-        async with decoding if isinstance(asked, EditRequest) else nullcontext():
+        async with decoding if isinstance(asked, EditRequest) or asked.control else nullcontext():
             generation = await asyncio.to_thread(asked.generation, card.id, name, card.limits)
         ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s
         if not asked.stream:
@@ -276,6 +278,7 @@ def _model(card: ModelCard) -> Model:
         gang_sizes=card.gang_sizes,
         defaults=card.defaults,
         loras=card.loras,
+        controls=card.controls,
         alias_of=card.alias_of,
     )
 

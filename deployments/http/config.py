@@ -18,8 +18,8 @@ class HttpConfig(BaseModel):
         keys_env: the environment variable that holds bearer keys, separated by commas or blanks.
         keys_file: a file with a bearer key a line; lines that begin with # are comments. With no key in
             either place only clients on this machine are answered.
-        max_body_bytes: the longest JSON text, or text in a form, that is read.
-        max_upload_bytes: the longest form that is read, with the pictures in it, which stay in memory.
+        max_body_bytes: the longest text in a form that is read.
+        max_upload_bytes: the longest body that is read, with the pictures in it, which stay in memory.
         timeout_s: after so many seconds a request is given up and its gang freed; what is predicted to take
             longer is refused. None waits for ever.
         cors_origins: where pages may come from that ask from within a browser, such as

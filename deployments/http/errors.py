@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from distriray.errors import (
     AdapterNotFound,
+    ControlNetNotFound,
     DeadlineUnmet,
     DistrirayError,
     GangBroken,
@@ -27,6 +28,7 @@ from distriray.errors import (
     QueueFull,
     TooLong,
     UnusableAdapter,
+    UnusableControlNet,
 )
 from distriray.requests import invalid_request
 from distriray.wire import EDITS, OF_PICTURES, PARAMS
@@ -116,6 +118,10 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(404, "adapter_not_found", str(error), "loras")
         case UnusableAdapter():
             return Refusal(500, "adapter_unusable", str(error), "loras", dict(_NO_RETRY))
+        case ControlNetNotFound():
+            return Refusal(404, "controlnet_not_found", str(error), "control")
+        case UnusableControlNet():
+            return Refusal(500, "controlnet_unusable", str(error), "control", dict(_NO_RETRY))
         case QueueFull():
             seconds = min(max(error.retry_after_s, 0.0), 3600.0)
             return Refusal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, Self, get_origin
@@ -20,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from distriray.errors import InvalidRequest
 from distriray.picture import Picture, holes, mask_of, png
-from distriray.requests import GenerationRequest, Limits
+from distriray.requests import Control, GenerationRequest, Limits
 from distriray.wire import CARRIED, OF_PICTURES, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat
@@ -50,7 +51,9 @@ def _optional(field: FieldInfo) -> tuple[Any, None]:
 
 
 if TYPE_CHECKING:
-    _Shared = BaseModel
+
+    class _Shared(BaseModel):
+        control: tuple[Control, ...] | None = None
 else:
     _Shared = create_model(
         "_Shared",
@@ -199,7 +202,12 @@ class ImageRequest(_Shared):
             InvalidRequest: a field, or a picture, cannot be served as it is.
         """
         fields = decode_fields({name: value for name, value in self if value is not None})
-        return GenerationRequest.parse({**fields, "model": model, "id": request_id})
+        request = GenerationRequest.parse({**fields, "model": model, "id": request_id})
+        of_control = {name: each for name, each in request.pictures.items() if name not in OF_PICTURES}
+        limits.check_pictures(of_control)
+        for name, picture in of_control.items():
+            picture.load(name)
+        return request
 
 
 if TYPE_CHECKING:
@@ -238,11 +246,17 @@ class EditRequest(_WithPictures):
     def of_form(cls, form: Mapping[str, str | bytes]) -> Self:
         """The request in a form's fields; raises Refusal (400)."""
         values: dict[str, Any] = {}
+        of_control: dict[int, bytes] = {}
         for name, value in form.items():
+            if (found := _OF_CONTROL.fullmatch(name)) and isinstance(value, bytes):
+                of_control[int(found[1])] = value
+                continue
             if isinstance(value, bytes) and name in cls.model_fields and name not in cls.FILES:
                 raise Refusal(400, "invalid_value", f"{name} is sent as a file; send it as text", name)
             kinds = _kinds(cls).get(name)
             values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
+        if of_control:
+            values["control"] = _with_files(values.get("control"), of_control)
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
@@ -297,6 +311,22 @@ class VariationRequest(EditRequest):
     def _mask(self) -> Picture | None:
         self.image.load()
         return None
+
+
+_OF_CONTROL = re.compile(r"control\.([0-9])\.image")
+"""The file of one of a form's ControlNets, which `control` then has without `image`."""
+
+
+def _with_files(control: Any, files: Mapping[int, bytes]) -> tuple[Any, ...]:
+    """The ControlNets of a form, each with its file; raises Refusal (400)."""
+    entries = list(control) if isinstance(control, tuple) else []
+    for index, file in files.items():
+        if index >= len(entries) or not isinstance(entries[index], dict) or "image" in entries[index]:
+            name = f"control.{index}.image"
+            message = f"{name} is a file, and control has no entry {index}, from 0, without an image"
+            raise Refusal(400, "invalid_value", message, name)
+        entries[index] = {**entries[index], "image": file}
+    return tuple(entries)
 
 
 @cache

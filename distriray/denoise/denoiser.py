@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distriray.denoise.adapters import MOST_BYTES, Adapters
+from distriray.denoise.controls import Controls
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
@@ -39,6 +40,7 @@ class Denoiser:
     Attributes:
         family: the family's name there.
         adapters: those that requests may name; at first none.
+        controls: the ControlNets that they may name; at first none.
         sizes: of its pictures.
         terms: what the model says of a request's other fields.
         guides: whether guidance takes a second branch.
@@ -52,6 +54,7 @@ class Denoiser:
     def __init__(self, pipeline: Any, most_adapter_bytes: int = MOST_BYTES) -> None:
         self.family = family_of(pipeline)
         self.adapters = Adapters(pipeline, self.family, most_adapter_bytes)
+        self.controls = Controls(pipeline, self.family)
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
@@ -74,6 +77,7 @@ class Denoiser:
         Raises:
             InvalidRequest: a value is out of range, or a picture is damaged; `param` names it.
             AdapterNotFound, UnusableAdapter: it names an adapter that is not known, or that does not fit.
+            ControlNetNotFound: it names a ControlNet that is not known.
         """
         seeds = params.seeds
         params = self.terms.settle(params.settled(*self.sizes.default))
@@ -95,6 +99,7 @@ class Denoiser:
             mask_image=None if params.mask_image is None else mask_of(params.mask_image),
             strength=1.0 if params.strength is None else params.strength,
         )
+        control = self.controls.prepare(params.control, params.height, params.width)
         adapters = self.adapters.choose(params.loras)
         try:
             values = self._steps.prepare(commission)
@@ -102,6 +107,7 @@ class Denoiser:
             raise
         except ValueError as error:  # diffusers' own word for arguments that do not go together
             raise InvalidRequest(f"the pipeline does not take this request: {error}") from error
+        values = {**values, **control}
         values = {name: _contiguous(value) for name, value in values.items() if value is not None}
         commission.check_timesteps(values["timesteps"])
         return DenoiseState(
@@ -146,7 +152,9 @@ class Denoiser:
 
         Raises:
             UnusableAdapter: one is not held here, and its file is not what it was.
+            UnusableControlNet: its ControlNets are not here.
         """
+        self.controls.check(state)
         self.adapters.use(state.adapters)
 
     @torch.no_grad()
@@ -176,6 +184,7 @@ class Denoiser:
             with self._image or nullcontext():
                 if engine is not None and state.step + 1 < state.num_steps:
                     engine.announce_more()
+                self._steps.controls = self.controls.of_step(state)
                 latents, output = self._steps.step(state)
         except BaseException as error:
             broken = isinstance(error, GangBroken | GangMismatch)
@@ -260,6 +269,8 @@ class Denoiser:
         self._image = None  # so that its buffers are the next one's
         if engine is not None:
             engine.watch_scheduler(self)
+            if self.controls.networks:
+                engine.network.controls = self.controls.networks
             self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         self._steps.begin(state)
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from ..adapters import AdapterSpec
 from ..config import ParallelConfig
+from ..controls import MOST_CONTROLNETS, ControlNetSpec
 from ..models import ModelSpec
 from ..requests import Defaults, Limits
 from ..routing.buddy import check_gang_sizes
@@ -36,6 +37,8 @@ class HostConfig(BaseModel):
         lora_dir: folder of more of them, `.safetensors` files that requests name without the suffix; it is
             looked at again while the host runs.
         lora_cache_bytes: memory of each worker for adapters; what was not used for longest makes room.
+        controls: ControlNets that requests may name; each worker loads all of them when it starts, and keeps
+            them in its device's memory.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
@@ -64,6 +67,7 @@ class HostConfig(BaseModel):
     loras: tuple[AdapterSpec, ...] = ()
     lora_dir: Path | None = None
     lora_cache_bytes: Count = 2**30
+    controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_CONTROLNETS)] = ()
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
     silence_s: Seconds = 30.0
@@ -84,6 +88,13 @@ class HostConfig(BaseModel):
         names = [spec.name for spec in self.loras]
         if double := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"loras {double} are there more than once; give each adapter a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _check_controls(self) -> Self:
+        names = [spec.name for spec in self.controls]
+        if double := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"controls {double} are there more than once; give each a name of its own")
         return self
 
     @model_validator(mode="after")

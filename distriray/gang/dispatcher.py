@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import chain
 
 from ..adapters import AdapterSpec, Catalogue
+from ..controls import check_controls
 from ..errors import (
     GangBroken,
     GenerationCancelled,
@@ -170,6 +171,7 @@ class Dispatcher:
         if request.model not in (None, self.config.model.name):
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
         admitted = admit(request, self.config, self.facts)
+        check_controls(admitted.request.control, (spec.name for spec in self.config.controls))
         adapters = self.catalogue.find(admitted.request.loras)
         if self.waiting >= self.config.max_queue:
             self.metrics.refused()

@@ -17,6 +17,7 @@ from torch.distributed import Store
 from ..adapters import AdapterSpec
 from ..collective import Communicator, connect
 from ..collective.all_gather import numbers_of_all
+from ..controls import ControlNetSpec
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.adapters import MOST_BYTES
 from ..denoise.pipelines.sizes import Sizes
@@ -73,6 +74,7 @@ class SegmentRunner:
         store: where gangs rendezvous.
         on_progress: called after every step of a segment in which this is rank 0, and at its end.
         loras: adapters that must fit the model.
+        controls: ControlNets that must, and are loaded.
         lora_cache_bytes: of the adapters that are held.
 
     Attributes:
@@ -89,6 +91,7 @@ class SegmentRunner:
         on_progress: Callable[[], None] = lambda: None,
         *,
         loras: Sequence[AdapterSpec] = (),
+        controls: Sequence[ControlNetSpec] = (),
         lora_cache_bytes: int = MOST_BYTES,
     ) -> None:
         began = time.perf_counter()
@@ -106,6 +109,8 @@ class SegmentRunner:
         engine = engine_of(parallelize(self.pipeline, self._communicators["alone"]))
         assert engine is not None
         self._engine = engine
+        for control in controls:
+            self._denoiser.controls.load(control)
         for adapter in loras:
             self._denoiser.adapters.check(adapter)
         self.load_s = time.perf_counter() - began
@@ -372,7 +377,7 @@ class SegmentRunner:
         if blob is not None:
             state = DenoiseState.from_bytes(blob).to(self.device)
         elif order.step == 0:
-            state = self._denoiser.prepare(request.model_copy(update=pictures))
+            state = self._denoiser.prepare(request.with_pictures(pictures))
         else:
             raise LookupError(
                 f"request {request.id} is to go on at step {order.step}, but its state is not here"

@@ -42,7 +42,9 @@ class Worker:
         self._runner: SegmentRunner | None = None
 
     async def load(self) -> WorkerFacts:
-        """Load the weights; raises ModelNotFound, UnsupportedModel, UnusableAdapter."""
+        """Load the weights; raises ModelNotFound, UnsupportedModel, UnusableAdapter,
+        UnusableControlNet.
+        """
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
@@ -61,6 +63,7 @@ class Worker:
                 config.timeout_s,
                 tell,
                 loras=config.loras,
+                controls=config.controls,
                 lora_cache_bytes=config.lora_cache_bytes,
             )
 

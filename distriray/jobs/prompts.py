@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +35,7 @@ class Prompt:
     def whole(self) -> GenerationRequest:
         """The request with its pictures; raises InvalidRequest where a file is not what it was any more."""
         pictures = {name: Picture.of(path, name) for name, path in self.files.items()}
-        return self.request.model_copy(update=pictures)
+        return self.request.with_pictures(pictures)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read_prompts(
             seen[digest] += 1
             name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
             files = {of: picture.path for of, picture in request.pictures.items() if picture.path}
-            named = _named(request, name).model_copy(update=dict.fromkeys(files))
+            named = _named(request, name).with_pictures(dict.fromkeys(files))
             good.append(Prompt(name, number, named, files))
     return good, bad
 
@@ -108,11 +108,20 @@ def _with_paths(line: bytes, folder: Path) -> dict[str, Any] | bytes:
         return line
     if not isinstance(fields, dict):
         return line
-    texts = {name: fields[name] for name in GenerationRequest.FILES if isinstance(fields.get(name), str)}
-    paths = {
-        name: _inside(folder, text, name) for name, text in texts.items() if not text.startswith("data:")
-    }
-    return {**fields, **paths} if paths else line
+    own = _paths(fields, GenerationRequest.FILES, folder)
+    control = fields.get("control")
+    if not isinstance(control, list):
+        return {**fields, **own} if own else line
+    entries = [
+        {**each, **_paths(each, ("image",), folder)} if isinstance(each, dict) else each for each in control
+    ]
+    return {**fields, **own, "control": tuple(entries)}
+
+
+def _paths(fields: Mapping[str, Any], names: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Those of the fields that are paths of pictures in `folder`; raises InvalidRequest."""
+    texts = {name: fields[name] for name in names if isinstance(fields.get(name), str)}
+    return {name: _inside(folder, text, name) for name, text in texts.items() if not text.startswith("data:")}
 
 
 def _inside(folder: Path, text: str, name: str) -> Path:

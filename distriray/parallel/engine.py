@@ -310,7 +310,7 @@ class Engine:
         branch = self._branch(call, moment)
         try:
             share = self._prepare(call, moment, branch)
-            self._look_at_text(branch)
+            self._look_at_text(call, branch)
             place = self._place(call, moment, branch)
             with ExitStack() as exchanging:
                 step = exchanging.enter_context(self._exchange_step(call, branch, share))
@@ -348,9 +348,10 @@ class Engine:
             self._forget_call()
         return branch
 
-    def _look_at_text(self, branch: Branch) -> None:
+    def _look_at_text(self, call: Call, branch: Branch) -> None:
         """Whether text keys and values that layers have cached are those of this call."""
-        made_by = branch, self.network.text_weights(), torch.is_inference_mode_enabled()
+        weights, inference = self.network.text_weights(), torch.is_inference_mode_enabled()
+        made_by = branch, call.besides, weights, inference
         self.context.new_text = branch.fresh_start or branch.text_changed or made_by != self._cached_text
         self._cached_text = made_by
 
@@ -465,13 +466,14 @@ class Engine:
         config, mix, before = self.config, branch.mix, branch.exchange
         if mix is None:
             branch.exchange = None
-            self._graphs_of_call = self._graphs
+            self._graphs_of_call = None if call.besides else self._graphs
             return nullcontext()
         # Buffers made in inference mode cannot be written outside it.
         inference = torch.is_inference_mode_enabled()
         part = share.part.start, share.part.stop
         stream = self._image.stream, call.branch
-        key = branch.exchange = (stream, mix, part, share.partition, call.sample.dtype, inference)
+        layers = call.sample.dtype, call.besides
+        key = branch.exchange = (stream, mix, part, share.partition, *layers, inference)
         follows = not branch.fresh_start and key == before
         exchange = self._exchanges.use(
             key,
@@ -481,7 +483,7 @@ class Engine:
                 mix,
                 config.prediction.weights(mix, share.partition.world_size),
                 self.bucket_count,
-                self._new_graphs(),
+                None if call.besides else self._new_graphs(),
             ),
         )
         self._graphs_of_call = exchange.graphs
@@ -544,4 +546,4 @@ class Engine:
 
 def _shape(call: Call, share: Share) -> Hashable:
     """What decides how much a rank computes and sends."""
-    return share.layout, share.partition, share.batch, call.sample.dtype
+    return share.layout, share.partition, share.batch, call.sample.dtype, call.besides

@@ -410,7 +410,8 @@ OTHERS: dict[str, Any] = {
 }
 OF_AN_IMAGE: dict[str, dict[str, Any]] = dict.fromkeys(("mask_image", "strength"), {"image": PICTURE})
 """What some fields need beside them."""
-OF_THE_NETWORK = sorted(SamplingParams.model_fields.keys() - {"loras"})  # those are in test_adapters.py
+OF_THE_NETWORK = sorted(SamplingParams.model_fields.keys() - {"loras", "control"})
+"""The others are in test_adapters.py and test_control.py."""
 
 
 @pytest.mark.parametrize("field", OF_THE_NETWORK)

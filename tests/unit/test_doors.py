@@ -35,6 +35,7 @@ from distriray.picture import Picture
 from distriray.requests import (
     ADAPTER_NAME,
     MAX_SEEDS,
+    Control,
     Defaults,
     GenerationRequest,
     Lora,
@@ -60,6 +61,20 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "image": st.sampled_from([Picture.of(Image.new("RGB", (40, 24), color)) for color in ("red", "blue")]),
     "mask_image": st.sampled_from([Picture.of(Image.new("L", (40, 24), level)) for level in (9, 255)]),
     "strength": st.floats(0.5, 1.0),  # some of two steps
+    "control": st.lists(
+        st.builds(
+            Control,
+            name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip),
+            image=st.sampled_from(
+                [Picture.of(Image.new("RGB", (24, 8), color)) for color in ("red", "blue")]
+            ),
+            scale=st.sampled_from([-1.5, 0.25, 2.0]),
+            start=st.sampled_from([0.0, 0.25]),
+            end=st.sampled_from([0.5, 1.0]),
+        ),
+        max_size=LIMITS.max_controls,
+        unique_by=lambda control: control.name,
+    ).map(tuple),
     "loras": st.lists(
         st.builds(Lora, name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip)),
         max_size=LIMITS.max_loras,
@@ -135,7 +150,9 @@ def test_every_field_arrives_by_http(url: str, service: FakeService, fields: Fie
     body = {name: value for name, value in as_json(fields).items() if name not in own}
     body |= {"n": fields["num_images"], "size": f"{fields['width']}x{fields['height']}"}
     files = {name: body.pop(name).data for name in SamplingParams.FILES}
-    form = {**body, "loras": json.dumps(body["loras"])}
+    named = [{k: v for k, v in control.items() if k != "image"} for control in body["control"]]
+    files |= {f"control.{i}.image": control.image.data for i, control in enumerate(fields["control"])}
+    form = {**body, "loras": json.dumps(body["loras"]), "control": json.dumps(named)}
     answer = httpx.post(f"{url}/v1/images/edits", data=form, files=files)
     assert answer.status_code == 200, answer.text
     assert at_the_denoiser(service.asked[-1]) == fields
@@ -200,6 +217,8 @@ def test_every_field_arrives_by_a_line_of_a_job(
 ) -> None:
     folder, maker = tmp_path_factory.mktemp("job"), Recorder()
     line = {**as_json(fields), **{name: path.name for name, path in written(fields, folder).items()}}
+    for index, control in enumerate(line["control"]):
+        control["image"] = line.pop(f"control.{index}.image")
     (folder / "prompts.jsonl").write_text(json.dumps(line) + "\n")
     good, bad = read_prompts(folder / "prompts.jsonl", limits=LIMITS)
     assert not bad
@@ -213,19 +232,27 @@ def written(fields: Fields, folder: Path) -> dict[str, Path]:
     paths = {name: folder / f"{name}.png" for name in SamplingParams.FILES}
     for name, path in paths.items():
         path.write_bytes(fields[name].data)
+    for index, control in enumerate(fields["control"]):
+        paths[f"control.{index}.image"] = folder / f"control-{index}.png"
+        paths[f"control.{index}.image"].write_bytes(control.image.data)
     return paths
 
 
 def options(fields: Fields) -> list[str]:
     """The command line of those fields; a prompt may begin with a dash."""
-    own = "prompt", "loras"
+    own = "prompt", "loras", "control", *(f"control.{i}.image" for i in range(len(fields["control"])))
     named = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if name not in own]
     loras = [f"--lora={lora.name}={lora.scale}" for lora in fields["loras"]]
-    return [*named, *loras, "--", fields["prompt"]]
+    controls = [
+        f"--control={c.name}={fields[f'control.{i}.image']}@{c.scale},{c.start},{c.end}"
+        for i, c in enumerate(fields["control"])
+    ]
+    return [*named, *loras, *controls, "--", fields["prompt"]]
 
 
 def as_json(fields: Fields) -> Fields:
-    return {**fields, "loras": [lora.model_dump() for lora in fields["loras"]]}
+    lists = {name: [each.model_dump() for each in fields[name]] for name in ("loras", "control")}
+    return {**fields, **lists}
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,6 +13,7 @@ from PIL import Image
 from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, NotFinite
+from distriray.parallel.networks.controlnet import Control
 from distriray.requests import SamplingParams
 
 
@@ -123,6 +124,7 @@ class PipelineSteps(ABC):
     Attributes:
         kinds: the classes of the pipelines.
         flow: whether they denoise by flow matching.
+        controls: the ControlNets of the next step.
 
     Raises:
         UnsupportedModel: as `check`.
@@ -130,6 +132,7 @@ class PipelineSteps(ABC):
 
     kinds: ClassVar[tuple[type, ...]]
     flow: ClassVar[bool] = False
+    controls: tuple[Control, ...] = ()
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

@@ -14,6 +14,7 @@ from diffusers import (
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
+from distriray.denoise.pipelines.control import controlled
 from distriray.denoise.pipelines.guidance import guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
@@ -112,7 +113,9 @@ class StableDiffusion(PipelineSteps):
         if self.needs_image:
             fixed = torch.cat([values["mask"], values["masked_image_latents"]], dim=1)
             sample = torch.cat([sample, torch.cat([fixed] * branches)], dim=1)
-        output = self._unet(
+        output = controlled(
+            self._unet,
+            self.controls,
             sample,
             timestep,
             encoder_hidden_states=values["prompt_embeds"],

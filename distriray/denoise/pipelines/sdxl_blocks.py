@@ -31,17 +31,22 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_pipeline import StableDiffusionXLModularPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
+from distriray.denoise.pipelines.control import controlled
+from distriray.parallel.networks.controlnet import Control
+
 
 class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
     """Both guidance branches in one call of the network, as a batch [unconditional, conditional].
 
     diffusers' own block calls the network once a branch; a gang splits that batch between its halves.
-    `batched` keeps the concatenated embeddings of the image at hand, so that they stay one object.
+    `batched` keeps the concatenated embeddings of the image at hand, so that they stay one object; `controls`
+    are the ControlNets of the step.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.batched: dict[str, torch.Tensor] | None = None
+        self.controls: tuple[Control, ...] = ()
 
     @torch.no_grad()
     def __call__(
@@ -62,7 +67,9 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
         branches = list(reversed(guider.prepare_inputs(inputs)))
         if self.batched is None:
             self.batched = {name: torch.cat([getattr(b, name) for b in branches]) for name in names}
-        noise = components.unet(
+        noise = controlled(
+            components.unet,
+            self.controls,
             torch.cat([block_state.scaled_latents] * len(branches)),
             t,
             encoder_hidden_states=self.batched["prompt_embeds"],

@@ -18,6 +18,7 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "guidance_scale": lambda scale: scale is not None and scale > 1.0,
     "guidance_rescale": bool,
     "clip_skip": bool,
+    "control": bool,
     "image": lambda picture: picture is not None,
     "mask_image": lambda picture: picture is not None,
 }
@@ -25,8 +26,9 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
 STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
 """Of requests that name none: inside a mask, all is drawn anew."""
 
+_NO_CONTROL = {"control": "ControlNets are for Stable Diffusion and Stable Diffusion XL here"}
 _NO_CLIP = "this model reads prompts with a language model, not with CLIP"
-_NO_MASKS = {"mask_image": "this model's family fills in no masks here"}
+_NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _NO_PICTURES = {**_NO_MASKS, "image": "this model's family draws from text alone here"}
 
 

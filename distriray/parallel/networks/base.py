@@ -35,6 +35,8 @@ class Call:
         text_scale: what cached text keys and values depend on besides the text, such as a LoRA's scale.
         branch: names the guidance branch where each has calls of its own; None where one call has all.
         arguments: the other arguments, by the names of the network's parameters.
+        besides: names what else runs in the call, such as ControlNets, whose layers exchange too; None is
+            nothing.
     """
 
     sample: torch.Tensor
@@ -43,6 +45,7 @@ class Call:
     text_scale: Any = None
     branch: Hashable = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    besides: Hashable = None
 
     @property
     def batch(self) -> int:
@@ -65,6 +68,7 @@ class Network(ABC):
             the family; else `auto` keeps to fresh ones.
         forward: what computes a rank's part; what answered the module's calls before the engine did, hooks
             included, or graphs of it.
+        controls: ControlNets that its calls may name, by name, which are cut into patches with it.
         replaced: what answered the module's calls before the engine did; None until then.
 
     Raises:
@@ -73,6 +77,7 @@ class Network(ABC):
 
     kind: ClassVar[type[nn.Module]]
     displacement_measured: ClassVar[bool] = False
+    controls: Mapping[str, nn.Module] = {}
     forward: Callable[..., Any]
     replaced: Callable[..., Any] | None = None
 

@@ -124,7 +124,8 @@ def _norms_with_convolutions(network: Any) -> Iterator[tuple[PatchGroupNorm, nn.
             yield block.norm1, block.conv1
         if block.time_embedding_norm == "default":
             yield block.norm2, block.conv2
-    if type(network.conv_norm_out) is PatchGroupNorm and type(network.conv_act) in _ACTIVATIONS:
+    last = getattr(network, "conv_norm_out", None)  # ControlNets have none
+    if type(last) is PatchGroupNorm and type(network.conv_act) in _ACTIVATIONS:
         yield network.conv_norm_out, network.conv_out
 
 

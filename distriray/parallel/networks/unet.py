@@ -30,6 +30,7 @@ from distriray.parallel.layers.attention import (
 )
 from distriray.parallel.layers.conv import pads_by_hand, patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.controlnet import Control, residuals_of
 from distriray.parallel.networks.likeness import adapters_of, processors_of, signs_of, weights_of
 from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (
@@ -112,7 +113,8 @@ class UNet(Network):
             if pads_by_hand(module):
                 vars(module).pop("forward", None)
                 patch_downsample(module)
-        spare_messages(self.module)
+        for network in self._networks().values():
+            spare_messages(network)
         self._text_layers = [
             layer
             for _, module in self._image_layers()
@@ -140,14 +142,21 @@ class UNet(Network):
         down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
+        controls: Sequence[Control] = (),
     ) -> Call:
-        """A call of `UNet2DConditionModel.forward`.
+        """A call of `UNet2DConditionModel.forward`, and of ControlNets on the same rows before it.
 
         Args:
             sample: latents, (batch, channels, rows, columns).
             encoder_hidden_states: prompt embeddings, (batch, tokens, channels).
+            controls: ControlNets among `controls`, whose residuals are added up.
         """
         _check_inputs(attention_mask, cross_attention_kwargs)
+        for control in controls:
+            if self.controls.get(control.name) is not control.network:
+                raise UnsupportedModel(f"the ControlNet {control.name!r} is not one that is cut into patches")
+        if controls and (down_block_additional_residuals, mid_block_additional_residual) != (None, None):
+            raise UnsupportedModel("residuals of a ControlNet beside ControlNets that are cut into patches")
         arguments = {
             "timestep": timestep,
             "class_labels": class_labels,
@@ -159,8 +168,16 @@ class UNet(Network):
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
             "encoder_attention_mask": encoder_attention_mask,
             "return_dict": return_dict,
+            "controls": controls,
         }
-        return Call(sample, timestep, encoder_hidden_states, cross_attention_kwargs, arguments=arguments)
+        return Call(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            cross_attention_kwargs,
+            arguments=arguments,
+            besides=tuple(control.name for control in controls) or None,
+        )
 
     def partition(self, call: Call, patches: int) -> Partition:
         _, _, height, width = call.sample.shape
@@ -168,7 +185,7 @@ class UNet(Network):
 
     def compared(self, call: Call) -> Compared:
         given, added = call.arguments, call.arguments["added_cond_kwargs"] or {}
-        timestep, images = given["timestep"], added.get("image_embeds")
+        timestep, images, controls = given["timestep"], added.get("image_embeds"), given["controls"]
         residuals = {
             "ControlNet residuals": given["down_block_additional_residuals"],
             "ControlNet residuals of the middle": given["mid_block_additional_residual"],
@@ -187,6 +204,7 @@ class UNet(Network):
                 "latents": call.sample,
                 "prompt embeddings": call.text,
                 "pooled prompt embeddings": added.get("text_embeds"),
+                "pictures of ControlNets": [control.picture for control in controls],
                 **{name: _tensors(some) for name, some in residuals.items()},
             },
             equal={
@@ -196,11 +214,15 @@ class UNet(Network):
                 "class labels": given["class_labels"],
                 "text mask": given["encoder_attention_mask"],
                 "weights": weights_of(self.module),
+                "weights of ControlNets": [
+                    numbers for control in controls for numbers in weights_of(control.network)
+                ],
             },
             texts={
                 "further conditions": " ".join(sorted(added)),
                 "adapters, their scales, or which are active": adapters_of(self.module),
                 "attention processors, or their scales": processors_of(self.module),
+                "ControlNets, or their scales": repr([(each.name, each.scale) for each in controls]),
             },
         )
 
@@ -208,32 +230,60 @@ class UNet(Network):
         self, call: Call, share: Share, collect: Collect
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
         arguments = call.arguments
-        whole = share.exchanges and takes_whole(self.module)
-        (rows,) = self.forward(
-            share.cut(call.sample) if whole else share.cut_rows(call.sample),
+        timestep, text = (
             share.cut(_on_device(arguments["timestep"], call.sample.device)),
             share.cut(call.text),
+        )
+        by_batch = {name: share.cut(arguments[name]) for name in BY_BATCH}
+        by_rows = {name: share.cut_rows(arguments[name]) for name in BY_ROWS}
+        if arguments["controls"]:
+            by_rows |= residuals_of(
+                [
+                    control._replace(picture=share.cut_rows(control.picture))
+                    for control in arguments["controls"]
+                ],
+                lambda network: self._sample(network, call, share),
+                timestep,
+                text,
+                by_batch["added_cond_kwargs"],
+            )
+        (rows,) = self.forward(
+            self._sample(self.module, call, share),
+            timestep,
+            text,
             cross_attention_kwargs=arguments["cross_attention_kwargs"],
-            **{name: share.cut(arguments[name]) for name in BY_BATCH},
-            **{name: share.cut_rows(arguments[name]) for name in BY_ROWS},
+            **by_batch,
+            **by_rows,
             return_dict=False,
         )
         noise = collect(rows)
         return UNet2DConditionOutput(sample=noise) if arguments["return_dict"] else (noise,)
 
+    @staticmethod
+    def _sample(network: nn.Module, call: Call, share: Share) -> torch.Tensor:
+        """What a network is given of the sample: this rank's rows, or all if its first layer cuts them."""
+        whole = share.exchanges and takes_whole(network)
+        return share.cut(call.sample) if whole else share.cut_rows(call.sample)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """The U-Net and the ControlNets, by what the names of their layers begin with."""
+        return {"": self.module, **{f"{name}.": control for name, control in self.controls.items()}}
+
     def _image_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Layers that see the image, by name: not those that make tokens of image prompts on every rank."""
-        named = self.module.named_modules()
-        return ((name, module) for name, module in named if not name.startswith("encoder_hid_proj"))
+        for first, network in self._networks().items():
+            for name, module in network.named_modules():
+                if not name.startswith("encoder_hid_proj"):
+                    yield f"{first}{name}", module
 
     def _check_layers(self) -> None:
         """Raise `UnsupportedModel` where a layer looks at the image in a way that is not known to be cut."""
-        unet, local = self.module, self.local
+        unet, local, networks = self.module, self.local, list(self._networks().values())
         around = local.obstacle_around(type(unet).__name__, unet, self.replaced)
         if around is not None:
             raise UnsupportedModel(f"{around}: {ADVICE}")
         for name, module in self._image_layers():
-            if module is unet:
+            if module in networks:
                 continue  # its hooks see the whole picture
             if is_foreign(module) and not local.says(module):
                 raise UnsupportedModel(

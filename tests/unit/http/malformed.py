@@ -80,6 +80,7 @@ _WRONG: dict[str, list[Any]] = {
     "guidance_scale": [-0.1, 1e30, "5", []],
     "guidance_rescale": [-0.1, 1.1, "1", []],
     "scheduler": ["", "magic", 1],
+    "control": [{}, "canny", [{"name": "canny"}], [{"name": "../x", "image": "data:image/png;base64,"}], [1]],
     "gang_size": [0, -1, "two", 1.5, 10**6 + 1, False],
     "exchange": ["", "fast", 1, {}],
     "deadline_s": [0, -1, "1", [1]],
@@ -168,7 +169,7 @@ def _other_path(chance: random.Random) -> Malformed:
 def _too_long(chance: random.Random) -> Malformed:
     body = b'{"prompt": "' + b"a" * 300_000 + b'"}'
     chunks: list[bytes] = [body[start : start + 65536] for start in range(0, len(body), 65536)]
-    return Malformed(chunks if chance.random() < 0.5 else body, 413)
+    return Malformed(chunks if chance.random() < 0.5 else body)
 
 
 _KINDS: list[Callable[[random.Random], Malformed]] = [

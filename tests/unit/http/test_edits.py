@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64decode
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import ExifTags, Image
 
 from distriray import Client
 from distriray.events import Finished
-from distriray.picture import Picture
+from distriray.picture import Picture, png
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
 
@@ -174,3 +176,45 @@ def test_the_clients_send_a_request_with_pictures_as_a_form(url: str, service: F
 def test_the_log_has_no_picture(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     http.post(EDITS, data={"prompt": "a lake"}, files={"image": picture()}).raise_for_status()
     assert all(len(record.getMessage()) < 400 for record in caplog.records)
+
+
+CANNY = {"name": "canny", "scale": 0.5}
+
+
+def refused(answer: httpx.Response) -> tuple[str, str]:
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    return error["param"], error["message"]
+
+
+def test_pictures_of_control_come_in_json_and_as_files_of_a_form(url: str, service: FakeService) -> None:
+    edges = Picture.of(picture())
+    body = {"prompt": "a lake", "control": [{**CANNY, "image": edges.url}]}
+    assert httpx.post(f"{url}/v1/images/generations", json=body).status_code == 200
+    (control,) = service.asked[-1].control
+    assert (control.name, control.scale, control.image) == ("canny", 0.5, edges)
+    files = {"image": picture(), "control.0.image": edges.data}
+    form = {"prompt": "a lake", "control": json.dumps([CANNY])}
+    assert httpx.post(f"{url}{EDITS}", data=form, files=files).status_code == 200
+    assert service.asked[-1].control == (control,)
+
+
+def test_pictures_of_control_that_are_none_are_refused_by_name(url: str, service: FakeService) -> None:
+    asked, whole = len(service.asked), png(Image.effect_noise((96, 64), 90))
+    for image in (whole[: len(whole) // 2], whole[: 2 * len(whole) // 3]):
+        body = {"prompt": "a lake", "control": [{**CANNY, "image": Picture.of(whole).url}]}
+        body["control"].append({"name": "depth", "image": replace(Picture.of(whole), data=image).url})
+        param, message = refused(httpx.post(f"{url}/v1/images/generations", json=body))
+        assert param == "control.1.image" and "damaged" in message
+    form = {"prompt": "a lake", "control": json.dumps([CANNY])}
+    for name, control in (
+        ("control.1.image", form["control"]),
+        ("control.0.image", "[]"),
+        ("control.0.image", "x"),
+    ):
+        files = {"image": whole, name: whole}
+        param, message = refused(httpx.post(f"{url}{EDITS}", data={**form, "control": control}, files=files))
+        assert param == name and "no entry" in message
+    param, message = refused(httpx.post(f"{url}{EDITS}", data=form, files={"image": whole}))
+    assert param == "control"
+    assert len(service.asked) == asked

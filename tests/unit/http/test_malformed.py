@@ -14,7 +14,7 @@ from deployments.http import HttpConfig
 from deployments.http.errors import ErrorResponse
 from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
-from tests.unit.http.malformed import EDITS, IMAGES, MOST, malformed, malformed_forms, picture
+from tests.unit.http.malformed import EDITS, IMAGES, MOST, Malformed, malformed, malformed_forms, picture
 
 
 def test_five_hundred_malformed_requests_are_each_refused_with_the_error_object(
@@ -62,6 +62,15 @@ def test_two_hundred_malformed_forms_are_each_refused_and_leave_neither_files_no
         assert service.asked[-1].image is not None and service.asked[-1].image.data == large
         assert len(large) > 2**21
     tracemalloc.stop()
+
+
+def test_json_that_is_longer_than_a_form_may_be_is_not_read() -> None:
+    config = HttpConfig(keys_env="NO_SUCH_VARIABLE", max_upload_bytes=300_000)
+    body = b'{"prompt": "' + b"a" * 300_000 + b'"}'
+    with serving(FakeService(), config) as url, httpx.Client(base_url=url, timeout=60) as http:
+        for content in (body, [body[:65536], body[65536:]]):
+            answer = Malformed(content, 413).send(http)
+            assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
 
 
 def held() -> int:

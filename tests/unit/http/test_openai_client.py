@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 
 from distriray.errors import DeadlineUnmet, GangBroken, QueueFull
+from distriray.picture import Picture
 from distriray.wire import OF_PICTURES
 from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
+
+EDGES = Picture.of(Image.new("L", (16, 8))).url
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,7 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "guidance_rescale": 0.5,
         "scheduler": "ddim",
         "clip_skip": 1,
+        "control": ({"name": "canny", "image": EDGES, "scale": 0.5, "start": 0.25, "end": 0.75},),
         "loras": ({"name": "ink", "scale": 0.8}, {"name": "neon", "scale": -1.0}),
         "gang_size": 2,
         "exchange": "displaced",
