@@ -62,6 +62,7 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "num_inference_steps": 9,
         "guidance_scale": 2.5,
         "guidance_rescale": 0.5,
+        "guidance_end": 0.5,
         "scheduler": "ddim",
         "clip_skip": 1,
         "loras": ({"name": "ink", "scale": 0.8}, {"name": "neon", "scale": -1.0}),
