@@ -120,6 +120,8 @@ class SamplingParams(BaseModel):
     """Scale of guidance; classifier-free guidance is off at 1 and below. The model's own by default."""
     guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """How far the guided noise is rescaled to the contrast of the unguided one, from 0 to 1."""
+    guidance_end: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the steps that have guidance, above 0 and at most 1: those after them take half the work."""
     seed: Seed | None = None
     """Seed of the first image; image i has seed + i. Random by default."""
     num_images: Count = 1
@@ -283,6 +285,11 @@ class SamplingParams(BaseModel):
 def _picture_of(control: int) -> str:
     """What the picture of one of a request's ControlNets is called."""
     return f"control.{control}.image"
+
+
+def guided_steps(guidance_end: float, num_steps: int) -> int:
+    """How many of the first steps have guidance, as diffusers' guiders count their `stop`."""
+    return int(guidance_end * num_steps)
 
 
 class Defaults(BaseModel):

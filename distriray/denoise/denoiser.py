@@ -118,6 +118,7 @@ class Denoiser:
             generators=commission.generators,
             guidance_scale=commission.guidance_scale,
             guidance_rescale=params.guidance_rescale,
+            guidance_end=params.guidance_end,
             height=commission.height,
             width=commission.width,
             adapters=adapters,
@@ -129,10 +130,14 @@ class Denoiser:
         texts = {"prompt": params.prompt}
         assert params.guidance_scale is not None
         warnings = []
-        if params.negative_prompt and self.guides and params.guidance_scale > self.terms.unguided:
+        is_guided = self.guides and params.guidance_scale > self.terms.unguided
+        unused = f"is not used with a guidance_scale of {params.guidance_scale:g}"
+        if params.negative_prompt and is_guided:
             texts["negative_prompt"] = params.negative_prompt
         elif params.negative_prompt:
-            warnings.append(f"negative_prompt is not used with a guidance_scale of {params.guidance_scale:g}")
+            warnings.append(f"negative_prompt {unused}")
+        if params.guidance_end < 1.0 and not is_guided:
+            warnings.append(f"guidance_end {unused}")
         for name, text in texts.items():
             # of several encoders the one that takes most: what it does not take, none does
             given, taken = max(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)

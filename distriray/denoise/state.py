@@ -17,9 +17,10 @@ from distriray.denoise.adapters import Adapter
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
+from distriray.requests import guided_steps
 
 _MAGIC = b"distriray state "
-_VERSION = b"4\n"
+_VERSION = b"5\n"
 _DIGEST_SIZE = 16
 
 
@@ -46,6 +47,7 @@ class DenoiseState:
             embeddings, for inpainting mask and image latents.
         scheduler: the request's own scheduler, whose memory is part of the state.
         generators: one CPU generator an image.
+        guidance_end: share of the steps that have guidance, the first ones.
         adapters: those that it is drawn with.
         warnings: what of the request is not used, in words for whoever asked.
         network_output: the last step's; not part of the bytes.
@@ -60,6 +62,7 @@ class DenoiseState:
     generators: list[torch.Generator]
     guidance_scale: float
     guidance_rescale: float
+    guidance_end: float
     height: int
     width: int
     step: int = 0
@@ -89,6 +92,11 @@ class DenoiseState:
         return len(self.values["timesteps"])
 
     @property
+    def guidance_over(self) -> bool:
+        """Whether the next step is one of the last, without guidance."""
+        return self.step >= guided_steps(self.guidance_end, self.num_steps)
+
+    @property
     def done(self) -> bool:
         return self.step >= self.num_steps
 
@@ -112,6 +120,7 @@ class DenoiseState:
             "scheduler_memory": _pack(memory, "scheduler", tensors),
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
+            "guidance_end": self.guidance_end,
             "height": self.height,
             "width": self.width,
             "step": self.step,
@@ -154,6 +163,7 @@ class DenoiseState:
                 generators=generators,
                 guidance_scale=header["guidance_scale"],
                 guidance_rescale=header["guidance_rescale"],
+                guidance_end=header["guidance_end"],
                 height=header["height"],
                 width=header["width"],
                 step=header["step"],

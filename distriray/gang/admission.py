@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..errors import InvalidRequest
-from ..requests import GenerationRequest
+from ..requests import GenerationRequest, guided_steps
 from ..routing.policy import RequestView
 from .config import HostConfig
 from .messages import WorkerFacts
@@ -29,7 +29,8 @@ class Admitted(NamedTuple):
         request: with a size and a seed.
         max_gang: the largest gang that its image can be cut for.
         num_steps: calls of the network that it takes.
-        guided: each of them is of two branches.
+        guided: each of them is of two branches,
+        unguided_steps: but for so many of the last.
         fresh: each of them is synchronous.
     """
 
@@ -38,6 +39,7 @@ class Admitted(NamedTuple):
     num_steps: int
     guided: bool
     fresh: bool
+    unguided_steps: int = 0
 
     def view(self, arrival_s: float, deadline_s: float | None) -> RequestView:
         """The request as routing sees it before anything of it is done; both times are of one clock."""
@@ -56,6 +58,7 @@ class Admitted(NamedTuple):
             gang_size=None if request.gang_size == "auto" else request.gang_size,
             max_gang=self.max_gang,
             guided=self.guided,
+            unguided_steps=self.unguided_steps,
             fresh=self.fresh,
             adapters=tuple(lora.name for lora in request.loras if lora.scale),
         )
@@ -88,9 +91,18 @@ def admit(
         )
     assert request.guidance_scale is not None
     num_steps = request.num_steps(facts.own_steps, rounds_up=facts.terms.rounds_up)
-    guided = facts.guides and request.guidance_scale > facts.terms.unguided
-    mix = request.shared(config.parallel).mix
-    return Admitted(request, max_gang, num_steps, guided, fresh=mix is not None and mix.exact)
+    with_guidance = guided_steps(request.guidance_end, num_steps)
+    guided = facts.guides and request.guidance_scale > facts.terms.unguided and with_guidance > 0
+    unguided_steps = num_steps - with_guidance if guided else 0
+    shared = request.shared(config.parallel)
+    if unguided_steps and shared.cfg_parallel is True and request.num_images % 2:
+        raise InvalidRequest(
+            f"guidance_end {request.guidance_end:g} leaves steps with one branch, which cfg_parallel=True "
+            "cannot split; use cfg_parallel='auto', or leave guidance_end out",
+            "guidance_end",
+        )
+    fresh = shared.mix is not None and shared.mix.exact
+    return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps)
 
 
 def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:

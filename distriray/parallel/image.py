@@ -47,6 +47,7 @@ class Branch:
         mix: which values of the step before a displaced one takes; None where nothing is exchanged.
         element: the timestep of the last call, where it is one of a schedule.
         alone: whether the last call was the only one with that timestep.
+        batch: of the last call: with another one, as where guidance ends, a gang may be laid out otherwise.
         text: of the last call.
         text_changed: whether the next step has another one than the last.
     """
@@ -58,6 +59,7 @@ class Branch:
     mix: Mix | None = None
     element: Element | Turn | None = None
     alone: bool = True
+    batch: int | None = None
     text: Text | None = None
     text_changed: bool = True
 
@@ -137,7 +139,8 @@ class Image:
             branch = None
         if branch is None:
             branch = self.branches[call.branch] = Branch(self.first_step)
-        elif again or not branch.alone:
+        elif again or not branch.alone or branch.batch != call.batch:
             branch.fresh_start, branch.warm = True, False
+        branch.batch = call.batch
         branch.look_at(moment, text, again)
         return branch

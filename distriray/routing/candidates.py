@@ -192,7 +192,8 @@ def costs_by_request(view: HostView, model: LatencyModel) -> Callable[[RequestVi
     def costs_of(r: RequestView) -> Costs:
         size = len(r.workers) if r.workers else 0
         shape = r.shape
-        key = (shape, r.steps_done, r.steps_total, r.gang_size, r.max_gang, r.prepared, size)
+        steps = r.steps_done, r.steps_total, r.unguided_steps
+        key = (shape, steps, r.gang_size, r.max_gang, r.prepared, size)
         costs = known.get(key)
         if costs is None:
             if shape not in gangs:
@@ -214,7 +215,7 @@ def _costs(r: RequestView, size: int, gangs: list[tuple[int, Times]]) -> Costs:
     for s, times in gangs:
         if s != size and not r.allows(s):
             continue
-        seconds = max(1e-6, times.run_s(r.steps_done, r.steps_total, r.prepared))
+        seconds = max(1e-6, r.left_s(times))
         if s == size or not left or seconds < left[-1]:
             change = times.regroup_s if moved else 0.0
             sizes.append(s)

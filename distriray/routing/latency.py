@@ -103,7 +103,8 @@ class Times:
     """Times of one case, in seconds; `error` is relative (0.1: about 10 %) and holds for all of them.
 
     `regroup_s` is what going on in this gang costs a request that was in another: the move, and its first
-    step being synchronous.
+    step being synchronous. `unguided` is the share of a step's time that one without guidance takes: 1 where
+    there is no guidance.
     """
 
     step_s: float
@@ -113,14 +114,19 @@ class Times:
     regroup_s: float
     warmup_steps: int
     error: float
+    unguided: float = 1.0
 
-    def run_s(self, steps_done: int, steps_total: int, prepared: bool = False) -> float:
+    def run_s(
+        self, steps_done: int, steps_total: int, prepared: bool = False, unguided_steps: int = 0
+    ) -> float:
         """From `steps_done` to the decoded image in this gang, in seconds.
 
-        Includes what comes before the first step unless that is `prepared`.
+        Includes what comes before the first step unless that is `prepared`. The last `unguided_steps` are
+        without guidance.
         """
         left = steps_total - steps_done
         seconds = left * self.step_s + self.decode_s
+        seconds -= min(unguided_steps, left) * self.step_s * (1.0 - self.unguided)
         if steps_done < self.warmup_steps:
             slow = min(self.warmup_steps - steps_done, left)
             seconds += slow * (self.sync_step_s - self.step_s)
@@ -205,6 +211,11 @@ class LatencyModel:
         key = (gang, height, width, batch, guided)
         correction, error = self._correction(key)
         step = self._step_from_profile(lambda e: e.step_s, *key) * correction
+        unguided = 1.0
+        if guided:
+            alone = (gang, height, width, batch, False)
+            unguided_s = self._step_from_profile(lambda e: e.step_s, *alone) * self._correction(alone)[0]
+            unguided = min(1.0, unguided_s / step)
         sync = self._step_from_profile(lambda e: e.sync_step_s or e.step_s, *key) * correction
         images = [(e, e.batch) for e in self.profile.entries]
         prepare, decode = (
@@ -220,6 +231,7 @@ class LatencyModel:
             regroup_s=regroup,
             warmup_steps=self.profile.warmup_steps,
             error=error,
+            unguided=unguided,
         )
 
     def _correction(self, key: Case) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from .latency import LatencyModel
+from .latency import LatencyModel, Times
 
 Workers = tuple[int, ...]
 
@@ -33,7 +33,8 @@ class RequestView:
             waits.
         prepared: its prompt is encoded; always so once it has done a step.
         pinned: it holds workers and cannot yield any more (it decodes).
-        guided: its steps are of two branches, with guidance and without.
+        guided: its steps are of two branches, with guidance and without,
+        unguided_steps: but for so many of the last.
         fresh: its steps are all synchronous.
         adapters: the names of those that it is drawn with.
     """
@@ -53,6 +54,7 @@ class RequestView:
     prepared: bool = False
     pinned: bool = False
     guided: bool = True
+    unguided_steps: int = 0
     fresh: bool = False
     adapters: tuple[str, ...] = ()
 
@@ -60,6 +62,10 @@ class RequestView:
     def shape(self) -> tuple[int, int, int, bool, bool]:
         """What its times depend on besides the gang, in the order of `LatencyModel.times`."""
         return self.height, self.width, self.batch, self.guided, self.fresh
+
+    def left_s(self, times: Times) -> float:
+        """Seconds to its end in a gang of these times, which are of its shape."""
+        return times.run_s(self.steps_done, self.steps_total, self.prepared, self.unguided_steps)
 
     def allows(self, size: int) -> bool:
         """True if this request may run on a gang of `size`."""

@@ -287,7 +287,7 @@ def test_broken_bytes_are_refused(denoiser: Denoiser) -> None:
         with pytest.raises(InvalidRequest, match=r"damaged|not a saved state"):
             DenoiseState.from_bytes(broken)
     for forged, complaint in (
-        (blob.replace(b"state 4", b"state 9", 1), "version"),
+        (blob.replace(b"state 5", b"state 9", 1), "version"),
         (signed(blob, b"EulerDiscreteScheduler", b"EulerDiscreteSchedulex"), "EulerDiscreteSchedulex cannot"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"scale_noises\\"'), "differs"),
         (signed(blob, b'\\"_begin_index\\"', b'\\"add_noise\\"   '), "differs"),
@@ -400,6 +400,7 @@ OTHERS: dict[str, Any] = {
     "num_inference_steps": 4,
     "guidance_scale": 4.0,
     "guidance_rescale": 0.7,
+    "guidance_end": 0.5,
     "seed": 2,
     "num_images": 2,
     "scheduler": "euler-ancestral",

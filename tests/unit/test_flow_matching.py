@@ -289,7 +289,7 @@ def test_the_users_pipeline_keeps_its_scheduler(pipeline: Any) -> None:
 @pytest.mark.parametrize("field", OF_THE_NETWORK)
 def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
     plain = {**SMALL, "seed": 1, **OF_AN_IMAGE.get(field, {})}
-    if field == "negative_prompt" and denoiser.guides:
+    if field in ("negative_prompt", "guidance_end") and denoiser.guides:
         plain["guidance_scale"] = denoiser.terms.unguided + 2
     other = {**OTHERS, "height": 80, "width": 112, "scheduler": "unipc", "guidance_scale": 2.0}[field]
     if field == "scheduler" and len(denoiser.terms.schedulers) == 1:

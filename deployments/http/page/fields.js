@@ -15,6 +15,7 @@ const LABELS = {
   exchange: "Exchange",
   deadline_s: "Deadline, seconds",
   guidance_rescale: "Guidance rescale",
+  guidance_end: "Guidance end",
   clip_skip: "CLIP skip",
   output_format: "Format",
   output_compression: "Quality",

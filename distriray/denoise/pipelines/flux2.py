@@ -150,7 +150,7 @@ class Flux2Klein(_Flux2):
     def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         with self._transformer.cache_context("cond"):
             conditional = self.call(state, "", tokens, timestep)
-        if "negative_prompt_embeds" not in state.values:
+        if "negative_prompt_embeds" not in state.values or state.guidance_over:
             return conditional
         with self._transformer.cache_context("uncond"):
             without = self.call(state, "negative_", tokens, timestep)

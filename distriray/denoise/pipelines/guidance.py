@@ -8,6 +8,26 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 from distriray.denoise.state import DenoiseState
 
 
+class ConditionalHalf:
+    """What is left of a batch of [unconditional, conditional] when guidance is over.
+
+    The same tensor from step to step, since that tells a gang that the text is the same.
+    """
+
+    def __init__(self) -> None:
+        self._halves: dict[str, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """The next step is of another state, or from elsewhere."""
+        self._halves.clear()
+
+    def of(self, state: DenoiseState, name: str) -> torch.Tensor:
+        """That of a value of `state`."""
+        if name not in self._halves:
+            self._halves[name] = state.values[name].chunk(2)[1]
+        return self._halves[name]
+
+
 def guided(output: torch.Tensor, state: DenoiseState) -> torch.Tensor:
     """The network's output for [unconditional, conditional] by the scale and the rescaling of a state.
 

@@ -55,7 +55,7 @@ class QwenImage(PackedFlowMatching):
         shape = (1, *(side // self.patch_size for side in state.latents.shape[2:]))
         outputs = []
         for branch, name in BRANCHES.items():
-            if name not in values:
+            if name not in values or (branch == "uncond" and state.guidance_over):
                 continue
             with self._transformer.cache_context(branch):
                 outputs += self._transformer(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
 from distriray.denoise.pipelines.control import controlled
-from distriray.denoise.pipelines.guidance import guided
+from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
@@ -41,6 +41,7 @@ class StableDiffusion(PipelineSteps):
         )
         self._by_task = {"text-to-image": plain, "image-to-image": img2img, "inpainting": inpaint}
         self._unet, self._vae, self._plain = pipeline.unet, pipeline.vae, plain
+        self._conditional = ConditionalHalf()
 
     def check(self) -> None:
         components, what = self.pipeline.components, type(self.pipeline).__name__
@@ -103,12 +104,19 @@ class StableDiffusion(PipelineSteps):
             **values,
         }
 
+    def begin(self, state: DenoiseState) -> None:
+        self._conditional.forget()
+
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         pipeline, scheduler, values = self._by_task[state.task], state.scheduler, state.values
         pipeline.scheduler = scheduler
         timestep, latents = values["timesteps"][state.step], state.latents
-        is_guided = self._is_guided(state.guidance_scale)
+        has_branches = self._is_guided(state.guidance_scale)
+        is_guided = has_branches and not state.guidance_over
         branches = 2 if is_guided else 1
+        embeds = values["prompt_embeds"]
+        if has_branches and not is_guided:
+            embeds = self._conditional.of(state, "prompt_embeds")
         sample = scheduler.scale_model_input(torch.cat([latents] * branches), timestep)
         if self.needs_image:
             fixed = torch.cat([values["mask"], values["masked_image_latents"]], dim=1)
@@ -118,7 +126,7 @@ class StableDiffusion(PipelineSteps):
             self.controls,
             sample,
             timestep,
-            encoder_hidden_states=values["prompt_embeds"],
+            encoder_hidden_states=embeds,
             timestep_cond=values.get("timestep_cond"),
             return_dict=False,
         )[0]

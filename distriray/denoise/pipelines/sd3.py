@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.flow import FlowMatching
-from distriray.denoise.pipelines.guidance import guided
+from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest
 
@@ -26,6 +26,10 @@ class StableDiffusion3(FlowMatching):
     kinds = (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional_parts = ("text_encoder_3", "tokenizer_3")
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self._conditional = ConditionalHalf()
 
     @property
     def max_clip_skip(self) -> int:
@@ -82,14 +86,21 @@ class StableDiffusion3(FlowMatching):
         )
         return {"latents": latents}
 
+    def begin(self, state: DenoiseState) -> None:
+        self._conditional.forget()
+
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        is_guided, values = state.guidance_scale > 1.0, state.values
+        has_branches = state.guidance_scale > 1.0
+        is_guided = has_branches and not state.guidance_over
+        texts = {name: state.values[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        if has_branches and not is_guided:
+            texts = {name: self._conditional.of(state, name) for name in texts}
         sample = torch.cat([state.latents] * 2) if is_guided else state.latents
         output = self._transformer(
             hidden_states=sample,
             timestep=self.timestep(state, len(sample)),
-            encoder_hidden_states=values["prompt_embeds"],
-            pooled_projections=values["pooled_prompt_embeds"],
+            encoder_hidden_states=texts["prompt_embeds"],
+            pooled_projections=texts["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
         if is_guided:

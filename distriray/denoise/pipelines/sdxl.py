@@ -86,12 +86,13 @@ class StableDiffusionXL(PipelineSteps):
         return {**values, "conditioning": conditioning}
 
     def begin(self, state: DenoiseState) -> None:
-        self._tasks[state.task].denoiser.batched = None
+        self._tasks[state.task].denoiser.batched = {}
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         task, components = self._tasks[state.task], self.components
         components.scheduler = state.scheduler
-        set_guidance(components, state.guidance_scale, state.guidance_rescale)
+        scale = 1.0 if state.guidance_over else state.guidance_scale
+        set_guidance(components, scale, state.guidance_rescale)
         blackboard = PipelineState()
         for name, value in state.values.items():
             conditional = name in state.values["conditioning"]

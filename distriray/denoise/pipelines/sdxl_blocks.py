@@ -39,13 +39,13 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
     """Both guidance branches in one call of the network, as a batch [unconditional, conditional].
 
     diffusers' own block calls the network once a branch; a gang splits that batch between its halves.
-    `batched` keeps the concatenated embeddings of the image at hand, so that they stay one object; `controls`
-    are the ControlNets of the step.
+    `batched` keeps the concatenated embeddings of the image at hand by the number of its branches, so that
+    they stay one object; `controls` are the ControlNets of the step.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.batched: dict[str, torch.Tensor] | None = None
+        self.batched: dict[int, dict[str, torch.Tensor]] = {}
         self.controls: tuple[Control, ...] = ()
 
     @torch.no_grad()
@@ -65,17 +65,19 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
             for name, source in names.items()
         }
         branches = list(reversed(guider.prepare_inputs(inputs)))
-        if self.batched is None:
-            self.batched = {name: torch.cat([getattr(b, name) for b in branches]) for name in names}
+        if len(branches) not in self.batched:
+            texts = {name: torch.cat([getattr(b, name) for b in branches]) for name in names}
+            self.batched[len(branches)] = texts
+        batched = self.batched[len(branches)]
         noise = controlled(
             components.unet,
             self.controls,
             torch.cat([block_state.scaled_latents] * len(branches)),
             t,
-            encoder_hidden_states=self.batched["prompt_embeds"],
+            encoder_hidden_states=batched["prompt_embeds"],
             timestep_cond=block_state.timestep_cond,
             cross_attention_kwargs=block_state.cross_attention_kwargs,
-            added_cond_kwargs={name: self.batched[name] for name in ("text_embeds", "time_ids")},
+            added_cond_kwargs={name: batched[name] for name in ("text_embeds", "time_ids")},
             return_dict=False,
         )[0]
         for branch, part in zip(branches, noise.chunk(len(branches)), strict=True):

@@ -17,6 +17,7 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "negative_prompt": bool,
     "guidance_scale": lambda scale: scale is not None and scale > 1.0,
     "guidance_rescale": bool,
+    "guidance_end": lambda share: share < 1.0,
     "clip_skip": bool,
     "control": bool,
     "image": lambda picture: picture is not None,
@@ -82,7 +83,13 @@ class Terms:
 
 def unet_terms(config: Configs) -> Terms:
     """Of U-Nets, which know every field; some take a mask and a picture beside the latents, and need both."""
-    return Terms(needs_mask=config("unet")["in_channels"] != config("vae")["latent_channels"])
+    lacks = {}
+    if config("unet").get("time_cond_proj_dim") is not None:
+        lacks["guidance_end"] = "this model takes the scale of guidance as an input, in every step"
+    return Terms(
+        needs_mask=config("unet")["in_channels"] != config("vae")["latent_channels"],
+        lacks=lacks,
+    )
 
 
 def sd3_terms(config: Configs) -> Terms:
@@ -96,6 +103,7 @@ def flux_terms(config: Configs) -> Terms:
     lacks = {
         "negative_prompt": "FLUX.1 was distilled from guidance, and has no branch for it",
         "guidance_rescale": "FLUX.1 was distilled from guidance, and has no unguided noise to go by",
+        "guidance_end": "FLUX.1 was distilled from guidance, and has no branch to leave out",
         "clip_skip": "FLUX.1 takes the last layer's summary of CLIP, and no layer before",
         **_NO_MASKS,
     }
@@ -110,6 +118,7 @@ def flux2_terms(config: Configs) -> Terms:
     lacks = {
         "negative_prompt": "FLUX.2 dev was distilled from guidance, and has no branch for it",
         "guidance_rescale": "FLUX.2 dev was distilled from guidance, and has no unguided noise to go by",
+        "guidance_end": "FLUX.2 dev was distilled from guidance, and has no branch to leave out",
         "clip_skip": _NO_CLIP,
         **_NO_PICTURES,
     }
@@ -126,7 +135,8 @@ def flux2_klein_terms(config: Configs) -> Terms:
     if not config("").get("is_distilled", False):
         return Terms(50, 4.0, ("euler",), lacks)
     why = "this model was distilled to do without guidance"
-    return Terms(4, 1.0, ("euler",), {**lacks, "guidance_scale": why, "negative_prompt": why})
+    without = dict.fromkeys(("guidance_scale", "negative_prompt", "guidance_end"), why)
+    return Terms(4, 1.0, ("euler",), {**lacks, **without})
 
 
 def qwen_image_terms(config: Configs) -> Terms:

@@ -63,6 +63,8 @@ class ZImage(FlowMatching):
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         branches = [name for name in ("prompt_embeds", "negative_prompt_embeds") if name in state.values]
+        if state.guidance_over:
+            branches = branches[:1]
         texts = [state.values[name] for name in branches for _ in range(state.batch)]
         sample = state.latents.to(self._transformer.dtype).repeat(len(branches), 1, 1, 1)
         predicted = self._transformer(

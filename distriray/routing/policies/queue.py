@@ -36,7 +36,7 @@ def remaining_s(request: RequestView, size: int, model: LatencyModel) -> float:
     Going on with the gang it has costs nothing extra; anything else costs a regrouping.
     """
     times = model.times(size, *request.shape)
-    seconds = times.run_s(request.steps_done, request.steps_total, request.prepared)
+    seconds = request.left_s(times)
     if request.steps_done and (request.workers is None or len(request.workers) != size):
         seconds += times.regroup_s
     return seconds

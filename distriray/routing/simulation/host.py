@@ -243,4 +243,5 @@ def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: b
         prepared=steps_done > 0,
         pinned=pinned,
         guided=view.guided,
+        unguided_steps=view.unguided_steps,
     )

@@ -65,6 +65,7 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "num_inference_steps": 9,
         "guidance_scale": 2.5,
         "guidance_rescale": 0.5,
+        "guidance_end": 0.5,
         "scheduler": "ddim",
         "clip_skip": 1,
         "control": ({"name": "canny", "image": EDGES, "scale": 0.5, "start": 0.25, "end": 0.75},),
