@@ -31,6 +31,8 @@ def test_adapters_are_there_where_the_service_has_them(
         route.fulfill(json=told)
 
     page = open_page(url)
+    page.wait_for_selector("#f-seed")
+    assert page.locator("#f-loras").count() == 0
     page.route("**/v1/models", models)
     page.reload()
     page.click("text=More settings")

@@ -44,7 +44,8 @@ export class Fields {
   offer(fields, card) {
     const typed = this.#typed();
     this.#controls.clear();
-    const names = [...fields.keys()].filter(isAsked);
+    const asked = [...fields.keys()].filter(isAsked);
+    const names = asked.filter((name) => name !== "loras" || namesOf(card.loras).length > 0);
     const first = FIRST.filter((name) => names.includes(name));
     const rest = names.filter((name) => !first.includes(name));
     byId("fields").replaceChildren(...first.map((name) => this.#field(name, fields.get(name), card)));
