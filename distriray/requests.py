@@ -57,6 +57,13 @@ ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """What the name of an adapter looks like; no path does."""
 
 
+Sides = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
+"""A width and a height in pixels, such as "1024x768"."""
+
+Place = Annotated[str, Field(pattern=r"^[0-9]{1,5},[0-9]{1,5}$")]
+"""Pixels from the left and from the top, such as "0,128"."""
+
+
 class Lora(BaseModel):
     """An adapter to draw with."""
 
@@ -110,6 +117,14 @@ class SamplingParams(BaseModel):
     """What the picture shows."""
     negative_prompt: str | None = None
     """What the picture must not show."""
+    prompt_2: str | None = None
+    """`prompt` for the second text encoder of SDXL, Stable Diffusion 3 and FLUX.1; by default `prompt`."""
+    negative_prompt_2: str | None = None
+    """`negative_prompt` for the second text encoder; by default `negative_prompt` itself."""
+    prompt_3: str | None = None
+    """`prompt` for the third text encoder of Stable Diffusion 3; by default `prompt` itself."""
+    negative_prompt_3: str | None = None
+    """`negative_prompt` for the third text encoder; by default `negative_prompt` itself."""
     height: Count | None = None
     """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
     width: Count | None = None
@@ -130,6 +145,12 @@ class SamplingParams(BaseModel):
     """Noise scheduler; the model's own by default."""
     clip_skip: Annotated[int, Field(ge=0)] | None = None
     """Last layers of the CLIP text encoders to skip for the prompt, beyond the one that SDXL always skips."""
+    original_size: Sides | None = None
+    """Width and height, such as "1024x768", of the photograph that SDXL is told the picture was made from."""
+    crops_coords_top_left: Place | None = None
+    """Pixels, such as "0,128", that SDXL is told were cut off at the left and at the top."""
+    target_size: Sides | None = None
+    """Width and height that SDXL is told the photograph was scaled to."""
     loras: tuple[Lora, ...] = ()
     """Adapters to draw with, all at once."""
     control: tuple[Control, ...] = ()
@@ -440,7 +461,14 @@ class Limits(BaseModel):
         "clip_skip": "max_clip_skip",
     }
     """The limit of each field that has a largest value."""
-    TEXTS: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt")
+    TEXTS: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "prompt_2",
+        "negative_prompt_2",
+        "prompt_3",
+        "negative_prompt_3",
+    )
     """The fields that may have `max_prompt_chars` characters."""
 
     def check(self, request: GenerationRequest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from distriray.denoise.adapters import MOST_BYTES, Adapters
 from distriray.denoise.controls import Controls
 from distriray.denoise.network_output import NetworkOutput
-from distriray.denoise.pipelines.base import Commission, check_finite
+from distriray.denoise.pipelines.base import Commission, Tokens, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
 from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler_class, step_count
@@ -23,6 +24,8 @@ from distriray.parallel import engine_of
 from distriray.picture import mask_of, opaque
 from distriray.requests import SamplingParams
 
+_PROMPTS = "prompt", "prompt_2", "prompt_3"
+_NEGATIVES = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
 STRETCHED = 0.02  # how far an image's proportions may be off without a word
 PREVIEW_SCALE, PREVIEW_SIDE = 0.25, 128  # of the picture, and pixels at most
 
@@ -127,20 +130,18 @@ class Denoiser:
 
     def _unused(self, params: SamplingParams) -> tuple[str, ...]:
         """What of a request no picture shows as it is, without its texts."""
-        texts = {"prompt": params.prompt}
         assert params.guidance_scale is not None
         warnings = []
         is_guided = self.guides and params.guidance_scale > self.terms.unguided
         unused = f"is not used with a guidance_scale of {params.guidance_scale:g}"
-        if params.negative_prompt and is_guided:
-            texts["negative_prompt"] = params.negative_prompt
-        elif params.negative_prompt:
-            warnings.append(f"negative_prompt {unused}")
+        if not is_guided:
+            warnings += [f"{name} {unused}" for name in _NEGATIVES if getattr(params, name)]
         if params.guidance_end < 1.0 and not is_guided:
             warnings.append(f"guidance_end {unused}")
-        for name, text in texts.items():
+        read = self._read(params, _PROMPTS) | (self._read(params, _NEGATIVES) if is_guided else {})
+        for name, tokens in read.items():
             # of several encoders the one that takes most: what it does not take, none does
-            given, taken = max(self._steps.tokens(text), key=lambda tokens: tokens.taken - tokens.given)
+            given, taken = max(tokens, key=lambda tokens: tokens.taken - tokens.given)
             if taken < given:
                 said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
                 warnings.append(said)
@@ -151,6 +152,19 @@ class Denoiser:
                 to = f"{params.width}x{params.height}, of other proportions"
                 warnings.append(f"image of {width}x{height} is stretched to {to}")
         return tuple(warnings)
+
+    def _read(self, params: SamplingParams, names: Sequence[str]) -> dict[str, list[Tokens]]:
+        """By name, what of a text is taken by each encoder that reads it.
+
+        Args:
+            names: of the text for all encoders, then of those in its place for the second and the third.
+        """
+        read: dict[str, list[Tokens]] = {}
+        for place in range(len(self._steps.tokens(""))):
+            name = names[place] if place < len(names) and getattr(params, names[place]) else names[0]
+            if text := getattr(params, name):
+                read.setdefault(name, []).append(self._steps.tokens(text)[place])
+        return read
 
     def adapt(self, state: DenoiseState) -> None:
         """Use the adapters of `state`, as its next step would: what may fail on one rank alone goes first.

@@ -395,6 +395,13 @@ def test_schedulers_are_those_that_a_request_may_name() -> None:
 OTHERS: dict[str, Any] = {
     "prompt": "a hill",
     "negative_prompt": "fog",
+    "prompt_2": "a hill",
+    "negative_prompt_2": "fog",
+    "prompt_3": "a hill",
+    "negative_prompt_3": "fog",
+    "original_size": "640x480",
+    "crops_coords_top_left": "300,20",
+    "target_size": "640x480",
     "height": 72,
     "width": 104,
     "num_inference_steps": 4,
@@ -405,6 +412,7 @@ OTHERS: dict[str, Any] = {
     "num_images": 2,
     "scheduler": "euler-ancestral",
     "clip_skip": 1,
+    "control": [{"name": "canny", "image": PICTURE}],
     "image": PICTURE,
     "mask_image": MASK,
     "strength": 0.9,
@@ -415,9 +423,19 @@ OF_THE_NETWORK = sorted(SamplingParams.model_fields.keys() - {"loras", "control"
 """The others are in test_adapters.py and test_control.py."""
 
 
+def refuses(denoiser: Denoiser, plain: dict[str, Any], field: str) -> None:
+    """Hold a denoiser to refusing what its model has nothing for, by name."""
+    with pytest.raises(InvalidRequest, match=f"^{field}: .*; leave it out$") as error:
+        denoiser.prepare(SamplingParams(**{**plain, field: OTHERS[field]}))
+    assert error.value.param == field
+
+
 @pytest.mark.parametrize("field", OF_THE_NETWORK)
-def test_every_field_decides_the_picture(denoiser: Denoiser, field: str) -> None:
+def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
     plain = {"prompt": "a lake", "seed": 1, "num_inference_steps": 3, **SIZE, **OF_AN_IMAGE.get(field, {})}
+    if field in denoiser.terms.lacks:
+        refuses(denoiser, plain, field)
+        return
     usual, other = (
         finish(denoiser, denoiser.prepare(SamplingParams(**fields)))
         for fields in (plain, {**plain, field: OTHERS[field]})

@@ -61,6 +61,11 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "image": st.sampled_from([Picture.of(Image.new("RGB", (40, 24), color)) for color in ("red", "blue")]),
     "mask_image": st.sampled_from([Picture.of(Image.new("L", (40, 24), level)) for level in (9, 255)]),
     "strength": st.floats(0.5, 1.0),  # some of two steps
+    **dict.fromkeys(
+        ("prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"), st.text(min_size=1, max_size=30)
+    ),
+    **dict.fromkeys(("original_size", "target_size"), st.sampled_from(["1x1", "640x480", "99999x8"])),
+    "crops_coords_top_left": st.sampled_from(["0,0", "16,99999"]),
     "control": st.lists(
         st.builds(
             Control,

@@ -74,6 +74,7 @@ from tests.unit.test_denoise import (
     failing_at_the_end,
     finish,
     generators,
+    refuses,
 )
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -297,15 +298,69 @@ def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoise
     if field == "strength":
         skip_unless_it_begins_from_pictures(denoiser._pipeline)
     if field in denoiser.terms.lacks:
-        with pytest.raises(InvalidRequest, match=f"^{field}: .*; leave it out$") as error:
-            denoiser.prepare(SamplingParams(**{**plain, field: other}))
-        assert error.value.param == field
+        refuses(denoiser, plain, field)
         return
     usual, changed = (
         finish(denoiser, denoiser.prepare(SamplingParams(**fields)))
         for fields in (plain, {**plain, field: other})
     )
     assert usual.shape != changed.shape or not torch.allclose(usual, changed, rtol=1e-3, atol=1e-3)
+
+
+SECOND = {"prompt_2": "a hill", "negative_prompt_2": "fog"}
+THIRD = {"prompt_3": "an island", "negative_prompt_3": "a boat"}
+TEXTS: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
+    "sdxl": (tiny_sdxl, SECOND),
+    "sdxl, both negative": (tiny_sdxl, {"negative_prompt": "rain", **SECOND}),
+    "sd3": (tiny_sd3, SECOND),
+    "sd3 with T5": (partial(tiny_sd3, t5=True), {**SECOND, **THIRD}),
+    "flux": (tiny_flux, {"prompt_2": "a hill"}),
+}
+
+
+@pytest.mark.parametrize("model", TEXTS)
+def test_encoders_with_prompts_of_their_own_read_them_as_the_pipelines_do(model: str) -> None:
+    """But for SDXL's second negative prompt, which diffusers forgets where there is no first."""
+    make, texts = TEXTS[model]
+    pipeline = make()
+    call = {**SMALL, "guidance_scale": 4.0}
+    call.pop("prompt")
+    first = {"negative_prompt": ""} if "negative_prompt_2" in texts else {}
+    expected = plain(pipeline, [1], **call, **{**first, **texts})
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [1], prompt="a lake", **call, **texts)
+    assert state.warnings == ()
+    torch.testing.assert_close(finish(denoiser, state), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["sd3", "flux", "sdxl"])
+def test_each_text_that_is_cut_is_named_and_none_that_another_encoder_reads_whole(model: str) -> None:
+    make, _ = TEXTS[model]
+    denoiser = Denoiser(make())
+    long = "x" * 90  # a token a letter
+    params = {**SMALL, "seed": 1, "prompt": "a lake"}
+
+    def said(**texts: str) -> list[str]:
+        state = denoiser.prepare(SamplingParams(**{**params, **texts}))
+        return [warning.split(" tokens, and")[0] for warning in state.warnings]
+
+    by_t5 = model == "flux"  # which takes more than CLIP
+    assert said(prompt=long) == ([] if by_t5 else ["prompt has 90"])
+    assert said(prompt=long, prompt_2="a hill") == ["prompt has 90"]
+    assert said(prompt_2=long) == ([] if by_t5 else ["prompt_2 has 90"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_what_sdxl_is_told_of_the_photograph_is_the_pipelines(scale: float) -> None:
+    pipeline = tiny_sdxl()
+    call = {**SMALL, "guidance_scale": scale}
+    call.pop("prompt")
+    told = {"original_size": "640x480", "target_size": "320x200", "crops_coords_top_left": "300,20"}
+    theirs = {"original_size": (480, 640), "target_size": (200, 320), "crops_coords_top_left": (20, 300)}
+    expected = plain(pipeline, [1], **call, **theirs)
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [1], prompt="a lake", **call, **told)
+    torch.testing.assert_close(finish(denoiser, state), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_and_previews(pipeline: Any, denoiser: Denoiser) -> None:

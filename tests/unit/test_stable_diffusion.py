@@ -47,6 +47,7 @@ from tests.unit.test_denoise import (
     finish,
     generators,
     ordinary,
+    refuses,
 )
 
 MODELS = {"1.5": tiny_sd15, "2.1": tiny_sd21}
@@ -214,8 +215,11 @@ def test_the_users_pipeline_keeps_its_scheduler() -> None:
 
 
 @pytest.mark.parametrize("field", OF_THE_NETWORK)
-def test_every_field_decides_the_picture(denoiser: Denoiser, field: str) -> None:
+def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
     plain = {**SMALL, "seed": 1, **OF_AN_IMAGE.get(field, {})}
+    if field in denoiser.terms.lacks:
+        refuses(denoiser, plain, field)
+        return
     usual, other = (
         finish(denoiser, denoiser.prepare(SamplingParams(**fields)))
         for fields in (plain, {**plain, field: OTHERS[field]})

@@ -154,7 +154,7 @@ class PipelineSteps(ABC):
 
     @abstractmethod
     def tokens(self, text: str) -> Sequence[Tokens]:
-        """Of each text encoder, what it takes of a prompt (`tokens_of`)."""
+        """Of each text encoder, in their order, what it takes of a prompt (`tokens_of`)."""
 
     @abstractmethod
     def prepare(self, commission: Commission) -> dict[str, Any]:

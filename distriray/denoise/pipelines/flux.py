@@ -24,7 +24,10 @@ class Flux(PackedFlowMatching):
     guides = False
 
     def tokens(self, text: str) -> list[Tokens]:
-        return [tokens_of(self._plain.tokenizer_2, text, self._text_tokens)]  # CLIP gives a summary alone
+        return [
+            tokens_of(self._plain.tokenizer, text),
+            tokens_of(self._plain.tokenizer_2, text, self._text_tokens),
+        ]
 
     @property
     def _text_tokens(self) -> int:
@@ -36,7 +39,7 @@ class Flux(PackedFlowMatching):
         takes_scale = self._transformer.config.guidance_embeds
         embeds, pooled, ids = self._plain.encode_prompt(
             prompt=commission.params.prompt,
-            prompt_2=None,
+            prompt_2=commission.params.prompt_2,
             device=device,
             num_images_per_prompt=images,
             max_sequence_length=self._text_tokens,

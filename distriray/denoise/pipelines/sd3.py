@@ -37,9 +37,10 @@ class StableDiffusion3(FlowMatching):
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
 
     def tokens(self, text: str) -> list[Tokens]:
-        if self._plain.tokenizer_3 is not None:  # beside T5's, CLIP's tokens are the beginning once more
-            return [tokens_of(self._plain.tokenizer_3, text, T5_TOKENS)]
-        return [tokens_of(each, text) for each in (self._plain.tokenizer, self._plain.tokenizer_2)]
+        tokens = [tokens_of(each, text) for each in (self._plain.tokenizer, self._plain.tokenizer_2)]
+        if self._plain.tokenizer_3 is not None:
+            tokens.append(tokens_of(self._plain.tokenizer_3, text, T5_TOKENS))
+        return tokens
 
     @property
     def patch_size(self) -> int:
@@ -58,12 +59,14 @@ class StableDiffusion3(FlowMatching):
         params, is_guided = commission.params, commission.guidance_scale > 1.0
         embeds, negative_embeds, pooled, negative_pooled = self._plain.encode_prompt(
             prompt=params.prompt,
-            prompt_2=None,
-            prompt_3=None,
+            prompt_2=params.prompt_2,
+            prompt_3=params.prompt_3,
             device=self._transformer.device,
             num_images_per_prompt=len(commission.generators),
             do_classifier_free_guidance=is_guided,
             negative_prompt=params.negative_prompt,
+            negative_prompt_2=params.negative_prompt_2,
+            negative_prompt_3=params.negative_prompt_3,
             clip_skip=params.clip_skip,
             max_sequence_length=T5_TOKENS,
         )

@@ -59,10 +59,18 @@ class StableDiffusionXL(PipelineSteps):
         components.scheduler = commission.scheduler
         set_guidance(components, commission.guidance_scale, params.guidance_rescale)
         image, mask_image = commission.image, commission.mask_image
+        negative_prompt = params.negative_prompt
+        if negative_prompt is None and params.negative_prompt_2:
+            negative_prompt = ""  # without the first, diffusers would take no notice of the second
         state = PipelineState()
         for name, value in {
             "prompt": params.prompt,
-            "negative_prompt": params.negative_prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_2": params.prompt_2,
+            "negative_prompt_2": params.negative_prompt_2,
+            "original_size": _high_and_wide(params.original_size),
+            "target_size": _high_and_wide(params.target_size),
+            "crops_coords_top_left": _top_and_left(params.crops_coords_top_left),
             "clip_skip": params.clip_skip,
             "height": commission.height,
             "width": commission.width,
@@ -113,3 +121,17 @@ class StableDiffusionXL(PipelineSteps):
         check_pixels(pixels)
         images: list[Image.Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
         return images
+
+
+def _high_and_wide(sides: str | None) -> tuple[int, int] | None:
+    """(height, width), as diffusers has it, of a width and a height as `SamplingParams` has them."""
+    if sides is None:
+        return None
+    width, height = map(int, sides.split("x"))
+    return height, width
+
+
+def _top_and_left(place: str | None) -> tuple[int, int]:
+    """(top, left), as diffusers has it."""
+    left, top = map(int, (place or "0,0").split(","))
+    return top, left

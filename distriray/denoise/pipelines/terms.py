@@ -19,6 +19,8 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "guidance_rescale": bool,
     "guidance_end": lambda share: share < 1.0,
     "clip_skip": bool,
+    **dict.fromkeys(("prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"), bool),
+    **dict.fromkeys(("original_size", "crops_coords_top_left", "target_size"), bool),
     "control": bool,
     "image": lambda picture: picture is not None,
     "mask_image": lambda picture: picture is not None,
@@ -29,6 +31,16 @@ STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
 
 _NO_CONTROL = {"control": "ControlNets are for Stable Diffusion and Stable Diffusion XL here"}
 _NO_CLIP = "this model reads prompts with a language model, not with CLIP"
+_NO_SIZES = dict.fromkeys(
+    ("original_size", "crops_coords_top_left", "target_size"),
+    "Stable Diffusion XL alone is told what photograph a picture was made from",
+)
+_NO_THIRD = dict.fromkeys(("prompt_3", "negative_prompt_3"), "this model has no third text encoder")
+_ONE_PROMPT = {
+    **_NO_SIZES,
+    **_NO_THIRD,
+    **dict.fromkeys(("prompt_2", "negative_prompt_2"), "this model has one text encoder"),
+}
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _NO_PICTURES = {**_NO_MASKS, "image": "this model's family draws from text alone here"}
 
@@ -82,8 +94,8 @@ class Terms:
 
 
 def unet_terms(config: Configs) -> Terms:
-    """Of U-Nets, which know every field; some take a mask and a picture beside the latents, and need both."""
-    lacks = {}
+    """Of U-Nets; some take a mask and a picture beside the latents, and need both."""
+    lacks = dict(_NO_THIRD if _has(config, "text_encoder_2") else _ONE_PROMPT)
     if config("unet").get("time_cond_proj_dim") is not None:
         lacks["guidance_end"] = "this model takes the scale of guidance as an input, in every step"
     return Terms(
@@ -94,7 +106,10 @@ def unet_terms(config: Configs) -> Terms:
 
 def sd3_terms(config: Configs) -> Terms:
     """Of Stable Diffusion 3 and 3.5, as diffusers has them."""
-    return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"), _NO_MASKS, rounds_up=True)
+    lacks = {**_NO_SIZES, **_NO_MASKS}
+    if not _has(config, "text_encoder_3"):
+        lacks |= _NO_THIRD
+    return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"), lacks, rounds_up=True)
 
 
 def flux_terms(config: Configs) -> Terms:
@@ -105,6 +120,9 @@ def flux_terms(config: Configs) -> Terms:
         "guidance_rescale": "FLUX.1 was distilled from guidance, and has no unguided noise to go by",
         "guidance_end": "FLUX.1 was distilled from guidance, and has no branch to leave out",
         "clip_skip": "FLUX.1 takes the last layer's summary of CLIP, and no layer before",
+        "negative_prompt_2": "FLUX.1 was distilled from guidance, and has no branch for it",
+        **_NO_SIZES,
+        **_NO_THIRD,
         **_NO_MASKS,
     }
     if config("transformer")["guidance_embeds"]:
@@ -120,6 +138,7 @@ def flux2_terms(config: Configs) -> Terms:
         "guidance_rescale": "FLUX.2 dev was distilled from guidance, and has no unguided noise to go by",
         "guidance_end": "FLUX.2 dev was distilled from guidance, and has no branch to leave out",
         "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
         **_NO_PICTURES,
     }
     return Terms(50, 4.0, ("euler",), lacks)
@@ -130,6 +149,7 @@ def flux2_klein_terms(config: Configs) -> Terms:
     lacks = {
         "guidance_rescale": "FLUX.2's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
         **_NO_PICTURES,
     }
     if not config("").get("is_distilled", False):
@@ -144,6 +164,7 @@ def qwen_image_terms(config: Configs) -> Terms:
     lacks = {
         "guidance_rescale": "Qwen-Image keeps the length of each token's prediction by itself",
         "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
         **_NO_MASKS,
     }
     return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
@@ -154,6 +175,12 @@ def z_image_terms(config: Configs) -> Terms:
     lacks = {
         "guidance_rescale": "Z-Image's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
         **_NO_MASKS,
     }
     return Terms(9, 0.0, ("euler",), lacks, unguided=0.0, rounds_up=True)
+
+
+def _has(config: Configs, part: str) -> bool:
+    """Whether a pipeline has a part: the two names of its class are None of one that was left out."""
+    return any(config("").get(part) or ())

@@ -61,6 +61,13 @@ def test_an_image_comes_with_its_seed_gang_and_timings(client: openai.OpenAI) ->
 def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeService) -> None:
     extra = {
         "negative_prompt": "houses",
+        "prompt_2": "trees",
+        "negative_prompt_2": "roofs",
+        "prompt_3": "grass",
+        "negative_prompt_3": "walls",
+        "original_size": "640x480",
+        "crops_coords_top_left": "16,0",
+        "target_size": "320x240",
         "seed": 3,
         "num_inference_steps": 9,
         "guidance_scale": 2.5,
