@@ -46,7 +46,7 @@ _NOT_CARRIED = ("priority", "parallel")
 CARRIED = GenerationRequest.model_fields.keys() - {"id", *_NOT_CARRIED}
 """The fields of a GenerationRequest that an HTTP body has; the id is a header."""
 OF_PICTURES = ("image", "mask_image", "strength")
-"""Those that only a form has: `EDITS` takes one, `IMAGES` takes JSON."""
+"""Those of a picture to draw on: `EDITS` takes them, `IMAGES` does not."""
 _FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two, the first
 
 

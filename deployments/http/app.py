@@ -21,7 +21,7 @@ from distriray.service import Fleet, ModelCard, Service
 from .access_log import RequestIdAndLog
 from .answers import error_frame, event_frame, images_response
 from .auth import require_key
-from .body import read_body
+from .body import content_type, read_body
 from .config import HttpConfig
 from .disconnect import EventStream, cancel_on_disconnect
 from .errors import Refusal, answer_errors, log, refusal_of
@@ -121,18 +121,26 @@ def build_http(
             "tags": ["images"],
         }
 
+    async def parsed(request: Request, kind: type[ImageRequest]) -> ImageRequest:
+        body = await read_body(request, config.max_upload_bytes)
+        return await asyncio.to_thread(kind.parse, body)  # it may have pictures, as `data:` URLs
+
+    async def read(request: Request, kind: type[EditRequest]) -> ImageRequest:
+        if content_type(request) == "application/json":
+            return await parsed(request, kind)
+        return kind.of_form(await read_form(request, config))
+
     @app.post("/v1/images/generations", **images(ImageRequest, "Draw images of a prompt"))
     async def generate_images(request: Request) -> Response:
-        body = await read_body(request, config.max_upload_bytes)
-        return await draw(request, await asyncio.to_thread(ImageRequest.parse, body))
+        return await draw(request, await parsed(request, ImageRequest))
 
     @app.post("/v1/images/edits", **images(EditRequest, "Draw on a picture, or fill in a part of it"))
     async def edit_images(request: Request) -> Response:
-        return await draw(request, EditRequest.of_form(await read_form(request, config)))
+        return await draw(request, await read(request, EditRequest))
 
     @app.post("/v1/images/variations", **images(VariationRequest, "Draw pictures like another"))
     async def vary_images(request: Request) -> Response:
-        return await draw(request, VariationRequest.of_form(await read_form(request, config)))
+        return await draw(request, await read(request, VariationRequest))
 
     @app.delete(
         "/v1/images/generations/{name}",

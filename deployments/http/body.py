@@ -46,11 +46,16 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join([chunk async for chunk in body])
 
 
+def content_type(request: Request) -> str:
+    """What the body is said to be, without parameters such as its character set."""
+    said = Message()
+    said["content-type"] = request.headers.get("content-type", "")
+    return said.get_content_type()
+
+
 def check_content_type(request: Request, wanted: str, what: str) -> None:
     """Raise Refusal (400) unless the body is said to be of the type `wanted`, which is `what` in words."""
-    content_type = Message()
-    content_type["content-type"] = request.headers.get("content-type", "")
-    if content_type.get_content_type() != wanted:
+    if content_type(request) != wanted:
         given = request.headers.get("content-type", "none")[:100]
         message = f"the content type is {given}; send {what}, with Content-Type: {wanted}"
         raise Refusal(400, "unsupported_content_type", message)

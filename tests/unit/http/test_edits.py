@@ -163,6 +163,47 @@ def test_pictures_in_json_are_told_where_they_are_taken(http: httpx.Client) -> N
     assert "/v1/images/edits" in refused.json()["error"]["message"]
 
 
+def test_pictures_come_in_json_as_they_do_in_a_form(http: httpx.Client, service: FakeService) -> None:
+    fields = {"prompt": "a hut", "strength": 0.5, "seed": 3}
+    image, mask = Picture.of(picture()), Picture.of(clear_on_the_left())
+    for asked in ({}, {"mask": mask}):
+        files = {name: (name, each.data) for name, each in {"image": image, **asked}.items()}
+        in_form = http.post(EDITS, data=fields, files=files)
+        by_form = service.asked[-1]
+        urls = {name: each.url for name, each in {"image": image, **asked}.items()}
+        in_json = http.post(EDITS, json={**fields, **urls})
+        by_json = service.asked[-1]
+        assert in_form.status_code == in_json.status_code == 200
+        assert by_json.model_copy(update={"id": by_form.id}) == by_form
+    varied = http.post("/v1/images/variations", json={"image": image.url})
+    assert varied.status_code == 200 and service.asked[-1].image == image
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "image"),
+        ({"image": None}, "image"),
+        ({"image": 3}, "image"),
+        ({"image": "lake.png"}, "image"),
+        ({"image": "https://example.org/lake.png"}, "image"),
+        ({"image": "data:image/png;base64,AAAA"}, "image"),
+        ({"image": "data:image/png;base64,%"}, "image"),
+        ({"image": {"image_url": "data:"}}, "image"),
+        ({"image": Picture.of(picture()).url, "mask": "no"}, "mask"),
+        ({"image": Picture.of(picture()).url, "mask": Picture.of(picture()).url}, "mask"),
+        ({"image": Picture.of(picture()).url, "strength": "0.5"}, "strength"),
+    ],
+)
+def test_json_without_a_picture_that_can_be_read_is_refused_by_name(
+    http: httpx.Client, service: FakeService, fields: dict[str, Any], param: str
+) -> None:
+    asked = len(service.asked)
+    answer = http.post(EDITS, json={"prompt": "a hut", **fields})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+    assert len(service.asked) == asked
+
+
 def test_the_clients_send_a_request_with_pictures_as_a_form(url: str, service: FakeService) -> None:
     mask = Image.fromarray(LEFT)
     with Client(url) as own:
