@@ -8,8 +8,8 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from distriray.gang.config import LIVE_FIELDS, Count, HostConfig, Seconds
+from distriray.limits import Limits
 from distriray.models import ModelSpec
-from distriray.requests import Limits
 from distriray.routing.router import CHOICES
 
 from .http.config import HttpConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from distriray.controls import check_controls
 from distriray.errors import AdapterNotFound, InvalidRequest
 from distriray.gang.admission import admit, check_gang_size
-from distriray.requests import GenerationRequest, Limits
+from distriray.limits import Limits
+from distriray.requests import GenerationRequest
 from distriray.routing.policy import RequestView
 
 from .pool_client import PoolClient

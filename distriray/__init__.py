@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .gang import Host as Host
     from .gang import HostConfig as HostConfig
     from .handle import HandleClient as HandleClient
+    from .limits import Limits as Limits
     from .parallel import engine_of as engine_of
     from .parallel import parallelize as parallelize
     from .requests import GenerationRequest as GenerationRequest
-    from .requests import Limits as Limits
     from .requests import SamplingParams as SamplingParams
     from .results import GenerationResult as GenerationResult
 
@@ -37,7 +37,7 @@ _HOMES = {
     "HandleClient": "handle",
     "Host": "gang",
     "HostConfig": "gang",
-    "Limits": "requests",
+    "Limits": "limits",
     "ParallelConfig": "config",
     "Prediction": "config",
     "SamplingParams": "requests",

@@ -8,7 +8,8 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict
 
 from .events import Event
-from .requests import MULTIPLE_OF, Count, Defaults, GenerationRequest, Limits
+from .limits import Limits
+from .requests import MULTIPLE_OF, Count, Defaults, GenerationRequest
 from .results import GenerationResult, Seconds
 from .status import HostNews, HostStatus
 

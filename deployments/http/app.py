@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect
 
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished
-from distriray.requests import Defaults, Limits
+from distriray.limits import Limits
+from distriray.requests import Defaults
 from distriray.service import Fleet, ModelCard, Service
 
 from .access_log import RequestIdAndLog

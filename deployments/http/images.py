@@ -20,8 +20,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from distriray.errors import InvalidRequest
+from distriray.limits import Limits
 from distriray.picture import Picture, holes, mask_of, png
-from distriray.requests import Control, GenerationRequest, Limits
+from distriray.requests import Control, GenerationRequest
 from distriray.wire import CARRIED, OF_PICTURES, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from distriray.requests import Limits
+from distriray.limits import Limits
 from distriray.service import FleetNews, ModelCard, Service
 from distriray.version import __version__
 from distriray.wire import PARAMS

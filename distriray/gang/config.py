@@ -10,8 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ..adapters import AdapterSpec
 from ..config import ParallelConfig
 from ..controls import MOST_CONTROLNETS, ControlNetSpec
+from ..limits import Limits
 from ..models import ModelSpec
-from ..requests import Defaults, Limits
+from ..requests import Defaults
 from ..routing.buddy import check_gang_sizes
 from ..routing.policies import check_policy
 

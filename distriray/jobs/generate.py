@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..cli import errors_as_messages
 from ..errors import DistrirayError, InvalidRequest
+from ..limits import Limits
 from ..models import ModelSpec
-from ..requests import Limits
 from ..results import GenerationResult
 from .folder import Folder
 from .makers import own_hosts, running_app

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidRequest
+from ..limits import Limits
 from ..picture import Picture
-from ..requests import GenerationRequest, Limits
+from ..requests import GenerationRequest
 
 FIELD = re.compile(r"[a-z][a-z0-9_]{0,30}")
 """What the name of a field may be; any other key of a line may be text that somebody meant to draw."""

@@ -16,8 +16,9 @@ from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import MAX_TRIES, Run
+from distriray.limits import Limits
 from distriray.picture import Picture, png
-from distriray.requests import GenerationRequest, Limits
+from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult, Segment, Timings
 
 PROMPTS = """\

@@ -13,8 +13,9 @@ from PIL import ExifTags, Image
 
 from distriray import picture as module
 from distriray.errors import InvalidRequest
+from distriray.limits import Limits
 from distriray.picture import Picture, holes, mask_of, opaque, png
-from distriray.requests import GenerationRequest, Limits
+from distriray.requests import GenerationRequest
 from tests.unit.http.malformed import bomb
 
 COLORS = Image.merge(

@@ -13,7 +13,8 @@ from PIL import Image
 from distriray.config import ParallelConfig
 from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import InvalidRequest
-from distriray.requests import GenerationRequest, Limits, StepCount
+from distriray.limits import Limits
+from distriray.requests import GenerationRequest, StepCount
 
 
 @pytest.mark.parametrize(

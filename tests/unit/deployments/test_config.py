@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from deployments.app import pool_options
 from deployments.config import AppConfig, PoolConfig
-from distriray.requests import Limits
+from distriray.limits import Limits
 
 ROOT = Path(__file__).parents[3]
 

@@ -15,8 +15,9 @@ from deployments.http.config import HttpConfig
 from distriray.adapters import AdapterSpec
 from distriray.config import ParallelConfig, Prediction
 from distriray.gang.config import LIVE_FIELDS
+from distriray.limits import Limits
 from distriray.models import ModelSpec
-from distriray.requests import Defaults, Limits
+from distriray.requests import Defaults
 
 PAGE = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
 ROW = re.compile(r"^\| `(\w+)`( ↻)? \| (.*?) \| (.*) \|$", re.MULTILINE)

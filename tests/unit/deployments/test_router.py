@@ -38,9 +38,10 @@ from distriray.errors import (
 from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
+from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.picture import Picture
-from distriray.requests import Defaults, GenerationRequest, Limits, StepCount
+from distriray.requests import Defaults, GenerationRequest, StepCount
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.routing.router import HostState, Route, route
 from distriray.service import ModelCard

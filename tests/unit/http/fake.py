@@ -15,7 +15,8 @@ from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
-from distriray.requests import GenerationRequest, Limits, StepCount
+from distriray.limits import Limits
+from distriray.requests import GenerationRequest, StepCount
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
