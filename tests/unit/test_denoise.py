@@ -405,6 +405,7 @@ OTHERS: dict[str, Any] = {
     "num_images": 2,
     "scheduler": "euler-ancestral",
     "clip_skip": 1,
+    "control": [{"name": "canny", "image": PICTURE}],
     "image": PICTURE,
     "mask_image": MASK,
     "strength": 0.9,
