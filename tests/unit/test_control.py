@@ -196,7 +196,8 @@ def by_gangs(
 def test_sync_mode_equals_one_device(
     model: str, cfg_parallel: Any, sizes: Sequence[int], folder: Path
 ) -> None:
-    for named, fields in ((ONE, {"guidance_scale": 1.0}), (BOTH, {"num_images": 2})):
+    ended = {"guidance_scale": 4.0, "guidance_end": 0.5}
+    for named, fields in ((ONE, {"guidance_scale": 1.0}), (BOTH, {"num_images": 2}), (BOTH, ended)):
         expected = alone(model, folder, *named, **fields)
         config = {"exchange": "sync", "cfg_parallel": cfg_parallel}
         for image in by_gangs(model, folder, sizes, named, config, **fields):
