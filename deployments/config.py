@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from distriray.gang.config import LIVE_FIELDS, Count, HostConfig, Seconds
 from distriray.limits import Limits
 from distriray.models import ModelSpec
+from distriray.names import check_unique
 from distriray.routing.router import CHOICES
 
 from .http.config import HttpConfig
@@ -175,9 +176,7 @@ class AppConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = [pool.name for pool in self.pools]
-        if double := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"pools {double} are there more than once; give each pool a name of its own")
+        check_unique("pools", (pool.name for pool in self.pools), "pool")
         return self
 
     @model_validator(mode="after")

@@ -11,8 +11,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import AdapterNotFound, InvalidRequest, ModelNotFound, UnusableAdapter
+from .errors import AdapterNotFound, ModelNotFound, UnusableAdapter
 from .models import BUILTIN, ModelSpec, download
+from .names import check_named
 from .requests import ADAPTER_NAME, Lora
 
 log = logging.getLogger("ray.serve.distriray")
@@ -165,15 +166,4 @@ def check_names(loras: Iterable[Lora], known: Iterable[str]) -> None:
         AdapterNotFound: it is not among the known names, which are listed.
         InvalidRequest: it is named more than once.
     """
-    known, names = list(known), [lora.name for lora in loras]
-    for name in names:
-        if name not in known:
-            there_is = f"there is {_listing(known)}" if known else "there is none here"
-            raise AdapterNotFound(f"no adapter {name!r}; {there_is}")
-        if names.count(name) > 1:
-            raise InvalidRequest(f"loras names {name!r} more than once", "loras")
-
-
-def _listing(names: list[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more, which GET /v1/models lists" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    check_named("loras", (lora.name for lora in loras), known, "adapter", AdapterNotFound)

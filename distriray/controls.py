@@ -8,8 +8,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import ControlNetNotFound, InvalidRequest, ModelNotFound, UnusableControlNet
+from .errors import ControlNetNotFound, ModelNotFound, UnusableControlNet
 from .models import ModelSpec, download
+from .names import check_named
 from .requests import ADAPTER_NAME, Control
 
 MOST_CONTROLNETS = 16
@@ -67,10 +68,5 @@ def check_controls(controls: Iterable[Control], known: Iterable[str]) -> None:
         ControlNetNotFound: it is not among the known names, which are listed.
         InvalidRequest: it is named more than once.
     """
-    known, names = sorted(known), [control.name for control in controls]
-    for name in names:
-        if name not in known:
-            there_is = f"there is {', '.join(map(repr, known))}" if known else "there is none here"
-            raise ControlNetNotFound(f"no ControlNet {name!r}; {there_is}")
-        if names.count(name) > 1:
-            raise InvalidRequest(f"control names {name!r} more than once", "control")
+    names = (control.name for control in controls)
+    check_named("control", names, sorted(known), "ControlNet", ControlNetNotFound)

@@ -61,12 +61,12 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def describe_images(asked: type[ImageRequest]) -> dict[str, Any]:
     """The body and the two kinds of success of a request for images, whose body is read by hand: the
     framework's parser accepts NaN and coerces."""
-    kinds = ["multipart/form-data"] if issubclass(asked, EditRequest) else []
+    forms = ["multipart/form-data"] if issubclass(asked, EditRequest) else []
     return {
         "requestBody": {
             "required": True,
             "content": {
-                kind: {"schema": {"$ref": f"{_REF}{asked.__name__}"}} for kind in [*kinds, "application/json"]
+                kind: {"schema": {"$ref": f"{_REF}{asked.__name__}"}} for kind in [*forms, "application/json"]
             },
         },
         "responses": {

@@ -24,7 +24,6 @@ from distriray.requests import Control as Asked
 
 _VALUE = "controls"
 _PICTURE = "control_picture_{}"
-_READ_BYTES = 2**24
 
 
 class _Loaded(NamedTuple):
@@ -122,11 +121,8 @@ def _read(path: Path) -> ControlNetModel:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

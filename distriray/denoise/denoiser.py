@@ -159,11 +159,12 @@ class Denoiser:
         Args:
             names: of the text for all encoders, then of those in its place for the second and the third.
         """
+        tokens = {name: self._steps.tokens(text) for name in names if (text := getattr(params, name))}
         read: dict[str, list[Tokens]] = {}
-        for place in range(len(self._steps.tokens(""))):
-            name = names[place] if place < len(names) and getattr(params, names[place]) else names[0]
-            if text := getattr(params, name):
-                read.setdefault(name, []).append(self._steps.tokens(text)[place])
+        for place in range(max(map(len, tokens.values()), default=0)):
+            name = names[place] if names[place] in tokens else names[0]
+            if name in tokens:
+                read.setdefault(name, []).append(tokens[name][place])
         return read
 
     def adapt(self, state: DenoiseState) -> None:

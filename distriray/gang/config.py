@@ -12,6 +12,7 @@ from ..config import ParallelConfig
 from ..controls import MOST_CONTROLNETS, ControlNetSpec
 from ..limits import Limits
 from ..models import ModelSpec
+from ..names import check_unique
 from ..requests import Defaults
 from ..routing.buddy import check_gang_sizes
 from ..routing.policies import check_policy
@@ -85,17 +86,9 @@ class HostConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_loras(self) -> Self:
-        names = [spec.name for spec in self.loras]
-        if double := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"loras {double} are there more than once; give each adapter a name of its own")
-        return self
-
-    @model_validator(mode="after")
-    def _check_controls(self) -> Self:
-        names = [spec.name for spec in self.controls]
-        if double := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"controls {double} are there more than once; give each a name of its own")
+    def _check_names(self) -> Self:
+        check_unique("loras", (spec.name for spec in self.loras), "adapter")
+        check_unique("controls", (spec.name for spec in self.controls), "ControlNet")
         return self
 
     @model_validator(mode="after")
