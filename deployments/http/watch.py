@@ -92,7 +92,7 @@ class Watcher:
         ends_s = time.monotonic() + STREAM_S
         try:
             while (left_s := ends_s - time.monotonic()) > 0:
-                frame = await cancel_on_disconnect(request, self._next(min(KEEP_ALIVE_S, left_s)))
+                frame = await cancel_on_disconnect(request, self._next(left_s))
                 if frame is None:
                     return
                 yield frame
@@ -103,12 +103,12 @@ class Watcher:
         """Watch no more."""
         self._watch.leave(self)
 
-    async def _next(self, patience_s: float) -> bytes | None:
+    async def _next(self, left_s: float) -> bytes | None:
         try:
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(min(KEEP_ALIVE_S, left_s)):
                 return await self._queue.get()
-        except TimeoutError:
-            return b":\n\n"
+        except TimeoutError:  # a timer may fire a little early: silence until the end is the end
+            return b":\n\n" if left_s > KEEP_ALIVE_S else None
 
 
 def merged(known: FleetNews, news: FleetNews) -> FleetNews:
