@@ -1,8 +1,18 @@
 """Displaced patch parallelism for diffusers' U-Nets, transformers and VAEs: plain torch, no Ray."""
 
+from distriray.parallel.compiled import compile_blocks, many_shapes
 from distriray.parallel.engine import Engine, StepStatistics
 from distriray.parallel.image import Image
 from distriray.parallel.networks.registry import network_of
 from distriray.parallel.parallelize import engine_of, parallelize
 
-__all__ = ["Engine", "Image", "StepStatistics", "engine_of", "network_of", "parallelize"]
+__all__ = [
+    "Engine",
+    "Image",
+    "StepStatistics",
+    "compile_blocks",
+    "engine_of",
+    "many_shapes",
+    "network_of",
+    "parallelize",
+]

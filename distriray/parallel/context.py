@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,19 +18,29 @@ class PatchContext:
     Attributes:
         step: the step that layers exchange in; None outside a call and in a gang of one, where they behave
             as the layers that they replace.
+        exchanges, fuses: whether there is one, and whether it `fuses`. Layers are compiled for each value of
+            what they look up, so that they ask this, and not the step.
         new_text: whether text keys and values that layers have cached are no longer valid.
         caches_text: whether all cross-attention is known to be given the text of the call.
     """
 
     step: Step | None = None
+    exchanges: bool = field(default=False, init=False)
+    fuses: bool = field(default=False, init=False)
     new_text: bool = True
     caches_text: bool = True
+
+    def __post_init__(self) -> None:
+        self._turn_to(self.step)
 
     @contextmanager
     def during(self, step: Step | None) -> Iterator[None]:
         """Let the layers exchange in `step` for as long as this lasts."""
-        self.step = step
+        self._turn_to(step)
         try:
             yield
         finally:
-            self.step = None
+            self._turn_to(None)
+
+    def _turn_to(self, step: Step | None) -> None:
+        self.step, self.exchanges, self.fuses = step, step is not None, step is not None and step.fuses

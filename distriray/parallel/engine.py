@@ -419,6 +419,7 @@ class Engine:
         self._outline = None
         if self.network.convert(self.context):
             self._exchanges.clear()
+            self._cached_text = None
             for branch in self._begun:
                 branch.exchange = None
         self._outline = Outline(self.network.module)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.opaque import Opaque
 
 if TYPE_CHECKING:
     from distriray.parallel.exchange.steps import Step
 
 
-class _Processor(AttnProcessor2_0, ABC):
+class _Processor(AttnProcessor2_0, Opaque):
     """diffusers' own processor, except for where the keys and values come from."""
 
     def __init__(self, context: PatchContext | None = None) -> None:
@@ -26,17 +27,31 @@ class _Processor(AttnProcessor2_0, ABC):
         # found and replaced before the next step.
         super().__init__()
         self.context = context
+        self.enroll()
 
     @property
     def step(self) -> Step | None:
         """The step of the exchange that is under way."""
         return None if self.context is None else self.context.step
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether a step of an exchange is under way."""
+        return self.context is not None and self.context.exchanges
+
     @abstractmethod
-    def keys_values(
+    def sources(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(batch, tokens, channels) each, or None for those that diffusers computes."""
+    ) -> tuple[torch.Tensor, ...] | None:
+        """What `keys_values` makes keys and values of; None for those that diffusers computes.
+
+        Returns:
+            (batch, tokens, channels) each.
+        """
+
+    @abstractmethod
+    def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, (batch, tokens, channels) each."""
 
     def check(
         self,
@@ -62,7 +77,7 @@ class _Processor(AttnProcessor2_0, ABC):
         **kwargs: object,
     ) -> torch.Tensor:
         # diffusers passes on what this signature names, and warns of the rest.
-        if self.step is not None:
+        if self.exchanges:
             if args or kwargs:
                 unused = ", ".join(sorted(kwargs)) or f"{len(args)} more arguments"
                 raise UnsupportedModel(f"attention that is given {unused}, which is not used")
@@ -77,22 +92,27 @@ class _Processor(AttnProcessor2_0, ABC):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        keys_values = self.keys_values(attn, hidden_states, text)
-        if keys_values is None:
+        sources = self.sources(attn, hidden_states, text)
+        if sources is None:
             return super().__call__(attn, hidden_states, text, attention_mask, temb)
-        key, value = keys_values
         if attention_mask is not None:
-            batch, tokens = hidden_states.shape[0], key.shape[1]
+            assert text is not None
+            batch, tokens = text.shape[:2]
             attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
             attention_mask = attention_mask.unflatten(0, (batch, attn.heads))
-
-        def heads(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        query = heads(attn.to_q(hidden_states))
-        output = F.scaled_dot_product_attention(query, heads(key), heads(value), attn_mask=attention_mask)
-        output = output.transpose(1, 2).flatten(2).to(query.dtype)
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        output = self.exchange(query, attention_mask, *sources).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
+
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
+        """Attention of queries, (batch, tokens, heads, channels of a head), under a mask, given sources."""
+        query, attention_mask, *sources = inputs
+        key, value = self.keys_values(*sources)
+        query, key, value = (
+            x.transpose(1, 2) for x in (query, *(x.unflatten(-1, query.shape[2:]) for x in (key, value)))
+        )
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return output.transpose(1, 2).to(query.dtype)
 
 
 class PatchSelfAttention(_Processor):
@@ -118,12 +138,16 @@ class PatchSelfAttention(_Processor):
         if attention_mask is not None:
             raise UnsupportedModel("self-attention with an attention_mask, which is not cut into patches")
 
-    def keys_values(
+    def sources(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.step is None:
-            return None
-        return self.step.keys_values(attn.to_k(hidden_states), attn.to_v(hidden_states))
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Keys and values of this rank's tokens."""
+        return (attn.to_k(hidden_states), attn.to_v(hidden_states)) if self.exchanges else None
+
+    def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.step is not None
+        key, value = sources
+        return self.step.keys_values(key, value)
 
 
 class PatchSpatialAttention(PatchSelfAttention):
@@ -135,7 +159,7 @@ class PatchSpatialAttention(PatchSelfAttention):
     def attend(
         self, attn: Attention, hidden_states: torch.Tensor, *inputs: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.step is None:
+        if not self.exchanges:
             return super().attend(attn, hidden_states, *inputs)
         normalized = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
         output = super().attend(attn, normalized.flatten(2).transpose(1, 2))
@@ -154,7 +178,8 @@ class CachedCrossAttention(_Processor):
 
     def __init__(self, context: PatchContext | None = None) -> None:
         super().__init__(context)
-        self._text: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Tensors made in inference mode cannot be written outside it.
+        self._text: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
         self._memory: dict[Hashable, torch.Tensor] = {}
 
     def check(
@@ -170,20 +195,21 @@ class CachedCrossAttention(_Processor):
                 "cross-attention that is given no text, and would attend to the tokens of one rank's rows"
             )
 
-    def keys_values(
+    def sources(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Keys and values of a text that is new; nothing for that of the step before."""
         if self.context is None or text is None or not self.context.caches_text:
             return None
-        # Tensors made in inference mode cannot be written outside it.
-        of = (text.shape, text.dtype, text.device, torch.is_inference_mode_enabled())
-        if of not in self._text or self.context.new_text:
-            fresh = attn.to_k(text), attn.to_v(text)
-            if of not in self._text or self._text[of][0].dtype != fresh[0].dtype:
-                self._text[of] = self._room(fresh[0])
-            for kept, now in zip(self._text[of], fresh, strict=True):
+        return (attn.to_k(text), attn.to_v(text)) if self.context.new_text else ()
+
+    def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inference = torch.is_inference_mode_enabled()
+        if sources:
+            self._text[inference] = self._room(sources[0])
+            for kept, now in zip(self._text[inference], sources, strict=True):
                 kept.copy_(now)
-        return self._text[of]
+        return self._text[inference]
 
     def _room(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for keys and values of this shape."""
@@ -193,7 +219,6 @@ class CachedCrossAttention(_Processor):
             memory = key.new_empty((2, key.numel()))
             # Another object, by which graphs are known to be stale.
             self._memory = self._memory | {of: memory}
-            self._text = {}
         room = memory[:, : key.numel()].unflatten(1, key.shape)
         return room[0], room[1]
 

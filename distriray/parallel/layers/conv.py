@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,11 @@ from torch import nn
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.opaque import Opaque
 from distriray.parallel.partition import Window
 
 
-class PatchConv2d(nn.Conv2d):
+class PatchConv2d(nn.Conv2d, Opaque):
     """`nn.Conv2d` on one rank's rows, with the halo rows of its peers (Li et al. 2024, section 4.2).
 
     Shares the original's parameters under the same names: a convolution becomes one by changing its class.
@@ -32,12 +33,20 @@ class PatchConv2d(nn.Conv2d):
     pads_end: bool = False  # one row below and one column to the right, instead of its own padding
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        step = None if self.context is None else self.context.step
-        if step is None or self.kernel_size[0] == self.stride[0] == 1:
+        alone = self.context is None or not self.context.exchanges
+        if alone or self.kernel_size[0] == self.stride[0] == 1:
             return super().forward(input)
         if self.halos_from == "whole":
+            return self.exchanged(input)
+        return self.exchange(input)
+
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
+        (input,) = inputs
+        assert self.context is not None and self.context.step is not None
+        step = self.context.step
+        if self.halos_from == "whole":
             read = step.cut(input, self.window)
-        elif self.halos_from == "norm" and step.fuses:
+        elif self._has_halos:
             read = input
             step.keep_halos(read, self.window)
         else:
@@ -46,6 +55,18 @@ class PatchConv2d(nn.Conv2d):
             read = F.pad(read, (0, 1))
         columns = int(self.padding[1])
         return F.conv2d(read, self.weight, self.bias, self.stride, (0, columns), self.dilation, self.groups)
+
+    def exchanged_shape(self, *inputs: Any) -> tuple[int, ...]:
+        batch, _, rows, columns = inputs[0].shape
+        above, beside = self.stride
+        down, across = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        columns += int(self.pads_end) + 2 * int(self.padding[1])
+        rows = (rows - down) // above + 1 if self._has_halos else -(-rows // above)
+        return batch, self.out_channels, rows, (columns - across) // beside + 1
+
+    @property
+    def _has_halos(self) -> bool:
+        return self.halos_from == "norm" and self.context is not None and self.context.fuses
 
     @cached_property
     def window(self) -> Window:
@@ -61,7 +82,7 @@ class PatchDownsample2D(Downsample2D):
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         context = self.conv.context
-        if context is None or context.step is None:
+        if context is None or not context.exchanges:
             return super().forward(hidden_states, *args, **kwargs)
         if args or kwargs:
             raise UnsupportedModel("downsampling that is given more than hidden states, which is not used")
@@ -73,6 +94,7 @@ def patch_conv(module: nn.Conv2d, context: PatchContext) -> None:
     module.__class__ = PatchConv2d
     assert isinstance(module, PatchConv2d)
     module.context = context
+    module.enroll()
 
 
 def pads_by_hand(module: nn.Module) -> bool:

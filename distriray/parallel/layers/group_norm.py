@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from distriray.parallel.context import PatchContext
 from distriray.parallel.kernels.group_norm import group_norm_kernels
+from distriray.parallel.layers.opaque import Opaque
 from distriray.parallel.moments import correct
 from distriray.parallel.partition import Window
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from distriray.parallel.kernels.group_norm import GroupNormKernels
 
 
-class PatchGroupNorm(nn.GroupNorm):
+class PatchGroupNorm(nn.GroupNorm, Opaque):
     """`nn.GroupNorm` of the whole image, computed on one rank's rows (Li et al. 2024, section 4.2).
 
     Each rank contributes mean and (biased) variance of its own part of every group, in float32. Input and
@@ -33,8 +34,19 @@ class PatchGroupNorm(nn.GroupNorm):
     window: Window | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.context is None or self.context.step is None:
+        if self.context is None or not self.context.exchanges:
             return super().forward(input)
+        return self.exchange(input)
+
+    def exchanged_shape(self, *inputs: Any) -> tuple[int, ...]:
+        batch, channels, rows, columns = inputs[0].shape
+        if self.window is not None and self.context is not None and self.context.fuses:
+            rows += self.window.reach - 1
+        return batch, channels, rows, columns
+
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
+        (input,) = inputs
+        assert self.context is not None and self.context.step is not None
         step = self.context.step
         kernels = group_norm_kernels(input.device.type)
         affine = self.weight, self.bias, self.eps
@@ -72,3 +84,4 @@ def patch_group_norm(module: nn.GroupNorm, context: PatchContext) -> None:
     module.__class__ = PatchGroupNorm
     assert isinstance(module, PatchGroupNorm)
     module.context = context
+    module.enroll()

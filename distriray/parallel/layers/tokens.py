@@ -11,6 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
+from distriray.parallel.layers.opaque import Opaque
 from distriray.parallel.partition import TokenPartition
 
 Sequence = Literal["joint", "image"]
@@ -25,7 +26,7 @@ class Tokens:
         key_mask: which keys of all ranks, in the order in which `Step.keys_values` gives them, are attended
             to; bool (batch, 1, 1, tokens of all ranks), or what a family makes `mask` of. None where all are.
         deals_heads: whether heads are dealt to the ranks where keys and values are fresh and whole.
-        entered: how often each processor was called.
+        entered: how often each processor exchanged.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Tokens:
         return self.partition.joint if sequence == "joint" else self.partition.counts(0)
 
 
-class PatchTokenAttention:
+class PatchTokenAttention(Opaque):
     """What the processors of all transformers share.
 
     Hidden states are (batch, this rank's tokens, channels). Outside a step of an exchange a processor is
@@ -65,15 +66,14 @@ class PatchTokenAttention:
         self.context = context
         self.tokens = tokens
         self.sequence = sequence
+        self.enroll()
 
-    def enter(self, attention_mask: torch.Tensor | None) -> None:
-        """Begin a call.
+    def check(self, attention_mask: torch.Tensor | None) -> None:
+        """Raise `UnsupportedModel` for an `attention_mask`, which would be over one rank's tokens.
 
-        Raises:
-            UnsupportedModel: it has an `attention_mask`, within a step: that would be over one rank's tokens.
+        Only within a step.
         """
-        self.tokens.entered[self] += 1
-        if attention_mask is not None and self.context.step is not None:
+        if attention_mask is not None:
             raise UnsupportedModel("attention with an attention_mask, which is not cut into patches")
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -85,15 +85,20 @@ class PatchTokenAttention:
         Returns:
             (batch, this rank's tokens, channels).
         """
+        return self.exchange(query, key, value).flatten(2)
+
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
+        query, key, value = inputs
         step, tokens = self.context.step, self.tokens.of(self.sequence)
         assert step is not None
+        self.tokens.entered[self] += 1
         if self.tokens.deals_heads and step.mix.fresh_keys_values:
             attended = step.deal_tokens(self._attend(*step.deal_heads((query, key, value), tokens)), tokens)
         else:
             heads = key.shape[2:]
             keys, values = step.keys_values(key.flatten(2), value.flatten(2), tokens)
             attended = self._attend(query, keys.unflatten(2, heads), values.unflatten(2, heads))
-        return attended.flatten(2).to(query.dtype)
+        return attended.to(query.dtype)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads, channels of a head) each; keys and values are of all tokens."""
@@ -129,8 +134,7 @@ class PatchJointAttention(PatchTokenAttention):
         image_rotary_emb: Any = None,
         encoder_hidden_states_mask: torch.Tensor | None = None,
     ) -> Any:
-        self.enter(attention_mask)
-        if self.context.step is None:
+        if not self.context.exchanges:
             others = {
                 "attention_mask": attention_mask,
                 "image_rotary_emb": image_rotary_emb,
@@ -139,6 +143,7 @@ class PatchJointAttention(PatchTokenAttention):
             given = {name: other for name, other in others.items() if other is not None}
             own: Any = super()
             return own.__call__(attn, hidden_states, encoder_hidden_states, **given)
+        self.check(attention_mask)
         if encoder_hidden_states_mask is not None and self.tokens.key_mask is None:
             raise UnsupportedModel("attention that is given a text mask, where the network was given none")
         image, text = hidden_states, encoder_hidden_states

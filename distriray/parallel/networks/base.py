@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -66,6 +66,7 @@ class Network(ABC):
         kind: the class of the networks.
         displacement_measured: whether it is known what old values do to the pictures of a trained network of
             the family; else `auto` keeps to fresh ones.
+        repeats: the classes of its blocks that repeat, by name; None are those that diffusers says.
         forward: what computes a rank's part; what answered the module's calls before the engine did, hooks
             included, or graphs of it.
         controls: ControlNets that its calls may name, by name, which are cut into patches with it.
@@ -77,6 +78,7 @@ class Network(ABC):
 
     kind: ClassVar[type[nn.Module]]
     displacement_measured: ClassVar[bool] = False
+    repeats: ClassVar[tuple[str, ...] | None] = None
     controls: Mapping[str, nn.Module] = {}
     forward: Callable[..., Any]
     replaced: Callable[..., Any] | None = None
@@ -95,6 +97,12 @@ class Network(ABC):
             return forward(*args, **kwargs)
 
         self.module.forward = answer
+
+    @property
+    def repeated_blocks(self) -> Iterator[nn.Module]:
+        """The blocks that there are many of, and most of the time is spent in."""
+        names = getattr(self.kind, "_repeated_blocks", None) if self.repeats is None else self.repeats
+        return (module for module in self.module.modules() if type(module).__name__ in (names or ()))
 
     @property
     @abstractmethod

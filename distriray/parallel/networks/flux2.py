@@ -41,10 +41,10 @@ class PatchFlux2SingleAttention(PatchTokenAttention, Flux2ParallelSelfAttnProces
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> torch.Tensor:
-        self.enter(attention_mask)
-        if self.context.step is None:
+        if not self.context.exchanges:
             own: torch.Tensor = super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
             return own
+        self.check(attention_mask)
         sizes = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
         *projected, forward = attn.to_qkv_mlp_proj(hidden_states).split(sizes, -1)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)

@@ -19,7 +19,7 @@ from distriray.parallel.layers.attention import (
     PatchSelfAttention,
     check_plain_attention,
 )
-from distriray.parallel.layers.tokens import Sequence, Tokens, output_of, projections_of
+from distriray.parallel.layers.tokens import Sequence, Tokens
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
@@ -32,24 +32,23 @@ class PatchImageAttention(PatchSelfAttention):
         self.tokens = tokens
         self.sequence = sequence
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens.entered[self] += 1
-        return super().__call__(attn, hidden_states, *args, **kwargs)
-
-    def attend(self, attn: Any, hidden_states: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
         step, tokens = self.step, self.tokens.of(self.sequence)
+        self.tokens.entered[self] += 1
         if step is None or not (self.tokens.deals_heads and step.mix.fresh_keys_values):
-            return super().attend(attn, hidden_states, *inputs)
-        projected = projections_of(attn, hidden_states, ("to_q", "to_k", "to_v"), ())
+            return super().exchanged(*inputs)
+        own, _, *sources = inputs
+        projected = [own, *(x.unflatten(-1, own.shape[2:]) for x in sources)]
         query, key, value = (x.transpose(1, 2) for x in step.deal_heads(projected, tokens))
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        return output_of(attn, step.deal_tokens(attended, tokens).flatten(2))
+        return step.deal_tokens(attended, tokens)
 
 
 class PixArt(TokenNetwork):
     """A `PixArtTransformer2DModel`: its image attends to itself, and to text that every rank has."""
 
     kind = PixArtTransformer2DModel
+    repeats = ("BasicTransformerBlock",)
     plan = Plan(
         cuts={"pos_embed": {0: ("image", 1)}},
         attention={

@@ -23,6 +23,7 @@ class SD3(TokenNetwork):
     """An `SD3Transformer2DModel`: its first layer sees all latents, by whose size it crops positions."""
 
     kind = SD3Transformer2DModel
+    repeats = ("JointTransformerBlock",)
     plan = Plan(
         cuts={"pos_embed": {0: ("image", 1)}, "context_embedder": {0: ("text", 1)}},
         attention={

@@ -48,8 +48,7 @@ class PatchZImageAttention(PatchTokenAttention, ZSingleStreamAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         freqs_cis: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self.enter(None)
-        if self.context.step is None:
+        if not self.context.exchanges:
             own: torch.Tensor = super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis
             )
@@ -142,7 +141,7 @@ class ZImage(TokenNetwork):
         final, whole = self.module.all_final_layer[f"{PATCH}-1"], []
 
         def gather(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            whole.append(self._gather(collect, module, inputs, output[:, : cutter.own]))
+            whole.append(self._gather(collect, share.exchanges, module, inputs, output[:, : cutter.own]))
             return whole[0][share.part]
 
         with ExitStack() as hooks:

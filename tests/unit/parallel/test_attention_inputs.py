@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def test_processors_and_downsampling_use_all_that_they_are_given() -> None:
     engine = engine_of(unet)
     assert engine is not None
     attn, x = transformer(unet).attn1, torch.ones((1, 6, 32))
-    step: Any = object()
+    step: Any = SimpleNamespace(fuses=False)
     with engine.context.during(step):
         with pytest.raises(UnsupportedModel, match="given focus, which is not used"):
             attn.processor(attn, x, focus=1)

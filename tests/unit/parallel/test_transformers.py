@@ -548,7 +548,8 @@ def test_attention_that_is_passed_by_is_found() -> None:
     def rank(communicator: Communicator) -> None:
         network = tiny_flux_transformer()
         network.transformer_blocks[1].forward = skip
-        parallelize(network, communicator, ParallelConfig(exchange="sync"), local=[skip])
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        parallelize(network, communicator, config, local=[skip])
         step(network, TRANSFORMERS["flux"], TRANSFORMERS["flux"].inputs(WIDE), 1.0)
 
     with pytest.raises(UnsupportedModel, match="transformer_blocks.1.attn was called 0 times in a step"):
