@@ -25,7 +25,7 @@ from diffusers.utils import logging
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.projection.peers import AbsentPeers
+from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
@@ -241,10 +241,10 @@ def share(
     split: bool,
     exchange: ExchangeMode,
     attention: AttentionMode = "gather",
-) -> tuple[Count, AbsentPeers, int]:
+) -> tuple[Count, NotedPeers, int]:
     """One rank's part of the third step: its count, its peers, and the bytes of its buffers."""
     (network, inputs), device = on_meta(model, size), torch.device("meta")
-    peers = AbsentPeers(ranks // 2 if ranks > 2 else 0, ranks, device)
+    peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, device)
     peers.fills = False
     parallelizing = import_module("distriray.parallel.parallelize")  # which the function of that name hides
     with patch.object(parallelizing, "_share_random_state", lambda communicator: None):

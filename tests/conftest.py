@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.compiling import CountingCompiler
 from tests.models import tiny_sdxl
 
 # A claim is about values; how long an example takes depends on what else the machine does.
@@ -44,3 +46,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     tiny_sdxl().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def compiler() -> Iterator[CountingCompiler]:
+    """What counts the graphs that torch compiles; it knows none before, and forgets these afterwards."""
+    torch._dynamo.reset()
+    yield CountingCompiler()
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()

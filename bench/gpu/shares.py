@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.barrier import finish
-from bench.projection.peers import AbsentPeers
+from bench.projection.peers import NotedPeers
 from bench.projection.share import random_unet, step_inputs
 from bench.published import SDXL
 from bench.report import Report
@@ -128,7 +128,7 @@ def share(unet: Any, ranks: int, size: int, split: bool, graphs: bool, steps: in
 
     The rank has a neighbour on each side, where one of the gang does.
     """
-    peers = AbsentPeers(ranks // 2 if ranks > 2 else 0, ranks, unet.device)
+    peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, unet.device)
     parallelize(
         unet,
         peers,

@@ -1,18 +1,16 @@
-"""One rank of a gang whose other ranks are not there."""
+"""Notes of what a rank does whose peers are not there."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from bench.barrier import finish
-from distriray.collective.messages import as_messages, peers_of
-from distriray.collective.subgroup import Subgroup
-from distriray.errors import GangBroken
+from distriray.collective.absent import AbsentPeers
 from distriray.parallel.gather import HEADER
 from distriray.parallel.stopwatch import Mark, mark, seconds_between
 
@@ -49,25 +47,16 @@ class Step:
         return dict(total)
 
 
-class AbsentPeers:
-    """Rank `rank` of `world_size`; whatever it receives is there at once.
+class NotedPeers(AbsentPeers):
+    """Peers that are absent, and every transfer with them, noted with its bytes and its time within the step.
 
-    While `fills`, a peer sends what this rank sends (with nothing like it at hand, zeros): values of the
-    right size, so that no later arithmetic meets garbage. Else what was received stays as it is, as if
-    the peers' activations did not change, but for the headers of gathers, which are always this rank's own.
-    A transfer costs the rank no time, that is for a model of the link to add, and what filling takes is left
-    out. Every transfer is noted, with its bytes and its time within the step.
+    Unless it `fills`, what was received stays as it is, as if the peers' activations did not change, but for
+    the headers of gathers, which are always this rank's own. A transfer costs the rank no time, that is for a
+    model of the link to add, and what filling takes is left out.
     """
 
-    backend = "none"
-
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.peers = peers_of(rank, world_size)
-        self.device = device
-        self.bytes_sent = 0
-        self.broken = False
+        super().__init__(rank, world_size, device)
         self.fills = True
         self._transfers = 0
         self._began: Mark = 0.0
@@ -92,57 +81,33 @@ class AbsentPeers:
             moment.at_s = at(reached)
         return Step(at(ended), [moment for moment, _ in self.marks])
 
-    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> AbsentWork:
-        sent = {
-            peer: flat.nbytes for peer, flat in as_messages(sends, self.rank, self.world_size, self.device)
-        }
-        as_messages(receives, self.rank, self.world_size, self.device)
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> NotedWork:
+        super().exchange(sends, receives)
+        self._transfers += 1
+        sent = {peer: tensor.nbytes for peer, tensor in sends.items() if tensor.nbytes}
+        self.note(Moment("launch", self._transfers, 0.0, sent))
+        return NotedWork(self, self._transfers)
+
+    def note(self, moment: Moment) -> None:
+        self.marks.append((moment, mark(self.device)))
+
+    def _receive(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> None:
         if self.fills:
             since = mark(self.device)
-            for tensor in receives.values():
-                _fill(tensor, list(sends.values()))
+            super()._receive(sends, receives)
             self._filling.append((since, mark(self.device)))
         elif len({id(flat) for flat in sends.values()}) == 1:
             for peer, message in receives.items():
                 if message.dtype == torch.uint8:
                     message[:HEADER].copy_(sends[peer][:HEADER])
-        self.bytes_sent += sum(sent.values())
-        self._transfers += 1
-        self.note(Moment("launch", self._transfers, 0.0, sent))
-        return AbsentWork(self, self._transfers)
-
-    def check(self) -> None:
-        if self.broken:
-            raise GangBroken("the rank whose peers are absent gave up")
-
-    def note(self, moment: Moment) -> None:
-        self.marks.append((moment, mark(self.device)))
-
-    def subgroup(self, ranks: Sequence[int]) -> Subgroup:
-        return Subgroup(self, ranks)
-
-    def abort(self) -> None:
-        self.broken = True
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)
-class AbsentWork:
+class NotedWork:
     """A transfer that was over before it began; that somebody waits for it is noted."""
 
-    owner: AbsentPeers
+    owner: NotedPeers
     transfer: int
 
     def wait(self) -> None:
         self.owner.note(Moment("wait", self.transfer, 0.0))
-
-
-def _fill(tensor: torch.Tensor, sends: list[torch.Tensor]) -> None:
-    like = next((sent for sent in sends if sent.dtype == tensor.dtype and sent.numel()), None)
-    if like is not None and tensor.numel():
-        times = -(-tensor.numel() // like.numel())
-        tensor.copy_(like.flatten().repeat(times)[: tensor.numel()].view_as(tensor))
-    elif tensor.is_floating_point():
-        tensor.zero_()  # bytes without a counterpart are a random state, which stays the own one

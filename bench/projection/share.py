@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from bench.exchange import unet_inputs
 from bench.projection.links import Link, exposed_s
-from bench.projection.peers import AbsentPeers, Step
+from bench.projection.peers import NotedPeers, Step
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator
 from distriray.config import Kind
@@ -70,7 +70,7 @@ def measure_share(
         steps: later steps that count; one more goes before them.
         config: with one synchronous step at most.
     """
-    peers = AbsentPeers(rank, world_size, unet.device)
+    peers = NotedPeers(rank, world_size, unet.device)
     parallelize(unet, peers, config)
     mix = config.mix
     persists = mix is None or all(map(mix.is_stale, get_args(Kind)))
@@ -95,7 +95,7 @@ def measure_gang(
 
 
 def _steps(
-    unet: UNet2DConditionModel, peers: AbsentPeers, size: int, count: int, fills_once: bool
+    unet: UNet2DConditionModel, peers: NotedPeers, size: int, count: int, fills_once: bool
 ) -> list[Step]:
     """Consecutive steps. Only buffers of stale values last, so that filling them once will do."""
     inputs, engine = step_inputs(unet, size), engine_of(unet)

@@ -119,7 +119,7 @@ def example(facts: WorkerFacts, **fields: Any) -> GenerationRequest:
     if facts.terms.needs_mask:
         height, width = facts.default_size
         fields |= {name: Image.new("L", (width, height), level) for name, level in _GREY_TO_FILL.items()}
-    return GenerationRequest(prompt="a lake", **fields)
+    return GenerationRequest(**{"prompt": "a lake", **fields})
 
 
 _GREY_TO_FILL = {"image": 128, "mask_image": 255}

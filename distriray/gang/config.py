@@ -13,7 +13,7 @@ from ..controls import MOST_CONTROLNETS, ControlNetSpec
 from ..limits import Limits
 from ..models import ModelSpec
 from ..names import check_unique
-from ..requests import Defaults
+from ..requests import Defaults, Sides
 from ..routing.buddy import check_gang_sizes
 from ..routing.policies import check_policy
 
@@ -41,6 +41,9 @@ class HostConfig(BaseModel):
         lora_cache_bytes: memory of each worker for adapters; what was not used for longest makes room.
         controls: ControlNets that requests may name; each worker loads all of them when it starts, and keeps
             them in its device's memory.
+        compile: sizes of pictures, such as `1024x1024`, for which a worker lets torch compile the blocks that
+            the network repeats when it starts. Others are drawn as without, and so are several images of a
+            request, guidance where the default is none, and adapters.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
@@ -70,6 +73,7 @@ class HostConfig(BaseModel):
     lora_dir: Path | None = None
     lora_cache_bytes: Count = 2**30
     controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_CONTROLNETS)] = ()
+    compile: tuple[Sides, ...] = ()
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
     silence_s: Seconds = 30.0

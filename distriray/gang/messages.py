@@ -140,7 +140,7 @@ class WorkerFacts:
         size_unit: pixels; heights and widths are multiples of it.
         row_unit: pixel rows of the smallest patch.
         cuts_vae: the VAE's decoder can be cut into patches.
-        load_s: seconds that loading took.
+        load_s: seconds that loading took, and compiling.
         memory: in bytes.
         terms: what the model says of a request's fields besides its size.
         own_steps: how often the model's own scheduler calls the network.

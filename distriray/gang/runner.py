@@ -16,7 +16,9 @@ from torch.distributed import Store
 
 from ..adapters import AdapterSpec
 from ..collective import Communicator, connect
+from ..collective.absent import AbsentPeers
 from ..collective.all_gather import numbers_of_all
+from ..config import ParallelConfig
 from ..controls import ControlNetSpec
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.adapters import MOST_BYTES
@@ -24,10 +26,10 @@ from ..denoise.pipelines.sizes import Sizes
 from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory
 from ..models import ModelSpec, load_pipeline
-from ..parallel import engine_of, parallelize
+from ..parallel import compile_blocks, engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
 from ..picture import Picture
-from ..requests import StepCount
+from ..requests import SamplingParams, StepCount
 from ..status import AdapterStatus
 from .control import SegmentControl
 from .devices import DEVICES
@@ -155,6 +157,29 @@ class SegmentRunner:
         for job in list(self._states):
             if job <= newest and job not in jobs:
                 self._states.pop(job, None)
+
+    def compile(self) -> None:
+        """Let torch compile the network's blocks for what they meet from now on, as `compile_blocks`."""
+        compile_blocks(self.pipeline)
+
+    def rehearse(self, params: SamplingParams, rank: int, world_size: int, parallel: ParallelConfig) -> None:
+        """All steps of an image, as one rank of a gang whose other ranks are absent; nothing is kept of it.
+
+        Raises:
+            InvalidRequest: the model, or such a gang, draws no such picture.
+        """
+        self._engine.join(AbsentPeers(rank, world_size, self.device), parallel)
+        try:
+            state = self._denoiser.prepare(params)
+            while not state.done:
+                self._denoiser.step(state)
+        finally:
+            self._engine.join(self._communicators["alone"], parallel)
+
+    @property
+    def pads_text(self) -> bool:
+        """Whether all prompts are of as many tokens to the network."""
+        return self._engine.network.pads_text
 
     @property
     def sizes(self) -> Sizes:

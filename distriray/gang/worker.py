@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import ray
@@ -68,9 +69,8 @@ class Worker:
             )
 
         runner = await loop.run_in_executor(self._compute, make)
-        self._runner = runner
         sizes = runner.sizes
-        return WorkerFacts(
+        facts = WorkerFacts(
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
             device=str(runner.device),
@@ -86,6 +86,13 @@ class Worker:
             own_steps=runner.own_steps,
             guides=runner.guides,
         )
+        if self._config.compile:
+            from .rehearsal import rehearse
+
+            took_s = await loop.run_in_executor(self._compute, rehearse, runner, self._config, facts)
+            facts = replace(facts, load_s=facts.load_s + took_s, memory=self._kind.memory())
+        self._runner = runner
+        return facts
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:
         """Join these gangs, in this order; raises GangBroken."""

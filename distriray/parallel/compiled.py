@@ -19,6 +19,8 @@ MOST_SHAPES = 1024
 def compile_blocks(pipeline: Any, backend: str | Callable[..., Any] = "inductor") -> None:
     """Let torch compile the blocks that a network repeats: once for each shape, when a call first has it.
 
+    Where the network's texts have any length, twice: the second time for all lengths.
+
     A block becomes one graph. Layers that talk to peers are operators in it, called as they are. So what is
     compiled for a shape is used in every gang and mode in which a rank's part has that shape. May be called
     before `parallelize`, too, but what was compiled by then is compiled anew in a gang.
@@ -40,9 +42,10 @@ def compile_blocks(pipeline: Any, backend: str | Callable[..., Any] = "inductor"
     blocks = list(network.repeated_blocks)
     if not blocks:
         raise UnsupportedModel(f"a {network.kind.__name__} without blocks that repeat has nothing to compile")
+    dynamic = False if network.pads_text else None
     for block in blocks:
         # Not `block.compile()`: hooks on blocks cut what goes into them, and stay outside.
-        block.forward = torch.compile(block.forward, backend=backend, dynamic=False, fullgraph=True)
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=dynamic, fullgraph=True)
 
 
 def many_shapes() -> AbstractContextManager[Any]:

@@ -67,6 +67,7 @@ class Network(ABC):
         displacement_measured: whether it is known what old values do to the pictures of a trained network of
             the family; else `auto` keeps to fresh ones.
         repeats: the classes of its blocks that repeat, by name; None are those that diffusers says.
+        pads_text: whether prompts are padded to the same number of tokens before the network gets them.
         forward: what computes a rank's part; what answered the module's calls before the engine did, hooks
             included, or graphs of it.
         controls: ControlNets that its calls may name, by name, which are cut into patches with it.
@@ -78,6 +79,7 @@ class Network(ABC):
 
     kind: ClassVar[type[nn.Module]]
     displacement_measured: ClassVar[bool] = False
+    pads_text: ClassVar[bool] = True
     repeats: ClassVar[tuple[str, ...] | None] = None
     controls: Mapping[str, nn.Module] = {}
     forward: Callable[..., Any]

@@ -34,6 +34,7 @@ class QwenImage(TokenNetwork):
     """A `QwenImageTransformer2DModel`: its pipeline packs 2x2 latents into a token and masks padded text."""
 
     kind = QwenImageTransformer2DModel
+    pads_text = False
     row_unit = 2
     plan = Plan(
         cuts={

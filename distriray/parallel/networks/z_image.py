@@ -70,6 +70,7 @@ class ZImage(TokenNetwork):
     """
 
     kind = ZImageTransformer2DModel
+    pads_text = False
     names = ("x", "t", "cap_feats")
     row_unit = PATCH
     plan = Plan(

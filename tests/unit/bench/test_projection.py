@@ -9,7 +9,7 @@ import torch
 from bench.exchange import unet_inputs
 from bench.projection.__main__ import COLUMNS, tabulate
 from bench.projection.links import Link, exposed_s, parse_link
-from bench.projection.peers import AbsentPeers, Moment, Step
+from bench.projection.peers import Moment, NotedPeers, Step
 from bench.projection.rounds import Round, cases, measure, places, slowest
 from bench.projection.share import Share, measure_share, random_unet
 from bench.report import Report
@@ -135,7 +135,7 @@ def test_synchronous_steps_of_an_image_wait_for_every_transfer():
 def test_what_filling_takes_is_no_time_of_the_rank(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr("bench.projection.peers.mark", lambda device: float(next(clock)))
-    peers = AbsentPeers(0, 2, torch.device("cpu"))
+    peers = NotedPeers(0, 2, torch.device("cpu"))
     peers.begin_step()  # 0
     for _ in range(2):
         peers.exchange({1: torch.ones(4)}, {1: torch.empty(4)}).wait()  # filled in one second, 1 to 2, 5 to 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributed import HashStore
 
-from distriray.adapters import AdapterSpec
-from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory
 from distriray.gang.devices import DEVICES
-from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
+from distriray.gang.messages import RankResult, SegmentEnd
 from distriray.gang.runner import SegmentRunner
-from distriray.models import ModelSpec
 from distriray.picture import png
 from tests.models import tiny_sdxl
 
 from .fleet import ask
+from .runners import Gang
 
 STICKY = RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -35,53 +31,6 @@ def raises(error: Exception) -> Callable[..., Any]:
         raise error
 
     return fails
-
-
-class Gang:
-    """Stages that are linked with each other."""
-
-    def __init__(self, model: Path, size: int) -> None:
-        store = HashStore()
-        spec = ModelSpec(name=str(model))
-        self.runners = [SegmentRunner(spec, torch.device("cpu"), store, timeout_s=10.0) for _ in range(size)]
-        self._threads = ThreadPoolExecutor(size)
-        self._serial = 0
-        group, name = tuple(range(size)), "all"
-        self._together(lambda rank, runner: runner.link([GangMembership(group, name, rank, size)]))
-
-    def run(
-        self,
-        job: int | None = None,
-        step: int = 0,
-        link: str = "all",
-        blob: bytes | None = None,
-        adapters: tuple[AdapterSpec, ...] = (),
-        **fields: Any,
-    ) -> list[RankResult]:
-        """A segment of a job, a new one unless given."""
-        self._serial += 1
-        job = 1000 + self._serial if job is None else job
-        request = ask(**{"num_inference_steps": 2, **fields})
-        sync = ParallelConfig(exchange="sync")
-
-        def one(rank: int, runner: SegmentRunner) -> RankResult:
-            order = SegmentOrder(
-                serial=self._serial,
-                job=job,
-                request=request.without_pictures(),
-                step=step,
-                communicator=link,
-                rank=rank,
-                parallel=sync,
-                preview_steps=request.preview_steps(request.num_inference_steps),
-                adapters=adapters,
-            )
-            return runner.run(order, blob, request.pictures)
-
-        return self._together(one)
-
-    def _together(self, work: Callable[[int, SegmentRunner], Any]) -> list[Any]:
-        return list(self._threads.map(work, range(len(self.runners)), self.runners))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
 from distriray.parallel import compile_blocks, many_shapes
 from distriray.parallel.layers.conv import PatchConv2d, patch_conv
 from tests.cases import Case, call
+from tests.compiling import CountingCompiler
 from tests.models import SHALLOW, tiny_sdxl
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw, error
 
@@ -25,34 +25,18 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
-class Counting:
-    """A backend that runs what it is given as it is, and counts it."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_blocks_of_transformers_are_whole_graphs_for_all_modes(name: str, ranks: int) -> None:
-    counting, transformer = Counting(), TRANSFORMERS[name]
+def test_blocks_of_transformers_are_whole_graphs_for_all_modes(
+    name: str, ranks: int, compiler: CountingCompiler
+) -> None:
+    transformer = TRANSFORMERS[name]
     graphs = []
 
     def rank(communicator: LockstepCommunicator, compiles: bool, config: dict[str, Any]) -> Any:
         network = parallelize(transformer.make(), communicator, ParallelConfig(**config))
         if compiles:
-            compile_blocks(network, counting)
+            compile_blocks(network, compiler)
         with many_shapes():
             return draw(network, transformer, Shape(masked=name in ("qwen-image", "chroma", "pixart")))
 
@@ -61,22 +45,21 @@ def test_blocks_of_transformers_are_whole_graphs_for_all_modes(name: str, ranks:
             run_in_lockstep(ranks, lambda c, compiles=compiles, config=config: rank(c, compiles, config))
             for compiles in (False, True)
         )
-        graphs.append(counting.graphs)
+        graphs.append(compiler.graphs)
         for ours, theirs in zip(compiled, plain, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert 0 < graphs[0] == graphs[1]
 
 
-def compile_layers(network: nn.Module, counting: Counting) -> None:
+def compile_layers(network: nn.Module, compiler: CountingCompiler) -> None:
     """More than blocks that repeat: all that exchanges."""
     for module in network.modules():
         if type(module).__name__ in LAYERS_OF_BLOCKS:
-            module.compile(backend=counting, dynamic=False, fullgraph=True)
+            module.compile(backend=compiler, dynamic=False, fullgraph=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_blocks_of_unets_are_whole_graphs(channels_last: bool) -> None:
-    counting = Counting()
+def test_blocks_of_unets_are_whole_graphs(channels_last: bool, compiler: CountingCompiler) -> None:
 
     def rank(
         communicator: LockstepCommunicator, compiles: bool, config: dict[str, Any]
@@ -85,7 +68,7 @@ def test_blocks_of_unets_are_whole_graphs(channels_last: bool) -> None:
         if channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
         if compiles:
-            compile_layers(pipeline.unet, counting)
+            compile_layers(pipeline.unet, compiler)
         with many_shapes():
             return [call(pipeline, Case(steps=4, config=config, height=height)) for height in (128, 144)]
 
@@ -95,31 +78,32 @@ def test_blocks_of_unets_are_whole_graphs(channels_last: bool) -> None:
             run_in_lockstep(2, lambda c, compiles=compiles, config=config: rank(c, compiles, config))
             for compiles in (False, True)
         )
-        graphs.append(counting.graphs)
+        graphs.append(compiler.graphs)
         for ours, theirs in zip(compiled, plain, strict=True):
             for here, there in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
     assert 0 < graphs[0] <= graphs[1]
 
 
-def test_a_gang_that_forms_again_compiles_nothing_new() -> None:
-    counting, transformer = Counting(), TRANSFORMERS["flux"]
+def test_a_gang_that_forms_again_compiles_nothing_new(compiler: CountingCompiler) -> None:
+    transformer = TRANSFORMERS["flux"]
     config = ParallelConfig(exchange="displaced", warmup_steps=1)
 
     def rank(communicator: LockstepCommunicator) -> int:
         network, alone = transformer.make(), connect("local")
-        compile_blocks(network, counting)  # before it is parallelized, too
+        compile_blocks(network, compiler)  # before it is parallelized, too
         with many_shapes():
             for gang in (communicator, alone):
                 draw(parallelize(network, gang, config), transformer, Shape())
-            graphs = counting.graphs
+            graphs = compiler.graphs
             for gang in (communicator, alone):
                 draw(parallelize(network, gang, config), transformer, Shape())
         return graphs
 
-    assert max(run_in_lockstep(2, rank)) == counting.graphs > 0
+    assert max(run_in_lockstep(2, rank)) == compiler.graphs > 0
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs by a C++ compiler")
 def test_what_torch_compiles_for_a_cpu_draws_the_same() -> None:
     transformer = TRANSFORMERS["sd3"]  # two attentions in a block, neither of which waits for the other
@@ -138,19 +122,19 @@ def test_what_torch_compiles_for_a_cpu_draws_the_same() -> None:
         assert max(error(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
 
 
-def test_a_shape_that_was_not_compiled_for_is_drawn_as_without() -> None:
-    counting, transformer = Counting(), TRANSFORMERS["flux"]
-    network, plain = transformer.make(), transformer.make()
-    compile_blocks(network, counting)
+def test_a_shape_that_was_not_compiled_for_is_drawn_as_without(compiler: CountingCompiler) -> None:
+    transformer = TRANSFORMERS["flux"]
+    network, plain = (transformer.make() for _ in range(2))
+    compile_blocks(network, compiler)
     for each in (network, plain):
         parallelize(each, connect("local"))
     draw(network, transformer, Shape())
-    known = counting.graphs
+    known = compiler.graphs
     with torch.compiler.set_stance("eager_on_recompile"):
         for shape in (Shape(rows=9), Shape()):
             ours, theirs = (draw(each, transformer, shape) for each in (network, plain))
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert counting.graphs == known > 0
+    assert compiler.graphs == known > 0
 
 
 def test_a_layer_of_another_output_than_compiled_for_is_refused() -> None:

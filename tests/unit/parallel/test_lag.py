@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.projection.peers import AbsentPeers
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
+from distriray.collective.absent import AbsentPeers
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import GangBroken, GenerationCancelled
 from distriray.parallel import engine_of

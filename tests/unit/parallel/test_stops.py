@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import distriray.parallel.gather
-from bench.projection.peers import AbsentPeers
 from distriray import ParallelConfig, parallelize
+from distriray.collective.absent import AbsentPeers
 from distriray.config import PAPER
 from distriray.denoise import SCHEDULERS, Denoiser
 from distriray.parallel import engine_of
