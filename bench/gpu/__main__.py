@@ -41,6 +41,11 @@ STAGES = (
         "bench.gpu.shares --device cpu --steps 1 --ranks 1 2 --json {out}/shares.json",
     ),
     Stage(
+        "shares of a step of SDXL, compiled",
+        "bench.gpu.shares --compiled --sizes 1024 --json {out}/shares-compiled.json",
+        "bench.gpu.shares --compiled --device cpu --steps 1 --ranks 1 2 --json {out}/shares-compiled.json",
+    ),
+    Stage(
         "projection at 1024 and 2048",
         "bench.projection --device cuda --sizes 1024 2048 --json {out}/projection.json",
         "bench.projection --sizes 128 --steps 2 --rounds 1 --ranks 1 2 --json {out}/projection.json",

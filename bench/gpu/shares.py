@@ -1,9 +1,10 @@
 """One rank's share of a step of SDXL on one GPU: `python -m bench.gpu.shares`.
 
 The U-Net of SDXL with random weights does a guided step for diffusers alone, and one rank's share of it in a
-gang of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and as CUDA graphs.
-Each row has the time until the host has given everything to the device, and until the device is done. What a
-link between GPUs costs is not in it; `bench.projection` adds that.
+gang of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and as CUDA graphs; with
+--compiled once more with the blocks compiled that it repeats. Each row has the time until the host has given
+everything to the device, and until the device is done. What a link between GPUs costs is not in it;
+`bench.projection` adds that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bench.projection.share import random_unet, step_inputs
 from bench.published import SDXL
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.parallel import engine_of
+from distriray.parallel import compile_blocks, engine_of, many_shapes
 
 COLUMNS = (
     "size",
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--compiled", action="store_true", help="also with compiled blocks")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
@@ -107,11 +109,17 @@ def main() -> None:
     for size in arguments.sizes:
         alone[size] = whole_step(unet, size, arguments.steps)
         add(size, "diffusers", "together", "kernel", alone[size], 0)
-    for size, ranks in product(arguments.sizes, arguments.ranks):
+    for compiled, size, ranks in product(
+        (False, True) if arguments.compiled else (False,), arguments.sizes, arguments.ranks
+    ):
+        if compiled and (size, ranks) == (arguments.sizes[0], arguments.ranks[0]):
+            compile_blocks(unet, "inductor" if on_gpu else "eager")
         for split, graphs in product((True, False), (False, True) if on_gpu else (False,)):
             if not split or ranks % 2 == 0:
-                timing, buffers = share(unet, ranks, size, split, graphs, arguments.steps)
+                with many_shapes():
+                    timing, buffers = share(unet, ranks, size, split, graphs, arguments.steps)
                 guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
+                launched += ", compiled" * compiled
                 add(size, f"a gang of {ranks}", guidance, launched, timing, buffers)
     report.print()
 

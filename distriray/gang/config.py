@@ -49,7 +49,7 @@ class HostConfig(BaseModel):
         silence_s: after which a worker that answers no control call is replaced.
         stall_s: after which a gang is replaced that neither makes a step nor comes back; 30 times what its
             longest step took, where that is more.
-        start_timeout_s: for resources to come free, and for the model to load.
+        start_timeout_s: for resources to come free, and for the model to load and to be compiled.
         max_attempts: gangs that may break under one request before it fails.
         policy: who decides which request runs where: `elastic` plans ahead and regroups,
             `earliest_deadline` gives each the largest free gang, keeps a place for the first that finds

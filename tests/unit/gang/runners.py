@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 
 from distriray.adapters import AdapterSpec
 from distriray.config import ParallelConfig
-from distriray.gang.messages import GangMembership, RankResult, SegmentOrder
+from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
 from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
 
@@ -64,3 +64,8 @@ class Gang:
 
     def _together(self, work: Callable[[int, SegmentRunner], Any]) -> list[Any]:
         return list(self._threads.map(work, range(len(self.runners)), self.runners))
+
+
+def endings(outcomes: list[RankResult]) -> list[SegmentEnd]:
+    assert not any(outcome.broken for outcome in outcomes)
+    return [outcome.end for outcome in outcomes]

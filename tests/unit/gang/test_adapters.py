@@ -27,7 +27,7 @@ from tests.adapters import write
 from tests.models import tiny_sdxl
 
 from .fleet import FakeHost, FakeWorker
-from .test_runner import Gang, endings
+from .runners import Gang, endings
 
 INK, NEON, BAD = ({"name": name, "scale": 0.8} for name in ("ink", "neon", "bad"))
 

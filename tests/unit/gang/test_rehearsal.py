@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from distriray.adapters import AdapterSpec
 from distriray.errors import UnsupportedModel
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
 from distriray.gang.rehearsal import rehearse
 from distriray.gang.runner import SegmentRunner
 from distriray.parallel import compile_blocks
+from tests.adapters import write
 from tests.compiling import CountingCompiler
+from tests.models import tiny_sdxl
 
 from .runners import Gang
 
@@ -70,6 +73,25 @@ def test_gangs_of_what_was_rehearsed_compile_nothing_and_draw_the_same(
             ours, theirs = (pictures(each, **fields) for each in (gang, plain))
             assert all(np.array_equal(here, there) for here, there in zip(ours, theirs, strict=True))
     assert compiler.graphs == of_one
+
+
+def test_blocks_with_adapters_in_them_run_as_they_are(
+    tiny_model: Path, tmp_path: Path, compiler: CountingCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distriray.gang.runner.compile_blocks", partial(compile_blocks, backend=compiler))
+    write(tmp_path / "ink.safetensors", tiny_sdxl(), 1)
+    ink = AdapterSpec(name="ink", source=str(tmp_path / "ink.safetensors"))
+    plain, gang = Gang(tiny_model, 1), Gang(tiny_model, 1)
+    rehearse(gang.runners[0], config(f"{COMPILED}x{COMPILED}", workers=1), facts_of(gang.runners[0]))
+    compiled = compiler.graphs
+    drawn = []
+    for loras in ((), ({"name": "ink", "scale": 0.8},), ()):
+        fields = {"adapters": (ink,), "loras": loras}
+        (ours,), (theirs,) = (pictures(each, **fields) for each in (gang, plain))
+        assert np.array_equal(ours, theirs)
+        drawn.append(ours)
+    assert np.array_equal(drawn[0], drawn[2]) and not np.array_equal(drawn[0], drawn[1])
+    assert compiler.graphs == compiled
 
 
 def test_gangs_that_a_picture_is_too_small_for_are_not_rehearsed(

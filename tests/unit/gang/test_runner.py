@@ -21,7 +21,7 @@ from distriray.picture import png
 from tests.models import tiny_sdxl
 
 from .fleet import ask
-from .runners import Gang
+from .runners import Gang, endings
 
 STICKY = RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -44,11 +44,6 @@ def gang(shared: Gang, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gang]:
     yield shared
     monkeypatch.undo()
     assert endings(shared.run()) == [SegmentEnd.DONE] * 2
-
-
-def endings(outcomes: list[RankResult]) -> list[SegmentEnd]:
-    assert not any(outcome.broken for outcome in outcomes)
-    return [outcome.end for outcome in outcomes]
 
 
 def test_memory_is_given_back_before_gangs_are_formed_and_when_it_has_run_out(
