@@ -18,6 +18,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import PAPER
 from distriray.denoise import Denoiser, DenoiseState
+from distriray.parallel import compile_blocks, many_shapes
 from distriray.requests import SamplingParams
 from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
@@ -106,7 +107,31 @@ def test_steps_that_were_captured_draw_what_they_draw_without(dtype: torch.dtype
             assert torch.equal(here, there), (index, distance(here, there))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_blocks_draw_what_they_draw_without_captured_or_not(ranks: int) -> None:
+    plain, compiled, captured = (
+        run_in_lockstep(ranks, lambda communicator, as_=as_: drawn(communicator, *as_), "cuda")
+        for as_ in ((False, False), (True, False), (True, True))
+    )
+    for without, ours, theirs in zip(plain, compiled, captured, strict=True):
+        for index, (wanted, found, replayed) in enumerate(zip(without, ours, theirs, strict=True)):
+            assert distance(found, wanted) < 1e-4, index
+            assert torch.equal(found, replayed), (index, distance(found, replayed))
+
+
 # ------------------------------------------------------------------------------------------- over NCCL
+
+
+def drawn(communicator: Communicator, compiles: bool, graphs: bool) -> list[torch.Tensor]:
+    """Latents of the first two cases, each three times, so that steps are captured; on the CPU."""
+    pipeline, found = tiny_sdxl().to(communicator.device, torch.float32), []
+    if compiles:
+        compile_blocks(pipeline)
+    with many_shapes():
+        for case in CASES[:2]:
+            parallelize(pipeline, communicator, ParallelConfig(**case.config, cuda_graphs=graphs))
+            found += [call(pipeline, case).cpu() for _ in range(3)]
+    return found
 
 
 def results(communicator: Communicator, dtype: torch.dtype, graphs: bool = True) -> list[torch.Tensor]:
