@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention as AttentionLayer
@@ -13,35 +12,34 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings
 from diffusers.models.normalization import AdaLayerNormSingle
 
-from distriray.parallel.context import PatchContext
-from distriray.parallel.layers.attention import (
-    CachedCrossAttention,
-    PatchSelfAttention,
-    check_plain_attention,
-)
-from distriray.parallel.layers.tokens import Sequence, Tokens
+from distriray.errors import UnsupportedModel
+from distriray.parallel.layers.attention import CachedCrossAttention, check_plain_attention
+from distriray.parallel.layers.tokens import PatchTokenAttention, output_of, projections_of
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
-class PatchImageAttention(PatchSelfAttention):
-    """That of transformers whose image attends to itself as in a U-Net."""
+class PatchImageAttention(PatchTokenAttention, AttnProcessor2_0):
+    """That of PixArt, whose image attends to itself as in a U-Net."""
 
-    def __init__(self, context: PatchContext, tokens: Tokens, sequence: Sequence) -> None:
-        super().__init__(context)
-        self.tokens = tokens
-        self.sequence = sequence
-
-    def exchanged(self, *inputs: Any) -> torch.Tensor:
-        step, tokens = self.step, self.tokens.of(self.sequence)
-        self.tokens.entered[self] += 1
-        if step is None or not (self.tokens.deals_heads and step.mix.fresh_keys_values):
-            return super().exchanged(*inputs)
-        own, _, *sources = inputs
-        projected = [own, *(x.unflatten(-1, own.shape[2:]) for x in sources)]
-        query, key, value = (x.transpose(1, 2) for x in step.deal_heads(projected, tokens))
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        return step.deal_tokens(attended, tokens)
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self.context.exchanges:
+            own: torch.Tensor = super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb
+            )
+            return own
+        self.check(attention_mask)
+        if encoder_hidden_states is not None or temb is not None:
+            raise UnsupportedModel("self-attention that is given other tokens, or a temb")
+        query, key, value = projections_of(attn, hidden_states, ("to_q", "to_k", "to_v"), ())
+        return output_of(attn, self.attend(query, key, value))
 
 
 class PixArt(TokenNetwork):
