@@ -70,6 +70,7 @@ def test_gangs_of_what_was_rehearsed_compile_nothing_and_draw_the_same(
     for link in ("all", "alone"):
         for side in (COMPILED, OTHER):
             fields = {"link": link, "height": side, "width": side}
+            torch.compiler.set_stance("fail_on_recompile" if side == COMPILED else "eager_on_recompile")
             ours, theirs = (pictures(each, **fields) for each in (gang, plain))
             assert all(np.array_equal(here, there) for here, there in zip(ours, theirs, strict=True))
     assert compiler.graphs == of_one

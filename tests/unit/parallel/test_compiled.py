@@ -137,6 +137,21 @@ def test_a_shape_that_was_not_compiled_for_is_drawn_as_without(compiler: Countin
     assert compiler.graphs == known > 0
 
 
+@pytest.mark.parametrize("name", ["qwen-image", "z-image"])
+def test_texts_of_any_length_are_compiled_for_by_the_second(name: str, compiler: CountingCompiler) -> None:
+    transformer = TRANSFORMERS[name]
+    network, plain = (parallelize(transformer.make(), connect("local")) for _ in range(2))
+    compile_blocks(network, compiler)
+    lengths = (5, 40, 70, 100) if name == "z-image" else (5, 7, 9, 12)
+    with many_shapes():
+        for text in lengths[:2]:
+            draw(network, transformer, Shape(text=text), steps=2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for text in lengths[2:]:
+            ours, theirs = (draw(each, transformer, Shape(text=text), steps=2) for each in (network, plain))
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_a_layer_of_another_output_than_compiled_for_is_refused() -> None:
     conv = PatchConv2d(3, 4, 3)
     patch_conv(conv, None)  # type: ignore[arg-type]
