@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ..adapters import AdapterSpec
 from ..config import ParallelConfig
 from ..controls import MOST_CONTROLNETS, ControlNetSpec
+from ..ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
 from ..limits import Limits
 from ..models import ModelSpec
 from ..names import check_unique
@@ -41,6 +42,7 @@ class HostConfig(BaseModel):
         lora_cache_bytes: memory of each worker for adapters; what was not used for longest makes room.
         controls: ControlNets that requests may name; each worker loads all of them when it starts, and keeps
             them in its device's memory.
+        ip_adapters: IP-Adapters that requests may name; loaded and kept likewise, each image encoder once.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
@@ -70,6 +72,7 @@ class HostConfig(BaseModel):
     lora_dir: Path | None = None
     lora_cache_bytes: Count = 2**30
     controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_CONTROLNETS)] = ()
+    ip_adapters: Annotated[tuple[IPAdapterSpec, ...], Field(max_length=MOST_IP_ADAPTERS)] = ()
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
     silence_s: Seconds = 30.0
@@ -89,6 +92,7 @@ class HostConfig(BaseModel):
     def _check_names(self) -> Self:
         check_unique("loras", (spec.name for spec in self.loras), "adapter")
         check_unique("controls", (spec.name for spec in self.controls), "ControlNet")
+        check_unique("ip_adapters", (spec.name for spec in self.ip_adapters), "IP-Adapter")
         return self
 
     @model_validator(mode="after")
