@@ -26,6 +26,7 @@ from distriray.controls import ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import InvalidRequest, IPAdapterNotFound, UnusableIPAdapter
 from distriray.ip_adapters import IPAdapterSpec
+from distriray.parallel import engine_of
 from distriray.requests import Control, IPAdapter, SamplingParams
 from tests.models import (
     SHALLOW,
@@ -44,6 +45,7 @@ from tests.models import (
     tiny_z_image,
 )
 from tests.parameters import sweep
+from tests.unit.parallel.recorded import RecordedGraphs
 
 MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
     "sdxl": (partial(tiny_sdxl, **SHALLOW), StableDiffusionXLPipeline),
@@ -301,6 +303,26 @@ def test_a_text_that_was_read_beside_a_picture_is_read_anew_without_it(folder: P
     drawn(denoiser, denoiser.prepare(params(*ONE, prompt="a hill")))
     after = drawn(denoiser, denoiser.prepare(params(prompt="a hill")))
     assert np.abs(after - alone("sdxl", folder, prompt="a hill")).max() <= 1
+
+
+def test_steps_with_one_leave_the_graphs_of_others_alone(folder: Path) -> None:
+    pipeline = parallelize(MODELS["sdxl"][0](), connect("local"))
+    denoiser, maker, engine = denoiser_of(pipeline, folder / "sdxl"), RecordedGraphs(), engine_of(pipeline)
+    assert engine is not None
+    engine.capture_with(maker)
+
+    def draw(*named: Named) -> tuple[DenoiseState, int, int]:
+        """The state, the graphs that were made for it, and how often any was replayed."""
+        made, replays = len(maker.made), sum(graph.replays for graph in maker.made)
+        drawn(denoiser, state := denoiser.prepare(params(*named)))
+        return state, len(maker.made) - made, sum(graph.replays for graph in maker.made) - replays
+
+    first, _, before = [draw() for _ in range(4)][-1]  # a kind of step is captured when it comes again
+    assert before == first.num_steps
+    assert draw(*BOTH)[1:] == (0, 0)
+    again, *after = draw()
+    assert after == [0, before]
+    assert torch.equal(again.latents, first.latents)
 
 
 def _with_others(
