@@ -178,6 +178,10 @@ def generate(
     lora_dir: Annotated[
         Path | None, typer.Option(help="Folder of .safetensors files, which --lora names without the suffix.")
     ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of what requests may name: a pool's loras, controls and ip_adapters."),
+    ] = None,
     exchange: Annotated[
         ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
     ] = "auto",
@@ -208,6 +212,7 @@ def generate(
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from .gang import HostConfig, open_host
+        from .gang.config import read_lists
 
         config = HostConfig(
             model=spec,
@@ -216,6 +221,7 @@ def generate(
             device=device,
             parallel=parallel,
             lora_dir=lora_dir and lora_dir.absolute(),
+            **read_lists(pool),
         )
         with Progress(
             TextColumn("{task.description}"),

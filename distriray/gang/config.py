@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..adapters import AdapterSpec
 from ..config import ParallelConfig
 from ..controls import MOST_CONTROLNETS, ControlNetSpec
+from ..errors import InvalidRequest
 from ..ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
 from ..limits import Limits
 from ..models import ModelSpec
@@ -23,6 +24,9 @@ Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy", "stall_s"})
 """What may change while a host runs."""
+
+LISTS = ("loras", "controls", "ip_adapters")
+"""What requests may name."""
 
 
 class HostConfig(BaseModel):
@@ -110,3 +114,32 @@ class HostConfig(BaseModel):
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the gangs that the host lends."""
         return self.gang_sizes or tuple(2**i for i in range(self.workers.bit_length()))
+
+
+def read_lists(path: Path | None) -> dict[str, Any]:
+    """The fields of a HostConfig that are lists of what requests may name, in a YAML file; none without one.
+
+    Sources that are there are whole paths then.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or has other fields.
+    """
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        lists = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"pool {path} cannot be read: {error}", "pool") from error
+    if not isinstance(lists, dict) or not lists.keys() <= set(LISTS):
+        others = sorted(map(str, lists.keys() - set(LISTS))) if isinstance(lists, dict) else ["no fields"]
+        raise InvalidRequest(f"pool {path} has {', '.join(others)}; it may have {', '.join(LISTS)}", "pool")
+    return {name: [_with_whole_path(each) for each in lists[name] or ()] for name in lists}
+
+
+def _with_whole_path(entry: Any) -> Any:
+    """Workers may be in other folders than whoever names a file."""
+    if not isinstance(entry, dict) or not Path(str(entry.get("source"))).expanduser().exists():
+        return entry
+    return {**entry, "source": str(Path(entry["source"]).expanduser().absolute())}
