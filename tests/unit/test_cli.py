@@ -38,7 +38,10 @@ finally:
         ),
         (["--control", "canny"], "--control canny: write name=path, such as canny=picture.png@0.8"),
         (["--ip-adapter", "style="], "--ip-adapter style=: write name=path"),
-        (["--ip-adapter", "style=x.png@0.5,0.1"], "style=x.png@0.5,0.1: behind the @ there is but scale"),
+        (
+            ["--ip-adapter", "style=x.png@0.5,0.1"],
+            "--ip-adapter style=x.png@0.5,0.1: behind the @ there",
+        ),
         (["--height", "500"], "height 500 is not a multiple of 8; use 496 or 504"),
         (["--guidance-rescale", "2"], "guidance_rescale '2': input should be less than or equal to 1"),
         (["--image", "none.png"], "image 'none.png' cannot be read: no such file"),

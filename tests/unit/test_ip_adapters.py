@@ -13,8 +13,7 @@ import torch
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -41,16 +40,18 @@ from tests.models import (
     tiny_qwen_image,
     tiny_sd3,
     tiny_sd15,
+    tiny_sd21,
     tiny_sdxl,
     tiny_z_image,
 )
 from tests.parameters import sweep
 from tests.unit.parallel.recorded import RecordedGraphs
 
-MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
-    "sdxl": (partial(tiny_sdxl, **SHALLOW), StableDiffusionXLPipeline),
-    "sd15": (partial(tiny_sd15, **SHALLOW_SD), StableDiffusionPipeline),
+MODELS: dict[str, Callable[[], Any]] = {
+    "sdxl": partial(tiny_sdxl, **SHALLOW),
+    "sd15": partial(tiny_sd15, **SHALLOW_SD),
 }
+EVERY = {**MODELS, "sd21": partial(tiny_sd21, **SHALLOW_SD)}
 PLUS = {"style": False, "face": True}
 """The IP-Adapters of these tests, and whether each reads the image's tokens."""
 Named = tuple[str, float]
@@ -62,7 +63,7 @@ BOTH: list[Named] = [("face", 0.8), ("style", -0.6)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ip-adapters")
-    for model, (make, _) in MODELS.items():
+    for model, make in EVERY.items():
         for name in PLUS:
             save_ip_adapter(folder / model, weights_of(make().unet, name), name)
     return folder
@@ -103,7 +104,7 @@ def drawn(denoiser: Denoiser, state: DenoiseState) -> np.ndarray:
 
 
 def alone(model: str, folder: Path, *named: Named, **fields: Any) -> np.ndarray:
-    denoiser = denoiser_of(MODELS[model][0](), folder / model)
+    denoiser = denoiser_of(EVERY[model](), folder / model)
     return drawn(denoiser, denoiser.prepare(params(*named, **fields)))
 
 
@@ -128,12 +129,12 @@ def by_diffusers(pipeline: Any, named: Sequence[Named], **given: Any) -> np.ndar
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", EVERY)
 @pytest.mark.parametrize("named", [ONE, FACE, BOTH], ids=["one", "tokens", "both"])
 def test_a_request_is_drawn_as_diffusers_draws_it(
     model: str, named: list[Named], scale: float, folder: Path
 ) -> None:
-    theirs = by_diffusers(MODELS[model][0](), named, guidance_scale=scale)
+    theirs = by_diffusers(EVERY[model](), named, guidance_scale=scale)
     ours = alone(model, folder, *named, guidance_scale=scale)
     assert np.abs(ours - theirs).max() <= 1
     assert np.abs(ours - alone(model, folder, guidance_scale=scale)).max() > 10
@@ -148,7 +149,7 @@ def test_a_picture_is_drawn_on_as_diffusers_draws_on_it(model: str, masked: bool
     given = {"image": below, "strength": 0.5, **({"mask_image": mask} if masked else {})}
     more = {"guidance_scale": 4.0, "num_inference_steps": 8}
     kind = AutoPipelineForInpainting if masked else AutoPipelineForImage2Image
-    theirs = by_diffusers(kind.from_pipe(MODELS[model][0]()), BOTH, **given, **more)
+    theirs = by_diffusers(kind.from_pipe(MODELS[model]()), BOTH, **given, **more)
     assert np.abs(alone(model, folder, *BOTH, **given, **more) - theirs).max() <= 1
 
 
@@ -156,7 +157,7 @@ def _by_gang(
     communicator: Communicator, model: str, folder: Path, blob: bytes, until: int, **config: Any
 ) -> tuple[bytes, np.ndarray | None]:
     gang = connect("local") if communicator.world_size == 1 else communicator
-    pipeline = parallelize(MODELS[model][0](), gang, ParallelConfig(**config))
+    pipeline = parallelize(MODELS[model](), gang, ParallelConfig(**config))
     denoiser = denoiser_of(pipeline, folder / model)
     state = DenoiseState.from_bytes(blob)
     denoiser.adapt(state)
@@ -170,7 +171,7 @@ def by_gangs(
     model: str, folder: Path, sizes: Sequence[int], named: list[Named], config: dict[str, Any], **fields: Any
 ) -> list[np.ndarray]:
     """The pictures of all ranks of the last gang; each goes on from the bytes of the one before."""
-    denoiser = denoiser_of(MODELS[model][0](), folder / model)
+    denoiser = denoiser_of(MODELS[model](), folder / model)
     state = denoiser.prepare(params(*named, **fields))
     blob = state.to_bytes()
     for index, size in enumerate(sizes, 1):
@@ -209,7 +210,7 @@ def test_displaced_steps_stay_near_one_device_and_need_the_picture(model: str, f
 def test_guidance_that_ends_leaves_the_picture_of_the_conditional_branch(model: str, folder: Path) -> None:
     """A state's embeddings are of both branches; the last steps take the conditional one alone."""
     ended = {"guidance_scale": 4.0, "guidance_end": 0.5}
-    pipeline = MODELS[model][0]()
+    pipeline = MODELS[model]()
 
     def end(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 1:
@@ -237,7 +238,7 @@ def test_guidance_that_ends_leaves_the_picture_of_the_conditional_branch(model: 
 def test_a_request_without_has_the_bytes_of_a_model_without(model: str, parallel: bool, folder: Path) -> None:
     def draw(names: Sequence[str]) -> list[bytes]:
         """A request without IP-Adapters, before and after another with those."""
-        pipeline = MODELS[model][0]()
+        pipeline = MODELS[model]()
         denoiser = denoiser_of(
             parallelize(pipeline, connect("local")) if parallel else pipeline, folder / model, names
         )
@@ -252,7 +253,7 @@ def test_a_request_without_has_the_bytes_of_a_model_without(model: str, parallel
 
 
 def test_the_network_without_any_is_the_one_that_it_was(folder: Path) -> None:
-    pipeline = MODELS["sdxl"][0]()
+    pipeline = MODELS["sdxl"]()
 
     def parts() -> list[Any]:
         unet = pipeline.unet
@@ -271,7 +272,7 @@ def test_the_network_without_any_is_the_one_that_it_was(folder: Path) -> None:
 
 def _in_turns(communicator: Communicator, folder: Path, mode: str) -> list[bytes]:
     """A request without, by itself and then beside two with other ones, step by step in turns."""
-    make = MODELS["sdxl"][0]
+    make = MODELS["sdxl"]
     config = ParallelConfig(exchange=mode, warmup_steps=1, cfg_parallel=False)
     denoiser = denoiser_of(parallelize(make(), communicator, config), folder / "sdxl")
     asked = [params(num_inference_steps=6), params(*ONE, num_inference_steps=6), params(*BOTH, seed=9)]
@@ -298,7 +299,7 @@ def test_requests_in_turns_do_not_disturb_each_other(mode: str, folder: Path) ->
 
 def test_a_text_that_was_read_beside_a_picture_is_read_anew_without_it(folder: Path) -> None:
     """What layers have cached of the text before is not that of this one."""
-    denoiser = denoiser_of(parallelize(MODELS["sdxl"][0](), connect("local")), folder / "sdxl")
+    denoiser = denoiser_of(parallelize(MODELS["sdxl"](), connect("local")), folder / "sdxl")
     drawn(denoiser, denoiser.prepare(params()))
     drawn(denoiser, denoiser.prepare(params(*ONE, prompt="a hill")))
     after = drawn(denoiser, denoiser.prepare(params(prompt="a hill")))
@@ -306,7 +307,7 @@ def test_a_text_that_was_read_beside_a_picture_is_read_anew_without_it(folder: P
 
 
 def test_steps_with_one_leave_the_graphs_of_others_alone(folder: Path) -> None:
-    pipeline = parallelize(MODELS["sdxl"][0](), connect("local"))
+    pipeline = parallelize(MODELS["sdxl"](), connect("local"))
     denoiser, maker, engine = denoiser_of(pipeline, folder / "sdxl"), RecordedGraphs(), engine_of(pipeline)
     assert engine is not None
     engine.capture_with(maker)
@@ -329,7 +330,7 @@ def _with_others(
     communicator: Communicator, folder: Path, asked: SamplingParams, adapter: Path
 ) -> np.ndarray:
     gang = connect("local") if communicator.world_size == 1 else communicator
-    pipeline = parallelize(MODELS["sdxl"][0](), gang, ParallelConfig(exchange="sync", cfg_parallel=False))
+    pipeline = parallelize(MODELS["sdxl"](), gang, ParallelConfig(exchange="sync", cfg_parallel=False))
     denoiser = denoiser_of(pipeline, folder / "sdxl")
     denoiser.controls.load(ControlNetSpec(name="canny", source=str(adapter.parent / "canny")))
     denoiser.adapters.learn([AdapterSpec(name="ink", source=str(adapter))])
@@ -339,7 +340,7 @@ def _with_others(
 
 @pytest.mark.parametrize("other", ["loras", "control"])
 def test_loras_and_control_beside_are_what_diffusers_draws(other: str, folder: Path, tmp_path: Path) -> None:
-    make = MODELS["sdxl"][0]
+    make = MODELS["sdxl"]
     tiny_controlnet(make().unet, 5).save_pretrained(tmp_path / "canny")
     name = next(name for name, _ in make().unet.named_modules() if name.endswith("attn2.to_k"))
     layer = make().unet.get_submodule(name)
@@ -354,8 +355,6 @@ def test_loras_and_control_beside_are_what_diffusers_draws(other: str, folder: P
         pipeline.load_lora_weights(factors)
         fields: dict[str, Any] = {"loras": [{"name": "ink"}]}
     else:
-        from diffusers import StableDiffusionXLControlNetPipeline
-
         network = tiny_controlnet(make().unet, 5)
         pipeline = StableDiffusionXLControlNetPipeline(**make().components, controlnet=network)
         given = {"image": picture("edges"), "controlnet_conditioning_scale": 0.7}
@@ -370,14 +369,14 @@ def test_loras_and_control_beside_are_what_diffusers_draws(other: str, folder: P
 
 
 def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:
-    denoiser = denoiser_of(MODELS["sdxl"][0](), folder / "sdxl")
+    denoiser = denoiser_of(MODELS["sdxl"](), folder / "sdxl")
     asked = IPAdapter(name="pose", image=picture("style"))
     with pytest.raises(IPAdapterNotFound, match="no IP-Adapter 'pose'; there is 'face', 'style'"):
         denoiser.prepare(SamplingParams(prompt="a lake", ip_adapters=(asked,), seed=1))
     with pytest.raises(InvalidRequest, match="ip_adapters names 'style' more than once"):
         denoiser.prepare(params(*ONE, *ONE))
     with pytest.raises(IPAdapterNotFound, match="there is none here"):
-        Denoiser(MODELS["sdxl"][0]()).prepare(params(*ONE))
+        Denoiser(MODELS["sdxl"]()).prepare(params(*ONE))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +392,7 @@ def test_families_that_have_none_refuse_it_by_name(make: Callable[[], Any], fold
 
 
 def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(folder: Path, tmp_path: Path) -> None:
-    pipeline = MODELS["sdxl"][0]()
+    pipeline = MODELS["sdxl"]()
     denoiser = denoiser_of(pipeline, folder / "sdxl", ["style"])
     expected = alone("sdxl", folder)
 
@@ -433,7 +432,7 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(folder: Path, tm
 
 
 def test_a_state_goes_on_only_where_its_ip_adapters_are(folder: Path, tmp_path: Path) -> None:
-    make = MODELS["sdxl"][0]
+    make = MODELS["sdxl"]
     blob = denoiser_of(make(), folder / "sdxl").prepare(params(*ONE)).to_bytes()
     save_ip_adapter(tmp_path, tiny_ip_adapter(make().unet, 77), "style")
     for denoiser in (Denoiser(make()), denoiser_of(make(), tmp_path, ["style"])):
@@ -442,9 +441,18 @@ def test_a_state_goes_on_only_where_its_ip_adapters_are(folder: Path, tmp_path: 
 
 
 def test_the_state_has_what_the_encoder_saw_and_no_picture(folder: Path) -> None:
-    state = denoiser_of(MODELS["sdxl"][0](), folder / "sdxl").prepare(params(*BOTH, num_images=2))
+    state = denoiser_of(MODELS["sdxl"](), folder / "sdxl").prepare(params(*BOTH, num_images=2))
     shapes = {n: tuple(v.shape) for n, v in state.values.items() if n.startswith("ip_adapter_embeds")}
     assert shapes == {"ip_adapter_embeds_0": (2, 1, 5, 8), "ip_adapter_embeds_1": (2, 1, 8)}
+
+
+def test_it_is_loaded_in_the_dtype_of_the_model(folder: Path) -> None:
+    pipeline = MODELS["sdxl"]().to(torch.bfloat16)
+    denoiser = denoiser_of(pipeline, folder / "sdxl")
+    state = denoiser.prepare(params(*BOTH))
+    assert {state.values[f"ip_adapter_embeds_{i}"].dtype for i in range(2)} == {torch.bfloat16}
+    denoiser.step(state)
+    assert {each.dtype for each in pipeline.unet.parameters()} == {torch.bfloat16}
 
 
 def test_pictures_leave_a_request_and_come_back() -> None:
