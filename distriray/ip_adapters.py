@@ -56,18 +56,14 @@ class IPAdapterSpec(BaseModel):
             UnusableIPAdapter: there are none.
         """
         local, what = Path(self.source).expanduser(), f"IP-Adapter {self.name!r}"
-        file, encoder = PurePosixPath(self.file), PurePosixPath(self.image_encoder)
-        if local.suffix == ".safetensors":
-            folder, file = local.parent, PurePosixPath(local.name)
-        else:
-            folder = local
-        if "/" not in self.image_encoder:
-            encoder = file.parent / encoder
-        if local.suffix != ".safetensors" and not local.is_dir():
+        is_file = local.suffix == ".safetensors"
+        folder, file = (local.parent, local.name) if is_file else (local, self.file)
+        inside = PurePosixPath(file).parent if "/" not in self.image_encoder else PurePosixPath()
+        encoder = inside / self.image_encoder
+        if not is_file and not folder.is_dir():
             try:
                 model = ModelSpec(name=self.source, revision=self.revision)
-                files = (str(file), *(str(encoder / each) for each in _ENCODER_FILES))
-                folder = download(model, local, files)
+                folder = download(model, local, (file, *(str(encoder / each) for each in _ENCODER_FILES)))
             except (ModelNotFound, ValueError) as error:
                 raise UnusableIPAdapter(f"{what}: {error}") from error
         found = IPAdapterFiles(folder / file, folder / encoder)

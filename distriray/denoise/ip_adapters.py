@@ -172,8 +172,9 @@ class IPAdapters:
     # Putting them in and taking them out
 
     def _switch(self, used: tuple[_Used, ...]) -> None:
-        if self._used:
+        if self._replaced:
             self._take_out()
+        self._used = ()
         if used:
             self._put_in(used)
         self._used = used

@@ -431,6 +431,36 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(folder: Path, tm
     assert "cannot be used" in refused("half")
 
 
+def test_files_are_found_as_diffusers_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(model: Any, local: Path, files: Sequence[str]) -> Path:
+        asked.append((model.name, model.revision, *files))
+        return tmp_path
+
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("distriray.ip_adapters.download", download)
+    for encoder in ("models/image_encoder", "sdxl_models/image_encoder"):
+        (tmp_path / encoder).mkdir(parents=True)
+        (tmp_path / encoder / "config.json").touch()
+    file = "sdxl_models/one.safetensors"
+    (tmp_path / file).touch()
+    for source, encoder, found in (
+        (str(tmp_path), "image_encoder", "sdxl_models/image_encoder"),
+        (str(tmp_path), "models/image_encoder", "models/image_encoder"),
+        (str(tmp_path / file), "image_encoder", "sdxl_models/image_encoder"),
+        ("h94/IP-Adapter", "models/image_encoder", "models/image_encoder"),
+    ):
+        one = IPAdapterSpec(name="one", source=source, file=file, image_encoder=encoder, revision="main")
+        assert one.locate() == (tmp_path / file, tmp_path / found)
+    ((name, revision, *files),) = asked
+    assert (name, revision, files[:2]) == (
+        "h94/IP-Adapter",
+        "main",
+        [file, "models/image_encoder/config.json"],
+    )
+    with pytest.raises(ValueError, match="file"):
+        IPAdapterSpec(name="one", source="h94/IP-Adapter", file="models/one.bin")
+
+
 def test_a_state_goes_on_only_where_its_ip_adapters_are(folder: Path, tmp_path: Path) -> None:
     make = MODELS["sdxl"]
     blob = denoiser_of(make(), folder / "sdxl").prepare(params(*ONE)).to_bytes()
