@@ -7,7 +7,7 @@ differ from channel to channel. An error of one layer therefore shows in the out
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import (
@@ -178,10 +178,13 @@ def tiny_image_encoder(seed: int = 0) -> CLIPVisionModelWithProjection:
     return ready(CLIPVisionModelWithProjection(config), seed)
 
 
-def tiny_ip_adapter(unet: UNet2DConditionModel, seed: int = 0, plus: bool = False) -> dict[str, Any]:
+def tiny_ip_adapter(
+    unet: UNet2DConditionModel, seed: int = 0, kind: Literal["plain", "plus", "full"] = "plain"
+) -> dict[str, Any]:
     """One for that U-Net and `tiny_image_encoder`, as `load_ip_adapter` takes it.
 
     "Plus" has attention of its own, of 16 queries: as many as a rank of two has pixels at the lowest level.
+    "Full" attends to each of the image encoder's tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -197,7 +200,17 @@ def tiny_ip_adapter(unet: UNet2DConditionModel, seed: int = 0, plus: bool = Fals
         for i, name in enumerate(attentions)
         for projection in ("to_k_ip", "to_v_ip")
     }
-    if not plus:
+    if kind == "full":
+        tokens = {
+            "proj.0.weight": weights(IMAGE_WIDTH, IMAGE_WIDTH),
+            "proj.0.bias": torch.zeros(IMAGE_WIDTH),
+            "proj.2.weight": weights(text_width, IMAGE_WIDTH),
+            "proj.2.bias": torch.zeros(text_width),
+            "proj.3.weight": torch.ones(text_width),
+            "proj.3.bias": torch.zeros(text_width),
+        }
+        return {"image_proj": tokens, "ip_adapter": layers}
+    if kind == "plain":
         tokens = {
             "proj.weight": weights(4 * text_width, IMAGE_WIDTH),
             "proj.bias": torch.zeros(4 * text_width),

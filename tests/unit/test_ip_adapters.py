@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -52,11 +52,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd15": partial(tiny_sd15, **SHALLOW_SD),
 }
 EVERY = {**MODELS, "sd21": partial(tiny_sd21, **SHALLOW_SD)}
-PLUS = {"style": False, "face": True}
-"""The IP-Adapters of these tests, and whether each reads the image's tokens."""
+KINDS: dict[str, Literal["plain", "plus", "full"]] = {"style": "plain", "face": "plus", "whole": "full"}
+"""The IP-Adapters of these tests, and how each reads its picture."""
 Named = tuple[str, float]
 ONE: list[Named] = [("style", 0.7)]
 FACE: list[Named] = [("face", 1.5)]
+WHOLE: list[Named] = [("whole", 0.9)]
 BOTH: list[Named] = [("face", 0.8), ("style", -0.6)]
 
 
@@ -64,13 +65,13 @@ BOTH: list[Named] = [("face", 0.8), ("style", -0.6)]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ip-adapters")
     for model, make in EVERY.items():
-        for name in PLUS:
+        for name in KINDS:
             save_ip_adapter(folder / model, weights_of(make().unet, name), name)
     return folder
 
 
 def weights_of(unet: Any, name: str) -> dict[str, Any]:
-    return tiny_ip_adapter(unet, seed=len(name), plus=PLUS[name])
+    return tiny_ip_adapter(unet, seed=len(name), kind=KINDS[name])
 
 
 def spec(folder: Path, name: str, **options: Any) -> IPAdapterSpec:
@@ -89,7 +90,7 @@ def params(*named: Named, **fields: Any) -> SamplingParams:
     return SamplingParams(**{"prompt": "a lake", "ip_adapters": asked, **given})
 
 
-def denoiser_of(pipeline: Any, folder: Path, names: Sequence[str] = tuple(PLUS)) -> Denoiser:
+def denoiser_of(pipeline: Any, folder: Path, names: Sequence[str] = tuple(KINDS)) -> Denoiser:
     denoiser = Denoiser(pipeline)
     for name in names:
         denoiser.ip_adapters.load(spec(folder, name))
@@ -130,7 +131,7 @@ def by_diffusers(pipeline: Any, named: Sequence[Named], **given: Any) -> np.ndar
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("model", EVERY)
-@pytest.mark.parametrize("named", [ONE, FACE, BOTH], ids=["one", "tokens", "both"])
+@pytest.mark.parametrize("named", [ONE, FACE, WHOLE, BOTH], ids=["one", "plus", "full", "both"])
 def test_a_request_is_drawn_as_diffusers_draws_it(
     model: str, named: list[Named], scale: float, folder: Path
 ) -> None:
@@ -248,7 +249,7 @@ def test_a_request_without_has_the_bytes_of_a_model_without(model: str, parallel
             states.append(state.latents.numpy().tobytes())
         return states
 
-    (before, between, after), plain = draw(tuple(PLUS)), draw(())
+    (before, between, after), plain = draw(tuple(KINDS)), draw(())
     assert before == after == plain[0] and between != before
 
 
@@ -371,7 +372,7 @@ def test_loras_and_control_beside_are_what_diffusers_draws(other: str, folder: P
 def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:
     denoiser = denoiser_of(MODELS["sdxl"](), folder / "sdxl")
     asked = IPAdapter(name="pose", image=picture("style"))
-    with pytest.raises(IPAdapterNotFound, match="no IP-Adapter 'pose'; there is 'face', 'style'"):
+    with pytest.raises(IPAdapterNotFound, match="no IP-Adapter 'pose'; there is 'face', 'style', 'whole'"):
         denoiser.prepare(SamplingParams(prompt="a lake", ip_adapters=(asked,), seed=1))
     with pytest.raises(InvalidRequest, match="ip_adapters names 'style' more than once"):
         denoiser.prepare(params(*ONE, *ONE))

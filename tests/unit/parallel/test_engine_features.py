@@ -147,7 +147,7 @@ def _image_prompts(communicator: Communicator, config: ParallelConfig, plus: boo
     pipeline = parallelize(tiny_sdxl(), communicator, config)
     case = Case(**{**vars(CASE), "height": 128})
     latents = [call(pipeline, case)]
-    weights = tiny_ip_adapter(pipeline.unet, 4, plus)
+    weights = tiny_ip_adapter(pipeline.unet, 4, "plus" if plus else "plain")
     pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
     shape = (2, 1, 5, IMAGE_WIDTH) if plus else (2, 1, IMAGE_WIDTH)  # unconditional and conditional
     image = torch.randn(shape, generator=torch.Generator().manual_seed(4))
