@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from distriray.controls import check_controls
-from distriray.errors import AdapterNotFound, InvalidRequest
+from distriray.errors import AdapterNotFound, ControlNetNotFound, InvalidRequest, IPAdapterNotFound
 from distriray.gang.admission import admit, check_gang_size
+from distriray.ip_adapters import check_ip_adapters
 from distriray.limits import Limits
 from distriray.requests import GenerationRequest
 from distriray.routing.policy import RequestView
@@ -24,14 +25,15 @@ def fitting(
     """The pools that can serve a request, and the request as each of them would.
 
     Raises:
-        InvalidRequest, AdapterNotFound: there is none; what the first pool has against it.
+        InvalidRequest, AdapterNotFound, ControlNetNotFound, IPAdapterNotFound: there is none; what the first
+            pool has against it.
     """
     fits: list[tuple[PoolClient, GenerationRequest, RequestView | None]] = []
-    unfit: InvalidRequest | AdapterNotFound | None = None
+    unfit: Exception | None = None
     for client in clients:
         try:
             fits.append((client, *_view_of(request, client, now_s, left_s)))
-        except (InvalidRequest, AdapterNotFound) as error:
+        except (InvalidRequest, AdapterNotFound, ControlNetNotFound, IPAdapterNotFound) as error:
             unfit = unfit or error
     if unfit is not None and not fits:
         raise unfit
@@ -46,11 +48,12 @@ def _view_of(
     While no host of the pool was ever seen, only what its configuration says can be checked.
 
     Raises:
-        InvalidRequest, AdapterNotFound, ControlNetNotFound: the pool cannot serve it.
+        InvalidRequest, AdapterNotFound, ControlNetNotFound, IPAdapterNotFound: the pool cannot serve it.
     """
     config, facts = client.state.config, client.state.facts
     client.state.check_adapters(request.loras)
     check_controls(request.control, (spec.name for spec in config.controls))
+    check_ip_adapters(request.ip_adapters, (spec.name for spec in config.ip_adapters))
     if facts is None:
         config.limits.check(request)
         check_gang_size(request, config.sizes)

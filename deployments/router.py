@@ -135,6 +135,9 @@ class Router:
                     gang_sizes=gang_sizes,
                     defaults=clients[0].config.defaults,
                     controls=tuple(sorted({spec.name for each in clients for spec in each.config.controls})),
+                    ip_adapters=tuple(
+                        sorted({spec.name for each in clients for spec in each.config.ip_adapters})
+                    ),
                     loras=tuple(sorted({name for client in clients for name in client.state.adapters})),
                 )
             )

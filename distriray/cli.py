@@ -41,7 +41,7 @@ _SHORT = {
 """Second spellings of options with long names."""
 
 _AFTER_PATH = re.compile(r"@(-?[0-9.e+-]+(?:,[0-9.e+-]+){0,2})$")
-"""Numbers at the end of `--control`."""
+"""Numbers at the end of `--control` and `--ip-adapter`."""
 
 _LORA = Annotated[
     list[str] | None,
@@ -58,6 +58,18 @@ _CONTROL = Annotated[
 ]
 
 
+_IP_ADAPTER = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ip-adapter",
+        metavar="<name=path[@scale]>",
+        help="IP-Adapter to draw with, and the picture that it takes after; repeatable.",
+    ),
+]
+
+_LISTS = {"loras": _LORA, "control": _CONTROL, "ip_adapters": _IP_ADAPTER}
+
+
 def _options() -> Iterator[inspect.Parameter]:
     """The prompt as an argument, and an option for every other field of SamplingParams.
 
@@ -69,11 +81,9 @@ def _options() -> Iterator[inspect.Parameter]:
             argument = Annotated[str, typer.Argument(help=field.description)]
             yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=argument)
             continue
-        if name == "loras":
-            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_LORA, default=None)
-            continue
-        if name == "control":
-            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_CONTROL, default=None)
+        if name in _LISTS:
+            annotation = _LISTS[name]
+            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
             continue
         kind = {**schema[name], **schema[name].get("anyOf", [{}])[0]}
         names = kind.get("enum", [kind["type"]])
@@ -96,7 +106,8 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
         fields |= {name: Path(fields[name]) for name in SamplingParams.FILES if fields[name] is not None}
         with errors_as_messages():
             fields["loras"] = [_lora(text) for text in fields["loras"] or ()]
-            fields["control"] = [_control(text) for text in fields["control"] or ()]
+            for name, numbers in _NUMBERS.items():
+                fields[name] = [_with_image(name, numbers, text) for text in fields[name] or ()]
         command(sampling={k: v for k, v in fields.items() if v is not None}, **values)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
@@ -116,17 +127,24 @@ def _lora(text: str) -> dict[str, Any]:
         raise InvalidRequest(f"--lora {text}: the scale {scale!r} is no number", "loras") from None
 
 
-def _control(text: str) -> dict[str, Any]:
+_NUMBERS = {"control": ("scale", "start", "end"), "ip_adapters": ("scale",)}
+"""What the numbers after the path of a picture are, in options that are called by such a list's name."""
+
+
+def _with_image(field: str, numbers: tuple[str, ...], text: str) -> dict[str, Any]:
+    option = f"--{field.removesuffix('s').replace('_', '-')} {text}"
     name, equals, path = text.partition("=")
-    numbers = _AFTER_PATH.search(path)
-    values = numbers[1].split(",") if numbers else []
+    found = _AFTER_PATH.search(path)
+    values = found[1].split(",") if found else []
     if not equals or not path:
-        raise InvalidRequest(f"--control {text}: write name=path, such as canny=edges.png@0.8", "control")
-    control: dict[str, Any] = {"name": name, "image": Path(path[: numbers.start()] if numbers else path)}
+        raise InvalidRequest(f"{option}: write name=path, such as {name or 'one'}=picture.png@0.8", field)
+    if len(values) > len(numbers):
+        raise InvalidRequest(f"{option}: behind the @ there is but {', '.join(numbers)}", field)
+    entry: dict[str, Any] = {"name": name, "image": Path(path[: found.start()] if found else path)}
     try:
-        return control | dict(zip(("scale", "start", "end"), map(float, values), strict=False))
+        return entry | dict(zip(numbers, map(float, values), strict=False))
     except ValueError:
-        raise InvalidRequest(f"--control {text}: {','.join(values)} are no numbers", "control") from None
+        raise InvalidRequest(f"{option}: {','.join(values)} are no numbers", field) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -160,6 +178,10 @@ def generate(
     lora_dir: Annotated[
         Path | None, typer.Option(help="Folder of .safetensors files, which --lora names without the suffix.")
     ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of what requests may name: a pool's loras, controls and ip_adapters."),
+    ] = None,
     exchange: Annotated[
         ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
     ] = "auto",
@@ -190,6 +212,7 @@ def generate(
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from .gang import HostConfig, open_host
+        from .gang.config import read_lists
 
         config = HostConfig(
             model=spec,
@@ -198,6 +221,7 @@ def generate(
             device=device,
             parallel=parallel,
             lora_dir=lora_dir and lora_dir.absolute(),
+            **read_lists(pool),
         )
         with Progress(
             TextColumn("{task.description}"),

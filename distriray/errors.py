@@ -44,6 +44,14 @@ class UnusableControlNet(DistrirayError, ValueError):
     """A ControlNet is missing, damaged or not for this model; the message names it and says what is."""
 
 
+class IPAdapterNotFound(DistrirayError, LookupError):
+    """No IP-Adapter of that name; the message lists those that there are."""
+
+
+class UnusableIPAdapter(DistrirayError, ValueError):
+    """An IP-Adapter is missing, damaged or not for this model; the message names it and says what is."""
+
+
 class NotEnoughDevices(DistrirayError, RuntimeError):
     """The machine or cluster has fewer devices than were asked for."""
 

@@ -30,6 +30,7 @@ class Limits(BaseModel):
     max_image_pixels: Annotated[int, Field(ge=1, le=LARGEST_PIXELS)] = 4096 * 4096
     max_loras: Annotated[int, Field(ge=0)] = 8
     max_controls: Annotated[int, Field(ge=0)] = 4
+    max_ip_adapters: Annotated[int, Field(ge=0)] = 4
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
@@ -39,6 +40,12 @@ class Limits(BaseModel):
         "clip_skip": "max_clip_skip",
     }
     """The limit of each field that has a largest value."""
+    LONGEST: ClassVar[dict[str, tuple[str, str]]] = {
+        "loras": ("max_loras", "adapters"),
+        "control": ("max_controls", "ControlNets"),
+        "ip_adapters": ("max_ip_adapters", "IP-Adapters"),
+    }
+    """The limit of each field that is a list, and what it names."""
     TEXTS: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -62,15 +69,10 @@ class Limits(BaseModel):
                 raise InvalidRequest(
                     f"{field} has {length} characters; the limit is {self.max_prompt_chars}", field
                 )
-        if len(request.loras) > self.max_loras:
-            raise InvalidRequest(
-                f"loras names {len(request.loras)} adapters; the limit is {self.max_loras}", "loras"
-            )
-        if len(request.control) > self.max_controls:
-            raise InvalidRequest(
-                f"control names {len(request.control)} ControlNets; the limit is {self.max_controls}",
-                "control",
-            )
+        for field, (limit, named) in self.LONGEST.items():
+            count, most = len(getattr(request, field)), getattr(self, limit)
+            if count > most:
+                raise InvalidRequest(f"{field} names {count} {named}; the limit is {most}", field)
         self.check_pictures(request.pictures)
         self._check_size(request)
 

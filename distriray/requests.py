@@ -101,6 +101,19 @@ class Control(BaseModel):
         return self
 
 
+class IPAdapter(BaseModel):
+    """An IP-Adapter to draw with, and the picture that it takes after."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    """One of those that the model is served with."""
+    image: Picture
+    """What is drawn like it, as a `data:` URL. Its middle square is looked at."""
+    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+    """How much it counts beside the prompt; 0 is not at all."""
+
+
 class SamplingParams(BaseModel):
     """The fields that decide a picture: names, types, defaults and descriptions for every interface.
 
@@ -155,6 +168,8 @@ class SamplingParams(BaseModel):
     """Adapters to draw with, all at once."""
     control: tuple[Control, ...] = ()
     """ControlNets to draw with, all at once, each with the picture that it goes by."""
+    ip_adapters: tuple[IPAdapter, ...] = ()
+    """IP-Adapters to draw with, all at once, each with the picture that it takes after."""
     image: Picture | None = None
     """A picture to begin from, a PNG, JPEG or WebP file. Its size is the default; to another it is scaled."""
     mask_image: Picture | None = None
@@ -164,6 +179,8 @@ class SamplingParams(BaseModel):
 
     FILES: ClassVar[tuple[str, ...]] = ("image", "mask_image")
     """The fields that are pictures."""
+    WITH_IMAGES: ClassVar[tuple[str, ...]] = ("control", "ip_adapters")
+    """The fields that are lists, of entries that have an `image` each."""
 
     if not TYPE_CHECKING:
 
@@ -263,26 +280,33 @@ class SamplingParams(BaseModel):
     def pictures(self) -> dict[str, Picture]:
         """The pictures that it carries, by field."""
         own = {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
-        of_control = {_picture_of(index): control.image for index, control in enumerate(self.control)}
-        return own | {name: picture for name, picture in of_control.items() if picture is not None}
+        listed = {
+            image_of(field, index): each.image
+            for field in self.WITH_IMAGES
+            for index, each in enumerate(getattr(self, field))
+        }
+        return own | {name: picture for name, picture in listed.items() if picture is not None}
 
     def without_pictures(self) -> Self:
         """A copy that carries none, for those who have them or need them no more.
 
-        Its `control` has None for each: `with_pictures` puts them back.
+        What it lists with images has None for each: `with_pictures` puts them back.
         """
         return self.with_pictures(dict.fromkeys(self.pictures)) if self.pictures else self
 
     def with_pictures(self, pictures: Mapping[str, Picture | None]) -> Self:
         """A copy with other pictures, by the names that `pictures` gives them."""
-        control = tuple(
-            each.model_copy(update={"image": pictures[name]})
-            if (name := _picture_of(index)) in pictures
-            else each
-            for index, each in enumerate(self.control)
-        )
+        listed = {
+            field: tuple(
+                each.model_copy(update={"image": pictures[name]})
+                if (name := image_of(field, index)) in pictures
+                else each
+                for index, each in enumerate(getattr(self, field))
+            )
+            for field in self.WITH_IMAGES
+        }
         own = {name: picture for name, picture in pictures.items() if name in self.FILES}
-        return self.model_copy(update={**own, "control": control})
+        return self.model_copy(update={**own, **listed})
 
     def check_size(self, unit: int) -> None:
         """Raise InvalidRequest, with what would do, unless its size is one of multiples of `unit` pixels."""
@@ -303,9 +327,9 @@ class SamplingParams(BaseModel):
         return self.image is not None and asked in ((None, None), self.image.size)
 
 
-def _picture_of(control: int) -> str:
-    """What the picture of one of a request's ControlNets is called."""
-    return f"control.{control}.image"
+def image_of(field: str, index: int) -> str:
+    """What the picture of an entry of such a field as `control` is called."""
+    return f"{field}.{index}.image"
 
 
 def guided_steps(guidance_end: float, num_steps: int) -> int:

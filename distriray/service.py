@@ -27,6 +27,7 @@ class ModelCard(BaseModel):
         defaults: what requests for this model are drawn with that leave it open.
         loras: the adapters that its requests may name, as far as hosts have told.
         controls: the ControlNets that they may name.
+        ip_adapters: the IP-Adapters that they may name.
         alias_of: the model that it is, where this is another name of it.
     """
 
@@ -42,6 +43,7 @@ class ModelCard(BaseModel):
     defaults: Defaults = Defaults()
     loras: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
     alias_of: str | None = None
 
 

@@ -21,6 +21,7 @@ from .errors import (
     GangBroken,
     GenerationCancelled,
     InvalidRequest,
+    IPAdapterNotFound,
     ModelNotFound,
     NotAllowed,
     NotEnoughDevices,
@@ -29,6 +30,7 @@ from .errors import (
     QueueFull,
     UnusableAdapter,
     UnusableControlNet,
+    UnusableIPAdapter,
 )
 from .events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from .requests import GenerationRequest
@@ -97,8 +99,9 @@ def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
         body |= {"stream": True, "progress": True}
     if request.image is None:
         return {"url": IMAGES, "json": body}
-    for control in body["control"]:
-        del control["image"]
+    for field in GenerationRequest.WITH_IMAGES:
+        for entry in body[field]:
+            del entry["image"]
     files = {
         name: (f"{name}.{picture.format}", picture.data, f"image/{picture.format}")
         for name, picture in request.pictures.items()
@@ -207,6 +210,10 @@ def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
             return ControlNetNotFound(message)
         case "controlnet_unusable":
             return UnusableControlNet(message)
+        case "ip_adapter_not_found":
+            return IPAdapterNotFound(message)
+        case "ip_adapter_unusable":
+            return UnusableIPAdapter(message)
         case "cancelled":
             return GenerationCancelled(message)
         case "gang_broken":

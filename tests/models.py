@@ -6,7 +6,8 @@ differ from channel to channel. An error of one layer therefore shows in the out
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import (
@@ -38,6 +39,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPConfig,
@@ -46,6 +48,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -63,6 +67,8 @@ from transformers import (
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 TEXT_WIDTH = 16
+IMAGE_WIDTH = 8
+"""Of what `tiny_image_encoder` gives."""
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
     "<|im_start|>assistant"
@@ -156,6 +162,85 @@ def tiny_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetMode
     """One for that U-Net, whose weights are its own, none of them zero; its picture counts."""
     network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
     return ready(network, seed)
+
+
+def tiny_image_encoder(seed: int = 0) -> CLIPVisionModelWithProjection:
+    """Of pictures of 30 by 30 pixels, in four patches."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH,
+        projection_dim=IMAGE_WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=30,
+        patch_size=15,
+    )
+    return ready(CLIPVisionModelWithProjection(config), seed)
+
+
+def tiny_ip_adapter(
+    unet: UNet2DConditionModel, seed: int = 0, kind: Literal["plain", "plus", "full"] = "plain"
+) -> dict[str, Any]:
+    """One for that U-Net and `tiny_image_encoder`, as `load_ip_adapter` takes it.
+
+    "Plus" has attention of its own, of 16 queries: as many as a rank of two has pixels at the lowest level.
+    "Full" attends to each of the image encoder's tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def weights(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    width, text_width = 64, unet.config.cross_attention_dim
+    attentions = [name for name in unet.attn_processors if "attn2" in name]
+    layers = {
+        f"{2 * i + 1}.{projection}.weight": weights(
+            unet.get_submodule(name.removesuffix(".processor")).inner_dim, text_width
+        )
+        for i, name in enumerate(attentions)
+        for projection in ("to_k_ip", "to_v_ip")
+    }
+    if kind == "full":
+        tokens = {
+            "proj.0.weight": weights(IMAGE_WIDTH, IMAGE_WIDTH),
+            "proj.0.bias": torch.zeros(IMAGE_WIDTH),
+            "proj.2.weight": weights(text_width, IMAGE_WIDTH),
+            "proj.2.bias": torch.zeros(text_width),
+            "proj.3.weight": torch.ones(text_width),
+            "proj.3.bias": torch.zeros(text_width),
+        }
+        return {"image_proj": tokens, "ip_adapter": layers}
+    if kind == "plain":
+        tokens = {
+            "proj.weight": weights(4 * text_width, IMAGE_WIDTH),
+            "proj.bias": torch.zeros(4 * text_width),
+            "norm.weight": torch.ones(text_width),
+            "norm.bias": torch.zeros(text_width),
+        }
+        return {"image_proj": tokens, "ip_adapter": layers}
+    tokens = {"latents": weights(1, 16, width)}
+    for name, inner, outer in (("proj_in", IMAGE_WIDTH, width), ("proj_out", width, text_width)):
+        tokens |= {f"{name}.weight": weights(outer, inner), f"{name}.bias": torch.zeros(outer)}
+    norms = {"norm_out": text_width}
+    for i in range(4):
+        norms |= {f"layers.{i}.{norm}": width for norm in ("0.norm1", "0.norm2", "1.0")}
+        tokens |= {
+            f"layers.{i}.0.to_q.weight": weights(width, width),
+            f"layers.{i}.0.to_kv.weight": weights(2 * width, width),
+            f"layers.{i}.0.to_out.weight": weights(width, width),
+            f"layers.{i}.1.1.weight": weights(4 * width, width),
+            f"layers.{i}.1.3.weight": weights(width, 4 * width),
+        }
+    for name, size in norms.items():
+        tokens |= {f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)}
+    return {"image_proj": tokens, "ip_adapter": layers}
+
+
+def save_ip_adapter(folder: Path, weights: dict[str, Any], name: str = "ip-adapter") -> None:
+    """As `<name>.safetensors`, with `tiny_image_encoder` beside it."""
+    tensors = {f"{part}.{key}": value for part, own in weights.items() for key, value in own.items()}
+    tiny_image_encoder().save_pretrained(folder / "image_encoder")
+    save_file(tensors, folder / f"{name}.safetensors")
 
 
 def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DModel:

@@ -45,7 +45,8 @@ DECODED_AT_ONCE = 2
 class Model(BaseModel):
     """A model; beside OpenAI's fields its own size (`WxH`, null until a host was up), the unit of all sizes,
     its limits, the gangs that can draw it, what it is drawn with unless a request says otherwise, the
-    adapters that requests may name, and the model that this is another name of, or null."""
+    adapters, ControlNets and IP-Adapters that requests may name, and the model that this is another name of,
+    or null."""
 
     id: str
     object: Literal["model"] = "model"
@@ -58,6 +59,7 @@ class Model(BaseModel):
     defaults: Defaults
     loras: tuple[str, ...]
     controls: tuple[str, ...]
+    ip_adapters: tuple[str, ...]
     alias_of: str | None
 
 
@@ -159,7 +161,7 @@ def build_http(
         _note(request, asked, config)
         card = _card(service, asked.model)
         name = new_id(request.state.request_id, request.state.owner)
-        async with decoding if isinstance(asked, EditRequest) or asked.control else nullcontext():
+        async with decoding if asked.has_pictures else nullcontext():
             generation = await asyncio.to_thread(asked.generation, card.id, name, card.limits)
         ends_at = None if config.timeout_s is None else time.monotonic() + config.timeout_s
         if not asked.stream:
@@ -288,6 +290,7 @@ def _model(card: ModelCard) -> Model:
         defaults=card.defaults,
         loras=card.loras,
         controls=card.controls,
+        ip_adapters=card.ip_adapters,
         alias_of=card.alias_of,
     )
 

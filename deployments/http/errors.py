@@ -21,6 +21,7 @@ from distriray.errors import (
     GangBroken,
     GenerationCancelled,
     InvalidRequest,
+    IPAdapterNotFound,
     ModelNotFound,
     NotEnoughDevices,
     NotFinite,
@@ -29,6 +30,7 @@ from distriray.errors import (
     TooLong,
     UnusableAdapter,
     UnusableControlNet,
+    UnusableIPAdapter,
 )
 from distriray.requests import invalid_request
 from distriray.wire import EDITS, OF_PICTURES, PARAMS
@@ -122,6 +124,10 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(404, "controlnet_not_found", str(error), "control")
         case UnusableControlNet():
             return Refusal(500, "controlnet_unusable", str(error), "control", dict(_NO_RETRY))
+        case IPAdapterNotFound():
+            return Refusal(404, "ip_adapter_not_found", str(error), "ip_adapters")
+        case UnusableIPAdapter():
+            return Refusal(500, "ip_adapter_unusable", str(error), "ip_adapters", dict(_NO_RETRY))
         case QueueFull():
             seconds = min(max(error.retry_after_s, 0.0), 3600.0)
             return Refusal(

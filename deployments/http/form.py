@@ -14,7 +14,7 @@ from .body import check_content_type, chunks
 from .config import HttpConfig
 from .errors import Refusal
 
-MAX_FILES, MAX_FIELDS = 8, 64
+MAX_FILES, MAX_FIELDS = 16, 64
 
 
 class _InMemory(MultiPartParser):

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from distriray.errors import InvalidRequest
 from distriray.limits import Limits
 from distriray.picture import Picture, holes, mask_of, png
-from distriray.requests import Control, GenerationRequest
+from distriray.requests import GenerationRequest, image_of
 from distriray.wire import CARRIED, OF_PICTURES, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat
@@ -54,7 +54,7 @@ def _optional(field: FieldInfo) -> tuple[Any, None]:
 if TYPE_CHECKING:
 
     class _Shared(BaseModel):
-        control: tuple[Control, ...] | None = None
+        pass
 else:
     _Shared = create_model(
         "_Shared",
@@ -187,6 +187,11 @@ class ImageRequest(_Shared):
             raise Refusal(400, "invalid_value", message, "output_compression")
 
     @property
+    def has_pictures(self) -> bool:
+        """Whether there are pictures to look at."""
+        return any(getattr(self, field) for field in GenerationRequest.WITH_IMAGES)
+
+    @property
     def format(self) -> OutputFormat:
         return self.output_format or "png"
 
@@ -204,9 +209,9 @@ class ImageRequest(_Shared):
         """
         fields = decode_fields({name: value for name, value in self if value is not None})
         request = GenerationRequest.parse({**fields, "model": model, "id": request_id})
-        of_control = {name: each for name, each in request.pictures.items() if name not in OF_PICTURES}
-        limits.check_pictures(of_control)
-        for name, picture in of_control.items():
+        listed = {name: each for name, each in request.pictures.items() if name not in OF_PICTURES}
+        limits.check_pictures(listed)
+        for name, picture in listed.items():
             picture.load(name)
         return request
 
@@ -243,21 +248,25 @@ class EditRequest(_WithPictures):
         Field(description="For clients that always send it: strength decides, whatever it says."),
     ] = None
 
+    @property
+    def has_pictures(self) -> bool:
+        return True
+
     @classmethod
     def of_form(cls, form: Mapping[str, str | bytes]) -> Self:
         """The request in a form's fields; raises Refusal (400)."""
         values: dict[str, Any] = {}
-        of_control: dict[int, bytes] = {}
+        files: dict[str, dict[int, bytes]] = {}
         for name, value in form.items():
-            if (found := _OF_CONTROL.fullmatch(name)) and isinstance(value, bytes):
-                of_control[int(found[1])] = value
+            if (found := _OF_ENTRY.fullmatch(name)) and isinstance(value, bytes):
+                files.setdefault(found[1], {})[int(found[2])] = value
                 continue
             if isinstance(value, bytes) and name in cls.model_fields and name not in cls.FILES:
                 raise Refusal(400, "invalid_value", f"{name} is sent as a file; send it as text", name)
             kinds = _kinds(cls).get(name)
             values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
-        if of_control:
-            values["control"] = _with_files(values.get("control"), of_control)
+        for field, of_field in files.items():
+            values[field] = _with_files(field, values.get(field), of_field)
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
@@ -314,17 +323,17 @@ class VariationRequest(EditRequest):
         return None
 
 
-_OF_CONTROL = re.compile(r"control\.([0-9])\.image")
-"""The file of one of a form's ControlNets, which `control` then has without `image`."""
+_OF_ENTRY = re.compile(rf"({'|'.join(GenerationRequest.WITH_IMAGES)})\.([0-9])\.image")
+"""The file of an entry of a form's `control`, say, which then has none there."""
 
 
-def _with_files(control: Any, files: Mapping[int, bytes]) -> tuple[Any, ...]:
-    """The ControlNets of a form, each with its file; raises Refusal (400)."""
-    entries = list(control) if isinstance(control, tuple) else []
+def _with_files(field: str, listed: Any, files: Mapping[int, bytes]) -> tuple[Any, ...]:
+    """The entries of a form's field, each with its file; raises Refusal (400)."""
+    entries = list(listed) if isinstance(listed, tuple) else []
     for index, file in files.items():
         if index >= len(entries) or not isinstance(entries[index], dict) or "image" in entries[index]:
-            name = f"control.{index}.image"
-            message = f"{name} is a file, and control has no entry {index}, from 0, without an image"
+            name = image_of(field, index)
+            message = f"{name} is a file, and {field} has no entry {index}, from 0, without an image"
             raise Refusal(400, "invalid_value", message, name)
         entries[index] = {**entries[index], "image": file}
     return tuple(entries)

@@ -24,7 +24,7 @@ _BODIES: tuple[type[BaseModel], ...] = (*_REQUESTS, ImagesResponse, ErrorRespons
 _REASONS = {
     400: "A field, or the body, cannot be served as it is",
     401: "No key, a wrong key, or no keys configured and the client is on another machine",
-    404: "No such model, no such adapter or ControlNet, or no such request",
+    404: "No such model, adapter, ControlNet or IP-Adapter, or no such request",
     413: "The body is too long",
     429: "The queue is full, the deadline cannot be met, or enough watch already",
     500: "The service failed",
@@ -159,8 +159,7 @@ def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
         PARAMS.get(field, field): {"maximum": getattr(limits, limit)}
         for field, limit in Limits.LARGEST.items()
     }
-    bounds["loras"] = {"maxItems": limits.max_loras}
-    bounds["control"] = {"maxItems": limits.max_controls}
+    bounds |= {field: {"maxItems": getattr(limits, limit)} for field, (limit, _) in Limits.LONGEST.items()}
     for name, bound in bounds.items():
         field = fields[name]
         (field["anyOf"][0] if "anyOf" in field else field).update(bound)

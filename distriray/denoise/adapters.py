@@ -26,6 +26,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from distriray.adapters import AdapterSpec, check_names
+from distriray.denoise.weight_files import first_lines
 from distriray.errors import InvalidRequest, UnusableAdapter
 from distriray.requests import Lora
 
@@ -261,7 +262,7 @@ class Adapters:
             self._switch(())
             if isinstance(error, UnusableAdapter | MemoryError | torch.OutOfMemoryError):
                 raise
-            raise UnusableAdapter(f"adapter {name!r} cannot be loaded: {_first_line(error)}") from error
+            raise UnusableAdapter(f"adapter {name!r} cannot be loaded: {first_lines(error, 1)}") from error
         self._held[file.digest] = sum(w.nbytes for weights in found.values() for w in weights.values())
         self._look_for_layers()
 
@@ -294,12 +295,12 @@ class Adapters:
         except (OSError, SafetensorError, ValueError) as error:
             if isinstance(error, UnusableAdapter):
                 raise
-            raise UnusableAdapter(f"{what}: {path} cannot be read: {_first_line(error)}") from error
+            raise UnusableAdapter(f"{what}: {path} cannot be read: {first_lines(error, 1)}") from error
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         try:
             file = self._fit(digest, tensors, metadata)
         except Exception as error:
-            raise UnusableAdapter(f"{what} does not fit the model: {_first_line(error)}") from error
+            raise UnusableAdapter(f"{what} does not fit the model: {first_lines(error, 1)}") from error
         self._digests[mark] = digest
         return file
 
@@ -416,8 +417,3 @@ def _factors_of(component: nn.Module, key: str) -> dict[str, Tensor]:
 
 def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a number"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

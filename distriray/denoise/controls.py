@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ from torch import nn
 
 from distriray.controls import ControlNetSpec, check_controls
 from distriray.denoise.state import DenoiseState
+from distriray.denoise.weight_files import digest_of, first_lines
 from distriray.errors import DistrirayError, UnusableControlNet
 from distriray.parallel.networks.controlnet import Control, Embedder, check_fits, split
 from distriray.picture import opaque
 from distriray.requests import Control as Asked
+from distriray.requests import image_of
 
 _VALUE = "controls"
 _PICTURE = "control_picture_{}"
@@ -63,9 +64,9 @@ class Controls:
             network = _read(path)
             check_fits(network, unet)
         except (DistrirayError, OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-            raise UnusableControlNet(f"{what} cannot be used: {path}: {_first_line(error)}") from error
+            raise UnusableControlNet(f"{what} cannot be used: {path}: {first_lines(error)}") from error
         nn.Module.to(network, unet.device, unet.dtype)  # diffusers' own warns of nothing in particular
-        self._loaded[spec.name] = _Loaded(network, split(network), _digest(path))
+        self._loaded[spec.name] = _Loaded(network, split(network), digest_of(path))
 
     @torch.no_grad()
     def prepare(self, asked: Iterable[Asked], height: int, width: int) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Controls:
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []
         for index, control in enumerate(asked):
-            image = opaque(control.image.load(f"control.{index}.image"))
+            image = opaque(control.image.load(image_of("control", index)))
             if not control.scale:
                 continue
             loaded, unet = self._loaded[control.name], self._pipeline.unet
@@ -118,13 +119,3 @@ def _read(path: Path) -> ControlNetModel:
     network = ControlNetModel.from_config(config)
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from PIL import Image
 
 from distriray.denoise.adapters import MOST_BYTES, Adapters
 from distriray.denoise.controls import Controls
+from distriray.denoise.ip_adapters import IPAdapters
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission, Tokens, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
@@ -44,6 +45,7 @@ class Denoiser:
         family: the family's name there.
         adapters: those that requests may name; at first none.
         controls: the ControlNets that they may name; at first none.
+        ip_adapters: the IP-Adapters that they may name; at first none.
         sizes: of its pictures.
         terms: what the model says of a request's other fields.
         guides: whether guidance takes a second branch.
@@ -58,6 +60,7 @@ class Denoiser:
         self.family = family_of(pipeline)
         self.adapters = Adapters(pipeline, self.family, most_adapter_bytes)
         self.controls = Controls(pipeline, self.family)
+        self.ip_adapters = IPAdapters(pipeline, self.family)
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
@@ -80,7 +83,7 @@ class Denoiser:
         Raises:
             InvalidRequest: a value is out of range, or a picture is damaged; `param` names it.
             AdapterNotFound, UnusableAdapter: it names an adapter that is not known, or that does not fit.
-            ControlNetNotFound: it names a ControlNet that is not known.
+            ControlNetNotFound, IPAdapterNotFound: it names a ControlNet or an IP-Adapter that is not known.
         """
         seeds = params.seeds
         params = self.terms.settle(params.settled(*self.sizes.default))
@@ -103,6 +106,7 @@ class Denoiser:
             strength=1.0 if params.strength is None else params.strength,
         )
         control = self.controls.prepare(params.control, params.height, params.width)
+        image_prompts = self.ip_adapters.prepare(params.ip_adapters)
         adapters = self.adapters.choose(params.loras)
         try:
             values = self._steps.prepare(commission)
@@ -110,7 +114,7 @@ class Denoiser:
             raise
         except ValueError as error:  # diffusers' own word for arguments that do not go together
             raise InvalidRequest(f"the pipeline does not take this request: {error}") from error
-        values = {**values, **control}
+        values = {**values, **control, **image_prompts}
         values = {name: _contiguous(value) for name, value in values.items() if value is not None}
         commission.check_timesteps(values["timesteps"])
         return DenoiseState(
@@ -172,9 +176,10 @@ class Denoiser:
 
         Raises:
             UnusableAdapter: one is not held here, and its file is not what it was.
-            UnusableControlNet: its ControlNets are not here.
+            UnusableControlNet, UnusableIPAdapter: its ControlNets or IP-Adapters are not here.
         """
         self.controls.check(state)
+        self.ip_adapters.use(state)
         self.adapters.use(state.adapters)
 
     @torch.no_grad()
@@ -205,6 +210,7 @@ class Denoiser:
                 if engine is not None and state.step + 1 < state.num_steps:
                     engine.announce_more()
                 self._steps.controls = self.controls.of_step(state)
+                self._steps.image_prompts = self.ip_adapters.prompts(state)
                 latents, output = self._steps.step(state)
         except BaseException as error:
             broken = isinstance(error, GangBroken | GangMismatch)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..adapters import AdapterSpec
 from ..config import ParallelConfig
 from ..controls import MOST_CONTROLNETS, ControlNetSpec
+from ..errors import InvalidRequest
+from ..ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
 from ..limits import Limits
 from ..models import ModelSpec
 from ..names import check_unique
@@ -22,6 +24,9 @@ Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy", "stall_s"})
 """What may change while a host runs."""
+
+LISTS = ("loras", "controls", "ip_adapters")
+"""What requests may name."""
 
 
 class HostConfig(BaseModel):
@@ -41,9 +46,10 @@ class HostConfig(BaseModel):
         lora_cache_bytes: memory of each worker for adapters; what was not used for longest makes room.
         controls: ControlNets that requests may name; each worker loads all of them when it starts, and keeps
             them in its device's memory.
+        ip_adapters: IP-Adapters that requests may name; loaded and kept likewise, each image encoder once.
         compile: sizes of pictures, such as `1024x1024`, for which a worker lets torch compile the blocks that
             the network repeats when it starts. Others are drawn as without, and so are several images of a
-            request, guidance where the default is none, and adapters.
+            request, guidance where the default is none, LoRAs and IP-Adapters.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
@@ -73,6 +79,7 @@ class HostConfig(BaseModel):
     lora_dir: Path | None = None
     lora_cache_bytes: Count = 2**30
     controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_CONTROLNETS)] = ()
+    ip_adapters: Annotated[tuple[IPAdapterSpec, ...], Field(max_length=MOST_IP_ADAPTERS)] = ()
     compile: tuple[Sides, ...] = ()
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
@@ -93,6 +100,7 @@ class HostConfig(BaseModel):
     def _check_names(self) -> Self:
         check_unique("loras", (spec.name for spec in self.loras), "adapter")
         check_unique("controls", (spec.name for spec in self.controls), "ControlNet")
+        check_unique("ip_adapters", (spec.name for spec in self.ip_adapters), "IP-Adapter")
         return self
 
     @model_validator(mode="after")
@@ -110,3 +118,32 @@ class HostConfig(BaseModel):
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the gangs that the host lends."""
         return self.gang_sizes or tuple(2**i for i in range(self.workers.bit_length()))
+
+
+def read_lists(path: Path | None) -> dict[str, Any]:
+    """The fields of a HostConfig that are lists of what requests may name, in a YAML file; none without one.
+
+    Sources that are there are whole paths then.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or has other fields.
+    """
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        lists = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"pool {path} cannot be read: {error}", "pool") from error
+    if not isinstance(lists, dict) or not lists.keys() <= set(LISTS):
+        others = sorted(map(str, lists.keys() - set(LISTS))) if isinstance(lists, dict) else ["no fields"]
+        raise InvalidRequest(f"pool {path} has {', '.join(others)}; it may have {', '.join(LISTS)}", "pool")
+    return {name: [_with_whole_path(each) for each in lists[name] or ()] for name in lists}
+
+
+def _with_whole_path(entry: Any) -> Any:
+    """Workers may be in other folders than whoever names a file."""
+    if not isinstance(entry, dict) or not Path(str(entry.get("source"))).expanduser().exists():
+        return entry
+    return {**entry, "source": str(Path(entry["source"]).expanduser().absolute())}

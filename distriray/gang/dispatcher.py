@@ -21,6 +21,7 @@ from ..errors import (
     UnsupportedModel,
 )
 from ..events import Queued, Repaired
+from ..ip_adapters import check_ip_adapters
 from ..requests import GenerationRequest
 from ..results import GenerationResult
 from ..routing.buddy import WorkersUnavailable
@@ -172,6 +173,7 @@ class Dispatcher:
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
         admitted = admit(request, self.config, self.facts)
         check_controls(admitted.request.control, (spec.name for spec in self.config.controls))
+        check_ip_adapters(admitted.request.ip_adapters, (spec.name for spec in self.config.ip_adapters))
         adapters = self.catalogue.find(admitted.request.loras)
         if self.waiting >= self.config.max_queue:
             self.metrics.refused()

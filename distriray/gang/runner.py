@@ -25,6 +25,7 @@ from ..denoise.adapters import MOST_BYTES
 from ..denoise.pipelines.sizes import Sizes
 from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory
+from ..ip_adapters import IPAdapterSpec
 from ..models import ModelSpec, load_pipeline
 from ..parallel import compile_blocks, engine_of, parallelize
 from ..parallel.stopwatch import Stopwatch
@@ -76,7 +77,7 @@ class SegmentRunner:
         store: where gangs rendezvous.
         on_progress: called after every step of a segment in which this is rank 0, and at its end.
         loras: adapters that must fit the model.
-        controls: ControlNets that must, and are loaded.
+        controls, ip_adapters: ControlNets and IP-Adapters that must, and are loaded.
         lora_cache_bytes: of the adapters that are held.
 
     Attributes:
@@ -94,6 +95,7 @@ class SegmentRunner:
         *,
         loras: Sequence[AdapterSpec] = (),
         controls: Sequence[ControlNetSpec] = (),
+        ip_adapters: Sequence[IPAdapterSpec] = (),
         lora_cache_bytes: int = MOST_BYTES,
     ) -> None:
         began = time.perf_counter()
@@ -113,6 +115,8 @@ class SegmentRunner:
         self._engine = engine
         for control in controls:
             self._denoiser.controls.load(control)
+        for ip_adapter in ip_adapters:
+            self._denoiser.ip_adapters.load(ip_adapter)
         for adapter in loras:
             self._denoiser.adapters.check(adapter)
         self.load_s = time.perf_counter() - began

@@ -44,7 +44,7 @@ class Worker:
 
     async def load(self) -> WorkerFacts:
         """Load the weights; raises ModelNotFound, UnsupportedModel, UnusableAdapter,
-        UnusableControlNet.
+        UnusableControlNet, UnusableIPAdapter.
         """
         loop = asyncio.get_running_loop()
 
@@ -65,6 +65,7 @@ class Worker:
                 tell,
                 loras=config.loras,
                 controls=config.controls,
+                ip_adapters=config.ip_adapters,
                 lora_cache_bytes=config.lora_cache_bytes,
             )
 

@@ -53,6 +53,10 @@ def generate(
     lora_dir: Annotated[
         Path | None, typer.Option(help="Adapters of hosts started here: a folder of .safetensors files.")
     ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of what lines may name on hosts started here, such as ip_adapters."),
+    ] = None,
     in_flight: Annotated[
         int | None, typer.Option(min=1, help="Prompts under way at each host, or at the app.")
     ] = None,
@@ -84,6 +88,7 @@ def generate(
                     each = in_flight or 8
                 else:
                     from ..gang import HostConfig
+                    from ..gang.config import read_lists
 
                     sizes = tuple(sorted(set(gang_size or [1])))
                     config = HostConfig(
@@ -92,6 +97,7 @@ def generate(
                         gang_sizes=sizes,
                         device=device,
                         lora_dir=lora_dir and lora_dir.absolute(),
+                        **read_lists(pool),
                     )
                     makers = own_hosts(config, hosts, address=address, cpus=cpus)
                     each = in_flight or workers // sizes[0] + 1

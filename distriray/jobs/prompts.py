@@ -110,13 +110,15 @@ def _with_paths(line: bytes, folder: Path) -> dict[str, Any] | bytes:
     if not isinstance(fields, dict):
         return line
     own = _paths(fields, GenerationRequest.FILES, folder)
-    control = fields.get("control")
-    if not isinstance(control, list):
-        return {**fields, **own} if own else line
-    entries = [
-        {**each, **_paths(each, ("image",), folder)} if isinstance(each, dict) else each for each in control
-    ]
-    return {**fields, **own, "control": tuple(entries)}
+    listed = {
+        name: tuple(
+            {**each, **_paths(each, ("image",), folder)} if isinstance(each, dict) else each
+            for each in fields[name]
+        )
+        for name in GenerationRequest.WITH_IMAGES
+        if isinstance(fields.get(name), list)
+    }
+    return {**fields, **own, **listed} if own or listed else line
 
 
 def _paths(fields: Mapping[str, Any], names: Iterable[str], folder: Path) -> dict[str, Path]:

@@ -36,6 +36,12 @@ finally:
             ["--num-inference-steps", "0"],
             "num_inference_steps '0': input should be greater than or equal to 1",
         ),
+        (["--control", "canny"], "--control canny: write name=path, such as canny=picture.png@0.8"),
+        (["--ip-adapter", "style="], "--ip-adapter style=: write name=path"),
+        (
+            ["--ip-adapter", "style=x.png@0.5,0.1"],
+            "--ip-adapter style=x.png@0.5,0.1: behind the @ there",
+        ),
         (["--height", "500"], "height 500 is not a multiple of 8; use 496 or 504"),
         (["--guidance-rescale", "2"], "guidance_rescale '2': input should be less than or equal to 1"),
         (["--image", "none.png"], "image 'none.png' cannot be read: no such file"),
@@ -59,6 +65,40 @@ def test_defaults_are_those_of_a_request() -> None:
     shown = subprocess.run(command, capture_output=True, text=True, env=wide, check=True).stdout
     assert "--num-inference-steps" in shown and "[default: 0.0]" in shown
     assert "the model's own number by default" in shown
+
+
+def test_a_file_lists_what_requests_may_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def open_host(config: HostConfig, **_: Any) -> Iterator[Any]:
+        seen.append(config)
+        yield Recorder()
+
+    seen: list[HostConfig] = []
+    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style").mkdir()
+    written, out = tmp_path / "pool.yaml", f"--out={tmp_path / 'x.png'}"
+    arguments = ["generate", "a lake", out, f"--pool={written}"]
+    written.write_text(
+        "controls:\n- {name: canny, source: some/canny}\nip_adapters:\n- {name: style, source: style}\n"
+    )
+    app(arguments, standalone_mode=False)
+    (config,) = seen
+    assert [(each.name, each.source) for each in config.controls] == [("canny", "some/canny")]
+    assert [(each.name, each.source) for each in config.ip_adapters] == [("style", str(tmp_path / "style"))]
+    for text, said in (
+        ("workers: 4\nloras: []\n", "has workers; it may have loras, controls, ip_adapters"),
+        ("- canny\n", "has no fields; it may have"),
+        ("controls: [", "cannot be read"),
+        ("ip_adapters:\n- {source: style}\n", "ip_adapters.0.name is missing"),
+    ):
+        written.write_text(text)
+        assert app(arguments, standalone_mode=False) == 2 and said in capsys.readouterr().err
+    written.unlink()
+    assert app(arguments, standalone_mode=False) == 2
+    assert "cannot be read" in capsys.readouterr().err and len(seen) == 1
 
 
 def test_one_command_draws_pictures_and_says_how(

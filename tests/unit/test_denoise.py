@@ -413,14 +413,15 @@ OTHERS: dict[str, Any] = {
     "scheduler": "euler-ancestral",
     "clip_skip": 1,
     "control": [{"name": "canny", "image": PICTURE}],
+    "ip_adapters": [{"name": "style", "image": PICTURE}],
     "image": PICTURE,
     "mask_image": MASK,
     "strength": 0.9,
 }
 OF_AN_IMAGE: dict[str, dict[str, Any]] = dict.fromkeys(("mask_image", "strength"), {"image": PICTURE})
 """What some fields need beside them."""
-OF_THE_NETWORK = sorted(SamplingParams.model_fields.keys() - {"loras", "control"})
-"""The others are in test_adapters.py and test_control.py."""
+OF_THE_NETWORK = sorted(SamplingParams.model_fields.keys() - {"loras", "control", "ip_adapters"})
+"""The others are in test_adapters.py, test_control.py and test_ip_adapters.py."""
 
 
 def refuses(denoiser: Denoiser, plain: dict[str, Any], field: str) -> None:

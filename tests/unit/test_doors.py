@@ -38,6 +38,7 @@ from distriray.requests import (
     Control,
     Defaults,
     GenerationRequest,
+    IPAdapter,
     Lora,
     SamplingParams,
     StepCount,
@@ -79,6 +80,16 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
         ),
         max_size=LIMITS.max_controls,
         unique_by=lambda control: control.name,
+    ).map(tuple),
+    "ip_adapters": st.lists(
+        st.builds(
+            IPAdapter,
+            name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip),
+            image=st.sampled_from([Picture.of(Image.new("RGB", (9, 5), color)) for color in ("red", "blue")]),
+            scale=st.sampled_from([-1.5, 0.25, 2.0]),
+        ),
+        max_size=LIMITS.max_ip_adapters,
+        unique_by=lambda each: each.name,
     ).map(tuple),
     "loras": st.lists(
         st.builds(Lora, name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip)),
@@ -155,9 +166,11 @@ def test_every_field_arrives_by_http(url: str, service: FakeService, fields: Fie
     body = {name: value for name, value in as_json(fields).items() if name not in own}
     body |= {"n": fields["num_images"], "size": f"{fields['width']}x{fields['height']}"}
     files = {name: body.pop(name).data for name in SamplingParams.FILES}
-    named = [{k: v for k, v in control.items() if k != "image"} for control in body["control"]]
-    files |= {f"control.{i}.image": control.image.data for i, control in enumerate(fields["control"])}
-    form = {**body, "loras": json.dumps(body["loras"]), "control": json.dumps(named)}
+    form = {**body, "loras": json.dumps(body["loras"])}
+    for name in SamplingParams.WITH_IMAGES:
+        named = [{k: v for k, v in each.items() if k != "image"} for each in body[name]]
+        files |= {f"{name}.{i}.image": each.image.data for i, each in enumerate(fields[name])}
+        form[name] = json.dumps(named)
     answer = httpx.post(f"{url}/v1/images/edits", data=form, files=files)
     assert answer.status_code == 200, answer.text
     assert at_the_denoiser(service.asked[-1]) == fields
@@ -222,8 +235,9 @@ def test_every_field_arrives_by_a_line_of_a_job(
 ) -> None:
     folder, maker = tmp_path_factory.mktemp("job"), Recorder()
     line = {**as_json(fields), **{name: path.name for name, path in written(fields, folder).items()}}
-    for index, control in enumerate(line["control"]):
-        control["image"] = line.pop(f"control.{index}.image")
+    for name in SamplingParams.WITH_IMAGES:
+        for index, each in enumerate(line[name]):
+            each["image"] = line.pop(f"{name}.{index}.image")
     (folder / "prompts.jsonl").write_text(json.dumps(line) + "\n")
     good, bad = read_prompts(folder / "prompts.jsonl", limits=LIMITS)
     assert not bad
@@ -237,26 +251,34 @@ def written(fields: Fields, folder: Path) -> dict[str, Path]:
     paths = {name: folder / f"{name}.png" for name in SamplingParams.FILES}
     for name, path in paths.items():
         path.write_bytes(fields[name].data)
-    for index, control in enumerate(fields["control"]):
-        paths[f"control.{index}.image"] = folder / f"control-{index}.png"
-        paths[f"control.{index}.image"].write_bytes(control.image.data)
+    for name in SamplingParams.WITH_IMAGES:
+        for index, each in enumerate(fields[name]):
+            paths[f"{name}.{index}.image"] = folder / f"{name}-{index}.png"
+            paths[f"{name}.{index}.image"].write_bytes(each.image.data)
     return paths
 
 
 def options(fields: Fields) -> list[str]:
     """The command line of those fields; a prompt may begin with a dash."""
-    own = "prompt", "loras", "control", *(f"control.{i}.image" for i in range(len(fields["control"])))
-    named = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items() if name not in own]
+    lists = ("loras", *SamplingParams.WITH_IMAGES)
+    own = {name: value for name, value in fields.items() if name.split(".")[0] not in ("prompt", *lists)}
+    named = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
     loras = [f"--lora={lora.name}={lora.scale}" for lora in fields["loras"]]
     controls = [
         f"--control={c.name}={fields[f'control.{i}.image']}@{c.scale},{c.start},{c.end}"
         for i, c in enumerate(fields["control"])
     ]
-    return [*named, *loras, *controls, "--", fields["prompt"]]
+    ip_adapters = [
+        f"--ip-adapter={each.name}={fields[f'ip_adapters.{i}.image']}@{each.scale}"
+        for i, each in enumerate(fields["ip_adapters"])
+    ]
+    return [*named, *loras, *controls, *ip_adapters, "--", fields["prompt"]]
 
 
 def as_json(fields: Fields) -> Fields:
-    lists = {name: [each.model_dump() for each in fields[name]] for name in ("loras", "control")}
+    lists = {
+        name: [each.model_dump() for each in fields[name]] for name in ("loras", *SamplingParams.WITH_IMAGES)
+    }
     return {**fields, **lists}
 
 

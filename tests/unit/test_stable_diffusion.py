@@ -33,7 +33,7 @@ from distriray.parallel import engine_of
 from distriray.requests import SamplingParams
 from tests.models import SHALLOW_SD, tiny_safety_checker, tiny_sd15, tiny_sd21, tiny_sdxl
 from tests.parameters import sweep
-from tests.unit.gang.test_runner import Gang
+from tests.unit.gang.runners import Gang
 from tests.unit.test_denoise import (
     MASK,
     OF_AN_IMAGE,

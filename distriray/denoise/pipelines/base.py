@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from PIL import Image
 
+from distriray.denoise.pipelines.image_prompts import ImagePrompt
 from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, NotFinite
@@ -125,6 +126,7 @@ class PipelineSteps(ABC):
         kinds: the classes of the pipelines.
         flow: whether they denoise by flow matching.
         controls: the ControlNets of the next step.
+        image_prompts: what the IP-Adapters in the network are to attend to, in their order.
 
     Raises:
         UnsupportedModel: as `check`.
@@ -133,6 +135,7 @@ class PipelineSteps(ABC):
     kinds: ClassVar[tuple[type, ...]]
     flow: ClassVar[bool] = False
     controls: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

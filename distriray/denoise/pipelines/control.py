@@ -1,4 +1,4 @@
-"""A U-Net with ControlNets beside it."""
+"""A U-Net with what a request adds to it: ControlNets beside it, and image prompts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,38 @@ from typing import Any
 
 import torch
 
+from distriray.denoise.pipelines.image_prompts import ImagePrompt, embeds_of
 from distriray.parallel import engine_of
 from distriray.parallel.networks.controlnet import Control, residuals_of
 
 
 def controlled(
-    unet: Any, controls: Sequence[Control], sample: torch.Tensor, timestep: torch.Tensor, **arguments: Any
+    unet: Any,
+    controls: Sequence[Control],
+    image_prompts: Sequence[ImagePrompt],
+    branches: int,
+    sample: torch.Tensor,
+    timestep: torch.Tensor,
+    **arguments: Any,
 ) -> Any:
     """What a U-Net gives with ControlNets, which its gang cuts into patches with it if it has one.
 
     Args:
+        image_prompts: of the IP-Adapters in the U-Net.
+        branches: of guidance in the batch: both, unconditional first, or the conditional one alone.
         sample: (batch, channels, rows, columns), scaled as the U-Net takes it.
         arguments: the others of the U-Net, by name.
     """
-    if controls and engine_of(unet) is not None:
+    parallel = engine_of(unet) is not None
+    if image_prompts:
+        embeds = embeds_of(image_prompts, branches, len(sample) // branches)
+        arguments["added_cond_kwargs"] = {
+            **(arguments.get("added_cond_kwargs") or {}),
+            "image_embeds": embeds,
+        }
+        if parallel:
+            arguments["image_prompts"] = tuple(prompt.name for prompt in image_prompts)
+    if controls and parallel:
         arguments["controls"] = controls
     elif controls:
         text, added = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs")

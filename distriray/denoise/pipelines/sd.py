@@ -124,6 +124,8 @@ class StableDiffusion(PipelineSteps):
         output = controlled(
             self._unet,
             self.controls,
+            self.image_prompts,
+            branches,
             sample,
             timestep,
             encoder_hidden_states=embeds,

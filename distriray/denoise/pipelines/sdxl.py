@@ -108,7 +108,7 @@ class StableDiffusionXL(PipelineSteps):
         blackboard.set("generator", state.generators)
         block_state = task.loop.get_block_state(blackboard)
         timestep = state.values["timesteps"][state.step]
-        task.denoiser.controls = self.controls
+        task.denoiser.controls, task.denoiser.image_prompts = self.controls, self.image_prompts
         block_state = task.step(components, block_state, i=state.step, t=timestep)
         return block_state.latents, block_state.noise_pred
 

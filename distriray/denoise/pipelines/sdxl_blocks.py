@@ -32,6 +32,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_pipeline import Sta
 from diffusers.utils.torch_utils import randn_tensor
 
 from distriray.denoise.pipelines.control import controlled
+from distriray.denoise.pipelines.image_prompts import ImagePrompt
 from distriray.parallel.networks.controlnet import Control
 
 
@@ -40,13 +41,14 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
 
     diffusers' own block calls the network once a branch; a gang splits that batch between its halves.
     `batched` keeps the concatenated embeddings of the image at hand by the number of its branches, so that
-    they stay one object; `controls` are the ControlNets of the step.
+    they stay one object; `controls` are the ControlNets of the step, `image_prompts` its IP-Adapters'.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.batched: dict[int, dict[str, torch.Tensor]] = {}
         self.controls: tuple[Control, ...] = ()
+        self.image_prompts: tuple[ImagePrompt, ...] = ()
 
     @torch.no_grad()
     def __call__(
@@ -72,6 +74,8 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
         noise = controlled(
             components.unet,
             self.controls,
+            self.image_prompts,
+            len(branches),
             torch.cat([block_state.scaled_latents] * len(branches)),
             t,
             encoder_hidden_states=batched["prompt_embeds"],

@@ -21,7 +21,7 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "clip_skip": bool,
     **dict.fromkeys(("prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"), bool),
     **dict.fromkeys(("original_size", "crops_coords_top_left", "target_size"), bool),
-    "control": bool,
+    **dict.fromkeys(("control", "ip_adapters"), bool),
     "image": lambda picture: picture is not None,
     "mask_image": lambda picture: picture is not None,
 }
@@ -29,7 +29,10 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
 STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
 """Of requests that name none: inside a mask, all is drawn anew."""
 
-_NO_CONTROL = {"control": "ControlNets are for Stable Diffusion and Stable Diffusion XL here"}
+_NO_CONTROL = {
+    "control": "ControlNets are for Stable Diffusion and Stable Diffusion XL here",
+    "ip_adapters": "IP-Adapters are for Stable Diffusion and Stable Diffusion XL here",
+}
 _NO_CLIP = "this model reads prompts with a language model, not with CLIP"
 _NO_SIZES = dict.fromkeys(
     ("original_size", "crops_coords_top_left", "target_size"),

@@ -143,6 +143,7 @@ class UNet(Network):
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
         controls: Sequence[Control] = (),
+        image_prompts: Sequence[str] = (),
     ) -> Call:
         """A call of `UNet2DConditionModel.forward`, and of ControlNets on the same rows before it.
 
@@ -150,6 +151,7 @@ class UNet(Network):
             sample: latents, (batch, channels, rows, columns).
             encoder_hidden_states: prompt embeddings, (batch, tokens, channels).
             controls: ControlNets among `controls`, whose residuals are added up.
+            image_prompts: IP-Adapters that are in the network for this image and not for others.
         """
         _check_inputs(attention_mask, cross_attention_kwargs)
         for control in controls:
@@ -176,7 +178,8 @@ class UNet(Network):
             encoder_hidden_states,
             cross_attention_kwargs,
             arguments=arguments,
-            besides=tuple(control.name for control in controls) or None,
+            besides=(*(control.name for control in controls), *(f"{name} (IP)" for name in image_prompts))
+            or None,
         )
 
     def partition(self, call: Call, patches: int) -> Partition:

@@ -22,8 +22,8 @@ from distriray.picture import png
 from tests.models import tiny_controlnet, tiny_sd15, tiny_sdxl
 
 from .fleet import FakeHost
+from .runners import Gang, endings
 from .test_dispatcher import Script, at, do, opened
-from .test_runner import Gang, endings
 
 CANNY = ControlNetSpec(name="canny", source="some/canny")
 EDGES = Image.effect_noise((128, 128), 90)

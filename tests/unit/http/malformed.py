@@ -81,6 +81,13 @@ _WRONG: dict[str, list[Any]] = {
     "guidance_rescale": [-0.1, 1.1, "1", []],
     "scheduler": ["", "magic", 1],
     "control": [{}, "canny", [{"name": "canny"}], [{"name": "../x", "image": "data:image/png;base64,"}], [1]],
+    "ip_adapters": [
+        {},
+        "style",
+        [{"name": "style"}],
+        [{"name": "style", "image": "none", "start": 0.5}],
+        [1],
+    ],
     "gang_size": [0, -1, "two", 1.5, 10**6 + 1, False],
     "exchange": ["", "fast", 1, {}],
     "deadline_s": [0, -1, "1", [1]],

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image
 from distriray import Client
 from distriray.events import Finished
 from distriray.picture import Picture, png
+from distriray.requests import SamplingParams
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
 
@@ -228,34 +229,40 @@ def refused(answer: httpx.Response) -> tuple[str, str]:
     return error["param"], error["message"]
 
 
-def test_pictures_of_control_come_in_json_and_as_files_of_a_form(url: str, service: FakeService) -> None:
+@pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
+def test_listed_pictures_come_in_json_and_as_files_of_a_form(
+    field: str, url: str, service: FakeService
+) -> None:
     edges = Picture.of(picture())
-    body = {"prompt": "a lake", "control": [{**CANNY, "image": edges.url}]}
+    body = {"prompt": "a lake", field: [{**CANNY, "image": edges.url}]}
     assert httpx.post(f"{url}/v1/images/generations", json=body).status_code == 200
-    (control,) = service.asked[-1].control
-    assert (control.name, control.scale, control.image) == ("canny", 0.5, edges)
-    files = {"image": picture(), "control.0.image": edges.data}
-    form = {"prompt": "a lake", "control": json.dumps([CANNY])}
+    (entry,) = getattr(service.asked[-1], field)
+    assert (entry.name, entry.scale, entry.image) == ("canny", 0.5, edges)
+    files = {"image": picture(), f"{field}.0.image": edges.data}
+    form = {"prompt": "a lake", field: json.dumps([CANNY])}
     assert httpx.post(f"{url}{EDITS}", data=form, files=files).status_code == 200
-    assert service.asked[-1].control == (control,)
+    assert getattr(service.asked[-1], field) == (entry,)
 
 
-def test_pictures_of_control_that_are_none_are_refused_by_name(url: str, service: FakeService) -> None:
+@pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
+def test_listed_pictures_that_are_none_are_refused_by_name(
+    field: str, url: str, service: FakeService
+) -> None:
     asked, whole = len(service.asked), png(Image.effect_noise((96, 64), 90))
     for image in (whole[: len(whole) // 2], whole[: 2 * len(whole) // 3]):
-        body = {"prompt": "a lake", "control": [{**CANNY, "image": Picture.of(whole).url}]}
-        body["control"].append({"name": "depth", "image": replace(Picture.of(whole), data=image).url})
+        body = {"prompt": "a lake", field: [{**CANNY, "image": Picture.of(whole).url}]}
+        body[field].append({"name": "depth", "image": replace(Picture.of(whole), data=image).url})
         param, message = refused(httpx.post(f"{url}/v1/images/generations", json=body))
-        assert param == "control.1.image" and "damaged" in message
-    form = {"prompt": "a lake", "control": json.dumps([CANNY])}
-    for name, control in (
-        ("control.1.image", form["control"]),
-        ("control.0.image", "[]"),
-        ("control.0.image", "x"),
+        assert param == f"{field}.1.image" and "damaged" in message
+    form = {"prompt": "a lake", field: json.dumps([CANNY])}
+    for name, entries in (
+        (f"{field}.1.image", form[field]),
+        (f"{field}.0.image", "[]"),
+        (f"{field}.0.image", "x"),
     ):
         files = {"image": whole, name: whole}
-        param, message = refused(httpx.post(f"{url}{EDITS}", data={**form, "control": control}, files=files))
+        param, message = refused(httpx.post(f"{url}{EDITS}", data={**form, field: entries}, files=files))
         assert param == name and "no entry" in message
     param, message = refused(httpx.post(f"{url}{EDITS}", data=form, files={"image": whole}))
-    assert param == "control"
+    assert param == field
     assert len(service.asked) == asked

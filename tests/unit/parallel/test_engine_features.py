@@ -23,7 +23,7 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import GangMismatch, GenerationCancelled, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from tests.cases import Case, alone, call
-from tests.models import randomize, tiny_sd15, tiny_sdxl
+from tests.models import IMAGE_WIDTH, randomize, tiny_ip_adapter, tiny_sd15, tiny_sdxl
 from tests.parameters import sweep
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
@@ -145,65 +145,15 @@ def _image_prompts(communicator: Communicator, config: ParallelConfig, plus: boo
     "Plus" has attention of its own, of 16 queries: as many as a rank has pixels at the lowest level.
     """
     pipeline = parallelize(tiny_sdxl(), communicator, config)
-    generator = torch.Generator().manual_seed(4)
-
-    def weights(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-
-    text_width, image_width = pipeline.unet.config.cross_attention_dim, 8
-    attentions = [name for name in pipeline.unet.attn_processors if "attn2" in name]
-    layers = {
-        f"{2 * i + 1}.{projection}.weight": weights(
-            pipeline.unet.get_submodule(name.removesuffix(".processor")).inner_dim, text_width
-        )
-        for i, name in enumerate(attentions)
-        for projection in ("to_k_ip", "to_v_ip")
-    }
-    tokens = (
-        _resampler(weights, text_width, image_width)
-        if plus
-        else {
-            "proj.weight": weights(4 * text_width, image_width),
-            "proj.bias": torch.zeros(4 * text_width),
-            "norm.weight": torch.ones(text_width),
-            "norm.bias": torch.zeros(text_width),
-        }
-    )
     case = Case(**{**vars(CASE), "height": 128})
     latents = [call(pipeline, case)]
-    pipeline.load_ip_adapter(
-        {"image_proj": tokens, "ip_adapter": layers}, subfolder="", weight_name="", image_encoder_folder=None
-    )
-    shape = (2, 1, 5, image_width) if plus else (2, 1, image_width)  # unconditional and conditional
-    image = torch.randn(shape, generator=generator)
+    weights = tiny_ip_adapter(pipeline.unet, 4, "plus" if plus else "plain")
+    pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    shape = (2, 1, 5, IMAGE_WIDTH) if plus else (2, 1, IMAGE_WIDTH)  # unconditional and conditional
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     latents.append(call(pipeline, Case(**{**vars(case), "extra": {"ip_adapter_image_embeds": [image]}})))
     pipeline.unload_ip_adapter()
     return [*latents, call(pipeline, case)]
-
-
-def _resampler(weights: Any, text_width: int, image_width: int) -> dict[str, torch.Tensor]:
-    """The image projection of IP-Adapter Plus: queries that attend to the image's tokens."""
-    width, ones, zeros = 64, torch.ones, torch.zeros
-    tokens = {
-        "latents": weights(1, 16, width),
-        "proj_in.weight": weights(width, image_width),
-        "proj_in.bias": zeros(width),
-        "proj_out.weight": weights(text_width, width),
-        "proj_out.bias": zeros(text_width),
-        "norm_out.weight": ones(text_width),
-        "norm_out.bias": zeros(text_width),
-    }
-    for i in range(4):
-        for norm in ("0.norm1", "0.norm2", "1.0"):
-            tokens |= {f"layers.{i}.{norm}.weight": ones(width), f"layers.{i}.{norm}.bias": zeros(width)}
-        tokens |= {
-            f"layers.{i}.0.to_q.weight": weights(width, width),
-            f"layers.{i}.0.to_kv.weight": weights(2 * width, width),
-            f"layers.{i}.0.to_out.weight": weights(width, width),
-            f"layers.{i}.1.1.weight": weights(4 * width, width),
-            f"layers.{i}.1.3.weight": weights(width, 4 * width),
-        }
-    return tokens
 
 
 @pytest.mark.parametrize("plus", sweep([True, False]))

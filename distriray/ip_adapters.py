@@ -1,0 +1,84 @@
+"""IP-Adapters by name: those that a pool lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .errors import IPAdapterNotFound, ModelNotFound, UnusableIPAdapter
+from .models import ModelSpec, download
+from .names import check_named
+from .requests import ADAPTER_NAME, IPAdapter
+
+MOST_IP_ADAPTERS = 16
+"""That a pool may list: each worker has all of them in the memory of its device."""
+
+_ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+class IPAdapterFiles(NamedTuple):
+    """The weights of an IP-Adapter, and the folder of its image encoder."""
+
+    weights: Path
+    image_encoder: Path
+
+
+class IPAdapterSpec(BaseModel):
+    """An IP-Adapter, and where its weights are.
+
+    Attributes:
+        name: by which requests ask for it.
+        source: a folder, a `.safetensors` file, or a Hugging Face id such as `h94/IP-Adapter`.
+        file: of a folder or a Hugging Face id: which of its files, such as
+            `models/ip-adapter_sd15.safetensors`.
+        image_encoder: folder of the `CLIPVisionModelWithProjection` that reads its pictures: beside the file,
+            or with a `/` from the source, as diffusers has it. IP-Adapters with one folder share it.
+        revision: branch, tag or commit of a Hugging Face id.
+        families: of pipelines that it is for, such as `StableDiffusionXL`; empty leaves it to its weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    source: str
+    file: Annotated[str, Field(pattern=r"\.safetensors$")] = "ip-adapter.safetensors"
+    image_encoder: Annotated[str, Field(min_length=1)] = "image_encoder"
+    revision: str | None = None
+    families: tuple[str, ...] = ()
+
+    def locate(self) -> IPAdapterFiles:
+        """Its local files; from the Hugging Face Hub they are downloaded, if not cached.
+
+        Raises:
+            UnusableIPAdapter: there are none.
+        """
+        local, what = Path(self.source).expanduser(), f"IP-Adapter {self.name!r}"
+        is_file = local.suffix == ".safetensors"
+        folder, file = (local.parent, local.name) if is_file else (local, self.file)
+        inside = PurePosixPath(file).parent if "/" not in self.image_encoder else PurePosixPath()
+        encoder = inside / self.image_encoder
+        if not is_file and not folder.is_dir():
+            try:
+                model = ModelSpec(name=self.source, revision=self.revision)
+                folder = download(model, local, (file, *(str(encoder / each) for each in _ENCODER_FILES)))
+            except (ModelNotFound, ValueError) as error:
+                raise UnusableIPAdapter(f"{what}: {error}") from error
+        found = IPAdapterFiles(folder / file, folder / encoder)
+        for path in (found.weights, found.image_encoder / "config.json"):
+            if not path.is_file():
+                raise UnusableIPAdapter(f"{what}: there is no {path}; only safetensors are read")
+        return found
+
+
+def check_ip_adapters(asked: Iterable[IPAdapter], known: Iterable[str]) -> None:
+    """Check what a request names.
+
+    Raises:
+        IPAdapterNotFound: it is not among the known names, which are listed.
+        InvalidRequest: it is named more than once.
+    """
+    names = (each.name for each in asked)
+    check_named("ip_adapters", names, sorted(known), "IP-Adapter", IPAdapterNotFound)
