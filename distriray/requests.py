@@ -8,7 +8,15 @@ from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .config import ExchangeMode, ParallelConfig
 from .errors import InvalidRequest
@@ -76,13 +84,16 @@ class Lora(BaseModel):
 
 
 class Control(BaseModel):
-    """A ControlNet to draw with, and the picture that it goes by."""
+    """A ControlNet to draw with, and the picture that it goes by.
+
+    Nobody can ask without one: None is in copies alone (`SamplingParams.without_pictures`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(pattern=ADAPTER_NAME)]
     """One of those that the model is served with."""
-    image: Picture
+    image: Annotated[Picture | None, GetPydanticSchema(lambda _, handler: handler(Picture))]
     """What it goes by, such as edges or depths, as a `data:` URL. It is scaled to the picture's size."""
     scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
     """How much it counts; 0 is not at all."""

@@ -19,7 +19,7 @@ from distriray.controls import ControlNetSpec, check_controls
 from distriray.denoise.state import DenoiseState
 from distriray.errors import DistrirayError, UnusableControlNet
 from distriray.parallel.networks.controlnet import Control, Embedder, check_fits, split
-from distriray.picture import opaque
+from distriray.picture import Picture, opaque
 from distriray.requests import Control as Asked
 
 _VALUE = "controls"
@@ -73,7 +73,7 @@ class Controls:
 
         Raises:
             ControlNetNotFound: a name is not known.
-            InvalidRequest: a picture is damaged.
+            InvalidRequest: a picture is damaged, or not there.
         """
         asked = list(asked)
         check_controls(asked, self._loaded)
@@ -81,7 +81,8 @@ class Controls:
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []
         for index, control in enumerate(asked):
-            image = opaque(control.image.load(f"control.{index}.image"))
+            name = f"control.{index}.image"
+            image = opaque(Picture.of(control.image, name).load(name))
             if not control.scale:
                 continue
             loaded, unet = self._loaded[control.name], self._pipeline.unet
