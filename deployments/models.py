@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from distriray.denoise.pipelines.registry import PIPELINES, family_named
-from distriray.denoise.pipelines.sizes import Sizes, configs_in
+from distriray.denoise.pipelines.registry import PIPELINES, Family, family_named
+from distriray.denoise.pipelines.sizes import Configs, Sizes, configs_in
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import ModelNotFound
 from distriray.models import BUILTIN, ModelSpec, locate
 
 
 def sizes_of(spec: ModelSpec) -> Sizes | None:
     """The sizes of a model whose folder this machine has; None for others, and where no host will start."""
+    known = _folder(spec)
+    return known and known[0].sizes(known[1])
+
+
+def terms_of(spec: ModelSpec) -> Terms | None:
+    """What such a model says of the other fields of requests; None as for `sizes_of`."""
+    known = _folder(spec)
+    return known and known[0].terms(known[1])
+
+
+def _folder(spec: ModelSpec) -> tuple[Family, Configs] | None:
     if not spec.name.startswith(BUILTIN) and not Path(spec.name).expanduser().is_dir():
         return None
     try:
@@ -20,4 +32,4 @@ def sizes_of(spec: ModelSpec) -> Sizes | None:
     except ModelNotFound:
         return None
     family = family_named(json.loads((folder / "model_index.json").read_text())["_class_name"])
-    return None if family is None else PIPELINES[family].sizes(configs_in(folder))
+    return None if family is None else (PIPELINES[family], configs_in(folder))

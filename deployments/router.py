@@ -23,6 +23,7 @@ from distriray.errors import (
 )
 from distriray.events import Event
 from distriray.gang.admission import check_gang_size
+from distriray.gang.messages import WorkerFacts
 from distriray.requests import MULTIPLE_OF, GenerationRequest
 from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
@@ -31,7 +32,7 @@ from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
 from .attempts import Attempts, Wait
 from .config import AppConfig
 from .fitting import fitting, offer
-from .models import sizes_of
+from .models import sizes_of, terms_of
 from .pool_client import HostSilent, PoolClient
 from .state import choose, wait_s
 from .watch import watch
@@ -50,6 +51,7 @@ class Router:
         self._waits: dict[str, Wait] = {}
         self._sent: dict[str, tuple[PoolClient, str]] = {}
         self._sizes = {pool.model.name: sizes_of(pool.model) for pool in config.pools}
+        self._terms = {pool.model.name: terms_of(pool.model) for pool in config.pools}
         self._created = created
 
     async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
@@ -115,8 +117,8 @@ class Router:
     def models(self) -> list[ModelCard]:
         """Every model, and then their other names.
 
-        Sizes are known from a model's folder, or from the first host that had it. Limits are as old as
-        the hosts' last answers, and are asked for again; needs a running event loop.
+        Sizes and what it lacks are known from a model's folder, or from the first host that had it. Limits
+        are as old as the hosts' last answers, and are asked for again; needs a running event loop.
         """
         cards = []
         for client in self._clients:
@@ -133,6 +135,7 @@ class Router:
                     size_unit=size_unit,
                     limits=limits,
                     gang_sizes=gang_sizes,
+                    lacks=dict(self._lacks_of(name)),
                     defaults=clients[0].config.defaults,
                     controls=tuple(sorted({spec.name for each in clients for spec in each.config.controls})),
                     ip_adapters=tuple(
@@ -243,11 +246,20 @@ class Router:
 
     def _sizes_of(self, name: str) -> tuple[tuple[int, int] | None, int]:
         """Default size and unit of a model, as far as they are known."""
-        for client in self._clients_of(name):
-            if client.state.facts:
-                return client.state.facts.default_size, client.state.facts.size_unit
+        if facts := self._facts_of(name):
+            return facts.default_size, facts.size_unit
         sizes = self._sizes[name]
         return (None, MULTIPLE_OF) if sizes is None else (sizes.default, sizes.unit)
+
+    def _lacks_of(self, name: str) -> Mapping[str, str]:
+        """The fields that a model refuses, and why, as far as they are known."""
+        facts = self._facts_of(name)
+        terms = facts.terms if facts else self._terms[name]
+        return terms.lacks if terms else {}
+
+    def _facts_of(self, name: str) -> WorkerFacts | None:
+        """What the first of a model's pools that had a host knows of it."""
+        return next((client.state.facts for client in self._clients_of(name) if client.state.facts), None)
 
     async def _wait_for_host(self, attempts: Attempts, client: PoolClient) -> None:
         """Wait until the pool has a host, for as long as the request has until its deadline."""

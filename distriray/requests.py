@@ -8,7 +8,15 @@ from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .config import ExchangeMode, ParallelConfig
 from .errors import InvalidRequest
@@ -53,6 +61,9 @@ MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels, and so is the unit of each model."""
 
 
+CarriedPicture = Annotated[Picture | None, GetPydanticSchema(lambda _, handler: handler(Picture))]
+"""A picture that no request can leave out: None is in copies alone (`SamplingParams.without_pictures`)."""
+
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """What the name of an adapter looks like; no path does."""
 
@@ -82,7 +93,7 @@ class Control(BaseModel):
 
     name: Annotated[str, Field(pattern=ADAPTER_NAME)]
     """One of those that the model is served with."""
-    image: Picture
+    image: CarriedPicture
     """What it goes by, such as edges or depths, as a `data:` URL. It is scaled to the picture's size."""
     scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
     """How much it counts; 0 is not at all."""
@@ -108,7 +119,7 @@ class IPAdapter(BaseModel):
 
     name: Annotated[str, Field(pattern=ADAPTER_NAME)]
     """One of those that the model is served with."""
-    image: Picture
+    image: CarriedPicture
     """What is drawn like it, as a `data:` URL. Its middle square is looked at."""
     scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
     """How much it counts beside the prompt; 0 is not at all."""

@@ -24,6 +24,8 @@ class ModelCard(BaseModel):
             folder is elsewhere, it may be more.
         limits: those of requests for this model.
         gang_sizes: the sizes that the model's pools lend, ascending.
+        lacks: the fields of requests that it has nothing for, and why: it refuses them by name, unless their
+            value asks for nothing. Empty until a host was up, if its folder is elsewhere.
         defaults: what requests for this model are drawn with that leave it open.
         loras: the adapters that its requests may name, as far as hosts have told.
         controls: the ControlNets that they may name.
@@ -40,6 +42,7 @@ class ModelCard(BaseModel):
     size_unit: Count = MULTIPLE_OF
     limits: Limits = Limits()
     gang_sizes: tuple[int, ...] = (1,)
+    lacks: dict[str, str] = {}
     defaults: Defaults = Defaults()
     loras: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()

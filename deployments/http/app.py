@@ -44,9 +44,9 @@ DECODED_AT_ONCE = 2
 
 class Model(BaseModel):
     """A model; beside OpenAI's fields its own size (`WxH`, null until a host was up), the unit of all sizes,
-    its limits, the gangs that can draw it, what it is drawn with unless a request says otherwise, the
-    adapters, ControlNets and IP-Adapters that requests may name, and the model that this is another name of,
-    or null."""
+    its limits, the gangs that can draw it, the fields that it refuses and why, what it is drawn with unless a
+    request says otherwise, the adapters, ControlNets and IP-Adapters that requests may name, and the model
+    that this is another name of, or null."""
 
     id: str
     object: Literal["model"] = "model"
@@ -56,6 +56,7 @@ class Model(BaseModel):
     size_unit: int
     limits: Limits
     gang_sizes: tuple[int, ...]
+    lacks: dict[str, str]
     defaults: Defaults
     loras: tuple[str, ...]
     controls: tuple[str, ...]
@@ -287,6 +288,7 @@ def _model(card: ModelCard) -> Model:
         size_unit=card.size_unit,
         limits=card.limits,
         gang_sizes=card.gang_sizes,
+        lacks=card.lacks,
         defaults=card.defaults,
         loras=card.loras,
         controls=card.controls,

@@ -19,7 +19,7 @@ from distriray.denoise.state import DenoiseState
 from distriray.denoise.weight_files import digest_of, first_lines
 from distriray.errors import DistrirayError, UnusableControlNet
 from distriray.parallel.networks.controlnet import Control, Embedder, check_fits, split
-from distriray.picture import opaque
+from distriray.picture import Picture, opaque
 from distriray.requests import Control as Asked
 from distriray.requests import image_of
 
@@ -74,7 +74,7 @@ class Controls:
 
         Raises:
             ControlNetNotFound: a name is not known.
-            InvalidRequest: a picture is damaged.
+            InvalidRequest: a picture is damaged, or not there.
         """
         asked = list(asked)
         check_controls(asked, self._loaded)
@@ -82,7 +82,8 @@ class Controls:
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []
         for index, control in enumerate(asked):
-            image = opaque(control.image.load(image_of("control", index)))
+            name = image_of("control", index)
+            image = opaque(Picture.of(control.image, name).load(name))
             if not control.scale:
                 continue
             loaded, unet = self._loaded[control.name], self._pipeline.unet

@@ -27,7 +27,7 @@ from distriray.denoise.state import DenoiseState
 from distriray.denoise.weight_files import digest_of, first_lines
 from distriray.errors import DistrirayError, UnusableIPAdapter
 from distriray.ip_adapters import IPAdapterSpec, check_ip_adapters
-from distriray.picture import opaque
+from distriray.picture import Picture, opaque
 from distriray.requests import IPAdapter, image_of
 
 _VALUE = "ip_adapters"
@@ -139,7 +139,8 @@ class IPAdapters:
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []
         for index, each in enumerate(asked):
-            image = opaque(each.image.load(image_of("ip_adapters", index)))
+            name = image_of("ip_adapters", index)
+            image = opaque(Picture.of(each.image, name).load(name))
             if not each.scale:
                 continue
             loaded = self._loaded[each.name]

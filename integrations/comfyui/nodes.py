@@ -1,4 +1,4 @@
-"""The two nodes: what they ask for, and what they hand on."""
+"""The nodes: what they ask for, and what they hand on."""
 
 from __future__ import annotations
 
@@ -33,6 +33,54 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "previews": ("INT", {"default": 3, "min": 0, "max": 64, "tooltip": "pictures on the way"}),
     "loras": ("STRING", {"default": "", "tooltip": "adapters and their scales: ink:0.8, neon"}),
 }
+_CONTROL = "DISTRIRAY_CONTROL"
+_OPTIONAL = {"control": (_CONTROL, {"tooltip": "of distriray: Control"}), **_SETTINGS}
+
+
+class DistrirayControl:
+    """Names a ControlNet of the service, and the picture that it goes by; chained, several add up."""
+
+    RETURN_TYPES = (_CONTROL,)
+    RETURN_NAMES = ("control",)
+    FUNCTION = "add"
+    CATEGORY = "distriray"
+    DESCRIPTION = "Lets a ControlNet of the service lead what is drawn; chain several to use all of them."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        share = {"min": 0.0, "max": 1.0, "step": 0.001}
+        return {
+            "required": {
+                "name": ("STRING", {"default": "", "tooltip": "one of the model's controls"}),
+                "image": ("IMAGE",),
+                "scale": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}),
+                "start": ("FLOAT", {"default": 0.0, **share, "tooltip": "share of the steps"}),
+                "end": ("FLOAT", {"default": 1.0, **share, "tooltip": "share of the steps"}),
+            },
+            "optional": {"control": (_CONTROL, {"tooltip": "what else leads"})},
+        }
+
+    def add(
+        self,
+        name: str,
+        image: torch.Tensor,
+        scale: float,
+        start: float,
+        end: float,
+        control: tuple[Fields, ...] = (),
+    ) -> tuple[tuple[Fields, ...]]:
+        """`control` and this one, as the service takes them.
+
+        Args:
+            image: (1, height, width, channels) from 0 to 1; more than one is refused.
+            scale: how much it counts.
+            start, end: shares of the steps between which it does.
+        """
+        if image.shape[0] != 1:
+            raise ServiceError(f"control {name!r} goes by one picture; there are {image.shape[0]}")
+        url = f"data:image/png;base64,{base64.b64encode(_png(image[0])).decode()}"
+        own = {"name": name.strip(), "image": url, "scale": scale, "start": start, "end": end}
+        return ((*control, own),)
 
 
 class DistrirayGenerate:
@@ -46,7 +94,7 @@ class DistrirayGenerate:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        return {"required": {"url": _URL, "prompt": _PROMPT, "seed": _SEED}, "optional": dict(_SETTINGS)}
+        return {"required": {"url": _URL, "prompt": _PROMPT, "seed": _SEED}, "optional": dict(_OPTIONAL)}
 
     def generate(self, url: str, prompt: str, seed: int, **settings: Any) -> tuple[torch.Tensor, int]:
         """The picture (1, height, width, 3) in float32 from 0 to 1, and its seed."""
@@ -69,7 +117,7 @@ class DistrirayEdit:
         )
         return {
             "required": {"url": _URL, "image": ("IMAGE",), "prompt": _PROMPT, "seed": _SEED},
-            "optional": {"mask": ("MASK",), "strength": strength, **_SETTINGS},
+            "optional": {"mask": ("MASK",), "strength": strength, **_OPTIONAL},
         }
 
     def edit(
@@ -122,6 +170,8 @@ def _fields(prompt: str, seed: int, settings: dict[str, Any]) -> Fields:
         fields["gang_size"] = int(given["gang_size"])
     if loras := _loras(given["loras"]):
         fields["loras"] = loras
+    if control := given.get("control"):
+        fields["control"] = list(control)
     return fields
 
 

@@ -44,6 +44,33 @@ def test_adapters_are_there_where_the_service_has_them(
     assert service.asked[-1].loras == (Lora(name="neon", scale=0.8),)
 
 
+def test_what_a_model_lacks_is_not_asked_for(open_page: Open, url: str, tmp_path: Path) -> None:
+    """The first has one text encoder, the second draws from text alone, and the third fills no masks."""
+    lacks = [{"prompt_2": "why", "target_size": "why"}, {"image": "why"}, {"mask_image": "why"}]
+
+    def models(route: Route) -> None:
+        told = route.fetch().json()
+        told["data"] = [
+            {**told["data"][0], "id": f"model-{index}", "lacks": each} for index, each in enumerate(lacks)
+        ]
+        route.fulfill(json=told)
+
+    page = open_page(url)
+    page.route("**/v1/models", models)
+    page.reload()
+    page.wait_for_selector("#f-model")
+    assert page.locator("#f-prompt_3").count() == 1
+    assert page.locator("#f-prompt_2, #f-target_size").count() == 0
+    Image.new("RGB", (160, 80), (90, 90, 90)).save(tmp_path / "grey.png")
+    page.set_input_files("#f-image", str(tmp_path / "grey.png"))
+    page.wait_for_selector("#f-mask", state="visible")
+    page.select_option("#f-model", "model-2")
+    assert page.locator("#f-prompt_2, #f-target_size").count() == 2
+    assert page.is_hidden("#f-mask") and page.is_visible("text=No picture")
+    page.select_option("#f-model", "model-1")
+    assert page.is_hidden("#picture") and page.locator("#f-strength").count() == 0
+
+
 def test_a_picture_and_a_painted_mask_are_sent_as_a_form(
     open_page: Open, url: str, service: FakeService, tmp_path: Path
 ) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from distriray.config import ParallelConfig
+from distriray.controls import ControlNetSpec
 from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from tests.adapters import write
 from tests.gang.policies import Changeable
-from tests.models import tiny_sdxl
+from tests.models import tiny_controlnet, tiny_sdxl
 
 
 @pytest.fixture(scope="package")
@@ -27,10 +28,19 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def shared_host(tiny_model: Path, lora_dir: Path) -> Iterator[BlockingHost]:
+def controlnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a ControlNet for the tiny model."""
+    folder = tmp_path_factory.mktemp("controlnet")
+    tiny_controlnet(tiny_sdxl().unet, seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def shared_host(tiny_model: Path, lora_dir: Path, controlnet: Path) -> Iterator[BlockingHost]:
     config = HostConfig(
         model=ModelSpec(name=str(tiny_model)),
         lora_dir=lora_dir,
+        controls=(ControlNetSpec(name="edges", source=str(controlnet)),),
         workers=4,
         device="cpu",
         parallel=ParallelConfig(exchange="sync"),

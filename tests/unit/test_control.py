@@ -338,3 +338,13 @@ def test_pictures_of_control_leave_a_request_and_come_back() -> None:
     without = request.without_pictures()
     assert not without.pictures and [each.name for each in without.control] == list(NAMES)
     assert without.with_pictures(request.pictures) == request
+
+
+def test_nobody_can_ask_for_control_without_its_picture(folder: Path) -> None:
+    with pytest.raises(ValueError, match="image is a NoneType"):
+        Control(name="canny", image=None)
+    described = Control.model_json_schema()
+    assert described["properties"]["image"]["type"] == "string" and "image" in described["required"]
+    denoiser = denoiser_of(MODELS["sdxl"][0](), folder / "sdxl")
+    with pytest.raises(InvalidRequest, match="control.0.image is a NoneType"):
+        denoiser.prepare(params(*ONE).without_pictures())

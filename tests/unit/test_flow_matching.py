@@ -36,7 +36,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from deployments.models import sizes_of
+from deployments.models import sizes_of, terms_of
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
@@ -686,7 +686,8 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     gang = Gang(folder, 2)
     runner = gang.runners[0]
     assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
-    assert runner.terms == denoiser.terms and runner.row_unit == 16
+    assert runner.terms == terms_of(ModelSpec(name=str(folder))) == denoiser.terms
+    assert runner.row_unit == 16
     assert runner.cuts_vae == (folder.name != "qwen-image")
     call = {"num_inference_steps": 3}
     outcome, _ = gang.run(seed=3, **call)

@@ -173,16 +173,17 @@ def test_auto_dtype_is_half_precision_on_a_gpu_only() -> None:
     assert resolve_dtype(ModelSpec(dtype="bfloat16"), torch.device("cuda")) is torch.bfloat16
 
 
-def test_a_service_knows_a_models_sizes_and_loads_neither_torch_nor_diffusers() -> None:
+def test_a_service_knows_a_models_sizes_and_terms_and_loads_neither_torch_nor_diffusers() -> None:
     code = (
         "import sys, deployments.router, deployments.ingress, deployments.http.app\n"
-        "from deployments.models import sizes_of\n"
+        "from deployments.models import sizes_of, terms_of\n"
         "from distriray.models import ModelSpec\n"
-        "sizes = sizes_of(ModelSpec())\n"
-        "print(sizes.default, sizes.unit, [m for m in ('torch', 'diffusers') if m in sys.modules])"
+        "sizes, terms = sizes_of(ModelSpec()), terms_of(ModelSpec())\n"
+        "print(sizes.default, sizes.unit, *terms.lacks)\n"
+        "print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(512, 512) 8 []"
+    assert done.stdout.strip() == "(512, 512) 8 prompt_3 negative_prompt_3\n[]"
 
 
 def test_importing_distriray_loads_neither_torch_nor_ray() -> None:

@@ -22,7 +22,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from deployments.models import sizes_of
+from deployments.models import sizes_of, terms_of
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, all_gather, connect, run_in_lockstep
 from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
@@ -448,6 +448,7 @@ def test_a_gang_of_runners_draws_the_picture_of_one(tmp_path: Path) -> None:
     gang = Gang(tmp_path, 2)
     sizes = gang.runners[0].sizes
     assert sizes == sizes_of(ModelSpec(name=str(tmp_path))) == Sizes((128, 128), unit=8, latent_row=8)
+    assert gang.runners[0].terms == terms_of(ModelSpec(name=str(tmp_path)))
     assert gang.runners[0].row_unit == 64
     together, alone = gang.run(guidance_rescale=0.5), gang.run(link="alone", guidance_rescale=0.5)
     (picture,), (other,) = together[0].images or (), alone[0].images or ()

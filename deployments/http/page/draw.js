@@ -39,10 +39,13 @@ export function startDraw(needKey) {
       write({ ...drawing.asked, seed: drawing.result.seed });
       byId("f-prompt").focus();
     },
-    "Start from this": (drawing) => picture.use(drawing.file),
+    "Start from this": (drawing) => (edits() ? picture.use(drawing.file) : sayNo(model().lacks.image)),
   });
   const strip = new Strip(byId("stage"), select);
   const model = () => models.find((card) => card.id === byId("f-model")?.value) ?? models[0];
+
+  /** The fields of requests with a picture, where there is a path and the model takes them; else null. */
+  const edits = () => ("image" in (model()?.lacks ?? {}) ? null : taken.edits);
 
   function select(drawing) {
     stage.show(drawing);
@@ -58,7 +61,8 @@ export function startDraw(needKey) {
 
   function offerFields() {
     if (!models.length) return;
-    const known = picture.taken && taken.edits ? taken.edits : taken.fields;
+    picture.offer(edits(), "mask_image" in (model().lacks ?? {}));
+    const known = picture.taken && edits() ? edits() : taken.fields;
     fields.offer(known, model());
     const ideas = IDEAS[model().alias_of ?? model().id] ?? OTHER_IDEAS;
     byId("ideas").replaceChildren(
@@ -120,7 +124,7 @@ export function startDraw(needKey) {
       return; // it is said beside the field
     }
     if (models.length > 1) asked.model = model().id;
-    submit(asked, picture.taken && taken.edits ? picture.source() : null);
+    submit(asked, picture.taken && edits() ? picture.source() : null);
   });
   byId("form").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("form").requestSubmit();
@@ -131,7 +135,6 @@ export function startDraw(needKey) {
     offer(cards, document) {
       models = cards;
       taken = readDocument(document);
-      picture.offer(taken.edits);
       stage.actions = Object.fromEntries(
         Object.entries(stage.actions).filter(([label]) => label !== "Start from this" || taken.edits),
       );

@@ -51,7 +51,7 @@ export class Fields {
   offer(fields, card) {
     const typed = this.#typed();
     this.#controls.clear();
-    const asked = [...fields.keys()].filter(isAsked);
+    const asked = [...fields.keys()].filter((name) => isAsked(name) && !(name in (card.lacks ?? {})));
     const names = asked.filter((name) => name !== "loras" || namesOf(card.loras).length > 0);
     const first = FIRST.filter((name) => names.includes(name));
     const rest = names.filter((name) => !first.includes(name));

@@ -40,7 +40,7 @@ export class Picture extends EventTarget {
         h("label", { for: "brush" }, "Brush"),
         this.brush,
         h("label", { class: "tick" }, this.rub, "Rub out"),
-        h("button", { type: "button", onclick: () => this.#clear() }, "Clear"),
+        h("button", { type: "button", class: "clear", onclick: () => this.#clear() }, "Clear"),
         h("button", { type: "button", onclick: () => this.use(null) }, "No picture"),
       ),
       h(
@@ -68,9 +68,10 @@ export class Picture extends EventTarget {
     return this.#file !== null;
   }
 
-  /** Show the control where the service has fields for it. */
-  offer(edits) {
+  /** Show the control where the service has fields for it, and of it no mask where none is taken. */
+  offer(edits, unmasked) {
     this.element.hidden = !edits;
+    this.desk.classList.toggle("unmasked", unmasked);
   }
 
   /** Start from this picture, a Blob, or from none. */
@@ -82,7 +83,7 @@ export class Picture extends EventTarget {
   /** What is to be sent, as it is now; `form` makes the body of a request. */
   source() {
     const file = this.#file;
-    const mask = this.#painted ? this.#mask() : null;
+    const mask = this.#painted && !this.desk.classList.contains("unmasked") ? this.#mask() : null;
     return { form: async (asked, edits) => formOf(asked, edits, file, await mask) };
   }
 

@@ -25,6 +25,7 @@ from deployments.router import Router
 from deployments.state import HostReport
 from distriray.denoise.pipelines.registry import PIPELINES
 from distriray.denoise.pipelines.sizes import Sizes
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
@@ -762,6 +763,22 @@ def test_models_are_known_before_any_host_is_up() -> None:
     (card,) = asyncio.run(scene())
     assert card.id == "builtin:landscapes" and card.default_size == (512, 512)
     assert card.created == CREATED
+
+
+def test_a_card_names_what_is_refused_in_the_words_of_the_refusal() -> None:
+    handle = FakeHandle()
+
+    async def scene() -> None:
+        service = front(pool=handle)
+        lacks = service.models()[0].lacks
+        assert lacks.keys() == {"prompt_3", "negative_prompt_3"}, "by its folder"
+        handle.hosts, handle.facts = ["a"], replace(FACTS, terms=Terms(lacks={"prompt_2": "there is one"}))
+        with pytest.raises(InvalidRequest, match="^prompt_2: there is one; leave it out$"):
+            await service.generate(GenerationRequest(prompt="x", prompt_2="y"))
+        assert service.models()[0].lacks == {"prompt_2": "there is one"}, "hosts know better than folders"
+
+    asyncio.run(scene())
+    assert not handle.calls
 
 
 def test_a_model_whose_size_no_host_has_told_yet_is_there_too() -> None:

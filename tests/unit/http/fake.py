@@ -22,9 +22,10 @@ from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
 
 LIMITS = Limits(max_side=256, max_pixels=256 * 256, max_steps=50, max_images=4, max_previews=3)
+LACKS = {"prompt_3": "this model has no third text encoder"}
 CARDS = [
     ModelCard(id="builtin:landscapes", created=1, default_size=(64, 96), limits=LIMITS, gang_sizes=(1, 2)),
-    ModelCard(id="some/other", created=2, default_size=(128, 128), size_unit=16, limits=LIMITS),
+    ModelCard(id="some/other", created=2, default_size=(128, 128), size_unit=16, limits=LIMITS, lacks=LACKS),
 ]
 
 

@@ -90,7 +90,7 @@ def defaults(node: Any) -> dict[str, Any]:
         for name, kind in kinds.items():
             if isinstance(kind[0], list):
                 found[name] = kind[0][0]
-            elif kind[0] not in ("IMAGE", "MASK"):
+            elif kind[0] not in ("IMAGE", "MASK", "DISTRIRAY_CONTROL"):  # those are sockets
                 found[name] = kind[1]["default"]
     return found
 
@@ -209,6 +209,29 @@ def test_pictures_and_masks_are_sent_one_by_one_and_come_back_as_a_batch(
         white = np.array(mask_of(asked.mask_image)) > 127
         assert np.array_equal(white, mask.numpy() > 0.5)
     assert [len(bar) for bar in comfy.bars] == [3, 3] and comfy.bars[0][1][2][1].size == (8, 12)
+
+
+@pytest.mark.parametrize("node", ["DistrirayGenerate", "DistrirayEdit"])
+def test_control_is_chained(nodes: dict[str, Any], node: str) -> None:
+    service, add = FakeService(), nodes["DistrirayControl"]
+    edges, depth = torch.zeros(1, 16, 24, 3), torch.ones(1, 8, 8, 3)
+    (first,) = run(add, name="canny", image=edges, scale=0.7, end=0.5)
+    (both,) = run(add, name=" depth", image=depth, start=0.25, control=first)
+    on = {"image": torch.zeros(1, 64, 96, 3)} if node == "DistrirayEdit" else {}
+    with serving(service) as url:
+        run(nodes[node], url=url, prompt="a lake", seed=2, control=both, **on)
+        run(nodes[node], url=url, prompt="a lake", seed=2, control=first, **on)
+    canny, other = service.asked[0].control
+    assert (canny.name, canny.scale, canny.start, canny.end) == ("canny", 0.7, 0.0, 0.5)
+    assert (other.name, other.scale, other.start, other.end) == ("depth", 1.0, 0.25, 1.0)
+    for sent, given in ((canny, edges), (other, depth)):
+        assert np.array_equal(sent.image.load(), (given[0].numpy() * 255).round())
+    assert [each.name for each in service.asked[1].control] == ["canny"], "a chain is not changed by its next"
+
+
+def test_a_control_goes_by_one_picture(nodes: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="control 'canny' goes by one picture; there are 2"):
+        run(nodes["DistrirayControl"], name="canny", image=torch.zeros(2, 8, 8, 3))
 
 
 @pytest.mark.parametrize(
