@@ -32,6 +32,7 @@ _REASONS = {
 }
 _REF = "#/components/schemas/"
 _FILE = {"type": "string", "format": "binary"}
+_PICTURES = {"contentType": "image/png, image/jpeg, image/webp"}
 
 
 def _names_of_events() -> list[str]:
@@ -61,13 +62,12 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def describe_images(asked: type[ImageRequest]) -> dict[str, Any]:
     """The body and the two kinds of success of a request for images, whose body is read by hand: the
     framework's parser accepts NaN and coerces."""
-    forms = ["multipart/form-data"] if issubclass(asked, EditRequest) else []
+    schema = {"schema": {"$ref": f"{_REF}{asked.__name__}"}}
+    forms = {"multipart/form-data": {**schema, "encoding": dict.fromkeys(asked.FILES, _PICTURES)}}
     return {
         "requestBody": {
             "required": True,
-            "content": {
-                kind: {"schema": {"$ref": f"{_REF}{asked.__name__}"}} for kind in [*forms, "application/json"]
-            },
+            "content": {**(forms if asked.FILES else {}), "application/json": schema},
         },
         "responses": {
             "200": {

@@ -21,7 +21,7 @@ from distriray.errors import QueueFull
 from distriray.requests import GenerationRequest
 from distriray.wire import CARRIED, PARAMS
 from tests.unit.conftest import serving
-from tests.unit.http.conformance import schemathesis
+from tests.unit.http.conformance import schemathesis, schemathesis_of_forms
 from tests.unit.http.fake import CARDS, FakeService
 
 ROOT = Path(deployments.http.__file__).parents[2]
@@ -119,7 +119,11 @@ def test_schemathesis_finds_no_violation(tmp_path: Path, monkeypatch: pytest.Mon
     service = FakeService()
     with serving(service, HttpConfig(keys_env="SOME_KEYS")) as url:
         schemathesis(url, "secret", examples=20, folder=tmp_path)
-    assert len(service.asked) > 10, "hardly a valid request was tried"
+        assert len(service.asked) > 10, "hardly a valid request was tried"
+        before = len(service.asked)
+        schemathesis_of_forms(url, "secret", examples=20, folder=tmp_path)
+    drawn_on = service.asked[before:]
+    assert len(drawn_on) > 10 and all(asked.image for asked in drawn_on), "hardly a valid form was tried"
 
 
 def test_the_commands_of_the_page_run_as_printed(url: str, tmp_path: Path) -> None:
