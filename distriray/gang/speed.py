@@ -40,10 +40,14 @@ class Speed:
             if segment.first_step < end:
                 return  # a mean of steps with guidance and without is neither's
             guided = False
+        in_part = any(each.scale and (each.start, each.end) != (0.0, 1.0) for each in job.request.control)
+        if in_part and (segment.first_step, segment.last_step) != (0, view.steps_total):
+            return  # nor is a part of the steps what all are on the average
         step_s = segment.stale_step_s
         if step_s is None and segment.fresh_step_s is not None:  # a lone worker has no other
-            times = self.model.times(gang, view.height, view.width, view.batch, guided)
+            times = self.model.times(gang, view.height, view.width, view.batch, guided, besides=view.besides)
             step_s = segment.fresh_step_s * times.step_s / times.sync_step_s
         if step_s is not None:
             full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
-            self.model.observe(gang, view.height, view.width, view.batch, step_s * full, guided)
+            case = gang, view.height, view.width, view.batch
+            self.model.observe(*case, step_s * full, guided, view.besides)

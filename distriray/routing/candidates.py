@@ -11,7 +11,7 @@ from math import inf, ldexp
 from typing import NamedTuple
 
 from .capacity import Capacity
-from .latency import LatencyModel, Times
+from .latency import Besides, LatencyModel, Times
 from .policy import HostView, RequestView
 
 TOLERANCE_S = 1e-6  # a deadline missed by rounding is met
@@ -186,7 +186,7 @@ def candidate_of(request: RequestView, costs: Costs, deadline_s: float = inf) ->
 def costs_by_request(view: HostView, model: LatencyModel) -> Callable[[RequestView], Costs]:
     """A function that gives each request's costs on this host's healthy workers, computed once a sort."""
     available = [size for size, workers in Capacity.of(view).free.items() if workers]
-    gangs: dict[tuple[int, int, int, bool, bool], list[tuple[int, Times]]] = {}
+    gangs: dict[tuple[int, int, int, bool, bool, Besides], list[tuple[int, Times]]] = {}
     known: dict[tuple[object, ...], Costs] = {}
 
     def costs_of(r: RequestView) -> Costs:

@@ -20,10 +20,14 @@ PositiveSeconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 PositiveRatio = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Points = Sequence[tuple[float, float]]
-Case = tuple[int, int, int, int, bool]  # gang, height, width, batch, guided
+Besides = tuple[tuple[str, float], ...]
+"""What a step computes beside the network as it is, such as ControlNets: names, and the share of a step that
+each is guessed to add."""
+Case = tuple[int, int, int, int, bool, Besides]  # gang, height, width, batch, guided
 
 MEASURED_ERROR = 0.05  # relative, of a case that the profile holds and nobody has observed since
 ERROR_PER_DOUBLING = 0.15  # relative, for each factor of two away from the nearest measured case
+GUESSED_ERROR = 0.5  # of the share of a step that is guessed for what nobody has observed
 MIN_OBSERVATIONS = 3  # the smallest number whose median one outlier cannot move
 SHARED_WEIGHT = 3  # how many own observations outweigh what the other cases say
 MAX_OBSERVED = 64  # cases that a model keeps observations of; clients choose the shapes, so there is no end
@@ -134,7 +138,7 @@ class Times:
 
 
 class LatencyModel:
-    """Seconds for every (gang size, height, width, batch, guidance), measured or not.
+    """Seconds for every (gang size, height, width, batch, guidance, what else is computed), measured or not.
 
     Between measured cases times are interpolated on logarithmic scales of the pixels, the batch and the
     gang; beyond them the last slope goes on, but no gang is taken to speed up more than it has members, and
@@ -162,10 +166,17 @@ class LatencyModel:
         self._times: dict[tuple[Case, bool], Times] = {}
 
     def times(
-        self, gang: int, height: int, width: int, batch: int, guided: bool = True, fresh: bool = False
+        self,
+        gang: int,
+        height: int,
+        width: int,
+        batch: int,
+        guided: bool = True,
+        fresh: bool = False,
+        besides: Besides = (),
     ) -> Times:
         """All that is known of one case, whose steps are all synchronous if `fresh`."""
-        case = (gang, height, width, batch, guided)
+        case = (gang, height, width, batch, guided, besides)
         known = self._times.get((case, fresh))
         if known is None:
             if len(self._times) >= MAX_PREDICTED:
@@ -189,17 +200,28 @@ class LatencyModel:
         return math.exp(_on_line(points, math.log(busy), min_slope=0.0, max_slope=0.0, lone_slope=0.0))
 
     def observe(
-        self, gang: int, height: int, width: int, batch: int, step_s: float, guided: bool = True
+        self,
+        gang: int,
+        height: int,
+        width: int,
+        batch: int,
+        step_s: float,
+        guided: bool = True,
+        besides: Besides = (),
     ) -> None:
-        """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive."""
-        key = (gang, height, width, batch, guided)
+        """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive.
+
+        What else it computed teaches nothing of other cases.
+        """
+        key = (gang, height, width, batch, guided, besides)
         ratio = math.log(step_s / self._step_from_profile(lambda e: e.step_s, *key))
         own = self._observed.pop(key, deque(maxlen=self._window))
         own.append(ratio)
         self._observed[key] = own  # last in order: the first one is forgotten first
         if len(self._observed) > MAX_OBSERVED:
             del self._observed[next(iter(self._observed))]
-        self._shared.append(ratio)
+        if not besides:
+            self._shared.append(ratio)
         self.observations += 1
         self._times.clear()
 
@@ -207,19 +229,22 @@ class LatencyModel:
         """The knowledge, without what follows from it."""
         return {**self.__dict__, "_times": {}}
 
-    def _predict(self, gang: int, height: int, width: int, batch: int, guided: bool) -> Times:
-        key = (gang, height, width, batch, guided)
+    def _predict(
+        self, gang: int, height: int, width: int, batch: int, guided: bool, besides: Besides
+    ) -> Times:
+        key = (gang, height, width, batch, guided, besides)
         correction, error = self._correction(key)
         step = self._step_from_profile(lambda e: e.step_s, *key) * correction
         unguided = 1.0
         if guided:
-            alone = (gang, height, width, batch, False)
+            alone = (gang, height, width, batch, False, besides)
             unguided_s = self._step_from_profile(lambda e: e.step_s, *alone) * self._correction(alone)[0]
             unguided = min(1.0, unguided_s / step)
         sync = self._step_from_profile(lambda e: e.sync_step_s or e.step_s, *key) * correction
         images = [(e, e.batch) for e in self.profile.entries]
+        around, _ = self._correction((gang, height, width, batch, guided, ()))
         prepare, decode = (
-            _from_profile(images, field, gang, height, width, batch) * correction
+            _from_profile(images, field, gang, height, width, batch) * around
             for field in (lambda e: e.prepare_s, lambda e: e.decode_s)
         )
         regroup = self.profile.regroup_s + max(0.0, sync - step)
@@ -239,7 +264,8 @@ class LatencyModel:
         own = self._observed.get(key, ())
         shared = statistics.median(self._shared) if len(self._shared) >= MIN_OBSERVATIONS else 0.0
         if len(own) < MIN_OBSERVATIONS:
-            return math.exp(shared), MEASURED_ERROR + ERROR_PER_DOUBLING * self._distance(*key)
+            error = MEASURED_ERROR + ERROR_PER_DOUBLING * self._distance(*key[:5])
+            return math.exp(shared), error + GUESSED_ERROR * _added(key[5])
         middle = statistics.median(own)
         spread = 1.4826 * statistics.median(abs(ratio - middle) for ratio in own)  # a robust deviation
         share = len(own) / (len(own) + SHARED_WEIGHT)
@@ -255,11 +281,24 @@ class LatencyModel:
         )
 
     def _step_from_profile(
-        self, field: Callable[[Entry], float], gang: int, height: int, width: int, batch: int, guided: bool
+        self,
+        field: Callable[[Entry], float],
+        gang: int,
+        height: int,
+        width: int,
+        batch: int,
+        guided: bool,
+        besides: Besides,
     ) -> float:
         """One field of a step, interpolated over what the network evaluates at once."""
         evaluated = [(e, _evaluated(e.batch, e.guided)) for e in self.profile.entries]
-        return _from_profile(evaluated, field, gang, height, width, _evaluated(batch, guided))
+        plain = _from_profile(evaluated, field, gang, height, width, _evaluated(batch, guided))
+        return plain * (1.0 + _added(besides))
+
+
+def _added(besides: Besides) -> float:
+    """The share of a step that is guessed to be added to it."""
+    return sum(share for _, share in besides)
 
 
 def _evaluated(batch: int, guided: bool) -> int:

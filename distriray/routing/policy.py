@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from .latency import LatencyModel, Times
+from .latency import Besides, LatencyModel, Times
 
 Workers = tuple[int, ...]
 
@@ -37,6 +37,7 @@ class RequestView:
         unguided_steps: but for so many of the last.
         fresh: its steps are all synchronous.
         adapters: the names of those that it is drawn with.
+        besides: what its steps compute beside the network, on the average.
     """
 
     id: str
@@ -57,11 +58,12 @@ class RequestView:
     unguided_steps: int = 0
     fresh: bool = False
     adapters: tuple[str, ...] = ()
+    besides: Besides = ()
 
     @property
-    def shape(self) -> tuple[int, int, int, bool, bool]:
+    def shape(self) -> tuple[int, int, int, bool, bool, Besides]:
         """What its times depend on besides the gang, in the order of `LatencyModel.times`."""
-        return self.height, self.width, self.batch, self.guided, self.fresh
+        return self.height, self.width, self.batch, self.guided, self.fresh, self.besides
 
     def left_s(self, times: Times) -> float:
         """Seconds to its end in a gang of these times, which are of its shape."""

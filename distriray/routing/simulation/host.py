@@ -190,7 +190,8 @@ class SimulatedHost:
         view = live.view
         if self.model is not self.truth:
             workers = len(segment.workers)
-            self.model.observe(workers, view.height, view.width, view.batch, segment.step_s, view.guided)
+            case = workers, view.height, view.width, view.batch
+            self.model.observe(*case, segment.step_s, view.guided, view.besides)
         if view.steps_done + segment.ends < view.steps_total:
             self._let_go(live, segment)
             live.view = _with(view, view.steps_done + segment.ends, None, False)
@@ -244,4 +245,5 @@ def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: b
         pinned=pinned,
         guided=view.guided,
         unguided_steps=view.unguided_steps,
+        besides=view.besides,
     )

@@ -65,6 +65,38 @@ def test_when_all_who_hold_a_state_die_its_request_begins_again_with_them() -> N
     do(scene())
 
 
+def test_what_control_takes_is_learnt_of_it_alone() -> None:
+    async def scene() -> None:
+        async with FakeHost(1, controls=[CANNY], **opened()) as host:
+            model, plain = host.dispatcher.speed.model, host.accept(num_inference_steps=8)
+            await plain.ended
+            known, learnt = model.times(1, *plain.view().shape), model.observations
+            assert learnt == 1
+            controlled = host.accept(num_inference_steps=8, **ASKED)
+            assert controlled.view().besides == (("control canny 0 1", 0.3),)
+            await controlled.ended
+            assert model.observations == learnt + 1 and model.times(1, *plain.view().shape) == known
+
+    do(scene())
+
+
+def test_nothing_is_learnt_of_a_part_of_the_steps_where_control_is_in_a_part_of_them() -> None:
+    async def scene() -> None:
+        policy = Script([(0, 1), (0, 1, 2, 3)], every=LONG)
+        async with FakeHost(4, policy, controls=[CANNY], **opened()) as host:
+            model, half = host.dispatcher.speed.model, [{**ASKED["control"][0], "end": 0.5}]
+            job = host.accept(num_inference_steps=60, control=half)
+            assert job.view().besides == (("control canny 0 0.5", pytest.approx(0.15)),)
+            await at(job, 10)
+            policy.at = 1
+            job.yield_() and host.dispatcher._stop(job, StopSignal.YIELD)
+            assert len((await job.ended).segments) == 2 and model.observations == 0
+            await host.accept(num_inference_steps=8, control=half).ended
+            assert model.observations == 1
+
+    do(scene())
+
+
 def test_an_unknown_name_is_refused_at_once_with_those_that_there_are() -> None:
     async def scene() -> None:
         async with FakeHost(1, controls=[CANNY]) as host:

@@ -186,6 +186,23 @@ def test_guided_and_unguided_segments_teach_each_their_own_case():
     assert model.step_s(1, 512, 512, 1, False) == pytest.approx(0.16, rel=0.1)
 
 
+def test_what_a_step_computes_besides_is_guessed_then_learnt_and_spoils_nothing_else():
+    model = LatencyModel(profile(entry(1, 512, 0.2, prepare_s=0.1, decode_s=0.4)))
+    edges, ink = (("control edges 0 1", 0.3),), (("lora ink", 0.3),)
+    plain, guessed = model.times(1, 512, 512, 1), model.times(1, 512, 512, 1, besides=edges)
+    assert guessed.step_s == pytest.approx(0.26) and guessed.error > plain.error
+    for _ in range(20):
+        model.observe(1, 512, 512, 1, 0.3, besides=edges)
+    learnt = model.times(1, 512, 512, 1, besides=edges)
+    assert learnt.step_s == pytest.approx(0.3, rel=0.05) and learnt.error < guessed.error
+    assert (learnt.prepare_s, learnt.decode_s) == pytest.approx((0.1, 0.4)), "not what steps compute"
+    assert model.times(1, 512, 512, 1) == plain
+    assert model.times(1, 512, 512, 1, besides=ink).step_s == pytest.approx(0.26)
+    for _ in range(20):
+        model.observe(1, 512, 512, 1, 0.4)
+    assert model.times(1, 512, 512, 1, besides=ink).step_s == pytest.approx(0.52, rel=0.1), "all got slower"
+
+
 def test_profiles_from_before_guidance_was_part_of_a_case_are_of_guided_steps(tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(
