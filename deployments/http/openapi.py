@@ -62,13 +62,12 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def describe_images(asked: type[ImageRequest]) -> dict[str, Any]:
     """The body and the two kinds of success of a request for images, whose body is read by hand: the
     framework's parser accepts NaN and coerces."""
-    schema = {"schema": {"$ref": f"{_REF}{asked.__name__}"}}
-    forms = {"multipart/form-data": {**schema, "encoding": dict.fromkeys(asked.FILES, _PICTURES)}}
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"{_REF}{asked.__name__}"}}}
+    if asked.FILES:
+        form = {"$ref": f"{_REF}{_form_of(asked)}"}
+        content["multipart/form-data"] = {"schema": form, "encoding": dict.fromkeys(asked.FILES, _PICTURES)}
     return {
-        "requestBody": {
-            "required": True,
-            "content": {**(forms if asked.FILES else {}), "application/json": schema},
-        },
+        "requestBody": {"required": True, "content": content},
         "responses": {
             "200": {
                 "description": "The images; with `stream: true` server-sent events",
@@ -131,8 +130,9 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
         for asked in _REQUESTS:
             fields = schemas[asked.__name__]["properties"]
             _limit(fields, service.models())
-            for name in asked.FILES:
-                fields[name] = {**_FILE, "description": fields[name]["description"]}
+            if asked.FILES:
+                form = {name: _part(name in asked.FILES, field) for name, field in fields.items()}
+                schemas[_form_of(asked)] = {**schemas[asked.__name__], "properties": form}
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
@@ -141,6 +141,21 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
         return document
 
     return openapi
+
+
+def _form_of(asked: type[ImageRequest]) -> str:
+    """The name of the schema of a request as a form."""
+    return f"{asked.__name__}Form"
+
+
+def _part(is_file: bool, field: dict[str, Any]) -> dict[str, Any]:
+    """A field of a form: files are as they are, and lists JSON in one part."""
+    if is_file:
+        return {**_FILE, "description": field["description"]}
+    if any(kind.get("type") == "array" for kind in field.get("anyOf", [field])):
+        said = {"type": "string", "contentMediaType": "application/json", "contentSchema": field}
+        return {**said, "description": field["description"]}
+    return field
 
 
 def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:

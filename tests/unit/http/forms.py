@@ -27,7 +27,7 @@ for kind in ("png", "jpeg", "webp"):
 @schemathesis.hook  # type: ignore[untyped-decorator, unused-ignore]
 def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
     """Leave forms alone of what may be JSON too, without null, for which they have no text, and without
-    lists, which they have as JSON and the document has as several parts."""
+    lists, which are JSON in a text."""
     for path in raw_schema["paths"].values():
         content = path.get("post", {}).get("requestBody", {}).get("content", {})
         if FORM not in content:
@@ -36,7 +36,7 @@ def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
         body = raw_schema["components"]["schemas"][content[FORM]["schema"]["$ref"].rpartition("/")[2]]
         for name, field in list(body["properties"].items()):
             kinds = [one for one in field.get("anyOf", [field]) if one.get("type") != "null"]
-            if not kinds or any(one.get("type") == "array" for one in kinds):
+            if not kinds or "contentSchema" in field:
                 del body["properties"][name]
             elif "anyOf" in field:
                 field["anyOf"] = kinds

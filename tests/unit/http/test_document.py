@@ -66,6 +66,20 @@ def test_a_key_is_in_the_document_where_one_is_needed(monkeypatch: pytest.Monkey
         assert "security" not in paths["/healthz"]["get"]
 
 
+def test_pictures_are_files_in_a_form_and_data_urls_in_json_and_lists_of_a_form_are_json() -> None:
+    document = build_http(FakeService(), HttpConfig()).openapi()
+    content = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]
+    names = {kind: body["schema"]["$ref"].rpartition("/")[2] for kind, body in content.items()}
+    form, as_json = (
+        document["components"]["schemas"][names[kind]] for kind in ("multipart/form-data", "application/json")
+    )
+    assert form["properties"]["image"]["format"] == "binary"
+    assert as_json["properties"]["image"]["pattern"].startswith("^data:")
+    assert form["properties"]["loras"]["contentMediaType"] == "application/json"
+    assert form["properties"]["loras"]["contentSchema"] == as_json["properties"]["loras"]
+    assert form["required"] == as_json["required"] == ["prompt", "image"]
+
+
 def test_the_page_names_every_field_and_every_code() -> None:
     page = DOCS.read_text()
     codes = {code for file in SOURCES for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', file.read_text())}
