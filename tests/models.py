@@ -26,6 +26,12 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -257,6 +263,58 @@ def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DMode
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(FluxTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_longcat_image_transformer(seed: int = 0, **config: Any) -> LongCatImageTransformer2DModel:
+    """LongCat-Image's layout: that of FLUX.1, without pooled embeddings."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "pooled_projection_dim": TEXT_WIDTH,
+        "axes_dims_rope": [4, 6, 6],
+    }
+    return ready(LongCatImageTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_ovis_image_transformer(seed: int = 0, **config: Any) -> OvisImageTransformer2DModel:
+    """Ovis-Image's layout: that of FLUX.1, with gated feed-forwards."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return ready(OvisImageTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_krea2_transformer(seed: int = 0, **config: Any) -> Krea2Transformer2DModel:
+    """Krea 2's layout: one stream, texts refined before they join it, two query heads for each of keys."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "timestep_embed_dim": 32,
+        "text_hidden_dim": TEXT_WIDTH,
+        "num_text_layers": 3,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 48,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return ready(Krea2Transformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
@@ -612,8 +670,49 @@ def tiny_flux2_vae(seed: int) -> AutoencoderKLFlux2:
     return ready(vae, seed)
 
 
-def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
-    """A whole Qwen-Image pipeline."""
+def tiny_longcat_image(seed: int = 0) -> LongCatImagePipeline:
+    """A LongCat-Image pipeline, of 16 latent channels, as it expects."""
+    tokenizer = tiny_qwen_tokenizer()
+    pipeline = LongCatImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(seed + 1, shift_factor=0.0, latent_channels=16),
+        text_encoder=tiny_qwen_vl(seed + 2, tokenizer),
+        tokenizer=tokenizer,
+        text_processor=None,
+        transformer=tiny_longcat_image_transformer(seed, in_channels=64),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_ovis_image(seed: int = 0) -> OvisImagePipeline:
+    """An Ovis-Image pipeline without what encodes prompts."""
+    pipeline = OvisImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(seed + 1, shift_factor=0.0),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=tiny_ovis_image_transformer(seed),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_krea2(seed: int = 0) -> Krea2Pipeline:
+    """A Krea 2 pipeline without what encodes prompts."""
+    pipeline = Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_qwen_vae(seed + 1),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=tiny_krea2_transformer(seed),
+        text_encoder_select_layers=(1, 2, 3),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_qwen_vae(seed: int) -> AutoencoderKLQwenImage:
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
@@ -622,10 +721,15 @@ def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
         latents_mean=[0.1, -0.2, 0.0, 0.3],
         latents_std=[1.0, 2.0, 1.5, 0.8],
     )
+    return ready(vae, seed)
+
+
+def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
+    """A whole Qwen-Image pipeline."""
     tokenizer = tiny_qwen_tokenizer()
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
-        vae=ready(vae, seed + 1),
+        vae=tiny_qwen_vae(seed + 1),
         text_encoder=tiny_qwen_vl(seed + 2, tokenizer),
         tokenizer=tokenizer,
         transformer=tiny_qwen_image_transformer(seed),

@@ -60,7 +60,8 @@ class Plan:
         attention: by module.
         gather: the module whose output, (batch, this rank's tokens of the image, channels), is gathered.
         inputs: by the name of the network's argument. Others are refused unless they have their default.
-        kwargs: the argument for attention processors, of which only a LoRA's `scale` works.
+        kwargs: the argument for attention processors, of which only a LoRA's `scale` works; None if there is
+            none.
         whole: the modules that see all tokens, and are not cut.
         mask: the argument that says which tokens of the text are attended to, bool (batch, tokens).
     """
@@ -69,7 +70,7 @@ class Plan:
     attention: Mapping[str, Attention]
     inputs: Mapping[str, Input]
     gather: str = "proj_out"
-    kwargs: str = "joint_attention_kwargs"
+    kwargs: str | None = "joint_attention_kwargs"
     whole: tuple[str, ...] = ()
     mask: str | None = None
 

@@ -179,7 +179,8 @@ class TokenNetwork(Network):
             default, given = self._signature.parameters[name].default, arguments[name]
             if given is not None and (default is None or given != default):
                 raise UnsupportedModel(f"{name}, which is not cut into patches")
-        foreign = sorted(set(arguments[self.plan.kwargs] or ()) - {"scale"})
+        scale = None if self.plan.kwargs is None else arguments[self.plan.kwargs]
+        foreign = sorted(set(scale or ()) - {"scale"})
         if foreign:
             raise UnsupportedModel(
                 f"{self.plan.kwargs} {', '.join(foreign)}; with patches only 'scale' (LoRA) works"
@@ -190,7 +191,6 @@ class TokenNetwork(Network):
         _check_backend(None)
         for processor in self._attending.values():
             _check_backend(processor)
-        scale = arguments[self.plan.kwargs]
         sample, embeddings = self.sample_of(latents), self.text_of(text)
         return Call(sample, timestep, embeddings, scale, self._branch, arguments)
 
@@ -216,8 +216,14 @@ class TokenNetwork(Network):
         mask = None if self.plan.mask is None else arguments[self.plan.mask]
         return None if mask is None else key_mask(mask, partition)
 
+    def heads(self, attention: Any) -> int:
+        """How many heads of a layer of attention can be dealt to the ranks."""
+        heads: int = attention.heads
+        return heads
+
     def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
-        dealt = [module.heads for _, module, planned in self._attentions() if planned.sequence is not None]
+        attending = (layer for _, layer, planned in self._attentions() if planned.sequence is not None)
+        dealt = [self.heads(layer) for layer in attending]
         divides = not any(heads % patches for heads in dealt)
         if attention == "ulysses" and not divides:
             raise InvalidRequest(
@@ -235,7 +241,7 @@ class TokenNetwork(Network):
                 **(described(call.sample, PACKED) if packed else described(call.sample)),
                 "text batch": call.text.shape[0],
                 "text tokens": call.text.shape[1],
-                "scale of adapters": (given[self.plan.kwargs] or {}).get("scale"),
+                "scale of adapters": (call.text_scale or {}).get("scale"),
             },
             near={
                 "latents": call.sample,

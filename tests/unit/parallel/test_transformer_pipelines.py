@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
@@ -16,6 +18,9 @@ from tests.models import (
     tiny_chroma,
     tiny_flux,
     tiny_flux2,
+    tiny_krea2,
+    tiny_longcat_image,
+    tiny_ovis_image,
     tiny_pixart,
     tiny_qwen_image,
     tiny_sd3,
@@ -27,7 +32,20 @@ from tests.unit.parallel.transformers import error, noise, watched
 PROMPT = {"prompt": "a lake at dusk", "max_sequence_length": 12, "output_type": "pt"}
 EMBEDDED = {"prompt_embeds": noise(1, 1, 7, TEXT_WIDTH)}
 NEGATIVE = {"negative_prompt_embeds": noise(2, 1, 7, TEXT_WIDTH)}
+NO_RESIZING = {"max_area": 96 * 64, "_auto_resize": False}
+BARE = {"negative_prompt": None, "guidance_scale": 3.0, "output_type": "pt"}
+STACKED = {
+    "prompt_embeds": noise(1, 1, 7, 3, TEXT_WIDTH),
+    "prompt_embeds_mask": torch.tensor([[True] * 5 + [False] * 2]),
+}
 PADDED = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+
+
+def tiny_kontext() -> FluxKontextPipeline:
+    """FLUX.1 Kontext, whose network sees the tokens of another picture behind those of its own."""
+    pipeline = FluxKontextPipeline(**tiny_flux().components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @dataclass(frozen=True)
@@ -61,8 +79,16 @@ CASES = [
     Case(tiny_sd3, PROMPT),
     Case(tiny_flux, PROMPT),
     Case(tiny_flux, {**PROMPT, "negative_prompt": "fog", "true_cfg_scale": 3.0}, calls=2),
+    Case(tiny_kontext, {**PROMPT, "image": Image.new("RGB", (64, 96), "red"), **NO_RESIZING}),
     Case(tiny_flux2, PROMPT),
     Case(tiny_chroma, {**PROMPT, "guidance_scale": 1.0}),
+    Case(
+        tiny_longcat_image,
+        {"prompt": "a lake", "guidance_scale": 3.0, "enable_prompt_rewrite": False, "output_type": "pt"},
+        calls=2,
+    ),
+    Case(tiny_ovis_image, {**EMBEDDED, **NEGATIVE, **BARE}, calls=2),
+    Case(tiny_krea2, {**STACKED, "guidance_scale": 0.0, "output_type": "latent"}),
     Case(
         tiny_qwen_image,
         {
@@ -99,11 +125,24 @@ CASES = [
 ]
 
 
-UNNAMED = Case(tiny_chroma, {**PROMPT, "negative_prompt": "fog", "guidance_scale": 3.0}, calls=2)
-"""Guided by a call for each branch, which the pipeline does not name."""
+UNNAMED = [
+    Case(tiny_chroma, {**PROMPT, "negative_prompt": "fog", "guidance_scale": 3.0}, calls=2),
+    Case(
+        tiny_krea2,
+        {
+            **STACKED,
+            "negative_prompt_embeds": noise(2, 1, 7, 3, TEXT_WIDTH),
+            "negative_prompt_embeds_mask": torch.ones((1, 7), dtype=torch.bool),
+            "guidance_scale": 1.0,
+            "output_type": "latent",
+        },
+        calls=2,
+    ),
+]
+"""Guided by a call for each branch, which the pipelines do not name."""
 
 
-@pytest.mark.parametrize("case", [*CASES, UNNAMED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *UNNAMED], ids=str)
 @pytest.mark.parametrize("ranks", sweep([2, 3]))
 def test_a_whole_pipeline_equals_itself_alone(case: Case, ranks: int) -> None:
     expected = case.draw(case.make())
@@ -132,12 +171,13 @@ def test_a_whole_pipeline_displaces_all_steps_but_the_first_of_each_image(case: 
     assert run_in_lockstep(2, rank) == [image * 2] * 2
 
 
-def test_branches_that_a_pipeline_does_not_name_are_never_displaced() -> None:
+@pytest.mark.parametrize("case", UNNAMED, ids=str)
+def test_branches_that_a_pipeline_does_not_name_are_never_displaced(case: Case) -> None:
     def rank(communicator: Communicator) -> list[bool]:
         config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
-        pipeline = parallelize(UNNAMED.make(), communicator, config)
+        pipeline = parallelize(case.make(), communicator, config)
         synchronous = watched(pipeline.transformer)
-        UNNAMED.draw(pipeline)
+        case.draw(pipeline)
         return synchronous
 
-    assert run_in_lockstep(2, rank) == [[True] * 3 * UNNAMED.calls] * 2
+    assert run_in_lockstep(2, rank) == [[True] * 3 * case.calls] * 2

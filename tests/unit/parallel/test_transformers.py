@@ -40,7 +40,7 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
-MASKED = ("chroma", "pixart", "qwen-image", "z-image")
+MASKED = ("chroma", "krea2", "pixart", "qwen-image", "z-image")
 HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 RANKS = [2, 3, 4]
 

@@ -16,6 +16,9 @@ from tests.models import (
     tiny_chroma_transformer,
     tiny_flux2_transformer,
     tiny_flux_transformer,
+    tiny_krea2_transformer,
+    tiny_longcat_image_transformer,
+    tiny_ovis_image_transformer,
     tiny_pixart_transformer,
     tiny_qwen_image_transformer,
     tiny_sd3_transformer,
@@ -104,6 +107,28 @@ def chroma(shape: Shape) -> dict[str, Any]:
     return inputs
 
 
+def longcat_image(shape: Shape) -> dict[str, Any]:
+    return {
+        **packed(shape),
+        "guidance": torch.linspace(3.0, 4.0, shape.batch),
+        "img_ids": positions(shape, 3),
+        "txt_ids": torch.zeros(shape.text, 3),
+    }
+
+
+def ovis_image(shape: Shape) -> dict[str, Any]:
+    return {**packed(shape), "img_ids": positions(shape, 3), "txt_ids": torch.zeros(shape.text, 3)}
+
+
+def krea2(shape: Shape) -> dict[str, Any]:
+    inputs = {
+        "hidden_states": noise(1, shape.batch, shape.rows * shape.columns, 16),
+        "encoder_hidden_states": noise(2, shape.batch, shape.text, 3, TEXT_WIDTH),
+        "position_ids": torch.cat([torch.zeros(shape.text, 3), positions(shape, 3)]),
+    }
+    return {**inputs, "encoder_attention_mask": text_mask(shape).bool()} if shape.masked else inputs
+
+
 def flux2(shape: Shape) -> dict[str, Any]:
     return {
         **packed(shape),
@@ -156,6 +181,9 @@ HEADS = {"num_attention_heads": 12}
 TRANSFORMERS = {
     "flux": Transformer(tiny_flux_transformer, flux, HEADS),
     "chroma": Transformer(tiny_chroma_transformer, chroma, HEADS),
+    "longcat-image": Transformer(tiny_longcat_image_transformer, longcat_image, HEADS),
+    "ovis-image": Transformer(tiny_ovis_image_transformer, ovis_image, HEADS),
+    "krea2": Transformer(tiny_krea2_transformer, krea2, {**HEADS, "num_key_value_heads": 12}),
     "flux2": Transformer(tiny_flux2_transformer, flux2, HEADS),
     "sd3": Transformer(
         tiny_sd3_transformer,
