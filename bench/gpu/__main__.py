@@ -56,6 +56,11 @@ STAGES = (
         "bench.projection --sizes 192 --steps 2 --rounds 1 --ranks 1 --json {out}/projection-3840.json",
     ),
     Stage(
+        "quality",
+        "bench.quality --device cuda --minutes 8 --work runs/quality-gpu --json {out}/quality.json",
+        "bench.quality --quick --count 2 --work {out}/quality --json {out}/quality.json",
+    ),
+    Stage(
         "the service, and a worker killed",
         "bench.gpu.serve --out {out}/serve.json",
         "bench.gpu.serve --device cpu --out {out}/serve.json",
