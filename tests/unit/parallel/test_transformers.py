@@ -205,9 +205,12 @@ def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(nam
     padded, module = name == "z-image", network.module  # Z-Image's tokens are padded to 32
     image, text = (32, 32) if padded else (16, 8)
     own = {"joint": (image + text) // 2, "image": image // 2, None: 0}
-    width, final = (
-        (module.dim, module.all_final_layer["2-1"].linear) if padded else (module.inner_dim, module.proj_out)
-    )
+    if padded:
+        width, final = module.dim, module.all_final_layer["2-1"].linear
+    elif name == "krea2":  # whose keys have half of the heads
+        width, final = module.config.num_attention_heads * 16 // 2, module.final_layer.linear
+    else:
+        width, final = module.inner_dim, module.proj_out
     keys_values = sum(own[sequence] * 2 * width * 4 for sequence in sequences)
     exchanging = sum(sequence is not None for sequence in sequences)
     predicted = final.out_features * image // 2 * 4
