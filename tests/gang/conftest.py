@@ -10,12 +10,13 @@ import pytest
 from distriray.config import ParallelConfig
 from distriray.controls import ControlNetSpec
 from distriray.gang import BlockingHost, HostConfig, open_host
+from distriray.ip_adapters import IPAdapterSpec
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from tests.adapters import write
 from tests.gang.policies import Changeable
-from tests.models import tiny_controlnet, tiny_sdxl
+from tests.models import save_ip_adapter, tiny_controlnet, tiny_ip_adapter, tiny_sdxl
 
 
 @pytest.fixture(scope="package")
@@ -36,11 +37,22 @@ def controlnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def shared_host(tiny_model: Path, lora_dir: Path, controlnet: Path) -> Iterator[BlockingHost]:
+def ip_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an IP-Adapter for the tiny model, with its image encoder."""
+    folder = tmp_path_factory.mktemp("ip-adapter")
+    save_ip_adapter(folder, tiny_ip_adapter(tiny_sdxl().unet, 1))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def shared_host(
+    tiny_model: Path, lora_dir: Path, controlnet: Path, ip_adapter: Path
+) -> Iterator[BlockingHost]:
     config = HostConfig(
         model=ModelSpec(name=str(tiny_model)),
         lora_dir=lora_dir,
         controls=(ControlNetSpec(name="edges", source=str(controlnet)),),
+        ip_adapters=(IPAdapterSpec(name="style", source=str(ip_adapter)),),
         workers=4,
         device="cpu",
         parallel=ParallelConfig(exchange="sync"),

@@ -1,8 +1,9 @@
-"""An image with control in a gang of processes, one of which dies."""
+"""An image with what its request carries, in a gang of processes, one of which dies."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,18 +17,22 @@ from tests.gang.test_host import difference
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-EDGES = Image.effect_noise((32, 32), 90).resize((128, 128), Image.Resampling.NEAREST)
+PICTURE = Image.effect_noise((32, 32), 90).resize((128, 128), Image.Resampling.NEAREST)
+CONTROL = {"control": [{"name": "edges", "image": PICTURE, "scale": 0.9}]}
+LIKE = {"ip_adapters": [{"name": "style", "image": PICTURE, "scale": 1.0}]}
 STEPS = 60
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_control_survives_a_killed_worker(host: BlockingHost, rank: int) -> None:
+@pytest.mark.parametrize("carried", [CONTROL, LIKE], ids=["control", "ip-adapter"])
+def test_what_a_request_carries_survives_a_killed_worker(
+    host: BlockingHost, carried: dict[str, Any], rank: int
+) -> None:
     """It goes on in the survivor, and later in workers that never had its picture."""
-    control = [{"name": "edges", "image": EDGES, "scale": 0.9}]
-    fields = {"num_inference_steps": STEPS, "control": control}
+    fields = {"num_inference_steps": STEPS, **carried}
     alone = host.generate(ask(gang_size=1, **fields))
-    until_half = host.generate(ask(gang_size=1, **{**fields, "control": [{**control[0], "end": 0.5}]}))
-    assert difference(until_half, alone) > 8, "control counts in the steps after the kill too"
+    plain = host.generate(ask(gang_size=1, num_inference_steps=STEPS))
+    assert difference(plain, alone) > 8
     policy_of(host).change(Script([(0, 1)], every=STEPS))
 
     async def scene() -> GenerationResult:
