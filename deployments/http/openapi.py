@@ -178,6 +178,10 @@ def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
     for name, bound in bounds.items():
         field = fields[name]
         (field["anyOf"][0] if "anyOf" in field else field).update(bound)
+    for lacked in set.intersection(*(set(card.lacks) for card in cards)):
+        field = fields.get(PARAMS.get(lacked, lacked), {})
+        if {"type": "null"} in field.get("anyOf", ()):
+            field["anyOf"] = [{"type": "null"}]
 
 
 def sides_pattern(smallest: int, largest: int, unit: int) -> str:

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from deployments.http.errors import ErrorResponse
-from tests.unit.http.conformance import schemathesis
+from tests.unit.http.conformance import schemathesis, schemathesis_of_forms
 from tests.unit.http.malformed import IMAGES, malformed
 
 from .conftest import HTTP, Service, until
@@ -76,6 +76,7 @@ def test_five_hundred_malformed_requests_are_each_refused_and_the_service_goes_o
 def test_schemathesis_finds_no_violation(strict: Service, tmp_path: Path) -> None:
     before = drawn()
     schemathesis(URL, "right", examples=30, folder=tmp_path)
+    schemathesis_of_forms(URL, "right", examples=10, folder=tmp_path)
     assert drawn() > before + 10, "hardly a valid request was tried"
     assert draws(strict)
 

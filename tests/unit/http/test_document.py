@@ -80,6 +80,15 @@ def test_pictures_are_files_in_a_form_and_data_urls_in_json_and_lists_of_a_form_
     assert form["required"] == as_json["required"] == ["prompt", "image"]
 
 
+def test_what_every_model_lacks_can_only_be_left_out() -> None:
+    service = FakeService()
+    cards = service.models()
+    service.models = lambda: [card.model_copy(update={"lacks": {"prompt_3": "no"}}) for card in cards]  # type: ignore[method-assign]
+    document = build_http(service, HttpConfig()).openapi()
+    asked = document["components"]["schemas"]["ImageRequest"]["properties"]
+    assert asked["prompt_3"]["anyOf"] == [{"type": "null"}] and len(asked["prompt_2"]["anyOf"]) == 2
+
+
 def test_the_page_names_every_field_and_every_code() -> None:
     page = DOCS.read_text()
     codes = {code for file in SOURCES for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', file.read_text())}
