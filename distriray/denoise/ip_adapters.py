@@ -33,6 +33,8 @@ from distriray.requests import IPAdapter, image_of
 _VALUE = "ip_adapters"
 _EMBEDS = "ip_adapter_embeds_{}"
 _PROJECTIONS = ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
+_LONGEST = 4
+"""How many times as long as wide a picture may be where it is scaled and its middle square cut out."""
 
 
 class _Loader(IPAdapterMixin):
@@ -65,7 +67,7 @@ class _Loaded(NamedTuple):
     def encode(self, image: Image.Image, device: torch.device) -> Tensor:
         """The embeddings of [nothing, a picture]: (2, 1, channels) or (2, 1, tokens, channels)."""
         whole = not isinstance(self.projection, ImageProjection)
-        embeds, negative = self.encoder.encode_image(image, device, 1, whole)
+        embeds, negative = self.encoder.encode_image(_middle(image), device, 1, whole)
         return torch.stack([negative, embeds])
 
 
@@ -246,6 +248,14 @@ class IPAdapters:
             network = network.to(unet.device).eval().requires_grad_(False)
             self._encoders[key] = _Encoder(network, processor)
         return self._encoders[key]
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a long strip, which whole and scaled to the encoder's size may be beyond all memory."""
+    most = _LONGEST * min(image.size)
+    # an even number of pixels goes, so that the middle stays where it is
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def _cross_attention(unet: Any) -> list[str]:
