@@ -122,7 +122,12 @@ class IPAdapters:
             loaded = _Loaded(
                 self._encoder(files.image_encoder), projection, attention, digest_of(files.weights)
             )
-            projection(loaded.encode(Image.new("RGB", (64, 64)), unet.device)[1])
+            tokens = projection(loaded.encode(Image.new("RGB", (64, 64)), unet.device)[1])
+            width = next(iter(attention.values())).cross_attention_dim
+            if tokens.shape[-1] != width:
+                raise ValueError(
+                    f"its image_proj gives tokens of {tokens.shape[-1]}, and the model's have {width}"
+                )
         except (DistrirayError, OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
             message = f"{what} cannot be used: {files.weights}: {first_lines(error)}"
             raise UnusableIPAdapter(message) from error
@@ -238,9 +243,11 @@ class IPAdapters:
         key = folder.resolve()
         if key not in self._encoders:
             unet = self._pipeline.unet
-            network = CLIPVisionModelWithProjection.from_pretrained(
-                key, dtype=unet.dtype, use_safetensors=True, local_files_only=True
+            network, found = CLIPVisionModelWithProjection.from_pretrained(
+                key, dtype=unet.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"the image encoder in {folder} has no {missing[0]}")
             side = network.config.image_size
             processor = getattr(self._pipeline, "feature_extractor", None)
             if processor is None:

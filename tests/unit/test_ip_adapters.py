@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -430,6 +431,17 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(folder: Path, tm
     assert "cannot be used" in refused("wide")
     changed("half", without="image_proj.norm.weight")
     assert "cannot be used" in refused("half")
+    norms = {f"image_proj.norm.{name}": torch.ones(7) for name in ("weight", "bias")}
+    projection = {"image_proj.proj.weight": torch.ones((28, 8)), "image_proj.proj.bias": torch.ones(28)}
+    changed("narrow", **norms, **projection)
+    assert "its image_proj gives tokens of 7, and the model's have" in refused("narrow")
+    shutil.copytree(tmp_path / "image_encoder", tmp_path / "part")
+    network = load_file(whole := tmp_path / "part" / "model.safetensors")
+    del network["visual_projection.weight"]
+    save_file(network, whole, {"format": "pt"})
+    assert "has no visual_projection.weight" in refused(
+        "style", folder / "sdxl", image_encoder=str(tmp_path / "part")
+    )
 
 
 def test_files_are_found_as_diffusers_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
