@@ -453,7 +453,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     if first["type"] == "value_error":
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, InvalidRequest):
-            return cause
+            return _of_entry(cause, whole) if place[1:] and cause.param == place[-1] else cause
         return InvalidRequest(str(cause), param)
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"there is no field {whole!r}", param, "there is no such field")
@@ -462,6 +462,14 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     message = first["msg"][0].lower() + first["msg"][1:]
     what = param or "request"
     return InvalidRequest(f"{what} {_shortened(first['input'])}: {message}", param, f"{what}: {message}")
+
+
+def _of_entry(error: InvalidRequest, whole: str) -> InvalidRequest:
+    """The error of a picture, which knows itself as `image`, by the name that it has in a request's list."""
+    message, unquoted = (
+        f"{whole}{text.removeprefix(error.param or '')}" for text in (str(error), error.unquoted)
+    )
+    return InvalidRequest(message, whole, unquoted)
 
 
 def _shortened(value: Any) -> str:

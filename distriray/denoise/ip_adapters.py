@@ -33,6 +33,8 @@ from distriray.requests import IPAdapter, image_of
 _VALUE = "ip_adapters"
 _EMBEDS = "ip_adapter_embeds_{}"
 _PROJECTIONS = ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
+_LONGEST = 4
+"""How many times as long as wide a picture may be where it is scaled and its middle square cut out."""
 
 
 class _Loader(IPAdapterMixin):
@@ -65,7 +67,7 @@ class _Loaded(NamedTuple):
     def encode(self, image: Image.Image, device: torch.device) -> Tensor:
         """The embeddings of [nothing, a picture]: (2, 1, channels) or (2, 1, tokens, channels)."""
         whole = not isinstance(self.projection, ImageProjection)
-        embeds, negative = self.encoder.encode_image(image, device, 1, whole)
+        embeds, negative = self.encoder.encode_image(_middle(image), device, 1, whole)
         return torch.stack([negative, embeds])
 
 
@@ -120,7 +122,12 @@ class IPAdapters:
             loaded = _Loaded(
                 self._encoder(files.image_encoder), projection, attention, digest_of(files.weights)
             )
-            projection(loaded.encode(Image.new("RGB", (64, 64)), unet.device)[1])
+            tokens = projection(loaded.encode(Image.new("RGB", (64, 64)), unet.device)[1])
+            width = next(iter(attention.values())).cross_attention_dim
+            if tokens.shape[-1] != width:
+                raise ValueError(
+                    f"its image_proj gives tokens of {tokens.shape[-1]}, and the model's have {width}"
+                )
         except (DistrirayError, OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
             message = f"{what} cannot be used: {files.weights}: {first_lines(error)}"
             raise UnusableIPAdapter(message) from error
@@ -236,9 +243,11 @@ class IPAdapters:
         key = folder.resolve()
         if key not in self._encoders:
             unet = self._pipeline.unet
-            network = CLIPVisionModelWithProjection.from_pretrained(
-                key, dtype=unet.dtype, use_safetensors=True, local_files_only=True
+            network, found = CLIPVisionModelWithProjection.from_pretrained(
+                key, dtype=unet.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"the image encoder in {folder} has no {missing[0]}")
             side = network.config.image_size
             processor = getattr(self._pipeline, "feature_extractor", None)
             if processor is None:
@@ -246,6 +255,14 @@ class IPAdapters:
             network = network.to(unet.device).eval().requires_grad_(False)
             self._encoders[key] = _Encoder(network, processor)
         return self._encoders[key]
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a long strip, which whole and scaled to the encoder's size may be beyond all memory."""
+    most = _LONGEST * min(image.size)
+    # an even number of pixels goes, so that the middle stays where it is
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def _cross_attention(unet: Any) -> list[str]:

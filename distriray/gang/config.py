@@ -126,7 +126,7 @@ def read_lists(path: Path | None) -> dict[str, Any]:
     Sources that are there are whole paths then.
 
     Raises:
-        InvalidRequest: the file cannot be read, or has other fields.
+        InvalidRequest: the file cannot be read, has other fields, or one that is no list.
     """
     import yaml
 
@@ -139,7 +139,13 @@ def read_lists(path: Path | None) -> dict[str, Any]:
     if not isinstance(lists, dict) or not lists.keys() <= set(LISTS):
         others = sorted(map(str, lists.keys() - set(LISTS))) if isinstance(lists, dict) else ["no fields"]
         raise InvalidRequest(f"pool {path} has {', '.join(others)}; it may have {', '.join(LISTS)}", "pool")
-    return {name: [_with_whole_path(each) for each in lists[name] or ()] for name in lists}
+    given = {name: [] if entries is None else entries for name, entries in lists.items()}
+    for name, entries in given.items():
+        if not isinstance(entries, list):
+            raise InvalidRequest(
+                f"pool {path}: {name} is no list; begin each of its entries with a -", "pool"
+            )
+    return {name: [_with_whole_path(each) for each in entries] for name, entries in given.items()}
 
 
 def _with_whole_path(entry: Any) -> Any:

@@ -93,6 +93,8 @@ def test_a_file_lists_what_requests_may_name(
         ("- canny\n", "has no fields; it may have"),
         ("controls: [", "cannot be read"),
         ("ip_adapters:\n- {source: style}\n", "ip_adapters.0.name is missing"),
+        ("ip_adapters: 3\n", "ip_adapters is no list"),
+        ("ip_adapters: {name: style, source: style}\n", "ip_adapters is no list"),
     ):
         written.write_text(text)
         assert app(arguments, standalone_mode=False) == 2 and said in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -430,6 +431,17 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(folder: Path, tm
     assert "cannot be used" in refused("wide")
     changed("half", without="image_proj.norm.weight")
     assert "cannot be used" in refused("half")
+    norms = {f"image_proj.norm.{name}": torch.ones(7) for name in ("weight", "bias")}
+    projection = {"image_proj.proj.weight": torch.ones((28, 8)), "image_proj.proj.bias": torch.ones(28)}
+    changed("narrow", **norms, **projection)
+    assert "its image_proj gives tokens of 7, and the model's have" in refused("narrow")
+    shutil.copytree(tmp_path / "image_encoder", tmp_path / "part")
+    network = load_file(whole := tmp_path / "part" / "model.safetensors")
+    del network["visual_projection.weight"]
+    save_file(network, whole, {"format": "pt"})
+    assert "has no visual_projection.weight" in refused(
+        "style", folder / "sdxl", image_encoder=str(tmp_path / "part")
+    )
 
 
 def test_files_are_found_as_diffusers_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,6 +489,32 @@ def test_the_state_has_what_the_encoder_saw_and_no_picture(folder: Path) -> None
     assert shapes == {"ip_adapter_embeds_0": (2, 1, 5, 8), "ip_adapter_embeds_1": (2, 1, 8)}
 
 
+@pytest.mark.parametrize("size", [(7000, 9), (8, 7001)])
+def test_of_a_long_strip_the_encoder_gets_but_the_middle(size: tuple[int, int], folder: Path) -> None:
+    """Scaled whole, until its short side is the encoder's, a small file would take all memory."""
+    denoiser = denoiser_of(MODELS["sdxl"](), folder / "sdxl", ["style"])
+    encoder, sizes = denoiser.ip_adapters._loaded["style"].encoder, list[tuple[int, int]]()
+    extract = encoder.feature_extractor
+
+    def seen(image: Image.Image, **options: Any) -> Any:
+        sizes.append(image.size)
+        return extract(image, **options)
+
+    encoder.feature_extractor = seen
+
+    def embeds(ends: str, middle: str) -> torch.Tensor:
+        strip, (width, height) = Image.new("RGB", size, ends), (min(side, 60) for side in size)
+        strip.paste(
+            Image.new("RGB", (width, height), middle), ((size[0] - width) // 2, (size[1] - height) // 2)
+        )
+        asked = (IPAdapter(name="style", image=strip),)
+        return denoiser.prepare(params(ip_adapters=asked)).values["ip_adapter_embeds_0"]
+
+    first = embeds("red", "blue")
+    assert torch.equal(first, embeds("white", "blue")) and not torch.equal(first, embeds("red", "white"))
+    assert len(sizes) == 3 and all(max(each) <= 5 * min(each) for each in sizes)
+
+
 def test_it_is_loaded_in_the_dtype_of_the_model(folder: Path) -> None:
     pipeline = MODELS["sdxl"]().to(torch.bfloat16)
     denoiser = denoiser_of(pipeline, folder / "sdxl")
@@ -492,3 +530,14 @@ def test_pictures_leave_a_request_and_come_back() -> None:
     without = request.without_pictures()
     assert not without.pictures and [each.name for each in without.ip_adapters] == ["face", "style"]
     assert without.with_pictures(request.pictures) == request
+
+
+@pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
+@pytest.mark.parametrize("image", [b"none", "painting.png", Path("nowhere.png"), None])
+def test_a_picture_in_a_list_is_refused_by_its_place(field: str, image: Any) -> None:
+    """And not as the `image` that a request may have besides."""
+    entries = [{"name": "one", "image": picture("one")}, {"name": "other", "image": image}]
+    place = f"{field}.1.image"
+    with pytest.raises(InvalidRequest, match=f"^{place} ") as refused:
+        SamplingParams(prompt="a lake", image=picture("below"), **{field: entries})
+    assert refused.value.param == place and refused.value.unquoted.startswith(f"{place} ")
