@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import product
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -44,15 +45,12 @@ def rehearse(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) -> f
         with many_shapes():
             for size in config.compile:
                 width, height = map(int, size.split("x"))
-                for prompt in prompts:
-                    request = example(
-                        facts, prompt=prompt, width=width, height=height, num_inference_steps=STEPS, seed=0
-                    )
-                    params = settle(request, config, facts)
-                    for gang in config.sizes:
-                        if gang <= facts.max_gang(height):
-                            for rank in range(gang):
-                                runner.rehearse(params, rank, gang, parallel)
+                gangs = [gang for gang in config.sizes if gang <= facts.max_gang(height)]
+                parts = [(rank, gang) for gang in gangs for rank in range(gang)]
+                asked = {"width": width, "height": height, "num_inference_steps": STEPS, "seed": 0}
+                for prompt, (rank, gang) in product(prompts, parts):
+                    params = settle(example(facts, prompt=prompt, **asked), config, facts)
+                    runner.rehearse(params, rank, gang, parallel)
     except InvalidRequest as error:
         raise UnsupportedModel(f"compile {size}: {error}") from error
     except TorchDynamoException as error:

@@ -35,7 +35,8 @@ class Speed:
     def learn(self, job: Job, began: Moment) -> None:
         """From the last segment of `job`, which began then and has just ended."""
         segment, view, now = job.segments[-1], job.view(), self.now()
-        gang, guided = len(segment.workers), view.guided
+        case = len(segment.workers), view.height, view.width, view.batch
+        guided = view.guided
         if guided and (end := view.steps_total - view.unguided_steps) < segment.last_step:
             if segment.first_step < end:
                 return  # a mean of steps with guidance and without is neither's
@@ -45,9 +46,8 @@ class Speed:
             return  # nor is a part of the steps what all are on the average
         step_s = segment.stale_step_s
         if step_s is None and segment.fresh_step_s is not None:  # a lone worker has no other
-            times = self.model.times(gang, view.height, view.width, view.batch, guided, besides=view.besides)
+            times = self.model.times(*case, guided, besides=view.besides)
             step_s = segment.fresh_step_s * times.step_s / times.sync_step_s
         if step_s is not None:
             full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
-            case = gang, view.height, view.width, view.batch
             self.model.observe(*case, step_s * full, guided, view.besides)
