@@ -58,6 +58,7 @@ class FakeService:
         request.check_size(card.size_unit)
         card.limits.check(request.settled(*card.default_size))
         check_gang_size(request, card.gang_sizes)
+        steps = Terms().settle(request.settled(*card.default_size)).num_steps(StepCount())
         self.asked.append(request)
         self.patience.append(give_up_s)
         if self.refusal is not None:
@@ -67,7 +68,6 @@ class FakeService:
         try:
             yield Queued(request.id, 0, 0.0)
             yield Started(request.id, (0, 1))
-            steps = request.num_steps(StepCount())
             for step in range(1, steps + 1):
                 await asyncio.sleep(self.pace_s)
                 yield Step(request.id, step, steps, 2, 0.1)

@@ -266,7 +266,8 @@ def _web_picture_of_any_size(chance: random.Random) -> bytes:
 
 def _damaged_picture(chance: random.Random) -> Malformed:
     out = BytesIO()
-    Image.effect_noise((96, 64), 90).convert("RGB").save(out, "PNG")
+    noise = Image.frombytes("L", (96, 64), chance.randbytes(96 * 64))  # the same, whatever the process did
+    noise.convert("RGB").save(out, "PNG")
     whole = bytearray(out.getvalue())
     for _ in range(40):
         whole[chance.randrange(60, len(whole) - 20)] ^= 1 << chance.randrange(8)

@@ -44,7 +44,7 @@ def test_two_hundred_malformed_forms_are_each_refused_and_leave_neither_files_no
     config = HttpConfig(keys_env="NO_SUCH_VARIABLE", max_upload_bytes=MOST)
     tracemalloc.start()
     with serving(service, config) as url, httpx.Client(base_url=url, timeout=60) as http:
-        for number, request in enumerate(malformed_forms(seed=7, count=240)):
+        for number, request in enumerate(malformed_forms(seed=7, count=300)):
             response = request.send(http)
             assert response.status_code == request.status, (number, response.text, request.content[:300])
             error = ErrorResponse.model_validate(response.json()).error
