@@ -293,7 +293,7 @@ class EditRequest(_WithPictures):
             raise InvalidRequest(str(error).replace("mask_image", "mask"), "mask") from error
 
     def _mask(self) -> Picture | None:
-        """What is drawn anew because it is transparent, of `mask` or, without a mask, of the image."""
+        """The part to draw again because it is transparent, of `mask` or, without a mask, of the image."""
         image = self.image.load()
         if self.mask_image is not None:
             mask_of(self.mask_image)
@@ -323,7 +323,7 @@ class VariationRequest(EditRequest):
         return None
 
 
-_OF_ENTRY = re.compile(rf"({'|'.join(GenerationRequest.WITH_IMAGES)})\.([0-9])\.image")
+_OF_ENTRY = re.compile(rf"({'|'.join(GenerationRequest.WITH_IMAGES)})\.(0|[1-9][0-9]{{0,2}})\.image")
 """The file of an entry of a form's `control`, say, which then has none there."""
 
 
@@ -341,7 +341,7 @@ def _with_files(field: str, listed: Any, files: Mapping[int, bytes]) -> tuple[An
 
 @cache
 def _kinds(request: type[EditRequest]) -> dict[str, set[str]]:
-    """What the fields of a form may be besides text and a file, in JSON's words."""
+    """The types of a form's fields besides text and files, in JSON's words."""
     fields = request.model_json_schema()["properties"]
     return {
         name: {kind.get("type") for kind in field.get("anyOf", [field])} - {"string", "null"}
@@ -350,7 +350,7 @@ def _kinds(request: type[EditRequest]) -> dict[str, set[str]]:
 
 
 def _value(text: str, kinds: Container[str]) -> Any:
-    """What a text stands for in JSON; the text itself where that is nothing, or is of no such kind."""
+    """A text's value in JSON; the text itself where it has none, or one of no such kind."""
     try:
         value = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ MOST_HELD = 64
 """Adapters that are held at once, however small they are: every layer has its part of each."""
 
 _FACTORS = "lora_A", "lora_B"
+_LOADING = threading.Lock()
+"""Held while weights are loaded without memory of their own first: PEFT replaces a method of `nn.Module` for
+that, which two threads at once would leave replaced."""
 
 
 class Adapter(NamedTuple):
@@ -47,7 +51,7 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterCounts:
-    """What became of the adapters that were asked for: held already, loaded, dropped for want of room."""
+    """Counts of the adapters that were asked for: held already, loaded, dropped for want of room."""
 
     hits: int = 0
     loads: int = 0
@@ -157,7 +161,7 @@ class Adapters:
             self.seconds += time.perf_counter() - began
 
     def _digest(self, spec: AdapterSpec, files: dict[str, _File]) -> str:
-        """That of an adapter's weights; if they are not held they are read, into `files`."""
+        """The digest of an adapter's weights; if they are not held they are read, into `files`."""
         digest = self._digests.get(_mark(self._locate(spec)))
         if digest not in self._held:
             file = self._read(spec)
@@ -243,7 +247,7 @@ class Adapters:
                 component = self._components()[part]
                 place = component.device, component.dtype
                 weights = {k: w.to(*place) for k, w in file.weights.items() if k.startswith(f"{part}.")}
-                with warnings.catch_warnings():
+                with _LOADING, warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # that it has adapters already
                     if part.startswith("text_encoder"):
                         _load_lora_into_text_encoder(weights, text_encoder=component, prefix=part, **common)
@@ -338,18 +342,18 @@ class Adapters:
 
 
 def _key(digest: str) -> str:
-    """What PEFT calls an adapter: the same on all ranks, and another for other weights."""
+    """PEFT's name for an adapter: the same on all ranks, and another for other weights."""
     return f"lora_{digest}"
 
 
 def _mark(path: Path) -> tuple[str, int, int]:
-    """What changes when a file is written anew; raises OSError."""
+    """A mark that changes when a file is written again; raises OSError."""
     facts = os.stat(path)
     return str(path), facts.st_size, facts.st_mtime_ns
 
 
 def _metadata(content: bytes) -> dict[str, Any] | None:
-    """What diffusers wrote into a safetensors file of how it is to be loaded; raises ValueError."""
+    """Loading instructions that diffusers wrote into a safetensors file; raises ValueError."""
     length = int.from_bytes(content[:8], "little")
     written = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(LORA_ADAPTER_METADATA_KEY)
     metadata = None if written is None else json.loads(written)

@@ -70,7 +70,7 @@ class Controls:
 
     @torch.no_grad()
     def prepare(self, asked: Iterable[Asked], height: int, width: int) -> dict[str, Any]:
-        """What a state keeps of the ControlNets that a request names; those with scale 0 are none.
+        """The values that a state keeps of a request's ControlNets; those with scale 0 are none.
 
         Raises:
             ControlNetNotFound: a name is not known.
@@ -95,13 +95,17 @@ class Controls:
     def check(self, state: DenoiseState) -> None:
         """Raise UnusableControlNet unless the ControlNets that a state was begun with are here."""
         for name, digest, *_ in state.values.get(_VALUE, ()):
-            if name not in self._loaded or self._loaded[name].digest != digest:
+            if name not in self._loaded:
+                raise UnusableControlNet(
+                    f"ControlNet {name!r}, which the request was begun with, is not here"
+                )
+            if self._loaded[name].digest != digest:
                 raise UnusableControlNet(
                     f"ControlNet {name!r} has other weights here than where the request was begun"
                 )
 
     def of_step(self, state: DenoiseState) -> tuple[Control, ...]:
-        """Those that take part in the next step, by diffusers' rule of which share of the steps it is in."""
+        """The ControlNets that take part in the next step, by diffusers' rule for shares of the steps."""
         controls = []
         for index, (name, _, scale, start, end) in enumerate(state.values.get(_VALUE, ())):
             first, last = state.step / state.num_steps, (state.step + 1) / state.num_steps

@@ -135,7 +135,7 @@ class IPAdapters:
 
     @torch.no_grad()
     def prepare(self, asked: Iterable[IPAdapter]) -> dict[str, Any]:
-        """What a state keeps of the IP-Adapters that a request names; those with scale 0 are none.
+        """The values that a state keeps of a request's IP-Adapters; those with scale 0 are none.
 
         Raises:
             IPAdapterNotFound: a name is not known.
@@ -163,7 +163,9 @@ class IPAdapters:
         """
         used = tuple(_Used(*entry) for entry in state.values.get(_VALUE, ()))
         for name, digest, _ in used:
-            if name not in self._loaded or self._loaded[name].digest != digest:
+            if name not in self._loaded:
+                raise UnusableIPAdapter(f"IP-Adapter {name!r}, which the request was begun with, is not here")
+            if self._loaded[name].digest != digest:
                 raise UnusableIPAdapter(
                     f"IP-Adapter {name!r} has other weights here than where the request was begun"
                 )
@@ -171,7 +173,7 @@ class IPAdapters:
             self._switch(used)
 
     def prompts(self, state: DenoiseState) -> tuple[ImagePrompt, ...]:
-        """What the IP-Adapters of a state attend to."""
+        """The image prompts that the IP-Adapters of a state attend to."""
         entries = state.values.get(_VALUE, ())
         return tuple(
             ImagePrompt(name, state.values[_EMBEDS.format(index)]) for index, (name, *_) in enumerate(entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InvalidRequest
 from ..limits import Limits
 from ..picture import Picture
-from ..requests import GenerationRequest
+from ..requests import GenerationRequest, image_of
 
 FIELD = re.compile(r"[a-z][a-z0-9_]{0,30}")
 """What the name of a field may be; any other key of a line may be text that somebody meant to draw."""
@@ -109,11 +109,13 @@ def _with_paths(line: bytes, folder: Path) -> dict[str, Any] | bytes:
         return line
     if not isinstance(fields, dict):
         return line
-    own = _paths(fields, GenerationRequest.FILES, folder)
+    own = _paths(fields, {name: name for name in GenerationRequest.FILES}, folder)
     listed = {
         name: tuple(
-            {**each, **_paths(each, ("image",), folder)} if isinstance(each, dict) else each
-            for each in fields[name]
+            {**each, **_paths(each, {"image": image_of(name, index)}, folder)}
+            if isinstance(each, dict)
+            else each
+            for index, each in enumerate(fields[name])
         )
         for name in GenerationRequest.WITH_IMAGES
         if isinstance(fields.get(name), list)
@@ -121,10 +123,17 @@ def _with_paths(line: bytes, folder: Path) -> dict[str, Any] | bytes:
     return {**fields, **own, **listed} if own or listed else line
 
 
-def _paths(fields: Mapping[str, Any], names: Iterable[str], folder: Path) -> dict[str, Path]:
-    """Those of the fields that are paths of pictures in `folder`; raises InvalidRequest."""
-    texts = {name: fields[name] for name in names if isinstance(fields.get(name), str)}
-    return {name: _inside(folder, text, name) for name, text in texts.items() if not text.startswith("data:")}
+def _paths(fields: Mapping[str, Any], pictures: Mapping[str, str], folder: Path) -> dict[str, Path]:
+    """Fields that are paths of pictures in `folder`; raises InvalidRequest.
+
+    `pictures` has what a line calls the picture of each field.
+    """
+    texts = {field: fields[field] for field in pictures if isinstance(fields.get(field), str)}
+    return {
+        field: _inside(folder, text, pictures[field])
+        for field, text in texts.items()
+        if not text.startswith("data:")
+    }
 
 
 def _inside(folder: Path, text: str, name: str) -> Path:
@@ -141,7 +150,7 @@ def _inside(folder: Path, text: str, name: str) -> Path:
 
 
 def plain(error: Exception) -> str:
-    """What `error` says, without text of the request."""
+    """The message of `error`, without text of the request."""
     return error.unquoted if isinstance(error, InvalidRequest) else str(error)
 
 

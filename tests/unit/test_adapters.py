@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from distriray import ParallelConfig, parallelize
@@ -400,6 +403,25 @@ def by_gangs(
 def apart(one: bytes, other: bytes) -> int:
     values = [torch.frombuffer(bytearray(each), dtype=torch.uint8).int() for each in (one, other)]
     return int((values[0] - values[1]).abs().max())
+
+
+def test_two_pipelines_in_threads_load_one_after_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loading, most = UNet2DConditionModel.load_lora_adapter, list[int](), list[int]()
+
+    def slowly(unet: Any, *args: Any, **options: Any) -> None:
+        loading.append(1)
+        most.append(len(loading))
+        time.sleep(0.1)
+        load(unet, *args, **options)
+        loading.pop()
+
+    monkeypatch.setattr(UNet2DConditionModel, "load_lora_adapter", slowly)
+    denoisers = [denoiser_of(MODELS["sdxl"](), folder) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda denoiser: draw(denoiser, *BOTH), denoisers)
+    assert most == [1] * 4 and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("named", [BOTH[:1], BOTH])

@@ -478,8 +478,11 @@ def test_a_state_goes_on_only_where_its_ip_adapters_are(folder: Path, tmp_path: 
     make = MODELS["sdxl"]
     blob = denoiser_of(make(), folder / "sdxl").prepare(params(*ONE)).to_bytes()
     save_ip_adapter(tmp_path, tiny_ip_adapter(make().unet, 77), "style")
-    for denoiser in (Denoiser(make()), denoiser_of(make(), tmp_path, ["style"])):
-        with pytest.raises(UnusableIPAdapter, match="'style' has other weights"):
+    for denoiser, why in (
+        (Denoiser(make()), "'style', .* is not here"),
+        (denoiser_of(make(), tmp_path, ["style"]), "'style' has other weights"),
+    ):
+        with pytest.raises(UnusableIPAdapter, match=why):
             denoiser.adapt(DenoiseState.from_bytes(blob))
 
 

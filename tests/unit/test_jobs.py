@@ -251,6 +251,18 @@ def test_no_file_but_the_prompts_themselves_holds_text_of_a_line(line: str, tmp_
         assert SECRET not in written.read_text() and SECRET[:6] not in written.read_text()
 
 
+@pytest.mark.parametrize("field", GenerationRequest.WITH_IMAGES)
+def test_a_path_that_leads_out_of_the_folder_is_refused_by_the_name_of_its_picture(
+    field: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    entries = [{"name": "canny", "image": "data:"}, {"name": "depth", "image": "../secret.png"}]
+    path.write_text(json.dumps({"prompt": "x", field: entries}) + "\n")
+    run(path, tmp_path / "out", Painter())
+    (error,) = lines(tmp_path / "out" / "errors.jsonl")
+    assert error["error"].startswith(f"{field}.1.image lies outside of")
+
+
 def test_a_prompt_that_fails_is_reported_and_tried_again_by_the_next_run(file: Path, tmp_path: Path) -> None:
     def break_moors(request: GenerationRequest) -> None:
         if request.prompt == "a moor":

@@ -15,6 +15,7 @@ import openai
 import pytest
 from PIL import ExifTags, Image
 
+from deployments.http.images import EditRequest
 from distriray import Client
 from distriray.events import Finished
 from distriray.picture import Picture, png
@@ -242,6 +243,14 @@ def test_listed_pictures_come_in_json_and_as_files_of_a_form(
     form = {"prompt": "a lake", field: json.dumps([CANNY])}
     assert httpx.post(f"{url}{EDITS}", data=form, files=files).status_code == 200
     assert getattr(service.asked[-1], field) == (entry,)
+
+
+@pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
+def test_a_form_has_as_many_listed_pictures_as_a_service_allows(field: str) -> None:
+    entries = json.dumps([{**CANNY, "name": f"canny-{i}"} for i in range(11)])
+    files = {f"{field}.{i}.image": picture() for i in range(11)}
+    asked = EditRequest.of_form({"prompt": "a lake", "image": picture(), field: entries, **files})
+    assert [each.image for each in getattr(asked, field)] == [Picture.of(picture())] * 11
 
 
 @pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
