@@ -1,1 +1,1 @@
-"""What is measured, each module a command that prints a table."""
+"""Benchmarks: each module is a command that prints a table."""

@@ -1,4 +1,4 @@
-"""What switching adapters takes, and the memory that they take: `python -m bench.adapters`.
+"""Time and memory that adapters take, loaded and switched: `python -m bench.adapters`.
 
 Adapters with random weights, of the rank of those that ship and on more layers. Each is asked for twice, in
 turn with none: the first time it is read, checked and put into the network, the second time it is there.

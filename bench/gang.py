@@ -1,4 +1,4 @@
-"""What gangs on Ray cost: `python -m bench.gang`.
+"""The cost of gangs on Ray: `python -m bench.gang`.
 
 Starting a host; forming a gang on it (from the decision until its last rank can step); regrouping an
 image 2 -> 4 -> 1 -> 2 between its steps; how far the pictures of gangs are from one worker's; losing a

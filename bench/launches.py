@@ -1,4 +1,4 @@
-"""What a step asks of a GPU, counted without one: `python -m bench.launches [--model flux]`.
+"""Launches and bytes of a step on a GPU, counted without one: `python -m bench.launches [--model flux]`.
 
 A step of a published network, in the dtype that it is used in, runs on torch's meta device, which knows
 shapes and computes nothing. Counted are the operations that launch something on a GPU, and the bytes that

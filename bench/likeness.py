@@ -1,4 +1,4 @@
-"""How alike two pictures are."""
+"""Measures of how alike two pictures are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What open pages cost: `python -m bench.pages`.
+"""The cost of open pages: `python -m bench.pages`.
 
 Starts Ray and the service of serve_config.yaml on this machine. As many clients as there would be pages
 follow `/v1/fleet/events` as the page's view to watch does, asking again when a stream ends. Measured are the

@@ -55,7 +55,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one request; `seconds` from when it was due, `status` 0 if no answer came."""
+    """Outcome of one request; `seconds` from when it was due, `status` 0 if no answer came."""
 
     status: int
     seconds: float

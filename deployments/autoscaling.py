@@ -1,4 +1,4 @@
-"""How many hosts a pool should have: by the seconds of work before them, not by requests."""
+"""The number of hosts that a pool should have: by the seconds of work before them, not by requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `build_app` takes: models, pools of hosts, the router and the HTTP interface."""
+"""Configuration of a service, as `build_app` takes it: models, pools of hosts, the router and HTTP."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PoolConfig(HostConfig):
 
     @property
     def host(self) -> HostConfig:
-        """What each host of the pool is started with."""
+        """The configuration that each host of the pool is started with."""
         return HostConfig(**{field: getattr(self, field) for field in HostConfig.model_fields})
 
     def changed(self, live: dict[str, Any]) -> PoolConfig:

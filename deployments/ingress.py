@@ -51,7 +51,7 @@ class Ingress:
     async def stream(
         self, request: GenerationRequest, driver: str | None = None
     ) -> AsyncGenerator[Event, None]:
-        """What happens to `request`, ending with `Finished`. Cancelling the call cancels the request."""
+        """Events of `request`, ending with `Finished`. Cancelling the call cancels the request."""
         with self._callers.waiting(driver, request.id):
             async with aclosing(self._front.stream(request)) as events:
                 async for event in events:
@@ -73,7 +73,7 @@ class Ingress:
         return self._front.call_off(request_id)
 
     async def models(self) -> list[ModelCard]:
-        """What can be asked for."""
+        """The models on offer."""
         return self._front.models()
 
     async def fleet(self) -> Fleet:

@@ -1,4 +1,4 @@
-"""What deployments write to Serve's log."""
+"""Lines that deployments write to Serve's log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is there: the hosts of a pool, as Serve has told this process.
+"""Membership: the hosts of a pool, as Serve has told this process.
 
 Serve makes the routers of its handles (`ToNamedHost`), tells them which replicas run when that changes, and
 hands them to nobody. So they are found here, by the deployment; all of one are told the same. A module of
@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 
 class Told(Protocol):
-    """What is told who is there: the ids of all replicas, or None before it was told."""
+    """An object that is told the ids of all replicas; None before that."""
 
     members: tuple[str, ...] | None
 

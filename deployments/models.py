@@ -1,4 +1,4 @@
-"""What can be known of a model before any worker has loaded it."""
+"""Facts of a model that are known before any worker has loaded it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sizes_of(spec: ModelSpec) -> Sizes | None:
 
 
 def terms_of(spec: ModelSpec) -> Terms | None:
-    """What such a model says of the other fields of requests; None as for `sizes_of`."""
+    """The model's terms for the other fields of requests; None as for `sizes_of`."""
     known = _folder(spec)
     return known and known[0].terms(known[1])
 

@@ -23,7 +23,7 @@ from .state import HostKnowledge, HostReport, shifted, wait_s
 
 
 def state_of(name: str, host: Host) -> HostState:
-    """What routing knows of a host; times count from now."""
+    """The state of a host as routing sees it; times count from now."""
     view, repair_s = host.view(), host.repair_s()
     repaired = range(0 if repair_s is None else host.config.workers)
     state = publish(name, view, host.latency, host.config.max_queue, repaired, repair_s or 0.0)
@@ -31,7 +31,7 @@ def state_of(name: str, host: Host) -> HostState:
 
 
 def report_of(name: str, host: Host, configured: int, known: str | None) -> HostReport:
-    """What a router that has the edition `known` is told of a host that was configured so many times."""
+    """The report of a host, configured that many times, to a router that has the edition `known`."""
     edition = f"{configured}.{host.latency.observations}.{host.catalogue.edition}"
     adapters = host.catalogue.names
     new = HostKnowledge(host.latency, host.facts, host.config, adapters) if edition != known else None
@@ -63,7 +63,7 @@ class Pool:
             self._started.configure(config)
 
     async def generate(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """That the host has the request, at once, and in the end the result."""
+        """Generate: yields at once that the host has the request, and in the end the result."""
         async with aclosing(self._host.stream(request)) as events:
             async for event in events:
                 if isinstance(event, Queued | Finished):
@@ -80,7 +80,7 @@ class Pool:
         return await self._host.cancel(request_id)
 
     async def report(self, target: str | None, known: str | None) -> HostReport:
-        """What routers decide by, without what the router has already in the edition `known`."""
+        """The report that routers decide by, without what edition `known` already held."""
         return report_of(self._name, self._host, self._configured, known)
 
     async def status(self, target: str | None) -> tuple[str, HostStatus]:
@@ -88,13 +88,13 @@ class Pool:
         return self._name, self._host.status()
 
     async def news(self, target: str | None, since: int) -> tuple[HostNews, float]:
-        """What is new since an edition, and how long a request that came now would wait, in seconds."""
+        """Changes since an edition, and the seconds that a request arriving now would wait."""
         wait = wait_s([state_of(self._name, self._host)], 0.0)
         assert wait is not None, "there is a host"
         return self._host.news(since), wait
 
     async def ping(self, target: str | None) -> int:
-        """How many workers answer."""
+        """The number of workers that answer."""
         return await self._host.ping(timeout_s=ANSWER_S / 2)
 
     def record_autoscaling_stats(self) -> dict[str, float]:

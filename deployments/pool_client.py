@@ -233,7 +233,7 @@ class PoolClient:
         raise HostSilent(f"host {host} ended request {request.id} without a result")
 
     async def stream(self, host: str, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """What happens to `request` on `host`; closing the generator cancels it. Raises as `generate`."""
+        """Events of `request` on `host`; closing the generator cancels it. Raises as `generate`."""
         async with aclosing(self._events("stream", host, request)) as events:
             async for event in events:
                 yield event
@@ -241,7 +241,7 @@ class PoolClient:
     async def _events(
         self, method: str, host: str, request: GenerationRequest
     ) -> AsyncGenerator[Event, None]:
-        """What `method` of a host tells: first, and at once, that the host has the request."""
+        """Events that `method` of a host yields: first, and at once, that the host has the request."""
         response = getattr(self._streaming, method).remote(host, request)
         events, over = aiter(response), False
         try:

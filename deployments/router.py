@@ -41,7 +41,7 @@ LONGEST_RETRY_S = 3600.0
 
 
 class Router:
-    """What `distriray.service.Service` asks for, over any number of pools."""
+    """The `distriray.service.Service` of any number of pools."""
 
     def __init__(
         self, config: AppConfig, pools: Mapping[str, DeploymentHandle], draw: random.Random, created: int
@@ -68,7 +68,7 @@ class Router:
     async def stream(
         self, request: GenerationRequest, give_up_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
-        """What happens to `request`, ending with `Finished`. Closing the generator cancels it."""
+        """Events of `request`, ending with `Finished`. Closing the generator cancels it."""
         attempts = Attempts(self._by_its_name(request), give_up_s)
         while True:
             client, host, asked = await self._place(attempts)
@@ -164,7 +164,7 @@ class Router:
         return Fleet(pools=pools)
 
     def watch(self) -> AsyncGenerator[FleetNews, None]:
-        """What happens in the fleet; see `distriray.service.Service.watch`."""
+        """Events of the fleet; see `distriray.service.Service.watch`."""
         return watch(self._clients)
 
     async def check_health(self) -> None:
@@ -198,7 +198,7 @@ class Router:
         return request if name is None else request.model_copy(update={"model": name})
 
     async def _place(self, attempts: Attempts) -> tuple[PoolClient, str, GenerationRequest]:
-        """Where to send a request now, and the request as it is to be sent.
+        """The host to send a request to now, and the request as it is to be sent.
 
         Raises:
             ModelNotFound, AdapterNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices:
@@ -258,7 +258,7 @@ class Router:
         return terms.lacks if terms else {}
 
     def _facts_of(self, name: str) -> WorkerFacts | None:
-        """What the first of a model's pools that had a host knows of it."""
+        """Facts of a model, from the first of its pools that had a host."""
         return next((client.state.facts for client in self._clients_of(name) if client.state.facts), None)
 
     async def _wait_for_host(self, attempts: Attempts, client: PoolClient) -> None:

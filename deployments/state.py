@@ -1,4 +1,4 @@
-"""What a router believes of a pool: the hosts' reports, and what it has sent to them since."""
+"""A router's picture of a pool: the hosts' reports, and what it has sent to them since."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class PoolState:
         return [host for host, state in self.hosts.items() if state.holds(adapters) == len(adapters)]
 
     def edition(self, host: str) -> str | None:
-        """What is known of a host, for it to report only what is new."""
+        """The last known edition of a host, so that it reports only what is new."""
         return self._known[host][0] if host in self._known else None
 
     def asked_s(self, host: str) -> float:

@@ -1,4 +1,4 @@
-"""What happens in the fleet, for whoever watches: hosts are asked in turn, at a bounded pace."""
+"""The fleet's events for those who watch: hosts are polled in turn, at a bounded pace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AT_ONCE = 32  # hosts that a look asks; of more, each is asked every second, thi
 
 
 class _Pool:
-    """What was told of a pool so far."""
+    """State of a pool as told so far."""
 
     def __init__(self, client: PoolClient) -> None:
         self.client = client
@@ -62,7 +62,7 @@ class _Pool:
 
 
 async def watch(clients: Sequence[PoolClient]) -> AsyncGenerator[FleetNews, None]:
-    """What changes, look by look."""
+    """Changes in the fleet, look by look."""
     pools = {client.config.name: _Pool(client) for client in clients}
     turn: deque[tuple[str, str]] = deque()
     complete = True

@@ -1,4 +1,4 @@
-"""How a gang denoises: one frozen, validated configuration."""
+"""Configuration of a gang's denoising, frozen and validated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Weight = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Mix(BaseModel):
-    """Which of the peers' activations a displaced step takes from the previous step, and which it waits for.
+    """Freshness by kind: which of the peers' activations a displaced step waits for, and which are old.
 
     Attributes:
         statistics: whose statistics a group norm uses: the peers' previous ones (`stale`), those shifted by
@@ -114,7 +114,7 @@ class Prediction(BaseModel):
 
 
 class ParallelConfig(BaseModel):
-    """How the ranks of a gang share one denoising step.
+    """The way in which the ranks of a gang share one denoising step.
 
     Attributes:
         exchange: `auto` draws a first image of a shape in `sync`, and later ones in the freshest of `sync`,
@@ -158,7 +158,7 @@ class ParallelConfig(BaseModel):
 
     @property
     def mix(self) -> Mix | None:
-        """What a displaced step takes from the previous one; None for `none`, and for `auto`."""
+        """The mix of displaced steps; None for `none`, and for `auto`."""
         if isinstance(self.exchange, Mix):
             return self.exchange
         return MIXES.get(self.exchange)

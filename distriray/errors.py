@@ -83,7 +83,7 @@ class DeadlineUnmet(DistrirayError, RuntimeError):
 
 
 class TooLong(DeadlineUnmet):
-    """It would be given up before it is done; `possible_s` is the time that it would take."""
+    """The request would be given up before it is done; `possible_s` is the time that it would take."""
 
 
 class OutOfMemory(DistrirayError, MemoryError):

@@ -1,4 +1,4 @@
-"""What a request's owner hears while it is worked on."""
+"""Events that a request's owner gets while it is worked on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Regrouped:
-    """It goes on from `step` with another gang."""
+    """The request goes on from `step` with another gang."""
 
     kind: ClassVar[str] = "regrouped"
     request_id: str

@@ -22,7 +22,7 @@ _ONE_FILE = ".safetensors"
 
 
 class ModelSpec(BaseModel):
-    """Which weights to load, and how.
+    """A model: which weights to load, and how.
 
     Attributes:
         name: `builtin:landscapes`, a folder that a diffusers pipeline was saved to, a single `.safetensors`
@@ -209,7 +209,7 @@ def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
 
 
 def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
-    """What a folder says of its pipeline, and the components that it says are missing."""
+    """The pipeline that a folder names, and the components that it says are missing."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return index, {name: None for name, home in index.items() if home == [None, None]}
 

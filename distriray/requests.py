@@ -44,7 +44,7 @@ SchedulerName = Literal[
 
 
 class StepCount(NamedTuple):
-    """How often a scheduler calls the network: `factor` times the steps that are asked for, and `more`."""
+    """Number of network calls by a scheduler: `factor` times the steps that are asked for, and `more`."""
 
     factor: int = 1
     more: int = 0
@@ -339,17 +339,17 @@ class SamplingParams(BaseModel):
 
 
 def image_of(field: str, index: int) -> str:
-    """What the picture of an entry of such a field as `control` is called."""
+    """The name of the picture of an entry of such a field as `control`."""
     return f"{field}.{index}.image"
 
 
 def guided_steps(guidance_end: float, num_steps: int) -> int:
-    """How many of the first steps have guidance, as diffusers' guiders count their `stop`."""
+    """Number of first steps that have guidance, as diffusers' guiders count their `stop`."""
     return int(guidance_end * num_steps)
 
 
 class Defaults(BaseModel):
-    """What requests that leave it open are drawn with: turbo and lightning models want few steps and little
+    """Values for what requests leave open: turbo and lightning models want few steps and little
     guidance, behind clients that can send neither. None is the model's own.
 
     Attributes:
@@ -434,13 +434,13 @@ class GenerationRequest(SamplingParams):
         return request
 
     def shared(self, parallel: ParallelConfig) -> ParallelConfig:
-        """How the gang shares a step, on a host that is configured so."""
+        """The way in which the gang shares a step, on a host that is configured so."""
         if self.exchange is not None:
             return parallel.model_copy(update={"exchange": self.exchange})
         return self.parallel or parallel
 
     def preview_steps(self, num_steps: int) -> frozenset[int]:
-        """Those of `num_steps` calls of the network (1 is the first) after which a preview is sent."""
+        """The calls of the network, of `num_steps` (1 is the first), after which a preview is sent."""
         count = self.previews
         return frozenset(round((i + 1) * num_steps / (count + 1)) for i in range(count)) - {0, num_steps}
 

@@ -84,7 +84,7 @@ class GenerationResult(BaseModel):
 
     @property
     def exchange(self) -> ExchangeMode | Mix:
-        """How most of the steps were shared."""
+        """The way in which most of the steps were shared."""
         return _of_most_steps(self.segments, lambda segment: segment.exchange)
 
     def summary(self) -> dict[str, Any]:

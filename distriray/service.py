@@ -70,7 +70,7 @@ class Fleet(BaseModel):
 
 
 class PoolNews(BaseModel):
-    """What changed in one pool: `hosts` have news, `silent` ones gave no answer, `gone` ones are no more.
+    """Changes in one pool: `hosts` have news, `silent` ones gave no answer, `gone` ones are no more.
     `predicted_wait_s` as in PoolReport."""
 
     model_config = ConfigDict(frozen=True)
@@ -83,7 +83,7 @@ class PoolNews(BaseModel):
 
 
 class FleetNews(BaseModel):
-    """What changed in the fleet, by pool. `complete`: it says all that is remembered, whatever was told
+    """Changes in the fleet, by pool. `complete`: it says all that is remembered, whatever was told
     before. `now` is when it was told; all times are on the clock of whoever tells it, in seconds since the
     epoch."""
 
@@ -132,7 +132,7 @@ class Service(Protocol):
         ...
 
     def watch(self) -> AsyncGenerator[FleetNews, None]:
-        """What happens in the fleet from now on, and first what is remembered of the last minutes.
+        """Events of the fleet from now on, and first those remembered of the last minutes.
 
         Hosts are asked at a bounded pace, however many there are.
         """

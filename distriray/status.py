@@ -1,4 +1,4 @@
-"""What a host publishes about itself."""
+"""Status that a host publishes about itself."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class OutageStatus(_Report):
 
 
 class HostNews(_Report):
-    """What is new on a host since an edition, and how it stands now, at `now` on its clock.
+    """Changes on a host since an edition, and its status now, at `now` on its clock.
 
     `running` has the step and the number of steps of each request that a gang works on; `segments` and
     `outages` are those that changed. A host that has forgotten some leaves them out.

@@ -1,4 +1,4 @@
-"""Where a pipeline's weights lie, and whether they fit there."""
+"""Placement of a pipeline's weights, and whether they fit there."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def encode_headers(request: GenerationRequest) -> dict[str, str]:
 
 
 def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
-    """Where to post a request and what, as httpx's arguments: JSON, or a form where it has pictures.
+    """Path and body of a request to post, as httpx's arguments: JSON, or a form where it has pictures.
 
     Raises:
         InvalidRequest: it has a field that HTTP does not carry.

@@ -1,1 +1,1 @@
-"""What a machine with an NVIDIA GPU shows, stage by stage; `make gpu` runs all."""
+"""Measurements on a machine with an NVIDIA GPU, stage by stage; `make gpu` runs all."""

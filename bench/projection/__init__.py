@@ -1,1 +1,1 @@
-"""What N devices would do, from what one can tell."""
+"""Projection from one device to N."""

@@ -1,4 +1,4 @@
-"""What N devices would do, from what one can tell: `python -m bench.projection`.
+"""Projection from one device to N: `python -m bench.projection`.
 
 One rank's share of a denoising step is measured by itself, its peers' buffers filled, for gangs of 1, 2, 4
 and 8, with the guidance branches split between the halves of the gang and without. The bytes it sends to each

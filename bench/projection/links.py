@@ -1,4 +1,4 @@
-"""What a link between devices would add to the steps of a rank whose peers answered at once."""
+"""Time that a link between devices would add to a rank's steps, measured with peers that answer at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.projection.peers import Step
 
 @dataclass(frozen=True)
 class Link:
-    """How bytes leave a device: every device has such a link to itself, and uses both directions at once.
+    """A device's own link to its peers, of which it uses both directions at once.
 
     Attributes:
         latency_s: of one group of messages, from its call until the first byte arrives.

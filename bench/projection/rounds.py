@@ -42,7 +42,7 @@ class Case:
 
 @dataclass
 class Round:
-    """What one process found in one turn of all cases."""
+    """Findings of one process in one turn of all cases."""
 
     shares: dict[Case, Share] = field(default_factory=dict)
     measured: dict[Case, float] = field(default_factory=dict)

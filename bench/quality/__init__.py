@@ -1,1 +1,1 @@
-"""How true the pictures of a gang are to those of one device: `python -m bench.quality`."""
+"""Fidelity of a gang's pictures to those of one device: `python -m bench.quality`."""

@@ -1,4 +1,4 @@
-"""How true the pictures of a gang are to those of one device: `python -m bench.quality`.
+"""Fidelity of a gang's pictures to those of one device: `python -m bench.quality`.
 
 Every picture is compared with the one that a single device makes of the same prompt and seed. The ranks of a
 gang take turns in one process (`distriray.collective.lockstep`), which gives the pictures that separate

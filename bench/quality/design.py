@@ -1,4 +1,4 @@
-"""What is compared: one factor at a time around a base point, and the crosses that defaults need."""
+"""Design of the comparison: one factor at a time around a base point, and the crosses that defaults need."""
 
 from __future__ import annotations
 

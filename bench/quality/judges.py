@@ -1,4 +1,4 @@
-"""How alike two pictures of one seed are, and how good a set of landscapes is."""
+"""Judges: how alike two pictures of one seed are, and how good a set of landscapes is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pictures shall show: captions of held-out scenes, or a user's own."""
+"""Prompts: captions of held-out scenes, or a user's own."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def _type(asked: ImageRequest, event: str) -> Any:
 
 
 def error_frame(refusal: Refusal) -> bytes:
-    """What ends a stream that cannot be finished."""
+    """The last frame of a stream that cannot be finished."""
     return _frame(ErrorEvent(error=refusal.error))
 
 

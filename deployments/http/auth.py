@@ -1,4 +1,4 @@
-"""Who is answered: holders of a key, or this machine alone."""
+"""Authentication: holders of a key are answered, or this machine alone."""
 
 from __future__ import annotations
 

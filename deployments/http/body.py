@@ -47,7 +47,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def content_type(request: Request) -> str:
-    """What the body is said to be, without parameters such as its character set."""
+    """The declared type of the body, without parameters such as its character set."""
     said = Message()
     said["content-type"] = request.headers.get("content-type", "")
     return said.get_content_type()

@@ -1,4 +1,4 @@
-"""What the HTTP layer lets in."""
+"""Configuration of the HTTP layer."""
 
 from __future__ import annotations
 

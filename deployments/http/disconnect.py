@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives. If the client leaves first, or this is cancelled, `work` is cancelled and awaited.
+    """The result of `work`, which is cancelled and awaited if the client leaves first, or this is cancelled.
 
     The body must have been read. Cancelling happens once, so that `work` can await while it clears up; a task
     group's scope would cancel that too.
@@ -41,7 +41,7 @@ async def _left(receive: Receive) -> None:
 
 
 class Closable(Protocol):
-    """What events come from."""
+    """A source of events."""
 
     async def aclose(self) -> object: ...
 

@@ -48,7 +48,7 @@ _LONGEST_PARAM, _LONGEST_MESSAGE = 100, 500
 
 
 class ErrorObject(BaseModel):
-    """What went wrong; `code` is stable, `param` is the field at fault, `possible_s` comes with
+    """An error; `code` is stable, `param` is the field at fault, `possible_s` comes with
     `deadline_unmet` only: the seconds in which it could be done."""
 
     message: str
@@ -104,7 +104,7 @@ class Refusal(Exception):
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """How `error`, whatever it is, is answered. What is not meant for clients stays out of the message."""
+    """The answer to any `error`. Its message keeps out what is not meant for clients."""
     if isinstance(error, Refusal):
         return error
     cause = getattr(error, "cause", None)  # an error that crossed Ray is a RayTaskError around the original

@@ -1,4 +1,4 @@
-"""Whether a request could be served, as it was found a moment ago."""
+"""Health: whether a request could be served, as it was found a moment ago."""
 
 from __future__ import annotations
 

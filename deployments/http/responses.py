@@ -75,7 +75,7 @@ ProgressState = Literal["queued", "started", "running", "regrouped", "repaired"]
 
 
 class ProgressEvent(BaseModel):
-    """What happens to the request; fields that do not belong to `state` are left out.
+    """Progress of the request; fields that do not belong to `state` are left out.
 
     `queued`: `position` requests ahead, `predicted_wait_s` seconds to wait. `started`, `regrouped`: a gang of
     `gang_size` `workers`, rank 0 first, goes on from `step`. `repaired`: `lost_workers` died, another gang

@@ -1,4 +1,4 @@
-"""What happens in the fleet, for all who watch: looked at and encoded once, while anybody does."""
+"""The fleet's events for all who watch over HTTP: looked up and encoded once, while anybody does."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Watcher:
             self._queue.put_nowait(frame if behind < BEHIND else None)
 
     async def frames(self, request: Request) -> AsyncGenerator[bytes, None]:
-        """What is told, until the client leaves or `STREAM_S` are over."""
+        """Frames of the stream, until the client leaves or `STREAM_S` are over."""
         ends_s = time.monotonic() + STREAM_S
         try:
             while (left_s := ends_s - time.monotonic()) > 0:

@@ -29,7 +29,7 @@ _KEY_BYTES = 16
 
 
 class Card(NamedTuple):
-    """What a rank tells its peers, so that they find its door and open it.
+    """Address of a rank, by which its peers find its door and open it.
 
     Attributes:
         obstacle: why this process cannot share memory, or "".
@@ -53,7 +53,7 @@ class Card(NamedTuple):
 
 
 class Tie(NamedTuple):
-    """What two processes share: memory, and a silent connection that ends with either of them."""
+    """Connection of two processes: shared memory, and a silent connection that ends with either of them."""
 
     connection: socket.socket
     memory: mmap.mmap

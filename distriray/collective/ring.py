@@ -82,7 +82,7 @@ class _End:
 
     @property
     def _place(self) -> int:
-        """Where this end stands, from `start`."""
+        """Position of this end, from `start`."""
         return self._size + (self._at - self._origin) % self._size
 
     @property

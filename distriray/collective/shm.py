@@ -228,7 +228,7 @@ class _Board:
         self.deadline = time.monotonic() + timeout_s
 
     def gather(self, what: str, text: str) -> list[str]:
-        """What every rank has posted. Raises GangBroken."""
+        """The posts of every rank. Raises GangBroken."""
         self._post(what, text)
         keys = [f"{what} {rank}" for rank in range(self._world_size)]
         remaining_s = max(self.deadline - time.monotonic(), 0.001)

@@ -133,7 +133,7 @@ class Denoiser:
         ).to(values["latents"].device)
 
     def _unused(self, params: SamplingParams) -> tuple[str, ...]:
-        """What of a request no picture shows as it is, without its texts."""
+        """Fields of a request that its picture does not show as given, texts aside."""
         assert params.guidance_scale is not None
         warnings = []
         is_guided = self.guides and params.guidance_scale > self.terms.unguided

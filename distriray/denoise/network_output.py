@@ -1,4 +1,4 @@
-"""What the network gave in one step."""
+"""The network's output in one step."""
 
 from __future__ import annotations
 

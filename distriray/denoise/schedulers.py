@@ -86,7 +86,7 @@ def follows_flow(scheduler: Any) -> bool:
 
 
 def step_count(model_scheduler: SchedulerMixin) -> StepCount:
-    """How often a model's own scheduler calls the network, from how many timesteps it makes of some steps."""
+    """Network calls by a model's own scheduler, from how many timesteps it makes of some steps."""
     few, many = 8, 16
     scheduler = deepcopy(model_scheduler)
     made = []

@@ -1,4 +1,4 @@
-"""What a request is between two steps, as an object and as bytes."""
+"""State of a request between two steps, as an object and as bytes."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class DenoiseState:
             ) from error
 
     def snapshot(self) -> Snapshot:
-        """What `restore` needs to undo the steps that follow.
+        """A snapshot with which `restore` undoes the steps that follow.
 
         Schedulers replace the tensors they remember, and write into lists; so lists are what is copied.
         """

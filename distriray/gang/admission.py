@@ -70,7 +70,7 @@ class Admitted(NamedTuple):
 
 
 def _besides(request: GenerationRequest) -> Besides:
-    """What its steps compute beside the network, named so that what is alike is alike to predictions."""
+    """Additions to the network's own steps, named so that predictions treat like as like."""
     adapted = [(f"lora {lora.name}", ADDED) for lora in request.loras if lora.scale]
     controlled = [
         (f"control {each.name} {each.start:g} {each.end:g}", ADDED * max(0.0, each.end - each.start))

@@ -1,4 +1,4 @@
-"""How a host is built: one frozen, validated configuration."""
+"""Configuration of a host, frozen and validated."""
 
 from __future__ import annotations
 

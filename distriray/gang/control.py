@@ -73,7 +73,7 @@ class SegmentControl:
         self._on_progress()
 
     def progress(self, serial: int) -> Progress:
-        """How far segment `serial` is."""
+        """Progress of segment `serial`."""
         with self._lock:
             if serial != self._running:
                 return Progress(0, 0, serial <= self._ended)

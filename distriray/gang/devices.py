@@ -124,6 +124,6 @@ def place_of(gpu: int | str, environment: Mapping[str, str], gpus: int) -> int:
 
 
 def worker_resources(device: str, cpus: float) -> dict[str, float]:
-    """What Ray reserves for one worker with that many logical CPUs."""
+    """Resources that Ray reserves for one worker with that many logical CPUs."""
     gpus = DEVICES[device].gpus
     return {"CPU": cpus, **({"GPU": float(gpus)} if gpus else {})}

@@ -1,4 +1,4 @@
-"""What a host does all day: accept requests, ask its policy who runs where, see each to its one end."""
+"""Dispatcher of a host: accepts requests, asks the policy who runs where, ends each exactly once."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ class Dispatcher:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for workers."""
+        """The number of requests that wait for workers."""
         return sum(job.state is JobState.WAITING for job in self.jobs.values())
 
     def view(self) -> HostView:
-        """What a policy, or a router, may know now."""
+        """The view of a policy, or a router, now."""
         breaking = {w for job in self.jobs.values() if job.breaking for w in job.workers or ()}
         return HostView(
             now_s=time.monotonic(),
@@ -262,7 +262,7 @@ class Dispatcher:
         )
 
     def _at_work(self, job: Job) -> int:
-        """How many of the workers of a running job are busy."""
+        """The number of busy workers of a running job."""
         parallel = job.request.shared(self.config.parallel)
         together = parallel.parallel_vae and self.facts.cuts_vae
         return busy_workers(len(job.workers or ()), job.decoding, together)
@@ -362,7 +362,7 @@ class Dispatcher:
             self._wake()
 
     def _take_back(self, job: Job, result: SegmentResult, began: Moment) -> None:
-        """What a gang brings back, and what it teaches."""
+        """Take back what a gang brings, and learn from it."""
         job.come_back(result, {w: step for w, step in result.held.items() if self.group.alive(w)})
         if result.worked:
             self.metrics.segment(job, result.worked)

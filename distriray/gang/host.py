@@ -88,7 +88,7 @@ class Host:
             raise
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """What happens to `request`, ending with `Finished`. Closing the generator cancels the request.
+        """Events of `request`, ending with `Finished`. Closing the generator cancels the request.
 
         Raises as `generate` does.
         """
@@ -122,12 +122,12 @@ class Host:
         return status_of(self._dispatcher, self._placement.device)
 
     def news(self, since: int) -> HostNews:
-        """What changed since an edition (0 for all that is remembered), and how things stand."""
+        """Changes since an edition (0 for all that is remembered), and the status now."""
         return news_of(self._dispatcher, self._placement.device, since)
 
     @property
     def facts(self) -> WorkerFacts:
-        """What the first worker reported of its model and device."""
+        """Facts that the first worker reported of its model and device."""
         return self._dispatcher.facts
 
     @property
@@ -142,11 +142,11 @@ class Host:
 
     @property
     def latency(self) -> LatencyModel:
-        """What the host believes of its speed."""
+        """The host's estimate of its own speed."""
         return self._dispatcher.speed.model
 
     def view(self) -> HostView:
-        """What a policy or a router may know now."""
+        """The view of a policy or a router now."""
         return self._dispatcher.view()
 
     def repair_s(self) -> float | None:
@@ -175,7 +175,7 @@ class Host:
         self.config = self._dispatcher.config = config
 
     async def ping(self, timeout_s: float = 5.0) -> int:
-        """How many workers answer within `timeout_s`."""
+        """The number of workers that answer within `timeout_s`."""
         answers = [member.remote.ping() for member in self._dispatcher.group.members]
         if not answers:
             return 0

@@ -22,7 +22,7 @@ from .segment_result import SegmentResult
 
 
 class JobState(StrEnum):
-    """Where a request stands."""
+    """State of a request on its host."""
 
     WAITING = "waiting"  # for workers
     RUNNING = "running"  # a gang makes its steps
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def decoding(self) -> bool:
-        """It has its workers still, but no steps left."""
+        """The job still has its workers, but no steps left."""
         return self.state is JobState.DECODING
 
     @property
@@ -122,7 +122,7 @@ class Job:
         return len(set(self._failures)) < len(self._failures)
 
     def view(self) -> RequestView:
-        """What a policy sees of it."""
+        """The policy's view of the job."""
         return replace(
             self._admitted.view(self.arrival, self.deadline),
             steps_total=self.num_steps,
@@ -133,7 +133,7 @@ class Job:
         )
 
     def status(self, now_s: float) -> RequestStatus:
-        """What an operator sees of it."""
+        """The operator's view of the job."""
         return RequestStatus(
             id=self.request.id,
             step=self.step,
@@ -216,7 +216,7 @@ class Job:
             self.ended.set_exception(end)
 
     def result(self, model: str, rank: RankResult) -> GenerationResult:
-        """What its owner gets."""
+        """The result that the job's owner gets."""
         request, now = self.request, time.monotonic()
         assert request.height is not None and request.width is not None
         assert rank.images is not None and self._started is not None
@@ -246,7 +246,7 @@ class Job:
         self.state = state
 
     def _rewind(self) -> None:
-        """It goes on from the last step that anybody holds, or from the beginning."""
+        """Return to the last step that anybody holds, or to the beginning."""
         self.step = max(self.held.values(), default=0)
 
     def _account(self, ranks: list[RankResult]) -> None:

@@ -67,7 +67,7 @@ class StopSignal(StrEnum):
 
 
 class SegmentEnd(StrEnum):
-    """How a segment ended on one rank."""
+    """End of a segment on one rank."""
 
     DONE = "done"
     YIELDED = "yielded"
@@ -123,7 +123,7 @@ class RankResult:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far rank 0 of a segment is, with all previews that it made: (step, picture)."""
+    """Progress of rank 0 in a segment, with all previews that it made: (step, picture)."""
 
     step: int
     num_steps: int

@@ -1,4 +1,4 @@
-"""What a host tells an operator: one table of metrics, and the verbs that record them.
+"""Metrics of a host: one table of them, and the verbs that record them.
 
 Ray exports them to Prometheus under these names behind `ray_`. Without a cluster to export to they are
 counted nowhere, and nothing fails.
@@ -169,7 +169,7 @@ class HostMetrics:
     def level(
         self, *, waiting: int, running: int, free: int, busy: int, down: int, repairs: int, backlog_s: float
     ) -> None:
-        """How things stand now; `repairs` counts all there have been."""
+        """Record the status now; `repairs` counts all there have been."""
         self._set(Name.WAITING, waiting)
         self._set(Name.RUNNING, running)
         for state, workers in (("free", free), ("busy", busy), ("down", down)):
@@ -179,7 +179,7 @@ class HostMetrics:
         self._set(Name.BACKLOG_SECONDS, backlog_s)
 
     def predictions(self) -> PredictionStatus:
-        """How good predictions have been."""
+        """Record how good predictions have been."""
         ratios = self._ratios
         if not ratios.count:
             return PredictionStatus(count=0)

@@ -1,4 +1,4 @@
-"""How long a gang may be silent: compute that hangs is seen by nothing else where pings are answered."""
+"""Patience with a silent gang: nothing else notices compute that hangs where pings are answered."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Patience:
 
     @property
     def bound_s(self) -> float:
-        """How long a sign of life is awaited."""
+        """The longest wait for a sign of life, in seconds."""
         return max(self._floor_s, STALL_FACTOR * self._longest_s)
 
     def heard(self, now_s: float) -> None:
-        """It goes on: a step is done, or a rank is back."""
+        """Note a sign of life: a step is done, or a rank is back."""
         self._longest_s = max(self._longest_s, now_s - self._heard_s)
         self._heard_s = now_s
 
     def left_s(self, now_s: float) -> float:
-        """How long it may still be silent; 0 once it is given up."""
+        """Seconds that it may still be silent; 0 once it is given up."""
         return max(0.0, self._heard_s + self.bound_s - now_s)

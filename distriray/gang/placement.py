@@ -1,4 +1,4 @@
-"""Where a host's workers go: one bundle each, in a placement group of their own or in the replica's."""
+"""Placement of a host's workers: one bundle each, in a placement group of their own or in the replica's."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def make_profile(
 
 
 def device_of(config: HostConfig, facts: WorkerFacts) -> str:
-    """What a profile applies to besides the model: "N x device", and for what that was compiled."""
+    """The hardware that a profile applies to: "N x device", and for what that was compiled."""
     compiled = f" compiled for {' '.join(config.compile)}" if config.compile else ""
     return f"{config.workers} x {facts.device_name}{compiled}"
 

@@ -1,4 +1,4 @@
-"""What happened on a host lately: the segments of its gangs, and when its workers were out."""
+"""Record of a host's recent past: the segments of its gangs, and when its workers were out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Record:
         self._running[serial] = self._numbered(segment)
 
     def ended(self, serial: int, result: SegmentResult | None, segment: Segment | None) -> None:
-        """It is back, with `result` unless the host failed; `segment` says what it did, if anything."""
+        """Note a segment's end, with `result` unless the host failed; `segment` is what it did, if anything."""
         _, running = self._running.pop(serial)
         changes: dict[str, object] = {
             "end": "failed" if result is None else result.end,
@@ -71,11 +71,11 @@ class Record:
             self._back.append(self._numbered(outage.model_copy(update={"back_at": time.time()})))
 
     def segments(self, since: int) -> list[SegmentStatus]:
-        """Those that changed since an edition."""
+        """Segments that changed since an edition."""
         return [*_since(self._ended, since), *(s for number, s in self._running.values() if number > since)]
 
     def outages(self, since: int) -> list[OutageStatus]:
-        """Those that changed since an edition."""
+        """Outages that changed since an edition."""
         return [*_since(self._back, since), *(o for number, o in self._out.values() if number > since)]
 
     def _numbered(self, status: T) -> tuple[int, T]:

@@ -1,4 +1,4 @@
-"""What a worker does before it serves: each part that it may have in a gang, so that torch compiles it."""
+"""Rehearsal: a worker plays each part that it may have in a gang, before serving, to compile it."""
 
 from __future__ import annotations
 

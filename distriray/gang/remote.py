@@ -142,7 +142,7 @@ class _Actor:
 
 
 def _own_error(error: BaseException) -> BaseException:
-    """What a worker raised, or an error of ours for one of Ray's own."""
+    """The error that a worker raised, or one of ours in place of Ray's own."""
     if isinstance(error, RayTaskError):
         if not isinstance(error.cause, RayActorError | ObjectLostError | RayTaskError):
             return error.cause

@@ -46,7 +46,7 @@ def status_of(dispatcher: Dispatcher, device: str) -> HostStatus:
 
 
 def news_of(dispatcher: Dispatcher, device: str, since: int) -> HostNews:
-    """What changed since an edition, and how things stand."""
+    """Changes since an edition, and the status now."""
     jobs, record = dispatcher.jobs.values(), dispatcher.record
     return HostNews(
         edition=record.edition,

@@ -41,7 +41,7 @@ log = logging.getLogger("ray.serve.distriray.worker")
 
 @dataclass
 class _Work:
-    """What there is to say of a segment so far; `begun`: all ranks were ready for its first step."""
+    """Facts of a segment so far; `begun`: all ranks were ready for its first step."""
 
     step: int
     state: DenoiseState | None = None
@@ -192,7 +192,7 @@ class SegmentRunner:
 
     @property
     def terms(self) -> Terms:
-        """What the model says of a request's fields besides its size."""
+        """The model's terms for a request's fields besides its size."""
         return self._denoiser.terms
 
     @property
@@ -207,7 +207,7 @@ class SegmentRunner:
 
     @property
     def own_steps(self) -> StepCount:
-        """How often the model's own scheduler calls the network."""
+        """Network calls by the model's own scheduler."""
         return self._denoiser.own_steps
 
     @property

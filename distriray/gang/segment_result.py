@@ -14,7 +14,7 @@ IN_ORDER = frozenset({SegmentEnd.DONE, SegmentEnd.YIELDED, SegmentEnd.CANCELLED}
 
 @dataclass(frozen=True, slots=True)
 class SegmentResult:
-    """How a gang came back.
+    """Result of a segment, from all ranks of its gang.
 
     Attributes:
         ranks: results of the processes that can be relied on, lowest rank first.

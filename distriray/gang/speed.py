@@ -1,4 +1,4 @@
-"""What a host believes of its speed, and what every segment teaches it."""
+"""A host's estimate of its own speed, corrected by every segment."""
 
 from __future__ import annotations
 

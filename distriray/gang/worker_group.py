@@ -125,7 +125,7 @@ class WorkerGroup:
         return [member for _, member in sorted(self._members.items())]
 
     def member(self, index: int) -> Member | None:
-        """Who is in a place now."""
+        """The worker in a place now."""
         return self._members.get(index)
 
     def alive(self, worker: WorkerId) -> bool:

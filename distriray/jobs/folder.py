@@ -1,4 +1,4 @@
-"""Where a job keeps what it made, so that it can be killed at any moment and go on."""
+"""A job's output folder, kept so that the job can be killed at any moment and go on."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Folder:
         )
 
     def write_summary(self, facts: Mapping[str, Any]) -> None:
-        """How this run ended."""
+        """Write how this run ended."""
         _replace(self.summary, (json.dumps(facts, indent=2) + "\n").encode())
 
     def _append(self, path: Path, lines: bytes) -> None:
@@ -150,7 +150,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _part_of(path: Path) -> Path:
-    """Where a file is written until all of it is on disk."""
+    """The name of a file until all of it is on disk."""
     return path.with_name(f".{path.name}.part")
 
 

@@ -1,4 +1,4 @@
-"""Who makes a job's pictures: hosts of its own, or a service that runs already."""
+"""Makers of a job's pictures: hosts of its own, or a service that runs already."""
 
 from __future__ import annotations
 

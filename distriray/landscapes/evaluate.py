@@ -1,4 +1,4 @@
-"""How good the built-in model is: reconstruction, the checker on drawn scenes, and prompt accuracy.
+"""Evaluation of the built-in model: reconstruction, the checker on drawn scenes, and prompt accuracy.
 
 python -m distriray.landscapes.evaluate [--sizes 256 512] [--count 200] [--sheet docs/images/landscapes.png]
 """

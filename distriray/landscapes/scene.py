@@ -1,4 +1,4 @@
-"""What a landscape consists of: a `Scene` is a choice for each attribute plus a seed for the details."""
+"""Scenes: a `Scene` is a choice for each attribute plus a seed for the details."""
 
 from __future__ import annotations
 

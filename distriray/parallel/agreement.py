@@ -26,7 +26,7 @@ Tensors = torch.Tensor | Sequence[torch.Tensor] | None
 
 
 class Compared(NamedTuple):
-    """What the ranks of a gang compare, by the names that an error calls it.
+    """Values that the ranks of a gang compare, by the names that an error gives them.
 
     The names are the same whatever a call is given: what is not given is None.
 

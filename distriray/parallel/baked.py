@@ -1,4 +1,4 @@
-"""What captured steps have baked in: all that decides what a network computes, besides its inputs."""
+"""State that captured steps have baked in: all that decides what a network computes, besides its inputs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _hooks(layer: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 
 
 def _sign(tensor: torch.Tensor) -> Hashable:
-    """Where a tensor lies; one that is made of several, as quantized ones are, where these do."""
+    """Address of a tensor; one that is made of several, as quantized ones are, where these do."""
     if is_traceable_wrapper_subclass(tensor):
         return tuple(_sign(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.data_ptr()

@@ -49,7 +49,7 @@ class _Known:
 
 
 class Choices:
-    """What one rank has measured of a gang, and chosen: once for every shape."""
+    """Measurements of one rank of a gang, and the choices made from them: once for every shape."""
 
     def __init__(self) -> None:
         self._shapes: OrderedDict[Hashable, _Known] = OrderedDict()

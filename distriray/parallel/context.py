@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class PatchContext:
-    """What the layers of one network share; the network's engine or decoder owns it and writes it.
+    """State that the layers of one network share; the network's engine or decoder owns it and writes it.
 
     Attributes:
         step: the step that layers exchange in; None outside a call and in a gang of one, where they behave

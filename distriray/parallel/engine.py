@@ -401,7 +401,7 @@ class Engine:
         return mix
 
     def _place(self, call: Call, moment: Moment, branch: Branch) -> Place | None:
-        """Where this rank is, for the others to compare; None without others."""
+        """Position of this rank, for the others to compare; None without others."""
         if self.communicator.world_size == 1:
             return None
         sample = call.sample
@@ -546,5 +546,5 @@ class Engine:
 
 
 def _shape(call: Call, share: Share) -> Hashable:
-    """What decides how much a rank computes and sends."""
+    """The facts that decide how much a rank computes and sends."""
     return share.layout, share.partition, share.batch, call.sample.dtype, call.besides

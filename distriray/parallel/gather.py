@@ -18,7 +18,7 @@ HEADER = 48
 
 
 class Flags(NamedTuple):
-    """What one rank asks of the whole gang, or what any of its ranks has asked."""
+    """Signals of one rank to the whole gang, or of any of its ranks."""
 
     yield_: bool = False
     cancel: bool = False
@@ -28,7 +28,7 @@ NO_FLAGS = Flags()
 
 
 class Place(NamedTuple):
-    """Where a rank is in an image, which all ranks must have alike.
+    """Position of a rank in an image, which all ranks must have alike.
 
     Attributes:
         step: number of the step.
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What every rank knows of all of them after a gather.
+    """Facts of all ranks that each has after a gather.
 
     Attributes:
         flags: those that any rank has set.
@@ -104,7 +104,7 @@ def _check_places(places: list[float], tolerance: float) -> None:
 
 
 class Gathered(NamedTuple):
-    """What a gather returns.
+    """Result of a gather.
 
     Attributes:
         whole: the noise or the picture, (batch, channels, rows, columns); garbage if `header.read()` raises.

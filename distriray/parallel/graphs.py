@@ -32,7 +32,7 @@ _NUMBERS = (Number, str, type(None), torch.dtype, torch.device)
 
 
 class Graph(Protocol):
-    """What a device is given to do between `capture_begin` and `capture_end`, as often as it is replayed."""
+    """Work given to a device between `capture_begin` and `capture_end`, done again at each replay."""
 
     def capture_begin(self, pool: Any = ...) -> None: ...
 
@@ -42,7 +42,7 @@ class Graph(Protocol):
 
 
 class GraphMaker(Protocol):
-    """Where graphs come from: a device's own (`CudaGraphs`), or a stand-in for it."""
+    """A source of graphs: a device's own (`CudaGraphs`), or a stand-in for it."""
 
     def capturing(self) -> Any:
         """The context in which graphs are captured."""

@@ -10,7 +10,7 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution moves over rows."""
+    """Geometry of a convolution along rows."""
 
     kernel: int
     stride: int
@@ -84,7 +84,7 @@ class Partition:
         return self._unit_bounds[rank] * scale, min(self._unit_bounds[rank + 1] * scale, height)
 
     def counts(self, level: int) -> tuple[int, ...]:
-        """How many rows each rank owns at `level`."""
+        """Numbers of rows that each rank owns at `level`."""
         bounds = (self.rows(rank, level) for rank in range(self.world_size))
         return tuple(stop - start for start, stop in bounds)
 
@@ -98,7 +98,7 @@ class Partition:
         raise UnsupportedModel(f"a feature map of {size} rows and columns is no level of {self}")
 
     def halo(self, rank: int, level: int, window: Window) -> Halo:
-        """What `rank` exchanges for a convolution with `window` whose input is at `level`."""
+        """Rows that `rank` exchanges for a convolution with `window` whose input is at `level`."""
         needs = [self.reads(peer, level, window) for peer in range(self.world_size)]
         height = self.shape(level)[0]
         first, last = self.rows(rank, level)
@@ -147,7 +147,7 @@ class TokenPartition(Partition):
 
     @classmethod
     def of(cls, image: int, text: int, world_size: int) -> TokenPartition:
-        """That of so many tokens."""
+        """The partition of that many tokens."""
         return cls(height=image, width=1, levels=0, world_size=world_size, text=text)
 
     def __post_init__(self) -> None:
@@ -162,7 +162,7 @@ class TokenPartition(Partition):
 
     @cached_property
     def joint(self) -> tuple[int, ...]:
-        """How many tokens of image and text together each rank owns."""
+        """Numbers of tokens of image and text together that each rank owns."""
         texts = (stop - start for start, stop in map(self.text_tokens, range(self.world_size)))
         return tuple(image + text for image, text in zip(self.counts(0), texts, strict=True))
 

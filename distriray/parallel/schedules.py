@@ -61,7 +61,7 @@ class Turn:
 
 
 class Moment(NamedTuple):
-    """Where in its image a call of the network is.
+    """Position of a network call in its image.
 
     Attributes:
         timestep: as a number.

@@ -16,7 +16,7 @@ from distriray.parallel.partition import Partition
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank computes of a call.
+    """The part of a call that one rank computes.
 
     Attributes:
         layout: of the whole gang.

@@ -62,7 +62,7 @@ class RequestView:
 
     @property
     def shape(self) -> tuple[int, int, int, bool, bool, Besides]:
-        """What its times depend on besides the gang, in the order of `LatencyModel.times`."""
+        """All that its times depend on besides the gang, in the order of `LatencyModel.times`."""
         return self.height, self.width, self.batch, self.guided, self.fresh, self.besides
 
     def left_s(self, times: Times) -> float:

@@ -53,7 +53,7 @@ class HostState:
     adapters: frozenset[str] = frozenset()
 
     def holds(self, adapters: Iterable[str]) -> int:
-        """How many of these adapters it holds."""
+        """Number of these adapters that it holds."""
         return sum(name in self.adapters for name in adapters)
 
 

@@ -1,4 +1,4 @@
-"""What a denoiser asks of a family of pipelines (docs/adding-a-model.md)."""
+"""The interface between a denoiser and a family of pipelines (docs/adding-a-model.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distriray.requests import SamplingParams
 
 
 class Tokens(NamedTuple):
-    """How many tokens a text encoder is given, and how many of them it takes; without special ones."""
+    """Numbers of tokens: given to a text encoder, and taken by it; without special ones."""
 
     given: int
     taken: int
@@ -80,7 +80,7 @@ class Commission:
 
     @property
     def num_inference_steps(self) -> int:
-        """Those that are asked for."""
+        """The number of steps that are asked for."""
         assert self.params.num_inference_steps is not None
         return self.params.num_inference_steps
 
@@ -161,7 +161,7 @@ class PipelineSteps(ABC):
 
     @abstractmethod
     def prepare(self, commission: Commission) -> dict[str, Any]:
-        """What a state begins with: `latents`, `timesteps`, and all that `step` needs besides them.
+        """Values that a state begins with: `latents`, `timesteps`, and all that `step` needs besides them.
 
         The values are plain ones and tensors, nested as one likes; a state keeps them as they are, but for
         `latents`. What is random about image `i` is drawn from generator `i` alone.

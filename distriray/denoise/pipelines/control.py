@@ -21,7 +21,7 @@ def controlled(
     timestep: torch.Tensor,
     **arguments: Any,
 ) -> Any:
-    """What a U-Net gives with ControlNets, which its gang cuts into patches with it if it has one.
+    """The output of a U-Net with ControlNets, which its gang cuts into patches with it if it has one.
 
     Args:
         image_prompts: of the IP-Adapters in the U-Net.

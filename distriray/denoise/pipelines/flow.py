@@ -1,4 +1,4 @@
-"""What families that denoise by flow matching share."""
+"""Common parts of the families that denoise by flow matching."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class FlowMatching(PipelineSteps):
 
     @property
     def latent_channels(self) -> int:
-        """Those of the VAE's latents."""
+        """Channels of the VAE's latents."""
         channels: int = self.pipeline.vae.config[self.vae_channels]
         return channels
 
@@ -89,7 +89,7 @@ class FlowMatching(PipelineSteps):
         raise NotImplementedError
 
     def sigmas(self, steps: int) -> Any:
-        """How noisy each step's latents are, before that is shifted; None leaves it to the scheduler."""
+        """Noise level of each step's latents, before the shift; None leaves it to the scheduler."""
         return None
 
     def shift(self, commission: Commission, tokens: int) -> float:
@@ -133,7 +133,7 @@ class FlowMatching(PipelineSteps):
         return images
 
     def timestep(self, state: DenoiseState, batch: int) -> torch.Tensor:
-        """That of the next step for all of a batch, made where the latents are: nothing is copied there."""
+        """Timestep of the next step for all of a batch, made where the latents are: nothing is copied."""
         timestep = float(state.values["timesteps"][state.step])
         return torch.full((batch,), timestep, device=state.latents.device)
 
@@ -147,7 +147,7 @@ class FlowMatching(PipelineSteps):
         return latents
 
     def _size(self, commission: Commission, dtype: torch.dtype) -> tuple[Any, ...]:
-        """What diffusers' methods that prepare latents take of it, in their order."""
+        """The size as diffusers' methods that prepare latents take it, in their order."""
         images, size = len(commission.generators), (commission.height, commission.width)
         device = self._transformer.device
         return images, self.latent_channels, *size, dtype, device, commission.generators

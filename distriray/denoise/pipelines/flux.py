@@ -31,7 +31,7 @@ class Flux(PackedFlowMatching):
 
     @property
     def _text_tokens(self) -> int:
-        """Those of T5, as dev and schnell were trained."""
+        """Tokens of T5's text, as dev and schnell were trained."""
         return 512 if self._transformer.config.guidance_embeds else 256
 
     def encode(self, commission: Commission) -> dict[str, Any]:

@@ -20,7 +20,7 @@ TEXT_TOKENS = 512
 
 
 class _Flux2(FlowMatching):
-    """What both share: a state's latents are tokens of 2x2 latents of the VAE, normalized, in rows.
+    """Common parts of both: a state's latents are tokens of 2x2 latents of the VAE, normalized, in rows.
 
     Padding of the text is attended to, as in the pipelines.
     """
@@ -63,7 +63,7 @@ class _Flux2(FlowMatching):
 
     @abstractmethod
     def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """What the network says of `tokens`, (batch, tokens, channels), with guidance."""
+        """The network's prediction for `tokens`, (batch, tokens, channels), with guidance."""
 
     def call(
         self, state: DenoiseState, branch: str, tokens: torch.Tensor, timestep: torch.Tensor

@@ -9,7 +9,7 @@ from distriray.denoise.state import DenoiseState
 
 
 class ConditionalHalf:
-    """What is left of a batch of [unconditional, conditional] when guidance is over.
+    """The half of a batch of [unconditional, conditional] that is left when guidance is over.
 
     The same tensor from step to step, since that tells a gang that the text is the same.
     """

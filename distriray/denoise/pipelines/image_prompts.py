@@ -1,4 +1,4 @@
-"""What IP-Adapters attend to beside the text."""
+"""Image prompts: the tokens that IP-Adapters attend to beside the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What families share whose pipelines make a token of 2x2 latents before the network sees them."""
+"""Common parts of the families whose pipelines pack 2x2 latents into a token."""
 
 from __future__ import annotations
 

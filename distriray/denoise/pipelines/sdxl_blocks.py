@@ -217,7 +217,7 @@ def make_tasks() -> dict[str, Task]:
 
 
 def make_components(pipeline: Any) -> Any:
-    """What the blocks read their models from: the pipeline's own, not copied."""
+    """The components that the blocks read their models from: the pipeline's own, not copied."""
     components = Components(blocks=StableDiffusionXLAutoBlocks())
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler")
     components.update_components(**{name: pipeline.components[name] for name in names})

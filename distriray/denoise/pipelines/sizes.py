@@ -20,7 +20,7 @@ That of the pipeline itself has the name `""`.
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model says of heights and widths, all in pixels.
+    """A model's terms for heights and widths, all in pixels.
 
     Attributes:
         default: (height, width) of a request that names none.

@@ -1,4 +1,4 @@
-"""What a family says of a request's fields besides its size: neither torch nor diffusers is loaded here."""
+"""A family's terms for fields of requests, size aside: neither torch nor diffusers is loaded here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _NO_PICTURES = {**_NO_MASKS, "image": "this model's family draws from text alone
 
 @dataclass(frozen=True)
 class Terms:
-    """What a model says of the fields of requests.
+    """A model's terms for the fields of requests.
 
     Attributes:
         num_inference_steps, guidance_scale: of a request that names none.

@@ -1,1 +1,1 @@
-"""How the built-in model is made: its pictures, its trainings, and the folder that they end in."""
+"""Training of the built-in model: its pictures, its trainings, and the folder that they end in."""

@@ -1,4 +1,4 @@
-"""What the training commands share: averaged weights, resumable checkpoints, the learning rate's course."""
+"""Common parts of the training commands: averaged weights, checkpoints, the learning rate's course."""
 
 from __future__ import annotations
 

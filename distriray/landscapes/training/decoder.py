@@ -133,7 +133,7 @@ def critic_loss(critic: Critic, drawn: Tensor, decoded: Tensor) -> Tensor:
 
 
 def picture_gradient(critic: Critic, drawn: Tensor, decoded: Tensor, share: float) -> tuple[Tensor, float]:
-    """How the loss changes with the decoded pictures, (N, 3, H, W), and the reconstruction's part of it.
+    """Gradient of the loss by the decoded pictures, (N, 3, H, W), and the reconstruction's part of it.
 
     The critic has two parts, its score and the distance of what its layers see (Wang et al., CVPR 2018). Each
     is as strong as `share` of the reconstruction's, as in VQGAN (Esser et al., CVPR 2021).

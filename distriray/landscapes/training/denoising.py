@@ -1,4 +1,4 @@
-"""What trainings of denoising networks share: latents of drawn scenes, captions, and the loop.
+"""Common parts of the trainings of denoising networks: latents of drawn scenes, captions, and the loop.
 
 On CPUs one process a core is fastest: `torchrun --nproc-per-node 2 -m` and the module. Resumable: the same
 command goes on where the last one stopped.
@@ -78,7 +78,7 @@ def cache_latents(arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def picture_weights(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """What an error in each latent channel costs in the picture, (C,) float32 with a mean of 1.
+    """Cost in the picture of an error in each latent channel, (C,) float32 with a mean of 1.
 
     Measured: how a little noise in one channel of scaled `latents`, (N, C, h, w), changes the pictures.
     """
@@ -99,7 +99,7 @@ def captions(bucket: dataset.Bucket, indices: np.ndarray, rng: np.random.Generat
 
 
 class Lesson(ABC):
-    """What one kind of network learns from latents and captions.
+    """A training task: what one kind of network learns from latents and captions.
 
     Args:
         folder: where the other trainings wrote what it needs.

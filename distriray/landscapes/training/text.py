@@ -72,7 +72,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def encode(first: CLIPTextModel, second: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the SDXL pipeline passes on: embeddings, (N, MAX_TOKENS, 2 * WIDTH), and pooled, (N, POOLED)."""
+    """Embeddings for the SDXL pipeline: (N, MAX_TOKENS, 2 * WIDTH), and pooled, (N, POOLED)."""
     one = first(ids, output_hidden_states=True)
     two = second(ids, output_hidden_states=True)
     return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds

@@ -71,7 +71,7 @@ def silent_t5(vocabulary: int) -> T5EncoderModel:
 
 
 def sigmas(rng: np.random.Generator, count: int, side: float) -> Tensor:
-    """How noisy each picture is, (N,) float32: the middle oftenest, and larger pictures noisier.
+    """Noise level of each picture, (N,) float32: the middle oftenest, and higher for larger pictures.
 
     As in Esser et al. 2024 (arXiv 2403.03206), sections 3.1 and 5.3.2.
     """

@@ -1,4 +1,4 @@
-"""How fresh values travel: whole, or as residuals in few bits."""
+"""Carriers of fresh values: whole, or as residuals in few bits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Carrier:
     """
 
     def pack(self, slot: Slot, values: Values) -> dict[int, torch.Tensor]:
-        """What is sent to each peer, contiguous, for these values."""
+        """The tensor that is sent to each peer, contiguous, for these values."""
         return {peer: tensor.contiguous() for peer, tensor in values.items()}
 
     def room(self, slot: Slot, into: Values) -> dict[int, torch.Tensor]:
-        """Where what each peer sends is received; in place if values travel as they are.
+        """Room to receive what each peer sends; in place if values travel as they are.
 
         Args:
             into: where the values are to be.

@@ -39,7 +39,7 @@ class Region(ABC):
 
     @abstractmethod
     def stored(self, index: int) -> dict[int, torch.Tensor]:
-        """What `store` stored for a slot, by rank."""
+        """The values that `store` stored for a slot, by rank."""
 
     def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
         """Keep what a synchronous step has moved, as if it had arrived."""
@@ -223,7 +223,7 @@ class KeysValuesRegion(Region):
         return self._received.nbytes + self.prediction_bytes + sum(tensor.nbytes for tensor in changes)
 
     def messages(self, peers: tuple[int, ...]) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-        """What is sent to each peer, and where what it sends is received."""
+        """Messages for each peer, and room for those from it."""
         if self._sent is None:
             return dict.fromkeys(peers, self._parts[self.rank]), {peer: self._parts[peer] for peer in peers}
         return dict.fromkeys(peers, self._sent.encode(self._parts[self.rank])), self._changes

@@ -44,7 +44,7 @@ class StatisticsAndRows:
             self.rows[peer] = self._rows(message, tensor)
 
     def statistics(self, rank: int) -> torch.Tensor:
-        """Those of all ranks once they have arrived, and this rank's, float32 (ranks, batch, groups, 2)."""
+        """Statistics of all ranks once they arrived, and this rank's, float32 (ranks, batch, groups, 2)."""
         everyone = {rank: self._own, **{peer: self._statistics(m) for peer, m in self.receives.items()}}
         return torch.stack([everyone[peer] for peer in sorted(everyone)])
 

@@ -106,7 +106,7 @@ class Step(ABC):
     def norm_padded(
         self, input: torch.Tensor, window: Window, own: torch.Tensor
     ) -> tuple[PaddedPatch, torch.Tensor]:
-        """What a group norm needs to normalize all rows that the convolution behind it reads, in one message.
+        """Input of a group norm for all rows that the convolution behind it reads, in one message.
 
         Only in a step that `fuses`.
 
@@ -220,7 +220,7 @@ class Step(ABC):
     @property
     @abstractmethod
     def kind(self) -> Hashable:
-        """What layers do in it besides what follows from their inputs; None where no other step does that."""
+        """Kind of the step: all that layers do in it beyond their inputs; None if no other is like it."""
 
     def skip(self) -> None:
         """Let all slots be over: graphs stand for the layers."""

@@ -43,7 +43,7 @@ class _Processor(AttnProcessor2_0, Opaque):
     def sources(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...] | None:
-        """What `keys_values` makes keys and values of; None for those that diffusers computes.
+        """The sources that `keys_values` makes keys and values of; None for those that diffusers computes.
 
         Returns:
             (batch, tokens, channels) each.

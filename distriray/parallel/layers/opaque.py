@@ -22,7 +22,7 @@ class Opaque(ABC):
 
     @abstractmethod
     def exchanged(self, *inputs: Any) -> torch.Tensor:
-        """What `exchange` returns."""
+        """The result of `exchange`."""
 
     def exchanged_shape(self, *inputs: Any) -> tuple[int, ...]:
         """The shape of `exchanged(*inputs)`: that of the first input, unless a subclass says otherwise."""
@@ -74,6 +74,6 @@ def _exchange_fake(
 
 
 def _memory_format(input: torch.Tensor) -> torch.memory_format:
-    """That of a layer's output: convolutions and norms keep to their input's."""
+    """Memory format of a layer's output: convolutions and norms keep to their input's."""
     last = input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last and not input.is_contiguous() else torch.contiguous_format

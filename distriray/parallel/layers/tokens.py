@@ -41,12 +41,12 @@ class Tokens:
         self.entered.clear()
 
     def of(self, sequence: Sequence) -> tuple[int, ...]:
-        """How many tokens of a sequence each rank owns."""
+        """Numbers of tokens of a sequence that each rank owns."""
         return self.partition.joint if sequence == "joint" else self.partition.counts(0)
 
 
 class PatchTokenAttention(Opaque):
-    """What the processors of all transformers share.
+    """Common part of the attention processors of all transformers.
 
     Hidden states are (batch, this rank's tokens, channels). Outside a step of an exchange a processor is
     diffusers' own, which it is a subclass of.
@@ -108,7 +108,7 @@ class PatchTokenAttention(Opaque):
         return attended
 
     def mask(self, queries: int) -> torch.Tensor | None:
-        """What as many tokens attend to, this rank's or those of all ranks; None is everything.
+        """Mask of what that many tokens attend to, this rank's or those of all ranks; None is everything.
 
         Returns:
             (batch, 1, 1 or `queries`, tokens of all ranks).

@@ -1,4 +1,4 @@
-"""What the engine asks of a network family (docs/adding-a-model.md)."""
+"""The interface between the engine and a network family (docs/adding-a-model.md)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Network(ABC):
         """
 
     def text_weights(self) -> Hashable:
-        """What changes with the weights that make text keys and values; asked in every step."""
+        """A mark that changes with the weights that make text keys and values; asked in every step."""
         return None
 
     @abstractmethod
@@ -146,7 +146,7 @@ class Network(ABC):
 
     @abstractmethod
     def partition(self, call: Call, patches: int) -> Partition:
-        """Who of `patches` ranks owns which rows of the sample.
+        """Partition of the sample: which of `patches` ranks owns which rows.
 
         Raises:
             InvalidRequest: fewer units of rows than ranks.
@@ -162,7 +162,7 @@ class Network(ABC):
 
     @abstractmethod
     def compared(self, call: Call) -> Compared:
-        """What decides the picture, and the size of messages: compared among ranks when an image begins."""
+        """All that decides the picture and the size of messages; ranks compare it when an image begins."""
 
     @abstractmethod
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:

@@ -25,7 +25,7 @@ from distriray.parallel.partition import TokenPartition
 
 
 class PatchChromaAttention(PatchFluxAttention):
-    """That of Chroma, where one mask is of the queries as well as of the keys."""
+    """Attention of Chroma, where one mask is of the queries as well as of the keys."""
 
     def mask(self, queries: int) -> torch.Tensor | None:
         keys, step = self.tokens.key_mask, self.context.step

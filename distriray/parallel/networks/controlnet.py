@@ -37,7 +37,7 @@ def residuals_of(
     text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
 ) -> dict[str, Any]:
-    """What ControlNets add to a U-Net, by the names of its arguments; that of several is added up.
+    """Residuals that ControlNets add to a U-Net, by the names of its arguments; that of several is added up.
 
     Args:
         sample: of a network's latents, scaled as the U-Net takes them; what follows the latents' channels,

@@ -34,7 +34,7 @@ POSITIONS = {
 
 
 class PatchFluxAttention(PatchJointAttention, FluxAttnProcessor):
-    """That of FLUX.1, in its blocks of both kinds."""
+    """Attention of FLUX.1, in its blocks of both kinds."""
 
 
 class Flux(TokenNetwork):

@@ -28,11 +28,11 @@ from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchFlux2Attention(PatchJointAttention, Flux2AttnProcessor):
-    """That of FLUX.2, in its blocks of two streams."""
+    """Attention of FLUX.2, in its blocks of two streams."""
 
 
 class PatchFlux2SingleAttention(PatchTokenAttention, Flux2ParallelSelfAttnProcessor):
-    """That of FLUX.2 in its blocks of one stream, where one projection gives the feed-forward's input too."""
+    """Attention of FLUX.2 in its blocks of one stream: one projection gives the feed-forward's input too."""
 
     def __call__(
         self,

@@ -31,7 +31,7 @@ from distriray.parallel.share import Share
 
 
 class PatchKrea2Attention(PatchTokenAttention, Krea2AttnProcessor):
-    """That of Krea 2: one stream, with a gate, and keys and values of some of the heads."""
+    """Attention of Krea 2: one stream, with a gate, and keys and values of some of the heads."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""What of a network decides the picture besides its inputs, in a form in which it is compared."""
+"""Likeness of networks: all that decides the picture besides inputs, in a form that ranks compare."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _used_adapters(layer: Any) -> list[str]:
 
 
 def _by_adapter(layer: Any) -> dict[str, list[Any]]:
-    """What PEFT keeps for each adapter of a layer: modules and parameters."""
+    """Modules and parameters that PEFT keeps for each adapter of a layer."""
     kept = defaultdict(list)
     for kind in getattr(layer, "adapter_layer_names", ()):
         for adapter, its in getattr(layer, kind, {}).items():
@@ -86,7 +86,7 @@ def processors_of(network: nn.Module) -> str:
 
 
 def signs_of(layers: Iterable[nn.Module]) -> Hashable:
-    """Where the weights of layers lie, how often they were written, and which adapters count how much."""
+    """Signs of layers' weights: where they lie, how often they were written, how much adapters count."""
     signs: list[Hashable] = []
     for layer in layers:
         for weight in layer._parameters.values():

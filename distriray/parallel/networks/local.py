@@ -121,7 +121,7 @@ ADVICE = (
 
 
 class LocalCode:
-    """What is known to be local, and what a user says is.
+    """Code that is known to be local, or that a user says is.
 
     Args:
         said: by a user: classes, of modules, attention processors and hooks; functions, that are hooks or
@@ -152,7 +152,7 @@ class LocalCode:
         return _identity(code) in self._said or type(code) in self._said
 
     def obstacle(self, name: str, module: nn.Module, kinds: frozenset[type] = _SPATIAL) -> str | None:
-        """What about a layer is not known to be local, None if nothing; its children are not looked at.
+        """The part of a layer that is not known to be local, None if all is; its children are not looked at.
 
         Args:
             kinds: the classes that are known to be local, or are converted; those of networks over feature
@@ -172,7 +172,7 @@ class LocalCode:
         return self.obstacle_around(layer, module, vars(module).get("forward")) or self._hook(layer, module)
 
     def obstacle_around(self, layer: str, module: nn.Module, forward: Any) -> str | None:
-        """What stands in the place of a module's forward or other methods, unless it is known to be local.
+        """A replacement of a module's forward or other methods, unless it is known to be local.
 
         Args:
             forward: what is called; None is that of the class.
@@ -202,7 +202,7 @@ class LocalCode:
 
 
 def _identity(code: Any) -> Any:
-    """What tells one piece of code from others: a class, the code of a function, or an object's class."""
+    """The identity of a piece of code: a class, the code of a function, or an object's class."""
     while isinstance(code, functools.partial):
         code = code.func
     code = getattr(code, "__func__", code)

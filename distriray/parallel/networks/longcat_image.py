@@ -20,7 +20,7 @@ from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchLongCatImageAttention(PatchJointAttention, LongCatImageAttnProcessor):
-    """That of LongCat-Image, in its blocks of both kinds."""
+    """Attention of LongCat-Image, in its blocks of both kinds."""
 
 
 class LongCatImage(TokenNetwork):

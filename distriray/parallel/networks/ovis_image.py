@@ -20,7 +20,7 @@ from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchOvisImageAttention(PatchJointAttention, OvisImageAttnProcessor):
-    """That of Ovis-Image, in its blocks of both kinds."""
+    """Attention of Ovis-Image, in its blocks of both kinds."""
 
 
 class OvisImage(TokenNetwork):

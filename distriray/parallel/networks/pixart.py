@@ -20,7 +20,7 @@ from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchImageAttention(PatchTokenAttention, AttnProcessor2_0):
-    """That of PixArt, whose image attends to itself as in a U-Net."""
+    """Attention of PixArt, whose image attends to itself as in a U-Net."""
 
     def __call__(
         self,

@@ -50,7 +50,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a family's tensors are cut to a rank's tokens, and what attends across them.
+    """A family's plan: where tensors are cut to a rank's tokens, and what attends across them.
 
     Names of modules are those of `named_modules`, in which `*` is any number.
 
@@ -121,7 +121,7 @@ class Cutter:
 
 
 def key_mask(mask: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
-    """Which keys of all ranks are attended to, where each rank's come text first.
+    """Mask of the keys of all ranks that are attended to, where each rank's come text first.
 
     Args:
         mask: of the text, (batch, tokens).
@@ -134,7 +134,7 @@ def key_mask(mask: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
 
 
 def of_all_ranks(text: torch.Tensor, image: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
-    """What is said of the text's and of the image's tokens, in the order of the ranks, each one's text first.
+    """Values of the text's and of the image's tokens, in the order of the ranks, each one's text first.
 
     Args:
         text, image: (batch, tokens).

@@ -22,7 +22,7 @@ from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchQwenImageAttention(PatchJointAttention, QwenDoubleStreamAttnProcessor2_0):
-    """That of Qwen-Image, whose rotary embeddings are complex numbers, the image's and the text's."""
+    """Attention of Qwen-Image, whose rotary embeddings are complex numbers, the image's and the text's."""
 
     def rotated(self, x: torch.Tensor, rotary: Any) -> torch.Tensor:
         of_image, of_text = rotary

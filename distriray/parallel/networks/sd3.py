@@ -14,7 +14,7 @@ from distriray.parallel.networks.tokens import TokenNetwork
 
 
 class PatchSD3Attention(PatchJointAttention, JointAttnProcessor2_0):
-    """That of Stable Diffusion 3, without rotary embeddings."""
+    """Attention of Stable Diffusion 3, without rotary embeddings."""
 
     text_first = False
 

@@ -47,7 +47,7 @@ def is_foreign(module: nn.Module) -> bool:
 
 
 def adapter_of(module: nn.Module) -> str:
-    """What an error says of the adapter around a layer; empty if there is none."""
+    """Words of an error for the adapter around a layer; empty if there is none."""
     if getattr(module, "base_layer", None) is None:
         return ""
     family = type(module).__module__.removeprefix("peft.tuners.").partition(".")[0]

@@ -91,7 +91,7 @@ class TokenNetwork(Network):
         return unit
 
     def image_tokens(self, sample: torch.Tensor) -> int:
-        """How many tokens the network makes of `sample`, unless the pipeline has made them."""
+        """Number of tokens that the network makes of `sample`, unless the pipeline has made them."""
         if sample.ndim == 3:
             return sample.shape[1]
         return (sample.shape[2] // self.row_unit) * (sample.shape[3] // self.row_unit)
@@ -217,7 +217,7 @@ class TokenNetwork(Network):
         return None if mask is None else key_mask(mask, partition)
 
     def heads(self, attention: Any) -> int:
-        """How many heads of a layer of attention can be dealt to the ranks."""
+        """Number of heads of a layer of attention that can be dealt to the ranks."""
         heads: int = attention.heads
         return heads
 

@@ -264,7 +264,7 @@ class UNet(Network):
 
     @staticmethod
     def _sample(network: nn.Module, call: Call, share: Share) -> torch.Tensor:
-        """What a network is given of the sample: this rank's rows, or all if its first layer cuts them."""
+        """The sample as a network is given it: this rank's rows, or all if its first layer cuts them."""
         whole = share.exchanges and takes_whole(network)
         return share.cut(call.sample) if whole else share.cut_rows(call.sample)
 

@@ -74,7 +74,7 @@ def convert_decoder(decoder: Decoder, context: PatchContext) -> None:
 
 
 def picture_partition(decoder: Decoder, latents: torch.Tensor, patches: int) -> Partition:
-    """Who of `patches` ranks owns which rows of the picture (level 0) and of the latents (the last level).
+    """Partition of the picture (level 0) and of the latents (the last level) among `patches` ranks.
 
     Args:
         latents: (batch, channels, rows, columns).

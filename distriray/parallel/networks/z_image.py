@@ -38,7 +38,7 @@ PATCH = 2
 
 
 class PatchZImageAttention(PatchTokenAttention, ZSingleStreamAttnProcessor):
-    """That of Z-Image: one stream, rotated by complex numbers."""
+    """Attention of Z-Image: one stream, rotated by complex numbers."""
 
     def __call__(
         self,
@@ -199,7 +199,7 @@ class _Cutter:
         return torch.cat((whole[:, :image][:, of_image or self._image], text[:, self._text]), 1)
 
     def _key_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """Which keys of all ranks are attended to, where each rank's come image first."""
+        """Mask of the keys of all ranks that are attended to, where each rank's come image first."""
         missing = self._partition.text - mask.shape[1]
         of_text = torch.cat((mask, mask.new_zeros(len(mask), missing)), 1)
         parts = []
