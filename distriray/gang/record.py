@@ -39,7 +39,7 @@ class Record:
         self._running[serial] = self._numbered(segment)
 
     def ended(self, serial: int, result: SegmentResult | None, segment: Segment | None) -> None:
-        """Note a segment's end, with `result` unless the host failed; `segment` is what it did, if anything."""
+        """Note a segment's end, with `result` unless the host failed; `segment` is what it did, if any."""
         _, running = self._running.pop(serial)
         changes: dict[str, object] = {
             "end": "failed" if result is None else result.end,
