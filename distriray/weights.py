@@ -35,20 +35,40 @@ def place(pipeline: Any, device: torch.device, *, offload_text: bool) -> Any:
 
 def check_fit(modules: dict[str, nn.Module], device: torch.device) -> None:
     """Raise `UnsupportedModel`, with the bytes, where these weights are more than a GPU has free."""
-    if device.type != "cuda":
+    free = free_bytes(device)
+    if free is None:
         return
-    free, _ = torch.cuda.mem_get_info(device)
-    sizes = {name: _nbytes(module) for name, module in modules.items()}
-    if (needed := sum(sizes.values())) > free:
-        told = ", ".join(f"{name} {nbytes / 1e9:.1f}" for name, nbytes in sizes.items())
+    sizes = {name: sum(map(_stored, _tensors(module))) for name, module in modules.items()}
+    if sum(sizes.values()) > free:
         raise UnsupportedModel(
-            f"the weights need {needed / 1e9:.1f} GB ({told}) where {device} has {free / 1e9:.1f} GB free; "
+            f"the weights need {_told(sizes)} where {device} has {free / 1e9:.1f} GB free; "
             "`offload_text` and `quantize` need less"
         )
 
 
-def _nbytes(module: nn.Module) -> int:
-    return sum(map(_stored, (*module.parameters(), *module.buffers())))
+def free_bytes(device: torch.device) -> int | None:
+    """What a GPU has free; None of a CPU, whose memory is everybody's and may be swapped."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def told_beside(pipeline: Any, device: torch.device, free: int) -> str:
+    """What an error says of the bytes that a device has free with a pipeline in place."""
+    sizes = {
+        name: sum(_stored(tensor) for tensor in _tensors(part) if tensor.device.type == device.type)
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module)
+    }
+    there = {name: nbytes for name, nbytes in sizes.items() if nbytes}
+    return f"{device} has {free / 1e9:.1f} GB free beside weights of {_told(there)}"
+
+
+def _told(sizes: dict[str, int]) -> str:
+    parts = ", ".join(f"{name} {nbytes / 1e9:.1f}" for name, nbytes in sizes.items())
+    return f"{sum(sizes.values()) / 1e9:.1f} GB ({parts})"
+
+
+def _tensors(module: nn.Module) -> Iterable[torch.Tensor]:
+    return *module.parameters(), *module.buffers()
 
 
 def _stored(tensor: torch.Tensor) -> int:

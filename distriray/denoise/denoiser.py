@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler
 from distriray.denoise.state import DenoiseState
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
+from distriray.parallel.networks.base import Call
 from distriray.picture import mask_of, opaque
 from distriray.requests import SamplingParams
 
@@ -29,6 +31,10 @@ _PROMPTS = "prompt", "prompt_2", "prompt_3"
 _NEGATIVES = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
 STRETCHED = 0.02  # how far an image's proportions may be off without a word
 PREVIEW_SCALE, PREVIEW_SIDE = 0.25, 128  # of the picture, and pixels at most
+
+
+class _Noted(Exception):
+    """Ends a step of which all calls are known."""
 
 
 class Denoiser:
@@ -131,6 +137,40 @@ class Denoiser:
             adapters=adapters,
             warnings=self._unused(params),
         ).to(values["latents"].device)
+
+    @torch.no_grad()
+    def calls(self, params: SamplingParams) -> list[Call]:
+        """The calls of the network in the first step of an image; the network computes nothing.
+
+        Only of a pipeline that was parallelized.
+
+        Args:
+            params: as of `prepare`, which this raises the errors of.
+
+        Returns:
+            One for each branch of guidance that has calls of its own.
+        """
+        engine, state, calls = engine_of(self._pipeline), self.prepare(params), list[Call]()
+        assert engine is not None
+        network = engine.network
+        answer = network.module.forward
+
+        @functools.wraps(answer)
+        def note(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+            calls.append(network.read(*args, **kwargs))
+            if calls[-1].branch is None:
+                raise _Noted
+            return (torch.zeros_like(calls[-1].sample),)
+
+        network.module.forward = note
+        try:
+            self._steps.begin(state)
+            with suppress(_Noted):
+                self._steps.step(state)
+        finally:
+            network.module.forward = answer
+            self._steps.begin(state)
+        return calls
 
     def _unused(self, params: SamplingParams) -> tuple[str, ...]:
         """Fields of a request that its picture does not show as given, texts aside."""

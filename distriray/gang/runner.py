@@ -28,10 +28,13 @@ from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite,
 from ..ip_adapters import IPAdapterSpec
 from ..models import ModelSpec, load_pipeline
 from ..parallel import compile_blocks, engine_of, parallelize
+from ..parallel.networks.base import Call
+from ..parallel.room import Room
 from ..parallel.stopwatch import Stopwatch
 from ..picture import Picture
 from ..requests import SamplingParams, StepCount
 from ..status import AdapterStatus
+from ..weights import free_bytes, told_beside
 from .control import SegmentControl
 from .devices import DEVICES
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
@@ -119,6 +122,10 @@ class SegmentRunner:
             self._denoiser.ip_adapters.load(ip_adapter)
         for adapter in loras:
             self._denoiser.adapters.check(adapter)
+        DEVICES[device.type].trim()
+        free = free_bytes(device)
+        if free is not None:
+            engine.room = Room(free, told_beside(self.pipeline, device, free))
         self.load_s = time.perf_counter() - began
 
     def link(self, memberships: Sequence[GangMembership]) -> None:
@@ -179,6 +186,19 @@ class SegmentRunner:
                 self._denoiser.step(state)
         finally:
             self._engine.join(self._communicators["alone"], parallel)
+
+    @property
+    def room(self) -> Room | None:
+        """For the buffers of gangs; None where the device's memory is not known."""
+        return self._engine.room
+
+    def calls(self, params: SamplingParams) -> list[Call]:
+        """The calls of the network in a step of an image, as `Denoiser.calls`."""
+        return self._denoiser.calls(params)
+
+    def buffer_bytes_of(self, calls: Sequence[Call], world_size: int, parallel: ParallelConfig) -> int:
+        """Memory of the buffers of such an image in a gang, as `Engine.buffer_bytes_of`."""
+        return self._engine.buffer_bytes_of(calls, world_size, parallel)
 
     @property
     def pads_text(self) -> bool:

@@ -70,6 +70,8 @@ class Worker:
             )
 
         runner = await loop.run_in_executor(self._compute, make)
+        from .room import check_room  # which is loaded by now
+
         sizes = runner.sizes
         facts = WorkerFacts(
             pid=os.getpid(),
@@ -87,6 +89,7 @@ class Worker:
             own_steps=runner.own_steps,
             guides=runner.guides,
         )
+        await loop.run_in_executor(self._compute, check_room, runner, self._config, facts)
         if self._config.compile:
             from .rehearsal import rehearse
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
+from distriray.collective.absent import AbsentPeers
 from distriray.collective.base import Communicator
 from distriray.config import MIXES, ExchangeMode, Mix, ParallelConfig
-from distriray.errors import DistrirayError, GangMismatch, GenerationCancelled
+from distriray.errors import DistrirayError, GangMismatch, GenerationCancelled, OutOfMemory
 from distriray.parallel.agreement import check_same_image
 from distriray.parallel.baked import Baked
 from distriray.parallel.choice import Choices, TimedStep, agreed
@@ -27,9 +28,9 @@ from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay, Place
 from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.image import Branch, Image
-from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.networks.outline import Outline
+from distriray.parallel.room import META, Room, buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.stopwatch import Stopwatch
@@ -88,6 +89,8 @@ class Engine:
             it was not measured.
         yielding: whether a rank has asked the gang to yield since the image began.
         statistics: of the last step.
+        room: for buffers in this device's memory; an image for which it is too small is refused before its
+            first step. None where that is not known, and nothing is refused.
     """
 
     def __init__(self, network: Network) -> None:
@@ -103,6 +106,8 @@ class Engine:
         self.yielding = False
         self.statistics = StepStatistics()
         self.lags = False
+        self.room: Room | None = None
+        self._most_idle: float = float("inf")  # bytes of buffers not in use that the room leaves
         self._schedules = Schedules()
         self._exchanges = ExchangeCache()
         self._gather: Gather | None = None
@@ -236,6 +241,31 @@ class Engine:
         """Memory of all exchange buffers, in bytes."""
         return self._exchanges.nbytes
 
+    def buffer_bytes_of(self, calls: Iterable[Call], world_size: int, config: ParallelConfig) -> int:
+        """Memory of the exchange buffers, in bytes, of the rank of another gang that needs most.
+
+        Nothing is computed, and nobody is asked.
+
+        Args:
+            calls: of one step, one for each branch of guidance that has calls of its own.
+
+        Raises:
+            InvalidRequest: such a gang cannot share such a call.
+        """
+        if self._outline is None or not self._outline.holds():
+            self._convert()
+        # The first has most rows, the second halos on both sides besides, the last most of the text.
+        ranks = {0, min(1, world_size - 1), world_size - 1}
+        gang = [AbsentPeers(rank, world_size, META) for rank in ranks]
+        calls = list(calls)
+        return max(
+            sum(
+                buffer_bytes(self.network, call, self.network.share(call, rank, config), config)
+                for call in calls
+            )
+            for rank in gang
+        )
+
     @property
     def decodes_together(self) -> bool:
         """Whether all ranks take part in decoding, so that all must call it."""
@@ -359,9 +389,11 @@ class Engine:
         """This rank's share of a call that all ranks make alike, on a network that can be cut."""
         refusal: DistrirayError | None = None
         try:
-            share = self._share(call)
+            share = self.network.share(call, self.communicator, self.config)
             if branch.fresh_start or self._outline is None or not self._outline.holds():
                 self._convert()
+            if branch.fresh_start:
+                self._make_room(call, share, branch)
         except DistrirayError as error:
             refusal = error
         if branch.fresh_start:
@@ -385,6 +417,16 @@ class Engine:
         if branch.fresh_start:
             branch.mix = self._choose(call, share)
         return share
+
+    def _make_room(self, call: Call, share: Share, branch: Branch) -> None:
+        """Raise OutOfMemory, with the bytes, unless there is room for the buffers of an image that begins."""
+        if self.room is None:
+            return
+        branch.needed = self.room.needed(self.network, call, share, self.config)
+        needed = sum(each.needed for each in self._begun)
+        if needed > self.room.nbytes:
+            raise OutOfMemory(self.room.refusal(needed, f"a batch of {call.batch} like this", self.config))
+        self._most_idle = self.room.nbytes - needed
 
     def _choose(self, call: Call, share: Share) -> Mix | None:
         """The mix of an image that begins, for all ranks alike."""
@@ -452,16 +494,6 @@ class Engine:
         self._told = obstacle
         return obstacle is None
 
-    def _share(self, call: Call) -> Share:
-        rank = self.communicator.rank
-        layout = GangLayout.of(self.communicator.world_size, call.batch, self.config.cfg_parallel)
-        communicator = self.communicator.subgroup(layout.ranks(layout.half(rank)))
-        partition = self.network.partition(call, layout.patches)
-        part = layout.batch_slice(rank, call.batch)
-        exchanges = layout.patches > 1 and self.config.exchange != "none"
-        deals_heads = exchanges and self.network.deals_heads(self.config.attention, layout.patches)
-        return Share(layout, communicator, partition, call.batch, part, exchanges, deals_heads)
-
     def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
         """The step of the exchange for this call; None without patches or without an exchange."""
         config, mix, before = self.config, branch.mix, branch.exchange
@@ -491,7 +523,7 @@ class Engine:
         if not follows:
             in_use = {branch.exchange for branch in self._begun}
             self._exchanges.restart(but=in_use - {key})
-            self._exchanges.evict(in_use, config.max_buffer_bytes)
+            self._exchanges.evict(in_use, min(config.max_buffer_bytes, self._most_idle))
         if mix.exact:
             return exchange.step()
         warmup = config.warmup_of(mix)

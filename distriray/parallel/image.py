@@ -45,6 +45,7 @@ class Branch:
         warm: whether drift has fallen so far that steps may be displaced.
         exchange: key of the last step's; None if it had none.
         mix: which values of the step before a displaced one takes; None where nothing is exchanged.
+        needed: bytes that its buffers may take, where it is known for how many there is room.
         element: the timestep of the last call, where it is one of a schedule.
         alone: whether the last call was the only one with that timestep.
         batch: of the last call: with another one, as where guidance ends, a gang may be laid out otherwise.
@@ -57,6 +58,7 @@ class Branch:
     warm: bool = False
     exchange: Hashable = None
     mix: Mix | None = None
+    needed: int = 0
     element: Element | Turn | None = None
     alone: bool = True
     batch: int | None = None

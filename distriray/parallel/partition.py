@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from distriray.errors import InvalidRequest, UnsupportedModel
+
+Sequence = Literal["joint", "image"]
+"""Tokens that an attention is over: those of image and text, or the image's alone."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,10 @@ class TokenPartition(Partition):
     def text_tokens(self, rank: int) -> tuple[int, int]:
         """The tokens [start, stop) of the text that `rank` owns."""
         return self._text_bounds[rank], self._text_bounds[rank + 1]
+
+    def of_sequence(self, sequence: Sequence) -> tuple[int, ...]:
+        """How many tokens of a sequence each rank owns."""
+        return self.joint if sequence == "joint" else self.counts(0)
 
     @cached_property
     def joint(self) -> tuple[int, ...]:

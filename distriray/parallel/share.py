@@ -36,6 +36,11 @@ class Share:
     exchanges: bool
     deals_heads: bool
 
+    @property
+    def images(self) -> int:
+        """How many of the batch this rank computes."""
+        return self.part.stop - self.part.start
+
     def cut(self, tree: Any) -> Any:
         """This rank's part of the batch, of every tensor that has one; the rest as it is."""
         return pytree.tree_map(self._cut_batch, tree)

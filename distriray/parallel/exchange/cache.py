@@ -33,7 +33,7 @@ class ExchangeCache:
             if key not in but:
                 exchange.restart()
 
-    def evict(self, in_use: Collection[Hashable], max_idle_bytes: int) -> None:
+    def evict(self, in_use: Collection[Hashable], max_idle_bytes: float) -> None:
         """Drop those used longest ago until all that are not in use have at most `max_idle_bytes`."""
         idle = {key: exchange for key, exchange in self._exchanges.items() if key not in in_use}
         excess = sum(exchange.buffer_bytes for exchange in idle.values()) - max_idle_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -12,10 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.opaque import Opaque
-from distriray.parallel.partition import TokenPartition
-
-Sequence = Literal["joint", "image"]
-"""The tokens that an attention is over: those of image and text, or the image's alone."""
+from distriray.parallel.partition import Sequence, TokenPartition
 
 
 class Tokens:
@@ -42,7 +39,7 @@ class Tokens:
 
     def of(self, sequence: Sequence) -> tuple[int, ...]:
         """Numbers of tokens of a sequence that each rank owns."""
-        return self.partition.joint if sequence == "joint" else self.partition.counts(0)
+        return self.partition.of_sequence(sequence)
 
 
 class PatchTokenAttention(Opaque):

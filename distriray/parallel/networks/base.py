@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from distriray.config import AttentionMode
+from distriray.collective.base import Communicator
+from distriray.config import AttentionMode, ParallelConfig
 from distriray.parallel.agreement import Compared
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.steps import Step
+from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.partition import Partition
 from distriray.parallel.share import Share
@@ -152,6 +155,25 @@ class Network(ABC):
             InvalidRequest: fewer units of rows than ranks.
         """
 
+    def share(self, call: Call, communicator: Communicator, config: ParallelConfig) -> Share:
+        """What one rank of a gang computes of a call.
+
+        Raises:
+            InvalidRequest: the gang cannot share such a call.
+        """
+        rank = communicator.rank
+        layout = GangLayout.of(communicator.world_size, call.batch, config.cfg_parallel)
+        exchanges = layout.patches > 1 and config.exchange != "none"
+        return Share(
+            layout,
+            communicator.subgroup(layout.ranks(layout.half(rank))),
+            self.partition(call, layout.patches),
+            call.batch,
+            layout.batch_slice(rank, call.batch),
+            exchanges,
+            exchanges and self.deals_heads(config.attention, layout.patches),
+        )
+
     def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
         """Whether heads of attention are dealt to that many ranks, where it may be.
 
@@ -159,6 +181,13 @@ class Network(ABC):
             InvalidRequest: they do not divide, and are to be dealt.
         """
         return False
+
+    @abstractmethod
+    def dry_run(self, call: Call, share: Share, step: Step) -> None:
+        """Hand `step` what layers would in this call, in tensors of torch's meta device: their shapes alone.
+
+        So it is known what the buffers of an image take before there are any. Order does not matter.
+        """
 
     @abstractmethod
     def compared(self, call: Call) -> Compared:

@@ -25,7 +25,7 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.layers.tokens import PatchTokenAttention
 from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.plan import Attention, Input, Plan
-from distriray.parallel.networks.tokens import TokenNetwork
+from distriray.parallel.networks.tokens import Heads, TokenNetwork
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
 
@@ -102,9 +102,8 @@ class Krea2(TokenNetwork):
         }
     )
 
-    def heads(self, attention: Any) -> int:
-        heads: int = attention.num_kv_heads
-        return heads
+    def heads(self, attention: Any) -> Heads:
+        return Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim)
 
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
         partition, rank, given = share.partition, share.communicator.rank, call.arguments

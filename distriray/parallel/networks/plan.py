@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from distriray.errors import InvalidRequest
-from distriray.parallel.layers.tokens import Sequence
-from distriray.parallel.partition import TokenPartition
+from distriray.parallel.partition import Sequence, TokenPartition
 
 Stream = Literal["image", "text"]
 Cut = tuple[Stream, int]

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.steps import Step
 from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
 from distriray.parallel.layers.conv import PatchConv2d, pads_by_hand, patch_conv
 from distriray.parallel.layers.group_norm import PatchGroupNorm, patch_group_norm
 from distriray.parallel.networks.base import has_class_forward
 from distriray.parallel.partition import Window
+from distriray.parallel.share import Share
 
 # Exactly these: a subclass may compute something else.
 CONVOLUTIONS = {nn.Conv2d, PatchConv2d}
@@ -93,6 +96,46 @@ def spare_messages(network: Any) -> None:
     _give_halos(network.conv_in, "whole")
     for norm, conv in _norms_with_convolutions(network):
         norm.window = _give_halos(conv, "norm")
+
+
+def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -> None:
+    """Hand `step` what the layers of a network with diffusers' blocks would, in tensors without values."""
+    partition, rank = share.partition, share.communicator.rank
+
+    def own(channels: int, level: int) -> torch.Tensor:
+        shape = share.images, channels, partition.counts(level)[rank], partition.shape(level)[1]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for name, layer in network.named_modules():
+        level = _level_of(name, partition.levels)
+        if isinstance(layer, PatchGroupNorm):
+            rows = own(layer.num_channels, level)
+            if layer.window is None:
+                step.send_statistics(step.read_statistics(rows, layer.num_groups))
+            else:
+                statistics = rows.new_empty((share.images, layer.num_groups, 2), dtype=torch.float32)
+                padded, _ = step.norm_padded(rows, layer.window, statistics)
+                step.keep_halos(padded.whole, layer.window)
+        elif isinstance(layer, PatchConv2d):
+            reads_more = not layer.kernel_size[0] == layer.stride[0] == 1
+            if reads_more and layer.halos_from is None:
+                step.padded(own(layer.in_channels, level), layer.window)
+        elif isinstance(getattr(layer, "processor", None), PatchSelfAttention):
+            key = own(layer.to_k.out_features, level).flatten(2).transpose(1, 2)
+            step.keys_values(key, key)
+
+
+def _level_of(name: str, levels: int) -> int:
+    """How often the input of a layer, by its name in a U-Net or ControlNet, was halved."""
+    place, index, *_ = f"{name}..".split(".")
+    match place:
+        case "down_blocks":
+            return int(index or 0)
+        case "mid_block":
+            return levels
+        case "up_blocks":
+            return levels - int(index or 0) - (".upsamplers." in name)
+    return 0
 
 
 def takes_whole(network: Any) -> bool:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -29,6 +29,7 @@ from distriray.config import AttentionMode
 from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.steps import Step
 from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
@@ -59,6 +60,14 @@ BACKENDS = {
 
 PACKED = ("batch", "tokens", "channels")
 """Dimensions of latents that the pipeline has made tokens of."""
+
+
+class Heads(NamedTuple):
+    """Heads of a layer of attention: how many of queries, and of keys and values, and channels of each."""
+
+    queries: int
+    keys: int
+    channels: int
 
 
 class TokenNetwork(Network):
@@ -216,14 +225,13 @@ class TokenNetwork(Network):
         mask = None if self.plan.mask is None else arguments[self.plan.mask]
         return None if mask is None else key_mask(mask, partition)
 
-    def heads(self, attention: Any) -> int:
-        """Number of heads of a layer of attention that can be dealt to the ranks."""
-        heads: int = attention.heads
-        return heads
+    def heads(self, attention: Any) -> Heads:
+        """The heads of a layer of attention."""
+        return Heads(attention.heads, attention.heads, attention.inner_dim // attention.heads)
 
     def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
         attending = (layer for _, layer, planned in self._attentions() if planned.sequence is not None)
-        dealt = [self.heads(layer) for layer in attending]
+        dealt = [self.heads(layer).keys for layer in attending]
         divides = not any(heads % patches for heads in dealt)
         if attention == "ulysses" and not divides:
             raise InvalidRequest(
@@ -232,6 +240,21 @@ class TokenNetwork(Network):
             )
         # Two ranks send as much either way, and one message is better than two.
         return attention == "ulysses" or (attention == "auto" and divides and patches > 2)
+
+    def dry_run(self, call: Call, share: Share, step: Step) -> None:
+        partition, rank = share.partition, share.communicator.rank
+        assert isinstance(partition, TokenPartition)
+        for _, layer, planned in self._attentions():
+            if planned.sequence is None:
+                continue
+            tokens = partition.of_sequence(planned.sequence)
+            queries, keys, channels = self.heads(layer)
+            own = torch.empty(share.images, tokens[rank], dtype=call.sample.dtype, device="meta")
+            query, key = (own[..., None, None].expand(-1, -1, heads, channels) for heads in (queries, keys))
+            if share.deals_heads and step.mix.fresh_keys_values:
+                step.deal_tokens(step.deal_heads((query, key, key), tokens)[0], tokens)
+            else:
+                step.keys_values(key.flatten(2), key.flatten(2), tokens)
 
     def compared(self, call: Call) -> Compared:
         given, inputs = call.arguments, self.plan.inputs

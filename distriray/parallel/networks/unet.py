@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.steps import Step
 from distriray.parallel.layers.attention import (
     CachedCrossAttention,
     PatchSelfAttention,
@@ -37,6 +38,7 @@ from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
     adapter_of,
     convert_conv_or_norm,
+    dry_run_layers,
     has_own_forward,
     is_foreign,
     spare_messages,
@@ -185,6 +187,11 @@ class UNet(Network):
     def partition(self, call: Call, patches: int) -> Partition:
         _, _, height, width = call.sample.shape
         return Partition(height, width, self._levels, patches)
+
+    def dry_run(self, call: Call, share: Share, step: Step) -> None:
+        used = {"", *(f"{control.name}." for control in call.arguments["controls"])}
+        for first in used & self._networks().keys():
+            dry_run_layers(self._networks()[first], call.sample.dtype, share, step)
 
     def compared(self, call: Call) -> Compared:
         given, added = call.arguments, call.arguments["added_cond_kwargs"] or {}

@@ -15,6 +15,7 @@ from torch import nn
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.steps import Step
 from distriray.parallel.layers.attention import PatchSelfAttention
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.spatial import convert_conv_or_norm, is_foreign
@@ -83,6 +84,15 @@ class PondNetwork(Network):
 
     def partition(self, call: Call, patches: int) -> Partition:
         return Partition(*call.sample.shape[2:], 0, patches)
+
+    def dry_run(self, call: Call, share: Share, step: Step) -> None:
+        rows = share.cut_rows(call.sample.to("meta"))
+        waves = rows.new_empty((len(rows), CHANNELS, *rows.shape[2:]))
+        step.padded(rows, self.module.inlet.window)
+        step.send_statistics(step.read_statistics(waves, self.module.norm.num_groups))
+        tokens = waves.flatten(2).transpose(1, 2)
+        step.keys_values(tokens, tokens)
+        step.padded(waves, self.module.outlet.window)
 
     def compared(self, call: Call) -> Compared:
         return Compared(described(call.sample), near={"caption": call.text})

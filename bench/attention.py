@@ -1,0 +1,132 @@
+"""A synchronous step of a transformer by `gather` and by `ulysses`: `python -m bench.attention`.
+
+A slice of FLUX.1, fewer and narrower heads and blocks, so that a CPU does a step in about a second; one torch
+thread a rank. Both ways are timed in turn within each round, over each backend, so that a machine whose speed
+drifts shifts them alike; ratios are medians of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, cast
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from bench.published import PUBLISHED
+from bench.report import Report
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect, launch, serve_store
+from distriray.config import AttentionMode
+from distriray.parallel import engine_of
+
+WAYS = ("gather", "ulysses")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of the steps of a round, the medians, of this rank."""
+
+    step_s: float
+    wait_s: float
+    waits: int
+    bytes_sent: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
+    parser.add_argument("--heads", type=int, default=12, help="of 64 channels (default 12)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps a round")
+    parser.add_argument("--json", help="also write the table to this file")
+    arguments = parser.parse_args()
+    report = Report(
+        f"bench.attention: a synchronous step of 1 + 2 blocks of FLUX.1, {arguments.heads} heads of 64, at "
+        f"{arguments.size}x{arguments.size} with 512 tokens of text, one thread a rank",
+        ("ranks", "backend", "attention", "s/step", "waiting", "waits", "sent/step", "of gather"),
+        seed=0,
+        settings=vars(arguments),
+    )
+    shape = arguments.size, arguments.heads, arguments.rounds, arguments.steps
+    for ranks in arguments.ranks:
+        served = serve_store("127.0.0.1")
+        rounds = launch(ranks, measure, served.address, arguments.backends, *shape)[0]
+        for backend, way in rounds[0]:
+            timings = [timing[backend, way] for timing in rounds]
+            gathered = [timing[backend, "gather"].step_s for timing in rounds]
+            report.add(
+                str(ranks),
+                backend,
+                way,
+                f"{median(timing.step_s for timing in timings):.3f}",
+                f"{median(timing.wait_s / timing.step_s for timing in timings):.0%}",
+                str(timings[-1].waits),
+                f"{timings[-1].bytes_sent / 2**20:.1f} MiB",
+                f"{median(t.step_s / g for t, g in zip(timings, gathered, strict=True)):.2f}x",
+            )
+    report.publish(arguments.json)
+
+
+def measure(
+    communicator: Communicator,
+    address: str,
+    backends: list[str],
+    size: int,
+    heads: int,
+    rounds: int,
+    steps: int,
+) -> list[dict[tuple[str, str], Timing]]:
+    """Time both ways over every backend `rounds` times."""
+    rank, ranks = communicator.rank, communicator.world_size
+    gangs = {
+        name: connect(name, rank=rank, world_size=ranks, address=address, name=name) for name in backends
+    }
+    torch.manual_seed(0)
+    network = FluxTransformer2DModel(
+        guidance_embeds=True,
+        num_layers=1,
+        num_single_layers=2,
+        num_attention_heads=heads,
+        attention_head_dim=64,
+        axes_dims_rope=(8, 28, 28),
+    ).eval()
+    inputs = PUBLISHED["flux"].inputs(network, size)
+    return [
+        {
+            (name, way): _time(network, gang, way, inputs, steps)
+            for name, gang in gangs.items()
+            for way in WAYS
+        }
+        for _ in range(rounds)
+    ]
+
+
+def _time(
+    network: FluxTransformer2DModel, gang: Communicator, way: str, inputs: dict[str, Any], steps: int
+) -> Timing:
+    config = ParallelConfig(exchange="sync", attention=cast(AttentionMode, way))
+    engine = engine_of(parallelize(network, gang, config))
+    assert engine is not None
+    statistics = []
+    with engine.image():
+        for step in range(steps + 1):
+            network(timestep=torch.tensor([0.9 - 0.01 * step]), **inputs)
+            statistics.append(engine.statistics)
+    kept = statistics[1:]  # the first makes buffers
+    return Timing(
+        median(each.seconds for each in kept),
+        median(each.wait_s for each in kept),
+        kept[-1].waits,
+        kept[-1].bytes_sent,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Room: whether a worker's device holds the buffers of the gangs that it will be in, asked before serving."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from math import isqrt
+
+import torch
+
+from ..errors import InvalidRequest, UnsupportedModel
+from ..parallel.networks.base import Call
+from ..parallel.room import META
+from .admission import example, settle
+from .config import HostConfig
+from .messages import WorkerFacts
+from .runner import SegmentRunner
+
+log = logging.getLogger("ray.serve.distriray.worker")
+
+
+def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) -> None:
+    """Say what exchange buffers the largest request that `config.limits` allow takes, and what is free.
+
+    Of weights alone `weights.check_fit` has said it before. Nothing is said where the device's memory is not
+    known.
+
+    Raises:
+        UnsupportedModel: not even one image of the pool's own size fits, with the bytes. Larger requests that
+            do not fit end with OutOfMemory before their first step.
+    """
+    room = runner.room
+    if room is None or max(config.sizes) == 1:
+        return
+    prompt = ("a lake and its boats " * config.limits.max_prompt_chars)[: config.limits.max_prompt_chars]
+    own = settle(example(facts, prompt=prompt, seed=0), config, facts)
+    assert own.height is not None and own.width is not None
+    calls, size = runner.calls(own), (own.height, own.width)
+    needed, gang = _most(runner, config, facts, calls, own.height)
+    if needed > room.nbytes:
+        what = f"an image of {own.width}x{own.height} in a gang of {gang}"
+        raise UnsupportedModel(
+            f"{room.refusal(needed, what, config.parallel)}; `exchange: sync` and `gang_sizes: [1]` need less"
+        )
+    if facts.guides:
+        scale = config.limits.max_guidance_scale
+        calls = runner.calls(own.model_copy(update={"guidance_scale": scale}))
+    side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
+    images = config.limits.max_images
+    calls = [_enlarged(call, images, size, side) for call in calls]
+    needed, gang = _most(runner, config, facts, calls, side)
+    what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"
+    told = room.refusal(needed, what, config.parallel)
+    if needed > room.nbytes:
+        log.warning(
+            "%s: it ends with OutOfMemory before its first step; lower limits refuse it at once", told
+        )
+    else:
+        log.info("%s", told)
+
+
+def _most(
+    runner: SegmentRunner, config: HostConfig, facts: WorkerFacts, calls: Sequence[Call], height: int
+) -> tuple[int, int]:
+    """The most bytes that an image takes in a gang which the host lends, and that gang's size."""
+    needed = [(0, 1)]
+    for gang in config.sizes:
+        if 1 < gang <= facts.max_gang(height):
+            with suppress(InvalidRequest):  # whoever asks such a gang is told so
+                needed.append((runner.buffer_bytes_of(calls, gang, config.parallel), gang))
+    return max(needed)
+
+
+def _enlarged(call: Call, images: int, size: tuple[int, int], side: int) -> Call:
+    """A call of one image of `size` pixels as it would be of so many of `side` by `side`, without values."""
+    batch, *shape = call.sample.shape
+    height, width = size
+    if len(shape) == 3:
+        larger = [shape[0], shape[1] * side // height, shape[2] * side // width]
+    else:
+        larger = [shape[0] * side**2 // (height * width), shape[1]]
+    sample = torch.empty(batch * images, *larger, dtype=call.sample.dtype, device=META)
+    return replace(call, sample=sample)

@@ -1,0 +1,86 @@
+"""Memory for the buffers of exchanges: what an image needs, and whether a device has it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import torch
+
+from distriray.collective.absent import AbsentPeers
+from distriray.config import MIXES, Mix, ParallelConfig
+from distriray.parallel.choice import CANDIDATES
+from distriray.parallel.exchange.exchange import Exchange
+from distriray.parallel.networks.base import Call, Network
+from distriray.parallel.share import Share
+
+META = torch.device("meta")
+"""Torch's device of tensors that have shapes, and neither values nor memory."""
+
+MAX_SHAPES = 1024
+"""Shapes whose buffers are known, those used last: whoever asks for pictures chooses the shapes."""
+
+
+def buffer_bytes(network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
+    """Memory of the buffers that a call's exchange keeps on this rank, in bytes.
+
+    Where mixes are chosen by measurement, of the one that needs most. It is what an exchange itself says when
+    layers have handed it tensors without values: in a step that lays buffers out, and one that fills them.
+
+    Args:
+        network: converted.
+    """
+    if not share.exchanges:
+        return 0
+    patches = share.partition.world_size
+    peers = AbsentPeers(share.communicator.rank, patches, META)
+    held = []
+    for mix in _mixes(network, config):
+        exchange = Exchange(peers, share.partition, mix, config.prediction.weights(mix, patches))
+        for _ in range(2):
+            with exchange.step() as step:
+                network.dry_run(call, share, step)
+        held.append(exchange.buffer_bytes)
+    return max(held)
+
+
+def _mixes(network: Network, config: ParallelConfig) -> list[Mix]:
+    """Those that images may be drawn in."""
+    if config.exchange == "auto":
+        names = CANDIDATES if network.displacement_measured else CANDIDATES[:1]
+        return [MIXES[name] for name in names]
+    assert config.mix is not None
+    return [config.mix]
+
+
+class Room:
+    """What a device has left for the buffers of exchanges.
+
+    Args:
+        nbytes: so much.
+        told: what an error says of it: whose it is, and what takes the rest.
+    """
+
+    def __init__(self, nbytes: int, told: str) -> None:
+        self.nbytes = nbytes
+        self.told = told
+        self._known: OrderedDict[Hashable, int] = OrderedDict()
+
+    def needed(self, network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
+        """`buffer_bytes`, worked out once for a shape."""
+        shape = share.partition, share.images, share.exchanges, share.deals_heads, call.besides, config
+        needed = self._known.pop((call.sample.dtype, *shape), None)
+        if needed is None:
+            needed = buffer_bytes(network, call, share, config)
+        self._known[(call.sample.dtype, *shape)] = needed
+        if len(self._known) > MAX_SHAPES:
+            self._known.popitem(last=False)
+        return needed
+
+    def refusal(self, needed: int, what: str, config: ParallelConfig) -> str:
+        """What an error says where there is too little room."""
+        exchange = config.exchange if isinstance(config.exchange, str) else "a mix"
+        return (
+            f"{what} would take {needed / 1e9:.1f} GB of exchange buffers on each worker of a gang, in "
+            f"exchange {exchange!r}, where {self.told}"
+        )

@@ -1,0 +1,83 @@
+"""Workers say before they serve whether gangs have room for their buffers, and refuse what has none."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from distriray.config import ParallelConfig
+from distriray.errors import OutOfMemory, UnsupportedModel
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import SegmentEnd
+from distriray.gang.room import check_room
+from distriray.gang.runner import SegmentRunner
+from distriray.limits import Limits
+from distriray.models import ModelSpec
+from distriray.parallel.room import Room
+from distriray.requests import SamplingParams
+
+from .runners import Gang, endings
+from .test_rehearsal import facts_of
+
+LIMITS = Limits(max_images=2, max_side=512)
+
+
+def started(
+    free: int | None, model: Path, monkeypatch: pytest.MonkeyPatch, workers: int = 4
+) -> tuple[SegmentRunner, HostConfig]:
+    """A worker whose device has so many bytes free."""
+    monkeypatch.setattr("distriray.gang.runner.free_bytes", lambda device: free)
+    runner = SegmentRunner(ModelSpec(name=str(model)), torch.device("cpu"), HashStore(), timeout_s=10.0)
+    parallel = ParallelConfig(exchange="displaced", cfg_parallel=False)
+    config = HostConfig(workers=workers, limits=LIMITS, parallel=parallel)
+    check_room(runner, config, facts_of(runner))
+    return runner, config
+
+
+def test_a_model_whose_own_size_has_no_room_is_refused_with_the_bytes_of_each_part(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (
+        r"an image of 128x128 in a gang of \d would take \d\.\d GB of exchange buffers on each worker of a "
+        r"gang, in exchange 'displaced', where cpu has 0.0 GB free beside weights of \d\.\d GB "
+        r"\(.*unet 0.0.*\); `exchange: sync` and `gang_sizes: \[1\]` need less"
+    )
+    with pytest.raises(UnsupportedModel, match=said):
+        started(1000, tiny_model, monkeypatch)
+    started(1000, tiny_model, monkeypatch, workers=1)  # it exchanges nothing
+    started(None, tiny_model, monkeypatch)  # nobody knows
+
+
+def test_the_largest_request_that_limits_allow_is_said_to_fit_or_not(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve.distriray.worker")
+    runner, config = started(10**10, tiny_model, monkeypatch)
+    (fits,) = (record for record in caplog.records if "largest request" in record.message)
+    assert fits.levelno == logging.INFO
+    assert "2 of 512x512 in a gang of 2, would take" in fits.message
+    caplog.clear()
+    largest = SamplingParams(prompt="a lake", seed=1, height=512, width=512, num_images=2)
+    needed = runner.buffer_bytes_of(runner.calls(largest), 2, config.parallel)
+    started(needed, tiny_model, monkeypatch)
+    started(needed - 1, tiny_model, monkeypatch)
+    levels = [record.levelno for record in caplog.records if "largest request" in record.message]
+    assert levels == [logging.INFO, logging.WARNING]
+    assert re.search("ends with OutOfMemory before its first step; lower limits", caplog.messages[-1])
+
+
+def test_a_request_without_room_is_refused_by_the_gang_which_goes_on(tiny_model: Path) -> None:
+    gang = Gang(tiny_model, 3)
+    for runner in gang.runners:
+        runner._engine.room = Room(1000, "cuda:0 has 0.0 GB free beside weights of 1.0 GB")
+    outcomes = gang.run(seed=3)
+    assert endings(outcomes) == [SegmentEnd.REFUSED] * 3
+    assert all(isinstance(outcome.error, OutOfMemory) for outcome in outcomes)
+    for runner in gang.runners:
+        runner._engine.room = Room(10**10, "")
+    assert endings(gang.run(seed=3)) == [SegmentEnd.DONE] * 3

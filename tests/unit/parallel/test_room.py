@@ -1,0 +1,166 @@
+"""What an image's buffers take is known before there are any, and refused where it is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.collective.absent import AbsentPeers
+from distriray.denoise import Denoiser
+from distriray.errors import OutOfMemory
+from distriray.parallel import engine_of
+from distriray.parallel.networks.base import Network
+from distriray.parallel.networks.controlnet import Control, split
+from distriray.parallel.room import Room, buffer_bytes
+from distriray.requests import SamplingParams
+from tests.models import tiny_controlnet, tiny_qwen_image, tiny_sd15, tiny_sdxl, tiny_sdxl_unet
+from tests.parameters import pairwise
+from tests.unit.parallel.test_mixes import INPUTS, sample
+from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
+
+MODES: list[dict[str, Any]] = [
+    {"exchange": "sync", "attention": "gather"},
+    {"exchange": "sync", "attention": "ulysses"},
+    {"exchange": "compressed"},
+    {"exchange": "displaced"},
+    {"exchange": "displaced_attention"},
+]
+TOLD = "gpu7 has 0.0 GB free beside weights of 1.0 GB"
+
+
+def watched(network: Network) -> list[Any]:
+    """The calls of a network from now on."""
+    calls, read = [], network.read
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(read(*args, **kwargs))
+        return calls[-1]
+
+    network.read = noted  # type: ignore[method-assign]
+    return calls
+
+
+def told_and_held(
+    communicator: Communicator, made: Any, run: Callable[[Any], object], config: ParallelConfig
+) -> tuple[int, int]:
+    """Bytes of buffers as they are estimated for a rank's gang, and as they are after some steps."""
+    network = parallelize(made, communicator, config)
+    engine = engine_of(network)
+    assert engine is not None
+    calls = watched(engine.network)
+    for _ in range(2):  # the second image fills the buffers of the first
+        run(network)
+    held = engine.buffer_bytes
+    return engine.buffer_bytes_of(calls[:1], communicator.world_size, config), held
+
+
+@pytest.mark.parametrize(("name", "mode", "ranks"), pairwise(list(TRANSFORMERS), MODES, [2, 3, 4]))
+def test_buffers_of_a_transformer_are_what_was_estimated(name: str, mode: dict[str, Any], ranks: int) -> None:
+    transformer, config = TRANSFORMERS[name], ParallelConfig(warmup_steps=1, cfg_parallel=False, **mode)
+
+    def rank(communicator: Communicator) -> tuple[int, int]:
+        made = transformer.make(**transformer.twelve_heads)
+        return told_and_held(communicator, made, lambda net: draw(net, transformer, Shape(), 2), config)
+
+    everyone = run_in_lockstep(ranks, rank)
+    told = {told for told, _ in everyone}
+    assert told == {max(held for _, held in everyone)}
+
+
+def test_an_image_for_which_there_is_no_room_is_refused_with_its_bytes_before_anything_is_sent() -> None:
+    transformer, config = TRANSFORMERS["flux"], ParallelConfig(exchange="displaced", warmup_steps=1)
+
+    def rank(communicator: Communicator) -> tuple[int, int]:
+        network = parallelize(transformer.make(), communicator, config)
+        engine = engine_of(network)
+        assert engine is not None
+        for _ in range(2):
+            draw(network, transformer, Shape(batch=1), 2)
+        needed = engine.buffer_bytes
+        engine.room = Room(needed, TOLD)
+        engine.join(communicator, config)
+        draw(network, transformer, Shape(batch=1), 2)
+        other = Shape(rows=4, batch=1)  # smaller: what was kept of the other shape makes room for it
+        draw(network, transformer, other, 2)
+        idle = engine.buffer_bytes
+        engine.room = Room(needed - 1, TOLD)
+        sent = communicator.bytes_sent
+        with pytest.raises(OutOfMemory, match=rf"0.0 GB of exchange buffers .* 'displaced', where {TOLD}"):
+            draw(network, transformer, Shape(batch=1), 2)
+        assert communicator.bytes_sent - sent < 3000 and engine.buffer_bytes == idle  # ranks compared inputs
+        draw(network, transformer, other, 2)
+        return needed, idle
+
+    for needed, idle in run_in_lockstep(3, rank):
+        assert idle < needed
+
+
+@pytest.mark.parametrize("exchange", ["sync", "displaced"])
+def test_buffers_of_controlnets_are_counted_where_a_call_names_them(exchange: Any) -> None:
+    config = ParallelConfig(exchange=exchange, cfg_parallel=False, warmup_steps=1)
+    unet, peers = tiny_sdxl_unet(), AbsentPeers(1, 3, torch.device("cpu"))
+    control = tiny_controlnet(unet)
+    embed, engine = split(control), engine_of(parallelize(unet, connect("local")))
+    assert engine is not None
+    network: Any = engine.network
+    network.controls = {"edges": control}
+    engine.join(peers, config)
+    calls, known = watched(network), []
+    controls = [Control("edges", control, embed(torch.zeros(1, 3, 160, 96)), 1.0)]
+    for named in ([], [], controls, controls):
+        with engine.image():
+            for step in range(2):
+                unet(sample(step), 900.0 - step, **INPUTS, controls=named)
+        share = network.share(calls[-1], peers, config)
+        known.append(buffer_bytes(network, calls[-1], share, config))
+    none, _, one, _ = known
+    assert (none < one) == (exchange == "displaced")  # in sync layers borrow the same buffers
+    assert engine.buffer_bytes == none + one  # exchanges of both are kept
+
+
+def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> None:
+    def rank(communicator: Communicator) -> list[bool]:
+        pipeline = parallelize(tiny_qwen_image(), communicator, ParallelConfig(exchange="displaced"))
+        denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+        assert engine is not None
+        asked = SamplingParams(prompt="a lake", seed=1, height=64, width=64, num_inference_steps=2)
+        calls = denoiser.calls(asked)
+        assert len(calls) == 2
+        state, fits = denoiser.prepare(asked), []
+        needed = engine.buffer_bytes_of(calls, communicator.world_size, engine.config)
+        for nbytes in (needed - 1, needed):
+            engine.room = Room(nbytes, TOLD)
+            with nullcontext() if nbytes == needed else pytest.raises(OutOfMemory):
+                denoiser.step(state)
+            fits.append(state.step == 1)
+        assert needed > engine.buffer_bytes > needed / 2
+        return fits
+
+    assert run_in_lockstep(2, rank) == [[False, True]] * 2
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("make", "mode", "ranks"), pairwise([tiny_sdxl, tiny_sd15], [MODES[0], *MODES[2:]], [2, 3, 4])
+)
+def test_buffers_of_a_unet_are_what_was_estimated(
+    make: Callable[[], Any], mode: dict[str, Any], ranks: int, split: bool
+) -> None:
+    config = ParallelConfig(warmup_steps=1, cfg_parallel="auto" if split else False, **mode)
+
+    def rank(communicator: Communicator) -> tuple[int, int]:
+        def run(pipeline: Any) -> None:
+            size = {"height": 208, "width": 72, "num_inference_steps": 2, "output_type": "latent"}
+            pipeline("a lake", generator=torch.Generator().manual_seed(7), **size)
+
+        return told_and_held(communicator, make(), run, config)
+
+    everyone = run_in_lockstep(ranks, rank)
+    (told,) = {told for told, _ in everyone}
+    assert told == max(held for _, held in everyone)
