@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from tests.models import (
+    tiny_chroma,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
@@ -23,6 +24,7 @@ from tests.models import (
 )
 
 MODELS = {
+    "chroma": tiny_chroma,
     "flux-dev": tiny_flux,
     "flux2-dev": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,

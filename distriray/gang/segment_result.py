@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import DistrirayError
+from ..errors import DistrirayError, GangMismatch
 from ..status import SegmentEndStatus
 from .messages import RankResult, SegmentEnd, WorkerId
 
@@ -50,8 +50,9 @@ class SegmentResult:
 
     @property
     def error(self) -> DistrirayError | None:
-        """Why the request was refused."""
-        return next((rank.error for rank in self.ranks.values() if rank.error is not None), None)
+        """Why the request was refused: what a rank refused it for, rather than that ranks differ in it."""
+        errors = [rank.error for rank in self.ranks.values() if rank.error is not None]
+        return min(errors, key=lambda error: isinstance(error, GangMismatch), default=None)
 
     @property
     def interrupted(self) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ from distriray.denoise import Denoiser
 from distriray.errors import GangBroken
 from tests.distributed.ranks import Ranks, free_address
 from tests.models import tiny_sdxl
+from tests.parameters import sweep
 from tests.regroup import DISPLACED, REQUEST, changing_gangs
+from tests.save_model import MODELS
 
 pytestmark = pytest.mark.distributed
 
@@ -64,3 +67,48 @@ def test_a_peer_that_dies_or_hangs_breaks_the_gang_of_every_survivor(
         for outcome in ranks.join(60, ranks=[0, 1, 3]):
             assert outcome.error is None, outcome.error
             assert outcome.value <= bound_s
+
+
+IMAGE = {"prompt": "a lake", "seed": 1, "height": 144, "width": 96, "num_inference_steps": 6}
+
+
+def bereaved(rank: int, world_size: int, address: str, model: str) -> Iterator[Any]:
+    """Three steps together; then rank 1 is killed, and rank 0 draws the rest: its picture."""
+    pipeline = parallelize(
+        MODELS[model](),
+        connect("gloo", rank=rank, world_size=world_size, address=address, timeout_s=60.0),
+        ParallelConfig(exchange="sync"),
+    )
+    denoiser = Denoiser(pipeline)
+    state = denoiser.prepare(SamplingParams(**IMAGE))
+    for _ in range(3):
+        denoiser.step(state)
+    yield "half way"
+    while rank == 1:
+        time.sleep(0.1)
+    with pytest.raises(GangBroken):
+        denoiser.step(state)
+    assert state.step == 3
+    parallelize(pipeline, connect("local"), ParallelConfig(exchange="sync"))
+    while not state.done:
+        denoiser.step(state)
+    return np.asarray(denoiser.decode(state)[0])
+
+
+@pytest.mark.parametrize(
+    "model", sweep(["flux-dev", "chroma", "flux2-klein", "qwen-image", "sd3", "z-image"])
+)
+def test_a_picture_of_a_transformer_is_whole_though_a_rank_is_killed(model: str) -> None:
+    with Ranks(2, bereaved, free_address(), model) as ranks:
+        for rank in range(2):
+            assert ranks.milestone(rank) == "half way"
+        ranks.kill(1)
+        (survivor,) = ranks.join(60, ranks=[0])
+    assert survivor.error is None, survivor.error
+    denoiser = Denoiser(MODELS[model]())
+    state = denoiser.prepare(SamplingParams(**IMAGE))
+    while not state.done:
+        denoiser.step(state)
+    alone = np.asarray(denoiser.decode(state)[0])
+    assert np.ptp(alone) > 50  # it shows something
+    assert np.abs(survivor.value.astype(int) - alone.astype(int)).max() <= 1

@@ -15,7 +15,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderTiny,
-    AutoPipelineForImage2Image,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -50,6 +49,7 @@ from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
 from distriray.requests import GenerationRequest, SamplingParams
 from tests.models import (
+    tiny_chroma,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
@@ -81,6 +81,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
     "flux-schnell": tiny_flux_schnell,
+    "chroma": tiny_chroma,
     "flux2-dev": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
     "flux2-klein-distilled": tiny_flux2_klein_distilled,
@@ -153,7 +154,8 @@ def skip_unless_it_begins_from_pictures(pipeline: Any) -> None:
 def image_to_image(pipeline: Any) -> Any:
     """diffusers' pipeline for it around the same models."""
     skip_unless_it_begins_from_pictures(pipeline)
-    other = AutoPipelineForImage2Image.from_pipe(pipeline)
+    _, kind = PIPELINES[family_of(pipeline)].steps.kinds
+    other = kind.from_pipe(pipeline)
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -662,7 +664,7 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
     monkeypatch.setattr(Schedules, "read", watch)
     denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
     skip_unless_taken(denoiser, scheduler)
-    calls = 2 if model in ("qwen-image", "flux2-klein") else 1  # of the network, a step
+    calls = 2 if model in ("chroma", "qwen-image", "flux2-klein") else 1  # of the network, a step
     states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
     denoiser.step(states[0])
     states[0] = DenoiseState.from_bytes(states[0].to_bytes())
@@ -706,7 +708,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
         "flux-dev",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("flux2-klein", "qwen-image", "sd3", "z-image")
+            for name in ("chroma", "flux2-klein", "qwen-image", "sd3", "z-image")
         ),
     ],
 )
@@ -900,10 +902,11 @@ def test_guidance_of_qwen_image_is_the_pipelines(call: dict[str, Any]) -> None:
     assert torch.equal(finish(denoiser, state), expected)
 
 
-def test_each_branch_of_qwen_image_is_displaced_by_itself() -> None:
+@pytest.mark.parametrize("make", [tiny_chroma, tiny_qwen_image])
+def test_each_branch_that_has_calls_of_its_own_is_displaced_by_itself(make: Callable[[], Any]) -> None:
     def rank(communicator: Communicator) -> list[bool]:
         pipeline = parallelize(
-            tiny_qwen_image(),
+            make(),
             communicator,
             ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False),
         )
@@ -913,6 +916,15 @@ def test_each_branch_of_qwen_image_is_displaced_by_itself() -> None:
         return synchronous
 
     assert run_in_lockstep(2, rank) == [[True, True, False, False, False, False] * 2] * 2
+
+
+@pytest.mark.parametrize("call", [{}, {"negative_prompt": "fog"}, {"guidance_scale": 1.0}])
+def test_guidance_of_chroma_is_the_pipelines(call: dict[str, Any]) -> None:
+    pipeline = tiny_chroma()
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [3, 4], **SMALL, **call)
+    expected = plain(pipeline, [3, 4], num_inference_steps=3, **SIZE, **call)
+    assert torch.equal(finish(denoiser, state), expected)
 
 
 def test_qwen_image_that_takes_guidance_as_an_input_is_refused() -> None:
@@ -941,6 +953,7 @@ def test_what_qwen_image_does_not_read_of_a_prompt_is_said() -> None:
         (partial(tiny_sd3, t5=True), 254),
         (tiny_flux, 510),
         (tiny_flux_schnell, 254),
+        (tiny_chroma, 510),
         (tiny_z_image, 464),  # 48 letters of a template are around it
     ],
 )

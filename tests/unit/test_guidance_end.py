@@ -19,6 +19,7 @@ from distriray.gang.config import HostConfig
 from distriray.requests import GenerationRequest
 from distriray.routing.latency import Entry, LatencyModel, Profile
 from tests.models import (
+    tiny_chroma,
     tiny_flux2_klein,
     tiny_qwen_image,
     tiny_sd3,
@@ -34,6 +35,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sdxl": tiny_sdxl,
     "sd15": tiny_sd15,
     "sd3": tiny_sd3,
+    "chroma": tiny_chroma,
     "qwen-image": tiny_qwen_image,
     "flux2-klein": tiny_flux2_klein,
     "z-image": tiny_z_image,
@@ -77,7 +79,7 @@ def ended(pipeline: Any, **call: Any) -> Any:
         plain(pipeline, [1], callback_on_step_end=lambda _p, _s, t, v: levels.append(float(t)) or v, **call)
         end = 1 - (levels[GUIDED - 1] + levels[GUIDED]) / 2000
         return plain(pipeline, [1], cfg_truncation=end, **call)
-    if name in ("QwenImagePipeline", "Flux2KleinPipeline"):
+    if name in ("ChromaPipeline", "QwenImagePipeline", "Flux2KleinPipeline"):
         hook = pipeline.transformer.register_forward_hook(WithoutSecondCalls())
         try:
             return plain(pipeline, [1], **call)

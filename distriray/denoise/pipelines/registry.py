@@ -21,6 +21,7 @@ from distriray.denoise.pipelines.sizes import (
 )
 from distriray.denoise.pipelines.terms import (
     Terms,
+    chroma_terms,
     flux2_klein_terms,
     flux2_terms,
     flux_terms,
@@ -76,6 +77,7 @@ PIPELINES: dict[str, Family] = {
         ".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms, _ON_NOISE_OR_PICTURE
     ),
     "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms, _ON_NOISE_OR_PICTURE),
+    "Chroma": Family(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms, _ON_NOISE_OR_PICTURE),
     "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _ON_NOISE),
     "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _ON_NOISE),
     "QwenImage": Family(

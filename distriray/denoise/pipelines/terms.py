@@ -162,6 +162,17 @@ def flux2_klein_terms(config: Configs) -> Terms:
     return Terms(4, 1.0, ("euler",), {**lacks, **without})
 
 
+def chroma_terms(config: Configs) -> Terms:
+    """Of Chroma, as diffusers has it."""
+    lacks = {
+        "guidance_rescale": "Chroma's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **_NO_MASKS,
+    }
+    return Terms(35, 5.0, ("euler",), lacks, rounds_up=True)
+
+
 def qwen_image_terms(config: Configs) -> Terms:
     """Of Qwen-Image, as diffusers has it."""
     lacks = {

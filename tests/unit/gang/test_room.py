@@ -11,11 +11,12 @@ import torch
 from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
-from distriray.errors import OutOfMemory, UnsupportedModel
+from distriray.errors import GangMismatch, OutOfMemory, UnsupportedModel
 from distriray.gang.config import HostConfig
-from distriray.gang.messages import SegmentEnd
+from distriray.gang.messages import SegmentEnd, WorkerId
 from distriray.gang.room import check_room
 from distriray.gang.runner import SegmentRunner
+from distriray.gang.segment_result import SegmentResult
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.parallel.room import Room
@@ -81,3 +82,13 @@ def test_a_request_without_room_is_refused_by_the_gang_which_goes_on(tiny_model:
     for runner in gang.runners:
         runner._engine.room = Room(10**10, "")
     assert endings(gang.run(seed=3)) == [SegmentEnd.DONE] * 3
+
+
+def test_the_rank_that_has_no_room_says_so_for_the_gang(tiny_model: Path) -> None:
+    gang = Gang(tiny_model, 2)
+    gang.runners[1]._engine.room = Room(0, "cuda:1 has 0.0 GB free")
+    outcomes = gang.run(seed=3, guidance_scale=1.0)
+    assert endings(outcomes) == [SegmentEnd.REFUSED] * 2
+    assert [type(outcome.error) for outcome in outcomes] == [GangMismatch, OutOfMemory]
+    result = SegmentResult({WorkerId(rank, 0): outcome for rank, outcome in enumerate(outcomes)})
+    assert "cuda:1 has 0.0 GB free" in str(result.error)

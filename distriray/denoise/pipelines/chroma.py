@@ -1,0 +1,78 @@
+"""Chroma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ChromaImg2ImgPipeline, ChromaPipeline
+
+from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.packed import PackedFlowMatching
+from distriray.denoise.state import DenoiseState
+
+TEXT_TOKENS = 512
+BRANCHES = {"cond": "", "uncond": "negative_"}
+"""What the names of the values of each guidance branch begin with, by its name to `cache_context`."""
+
+
+class Chroma(PackedFlowMatching):
+    """A pipeline with T5's tokens, of whose padding the first is seen; a branch has a call of its own."""
+
+    kinds = (ChromaPipeline, ChromaImg2ImgPipeline)
+    parts = ("transformer", "vae", "text_encoder", "tokenizer")
+    max_clip_skip = 0
+
+    def tokens(self, text: str) -> list[Tokens]:
+        return [tokens_of(self._plain.tokenizer, text, TEXT_TOKENS)]
+
+    def encode(self, commission: Commission) -> dict[str, Any]:
+        images = len(commission.generators)
+        embeds, ids, mask, negative_embeds, _, negative_mask = self._plain.encode_prompt(
+            prompt=commission.params.prompt,
+            negative_prompt=commission.params.negative_prompt,
+            do_classifier_free_guidance=commission.guidance_scale > 1.0,
+            device=self._transformer.device,
+            num_images_per_prompt=images,
+            max_sequence_length=TEXT_TOKENS,
+        )
+        unit = self.patch_size * self._plain.vae_scale_factor
+        tokens = (commission.height // unit) * (commission.width // unit)
+
+        def whole(mask: torch.Tensor | None) -> torch.Tensor | None:
+            whole: torch.Tensor | None = self._plain._prepare_attention_mask(
+                images, tokens, embeds.dtype, mask
+            )
+            return whole
+
+        return {
+            "prompt_embeds": embeds,
+            "attention_mask": whole(mask),
+            "negative_prompt_embeds": negative_embeds,
+            "negative_attention_mask": whole(negative_mask),
+            "txt_ids": ids,
+        }
+
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        values, tokens = state.values, self.pack(state.latents)
+        timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
+        outputs = []
+        for branch, prefix in BRANCHES.items():
+            if f"{prefix}prompt_embeds" not in values or (branch == "uncond" and state.guidance_over):
+                continue
+            with self._transformer.cache_context(branch):
+                outputs += self._transformer(
+                    hidden_states=tokens,
+                    timestep=timestep,
+                    encoder_hidden_states=values[f"{prefix}prompt_embeds"],
+                    attention_mask=values[f"{prefix}attention_mask"],
+                    txt_ids=values["txt_ids"],
+                    img_ids=values["img_ids"],
+                    return_dict=False,
+                )
+        conditional, *without = outputs
+        output = conditional
+        if without:
+            output = without[0] + state.guidance_scale * (conditional - without[0])
+        output = self.unpack(output, state.height, state.width)
+        return self.advanced(state, output), output
