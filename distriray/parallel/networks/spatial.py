@@ -11,9 +11,9 @@ from torch import nn
 
 from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
+from distriray.parallel.layers.bare import has_class_forward
 from distriray.parallel.layers.conv import PatchConv2d, pads_by_hand, patch_conv
 from distriray.parallel.layers.group_norm import PatchGroupNorm, patch_group_norm
-from distriray.parallel.networks.base import has_class_forward
 from distriray.parallel.partition import Window
 
 # Exactly these: a subclass may compute something else.
