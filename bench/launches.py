@@ -91,7 +91,8 @@ class Counting(TorchDispatchMode):
         if not (func.is_view or "empty" in name or name in ("_unsafe_view", "lift_fresh")):
             in_place = name.endswith("_")
             read = args[1:] if name in OVERWRITES else args
-            self._count.add(read, kwargs or {}, args[0] if in_place else output)
+            named = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            self._count.add(read, named, args[0] if in_place else output)
         return output
 
 

@@ -87,21 +87,7 @@ def main() -> None:
 @contextmanager
 def pool(device: str, report: Report) -> Iterator[str]:
     """The URL of a service with one pool of one host, which ends with the block."""
-    config = AppConfig.model_validate(
-        {
-            "pools": [
-                {
-                    "name": POOL,
-                    "device": device,
-                    "workers": WORKERS,
-                    "cpus_per_worker": 0.5,
-                    "parallel": {"cfg_parallel": False},  # else the two would share no picture
-                    "start_timeout_s": 150,
-                }
-            ],
-            "router": {"max_replicas": 1},
-        }
-    )
+    config = config_of(device)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -129,6 +115,19 @@ def pool(device: str, report: Report) -> Iterator[str]:
         serve.shutdown()
         ray.shutdown()
         watcher.communicate()
+
+
+def config_of(device: str) -> AppConfig:
+    """One pool of one host."""
+    pool = {
+        "name": POOL,
+        "device": device,
+        "workers": WORKERS,
+        "cpus_per_worker": 0.5,
+        "parallel": {"cfg_parallel": False},  # else the two would share no picture
+        "start_timeout_s": 150,
+    }
+    return AppConfig.model_validate({"pools": [pool], "router": {"max_replicas": 1}})
 
 
 def _sharing(report: Report) -> dict[str, object]:
@@ -172,10 +171,11 @@ def watch_a_gang(client: Client, report: Report, options: argparse.Namespace) ->
         pictures[name] = result.images[0]
         tell_image(report, f"{side}x{side} over HTTP by {name}", seconds, result)
         assert result.gang_size == size, result.summary()
+    before = len(host(client).repairs)
     result = _seen_through(client, report, ask(gang_size=WORKERS), steps)
     pictures["a gang that lost a worker"] = result.images[0]
-    until(lambda: host(client).repairs and host(client).free_workers == WORKERS, 120)
-    (repair,) = host(client).repairs
+    until(lambda: len(host(client).repairs) > before and host(client).free_workers == WORKERS, 120)
+    (repair,) = host(client).repairs[before:]
     tell(report, "the worker was replaced", f"in {repair.seconds:.1f} s, cause: {repair.cause}")
     seconds, result = timed(partial(client.generate, ask(gang_size=WORKERS)))
     tell_image(report, "by the mended gang", seconds, result)

@@ -50,6 +50,7 @@ class HostConfig(BaseModel):
         compile: sizes of pictures, such as `1024x1024`, for which a worker lets torch compile the blocks that
             the network repeats when it starts. Others are drawn as without, and so are several images of a
             request, guidance where the default is none, LoRAs and IP-Adapters.
+        nccl_max_ctas: of a GPU's multiprocessors, how many a transfer takes at most; None leaves it to NCCL.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
@@ -81,6 +82,7 @@ class HostConfig(BaseModel):
     controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_CONTROLNETS)] = ()
     ip_adapters: Annotated[tuple[IPAdapterSpec, ...], Field(max_length=MOST_IP_ADAPTERS)] = ()
     compile: tuple[Sides, ...] = ()
+    nccl_max_ctas: Annotated[int, Field(ge=1, le=64)] | None = None
     max_queue: Count = 64
     timeout_s: Seconds = 30.0
     silence_s: Seconds = 30.0

@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from .config import HostConfig
+
 
 class DeviceKind(Protocol):
     """One kind of device that workers compute on.
 
     Attributes:
         gpus: whole GPUs that Ray reserves for each worker.
-        environment: variables of a worker's process.
         guessed_step_s: seconds of a step of the default size, until one was seen.
         links_at_rest: no worker of a host may compute while gangs are formed.
     """
 
     gpus: int
-    environment: Mapping[str, str]
     guessed_step_s: float
     links_at_rest: bool
+
+    def environment(self, config: HostConfig) -> Mapping[str, str]:
+        """Variables of a worker's process, which libraries read once."""
 
     def device(self) -> torch.device:
         """The device of a worker, in its own process."""
@@ -46,9 +49,11 @@ class Cpu:
     """One thread of a CPU."""
 
     gpus = 0
-    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
     guessed_step_s = 1.0
     links_at_rest = False
+
+    def environment(self, config: HostConfig) -> Mapping[str, str]:
+        return {"OMP_NUM_THREADS": "1"}
 
     def device(self) -> torch.device:
         import torch
@@ -78,9 +83,12 @@ class Cuda:
     """
 
     gpus = 1
-    environment: Mapping[str, str] = {}
     guessed_step_s = 0.1
     links_at_rest = True
+
+    def environment(self, config: HostConfig) -> Mapping[str, str]:
+        most = config.nccl_max_ctas
+        return {} if most is None else {"NCCL_MAX_CTAS": str(most)}
 
     def device(self) -> torch.device:
         import ray

@@ -23,7 +23,7 @@ class Placement:
     first: int
     owned: bool
     device: str
-    cpus_per_worker: float
+    config: HostConfig
 
     @classmethod
     async def make(cls, config: HostConfig) -> Placement:
@@ -40,7 +40,7 @@ class Placement:
                     f"the placement group has {current.bundle_count} bundles; a host of {config.workers} "
                     f"workers needs {config.workers + 1}, the first one for itself"
                 )
-            return cls(current, 1, False, device, config.cpus_per_worker)
+            return cls(current, 1, False, device, config)
         bundle = worker_resources(device, config.cpus_per_worker)
         _check_room(config, bundle)
         group = placement_group([bundle] * config.workers, strategy=config.strategy)
@@ -54,15 +54,16 @@ class Placement:
         except BaseException:
             remove_placement_group(group)
             raise
-        return cls(group, 0, True, device, config.cpus_per_worker)
+        return cls(group, 0, True, device, config)
 
     def options(self, index: int) -> dict[str, Any]:
         """Ray's options for the actor of worker `index`."""
+        kind = DEVICES[self.device]
         return {
-            "num_cpus": self.cpus_per_worker,
-            "num_gpus": DEVICES[self.device].gpus,
+            "num_cpus": self.config.cpus_per_worker,
+            "num_gpus": kind.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.first + index),
-            "runtime_env": {"env_vars": dict(DEVICES[self.device].environment)},
+            "runtime_env": {"env_vars": dict(kind.environment(self.config))},
             "max_restarts": 0,
             "max_concurrency": 1000,
         }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from distriray.parallel.networks.base import has_class_forward
+from distriray.parallel.layers.bare import has_class_forward
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 # Their attention processors keep what they go by in plain values.

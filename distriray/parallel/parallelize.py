@@ -11,8 +11,8 @@ from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.engine import Engine
+from distriray.parallel.layers.bare import has_class_forward
 from distriray.parallel.layout import GangLayout
-from distriray.parallel.networks.base import has_class_forward
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.registry import denoising_module, network_of
 from distriray.parallel.networks.vae import decoder_of

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from distriray.collective.base import Communicator
 from distriray.parallel.exchange.halos import PaddedPatch
+from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.slots import Slot, keys_values_slot, statistics_slot
 from distriray.parallel.partition import Partition, Window
 
@@ -92,6 +93,6 @@ class Patch:
         """The slot of a group norm of `input`."""
         return statistics_slot(self.partition, self.rank, input.shape, groups)
 
-    def keys_values_slot(self, key: torch.Tensor, tokens: tuple[int, ...] | None = None) -> Slot:
-        """The slot of self-attention with keys and values shaped as `key`, over `tokens` of every rank."""
-        return keys_values_slot(self.partition, self.rank, key.shape, key.dtype, tokens)
+    def keys_values_slot(self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None) -> Slot:
+        """The slot of self-attention with such keys and values of this rank, over `tokens` of every rank."""
+        return keys_values_slot(self.partition, self.rank, own.shape, own.like.dtype, tokens)

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.residuals import Residual
 from distriray.parallel.exchange.slots import Messages, Slot
 
@@ -238,12 +239,14 @@ class KeysValuesRegion(Region):
         """(tokens of all ranks, 2, batch, channels)."""
         return self._keys_values[index]
 
-    def send(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Put this rank's keys and values, (batch, tokens, channels) each, among those of all ranks."""
-        arrived, readable = self._arrived[index], self._keys_values[index]
-        for buffer in (arrived,) if readable is arrived else (arrived, readable):
-            own = buffer.split(self._tokens)[self.rank]
-            own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
+    def send(self, index: int, own: OwnKeysValues) -> None:
+        """Put this rank's keys and values among those of all ranks."""
+        arrived, readable = (
+            buffer[index].split(self._tokens)[self.rank] for buffer in (self._arrived, self._keys_values)
+        )
+        own.put(arrived)
+        if self._keys_values is not self._arrived:
+            readable.copy_(arrived)
 
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         return dict(enumerate(self._arrived[index].split(self._tokens)))

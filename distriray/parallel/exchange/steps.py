@@ -17,6 +17,7 @@ from distriray.parallel.exchange.bucket import Bucket, Buckets
 from distriray.parallel.exchange.carriers import Carrier, Values
 from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.memory import Memory
+from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
 from distriray.parallel.exchange.statistics_and_rows import StatisticsAndRows
@@ -159,12 +160,11 @@ class Step(ABC):
 
     @abstractmethod
     def keys_values(
-        self, key: torch.Tensor, value: torch.Tensor, tokens: tuple[int, ...] | None = None
+        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the whole image from those of this rank's tokens.
 
         Args:
-            key, value: (batch, this rank's tokens, channels).
             tokens: of every rank; None are those of the feature map in which this rank has as many.
 
         Returns:
@@ -244,14 +244,13 @@ class Step(ABC):
         return carrier.unpack(slot, receives)
 
     def _swap_keys_values(
-        self, key: torch.Tensor, value: torch.Tensor, slot: Slot, everyone: torch.Tensor
+        self, own: OwnKeysValues, slot: Slot, everyone: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Fill `everyone`, (tokens of all ranks, 2, batch, channels); return each rank's part of it."""
         parts, carrier = everyone.split(slot.extents), self._carriers["keys_values"]
-        own = parts[self.rank]
-        own[:, 0], own[:, 1] = key.transpose(0, 1), value.transpose(0, 1)
+        own.put(parts[self.rank])
         peers = self._patch.communicator.peers
-        sends = carrier.pack(slot, dict.fromkeys(peers, own))
+        sends = carrier.pack(slot, dict.fromkeys(peers, parts[self.rank]))
         receives = carrier.room(slot, {peer: parts[peer] for peer in peers})
         self._swap("keys_values", sends, receives)
         for peer, values in carrier.unpack(slot, receives).items():
@@ -332,13 +331,13 @@ class SynchronousStep(Step):
         return padded.fill(input, received)
 
     def keys_values(
-        self, key: torch.Tensor, value: torch.Tensor, tokens: tuple[int, ...] | None = None
+        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        slot = self._patch.keys_values_slot(key, tokens)
+        slot = self._patch.keys_values_slot(own, tokens)
         self._expect(slot)
         lasts = self.mix.is_stale("keys_values") and not self._memory.borrows
-        everyone = key.new_empty(slot.whole) if lasts else self._patch.scratch(slot.whole, key)
-        parts = self._swap_keys_values(key, value, slot, everyone)
+        everyone = own.like.new_empty(slot.whole) if lasts else self._patch.scratch(slot.whole, own.like)
+        parts = self._swap_keys_values(own, slot, everyone)
         self._keep("keys_values", dict(enumerate(parts)))
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 
@@ -415,17 +414,17 @@ class DisplacedStep(Step):
         return whole
 
     def keys_values(
-        self, key: torch.Tensor, value: torch.Tensor, tokens: tuple[int, ...] | None = None
+        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        slot = self._patch.keys_values_slot(key, tokens)
+        slot = self._patch.keys_values_slot(own, tokens)
         if not self.mix.is_stale("keys_values"):
-            everyone = self._patch.scratch(slot.whole, key)
-            self._swap_keys_values(key, value, slot, everyone)
+            everyone = self._patch.scratch(slot.whole, own.like)
+            self._swap_keys_values(own, slot, everyone)
         else:
             bucket = self._enter(slot)
             region = bucket.keys_values[self._index]
             everyone = region.read(self._index)
-            region.send(self._index, key, value)
+            region.send(self._index, own)
             self._leave(bucket)
         return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
 

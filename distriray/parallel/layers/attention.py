@@ -13,6 +13,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.own import Computed, Projected
+from distriray.parallel.layers.bare import is_bare
 from distriray.parallel.layers.opaque import Opaque
 
 if TYPE_CHECKING:
@@ -141,13 +143,17 @@ class PatchSelfAttention(_Processor):
     def sources(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...] | None:
-        """Keys and values of this rank's tokens."""
-        return (attn.to_k(hidden_states), attn.to_v(hidden_states)) if self.exchanges else None
+        """Keys and values of this rank's tokens; or what they are products of, and both weights."""
+        if not self.exchanges:
+            return None
+        projections = attn.to_k, attn.to_v
+        if all(is_bare(projection, hidden_states) for projection in projections):
+            return hidden_states, *(projection.weight for projection in projections)
+        return tuple(projection(hidden_states) for projection in projections)
 
     def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.step is not None
-        key, value = sources
-        return self.step.keys_values(key, value)
+        return self.step.keys_values(Computed(*sources) if len(sources) == 2 else Projected(*sources))
 
 
 class PatchSpatialAttention(PatchSelfAttention):

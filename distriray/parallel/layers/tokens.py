@@ -11,6 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.own import Computed
 from distriray.parallel.layers.opaque import Opaque
 from distriray.parallel.partition import Sequence, TokenPartition
 
@@ -93,7 +94,7 @@ class PatchTokenAttention(Opaque):
             attended = step.deal_tokens(self._attend(*step.deal_heads((query, key, value), tokens)), tokens)
         else:
             heads = key.shape[2:]
-            keys, values = step.keys_values(key.flatten(2), value.flatten(2), tokens)
+            keys, values = step.keys_values(Computed(key.flatten(2), value.flatten(2)), tokens)
             attended = self._attend(query, keys.unflatten(2, heads), values.unflatten(2, heads))
         return attended.to(query.dtype)
 

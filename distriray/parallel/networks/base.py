@@ -204,9 +204,3 @@ class Network(ABC):
                 output, (part of the batch, channels, this rank's rows, columns), and on every rank; it
                 returns (batch, channels, rows, columns).
         """
-
-
-def has_class_forward(module: nn.Module) -> bool:
-    """Whether a module runs the forward of its class: never hooked, or left so by a hook that was removed."""
-    own = vars(module).get("forward")
-    return own is None or getattr(own, "__func__", None) is type(module).forward

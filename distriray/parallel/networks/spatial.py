@@ -11,11 +11,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.own import Computed
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
+from distriray.parallel.layers.bare import has_class_forward
 from distriray.parallel.layers.conv import PatchConv2d, pads_by_hand, patch_conv
 from distriray.parallel.layers.group_norm import PatchGroupNorm, patch_group_norm
-from distriray.parallel.networks.base import has_class_forward
 from distriray.parallel.partition import Window
 from distriray.parallel.share import Share
 
@@ -122,7 +123,7 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
                 step.padded(own(layer.in_channels, level), layer.window)
         elif isinstance(getattr(layer, "processor", None), PatchSelfAttention):
             key = own(layer.to_k.out_features, level).flatten(2).transpose(1, 2)
-            step.keys_values(key, key)
+            step.keys_values(Computed(key, key))
 
 
 def _level_of(name: str, levels: int) -> int:

@@ -29,6 +29,7 @@ from distriray.config import AttentionMode
 from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.own import Computed
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call, Collect, Network
@@ -254,7 +255,7 @@ class TokenNetwork(Network):
             if share.deals_heads and step.mix.fresh_keys_values:
                 step.deal_tokens(step.deal_heads((query, key, key), tokens)[0], tokens)
             else:
-                step.keys_values(key.flatten(2), key.flatten(2), tokens)
+                step.keys_values(Computed(key.flatten(2), key.flatten(2)), tokens)
 
     def compared(self, call: Call) -> Compared:
         given, inputs = call.arguments, self.plan.inputs

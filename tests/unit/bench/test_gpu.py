@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import __main__ as stages
+from bench.gpu import serve
 from bench.gpu.shares import COLUMNS
 
 
@@ -24,3 +25,9 @@ def test_a_stage_runs_dry_and_its_failure_is_told(tmp_path: Path, monkeypatch: p
     slow = stages.Stage("slow", "timeit", "timeit -n 1 -r 1 import(time);time.sleep(9)", limit_s=0.1)
     assert not stages.done(1, bad, tmp_path, dry=True)
     assert not stages.done(2, slow, tmp_path, dry=True)
+
+
+@pytest.mark.parametrize("device", sorted(serve.SCENES))
+def test_the_service_of_the_last_stage_is_one(device: str) -> None:
+    (pool,) = serve.config_of(device).pools
+    assert (pool.name, pool.device, pool.workers) == (serve.POOL, device, serve.WORKERS)

@@ -27,9 +27,11 @@ from distriray.gang.messages import (
 )
 from distriray.gang.remote import WorkerDied
 from distriray.picture import Picture
-from distriray.requests import GenerationRequest, StepCount
+from distriray.requests import StepCount
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policy import HostPolicy
+
+from .runners import ask
 
 CALLER: ContextVar[str | None] = ContextVar("CALLER", default=None)
 """Who a task runs for, as Ray's and Serve's own variables say it."""
@@ -303,11 +305,6 @@ class FakeHost:
     async def whole(self) -> None:
         """Wait until all workers can be lent."""
         await until(lambda: len(self.dispatcher.free) == self.config.workers)
-
-
-def ask(**fields: Any) -> GenerationRequest:
-    defaults = {"prompt": "a lake", "height": 128, "width": 128, "seed": 7, "num_inference_steps": 6}
-    return GenerationRequest.parse({**defaults, **fields})
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:

@@ -1,4 +1,4 @@
-"""Gangs of runners in threads, over gloo."""
+"""Gangs of runners in threads."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed import HashStore
 
 from distriray.adapters import AdapterSpec
+from distriray.collective.messages import indexed
 from distriray.config import ParallelConfig
 from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder
 from distriray.gang.runner import SegmentRunner
 from distriray.models import ModelSpec
+from distriray.requests import GenerationRequest
 
-from .fleet import ask
+SYNC = ParallelConfig(exchange="sync")
+
+
+def ask(**fields: Any) -> GenerationRequest:
+    """A small request."""
+    defaults = {"prompt": "a lake", "height": 128, "width": 128, "seed": 7, "num_inference_steps": 6}
+    return GenerationRequest.parse({**defaults, **fields})
 
 
 class Gang:
-    """Stages that are linked with each other."""
+    """Runners that are linked with each other."""
 
-    def __init__(self, model: Path, size: int) -> None:
-        store = HashStore()
-        spec = ModelSpec(name=str(model))
-        self.runners = [SegmentRunner(spec, torch.device("cpu"), store, timeout_s=10.0) for _ in range(size)]
+    def __init__(self, model: Path, size: int, device: str = "cpu") -> None:
+        store, place = HashStore(), indexed(device)
+        spec = ModelSpec(name=str(model), dtype="float32")
+        self.runners = [SegmentRunner(spec, place, store, timeout_s=10.0) for _ in range(size)]
         self._threads = ThreadPoolExecutor(size)
         self._serial = 0
         group, name = tuple(range(size)), "all"
@@ -38,13 +45,13 @@ class Gang:
         link: str = "all",
         blob: bytes | None = None,
         adapters: tuple[AdapterSpec, ...] = (),
+        parallel: ParallelConfig = SYNC,
         **fields: Any,
     ) -> list[RankResult]:
         """A segment of a job, a new one unless given."""
         self._serial += 1
         job = 1000 + self._serial if job is None else job
         request = ask(**{"num_inference_steps": 2, **fields})
-        sync = ParallelConfig(exchange="sync")
 
         def one(rank: int, runner: SegmentRunner) -> RankResult:
             order = SegmentOrder(
@@ -54,7 +61,7 @@ class Gang:
                 step=step,
                 communicator=link,
                 rank=rank,
-                parallel=sync,
+                parallel=parallel,
                 preview_steps=request.preview_steps(request.num_inference_steps),
                 adapters=adapters,
             )

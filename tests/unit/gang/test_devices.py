@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES, place_of
+from distriray.gang.placement import Placement
 from distriray.gang.worker import Worker
 
 
@@ -33,3 +36,20 @@ def test_a_worker_computes_on_the_gpu_that_ray_reserved(
 def test_a_worker_forms_gangs_beside_what_it_computes_unless_all_must_rest(device: str, beside: bool) -> None:
     worker = Worker(HostConfig(workers=1), device, "nowhere:1")
     assert (worker._linking is not worker._compute) is beside is not DEVICES[device].links_at_rest
+
+
+@pytest.mark.parametrize(
+    ("device", "most", "told"), [("cuda", None, None), ("cuda", 8, "8"), ("cpu", 8, None)]
+)
+def test_nccl_is_told_its_bound_before_a_worker_of_a_gpu_runs(
+    device: str, most: int | None, told: str | None
+) -> None:
+    """It reads the variable when a process makes its first communicator, and never again."""
+    placement: Any = Placement(None, 0, False, device, HostConfig(nccl_max_ctas=most))  # type: ignore[arg-type]
+    assert placement.options(0)["runtime_env"]["env_vars"].get("NCCL_MAX_CTAS") == told
+
+
+@pytest.mark.parametrize("most", [0, 65])
+def test_a_bound_that_nccl_would_change_without_a_word_is_refused(most: int) -> None:
+    with pytest.raises(ValueError, match="nccl_max_ctas"):
+        HostConfig(nccl_max_ctas=most)
