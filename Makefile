@@ -1,5 +1,5 @@
 # make demo      a picture by a gang of two
-# make check     linters, and first cases of what starts neither Ray nor other processes: for the inner loop
+# make check     linters, and what is quick of what starts neither Ray nor other processes: for the inner loop
 # make test      every test that needs neither a GPU nor minutes of training
 # make test-browser  the page in Chromium, which must be there; SCREENSHOTS=docs/images keeps pictures of it
 # make test-all  every test that needs no GPU, with torchao too, which takes its time to be imported

@@ -1,23 +1,25 @@
 """What all tests share."""
 
+from __future__ import annotations
+
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.compiling import CountingCompiler
-from tests.models import tiny_sdxl
+if TYPE_CHECKING:
+    from tests.compiling import CountingCompiler
 
 # A claim is about values; how long an example takes depends on what else the machine does.
 settings.register_profile("distriray", deadline=None)
 settings.load_profile("distriray")
-# Like every rank: threads that wait for one another spin, and take the processors from the ranks.
-torch.set_num_threads(1)
+
+SECONDS = Path(__file__).with_name("seconds.txt")
+"""Names the functions that took more than 0.2 s of a processor a case, and five that took more in all."""
 
 
 class Together(LoadScopeScheduling):
@@ -33,16 +35,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
     return Together(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `make test` what takes long (`tests/seconds.txt`), as what is marked where it stands."""
+    long = set(SECONDS.read_text().split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in long:
+            item.add_marker(pytest.mark.sweep)
+
+
+def pytest_collection() -> None:
+    """Imports make no garbage that is worth a look: it would take a fifth of their time."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Look for garbage seldom, and not among what imports have made: it takes a seventh of the time."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    import torch  # here, as below: who hands tests out to others does without
+
+    # Like every rank: threads that wait for one another spin, and take the processors from the ranks.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline with SDXL's parts in small and random weights, as a folder."""
+    from tests.models import tiny_sdxl
+
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     tiny_sdxl().save_pretrained(folder)
     return folder
@@ -51,6 +73,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def compiler() -> Iterator[CountingCompiler]:
     """What counts the graphs that torch compiles; it knows none before, and forgets these afterwards."""
+    import torch
+
+    from tests.compiling import CountingCompiler
+
     torch._dynamo.reset()
     yield CountingCompiler()
     torch.compiler.set_stance("default")

@@ -19,9 +19,8 @@ from distriray.errors import DistrirayError, GenerationCancelled, QueueFull
 from distriray.gang import BlockingHost
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
-from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from tests.gang.conftest import ask, policy_of
-from tests.gang.policies import Script, Shuffle
+from tests.gang.policies import Shuffle
 from tests.gang.test_host import difference
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -52,33 +51,6 @@ def commands(process: psutil.Process) -> list[str]:
         with suppress(psutil.Error):
             told.append(" ".join(child.cmdline()))
     return told
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_costs_neither_the_picture_nor_the_steps_done(host: BlockingHost, rank: int) -> None:
-    steps = 60
-    alone = host.generate(ask(gang_size=1, num_inference_steps=steps))
-    policy_of(host).change(Script([(0, 1)], every=steps))
-    repairs = len(host.status().repairs)
-
-    async def scene() -> tuple[int, GenerationResult]:
-        task = asyncio.ensure_future(host.host.generate(ask(id="hurt", num_inference_steps=steps)))
-        killed = await kill_one_at(host, "hurt", 10, rank)
-        survivor = 1 - rank
-        policy_of(host).change(Script([(survivor,)], every=steps))
-        result = await task
-        await whole(host)
-        return killed, result
-
-    killed, result = host.do(scene())
-    assert result.repairs == 1
-    assert [len(segment.workers) for segment in result.segments] == [2, 1]
-    assert result.segments[1].first_step == result.segments[0].last_step >= 10
-    assert difference(result, alone) <= 1
-    status = host.status()
-    assert [repair.worker for repair in status.repairs[repairs:]] == [killed]
-    policy_of(host).change(EarliestDeadlineFirst())
-    assert host.generate(ask(gang_size=4)).segments[0].workers == (0, 1, 2, 3)
 
 
 def test_a_worker_killed_while_its_gang_decodes_costs_no_step(host: BlockingHost) -> None:

@@ -100,7 +100,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         models = {name: str(folder / name) for name in ("pair", "twins", "elastic")}
         service = Service(models, str(folder / "loras"))
         service.deploy()
-        until(service.is_up, 150)
+        until(service.is_up, 240)
         yield service
         serve.shutdown()
     finally:

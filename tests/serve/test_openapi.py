@@ -42,7 +42,7 @@ def strict(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "http": {"keys_file": str(file)},
     }
     service.deploy({"name": "strict", "route_prefix": PREFIX, "args": args})
-    until(lambda: service.is_up("strict"), 120)
+    until(lambda: service.is_up("strict"), 240)
     yield service
     service.deploy()
 

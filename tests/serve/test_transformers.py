@@ -34,7 +34,7 @@ def folders(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Itera
     own: dict[str, Any] = {"device": "cpu", "cpus_per_worker": 0.1, "parallel": {"exchange": "sync"}}
     pools = [{**own, "name": name, "model": str(folder / name), "workers": 2} for name in MODELS]
     service.deploy({"name": "flow", "route_prefix": PREFIX, "args": {"pools": pools}})
-    until(lambda: service.is_up("flow"), 150)
+    until(lambda: service.is_up("flow"), 240)
     yield {name: folder / name for name in MODELS}
     service.deploy()
 

@@ -424,8 +424,9 @@ def test_two_pipelines_in_threads_load_one_after_the_other(
     assert most == [1] * 4 and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("named", [BOTH[:1], BOTH])
-@pytest.mark.parametrize("sizes", sweep([[2], [2, 1, 2], [4]], first=2))
+@pytest.mark.parametrize(
+    ("sizes", "named"), sweep([([2], BOTH), ([2, 1, 2], BOTH[:1]), ([2, 1, 2], BOTH), ([4], BOTH)], first=2)
+)
 def test_a_gang_draws_one_devices_picture_whatever_its_ranks_held_before(
     folder: Path, sizes: list[int], named: Named
 ) -> None:

@@ -41,7 +41,7 @@ from tests.models import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.parameters import sweep
+from tests.parameters import pairwise, sweep
 
 MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
     "sdxl": (partial(tiny_sdxl, **SHALLOW), StableDiffusionXLControlNetPipeline),
@@ -190,9 +190,10 @@ def by_gangs(
     return [image for _, image in ranks]
 
 
-@pytest.mark.parametrize("sizes", [[2], [4], *sweep([[2, 1, 4]], first=0)], ids=str)
-@pytest.mark.parametrize("cfg_parallel", sweep([False, "auto"]))
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "cfg_parallel", "sizes"),
+    sweep(pairwise(list(MODELS), [False, "auto"], [(2,), (4,), (2, 1, 4)]), first=2),
+)
 def test_sync_mode_equals_one_device(
     model: str, cfg_parallel: Any, sizes: Sequence[int], folder: Path
 ) -> None:

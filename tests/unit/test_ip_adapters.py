@@ -45,7 +45,7 @@ from tests.models import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.parameters import sweep
+from tests.parameters import pairwise, sweep
 from tests.unit.parallel.recorded import RecordedGraphs
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -184,9 +184,10 @@ def by_gangs(
     return [image for _, image in ranks]
 
 
-@pytest.mark.parametrize("sizes", [[2], [4], *sweep([[2, 1, 4]], first=0)], ids=str)
-@pytest.mark.parametrize("cfg_parallel", sweep([False, "auto"]))
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "cfg_parallel", "sizes"),
+    sweep(pairwise(list(MODELS), [False, "auto"], [(2,), (4,), (2, 1, 4)]), first=2),
+)
 def test_sync_mode_equals_one_device(
     model: str, cfg_parallel: Any, sizes: Sequence[int], folder: Path
 ) -> None:

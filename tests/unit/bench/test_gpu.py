@@ -21,7 +21,7 @@ def test_a_stage_runs_dry_and_its_failure_is_told(tmp_path: Path, monkeypatch: p
     assert {row["share of"] for row in rows} == {"diffusers", "a gang of 1", "a gang of 2"}
     assert set(rows[0]) == set(COLUMNS)
 
-    bad = stages.Stage("bad", "bench.gpu.shares --bad", "bench.gpu.shares --bad")
+    bad = stages.Stage("bad", "timeit --bad", "timeit --bad")
     slow = stages.Stage("slow", "timeit", "timeit -n 1 -r 1 import(time);time.sleep(9)", limit_s=0.1)
     assert not stages.done(1, bad, tmp_path, dry=True)
     assert not stages.done(2, slow, tmp_path, dry=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
 
-from bench.launches import alone_of, share
+from bench.launches import alone_of, on_meta, share
 from bench.published import PUBLISHED
+from tests.parameters import sweep
 
 SDXL = PUBLISHED["sdxl"]
 
@@ -27,12 +30,24 @@ def test_a_displaced_step_launches_and_moves_little_more_than_without_an_exchang
     assert len(sent) == 11 and buffers > 4e8
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize(
-    ("name", "blocks", "tokens", "width"), [("flux", 57, 4608, 3072), ("qwen-image", 60, 4224, 3072)]
+    ("name", "depth", "tokens", "width"),
+    sweep(
+        [
+            ("flux", {"num_layers": 19, "num_single_layers": 38}, 4608, 3072),
+            ("qwen-image", {"num_layers": 60}, 4224, 3072),
+        ]
+    ),
 )
-def test_a_transformer_sends_what_arithmetic_says(name: str, blocks: int, tokens: int, width: int) -> None:
-    model, ranks = PUBLISHED[name], 8
+def test_a_transformer_sends_what_arithmetic_says(
+    name: str, depth: dict[str, int], tokens: int, width: int
+) -> None:
+    """Block by block: shown of two of each kind, since the others are like them."""
+    published, ranks = PUBLISHED[name], 8
+    whole, _ = on_meta(published, 1024)
+    assert {field: whole.config[field] for field in depth} == depth
+    shallow = {key: value for key, value in whole.config.items() if key[0] != "_"} | dict.fromkeys(depth, 2)
+    model, blocks = replace(published, make=lambda: type(whole)(**shallow)), 2 * len(depth)
     sent = {}
     for attention in ("gather", "ulysses"):
         _, peers, _ = share(model, 1024, ranks, False, "sync", attention)

@@ -40,7 +40,7 @@ def test_blocks_of_transformers_are_whole_graphs_for_all_modes(
         with many_shapes():
             return draw(network, transformer, Shape(masked=name in ("qwen-image", "chroma", "pixart")))
 
-    for config in MODES:
+    for config in MODES if ranks > 1 else MODES[:1]:  # one rank has nothing to exchange
         plain, compiled = (
             run_in_lockstep(ranks, lambda c, compiles=compiles, config=config: rank(c, compiles, config))
             for compiles in (False, True)
@@ -48,7 +48,7 @@ def test_blocks_of_transformers_are_whole_graphs_for_all_modes(
         graphs.append(compiler.graphs)
         for ours, theirs in zip(compiled, plain, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert 0 < graphs[0] == graphs[1]
+    assert 0 < graphs[0] == graphs[-1]
 
 
 def compile_layers(network: nn.Module, compiler: CountingCompiler) -> None:
@@ -73,7 +73,7 @@ def test_blocks_of_unets_are_whole_graphs(channels_last: bool, compiler: Countin
             return [call(pipeline, Case(steps=4, config=config, height=height)) for height in (128, 144)]
 
     graphs = []
-    for config in MODES:
+    for config in MODES[channels_last:]:  # a displaced image begins with synchronous steps
         plain, compiled = (
             run_in_lockstep(2, lambda c, compiles=compiles, config=config: rank(c, compiles, config))
             for compiles in (False, True)
@@ -82,7 +82,7 @@ def test_blocks_of_unets_are_whole_graphs(channels_last: bool, compiler: Countin
         for ours, theirs in zip(compiled, plain, strict=True):
             for here, there in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
-    assert 0 < graphs[0] <= graphs[1]
+    assert 0 < graphs[0] <= graphs[-1]
 
 
 def test_a_gang_that_forms_again_compiles_nothing_new(compiler: CountingCompiler) -> None:
@@ -109,7 +109,8 @@ def test_what_torch_compiles_for_a_cpu_draws_the_same() -> None:
     transformer = TRANSFORMERS["sd3"]  # two attentions in a block, neither of which waits for the other
 
     def rank(communicator: LockstepCommunicator, compiles: bool) -> list[torch.Tensor]:
-        network = parallelize(transformer.make(), communicator, ParallelConfig(exchange="sync"))
+        one_block = transformer.make(num_layers=1)  # there is a C++ compiler for each of its kernels
+        network = parallelize(one_block, communicator, ParallelConfig(exchange="sync"))
         if compiles:
             compile_blocks(network)
         with many_shapes():

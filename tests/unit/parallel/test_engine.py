@@ -49,10 +49,10 @@ def sync_cases(ranks: int) -> list[Case]:
     model, size, images = ("sdxl", tall, 3) if at % 2 else ("sd15", deep, 1)
     config = SYNC if ranks % 2 else SPLIT
     return [
-        Case("sdxl", *tall, scheduler=first, config=SYNC),
-        Case("sdxl", *wide, scheduler=second, guidance=1.0, config=SYNC),
-        Case("sd15", *deep, scheduler=third, images=3, config=SYNC),
-        Case(model, *size, scheduler=fourth, images=images, config=config),
+        Case("sdxl", *tall, steps=3, scheduler=first, config=SYNC),
+        Case("sdxl", *wide, steps=3, scheduler=second, guidance=1.0, config=SYNC),
+        Case("sd15", *deep, steps=3, scheduler=third, images=3, config=SYNC),
+        Case(model, *size, steps=3, scheduler=fourth, images=images, config=config),
     ]
 
 

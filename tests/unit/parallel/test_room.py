@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -19,7 +21,15 @@ from distriray.parallel.networks.base import Network
 from distriray.parallel.networks.controlnet import Control, split
 from distriray.parallel.room import Room, buffer_bytes
 from distriray.requests import SamplingParams
-from tests.models import tiny_controlnet, tiny_qwen_image, tiny_sd15, tiny_sdxl, tiny_sdxl_unet
+from tests.models import (
+    SHALLOW,
+    SHALLOW_SD,
+    tiny_controlnet,
+    tiny_qwen_image,
+    tiny_sd15,
+    tiny_sdxl,
+    tiny_sdxl_unet,
+)
 from tests.parameters import pairwise
 from tests.unit.parallel.test_mixes import INPUTS, sample
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
@@ -31,6 +41,9 @@ MODES: list[dict[str, Any]] = [
     {"exchange": "displaced"},
     {"exchange": "displaced_attention"},
 ]
+IN_TURN = [(*each, mode) for each, mode in zip(product(TRANSFORMERS, [2, 3, 4]), cycle(MODES), strict=False)]
+"""Each family by 2, 3 and 4 ranks, and these in each mode."""
+U_NETS = [partial(tiny_sdxl, **SHALLOW), partial(tiny_sd15, **SHALLOW_SD)]
 TOLD = "gpu7 has 0.0 GB free beside weights of 1.0 GB"
 
 
@@ -60,8 +73,8 @@ def told_and_held(
     return engine.buffer_bytes_of(calls[:1], communicator.world_size, config), held
 
 
-@pytest.mark.parametrize(("name", "mode", "ranks"), pairwise(list(TRANSFORMERS), MODES, [2, 3, 4]))
-def test_buffers_of_a_transformer_are_what_was_estimated(name: str, mode: dict[str, Any], ranks: int) -> None:
+@pytest.mark.parametrize(("name", "ranks", "mode"), IN_TURN)
+def test_buffers_of_a_transformer_are_what_was_estimated(name: str, ranks: int, mode: dict[str, Any]) -> None:
     transformer, config = TRANSFORMERS[name], ParallelConfig(warmup_steps=1, cfg_parallel=False, **mode)
 
     def rank(communicator: Communicator) -> tuple[int, int]:
@@ -145,9 +158,8 @@ def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> No
     assert run_in_lockstep(2, rank) == [[False, True]] * 2
 
 
-@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(
-    ("make", "mode", "ranks"), pairwise([tiny_sdxl, tiny_sd15], [MODES[0], *MODES[2:]], [2, 3, 4])
+    ("make", "mode", "ranks", "split"), pairwise(U_NETS, [MODES[0], *MODES[2:]], [2, 3, 4], [False, True])
 )
 def test_buffers_of_a_unet_are_what_was_estimated(
     make: Callable[[], Any], mode: dict[str, Any], ranks: int, split: bool
