@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_a_worker_dies_in_a_step_and_the_picture_is_the_same(host: Any) -> None:
             in_step(one.workers[1], 3, one.workers[1].kill)
             result = await job.ended
             (repaired,) = (event for event in told(job) if isinstance(event, Repaired))
-            assert repaired.lost_workers == (1,) and 0 < repaired.step <= 3
+            assert repaired.lost_workers == (1,) and 0 < repaired.step < STEPS
             assert result.repairs == 1 and alike(result, wanted)
             while len(one.dispatcher.free) < 2:
                 await asyncio.sleep(0.01)
@@ -93,14 +94,21 @@ def test_a_worker_dies_in_a_step_and_the_picture_is_the_same(host: Any) -> None:
 
 
 def in_step(worker: InProcess, step: int, action: Any) -> None:
-    """Let the host do that when the worker begins its step with that number, once."""
-    denoiser, loop, done = worker.worker.runner._denoiser, asyncio.get_running_loop(), []
+    """Let the host do that when the worker begins its step with that number, once.
+
+    It has begun to when the step goes on: what ends a gang waits for its turn in it.
+    """
+    denoiser, loop, begun = worker.worker.runner._denoiser, asyncio.get_running_loop(), threading.Event()
     own = denoiser.step
 
+    def act() -> None:
+        begun.set()
+        action()
+
     def stepping(state: Any) -> None:
-        if state.step == step and not done:
-            done.append(step)
-            loop.call_soon_threadsafe(action)
+        if state.step == step and not begun.is_set():
+            loop.call_soon_threadsafe(act)
+            assert begun.wait(60)
         own(state)
 
     denoiser.step = stepping
