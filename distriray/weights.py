@@ -47,12 +47,12 @@ def check_fit(modules: dict[str, nn.Module], device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a GPU has free; None of a CPU, whose memory is everybody's and may be swapped."""
+    """Free memory of a GPU, in bytes; None of a CPU, whose memory is everybody's and may be swapped."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def told_beside(pipeline: Any, device: torch.device, free: int) -> str:
-    """What an error says of the bytes that a device has free with a pipeline in place."""
+    """Words of an error for the bytes that a device has free with a pipeline in place."""
     sizes = {
         name: sum(_stored(tensor) for tensor in _tensors(part) if tensor.device.type == device.type)
         for name, part in pipeline.components.items()

@@ -145,7 +145,7 @@ class Denoiser:
         Only of a pipeline that was parallelized.
 
         Args:
-            params: as of `prepare`, which this raises the errors of.
+            params: as of `prepare`, whose errors are raised.
 
         Returns:
             One for each branch of guidance that has calls of its own.

@@ -165,7 +165,7 @@ class TokenPartition(Partition):
         return self._text_bounds[rank], self._text_bounds[rank + 1]
 
     def of_sequence(self, sequence: Sequence) -> tuple[int, ...]:
-        """How many tokens of a sequence each rank owns."""
+        """Numbers of tokens of a sequence that each rank owns."""
         return self.joint if sequence == "joint" else self.counts(0)
 
     @cached_property

@@ -45,7 +45,7 @@ def buffer_bytes(network: Network, call: Call, share: Share, config: ParallelCon
 
 
 def _mixes(network: Network, config: ParallelConfig) -> list[Mix]:
-    """Those that images may be drawn in."""
+    """The mixes that images may be drawn in."""
     if config.exchange == "auto":
         names = CANDIDATES if network.displacement_measured else CANDIDATES[:1]
         return [MIXES[name] for name in names]
@@ -54,7 +54,7 @@ def _mixes(network: Network, config: ParallelConfig) -> list[Mix]:
 
 
 class Room:
-    """What a device has left for the buffers of exchanges.
+    """Memory that a device has left for the buffers of exchanges.
 
     Args:
         nbytes: so much.
@@ -78,7 +78,7 @@ class Room:
         return needed
 
     def refusal(self, needed: int, what: str, config: ParallelConfig) -> str:
-        """What an error says where there is too little room."""
+        """The message of an error where there is too little room."""
         exchange = config.exchange if isinstance(config.exchange, str) else "a mix"
         return (
             f"{what} would take {needed / 1e9:.1f} GB of exchange buffers on each worker of a gang, in "

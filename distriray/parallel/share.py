@@ -38,7 +38,7 @@ class Share:
 
     @property
     def images(self) -> int:
-        """How many of the batch this rank computes."""
+        """Number of the batch's entries that this rank computes."""
         return self.part.stop - self.part.start
 
     def cut(self, tree: Any) -> Any:

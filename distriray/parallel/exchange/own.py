@@ -9,7 +9,7 @@ import torch
 
 
 class OwnKeysValues(ABC):
-    """What a layer adds to the keys and values of all ranks."""
+    """This rank's part of the keys and values of a layer."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What is set on layers and around them."""
+"""Bare layers: nothing is set on them or around them."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class Network(ABC):
         """
 
     def share(self, call: Call, communicator: Communicator, config: ParallelConfig) -> Share:
-        """What one rank of a gang computes of a call.
+        """The part of a call that one rank of a gang computes.
 
         Raises:
             InvalidRequest: the gang cannot share such a call.
