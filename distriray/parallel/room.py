@@ -67,12 +67,13 @@ class Room:
         self._known: OrderedDict[Hashable, int] = OrderedDict()
 
     def needed(self, network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
-        """`buffer_bytes`, worked out once for a shape."""
-        shape = share.partition, share.images, share.exchanges, share.deals_heads, call.besides, config
-        needed = self._known.pop((call.sample.dtype, *shape), None)
+        """`buffer_bytes`, worked out once for a shape and a rank's part of it."""
+        part = share.communicator.rank, share.partition, share.images, share.exchanges, share.deals_heads
+        shape = part, call.sample.dtype, call.besides, config
+        needed = self._known.pop(shape, None)
         if needed is None:
             needed = buffer_bytes(network, call, share, config)
-        self._known[(call.sample.dtype, *shape)] = needed
+        self._known[shape] = needed
         if len(self._known) > MAX_SHAPES:
             self._known.popitem(last=False)
         return needed

@@ -137,6 +137,22 @@ def test_buffers_of_controlnets_are_counted_where_a_call_names_them(exchange: An
     assert engine.buffer_bytes == none + one  # exchanges of both are kept
 
 
+def test_what_is_known_of_a_shape_is_known_of_each_rank() -> None:
+    transformer, config = TRANSFORMERS["sd3"], ParallelConfig(exchange="sync", attention="ulysses")
+    network = parallelize(transformer.make(**transformer.twelve_heads), connect("local"), config)
+    engine, room = engine_of(network), Room(0, TOLD)
+    assert engine is not None
+    calls = watched(engine.network)
+    draw(network, transformer, Shape(batch=1), 1)
+    shares = [
+        engine.network.share(calls[0], AbsentPeers(rank, 3, torch.device("meta")), config)
+        for rank in range(3)
+    ]
+    own = [buffer_bytes(engine.network, calls[0], share, config) for share in shares]
+    assert len(set(own)) > 1
+    assert [room.needed(engine.network, calls[0], share, config) for share in shares] == own
+
+
 def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> None:
     def rank(communicator: Communicator) -> list[bool]:
         pipeline = parallelize(tiny_qwen_image(), communicator, ParallelConfig(exchange="displaced"))
