@@ -8,12 +8,11 @@ import torch
 from diffusers import ChromaImg2ImgPipeline, ChromaPipeline
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 
 TEXT_TOKENS = 512
-BRANCHES = {"cond": "", "uncond": "negative_"}
-"""What the names of the values of each guidance branch begin with, by its name to `cache_context`."""
 
 
 class Chroma(PackedFlowMatching):
@@ -56,23 +55,19 @@ class Chroma(PackedFlowMatching):
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         values, tokens = state.values, self.pack(state.latents)
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
-        outputs = []
-        for branch, prefix in BRANCHES.items():
-            if f"{prefix}prompt_embeds" not in values or (branch == "uncond" and state.guidance_over):
-                continue
-            with self._transformer.cache_context(branch):
-                outputs += self._transformer(
-                    hidden_states=tokens,
-                    timestep=timestep,
-                    encoder_hidden_states=values[f"{prefix}prompt_embeds"],
-                    attention_mask=values[f"{prefix}attention_mask"],
-                    txt_ids=values["txt_ids"],
-                    img_ids=values["img_ids"],
-                    return_dict=False,
-                )
-        conditional, *without = outputs
-        output = conditional
-        if without:
-            output = without[0] + state.guidance_scale * (conditional - without[0])
+
+        def call(branch: str) -> torch.Tensor:
+            output: torch.Tensor = self._transformer(
+                hidden_states=tokens,
+                timestep=timestep,
+                encoder_hidden_states=values[f"{branch}prompt_embeds"],
+                attention_mask=values[f"{branch}attention_mask"],
+                txt_ids=values["txt_ids"],
+                img_ids=values["img_ids"],
+                return_dict=False,
+            )[0]
+            return output
+
+        output = guided_calls(self.branches(state, call), state.guidance_scale)
         output = self.unpack(output, state.height, state.width)
         return self.advanced(state, output), output

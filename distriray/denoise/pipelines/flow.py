@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -14,6 +15,9 @@ from PIL import Image
 from distriray.denoise.pipelines.base import Commission, PipelineSteps, check_pixels
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
+
+BRANCHES = {"cond": "", "uncond": "negative_"}
+"""What the names of the values of each guidance branch begin with, by its name to `cache_context`."""
 
 
 class FlowMatching(PipelineSteps):
@@ -136,6 +140,19 @@ class FlowMatching(PipelineSteps):
         """Timestep of the next step for all of a batch, made where the latents are: nothing is copied."""
         timestep = float(state.values["timesteps"][state.step])
         return torch.full((batch,), timestep, device=state.latents.device)
+
+    def branches(self, state: DenoiseState, call: Callable[[str], torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs of the network where each branch of guidance has a call of its own, the prompt's first.
+
+        Args:
+            call: of the network, for the branch whose values begin with what it is given.
+        """
+        outputs = []
+        for branch, prefix in BRANCHES.items():
+            if f"{prefix}prompt_embeds" in state.values and not (prefix and state.guidance_over):
+                with self._transformer.cache_context(branch):
+                    outputs.append(call(prefix))
+        return outputs
 
     def advanced(self, state: DenoiseState, output: torch.Tensor) -> torch.Tensor:
         """The latents after a step with that output."""

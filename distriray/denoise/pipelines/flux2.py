@@ -13,6 +13,7 @@ from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
@@ -148,10 +149,5 @@ class Flux2Klein(_Flux2):
         return values
 
     def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        with self._transformer.cache_context("cond"):
-            conditional = self.call(state, "", tokens, timestep)
-        if "negative_prompt_embeds" not in state.values or state.guidance_over:
-            return conditional
-        with self._transformer.cache_context("uncond"):
-            without = self.call(state, "negative_", tokens, timestep)
-        return without + state.guidance_scale * (conditional - without)
+        outputs = self.branches(state, lambda branch: self.call(state, branch, tokens, timestep))
+        return guided_calls(outputs, state.guidance_scale)

@@ -1,6 +1,8 @@
-"""Classifier-free guidance of both branches in one batch."""
+"""Classifier-free guidance: of both branches in one batch, or by a call each."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
@@ -39,3 +41,11 @@ def guided(output: torch.Tensor, state: DenoiseState) -> torch.Tensor:
     if state.guidance_rescale > 0.0:
         output = rescale_noise_cfg(output, conditional, guidance_rescale=state.guidance_rescale)
     return output
+
+
+def guided_calls(outputs: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    """The outputs of [conditional, unconditional] by the scale; the conditional one where it is alone."""
+    if len(outputs) == 1:
+        return outputs[0]
+    conditional, without = outputs
+    return without + scale * (conditional - without)

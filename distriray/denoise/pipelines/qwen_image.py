@@ -9,13 +9,12 @@ from diffusers import AutoencoderKLQwenImage, QwenImageImg2ImgPipeline, QwenImag
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
 TEXT_TOKENS = 512
-BRANCHES = {"cond": "prompt_embeds", "uncond": "negative_prompt_embeds"}
-"""The values with the embeddings of each guidance branch, by its name to `cache_context`."""
 
 
 class QwenImage(PackedFlowMatching):
@@ -53,18 +52,18 @@ class QwenImage(PackedFlowMatching):
         tokens, values = self.pack(state.latents), state.values
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
         shape = (1, *(side // self.patch_size for side in state.latents.shape[2:]))
-        outputs = []
-        for branch, name in BRANCHES.items():
-            if name not in values or (branch == "uncond" and state.guidance_over):
-                continue
-            with self._transformer.cache_context(branch):
-                outputs += self._transformer(
-                    hidden_states=tokens,
-                    timestep=timestep,
-                    encoder_hidden_states=values[name],
-                    img_shapes=[[shape]] * state.batch,
-                    return_dict=False,
-                )
+
+        def call(branch: str) -> torch.Tensor:
+            output: torch.Tensor = self._transformer(
+                hidden_states=tokens,
+                timestep=timestep,
+                encoder_hidden_states=values[f"{branch}prompt_embeds"],
+                img_shapes=[[shape]] * state.batch,
+                return_dict=False,
+            )[0]
+            return output
+
+        outputs = self.branches(state, call)
         output = self.unpack(_guided(outputs, state.guidance_scale), state.height, state.width)
         return self.advanced(state, output), output
 
@@ -83,9 +82,8 @@ def _guided(outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
     Args:
         outputs: of the prompt and, with guidance, of what is not to be seen; (batch, tokens, channels).
     """
+    output = guided_calls(outputs, scale)
     if len(outputs) == 1:
-        return outputs[0]
-    conditional, without = outputs
-    output = without + scale * (conditional - without)
-    lengths = (torch.norm(each, dim=-1, keepdim=True) for each in (conditional, output))
+        return output
+    lengths = (torch.norm(each, dim=-1, keepdim=True) for each in (outputs[0], output))
     return output * (next(lengths) / next(lengths))

@@ -165,6 +165,7 @@ class Step(ABC):
         """Keys and values of the whole image from those of this rank's tokens.
 
         Args:
+            own: this rank's, as they are or as products that are computed where they are sent from.
             tokens: of every rank; None are those of the feature map in which this rank has as many.
 
         Returns:
