@@ -121,6 +121,7 @@ def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] |
     if address is not None:
         ray.init(address=address, **quiet)
         return None
+    others = reaper.descendants()
     try:
         ray.init(
             address="local",
@@ -131,4 +132,4 @@ def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] |
         )
     except (OSError, ValueError) as error:
         raise NotEnoughDevices(f"Ray does not start on this machine: {error}") from error
-    return reaper.start()
+    return reaper.start(others)

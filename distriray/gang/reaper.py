@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 
 import psutil
@@ -16,9 +17,18 @@ import psutil
 GRACE_S = 3.0
 
 
-def start() -> subprocess.Popen[str]:
-    """Watch every current descendant of this process; close `stdin` to dismiss the watcher."""
-    started = [(child.pid, child.create_time()) for child in psutil.Process().children(recursive=True)]
+def descendants() -> set[psutil.Process]:
+    """Processes that descend from this one, by now."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def start(others: Collection[psutil.Process] = ()) -> subprocess.Popen[str]:
+    """Watch every descendant of this process but `others`; close `stdin` to end those that are left.
+
+    Args:
+        others: what was there before the local Ray, and is the program's own.
+    """
+    started = [(child.pid, child.create_time()) for child in descendants().difference(others)]
     watcher = subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True
     )
