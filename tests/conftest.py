@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.forks import forked_workers
 
 if TYPE_CHECKING:
     from tests.compiling import CountingCompiler
@@ -58,6 +61,25 @@ def pytest_collection_finish() -> None:
 
     # Like every rank: threads that wait for one another spin, and take the processors from the ranks.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_of_ray(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Ray's workers are there without seconds of import, if any test is to start a Ray."""
+    rays = any(item.get_closest_marker("ray") for item in request.session.items)
+    if rays and hasattr(os, "pidfd_open"):
+        with forked_workers(tmp_path_factory.mktemp("ray")):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def workers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Ray that a test starts has workers as users have them: its descendants, each with its imports."""
+    monkeypatch.delenv("RAY_RUNTIME_ENV_HOOK", raising=False)
 
 
 @pytest.fixture(scope="session")

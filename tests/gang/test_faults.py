@@ -133,6 +133,7 @@ with open_host(config, cpus=2) as host:
 """
 
 
+@pytest.mark.usefixtures("workers_of_their_own")
 def test_nothing_outlives_a_killed_driver(tiny_model: Path) -> None:
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tiny_model)], stdout=subprocess.PIPE, text=True
@@ -147,6 +148,7 @@ def test_nothing_outlives_a_killed_driver(tiny_model: Path) -> None:
     assert not alive
 
 
+@pytest.mark.usefixtures("workers_of_their_own")
 def test_an_interrupted_command_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "lake.png"
     arguments = [

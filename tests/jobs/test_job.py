@@ -128,6 +128,7 @@ def submit(folder: Path, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.usefixtures("workers_of_their_own")
 def test_a_submitted_job_draws_on_the_cluster_it_was_submitted_to(tmp_path: Path, tiny_model: Path) -> None:
     folder, out = tmp_path / "upload", tmp_path / "out"
     folder.mkdir()

@@ -150,7 +150,7 @@ def test_a_pool_grows_from_nothing_with_its_work_and_back_while_others_stay(
     service: Service, client: HandleClient, ask: Ask
 ) -> None:
     until(lambda: service.running("elastic") == 0)
-    with asking(8, partial(ask, "elastic", num_inference_steps=200)):
+    with asking(8, partial(ask, "elastic", num_inference_steps=60)):
         until(lambda: service.running("elastic") == 2, 120)
     until(lambda: service.running("elastic") == 0, 90)
     assert service.running("pair") == 1 and service.running("twins") == 2
