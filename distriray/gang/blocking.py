@@ -121,7 +121,7 @@ def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] |
     if address is not None:
         ray.init(address=address, **quiet)
         return None
-    others = reaper.descendants()
+    others = reaper.children()
     try:
         ray.init(
             address="local",

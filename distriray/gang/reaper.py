@@ -17,18 +17,22 @@ import psutil
 GRACE_S = 3.0
 
 
-def descendants() -> set[psutil.Process]:
-    """Processes that descend from this one, by now."""
-    return set(psutil.Process().children(recursive=True))
+def children() -> set[psutil.Process]:
+    """Processes that this one has started and that are there now."""
+    return set(psutil.Process().children())
 
 
 def start(others: Collection[psutil.Process] = ()) -> subprocess.Popen[str]:
-    """Watch every descendant of this process but `others`; close `stdin` to end those that are left.
+    """Watch this process' children but `others`, and their descendants; close `stdin` to end those left.
 
     Args:
-        others: what was there before the local Ray, and is the program's own.
+        others: children from before the local Ray, which are the program's own, as what they start is.
     """
-    started = [(child.pid, child.create_time()) for child in descendants().difference(others)]
+    started = []
+    for child in children().difference(others):
+        with suppress(psutil.NoSuchProcess):
+            family = (child, *child.children(recursive=True))
+            started += [(process.pid, process.create_time()) for process in family]
     watcher = subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True, start_new_session=True
     )

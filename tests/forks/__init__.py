@@ -8,6 +8,7 @@ child becomes the worker.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ IMPORTED = ("distriray.parallel", "distriray.denoise", "diffusers.pipelines.stab
 
 def ask_for_workers(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
     """What `RAY_RUNTIME_ENV_HOOK` names: the runtime environment of a program that starts or joins a Ray."""
-    command = f"{sys.executable} -SE {Path(__file__).with_name('ask.py')}"
+    command = shlex.join([sys.executable, "-SE", str(Path(__file__).with_name("ask.py"))])
+    # With a variable: Serve adds empty `env_vars` on the way, and would take that for a change.
     return {"py_executable": command, "env_vars": {ADDRESS: os.environ[ADDRESS]}, **(runtime_env or {})}
 
 
@@ -35,9 +37,10 @@ def forked_workers(folder: Path) -> Iterator[None]:
     Args:
         folder: for the server's socket; its path should be short.
     """
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.getenv("PYTHONPATH")])]
     ours = {
         ADDRESS: str(folder / "forks"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join(paths),
         "RAY_RUNTIME_ENV_HOOK": f"{__name__}.{ask_for_workers.__name__}",
     }
     with patch.dict(os.environ, ours):
@@ -46,9 +49,9 @@ def forked_workers(folder: Path) -> Iterator[None]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # torch reads it when it is imported
+            start_new_session=True,  # an interrupt is for who waits for the tests; this ends with its input
         )
-        assert server.stdin is not None and server.stdout is not None
-        with server:
+        assert server.stdout is not None
+        with server:  # which closes its input, and waits for it
             assert server.stdout.readline(), "the server of forks did not start"
             yield
-            server.stdin.close()  # it ends with this, and its children with it

@@ -13,12 +13,15 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 from tests.forks import ADDRESS
 
 
 @dataclass(frozen=True)
 class Fork:
+    """A worker, and who asked for it."""
+
     pid: int
     pidfd: int
     asker: socket.socket
@@ -35,12 +38,17 @@ class Server:
         self._forks: set[Fork] = set()
 
     def run(self) -> None:
-        """Fork, hand on how forks end, and kill those whose asker was killed."""
+        """Fork, hand on how forks end, and kill those whose asker was killed; in the end, all."""
+        try:
+            self._run()
+        finally:
+            for fork in self._forks:
+                os.kill(fork.pid, signal.SIGKILL)
+
+    def _run(self) -> None:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is sys.stdin:
-                    for fork in self._forks:
-                        os.kill(fork.pid, signal.SIGKILL)
                     return
                 if key.fileobj is self._listener:
                     self._fork()
@@ -53,7 +61,7 @@ class Server:
         asker, _ = self._listener.accept()
         head, streams, _, _ = socket.recv_fds(asker, 4, 3)
         said = asker.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
-        pid = os.fork()
+        pid = os.fork()  # also if the asker was killed meanwhile: the child then fails, as every worker may
         if not pid:
             self._selector.close()
             self._listener.close()
@@ -61,7 +69,7 @@ class Server:
             for fork in self._forks:
                 fork.asker.close()
                 os.close(fork.pidfd)
-            become(json.loads(said), streams)
+            become(said, streams)
         for stream in streams:
             os.close(stream)
         fork = Fork(pid, os.pidfd_open(pid), asker)
@@ -70,6 +78,7 @@ class Server:
         self._selector.register(asker, selectors.EVENT_READ, fork)
 
     def _end(self, fork: Fork) -> None:
+        """Wait for its end, and tell the asker."""
         _, status = os.waitpid(fork.pid, 0)
         with suppress(OSError):
             fork.asker.sendall(status.to_bytes(4, "big"))
@@ -80,10 +89,11 @@ class Server:
         self._forks.remove(fork)
 
 
-def become(asked: dict[str, object], streams: list[int]) -> None:
-    """Run the script of `argv`, as `python script` would; does not return."""
+def become(said: bytes, streams: list[int]) -> NoReturn:
+    """Run the script that was asked for, and end as soon as it does: a worker leaves nothing for later."""
     code = 1
     try:
+        asked = json.loads(said)
         for own, stream in enumerate(streams):
             os.dup2(stream, own)
             os.close(stream)
@@ -99,14 +109,16 @@ def become(asked: dict[str, object], streams: list[int]) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 
 def main() -> None:
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    assert "ray" not in sys.modules, "it does not connect in a process that is forked from here"
     gc.collect()
     gc.freeze()  # what a fork never changes stays shared
     server = Server(os.environ[ADDRESS])

@@ -16,7 +16,7 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 @pytest.mark.distributed
 def test_what_the_program_started_itself_goes_on_without_its_ray() -> None:
     own = subprocess.Popen(SLEEP)
-    others = reaper.descendants()
+    others = reaper.children()
     rays = subprocess.Popen(SLEEP)
     try:
         reaper.start(others).communicate()
