@@ -49,7 +49,6 @@ def forked_workers(folder: Path) -> Iterator[None]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # torch reads it when it is imported
-            start_new_session=True,  # an interrupt is for who waits for the tests; this ends with its input
         )
         assert server.stdout is not None
         with server:  # which closes its input, and waits for it

@@ -93,6 +93,7 @@ def become(said: bytes, streams: list[int]) -> NoReturn:
     """Run the script that was asked for, and end as soon as it does: a worker leaves nothing for later."""
     code = 1
     try:
+        os.setpgid(0, 0)  # Ray kills the whole process group of a worker that has died
         asked = json.loads(said)
         for own, stream in enumerate(streams):
             os.dup2(stream, own)
