@@ -94,12 +94,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compiler() -> Iterator[CountingCompiler]:
-    """What counts the graphs that torch compiles; it knows none before, and forgets these afterwards."""
+    """What counts the graphs that torch compiles; it knows none before, and forgets these afterwards.
+
+    Torch moves what a call found to the front of what was compiled for its code. A rank in another thread
+    that is searching at that moment misses it and compiles again, so that the order is held still here.
+    """
     import torch
+    from torch._C._dynamo.eval_frame import _set_lru_cache
 
     from tests.compiling import CountingCompiler
 
     torch._dynamo.reset()
+    _set_lru_cache(False)
     yield CountingCompiler()
+    _set_lru_cache(True)
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
