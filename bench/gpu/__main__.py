@@ -61,6 +61,11 @@ STAGES = (
         "bench.quality --quick --count 2 --work {out}/quality --json {out}/quality.json",
     ),
     Stage(
+        "a wait and a halo by memory that peers map",
+        "bench.gpu.one_sided --json {out}/one-sided.json",
+        "bench.gpu.one_sided --device cpu --rounds 2 --exchanges 5 --json {out}/one-sided.json",
+    ),
+    Stage(
         "the service, and a worker killed",
         "bench.gpu.serve --out {out}/serve.json",
         "bench.gpu.serve --device cpu --out {out}/serve.json",
