@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.projection.peers import NotedPeers
-from bench.published import PUBLISHED, Published
+from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.config import AttentionMode, ExchangeMode
@@ -168,7 +168,7 @@ def main() -> None:
         report.add(*cells(size, "diffusers", "together", "-", "-", alone, alone, None), "-", "-", "-", "-")
         for ranks, split in product(arguments.ranks, (True, False) if model.splits else (False,)):
             least: Count | None = None
-            for exchange, attention in ways(model):
+            for exchange, attention in ways(model, ranks):
                 count, peers, buffers = share(model, size, ranks, split, exchange, attention)
                 least = least or count
                 sent = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
@@ -183,12 +183,12 @@ def main() -> None:
     report.publish(arguments.json)
 
 
-def ways(model: Published) -> Sequence[tuple[ExchangeMode, AttentionMode]]:
-    """What is compared: every mix, and both ways to attend where heads may be dealt."""
-    if model.splits:
-        return [(exchange, "gather") for exchange in ("none", *NAMES)]
-    of_tokens = [name for name in NAMES if name != "displaced_attention"]  # that is `displaced` there
-    return *((exchange, "gather") for exchange in ("none", *of_tokens)), ("sync", "ulysses")
+def ways(model: Published, ranks: int) -> Sequence[tuple[ExchangeMode, AttentionMode]]:
+    """What is compared: every mix, and both ways to attend where heads can be dealt to that many ranks."""
+    # Without group norms and convolutions, `displaced_attention` is `displaced`.
+    names = [name for name in NAMES if not model.heads or name != "displaced_attention"]
+    gathered: list[tuple[ExchangeMode, AttentionMode]] = [(name, "gather") for name in ("none", *names)]
+    return [*gathered, ("sync", "ulysses")] if model.heads and model.heads % ranks == 0 else gathered
 
 
 def cells(
@@ -217,21 +217,15 @@ def cells(
 
 def on_meta(model: Published, size: int) -> tuple[Any, dict[str, Any]]:
     """The network without values, and what a step calls it with but for the timestep."""
-
-    def place(leaf: Any) -> Any:
-        return leaf.to("meta", model.dtype) if isinstance(leaf, torch.Tensor) else leaf
-
-    with torch.device("meta"):
-        network: Any = model.make()
-    network = network.to(model.dtype).eval().requires_grad_(False)
-    return network, dict(pytree.tree_map(place, model.inputs(network, size)))
+    network = random_network(model.make, torch.device("meta"), model.dtype)
+    return network, model.inputs_of(network, size)
 
 
 def alone_of(model: Published, size: int) -> Count:
     """A step by diffusers."""
     network, inputs = on_meta(model, size)
     with torch.no_grad(), counting() as count:
-        network(timestep=_timestep(model, 900.0), **inputs)
+        model.call(network, _timestep(model, 900.0), inputs)
     return count
 
 
@@ -260,7 +254,7 @@ def share(
             engine.announce_more()
             peers.begin_step()
             with counting() as count:
-                network(timestep=_timestep(model, 900.0 - step), **inputs)
+                model.call(network, _timestep(model, 900.0 - step), inputs)
     return count, peers, engine.buffer_bytes
 
 

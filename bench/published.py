@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from torch.utils import _pytree as pytree
 
 from bench.exchange import unet_inputs
 
@@ -29,6 +35,16 @@ SDXL: dict[str, Any] = {
 }
 """The U-Net of stabilityai/stable-diffusion-xl-base-1.0."""
 
+SMALL: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 8,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+"""FLUX.1's and Qwen-Image's, in a size for dry runs."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -37,19 +53,57 @@ class Published:
     Attributes:
         name: of the model.
         make: the network, with nothing in its weights; made on whatever device is the default.
+        small: the same layout in a size for dry runs.
         inputs: what a step of a square picture calls it with, by pixels of a side, on the CPU in float32;
             without the timestep.
         timestep: of such a step.
         dtype: that it is used in.
         splits: whether halves of a gang may take halves of its batch.
+        heads: of attention, where a gang may deal them.
+        clock: what the network calls its timestep.
     """
 
     name: str
     make: Callable[[], torch.nn.Module]
+    small: Callable[[], torch.nn.Module]
     inputs: Callable[[Any, int], dict[str, Any]]
     timestep: Callable[[float], torch.Tensor | float]
     dtype: torch.dtype
     splits: bool
+    heads: int = 0
+    clock: str = "timestep"
+
+    def inputs_of(self, network: Any, size: int) -> dict[str, Any]:
+        """`inputs` where `network` computes, and in its dtype."""
+        return placed(self.inputs(network, size), network)
+
+    def call(self, network: Any, timestep: torch.Tensor | float, inputs: dict[str, Any]) -> None:
+        """One step's call."""
+        network(**{self.clock: timestep}, **inputs)
+
+
+def random_network(
+    make: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Any:
+    """A network with seeded random weights, made on the device itself."""
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            network = make()
+    finally:
+        torch.set_default_dtype(default)
+    return network.to(dtype).eval().requires_grad_(False)
+
+
+def placed(inputs: dict[str, Any], network: Any) -> dict[str, Any]:
+    """Tensors where `network` computes, and in its dtype."""
+
+    def place(leaf: Any) -> Any:
+        return leaf.to(network.device, network.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+    return dict(pytree.tree_map(place, inputs))
 
 
 def _as_batch(timestep: float) -> torch.Tensor:
@@ -77,10 +131,27 @@ def _qwen_image_inputs(network: Any, size: int) -> dict[str, Any]:
     }
 
 
+def _z_image_inputs(network: Any, size: int) -> dict[str, Any]:
+    """One picture, as without guidance, with a text of 128 tokens."""
+    return {
+        "x": [torch.randn(network.config.in_channels, 1, size // 8, size // 8)],
+        "cap_feats": [torch.randn(128, network.config.cap_feat_dim)],
+    }
+
+
 PUBLISHED = {
     "sdxl": Published(
         "a guided step of SDXL",
         lambda: UNet2DConditionModel(**SDXL),
+        lambda: UNet2DConditionModel(
+            **SDXL
+            | {
+                "block_out_channels": (32, 32, 32),
+                "attention_head_dim": (1, 1, 1),
+                "cross_attention_dim": 32,
+                "transformer_layers_per_block": (1, 1, 1),
+            }
+        ),
         unet_inputs,
         float,
         torch.float16,
@@ -89,17 +160,42 @@ PUBLISHED = {
     "flux": Published(
         "a step of FLUX.1-dev",
         lambda: FluxTransformer2DModel(guidance_embeds=True),
+        lambda: FluxTransformer2DModel(
+            **SMALL, guidance_embeds=True, num_single_layers=2, pooled_projection_dim=32
+        ),
         _flux_inputs,
         _as_batch,
         torch.bfloat16,
         splits=False,
+        heads=24,
     ),
     "qwen-image": Published(
         "a call of Qwen-Image, of two a step",
         lambda: QwenImageTransformer2DModel(),
+        lambda: QwenImageTransformer2DModel(**SMALL, out_channels=4),
         _qwen_image_inputs,
         _as_batch,
         torch.bfloat16,
         splits=False,
+        heads=24,
+    ),
+    "z-image": Published(
+        "a step of Z-Image-Turbo",
+        lambda: ZImageTransformer2DModel(),
+        lambda: ZImageTransformer2DModel(
+            dim=128,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=8,
+            n_kv_heads=8,
+            cap_feat_dim=32,
+            axes_dims=[4, 6, 6],
+        ),
+        _z_image_inputs,
+        _as_batch,
+        torch.bfloat16,
+        splits=False,
+        heads=30,
+        clock="t",
     ),
 }

@@ -45,6 +45,15 @@ STAGES = (
         "bench.gpu.shares --compiled --sizes 1024 --json {out}/shares-compiled.json",
         "bench.gpu.shares --compiled --device cpu --steps 1 --ranks 1 2 --json {out}/shares-compiled.json",
     ),
+    *(
+        Stage(
+            f"shares of a step of {name}, compiled too",
+            f"{shares} --compiled --sizes 1024 2048 --steps 4 --json {{out}}/{model}.json",
+            f"{shares} --compiled --device cpu --steps 1 --ranks 1 2 --json {{out}}/{model}.json",
+        )
+        for name, model in (("FLUX.1", "flux"), ("Qwen-Image", "qwen-image"), ("Z-Image", "z-image"))
+        for shares in [f"bench.gpu.shares --model {model}"]
+    ),
     Stage(
         "projection at 1024 and 2048",
         "bench.projection --device cuda --sizes 1024 2048 --json {out}/projection.json",

@@ -1,7 +1,7 @@
-"""One rank's share of a step of SDXL on one GPU: `python -m bench.gpu.shares`.
+"""One rank's share of a step on one GPU: `python -m bench.gpu.shares [--model flux]`.
 
-The U-Net of SDXL with random weights does a guided step for diffusers alone, and one rank's share of it in a
-gang of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and as CUDA graphs; with
+A published network with random weights does a step for diffusers alone, and one rank's share of it in a gang
+of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and as CUDA graphs; with
 --compiled once more with the blocks compiled that it repeats. Each row has the time until the host has given
 everything to the device, and until the device is done. What a link between GPUs costs is not in it;
 `bench.projection` adds that.
@@ -22,8 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.barrier import finish
 from bench.projection.peers import NotedPeers
-from bench.projection.share import random_unet, step_inputs
-from bench.published import SDXL
+from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.parallel import compile_blocks, engine_of, many_shapes
@@ -41,14 +40,6 @@ COLUMNS = (
     "buffers, MB",
     "memory, GB",
 )
-TINY: dict[str, Any] = {
-    **SDXL,
-    "block_out_channels": (32, 32, 32),
-    "attention_head_dim": (1, 1, 1),
-    "cross_attention_dim": 32,
-    "transformer_layers_per_block": (1, 1, 1),
-}
-"""SDXL's layout in a size for dry runs."""
 
 
 @dataclass(frozen=True)
@@ -65,26 +56,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run")
+    parser.add_argument("--model", choices=PUBLISHED, default="sdxl")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run, small")
     parser.add_argument("--sizes", type=int, nargs="+", help="pixels of a side; default 1024 2048 3840")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
     parser.add_argument("--compiled", action="store_true", help="also with compiled blocks")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     arguments.sizes = arguments.sizes or ([1024, 2048, 3840] if on_gpu else [128])
-    arguments.dtype = arguments.dtype or ("float16" if on_gpu else "float32")
+    model = PUBLISHED[arguments.model]
+    usual = str(model.dtype).removeprefix("torch.") if on_gpu else "float32"
+    arguments.dtype = arguments.dtype or usual
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    name = torch.cuda.get_device_name() if on_gpu else "a CPU, in a tiny size"
+    name = torch.cuda.get_device_name() if on_gpu else "a CPU, much smaller"
     report = Report(
-        f"bench.gpu.shares: a guided step of SDXL in {arguments.dtype} on {name}",
+        f"bench.gpu.shares: {model.name} in {arguments.dtype} on {name}",
         COLUMNS,
         seed=0,
         settings=vars(arguments),
     )
-    unet = random_unet(SDXL if on_gpu else TINY, device, getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    network = random_network(model.make if on_gpu else model.small, device, dtype)
 
     def add(size: int, of: str, guidance: str, launched: str, timing: Timing, buffers: int) -> None:
         memory = torch.cuda.max_memory_reserved() if on_gpu else 0
@@ -107,55 +102,63 @@ def main() -> None:
 
     alone = {}
     for size in arguments.sizes:
-        alone[size] = whole_step(unet, size, arguments.steps)
+        alone[size] = whole_step(model, network, size, arguments.steps)
         add(size, "diffusers", "together", "kernel", alone[size], 0)
     for compiled, size, ranks in product(
         (False, True) if arguments.compiled else (False,), arguments.sizes, arguments.ranks
     ):
         if compiled and (size, ranks) == (arguments.sizes[0], arguments.ranks[0]):
-            compile_blocks(unet, "inductor" if on_gpu else "eager")
+            compile_blocks(network, "inductor" if on_gpu else "eager")
         for split, graphs in product((True, False), (False, True) if on_gpu else (False,)):
-            if not split or ranks % 2 == 0:
+            if not split or (ranks % 2 == 0 and model.splits):
                 with many_shapes():
-                    timing, buffers = share(unet, ranks, size, split, graphs, arguments.steps)
+                    timing, buffers = share(model, network, ranks, size, split, graphs, arguments.steps)
                 guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
                 launched += ", compiled" * compiled
                 add(size, f"a gang of {ranks}", guidance, launched, timing, buffers)
     report.print()
 
 
-def whole_step(unet: Any, size: int, steps: int) -> Timing:
-    """Timing of a step by diffusers, before the U-Net is parallelized."""
-    inputs, timestep = step_inputs(unet, size), torch.full((), 500.0, device=unet.device)
+def whole_step(model: Published, network: Any, size: int, steps: int) -> Timing:
+    """Timing of a step by diffusers, before the network is parallelized."""
+    inputs, timestep = model.inputs_of(network, size), torch.as_tensor(model.timestep(500.0))
+    timestep = timestep.to(network.device)
     with torch.no_grad():
-        return timed(lambda: unet(timestep=timestep, **inputs), steps, unet.device)
+        return timed(lambda: model.call(network, timestep, inputs), steps, network.device)
 
 
-def share(unet: Any, ranks: int, size: int, split: bool, graphs: bool, steps: int) -> tuple[Timing, int]:
+def share(
+    model: Published, network: Any, ranks: int, size: int, split: bool, graphs: bool, steps: int
+) -> tuple[Timing, int]:
     """Timing of one rank's share of a displaced step, and the bytes of its buffers.
 
     The rank has a neighbour on each side, where one of the gang does.
     """
-    peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, unet.device)
+    peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, network.device)
     parallelize(
-        unet,
+        network,
         peers,
         ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=split, cuda_graphs=graphs),
     )
-    engine = engine_of(unet)
+    engine = engine_of(network)
     assert engine is not None
-    inputs, timesteps = step_inputs(unet, size), iter(range(999, 0, -1))
+    inputs = model.inputs_of(network, size)
+    timesteps = iter([_on(network.device, model.timestep(timestep)) for timestep in range(999, 899, -1)])
 
     def step() -> None:
         engine.announce_more()
-        unet(timestep=float(next(timesteps)), **inputs)
+        model.call(network, next(timesteps), inputs)
 
     with engine.image():
         step()
         peers.fills = False
         for _ in range(3):
             step()
-        return timed(step, steps, unet.device), engine.buffer_bytes
+        return timed(step, steps, network.device), engine.buffer_bytes
+
+
+def _on(device: torch.device, timestep: torch.Tensor | float) -> torch.Tensor | float:
+    return timestep.to(device) if isinstance(timestep, torch.Tensor) else timestep
 
 
 def timed(step: Callable[[], Any], steps: int, device: torch.device) -> Timing:

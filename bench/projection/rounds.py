@@ -13,8 +13,8 @@ from diffusers import UNet2DConditionModel
 
 from bench.barrier import barrier
 from bench.projection.links import Link
-from bench.projection.share import Share, measure_gang, measure_share, random_unet
-from bench.published import SDXL
+from bench.projection.share import Share, measure_gang, measure_share
+from bench.published import PUBLISHED, random_network
 from distriray import ParallelConfig
 from distriray.collective import Communicator, all_gather
 from distriray.config import ExchangeMode
@@ -76,7 +76,7 @@ def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[R
     """All cases in turn, round by round. Processes measure different ranks of a gang at the same time."""
     device, dtype = communicator.device, getattr(torch, arguments.dtype)
     if arguments.model == "sdxl":
-        unet = random_unet(SDXL, device, dtype)
+        unet = random_network(PUBLISHED["sdxl"].make, device, dtype)
     else:
         unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet").to(device, dtype).eval()
     rounds = []

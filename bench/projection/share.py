@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, get_args
 
-import torch
 from diffusers import UNet2DConditionModel
-from torch.utils import _pytree as pytree
 
 from bench.exchange import unet_inputs
 from bench.projection.links import Link, exposed_s
 from bench.projection.peers import NotedPeers, Step
+from bench.published import placed
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator
 from distriray.config import Kind
@@ -44,21 +43,6 @@ class Share:
         warm = min(warmup_steps, steps)
         waiting = sum(link.seconds(m.sent) for m in self.first.moments if m.kind == "launch")
         return warm * (self.seconds + waiting) + (steps - warm) * self.step(link)
-
-
-def random_unet(
-    config: dict[str, Any], device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> UNet2DConditionModel:
-    """A U-Net of `config` with seeded random weights, made on the device itself."""
-    torch.manual_seed(seed)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            unet = UNet2DConditionModel(**config)
-    finally:
-        torch.set_default_dtype(default)
-    return unet.eval().requires_grad_(False)
 
 
 def measure_share(
@@ -113,8 +97,4 @@ def _steps(
 
 def step_inputs(unet: UNet2DConditionModel, size: int) -> dict[str, Any]:
     """Seeded inputs of one guided step at `size` pixels, where the U-Net computes and in its dtype."""
-
-    def place(leaf: Any) -> Any:
-        return leaf.to(unet.device, unet.dtype) if isinstance(leaf, torch.Tensor) else leaf
-
-    return dict(pytree.tree_map(place, unet_inputs(unet, size)))
+    return placed(unet_inputs(unet, size), unet)

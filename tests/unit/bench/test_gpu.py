@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.gpu import __main__ as stages
 from bench.gpu import serve
-from bench.gpu.shares import COLUMNS
+from bench.gpu.shares import COLUMNS, share, whole_step
+from bench.published import PUBLISHED, random_network
 
 
 @pytest.mark.distributed  # it starts processes
@@ -25,6 +27,17 @@ def test_a_stage_runs_dry_and_its_failure_is_told(tmp_path: Path, monkeypatch: p
     slow = stages.Stage("slow", "timeit", "timeit -n 1 -r 1 import(time);time.sleep(9)", limit_s=0.1)
     assert not stages.done(1, bad, tmp_path, dry=True)
     assert not stages.done(2, slow, tmp_path, dry=True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_rank_of_each_published_network_has_its_share_timed(name: str) -> None:
+    model, size = PUBLISHED[name], 128
+    network = random_network(model.small, torch.device("cpu"), torch.float32)
+    with torch.device("meta"):
+        assert type(network) is type(model.make())
+    assert whole_step(model, network, size, steps=1).step_ms > 0
+    timing, buffers = share(model, network, 2, size, split=False, graphs=False, steps=1)
+    assert timing.step_ms > 0 and buffers > 0
 
 
 @pytest.mark.parametrize("device", sorted(serve.SCENES))

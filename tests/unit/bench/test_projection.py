@@ -2,16 +2,19 @@
 
 import argparse
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from bench.exchange import unet_inputs
 from bench.projection.__main__ import COLUMNS, tabulate
 from bench.projection.links import Link, exposed_s, parse_link
 from bench.projection.peers import Moment, NotedPeers, Step
 from bench.projection.rounds import Round, cases, measure, places, slowest
-from bench.projection.share import Share, measure_share, random_unet
+from bench.projection.share import Share, measure_share
+from bench.published import PUBLISHED, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.collective import connect, run_in_lockstep
@@ -157,8 +160,11 @@ def test_what_is_no_link_is_refused(text):
 
 
 def test_random_weights_have_the_dtype_and_follow_the_seed():
-    config = dict(tiny_sdxl_unet().config)
-    one, same, other = (random_unet(config, torch.device("cpu"), torch.bfloat16, seed) for seed in (0, 0, 1))
+    config, device = dict(tiny_sdxl_unet().config), torch.device("cpu")
+    one, same, other = (
+        random_network(lambda: UNet2DConditionModel(**config), device, torch.bfloat16, seed)
+        for seed in (0, 0, 1)
+    )
     assert one.dtype == torch.bfloat16 and torch.get_default_dtype() == torch.float32
     assert torch.equal(one.conv_in.weight, same.conv_in.weight)
     assert not torch.equal(one.conv_in.weight, other.conv_in.weight)
@@ -173,7 +179,7 @@ def test_a_gang_is_as_slow_as_its_slowest_rank():
 
 
 def test_one_device_tells_all_gangs_and_every_number_of_theirs_is_called_projected(monkeypatch):
-    monkeypatch.setattr("bench.projection.rounds.SDXL", dict(tiny_sdxl_unet().config))
+    monkeypatch.setitem(PUBLISHED, "sdxl", replace(PUBLISHED["sdxl"], make=tiny_sdxl_unet))
     links = [FAST, Link("slow", 1e-3, 1e6)]
     arguments = argparse.Namespace(
         model="sdxl", dtype="float32", sizes=[SIZE], ranks=[1, 2, 4, 8], rounds=1, steps=2, links=links
