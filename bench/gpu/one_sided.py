@@ -48,7 +48,7 @@ FLAG = 128  # bytes kept for a flag, behind the slots
 LIMIT_S = 75.0  # for a way, with the start of its processes
 GATE_S, GATES = 0.05, 4
 CLOCK_HZ = 2e9  # no GPU's is faster, so that a gate is closed at least as long as it is to be
-COLUMNS = ("ends", "way", "message", "an exchange, us", "host, us")
+COLUMNS = ("ends", "way", "message", "an exchange, us", "host for an end, us")
 
 
 class End(Protocol):
@@ -406,7 +406,7 @@ class Pair:
             raise RuntimeError(f"{total} bytes are not those that were sent")
 
     def time(self, size: int, exchanges: int) -> tuple[float, float]:
-        """Seconds of an exchange, by the device's clock, and of the host for giving it to the device.
+        """Seconds of an exchange, by the device's clock, and of the host for giving one end's to the device.
 
         Where one process drives both ends, the device begins when all is given to it: a gate, a kernel that
         sleeps, is before the first. The host's time is not in the device's then.
@@ -417,7 +417,7 @@ class Pair:
                 began = time.perf_counter()
                 self._exchange_often(size, exchanges)
                 taken = (time.perf_counter() - began) / exchanges
-                return taken, taken
+                return taken, taken / len(self._ends)
             first = min(self._ends)
             began_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with self._on(first):
@@ -432,7 +432,8 @@ class Pair:
                 ended_at.record()
             finish(self._device)
             if not late:
-                return began_at.elapsed_time(ended_at) / 1000 / exchanges, host_s / exchanges
+                device_s = began_at.elapsed_time(ended_at) / 1000
+                return device_s / exchanges, host_s / exchanges / len(self._ends)
         raise RuntimeError(f"the host takes more than {GATE_S * 2**gate:g} s for {exchanges} exchanges")
 
     def _exchange_often(self, size: int, exchanges: int) -> None:
