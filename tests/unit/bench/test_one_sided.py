@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.distributed import HashStore
 
 from bench.gpu.one_sided import (
+    GATES,
     ONE,
     SIZES,
     TWO,
@@ -154,3 +156,39 @@ def test_each_message_is_timed() -> None:
     taken = measure(0, ONE, served.address, "cpu", "flags", 2, 3)
     assert taken.keys() == SIZES.keys()
     assert all(device_us > 0 and host_us > 0 for device_us, host_us in taken.values())
+
+
+@pytest.mark.parametrize("late", [0, 2, GATES])
+def test_a_gate_that_opens_before_all_is_given_is_made_longer(
+    late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            assert gates
+
+        def query(self) -> bool:
+            return len(gates) <= late
+
+        def elapsed_time(self, other: Event) -> float:
+            return 30.0
+
+    pair = Pair(in_one_process(HostFlags, place()), place())
+    monkeypatch.setattr(pair, "_device", torch.device("cuda"))
+    monkeypatch.setattr(pair, "_gated", True)
+    monkeypatch.setattr(pair, "_streams", {0: "first", 1: "second"})
+    monkeypatch.setattr("bench.gpu.one_sided.finish", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", gates.append)
+    if late == GATES:
+        with pytest.raises(RuntimeError, match=r"the host takes more than 0\.4 s for 3 exchanges"):
+            pair.time(8, 3)
+    else:
+        device_s, host_s = pair.time(8, 3)
+        assert device_s == pytest.approx(0.01) and host_s > 0
+    assert gates == [gates[0] * 2**number for number in range(min(late + 1, GATES))]
