@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +28,12 @@ class HostActor:
 
     async def start(self, config: HostConfig) -> None:
         self.host = await Host.start(config, NewestFirst())
+        self._came: set[str | None] = {None}
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
+    async def generate(self, request: GenerationRequest, after: str | None) -> GenerationResult:
+        while after not in self._came:  # Ray may start calls in another order than they were made in
+            await asyncio.sleep(0)
+        self._came.add(request.id)
         return await self.host.generate(request)
 
     async def status(self) -> HostStatus:
@@ -44,8 +49,9 @@ class Callers:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def generate(self, **fields: Any) -> Any:
-        return self._actor.generate.remote(ask(**fields))
+    def generate(self, after: str | None = None, **fields: Any) -> Any:
+        """Ask for a picture, once the request `after` has come."""
+        return self._actor.generate.remote(ask(**fields), after)
 
     def status(self) -> HostStatus:
         status: HostStatus = ray.get(self._actor.status.remote())
@@ -106,7 +112,7 @@ def test_a_request_outlives_the_client_that_it_took_the_workers_from(callers: Ca
 
 def test_requests_outlive_the_client_that_made_the_host_decide(callers: Callers) -> None:
     first = callers.generate(id="first", num_inference_steps=200)
-    second = callers.generate(id="second", num_inference_steps=100)
+    second = callers.generate(after="first", id="second", num_inference_steps=100)
     callers.until_at("second", 3)
     ray.cancel(first, recursive=True)
     assert ray.get(second).repairs == 0
