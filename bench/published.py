@@ -52,7 +52,7 @@ class Published:
 
     Attributes:
         name: of the model.
-        make: the network, with nothing in its weights; made on whatever device is the default.
+        make: the network, with weights of no meaning; made on whatever device is the default.
         small: the same layout in a size for dry runs.
         inputs: what a step of a square picture calls it with, by pixels of a side, on the CPU in float32;
             without the timestep.

@@ -6,7 +6,8 @@ operations of the stream that take no multiprocessor; `signals` does both by ker
 memory. NCCL sends and receives.
 
 One GPU is enough. There the ends are two streams of one process, for what an exchange takes of the device;
-NCCL, which has no second rank then, sends to itself, which is the least that it takes. And they are two
+NCCL, which has no second rank then, sends one message to itself, which is the least that it takes. `nothing`
+is what the host takes for going from stream to stream, and is in all its times. And the ends are two
 processes, for whether it works: these share the GPU by turns of milliseconds, so that their times say how the
 ways compare there and nothing else. With two GPUs each process has its own. A way that fails does not keep
 others from being tried.
@@ -45,7 +46,7 @@ SIZES = {"1 KiB": 1 << 10, "1 MiB": 1 << 20}
 SLOTS = 2
 """An end is two messages ahead at most: it has the other's answer to the last but one by then."""
 FLAG = 128  # bytes kept for a flag, behind the slots
-LIMIT_S = 75.0  # for a way, with the start of its processes
+LIMIT_S, WAIT_S = 75.0, 30.0  # for a way, with the start of its processes; for one exchange of a backend
 GATE_S, GATES = 0.05, 4
 CLOCK_HZ = 2e9  # no GPU's is faster, so that a gate is closed at least as long as it is to be
 COLUMNS = ("ends", "way", "message", "an exchange, us", "host for an end, us")
@@ -64,7 +65,20 @@ class End(Protocol):
         """Send `data`, flat uint8. It may be changed once the stream is behind `end`."""
 
     def end(self) -> torch.Tensor:
-        """The peer's message, as large, for the stream that waits for it; valid until the next `end`."""
+        """The peer's message, as large, for the stream that waits for it; valid until the next `begin`."""
+
+
+class Idle:
+    """An end that does nothing."""
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+
+    def begin(self, data: torch.Tensor) -> None:
+        self._data = data
+
+    def end(self) -> torch.Tensor:
+        return self._data
 
 
 class Notice(Protocol):
@@ -268,9 +282,13 @@ def by_backend(backend: str, place: Place) -> Ends:
         world_size=place.world_size,
         address=place.address,
         device=place.device,
-        timeout_s=LIMIT_S,
+        timeout_s=WAIT_S,
     )
     return {place.rank: Messages(communicator, place.largest)}
+
+
+def idle(place: Place) -> Ends:
+    return {end: Idle(1 - end) for end in range(2)}
 
 
 def to_itself(place: Place) -> Ends:
@@ -278,8 +296,10 @@ def to_itself(place: Place) -> Ends:
 
 
 ONE, TWO = 1, 2
+NOTHING = "nothing"
 WAYS: Mapping[str, Mapping[tuple[int, str], Callable[[Place], Ends]]] = {
     "cuda": {
+        (ONE, NOTHING): idle,
         (ONE, "flags"): partial(in_one_process, StreamFlags),
         (ONE, "signals"): partial(by_symmetric_memory, True),
         (ONE, "NCCL, to itself"): to_itself,
@@ -289,6 +309,7 @@ WAYS: Mapping[str, Mapping[tuple[int, str], Callable[[Place], Ends]]] = {
         (TWO, "NCCL"): partial(by_backend, "nccl"),
     },
     "cpu": {
+        (ONE, NOTHING): idle,
         (ONE, "flags"): partial(in_one_process, HostFlags),
         (TWO, "shm"): partial(by_backend, "shm"),
         (TWO, "gloo"): partial(by_backend, "gloo"),
@@ -321,11 +342,14 @@ def main() -> None:
             print(error)
             failed.append(f"{way} of {ends}")
             report.add(ends, way, "-", "failed", "-")
-            continue
+            report.print_last()
+            taken = {}
         for message, (device_us, host_us) in taken.items():
             report.add(ends, way, message, f"{device_us:.1f}", f"{host_us:.1f}")
             report.print_last()
-    report.publish(options.json)
+        if options.json:
+            report.write(options.json)  # after each way: what was measured is kept if time runs out
+    report.print()
     if failed:
         raise SystemExit(f"failed: {'; '.join(failed)}")
 
@@ -341,12 +365,13 @@ def tried(
     served = serve_store("127.0.0.1")
     work = (served.address, device, way, rounds, exchanges)
     with RankProcesses(processes, measure, *work, device_type=device) as ranks:
-        ended = ranks.await_outcomes(range(processes), LIMIT_S)
-        errors = [
-            f"rank {rank}: {outcome.error}" for rank, outcome in ranks.outcomes.items() if outcome.error
-        ]
-        if errors or not ended:
-            raise RuntimeError("\n".join(errors) or f"{way} did not end within {LIMIT_S:g} s")
+        limit = time.monotonic() + LIMIT_S
+        while len(ranks.outcomes) < processes:
+            if not ranks.listen(max(limit - time.monotonic(), 0)):
+                raise RuntimeError(f"{way} did not end within {LIMIT_S:g} s")
+            for rank, outcome in ranks.outcomes.items():
+                if outcome.error is not None:  # the other waits for it, perhaps without end
+                    raise RuntimeError(f"rank {rank}: {outcome.error}")
         taken: dict[str, tuple[float, float]] = ranks.outcomes[0].value
         return taken
 
@@ -356,6 +381,7 @@ def measure(
 ) -> dict[str, tuple[float, float]]:
     """What a process does: open its ends, check that messages arrive whole, and time them."""
     if device == "cuda":
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # nobody uses it, and not every machine has it
         gpus = torch.cuda.device_count()
         if gpus < world_size:
             os.environ.update(sharing_environment(None if has_switch() else f"rank{rank}"))
@@ -364,7 +390,8 @@ def measure(
     on = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     place = Place(rank, world_size, open_store(address), address, on)
     pair = Pair(WAYS[device][world_size, way](place), place)
-    pair.check()
+    if way != NOTHING:
+        pair.check()
     taken = {}
     for message, size in SIZES.items():
         times = [pair.time(size, exchanges) for _ in range(rounds + 1)][1:]
@@ -408,8 +435,9 @@ class Pair:
     def time(self, size: int, exchanges: int) -> tuple[float, float]:
         """Seconds of an exchange, by the device's clock, and of the host for giving one end's to the device.
 
-        Where one process drives both ends, the device begins when all is given to it: a gate, a kernel that
-        sleeps, is before the first. The host's time is not in the device's then.
+        Where one process drives both ends, the device begins when all is given to it, but for the second
+        end's first message: a gate, a kernel that sleeps, is before the first end's. The host's time is not
+        in the device's then.
         """
         for gate in range(GATES):
             finish(self._device)

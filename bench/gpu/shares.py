@@ -1,10 +1,10 @@
 """One rank's share of a step on one GPU: `python -m bench.gpu.shares [--model flux]`.
 
 A published network with random weights does a step for diffusers alone, and one rank's share of it in a gang
-of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and as CUDA graphs; with
---compiled once more with the blocks compiled that it repeats. Each row has the time until the host has given
-everything to the device, and until the device is done. What a link between GPUs costs is not in it;
-`bench.projection` adds that.
+of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and those of U-Nets as CUDA
+graphs; with --compiled once more, kernel by kernel, with the blocks compiled that it repeats. Each row has
+the time until the host has given everything to the device, and until the device is done. What a link between
+GPUs costs is not in it; `bench.projection` adds that.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
         report.add(
             f"{size}x{size}",
             of,
-            guidance,
+            "-" if model.heads else guidance,
             launched,
             str(timing.kernels),
             f"{timing.kernels_ms:.1f}",
@@ -109,7 +109,8 @@ def main() -> None:
     ):
         if compiled and (size, ranks) == (arguments.sizes[0], arguments.ranks[0]):
             compile_blocks(network, "inductor" if on_gpu else "eager")
-        for split, graphs in product((True, False), (False, True) if on_gpu else (False,)):
+        captured = on_gpu and not compiled and not model.heads
+        for split, graphs in product((True, False), (False, True) if captured else (False,)):
             if not split or (ranks % 2 == 0 and model.splits):
                 with many_shapes():
                     timing, buffers = share(model, network, ranks, size, split, graphs, arguments.steps)
@@ -142,6 +143,9 @@ def share(
     )
     engine = engine_of(network)
     assert engine is not None
+    if network.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the gang before
+        torch.cuda.reset_peak_memory_stats()
     inputs = model.inputs_of(network, size)
     timesteps = iter([_on(network.device, model.timestep(timestep)) for timestep in range(999, 899, -1)])
 
@@ -154,7 +158,10 @@ def share(
         peers.fills = False
         for _ in range(3):
             step()
-        return timed(step, steps, network.device), engine.buffer_bytes
+        timing = timed(step, steps, network.device)
+    if graphs and engine.obstacle:
+        raise RuntimeError(f"not launched as graphs: {engine.obstacle}")
+    return timing, engine.buffer_bytes
 
 
 def _on(device: torch.device, timestep: torch.Tensor | float) -> torch.Tensor | float:

@@ -126,8 +126,10 @@ def _obstacle(network: nn.Module, forward: Callable[..., Any]) -> str | None:
     for name, layer in network.named_modules():
         if layer is network:
             continue
-        if any(_hooks(layer)) or not has_class_forward(layer):
+        if any(_hooks(layer)):
             return f"layer {name} has a hook"
+        if not has_class_forward(layer):
+            return f"layer {name} has a hook, or is compiled"
         processor = vars(layer).get("processor")
         if processor is not None and not type(processor).__module__.startswith(_KNOWN_PROCESSORS):
             return f"layer {name} uses a {type(processor).__name__}, which is not known"

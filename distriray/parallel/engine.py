@@ -127,7 +127,7 @@ class Engine:
         self._baked: Baked | None = None
         self._outline: Outline | None = None
         self._sums: Sums | None = None
-        self._told: str | None = None
+        self.obstacle: str | None = None
 
     # What a user or a worker calls
 
@@ -489,9 +489,9 @@ class Engine:
         obstacle = baked.obstacle
         if torch.is_autocast_enabled(self.communicator.device.type):
             obstacle = "autocast is on, and drops the weights that it has cast when it ends"
-        if obstacle not in (None, self._told):
+        if obstacle not in (None, self.obstacle):
             log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", obstacle)
-        self._told = obstacle
+        self.obstacle = obstacle
         return obstacle is None
 
     def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:

@@ -108,28 +108,27 @@ def test_steps_that_were_captured_draw_what_they_draw_without(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_blocks_draw_what_they_draw_without_captured_or_not(ranks: int) -> None:
-    plain, compiled, captured = (
-        run_in_lockstep(ranks, lambda communicator, as_=as_: drawn(communicator, *as_), "cuda")
-        for as_ in ((False, False), (True, False), (True, True))
+def test_compiled_blocks_draw_what_they_draw_without(ranks: int) -> None:
+    plain, compiled = (
+        run_in_lockstep(ranks, lambda communicator, compiles=compiles: drawn(communicator, compiles), "cuda")
+        for compiles in (False, True)
     )
-    for without, ours, theirs in zip(plain, compiled, captured, strict=True):
-        for index, (wanted, found, replayed) in enumerate(zip(without, ours, theirs, strict=True)):
+    for without, ours in zip(plain, compiled, strict=True):
+        for index, (wanted, found) in enumerate(zip(without, ours, strict=True)):
             assert distance(found, wanted) < 1e-4, index
-            assert torch.equal(found, replayed), (index, distance(found, replayed))
 
 
 # ------------------------------------------------------------------------------------------- over NCCL
 
 
-def drawn(communicator: Communicator, compiles: bool, graphs: bool) -> list[torch.Tensor]:
-    """Latents of the first two cases, each three times, so that steps are captured; on the CPU."""
+def drawn(communicator: Communicator, compiles: bool) -> list[torch.Tensor]:
+    """Latents of the first two cases, each three times, so that a compiled step is met again; on the CPU."""
     pipeline, found = tiny_sdxl().to(communicator.device, torch.float32), []
     if compiles:
         compile_blocks(pipeline)
     with many_shapes():
         for case in CASES[:2]:
-            parallelize(pipeline, communicator, ParallelConfig(**case.config, cuda_graphs=graphs))
+            parallelize(pipeline, communicator, ParallelConfig(**case.config, cuda_graphs=not compiles))
             found += [call(pipeline, case).cpu() for _ in range(3)]
     return found
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import connect
-from distriray.parallel import engine_of
+from distriray.parallel import compile_blocks, engine_of
 from distriray.parallel.baked import Baked
 from tests.models import tiny_sdxl_unet
 from tests.unit.parallel.recorded import RecordedGraphs
@@ -98,6 +98,11 @@ def hook_that_counts(unet: UNet2DConditionModel, step: int) -> None:
         unet.mid_block.forward = counting(unet.mid_block)
 
 
+def compile_the_blocks(unet: UNet2DConditionModel, step: int) -> None:
+    if step == 0:
+        compile_blocks(unet, backend="eager")
+
+
 def store_weights_in_half_precision(unet: UNet2DConditionModel, step: int) -> None:
     if step == 0:
         unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
@@ -131,6 +136,7 @@ def test_what_changes_in_the_middle_of_an_image_is_captured_again(change: Change
     [
         (hook, "layer mid_block has a hook"),
         (hook_that_counts, "layer mid_block has a hook"),
+        (compile_the_blocks, "has a hook, or is compiled"),
         (store_weights_in_half_precision, "layer conv_in has a hook"),
         (count_by_a_processor, "attn2 uses a Counting, which is not known"),
     ],
