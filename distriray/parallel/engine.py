@@ -89,6 +89,7 @@ class Engine:
             it was not measured.
         yielding: whether a rank has asked the gang to yield since the image began.
         statistics: of the last step.
+        obstacle: what kept a step that was to be a graph from being one, None if nothing did.
         room: for buffers in this device's memory; an image for which it is too small is refused before its
             first step. None where that is not known, and nothing is refused.
     """
@@ -105,6 +106,7 @@ class Engine:
         self.drift = float("inf")
         self.yielding = False
         self.statistics = StepStatistics()
+        self.obstacle: str | None = None
         self.lags = False
         self.room: Room | None = None
         self._most_idle: float = float("inf")  # bytes of buffers not in use that the room leaves
@@ -127,7 +129,6 @@ class Engine:
         self._baked: Baked | None = None
         self._outline: Outline | None = None
         self._sums: Sums | None = None
-        self.obstacle: str | None = None
 
     # What a user or a worker calls
 
