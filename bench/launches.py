@@ -225,7 +225,7 @@ def alone_of(model: Published, size: int) -> Count:
     """A step by diffusers."""
     network, inputs = on_meta(model, size)
     with torch.no_grad(), counting() as count:
-        model.call(network, _timestep(model, 900.0), inputs)
+        model.call(network, model.timestep_on("meta", 900.0), inputs)
     return count
 
 
@@ -254,12 +254,8 @@ def share(
             engine.announce_more()
             peers.begin_step()
             with counting() as count:
-                model.call(network, _timestep(model, 900.0 - step), inputs)
+                model.call(network, model.timestep_on("meta", 900.0 - step), inputs)
     return count, peers, engine.buffer_bytes
-
-
-def _timestep(model: Published, timestep: float) -> torch.Tensor:
-    return torch.as_tensor(model.timestep(timestep), device="meta")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ class Published:
         """`inputs` where `network` computes, and in its dtype."""
         return placed(self.inputs(network, size), network)
 
+    def timestep_on(self, device: torch.device | str, timestep: float) -> torch.Tensor:
+        """`timestep` as a tensor there, so that a call copies none."""
+        return torch.as_tensor(self.timestep(timestep), device=device)
+
     def call(self, network: Any, timestep: torch.Tensor | float, inputs: dict[str, Any]) -> None:
         """One step's call."""
         network(**{self.clock: timestep}, **inputs)

@@ -122,8 +122,7 @@ def main() -> None:
 
 def whole_step(model: Published, network: Any, size: int, steps: int) -> Timing:
     """Timing of a step by diffusers, before the network is parallelized."""
-    inputs, timestep = model.inputs_of(network, size), torch.as_tensor(model.timestep(500.0))
-    timestep = timestep.to(network.device)
+    inputs, timestep = model.inputs_of(network, size), model.timestep_on(network.device, 500.0)
     with torch.no_grad():
         return timed(lambda: model.call(network, timestep, inputs), steps, network.device)
 
