@@ -30,13 +30,14 @@ class Baked:
 
     Args:
         network: what is compared.
-        forward: what is captured; the network's own forward unless there are hooks around it.
+        forward: what answered the network's calls before it was in a gang: its class's forward, unless there
+            are hooks around that.
 
     Attributes:
         obstacle: what about the network a graph would pass by, None if nothing.
     """
 
-    def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(self, network: nn.Module, forward: Callable[..., Any] | None) -> None:
         self.obstacle = _obstacle(network, forward)
         self._layers = list(network.modules())
         self._types = [type(layer) for layer in self._layers]
@@ -119,7 +120,7 @@ def _are_the_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
     return all(map(is_, these, those))
 
 
-def _obstacle(network: nn.Module, forward: Callable[..., Any]) -> str | None:
+def _obstacle(network: nn.Module, forward: Callable[..., Any] | None) -> str | None:
     """Code that is not the layers' own, and may do otherwise in another step without being seen."""
     if getattr(forward, "__func__", None) is not type(network).forward:
         return f"something stands in the place of {type(network).__name__}.forward"

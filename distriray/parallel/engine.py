@@ -26,9 +26,9 @@ from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay, Place
-from distriray.parallel.graphs import CudaGraphs, GraphMaker, StepGraphs, arithmetic
+from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.image import Branch, Image
-from distriray.parallel.networks.base import Call, Network
+from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.outline import Outline
 from distriray.parallel.room import META, Room, buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
@@ -122,6 +122,8 @@ class Engine:
         self._unannounced = self.image()
         self._cached_text: Hashable = None
         self._graph_maker: GraphMaker | None = None
+        self._capture_failed: str | None = None
+        self._under_way: tuple[Call, Share, Collect]
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
         self._choices_of: WeakKeyDictionary[Communicator, Choices] = WeakKeyDictionary()
@@ -173,7 +175,7 @@ class Engine:
         self._exchanges.clear()
         for image in self._images:
             image.interrupt()
-        self._graph_maker = maker
+        self._graph_maker, self._capture_failed = maker, None
         self._graphs = self._graphs_of_call = self._new_graphs()
 
     def image(self, at_step: int = 0, num_steps: int | None = None) -> Image:
@@ -343,29 +345,63 @@ class Engine:
             share = self._prepare(call, moment, branch)
             self._look_at_text(call, branch)
             place = self._place(call, moment, branch)
-            with ExitStack() as exchanging:
-                step = exchanging.enter_context(self._exchange_step(call, branch, share))
-                exchanging.enter_context(self.context.during(step))
-                collected = 0
-
-                def collect(part: torch.Tensor) -> torch.Tensor:
-                    nonlocal collected
-                    collected += 1
-                    exchanging.close()  # only now is the drift of the whole step known
-                    fresh = step is not None and not step.displaced
-                    lags = self.lags and not fresh and (promised or moment.more_follow)
-                    return self._collect(part, branch, share, step, place, lags)
-
-                output = self.network.compute(call, share, collect)
-                if collected != 1:
-                    family = type(self.network).__name__
-                    raise RuntimeError(f"{family} collected its output {collected} times, not once")
+            follows = promised or moment.more_follow
+            try:
+                output, step = self._pass(call, branch, share, place, follows)
+            except CaptureFailed as error:  # nothing was computed, and no peer was told anything
+                self._capture_failed = str(error)
+                output, step = self._pass(call, branch, share, place, follows)
         except BaseException:
             self.start_image(branch.step)  # a step that failed is nothing to go on from
             raise
         branch.step += 1
         branch.fresh_start = False
         return output, step, share
+
+    def _pass(
+        self, call: Call, branch: Branch, share: Share, place: Place | None, follows: bool
+    ) -> tuple[Any, Step | None]:
+        """The network's output, and the step of the exchange that it was computed in.
+
+        Args:
+            place: where this rank is.
+            follows: whether another call of the image follows.
+        """
+        with ExitStack() as exchanging:
+            step = exchanging.enter_context(self._exchange_step(call, branch, share))
+            exchanging.enter_context(self.context.during(step))
+            collected = 0
+
+            def collect(part: torch.Tensor) -> torch.Tensor:
+                nonlocal collected
+                collected += 1
+                exchanging.close()  # only now is the drift of the whole step known
+                fresh = step is not None and not step.displaced
+                return self._collect(part, branch, share, step, place, self.lags and follows and not fresh)
+
+            self._under_way = call, share, collect
+            try:
+                output = self.network.compute(call, share, self._collect_or_record)
+            finally:
+                del self._under_way
+            if collected != 1:
+                family = type(self.network).__name__
+                raise RuntimeError(f"{family} collected its output {collected} times, not once")
+        return output, step
+
+    def _collect_or_record(self, part: torch.Tensor) -> torch.Tensor:
+        """The whole output: now, or in every replay of the graphs that are being captured."""
+        _, share, collect = self._under_way
+        graphs = self._graphs_of_call
+        if graphs is None or graphs.recorder is None:
+            return collect(part)
+        whole = part.new_empty(_whole_shape(part, share))
+
+        def fill(step: Step | None) -> None:
+            whole.copy_(self._under_way[2](part))
+
+        graphs.recorder.between(fill)
+        return whole
 
     def _branch(self, call: Call, moment: Moment) -> Branch:
         """The branch that a call goes on with, or begins."""
@@ -472,22 +508,24 @@ class Engine:
 
     def _compute(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network's own forward, by graphs where steps like this one were captured."""
-        step, graphs = self.context.step, self._graphs_of_call
+        step, graphs, (call, share, _) = self.context.step, self._graphs_of_call, self._under_way
         kind = "alone" if step is None else step.kind
-        if graphs is None or kind is None or not self._may_capture(compute):
+        if graphs is None or kind is None or not self._may_capture(call):
             return compute(*args, **kwargs)
-        modes = self.context.new_text, torch.is_inference_mode_enabled()
-        return graphs.run((kind, *modes, *arithmetic()), compute, step, args, kwargs)
+        shared = share.layout, share.partition, share.batch
+        modes = self.context.new_text, torch.is_inference_mode_enabled(), self.network.switches()
+        key = kind, *shared, *modes, *arithmetic()
+        return graphs.run(key, compute, step, args, kwargs, self.network.cached(call))
 
-    def _may_capture(self, compute: Callable[..., Any]) -> bool:
+    def _may_capture(self, call: Call) -> bool:
         """Whether graphs can stand for this step; those of a network that was another are dropped."""
         baked = self._baked
         if baked is None or (baked.obstacle is None and not baked.holds()):
             assert self._graphs is not None
             self._graphs.clear()
             self._exchanges.drop_graphs()
-            baked = self._baked = Baked(self.network.module, compute)
-        obstacle = baked.obstacle
+            baked = self._baked = Baked(self.network.module, self.network.replaced)
+        obstacle = baked.obstacle or self.network.uncaptured(call) or self._capture_failed
         if torch.is_autocast_enabled(self.communicator.device.type):
             obstacle = "autocast is on, and drops the weights that it has cast when it ends"
         if obstacle not in (None, self.obstacle):
@@ -563,7 +601,7 @@ class Engine:
         return whole
 
     def _gather_of(self, part: torch.Tensor, share: Share) -> Gather:
-        shape = (share.batch, part.shape[1], share.partition.height, part.shape[3])
+        shape = _whole_shape(part, share)
         if self._gather is None or self._gather.shape != shape or self._gather.dtype != part.dtype:
             with torch.inference_mode(False):  # writable in either mode
                 self._gather = Gather(self.communicator, share.layout, share.partition, shape, part.dtype)
@@ -576,6 +614,11 @@ class Engine:
         if header.flags.cancel:
             raise GenerationCancelled("a rank of the gang asked for it")
         return self.drift
+
+
+def _whole_shape(part: torch.Tensor, share: Share) -> tuple[int, int, int, int]:
+    """(batch, channels, rows, columns) of an output of which `part` is this rank's."""
+    return share.batch, part.shape[1], share.partition.height, part.shape[3]
 
 
 def _shape(call: Call, share: Share) -> Hashable:

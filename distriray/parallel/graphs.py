@@ -9,15 +9,13 @@ and holds no communicator: a step is a few graphs in a row, with what is said to
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Number
 from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
-
-from distriray.errors import UnsupportedModel
 
 Between = Callable[[Any], None]
 """Something that is done between two graphs, to the step that is under way."""
@@ -29,6 +27,10 @@ MOST_MET = 64
 """Steps that were met once and are remembered: those whose numbers are others every time never end."""
 
 _NUMBERS = (Number, str, type(None), torch.dtype, torch.device)
+
+
+class CaptureFailed(Exception):
+    """A step cannot be captured; nothing was computed or said to the peers. The message says why."""
 
 
 class Graph(Protocol):
@@ -105,34 +107,37 @@ class StepGraph:
 
     Args:
         forward: must neither read what the device computes nor keep what it returns.
-        step: the step of the exchange that its layers are in, None without one. It is given to `Recorder`.
+        told: those who say what is done between graphs, to the `Recorder` that their `recorder` is meanwhile.
         leaves, spec: args and kwargs, as `pytree` takes them apart; what is no tensor becomes a part of the
             graph.
+        kept: what else `forward` reads; it lives as long as this.
     """
 
     def __init__(
         self,
         maker: GraphMaker,
         forward: Callable[..., Any],
-        step: Any,
+        told: Sequence[Any],
         leaves: list[Any],
         spec: pytree.TreeSpec,
+        kept: Any = None,
     ) -> None:
+        self._kept = kept
         self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(self._inputs, spec)
         with maker.capturing():
             recorder = Recorder(maker)
-            if step is not None:
-                step.recorder = recorder
+            for each in told:
+                each.recorder = recorder
             try:
                 self._output = forward(*own_args, **own_kwargs)
             except BaseException:
-                with suppress(RuntimeError):  # of a capture that has failed; what made it fail says why
+                with suppress(Exception):  # of a capture that has failed; what made it fail says why
                     recorder.end()
                 raise
             finally:
-                if step is not None:
-                    step.recorder = None
+                for each in told:
+                    each.recorder = None
             recorder.end()
         self._pieces = recorder.pieces
 
@@ -155,9 +160,13 @@ class StepGraphs:
 
     A step is captured when it is met for the second time: the first time compiles kernels, and makes the
     buffers that later steps find.
+
+    Attributes:
+        recorder: of the step that is being captured, None if none is.
     """
 
     def __init__(self, maker: GraphMaker) -> None:
+        self.recorder: Recorder | None = None
         self._maker = maker
         self._graphs: OrderedDict[Hashable, StepGraph | None] = OrderedDict()
 
@@ -171,6 +180,7 @@ class StepGraphs:
         step: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        kept: Any = None,
     ) -> Any:
         """`forward(*args, **kwargs)`, by a graph where there is one.
 
@@ -178,10 +188,11 @@ class StepGraphs:
 
         Args:
             kind: all that decides what `forward` does, besides its inputs' shapes and what is no tensor.
-            step: as in `StepGraph`.
+            step: the step of the exchange that its layers are in, None without one.
+            kept: as in `StepGraph`.
 
         Raises:
-            UnsupportedModel: the network does something that no graph can hold.
+            CaptureFailed: the network does something that no graph can hold.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not all(isinstance(leaf, (torch.Tensor, *_NUMBERS)) for leaf in leaves):
@@ -196,7 +207,7 @@ class StepGraphs:
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = self._captured(forward, step, leaves, spec)
+            graph = self._graphs[key] = self._captured(forward, step, leaves, spec, kept)
             while len(self) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         elif step is not None:
@@ -208,16 +219,15 @@ class StepGraphs:
         self._graphs.clear()
 
     def _captured(
-        self, forward: Callable[..., Any], step: Any, leaves: list[Any], spec: pytree.TreeSpec
+        self, forward: Callable[..., Any], step: Any, leaves: list[Any], spec: pytree.TreeSpec, kept: Any
     ) -> StepGraph:
+        told = [self] if step is None else [self, step]
         try:
-            return StepGraph(self._maker, forward, step, leaves, spec)
+            return StepGraph(self._maker, forward, told, leaves, spec, kept)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            raise UnsupportedModel(
-                f"a step of this network cannot be a CUDA graph ({error}); use cuda_graphs=False"
-            ) from error
+            raise CaptureFailed(f"a step cannot be captured: {error}") from error
 
 
 def _described(leaf: Any) -> Hashable:

@@ -72,7 +72,8 @@ class Network(ABC):
         repeats: the classes of its blocks that repeat, by name; None are those that diffusers says.
         pads_text: whether prompts are padded to the same number of tokens before the network gets them.
         forward: what computes a rank's part; what answered the module's calls before the engine did, hooks
-            included, or graphs of it.
+            included, or graphs of it. It goes by its arguments, by `Share` and by nothing else that is not
+            the module's, `context`'s or in `switches`.
         controls: ControlNets that its calls may name, by name, which are cut into patches with it.
         replaced: what answered the module's calls before the engine did; None until then.
 
@@ -137,6 +138,21 @@ class Network(ABC):
 
     def text_weights(self) -> Hashable:
         """A mark that changes with the weights that make text keys and values; asked in every step."""
+        return None
+
+    def switches(self) -> Hashable:
+        """All that layers go by that is neither theirs nor torch's, such as a process's way to attend."""
+        return None
+
+    def uncaptured(self, call: Call) -> str | None:
+        """The part of a call that no graph can hold, such as a copy from the host; None if none is known."""
+        return None
+
+    def cached(self, call: Call) -> Any:
+        """Tensors that a call reads, and that the network's own code keeps elsewhere than in modules.
+
+        It may let go of them; graphs that read them keep them.
+        """
         return None
 
     @abstractmethod

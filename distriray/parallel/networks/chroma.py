@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_chroma import (
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
 
 from distriray.errors import InvalidRequest
+from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.flux import CUTS, POSITIONS, PatchFluxAttention
 from distriray.parallel.networks.plan import Attention, Input, Plan, of_all_ranks
 from distriray.parallel.networks.tokens import TokenNetwork
@@ -64,6 +65,9 @@ class Chroma(TokenNetwork):
             ChromaTransformerBlock,
         }
     )
+
+    def uncaptured(self, call: Call) -> str | None:
+        return "ChromaTransformer2DModel copies an embedding from the host"
 
     def take_mask(self, arguments: dict[str, Any], partition: TokenPartition) -> torch.Tensor | None:
         if partition.world_size == 1 or arguments["attention_mask"] is None:

@@ -116,10 +116,13 @@ class Krea2(TokenNetwork):
             )
         text, image = positions.split((partition.text, partition.height))
         own = torch.cat([text[slice(*partition.text_tokens(rank))], image[slice(*partition.rows(rank))]])
-        states, mask = share.cut(call.text), share.cut(given["encoder_attention_mask"])
+        return super().compute(replace(call, arguments={**given, "position_ids": own}), share, collect)
+
+    def _compute(self, **arguments: Any) -> Any:
+        states, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
 
         def whole(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return (states,), {"attention_mask": None if mask is None else mask[:, None, None]}
 
         with self.module.text_fusion.register_forward_pre_hook(whole, with_kwargs=True):
-            return super().compute(replace(call, arguments={**given, "position_ids": own}), share, collect)
+            return super()._compute(**arguments)

@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention
+from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
@@ -63,3 +64,16 @@ class QwenImage(TokenNetwork):
         for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
             if self.module.config[option]:
                 raise UnsupportedModel(f"a QwenImageTransformer2DModel with {option}, of editing or layers")
+
+    def uncaptured(self, call: Call) -> str | None:
+        if call.arguments["encoder_hidden_states_mask"] is not None:
+            return "QwenImageTransformer2DModel copies the length of masked text from the host"
+        return None
+
+    def cached(self, call: Call) -> Any:
+        first, device = call.arguments["img_shapes"][0], call.sample.device
+        shapes = first if isinstance(first, list) else [first]
+        return [
+            self.module.pos_embed._compute_video_freqs(*shape, index, device)
+            for index, shape in enumerate(shapes)
+        ]

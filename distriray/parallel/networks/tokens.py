@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -89,6 +89,7 @@ class TokenNetwork(Network):
     def __init__(self, module: Any, local: LocalCode | None = None) -> None:
         self._tokens = Tokens()
         self._branch: str | None = None
+        self._shared: tuple[Share, Collect]
         self._attending: dict[str, Any] = {}
         self._cuts: list[tuple[nn.Module, Mapping[str | int, Cut]]] = []
         signature = inspect.signature(self.kind.forward)
@@ -108,6 +109,7 @@ class TokenNetwork(Network):
 
     def replace_forward(self, forward: Callable[..., Any]) -> None:
         super().replace_forward(forward)
+        self.forward = self._compute
         if hasattr(self.module, "cache_context") and "cache_context" not in vars(self.module):
             self.module.cache_context = partial(_in_branch, self, self.module.cache_context)
 
@@ -257,6 +259,9 @@ class TokenNetwork(Network):
             else:
                 step.keys_values(Computed(key.flatten(2), key.flatten(2)), tokens)
 
+    def switches(self) -> Hashable:
+        return _AttentionBackendRegistry.get_active_backend()[0]
+
     def compared(self, call: Call) -> Compared:
         given, inputs = call.arguments, self.plan.inputs
         timestep, packed = call.timestep, call.sample.ndim == 3
@@ -286,14 +291,24 @@ class TokenNetwork(Network):
         )
 
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
-        partition, rank = share.partition, share.communicator.rank
-        assert isinstance(partition, TokenPartition)
         unbatched = {key for key, each in self.plan.inputs.items() if not each.batched}
         arguments = {
             name: value if name in unbatched else share.cut(value) for name, value in call.arguments.items()
         }
+        self._shared = share, collect
+        return self.forward(**arguments)
+
+    def _compute(self, **arguments: Any) -> Any:
+        """The module's own forward, of whole tokens: what a graph stands for, so nothing else is cut before.
+
+        Args:
+            arguments: of this rank's part of the batch.
+        """
+        share, collect = self._shared
+        partition = share.partition
+        assert isinstance(partition, TokenPartition) and self.replaced is not None
         self._tokens.begin(partition, self.take_mask(arguments, partition), share.deals_heads)
-        cutter = Cutter(partition, rank)
+        cutter = Cutter(partition, share.communicator.rank)
         with ExitStack() as hooks:
             for module, cuts in self._cuts:
                 if module is self.module:
@@ -303,7 +318,7 @@ class TokenNetwork(Network):
                     hooks.enter_context(hook)
             last = self.module.get_submodule(self.plan.gather)
             hooks.enter_context(last.register_forward_hook(partial(self._gather, collect, share.exchanges)))
-            return self.forward(**arguments)
+            return self.replaced(**arguments)
 
     def _gather(
         self, collect: Collect, exchanges: bool, module: nn.Module, inputs: Any, output: torch.Tensor

@@ -121,17 +121,16 @@ class ZImage(TokenNetwork):
     def partition(self, call: Call, patches: int) -> TokenPartition:
         return TokenPartition.of(self.image_tokens(call.sample), _padded(call.text.shape[1]), patches)
 
+    def cached(self, call: Call) -> Any:
+        return self.module.rope_embedder.freqs_cis
+
     def compared(self, call: Call) -> Compared:
         compared = super().compared(call)
         lengths = [len(text) for text in call.arguments["cap_feats"]]
         return compared._replace(texts={**compared.texts, "tokens of each text": repr(lengths)})
 
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
-        partition = share.partition
-        assert isinstance(partition, TokenPartition)
-        self._tokens.begin(partition, None, share.deals_heads)
-        cutter = _Cutter(partition, share.communicator.rank, self._tokens)
-        given = dict(call.arguments)
+        given, self._shared = dict(call.arguments), (share, collect)
         arguments = {
             **given,
             "x": given["x"][share.part],
@@ -139,6 +138,18 @@ class ZImage(TokenNetwork):
             "cap_feats": given["cap_feats"][share.part],
             "return_dict": False,
         }
+        whole = self.forward(**arguments)
+        sizes = [tuple(image.shape[1:]) for image in given["x"]]
+        images = self.module.unpatchify(list(whole.unbind()), sizes, PATCH, 1)
+        return Transformer2DModelOutput(sample=images) if given["return_dict"] else (images,)
+
+    def _compute(self, **arguments: Any) -> torch.Tensor:
+        """The predicted tokens of all ranks and of the whole batch."""
+        share, collect = self._shared
+        partition = share.partition
+        assert isinstance(partition, TokenPartition) and self.replaced is not None
+        self._tokens.begin(partition, None, share.deals_heads)
+        cutter = _Cutter(partition, share.communicator.rank, self._tokens)
         final, whole = self.module.all_final_layer[f"{PATCH}-1"], []
 
         def gather(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -154,10 +165,8 @@ class ZImage(TokenNetwork):
                     before = partial(_cut_before, partial(cut, first=index == 0))
                     hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
             hooks.enter_context(final.register_forward_hook(gather))
-            self.forward(**arguments)
-        sizes = [tuple(image.shape[1:]) for image in given["x"]]
-        images = self.module.unpatchify(list(whole[0].unbind()), sizes, PATCH, 1)
-        return Transformer2DModelOutput(sample=images) if given["return_dict"] else (images,)
+            self.replaced(**arguments)
+        return whole[0]
 
 
 class _Cutter:

@@ -139,13 +139,13 @@ class StandIn(TorchDispatchMode):
 
 
 class _MadeOnHost(TorchFunctionMode):
-    """Makes `torch.tensor` a copy from the host, as it is for a GPU; on `DEVICE` it would drop numbers."""
+    """Makes tensors of numbers copies from the host, as for a GPU; made on `DEVICE` they would be lost."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function is torch.tensor and kwargs.get("device") == DEVICE:
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == DEVICE:
             kwargs.pop("device")
-            return torch.tensor(*args, **kwargs).to(DEVICE)
+            return function(*args, **kwargs).to(DEVICE)
         return function(*args, **kwargs)
 
 

@@ -26,7 +26,6 @@ from distriray.parallel import engine_of, network_of
 from distriray.parallel.partition import TokenPartition
 from tests.models import TEXT_WIDTH, tiny_flux_transformer, tiny_qwen_image_transformer
 from tests.parameters import pairwise
-from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.transformers import (
     STEPS,
     TRANSFORMERS,
@@ -314,24 +313,6 @@ def test_buffers_serve_in_inference_mode_and_outside_it(name: str) -> None:
         assert all(map(torch.equal, within, draw(network, TRANSFORMERS[name], PADDED)))
 
     run_in_lockstep(2, rank)
-
-
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_steps_are_not_captured_as_graphs(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
-        config = ParallelConfig(exchange="sync", cfg_parallel=False)
-        network = parallelize(TRANSFORMERS[name].make(), communicator, config)
-        engine, maker = engine_of(network), RecordedGraphs()
-        assert engine is not None
-        engine.capture_with(maker)
-        latents = draw(network, TRANSFORMERS[name], WIDE)
-        assert not maker.made
-        return latents
-
-    for latents in run_in_lockstep(2, rank):
-        assert off(latents, name) < 1e-5
-    warnings = [message for message in caplog.messages if "not as CUDA graphs" in message]
-    assert len(warnings) == 2  # one a rank
 
 
 def test_weights_that_are_cast_layer_by_layer_are_taken() -> None:
