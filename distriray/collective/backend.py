@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from distriray.collective.base import Work
-from distriray.collective.messages import indexed, peers_of
+from distriray.collective.messages import Messages, as_messages, indexed, peers_of
 from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
 
@@ -44,6 +44,9 @@ class BackendCommunicator(ABC):
 
     @abstractmethod
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work: ...
+
+    def messages(self, tensors: Mapping[int, torch.Tensor]) -> Messages:
+        return Messages(as_messages(tensors, self.rank, self.world_size, self.device))
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)

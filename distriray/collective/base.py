@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from distriray.collective.messages import Messages
+
 
 class Work(Protocol):
     """A transfer in flight."""
@@ -67,6 +69,14 @@ class Communicator(Protocol):
 
         Raises:
             GangBroken: the communicator is broken.
+            ValueError: a tensor is not contiguous or not on `device`, or for no other rank of the gang.
+        """
+
+    def messages(self, tensors: Mapping[int, torch.Tensor]) -> Messages:
+        """Tensors by peer for `exchange`, which looks at them here and no more, however often it moves them.
+
+        Raises:
+            ValueError: as from `exchange`.
         """
 
     def subgroup(self, ranks: Sequence[int]) -> Communicator:

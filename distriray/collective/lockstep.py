@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from distriray.collective.messages import as_messages, indexed, peers_of
+from distriray.collective.messages import Messages, as_messages, indexed, peers_of
 from distriray.collective.subgroup import Subgroup
 from distriray.errors import GangBroken
 
@@ -130,6 +130,9 @@ class LockstepCommunicator:
         source, target = (message, other) if message.sends else (other, message)
         target.bytes.copy_(source.bytes)
         other.work.arrived()
+
+    def messages(self, tensors: Mapping[int, torch.Tensor]) -> Messages:
+        return Messages(as_messages(tensors, self.rank, self.world_size, self.device))
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
+
+class Messages(dict[int, torch.Tensor]):
+    """The tensors of an exchange by peer, flat and looked at: `Communicator.messages` makes them."""
+
+
 Message = tuple[int, torch.Tensor]
 """A peer, and the bytes sent to it or received from it."""
 
@@ -28,9 +33,13 @@ def as_messages(
 ) -> list[Message]:
     """The tensors that have bytes to move, as flat `uint8` views beside their peer, in the mapping's order.
 
+    `Messages` are that already.
+
     Raises:
         ValueError: a peer is no other rank of the gang, or a tensor is not contiguous or not on `device`.
     """
+    if isinstance(tensors, Messages):
+        return list(tensors.items())
     messages: list[Message] = []
     for peer, tensor in tensors.items():
         if not 0 <= peer < world_size or peer == rank:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from distriray.collective.base import Communicator, Work
-from distriray.collective.messages import peers_of
+from distriray.collective.messages import Messages, peers_of
 
 
 class Subgroup:
@@ -49,6 +49,9 @@ class Subgroup:
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
         return self._parent.exchange(self._renamed(sends), self._renamed(receives))
 
+    def messages(self, tensors: Mapping[int, torch.Tensor]) -> Messages:
+        return self._parent.messages(self._renamed(tensors))
+
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)
 
@@ -59,6 +62,8 @@ class Subgroup:
         pass
 
     def _renamed(self, tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        if isinstance(tensors, Messages):
+            return tensors
         strangers = [rank for rank in tensors if not 0 <= rank < self.world_size]
         if strangers:
             raise ValueError(f"ranks {strangers} are not within a sub-group of {self.world_size}")

@@ -268,6 +268,8 @@ class Step(ABC):
 
     def _swap(self, what: Literal["rows", "keys_values"], sends: Values, receives: Values) -> None:
         """Send and receive now, and wait."""
+        if self.recorder is not None:  # the same tensors in every replay
+            sends, receives = map(self._patch.communicator.messages, (sends, receives))
         self._talk(lambda step: step._swap_now(what, sends, receives))
 
     def _talk(self, action: Callable[[Self], None]) -> None:

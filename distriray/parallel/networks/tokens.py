@@ -91,6 +91,7 @@ class TokenNetwork(Network):
         self._branch: str | None = None
         self._shared: tuple[Share, Collect]
         self._attending: dict[str, Any] = {}
+        self._key_heads: set[int] | None = None
         self._cuts: list[tuple[nn.Module, Mapping[str | int, Cut]]] = []
         signature = inspect.signature(self.kind.forward)
         self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -156,7 +157,7 @@ class TokenNetwork(Network):
         self._cuts = [
             (module, cuts) for pattern, cuts in self.plan.cuts.items() for _, module in self._modules(pattern)
         ]
-        self._attending = {}
+        self._attending, self._key_heads = {}, None
         converted = False
         for name, attention, planned in self._attentions():
             before = attention.processor
@@ -233,12 +234,14 @@ class TokenNetwork(Network):
         return Heads(attention.heads, attention.heads, attention.inner_dim // attention.heads)
 
     def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
-        attending = (layer for _, layer, planned in self._attentions() if planned.sequence is not None)
-        dealt = [self.heads(layer).keys for layer in attending]
-        divides = not any(heads % patches for heads in dealt)
+        if self._key_heads is None:
+            attending = (layer for _, layer, planned in self._attentions() if planned.sequence is not None)
+            self._key_heads = {self.heads(layer).keys for layer in attending}
+        divides = not any(heads % patches for heads in self._key_heads)
         if attention == "ulysses" and not divides:
             raise InvalidRequest(
-                f"attention='ulysses' cannot deal {max(dealt)} heads evenly to {patches} ranks; use 'auto'",
+                f"attention='ulysses' cannot deal {max(self._key_heads)} heads evenly to {patches} ranks; "
+                "use 'auto'",
                 "gang_size",
             )
         # Two ranks send as much either way, and one message is better than two.
