@@ -125,7 +125,10 @@ class StepGraph:
             if step is not None:
                 step.recorder = recorder
             try:
-                self._output = forward(*own_args, **own_kwargs)
+                # Compiling asks the device for more than a capture allows: what is not compiled by now is
+                # captured as it is.
+                with torch.compiler.set_stance("eager_on_recompile"):
+                    self._output = forward(*own_args, **own_kwargs)
             except BaseException:
                 with suppress(RuntimeError):  # of a capture that has failed; what made it fail says why
                     recorder.end()

@@ -120,7 +120,7 @@ def test_why_a_capture_failed_is_what_failed_first() -> None:
             raise RuntimeError("the capture has failed")
 
     maker = RecordedGraphs()
-    maker.new = lambda: (Failing(), {})  # type: ignore[method-assign]
+    maker.new = lambda: (Failing(maker.tape), {})  # type: ignore[method-assign]
     graphs, x = StepGraphs(maker), torch.ones(3)
     graphs.run("reads", lambda x: x, None, (x,), {})
     with pytest.raises(UnsupportedModel, match="reads a value"):
