@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,11 +16,10 @@ def has_class_forward(module: nn.Module) -> bool:
 
 
 def has_compiled_forward(module: nn.Module) -> bool:
-    """Whether a module runs its own forward of its class, compiled, and nothing around or within that."""
+    """Whether a module runs the forward of its class, as torch has compiled it, and nothing around that."""
     own = vars(module).get("forward")
     given = given_to_compiler(own)
-    bound = getattr(given, "__func__", None), getattr(given, "__self__", None)
-    return given is not own and bound[0] is type(module).forward and bound[1] is module
+    return given is not own and given == MethodType(type(module).forward, module)
 
 
 def given_to_compiler(function: Any) -> Any:

@@ -206,6 +206,8 @@ def test_a_comparison_sees_what_is_set_and_what_is_exchanged() -> None:
         lambda: setattr(attention, "forward", compiled(attention.forward)),
         lambda: setattr(attention, "forward", compiled(attention.forward)),
         lambda: delattr(attention, "forward"),
+        lambda: attention.compile(backend="eager"),
+        lambda: attention.compile(backend="eager"),
         lambda: setattr(attention.to_q, "forward", compiled(attention.to_q.forward)),
         lambda: setattr(attention.to_q, "forward", compiled(attention.to_q.forward)),
         lambda: delattr(attention.to_q, "forward"),
