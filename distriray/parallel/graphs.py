@@ -118,7 +118,7 @@ class StepGraph:
         leaves: list[Any],
         spec: pytree.TreeSpec,
     ) -> None:
-        self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._inputs = [_copied(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(self._inputs, spec)
         with maker.capturing():
             recorder = Recorder(maker)
@@ -221,6 +221,13 @@ class StepGraphs:
             raise UnsupportedModel(
                 f"a step of this network cannot be a CUDA graph ({error}); use cuda_graphs=False"
             ) from error
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, for which a block is compiled; an expanded tensor's has others."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return tensor.clone()
+    return tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def _described(leaf: Any) -> Hashable:

@@ -153,6 +153,14 @@ def test_nothing_is_compiled_while_a_step_is_captured(compiler: CountingCompiler
     assert compiler.graphs == 2
 
 
+def test_a_strided_input_is_one_that_was_compiled_for(compiler: CountingCompiler) -> None:
+    maker, x = CompiledGraphs(compiler), torch.arange(12.0).view(3, 4)[:, :2]
+    graphs, compiled = StepGraphs(maker), torch.compile(torch.square, backend=compiler, fullgraph=True)
+    for factor in range(3):
+        assert torch.equal(graphs.run("squares", compiled, None, (x.mul_(factor),), {}), x * x)
+    assert maker.runs == [1]
+
+
 def test_a_gang_that_forms_again_compiles_nothing_new(compiler: CountingCompiler) -> None:
     transformer = TRANSFORMERS["flux"]
     config = ParallelConfig(exchange="displaced", warmup_steps=1)
