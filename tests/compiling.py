@@ -9,11 +9,17 @@ import torch
 
 
 class CountingCompiler:
-    """A backend of `torch.compile` that runs each graph as it is, and counts them."""
+    """A backend of `torch.compile` that runs each graph as it is, and counts graphs and runs."""
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.runs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         self.graphs += 1
-        return graph.forward
+
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run

@@ -2,9 +2,9 @@
 
 A published network with random weights does a step for diffusers alone, and one rank's share of it in a gang
 of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and those of U-Nets as CUDA
-graphs; with --compiled once more, kernel by kernel, with the blocks compiled that it repeats. Each row has
-the time until the host has given everything to the device, and until the device is done. What a link between
-GPUs costs is not in it; `bench.projection` adds that.
+graphs; with --compiled once more, with the blocks compiled that it repeats. Each row has the time until the
+host has given everything to the device, and until the device is done. What a link between GPUs costs is not
+in it; `bench.projection` adds that.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> None:
     ):
         if compiled and (size, ranks) == (arguments.sizes[0], arguments.ranks[0]):
             compile_blocks(network, "inductor" if on_gpu else "eager")
-        captured = on_gpu and not compiled and not model.heads
+        captured = on_gpu and not model.heads
         for split, graphs in product((True, False), (False, True) if captured else (False,)):
             if not split or (ranks % 2 == 0 and model.splits):
                 with many_shapes():

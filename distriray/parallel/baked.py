@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from distriray.parallel.layers.bare import has_class_forward
+from distriray.parallel.layers.bare import has_class_forward, has_compiled_forward
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 # Their attention processors keep what they go by in plain values.
@@ -56,7 +56,8 @@ class Baked:
         self._plain, self._others = _Values(), _Values()
         self._sized = [*self._held, *map(vars, self._layers)]
         for layer in self._layers:
-            if type(layer) is not nn.Linear:  # the half of all layers, with nothing set but their shape
+            # The half of all layers are linear, with nothing set but their shape.
+            if type(layer) is not nn.Linear or "forward" in vars(layer):
                 self._look_at(vars(layer))
             processor = vars(layer).get("processor")
             if processor is not None and hasattr(processor, "__dict__"):
@@ -129,8 +130,8 @@ def _obstacle(network: nn.Module, forward: Callable[..., Any] | None) -> str | N
             continue
         if any(_hooks(layer)):
             return f"layer {name} has a hook"
-        if not has_class_forward(layer):
-            return f"layer {name} has a hook, or is compiled"
+        if not (has_class_forward(layer) or has_compiled_forward(layer)):
+            return f"layer {name} has a hook, or something stands in the place of its forward"
         processor = vars(layer).get("processor")
         if processor is not None and not type(processor).__module__.startswith(_KNOWN_PROCESSORS):
             return f"layer {name} uses a {type(processor).__name__}, which is not known"

@@ -123,14 +123,17 @@ class StepGraph:
         kept: Any = None,
     ) -> None:
         self._kept = kept
-        self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._inputs = [_copied(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(self._inputs, spec)
         with maker.capturing():
             recorder = Recorder(maker)
             for each in told:
                 each.recorder = recorder
             try:
-                self._output = forward(*own_args, **own_kwargs)
+                # Compiling asks the device for more than a capture allows: what is not compiled by now is
+                # captured as it is.
+                with torch.compiler.set_stance("eager_on_recompile"):
+                    self._output = forward(*own_args, **own_kwargs)
             except BaseException:
                 with suppress(Exception):  # of a capture that has failed; what made it fail says why
                     recorder.end()
@@ -230,6 +233,13 @@ class StepGraphs:
             raise CaptureFailed(f"a step cannot be captured: {error}") from error
 
 
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, for which a block is compiled; an expanded tensor's has others."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return tensor.clone()
+    return tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
 def _described(leaf: Any) -> Hashable:
     if isinstance(leaf, torch.Tensor):
         return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
@@ -248,6 +258,8 @@ def arithmetic() -> tuple[Hashable, ...]:
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
         torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         *_tf32(),
     )
 

@@ -18,7 +18,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import PAPER
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.parallel import compile_blocks, many_shapes
+from distriray.parallel import compile_blocks, engine_of, many_shapes
 from distriray.requests import SamplingParams
 from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
@@ -108,28 +108,31 @@ def test_steps_that_were_captured_draw_what_they_draw_without(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_blocks_draw_what_they_draw_without(ranks: int) -> None:
-    plain, compiled = (
-        run_in_lockstep(ranks, lambda communicator, compiles=compiles: drawn(communicator, compiles), "cuda")
-        for compiles in (False, True)
+def test_compiled_blocks_draw_what_they_draw_without_and_captured_the_same(ranks: int) -> None:
+    plain, launched, captured = (
+        run_in_lockstep(ranks, lambda communicator, how=how: drawn(communicator, *how), "cuda")
+        for how in ((False, False), (True, False), (True, True))
     )
-    for without, ours in zip(plain, compiled, strict=True):
-        for index, (wanted, found) in enumerate(zip(without, ours, strict=True)):
+    for of_rank in zip(plain, launched, captured, strict=True):
+        for index, (wanted, found, replayed) in enumerate(zip(*of_rank, strict=True)):
             assert distance(found, wanted) < 1e-4, index
+            assert torch.equal(replayed, found), (index, distance(replayed, found))
 
 
 # ------------------------------------------------------------------------------------------- over NCCL
 
 
-def drawn(communicator: Communicator, compiles: bool) -> list[torch.Tensor]:
+def drawn(communicator: Communicator, compiles: bool, graphs: bool) -> list[torch.Tensor]:
     """Latents of the first two cases, each three times, so that a compiled step is met again; on the CPU."""
     pipeline, found = tiny_sdxl().to(communicator.device, torch.float32), []
     if compiles:
         compile_blocks(pipeline)
     with many_shapes():
         for case in CASES[:2]:
-            parallelize(pipeline, communicator, ParallelConfig(**case.config, cuda_graphs=not compiles))
+            parallelize(pipeline, communicator, ParallelConfig(**case.config, cuda_graphs=graphs))
             found += [call(pipeline, case).cpu() for _ in range(3)]
+            engine = engine_of(pipeline)
+            assert engine is not None and engine.obstacle is None
     return found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import MethodType
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,6 +13,26 @@ def has_class_forward(module: nn.Module) -> bool:
     """Whether a module runs the forward of its class: never hooked, or left so by a hook that was removed."""
     own = vars(module).get("forward")
     return own is None or getattr(own, "__func__", None) is type(module).forward
+
+
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its class, as torch has compiled it, and nothing around that."""
+    own = vars(module).get("forward")
+    given = given_to_compiler(own)
+    return given is not own and given == MethodType(type(module).forward, module)
+
+
+def given_to_compiler(function: Any) -> Any:
+    """The function that torch compiles when this one is called; this one itself if torch compiles none."""
+    while hasattr(function, "_torchdynamo_orig_callable") and _is_of_compiler(function):
+        function = function._torchdynamo_orig_callable
+    return function
+
+
+def _is_of_compiler(function: Any) -> bool:
+    """Whether torch wrote a function; what wraps it may have a copy of its attributes."""
+    origin: str = getattr(function, "__globals__", {}).get("__name__") or ""
+    return origin.startswith("torch._dynamo.")
 
 
 def is_bare(linear: nn.Module, input: torch.Tensor) -> bool:

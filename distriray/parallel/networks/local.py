@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
+from distriray.parallel.layers.bare import given_to_compiler
 from distriray.parallel.layers.conv import PatchConv2d, PatchDownsample2D
 from distriray.parallel.layers.group_norm import PatchGroupNorm
 
@@ -261,8 +262,8 @@ def _around(module: nn.Module, forward: Any) -> Iterator[Any]:
             forward = vars(module)["_old_forward"]
         elif isinstance(forward, functools.partial) and not forward.args and not forward.keywords:
             forward = function
-        elif origin.startswith("torch._dynamo.") and hasattr(function, "_torchdynamo_orig_callable"):
-            forward = function._torchdynamo_orig_callable
+        elif given_to_compiler(function) is not function:
+            forward = given_to_compiler(function)
         elif isinstance(forward, MethodType) and isinstance(forward.__self__, nn.Module) and _calls(forward):
             return  # of a module within this one, which is looked at by itself
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -98,6 +99,10 @@ def hook_that_counts(unet: UNet2DConditionModel, step: int) -> None:
         unet.mid_block.forward = counting(unet.mid_block)
 
 
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(forward, backend="eager")
+
+
 def compile_the_blocks(unet: UNet2DConditionModel, step: int) -> None:
     if step == 0:
         compile_blocks(unet, backend="eager")
@@ -124,7 +129,7 @@ def count_by_a_processor(unet: UNet2DConditionModel, step: int) -> None:
         unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = Counting()
 
 
-@pytest.mark.parametrize("change", [change_scale, train, replace_weights])
+@pytest.mark.parametrize("change", [change_scale, train, replace_weights, compile_the_blocks])
 def test_what_changes_in_the_middle_of_an_image_is_captured_again(change: Change) -> None:
     found, replayed = drawn(change, graphs=True)
     assert torch.equal(found, drawn(change, graphs=False)[0])
@@ -136,7 +141,6 @@ def test_what_changes_in_the_middle_of_an_image_is_captured_again(change: Change
     [
         (hook, "layer mid_block has a hook"),
         (hook_that_counts, "layer mid_block has a hook"),
-        (compile_the_blocks, "has a hook, or is compiled"),
         (store_weights_in_half_precision, "layer conv_in has a hook"),
         (count_by_a_processor, "attn2 uses a Counting, which is not known"),
     ],
@@ -151,6 +155,26 @@ def test_code_that_a_graph_would_pass_by_is_run_and_named(
     assert (replayed > 0) == (change is hook)  # before it was there
     (warning,) = caplog.messages
     assert "not as CUDA graphs" in warning and obstacle in warning
+
+
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        lambda block, other: compiled(counting(block)),
+        lambda block, other: compiled(other.forward),
+        lambda block, other: functools.wraps(compiled(block.forward))(counting(block)),
+        lambda block, other: functools.partial(compiled(block.forward), scale=2.0),
+    ],
+)
+def test_what_stands_around_or_within_a_compiled_forward_is_named(replacement: Callable[..., Any]) -> None:
+    unet = tiny_sdxl_unet()
+    block, other = unet.mid_block.resnets
+    block.forward = compiled(compiled(block.forward))
+    assert Baked(unet, unet.forward).obstacle is None
+    del block.forward
+    block.forward = replacement(block, other)
+    obstacle = Baked(unet, unet.forward).obstacle
+    assert obstacle is not None and "mid_block.resnets.0 has a hook, or something stands" in obstacle
 
 
 def test_what_autocast_has_cast_is_in_no_graph() -> None:
@@ -179,6 +203,14 @@ def test_a_comparison_sees_what_is_set_and_what_is_exchanged() -> None:
         lambda: setattr(attention.processor, "lengths", [1]),
         lambda: attention.processor.lengths.append(2),
         lambda: setattr(unet.mid_block.resnets[0], "norm1", unet.mid_block.resnets[0].norm2),
+        lambda: setattr(attention, "forward", compiled(attention.forward)),
+        lambda: setattr(attention, "forward", compiled(attention.forward)),
+        lambda: delattr(attention, "forward"),
+        lambda: attention.compile(backend="eager"),
+        lambda: attention.compile(backend="eager"),
+        lambda: setattr(attention.to_q, "forward", compiled(attention.to_q.forward)),
+        lambda: setattr(attention.to_q, "forward", compiled(attention.to_q.forward)),
+        lambda: delattr(attention.to_q, "forward"),
         lambda: unet.to(torch.float64),
         lambda: unet.train(),
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,11 +13,14 @@ from torch import nn
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
-from distriray.parallel import compile_blocks, many_shapes
+from distriray.parallel import compile_blocks, engine_of, many_shapes
+from distriray.parallel.graphs import StepGraphs
 from distriray.parallel.layers.conv import PatchConv2d, patch_conv
 from tests.cases import Case, call
 from tests.compiling import CountingCompiler
 from tests.models import SHALLOW, tiny_sdxl
+from tests.parameters import sweep
+from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw, error
 
 LAYERS_OF_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D"}
@@ -83,6 +88,77 @@ def test_blocks_of_unets_are_whole_graphs(channels_last: bool, compiler: Countin
             for here, there in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
     assert 0 < graphs[0] <= graphs[-1]
+
+
+class CompiledGraphs(RecordedGraphs):
+    """Notes how often compiled code has run in each capture."""
+
+    def __init__(self, compiler: CountingCompiler) -> None:
+        super().__init__()
+        self.runs: list[int] = []
+        self._compiler = compiler
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        before = self._compiler.runs
+        with super().capturing():
+            yield
+        self.runs.append(self._compiler.runs - before)
+
+
+@pytest.mark.parametrize(("ranks", "config"), sweep([(2, MODES[1]), (2, MODES[0]), (1, MODES[0])]), ids=str)
+def test_captured_steps_with_compiled_blocks_draw_the_same_bit_for_bit(
+    ranks: int, config: dict[str, Any], compiler: CountingCompiler
+) -> None:
+    makers = []
+
+    def rank(communicator: LockstepCommunicator, compiles: bool, captures: bool) -> list[torch.Tensor]:
+        pipeline = parallelize(tiny_sdxl(**SHALLOW), communicator, ParallelConfig(**config))
+        blocks = [module for module in pipeline.unet.modules() if type(module).__name__ in LAYERS_OF_BLOCKS]
+        for block in blocks if compiles else ():
+            block.forward = torch.compile(block.forward, backend=compiler, dynamic=False, fullgraph=True)
+        maker, engine = CompiledGraphs(compiler), engine_of(pipeline)
+        assert engine is not None
+        if captures:
+            engine.capture_with(maker)
+            makers.append(maker)
+        with many_shapes():
+            found = [
+                call(pipeline, Case(steps=4, config=config, height=height)) for height in (128, 144, 128)
+            ]
+        assert set(maker.runs) <= {len(blocks) if compiles else 0}
+        return found
+
+    def drawn(compiles: bool, captures: bool) -> list[list[torch.Tensor]]:
+        return run_in_lockstep(ranks, lambda communicator: rank(communicator, compiles, captures))
+
+    for ours, theirs in zip(drawn(True, True), drawn(True, False), strict=True):
+        assert all(torch.equal(here, there) for here, there in zip(ours, theirs, strict=True))
+    drawn(False, True)
+    replays = [sum(graph.replays for graph in maker.made) for maker in makers]
+    assert 5 < replays[0] == replays[-1], "exchanges cut compiled code as they cut what is not compiled"
+
+
+def test_nothing_is_compiled_while_a_step_is_captured(compiler: CountingCompiler) -> None:
+    maker, x = CompiledGraphs(compiler), torch.tensor([-1.0, 1.0])
+    graphs, compiled = StepGraphs(maker), torch.compile(torch.relu, backend=compiler, fullgraph=True)
+    with torch.no_grad():
+        graphs.run("positive", compiled, None, (x,), {})
+    assert compiler.graphs == 1
+    for sign in (1, -1):  # with gradients, for which it was not compiled
+        assert torch.equal(graphs.run("positive", compiled, None, (sign * x,), {}), torch.relu(sign * x))
+    assert len(graphs) == compiler.graphs == 1
+    assert maker.runs == [0]
+    compiled(x)
+    assert compiler.graphs == 2
+
+
+def test_a_strided_input_is_one_that_was_compiled_for(compiler: CountingCompiler) -> None:
+    maker, x = CompiledGraphs(compiler), torch.arange(12.0).view(3, 4)[:, :2]
+    graphs, compiled = StepGraphs(maker), torch.compile(torch.square, backend=compiler, fullgraph=True)
+    for factor in range(3):
+        assert torch.equal(graphs.run("squares", compiled, None, (x.mul_(factor),), {}), x * x)
+    assert maker.runs == [1]
 
 
 def test_a_gang_that_forms_again_compiles_nothing_new(compiler: CountingCompiler) -> None:

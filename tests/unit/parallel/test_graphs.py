@@ -12,7 +12,7 @@ from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
 from distriray.config import PAPER, Mix
 from distriray.errors import GangBroken
 from distriray.parallel import engine_of
-from distriray.parallel.graphs import MOST_MET, CaptureFailed, StepGraphs
+from distriray.parallel.graphs import MOST_MET, CaptureFailed, StepGraphs, arithmetic
 from tests.cases import Case, call
 from tests.models import SHALLOW, tiny_sdxl
 from tests.parameters import sweep
@@ -169,7 +169,7 @@ def test_why_a_capture_failed_is_what_failed_first() -> None:
             raise RuntimeError("the capture has failed")
 
     maker = RecordedGraphs()
-    maker.new = lambda: (Failing(), {})  # type: ignore[method-assign]
+    maker.new = lambda: (Failing(maker.tape), {})  # type: ignore[method-assign]
     graphs, x = StepGraphs(maker), torch.ones(3)
     graphs.run("reads", lambda x: x, None, (x,), {})
     with pytest.raises(CaptureFailed, match="reads a value"):
@@ -238,6 +238,18 @@ def test_an_input_that_cannot_be_told_apart_is_in_no_graph() -> None:
         box.value = value
         out = graphs.run("scaled", lambda x, box: x * box.value, None, (torch.ones(2),), {"box": box})
         assert out.tolist() == [value] * 2
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_sums_of_less_precision_are_in_other_graphs(kind: str) -> None:
+    before, switch = arithmetic(), f"allow_{kind}_reduced_precision_reduction"
+    allowed = getattr(torch.backends.cuda.matmul, switch)
+    setattr(torch.backends.cuda.matmul, switch, not allowed)
+    try:
+        assert arithmetic() != before
+    finally:
+        setattr(torch.backends.cuda.matmul, switch, allowed)
+    assert arithmetic() == before
 
 
 def test_running_out_of_memory_stays_what_it_is() -> None:

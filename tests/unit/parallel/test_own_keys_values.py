@@ -79,6 +79,9 @@ CHANGES: dict[str, Callable[[], nn.Linear]] = {
     "a hook": lambda: changed(lambda linear: linear.register_forward_hook(lambda *_: None)),
     "a hook before it": lambda: changed(lambda linear: linear.register_forward_pre_hook(lambda *_: None)),
     "a forward of its own": lambda: changed(lambda linear: setattr(linear, "forward", lambda input: input)),
+    "a compiled forward": lambda: changed(
+        lambda linear: setattr(linear, "forward", torch.compile(linear.forward))
+    ),
 }
 
 
