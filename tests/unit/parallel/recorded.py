@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distriray.parallel.layers.opaque import _exchange
+from tests.compiling import CountingCompiler
 
 HOST_READS = {"_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero"}
 
@@ -104,3 +105,19 @@ class RecordedGraphs:
     def new(self) -> tuple[RecordedGraph, dict[str, Any]]:
         self.made.append(RecordedGraph(self.tape))
         return self.made[-1], {}
+
+
+class CompiledGraphs(RecordedGraphs):
+    """Notes how often compiled code has run in each capture."""
+
+    def __init__(self, compiler: CountingCompiler) -> None:
+        super().__init__()
+        self.runs: list[int] = []
+        self._compiler = compiler
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        before = self._compiler.runs
+        with super().capturing():
+            yield
+        self.runs.append(self._compiler.runs - before)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ from tests.cases import Case, call
 from tests.compiling import CountingCompiler
 from tests.models import SHALLOW, tiny_sdxl
 from tests.parameters import sweep
-from tests.unit.parallel.recorded import RecordedGraphs
+from tests.unit.parallel.recorded import CompiledGraphs
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw, error
 
 LAYERS_OF_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D"}
@@ -88,22 +86,6 @@ def test_blocks_of_unets_are_whole_graphs(channels_last: bool, compiler: Countin
             for here, there in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
     assert 0 < graphs[0] <= graphs[-1]
-
-
-class CompiledGraphs(RecordedGraphs):
-    """Notes how often compiled code has run in each capture."""
-
-    def __init__(self, compiler: CountingCompiler) -> None:
-        super().__init__()
-        self.runs: list[int] = []
-        self._compiler = compiler
-
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        before = self._compiler.runs
-        with super().capturing():
-            yield
-        self.runs.append(self._compiler.runs - before)
 
 
 @pytest.mark.parametrize(("ranks", "config"), sweep([(2, MODES[1]), (2, MODES[0]), (1, MODES[0])]), ids=str)

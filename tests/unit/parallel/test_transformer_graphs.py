@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 from distriray import ParallelConfig, parallelize
 from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
 from distriray.collective.absent import AbsentPeers
-from distriray.parallel import engine_of
+from distriray.parallel import compile_blocks, engine_of, many_shapes
 from distriray.parallel.engine import Engine
+from tests.compiling import CountingCompiler
 from tests.parameters import sweep
-from tests.unit.parallel.recorded import RecordedGraphs
+from tests.unit.parallel.recorded import CompiledGraphs, RecordedGraphs
 from tests.unit.parallel.stand_in import DEVICE, StandIn
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
 
@@ -78,6 +79,27 @@ def test_captured_steps_draw_the_same_bit_for_bit(
     for found, wanted, replays in run_in_lockstep(ranks, rank):
         assert all(map(torch.equal, found, wanted))
         assert replays > 2 * len(shapes)  # each replay has two pieces and more: the gather is in between
+
+
+@pytest.mark.parametrize("name", sweep(["z-image", "flux", "sd3", "pixart", "qwen-image", "flux2", "krea2"]))
+def test_captured_steps_run_compiled_blocks(name: str, compiler: CountingCompiler) -> None:
+    runs = []
+
+    def rank(communicator: LockstepCommunicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        network, engine, _ = captured(name, communicator, cfg_parallel=False)
+        compile_blocks(network, compiler)
+        blocks, maker = len(list(engine.network.repeated_blocks)), CompiledGraphs(compiler)
+        with many_shapes():
+            wanted = [latents for _ in range(2) for latents in draw(network, TRANSFORMERS[name], WIDE, 3)]
+            engine.capture_with(maker)
+            found = [latents for _ in range(2) for latents in draw(network, TRANSFORMERS[name], WIDE, 3)]
+        runs.append((set(maker.runs), blocks))
+        return found, wanted
+
+    for found, wanted in run_in_lockstep(2, rank):
+        assert all(map(torch.equal, found, wanted))
+    for counted, blocks in runs:
+        assert counted == {blocks}
 
 
 @pytest.mark.parametrize("masked", [False, True])
