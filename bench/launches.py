@@ -32,6 +32,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.config import AttentionMode, ExchangeMode
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
+from distriray.parallel.engine import Engine
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
 from distriray.parallel.schedules import Moment, Schedules
@@ -134,7 +135,7 @@ def counting() -> Iterator[Count]:
             (F, "scaled_dot_product_attention", attend),
             (gather, "HeaderOnItsWay", Unread),
             (engines, "check_same_image", lambda *_: None),
-            (Schedules, "read", lambda schedules, timestep: Moment(0.0)),
+            (Schedules, "read", lambda *_: Moment(0.0)),
             (group_norm, "group_norm_kernels", lambda device_type: fused),
             (fused, "_part_moments", Kernel(count, lambda args: args[:2])),
             (fused, "_merge_parts", Kernel(count, lambda args: args[:2])),
@@ -229,15 +230,10 @@ def alone_of(model: Published, size: int) -> Count:
     return count
 
 
-def share(
-    model: Published,
-    size: int,
-    ranks: int,
-    split: bool,
-    exchange: ExchangeMode,
-    attention: AttentionMode = "gather",
-) -> tuple[Count, NotedPeers, int]:
-    """One rank's part of the third step: its count, its peers, and the bytes of its buffers."""
+def in_gang(
+    model: Published, size: int, ranks: int, split: bool, exchange: ExchangeMode, attention: AttentionMode
+) -> tuple[Any, dict[str, Any], Engine, NotedPeers]:
+    """The network of one rank, what a step calls it with, its engine, and its peers, which are absent."""
     (network, inputs), device = on_meta(model, size), torch.device("meta")
     peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, device)
     peers.fills = False
@@ -249,6 +245,19 @@ def share(
         parallelize(network, peers, config)
     engine = engine_of(network)
     assert engine is not None
+    return network, inputs, engine, peers
+
+
+def share(
+    model: Published,
+    size: int,
+    ranks: int,
+    split: bool,
+    exchange: ExchangeMode,
+    attention: AttentionMode = "gather",
+) -> tuple[Count, NotedPeers, int]:
+    """One rank's part of the third step: its count, its peers, and the bytes of its buffers."""
+    network, inputs, engine, peers = in_gang(model, size, ranks, split, exchange, attention)
     with engine.image():
         for step in range(3):
             engine.announce_more()

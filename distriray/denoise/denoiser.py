@@ -226,7 +226,7 @@ class Denoiser:
     def step(self, state: DenoiseState) -> None:
         """Do the next step of `state`, in place; if it raises, the state is as it was.
 
-        In a gang of GPUs a displaced step that is not the last returns before it is known to have gone well.
+        In a gang of GPUs a step that is not the last returns before it is known to have gone well.
         If it has not, the next one raises, and the state is as it was before both. `settle` a state before
         it leaves its gang between two steps.
 

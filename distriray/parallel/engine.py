@@ -28,6 +28,7 @@ from distriray.parallel.exchange.steps import Step
 from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay, Place
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.image import Branch, Image
+from distriray.parallel.layers.bare import is_autocast_on
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.outline import Outline
 from distriray.parallel.room import META, Room, buffer_bytes
@@ -83,8 +84,8 @@ class Engine:
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
         bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
         generation: counts the gangs that were joined.
-        lags: whether what the ranks ask for is read a step later, except in synchronous steps; set by `join`
-            for GPUs, where it has arrived by then, and reading it at once would stop the device.
+        lags: whether what the ranks ask for is read a step later, unless the step may end a warm-up; set by
+            `join` for GPUs, where it has arrived by then, and reading it at once would stop the device.
         drift: relative change of what the ranks sent in the last step, the largest of theirs; infinite where
             it was not measured.
         yielding: whether a rank has asked the gang to yield since the image began.
@@ -339,7 +340,7 @@ class Engine:
     def _run(self, call: Call) -> tuple[Any, Step | None, Share]:
         """The network's output, the step of the exchange that it was computed in, and this rank's share."""
         promised, self._more_follow = self._more_follow, False
-        moment = self._schedules.read(call.timestep)
+        moment = self._schedules.read(call.timestep, call.branch)
         branch = self._branch(call, moment)
         try:
             share = self._prepare(call, moment, branch)
@@ -376,8 +377,10 @@ class Engine:
                 nonlocal collected
                 collected += 1
                 exchanging.close()  # only now is the drift of the whole step known
-                fresh = step is not None and not step.displaced
-                return self._collect(part, branch, share, step, place, self.lags and follows and not fresh)
+                drift = float("inf") if step is None else step.drift
+                may_end_warmup = isinstance(drift, torch.Tensor)
+                lags = self.lags and follows and not may_end_warmup
+                return self._collect(part, branch, share, drift, place, lags)
 
             self._under_way = call, share, collect
             try:
@@ -526,7 +529,7 @@ class Engine:
             self._exchanges.drop_graphs()
             baked = self._baked = Baked(self.network.module, self.network.replaced)
         obstacle = baked.obstacle or self.network.uncaptured(call) or self._capture_failed
-        if torch.is_autocast_enabled(self.communicator.device.type):
+        if is_autocast_on(self.communicator.device):
             obstacle = "autocast is on, and drops the weights that it has cast when it ends"
         if obstacle not in (None, self.obstacle):
             log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", obstacle)
@@ -575,13 +578,14 @@ class Engine:
         part: torch.Tensor,
         branch: Branch,
         share: Share,
-        step: Step | None,
+        drift: torch.Tensor | float,
         place: Place | None,
         lags: bool,
     ) -> torch.Tensor:
         """The whole output; what the ranks asked for is decided alike on all of them.
 
         Args:
+            drift: of this rank in this step.
             place: where this rank is.
             lags: whether the next call decides.
         """
@@ -591,13 +595,12 @@ class Engine:
             self._heed(Header(asked, float("inf")))
             return part
         gather = self._gather_of(part, share)
-        whole, header = gather(part, asked, float("inf") if step is None else step.drift, place)
+        whole, header = gather(part, asked, drift, place)
         self.settle()  # the call before, whose header has come while this one was launched
         if lags:
             self._unread = header
         else:
-            drift = self._heed(header.read())
-            branch.warm |= drift < self.config.auto_warmup_drift
+            branch.warm |= self._heed(header.read()) < self.config.auto_warmup_drift
         return whole
 
     def _gather_of(self, part: torch.Tensor, share: Share) -> Gather:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -93,13 +94,14 @@ class Schedules:
         """Look at this pipeline's scheduler from now on."""
         self._watched.setdefault(pipeline, _Schedule(None))
 
-    def read(self, timestep: torch.Tensor | float) -> Moment:
+    def read(self, timestep: torch.Tensor | float, branch: Hashable = None) -> Moment:
         """The moment of a call with `timestep`.
 
         A tensor on a GPU that is no part of a watched schedule is read there, which stops it.
 
         Args:
             timestep: a number, or a tensor of which the first element counts.
+            branch: of guidance, where each has calls of its own.
         """
         self._look()
         if not isinstance(timestep, torch.Tensor):
@@ -118,7 +120,7 @@ class Schedules:
             Turn(schedule.timesteps, index): schedule
             for pipeline, schedule in self._watched.items()
             if schedule.timesteps is not None
-            and (index := schedule.turn(getattr(pipeline, "scheduler", None), timestep)) is not None
+            and (index := schedule.turn(getattr(pipeline, "scheduler", None), timestep, branch)) is not None
         }
         if len(turns) == 1:  # else it might be any of theirs
             ((turn, schedule),) = turns.items()
@@ -139,7 +141,7 @@ class _Schedule:
 
     def __init__(self, timesteps: torch.Tensor | None) -> None:
         self.timesteps = timesteps
-        self._seen: int | None = None
+        self._seen: tuple[int | None, set[Hashable]] = None, set()
         listed = isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 and timesteps.is_contiguous()
         self.numbers: list[float] = [float(t) for t in timesteps.tolist()] if listed else []  # type: ignore[union-attr]
 
@@ -155,13 +157,15 @@ class _Schedule:
         index, rest = divmod(element.data_ptr() - table.data_ptr(), table.element_size())
         return index if not rest and 0 <= index < len(self.numbers) else None
 
-    def turn(self, scheduler: Any, timestep: torch.Tensor) -> int | None:
+    def turn(self, scheduler: Any, timestep: torch.Tensor, branch: Hashable) -> int | None:
         """Which of the timesteps `timestep` was computed from, if it is the one that the scheduler is at.
 
-        On a GPU it is read unless the scheduler has moved since the last time: one that moves is in use.
+        On a device other than the host's it is read unless the scheduler has moved since the last time, as
+        one in use does, or the call is of another branch than those since.
 
         Args:
             timestep: one for each of the batch, or for all.
+            branch: of guidance, where each has calls of its own.
         """
         if getattr(scheduler, "num_inference_steps", None) is None or not timestep.is_floating_point():
             return None  # nobody has asked for a schedule, or it is one of another
@@ -169,8 +173,12 @@ class _Schedule:
         index = (getattr(scheduler, "begin_index", None) or 0) if at is None else at
         if not 0 <= index < len(self.numbers):
             return None
-        moved, self._seen = index != self._seen, index
-        if timestep.device.type == "cuda" and moved:
+        before, branches = self._seen
+        if index != before:
+            branches = set()
+        goes_on = not branches or (branch is not None and branch not in branches)
+        self._seen = index, branches | {branch}
+        if timestep.device.type != "cpu" and goes_on:
             return index
         number = self.numbers[index]
         scale = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1)

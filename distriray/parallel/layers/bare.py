@@ -40,8 +40,6 @@ def is_bare(linear: nn.Module, input: torch.Tensor) -> bool:
 
     Not so with a bias, an adapter, rounded weights, a hook, or autocast.
     """
-    kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return (
         type(linear) is nn.Linear
         and linear.bias is None
@@ -49,5 +47,11 @@ def is_bare(linear: nn.Module, input: torch.Tensor) -> bool:
         and linear.weight.dtype == input.dtype
         and has_class_forward(linear)
         and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not autocast
+        and not is_autocast_on(input.device)
     )
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    """Whether layers cast their inputs on a device; some devices have no such thing."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -69,7 +69,7 @@ def test_a_lag_changes_no_picture() -> None:
             while not state.done:
                 denoiser.step(state)
                 unsettled += state.unsettled is not None
-            assert unsettled == (4 if lags else 0) and engine.settled
+            assert unsettled == (5 if lags else 0) and engine.settled
             finals.append(state.latents)
         return finals
 

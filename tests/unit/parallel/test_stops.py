@@ -1,7 +1,9 @@
-"""A displaced step launches its work and reads nothing of it: on a GPU each read would be a full stop."""
+"""A step launches its work and reads nothing of it: on a GPU each read would be a full stop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from distriray.config import PAPER
 from distriray.denoise import SCHEDULERS, Denoiser
 from distriray.parallel import engine_of
 from distriray.parallel.gather import HeaderOnItsWay
+from distriray.parallel.networks.registry import denoising_module
 from distriray.requests import SamplingParams
-from tests.models import SHALLOW, tiny_sdxl
+from tests.models import SHALLOW, tiny_flux, tiny_flux2, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.parameters import sweep
 from tests.unit.parallel.stand_in import DEVICE, OnDevice, StandIn
 
@@ -23,6 +26,9 @@ STEPS = 5
 
 LEFT = {"euler-ancestral": 1, "lcm": 1, "unipc": 7}
 """Stops in a step that are diffusers' own: the host's generators draw its noise, UniPC solves a system."""
+
+
+tiny_shallow_sdxl = partial(tiny_sdxl, **SHALLOW)
 
 
 class LateHeader(HeaderOnItsWay):
@@ -40,16 +46,23 @@ class LateHeader(HeaderOnItsWay):
         return super().read()
 
 
-@pytest.mark.parametrize("exchange", sweep(["displaced_attention", PAPER]))
-def test_a_displaced_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, exchange: Any) -> None:
-    assert _stops_in_displaced_steps(monkeypatch, ParallelConfig(warmup_steps=1, exchange=exchange)) == 0
+@pytest.mark.parametrize("exchange", sweep(["displaced_attention", "sync", PAPER], first=2))
+def test_a_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, exchange: Any) -> None:
+    assert _stops(monkeypatch, ParallelConfig(warmup_steps=1, exchange=exchange)) == 0
+
+
+@pytest.mark.parametrize(
+    "make", sweep([tiny_qwen_image, tiny_flux, tiny_sd3, tiny_z_image, tiny_flux2], first=2)
+)
+def test_a_step_of_a_transformer_stops_no_device(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    assert _stops(monkeypatch, ParallelConfig(), make=make) == 0
 
 
 @pytest.mark.parametrize("scheduler", sweep(sorted(SCHEDULERS)))
 def test_no_scheduler_stops_the_device(monkeypatch: pytest.MonkeyPatch, scheduler: Any) -> None:
-    stops = _stops_in_displaced_steps(
-        monkeypatch, ParallelConfig(exchange="displaced", warmup_steps=1), scheduler
-    )
+    stops = _stops(monkeypatch, ParallelConfig(exchange="displaced", warmup_steps=1), scheduler)
     assert stops == LEFT.get(scheduler, 0)
 
 
@@ -101,12 +114,15 @@ def test_a_pipelines_timesteps_are_read_once_an_image(monkeypatch: pytest.Monkey
     assert stops[-1] == 1 and engine.settled  # the last one waits to be known to be whole
 
 
-def _stops_in_displaced_steps(
-    monkeypatch: pytest.MonkeyPatch, config: ParallelConfig, scheduler: Any = None
+def _stops(
+    monkeypatch: pytest.MonkeyPatch,
+    config: ParallelConfig,
+    scheduler: Any = None,
+    make: Callable[[], Any] = tiny_shallow_sdxl,
 ) -> int:
-    """The most stops in a displaced step of an image, the last step apart: that ends the image, and reads."""
+    """The most stops in a step of an image but its first two and its last, which ends it and reads."""
     monkeypatch.setattr(distriray.parallel.gather, "HeaderOnItsWay", LateHeader)
-    pipeline = tiny_sdxl(**SHALLOW)
+    pipeline = make()
     denoiser = Denoiser(pipeline)
     params = SamplingParams(
         prompt="a", seed=0, height=128, width=128, num_inference_steps=STEPS, scheduler=scheduler
@@ -114,7 +130,7 @@ def _stops_in_displaced_steps(
     state = denoiser.prepare(params)
     stops: list[list[str]] = []
     with StandIn() as device:
-        device.take(pipeline.unet)
+        device.take(denoising_module(pipeline))
         peers = AbsentPeers(0, 4, DEVICE)
         engine = engine_of(parallelize(pipeline, peers, config))
         assert engine is not None
@@ -124,9 +140,10 @@ def _stops_in_displaced_steps(
             peers.fills = state.step == 0
             device.stops.clear()
             denoiser.step(state)
-            if not engine.statistics.synchronous:
+            assert isinstance(state.latents, OnDevice) and not engine.settled
+            if state.step > 1:
                 stops.append(device.stops.copy())
-                assert isinstance(state.latents, OnDevice) and not engine.settled
+                assert engine.statistics.synchronous == (engine.exchange == "sync")
         denoiser.step(state)
         assert engine.settled and state.unsettled is None
     assert len(stops) >= STEPS - 2
