@@ -1,10 +1,10 @@
 """One rank's share of a step on one GPU: `python -m bench.gpu.shares [--model flux]`.
 
 A published network with random weights does a step for diffusers alone, and one rank's share of it in a gang
-of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel, and those of U-Nets as CUDA
-graphs; with --compiled once more, with the blocks compiled that it repeats. Each row has the time until the
-host has given everything to the device, and until the device is done. What a link between GPUs costs is not
-in it; `bench.projection` adds that.
+of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel and as CUDA graphs; with
+--compiled once more, with the blocks compiled that it repeats. Each row has the time until the host has given
+everything to the device, and until the device is done. What a link between GPUs costs is not in it;
+`bench.projection` adds that.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
+from distriray.config import ExchangeMode
 from distriray.parallel import compile_blocks, engine_of, many_shapes
 
 COLUMNS = (
@@ -109,8 +110,7 @@ def main() -> None:
     ):
         if compiled and (size, ranks) == (arguments.sizes[0], arguments.ranks[0]):
             compile_blocks(network, "inductor" if on_gpu else "eager")
-        captured = on_gpu and not model.heads
-        for split, graphs in product((True, False), (False, True) if captured else (False,)):
+        for split, graphs in product((True, False), (False, True) if on_gpu else (False,)):
             if not split or (ranks % 2 == 0 and model.splits):
                 with many_shapes():
                     timing, buffers = share(model, network, ranks, size, split, graphs, arguments.steps)
@@ -130,15 +130,17 @@ def whole_step(model: Published, network: Any, size: int, steps: int) -> Timing:
 def share(
     model: Published, network: Any, ranks: int, size: int, split: bool, graphs: bool, steps: int
 ) -> tuple[Timing, int]:
-    """Timing of one rank's share of a displaced step, and the bytes of its buffers.
+    """Timing of one rank's share of a step, and the bytes of its buffers.
 
-    The rank has a neighbour on each side, where one of the gang does.
+    The rank has a neighbour on each side, where one of the gang does. The step is a displaced one of a U-Net,
+    and an exact one of a transformer.
     """
+    exchange: ExchangeMode = "sync" if model.heads else "displaced"
     peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, network.device)
     parallelize(
         network,
         peers,
-        ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=split, cuda_graphs=graphs),
+        ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=split, cuda_graphs=graphs),
     )
     engine = engine_of(network)
     assert engine is not None

@@ -347,17 +347,20 @@ class Engine:
             self._look_at_text(call, branch)
             place = self._place(call, moment, branch)
             follows = promised or moment.more_follow
+            passed: tuple[Any, Step | None] | None = None
             try:
-                output, step = self._pass(call, branch, share, place, follows)
-            except CaptureFailed as error:  # nothing was computed, and no peer was told anything
+                passed = self._pass(call, branch, share, place, follows)
+            except CaptureFailed as error:
                 self._capture_failed = str(error)
-                output, step = self._pass(call, branch, share, place, follows)
+                self._drop_graphs()
+            if passed is None:  # nothing was computed, and no peer was told anything
+                passed = self._pass(call, branch, share, place, follows)
         except BaseException:
             self.start_image(branch.step)  # a step that failed is nothing to go on from
             raise
         branch.step += 1
         branch.fresh_start = False
-        return output, step, share
+        return *passed, share
 
     def _pass(
         self, call: Call, branch: Branch, share: Share, place: Place | None, follows: bool
@@ -524,9 +527,7 @@ class Engine:
         """Whether graphs can stand for this step; those of a network that was another are dropped."""
         baked = self._baked
         if baked is None or (baked.obstacle is None and not baked.holds()):
-            assert self._graphs is not None
-            self._graphs.clear()
-            self._exchanges.drop_graphs()
+            self._drop_graphs()
             baked = self._baked = Baked(self.network.module, self.network.replaced)
         obstacle = baked.obstacle or self.network.uncaptured(call) or self._capture_failed
         if is_autocast_on(self.communicator.device):
@@ -535,6 +536,11 @@ class Engine:
             log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", obstacle)
         self.obstacle = obstacle
         return obstacle is None
+
+    def _drop_graphs(self) -> None:
+        assert self._graphs is not None
+        self._graphs.clear()
+        self._exchanges.drop_graphs()
 
     def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
         """The step of the exchange for this call; None without patches or without an exchange."""

@@ -69,6 +69,7 @@ class CudaGraphs:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
+        torch.cuda.empty_cache()  # graphs have memory of their own, and cannot take what is merely kept
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield
@@ -195,7 +196,7 @@ class StepGraphs:
             kept: as in `StepGraph`.
 
         Raises:
-            CaptureFailed: the network does something that no graph can hold.
+            CaptureFailed: the network does something that no graph can hold, or there is no memory for one.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not all(isinstance(leaf, (torch.Tensor, *_NUMBERS)) for leaf in leaves):
@@ -227,8 +228,6 @@ class StepGraphs:
         told = [self] if step is None else [self, step]
         try:
             return StepGraph(self._maker, forward, told, leaves, spec, kept)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
             raise CaptureFailed(f"a step cannot be captured: {error}") from error
 

@@ -431,6 +431,32 @@ def test_a_lifeline_tells_death_from_farewell(gang) -> None:
             assert "died or left" in cause and noticed - killed < 2
 
 
+# -------------------------------------------------------------------------------------------- again and again
+
+
+def _moved_again(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> None:
+    communicator = join(backend, rank, world_size, gang)
+    for view in (communicator, communicator.subgroup(range(world_size)[::-1])):
+        own = torch.zeros(3, device=view.device)
+        received = {peer: torch.zeros(3, device=view.device) for peer in view.peers}
+        sends, receives = view.messages(dict.fromkeys(view.peers, own)), view.messages(received)
+        for value in range(0, 300, 100):
+            own.fill_(value + view.rank)
+            view.exchange(sends, receives).wait()
+            for peer, tensor in received.items():
+                assert tensor.eq(value + peer).all()
+    for peer in communicator.peers[:1]:
+        with pytest.raises(ValueError, match="not contiguous"):
+            communicator.messages({peer: torch.zeros(4, 4, device=communicator.device).T[1:]})
+    with pytest.raises(ValueError, match="cannot exchange"):
+        communicator.messages({rank: torch.zeros(1, device=communicator.device)})
+
+
+@every_backend
+def test_tensors_that_were_looked_at_once_are_exchanged_as_often_as_wanted(backend: str, gang) -> None:
+    run_processes(size(backend), _moved_again, backend, gang, device_type=device_type(backend))
+
+
 # -------------------------------------------------------------------------------------------- mismatches
 
 

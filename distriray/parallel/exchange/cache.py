@@ -44,7 +44,7 @@ class ExchangeCache:
             del self._exchanges[key]
 
     def drop_graphs(self) -> None:
-        """Drop what was captured: the network is not what it was."""
+        """Drop what was captured."""
         for exchange in self._exchanges.values():
             if exchange.graphs is not None:
                 exchange.graphs.clear()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from distriray import ParallelConfig, parallelize
 from distriray.parallel import StepStatistics, engine_of
@@ -207,14 +208,17 @@ TRANSFORMERS = {
 def step(network: Any, transformer: Transformer, inputs: dict[str, Any], sigma: float) -> torch.Tensor:
     """What the network predicts, of the form of the latents."""
     latents = inputs["hidden_states"]
-    timestep = torch.full((len(latents),), sigma * transformer.scale)
+    timestep = torch.full((len(latents),), sigma * transformer.scale, device=latents.device)
     predicted = transformer.predict(network, timestep, inputs)
     return predicted[:, : latents.shape[1]] if latents.ndim == 4 else predicted
 
 
 def draw(network: Any, transformer: Transformer, shape: Shape, steps: int = STEPS) -> list[torch.Tensor]:
     """The latents after every step of Euler's method, of one image."""
-    inputs = transformer.inputs(shape)
+    inputs = pytree.tree_map(
+        lambda leaf: leaf.to(network.device) if isinstance(leaf, torch.Tensor) else leaf,
+        transformer.inputs(shape),
+    )
     sigmas = torch.linspace(1.0, 0.0, steps + 1).tolist()
     latents, engine = [], engine_of(network)
     with nullcontext() if engine is None else engine.image():
