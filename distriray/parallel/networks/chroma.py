@@ -16,9 +16,9 @@ from diffusers.models.transformers.transformer_chroma import (
     ChromaTransformerBlock,
 )
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
+from torch import nn
 
 from distriray.errors import InvalidRequest
-from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.flux import CUTS, POSITIONS, PatchFluxAttention
 from distriray.parallel.networks.plan import Attention, Input, Plan, of_all_ranks
 from distriray.parallel.networks.tokens import TokenNetwork
@@ -66,8 +66,15 @@ class Chroma(TokenNetwork):
         }
     )
 
-    def uncaptured(self, call: Call) -> str | None:
-        return "ChromaTransformer2DModel copies an embedding from the host"
+    def _compute(self, **arguments: Any) -> Any:
+        device = arguments["timestep"].device
+
+        def on_device(module: nn.Module, args: Any) -> torch.Tensor:
+            """Zeros, which the network makes on the host; their embedding would be copied, and stop a GPU."""
+            return torch.zeros(args[0].shape, dtype=args[0].dtype, device=device)
+
+        with self.module.time_text_embed.guidance_proj.register_forward_pre_hook(on_device):
+            return super()._compute(**arguments)
 
     def take_mask(self, arguments: dict[str, Any], partition: TokenPartition) -> torch.Tensor | None:
         if partition.world_size == 1 or arguments["attention_mask"] is None:

@@ -23,8 +23,8 @@ from tests.unit.parallel.stand_in import DEVICE, StandIn
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
 
 WIDE, PADDED = Shape(), Shape(masked=True)
-COPIES = {("chroma", False), ("chroma", True), ("qwen-image", True)}
-"""Families whose forward takes a tensor from the host, without masked text and with it."""
+COPIES = {("qwen-image", True)}
+"""Families whose forward takes a tensor from the host, without masked text or with it."""
 CONFIGS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (2, {"exchange": "sync", "cfg_parallel": False}),
@@ -198,15 +198,11 @@ def test_a_part_of_the_batch_is_not_taken_for_a_part_of_the_tokens() -> None:
         assert all(map(torch.equal, found[:4], found[4:]))
 
 
-@pytest.mark.parametrize("name", ["chroma", "qwen-image"])
-def test_a_family_that_copies_from_the_host_is_launched_and_named(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    network, engine, maker = captured(name, connect("local"))
-    draw(network, TRANSFORMERS[name], PADDED)
+def test_a_network_that_copies_from_the_host_is_launched_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    network, engine, maker = captured("qwen-image", connect("local"))
+    draw(network, TRANSFORMERS["qwen-image"], PADDED)
     assert not maker.made
     (warning,) = caplog.messages
     assert "not as CUDA graphs" in warning and "from the host" in warning
-    if name == "qwen-image":
-        draw(network, TRANSFORMERS[name], WIDE)
-        assert maker.made and engine.obstacle is None
+    draw(network, TRANSFORMERS["qwen-image"], WIDE)
+    assert maker.made and engine.obstacle is None
