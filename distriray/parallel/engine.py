@@ -123,7 +123,7 @@ class Engine:
         self._unannounced = self.image()
         self._cached_text: Hashable = None
         self._graph_maker: GraphMaker | None = None
-        self._capture_failed: str | None = None
+        self._obstacles_told: set[str] = set()
         self._under_way: tuple[Call, Share, Collect]
         self._graphs: StepGraphs | None = None
         self._graphs_of_call: StepGraphs | None = None
@@ -176,8 +176,14 @@ class Engine:
         self._exchanges.clear()
         for image in self._images:
             image.interrupt()
-        self._graph_maker, self._capture_failed = maker, None
+        self._graph_maker = maker
         self._graphs = self._graphs_of_call = self._new_graphs()
+
+    def drop_graphs(self) -> None:
+        """Drop what was captured, with memory that nothing else can have; later steps are captured anew."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._exchanges.drop_graphs()
 
     def image(self, at_step: int = 0, num_steps: int | None = None) -> Image:
         """An image: calls of the network within `with image:` are its steps, one after the other.
@@ -350,10 +356,9 @@ class Engine:
             passed: tuple[Any, Step | None] | None = None
             try:
                 passed = self._pass(call, branch, share, place, follows)
-            except CaptureFailed as error:
-                self._capture_failed = str(error)
-                self._drop_graphs()
-            if passed is None:  # nothing was computed, and no peer was told anything
+            except CaptureFailed:
+                log.debug("a capture failed", exc_info=True)
+            if passed is None:  # nothing was computed, and no peer was told anything; now it is launched
                 passed = self._pass(call, branch, share, place, follows)
         except BaseException:
             self.start_image(branch.step)  # a step that failed is nothing to go on from
@@ -516,31 +521,28 @@ class Engine:
         """The network's own forward, by graphs where steps like this one were captured."""
         step, graphs, (call, share, _) = self.context.step, self._graphs_of_call, self._under_way
         kind = "alone" if step is None else step.kind
-        if graphs is None or kind is None or not self._may_capture(call):
+        if graphs is None or kind is None:
             return compute(*args, **kwargs)
         shared = share.layout, share.partition, share.batch
         modes = self.context.new_text, torch.is_inference_mode_enabled(), self.network.switches()
         key = kind, *shared, *modes, *arithmetic()
-        return graphs.run(key, compute, step, args, kwargs, self.network.cached(call))
+        self.obstacle = self._obstacle(call) or graphs.failed.get(key)
+        if self.obstacle is None:
+            return graphs.run(key, compute, step, args, kwargs, self.network.cached(call))
+        if self.obstacle not in self._obstacles_told:
+            self._obstacles_told.add(self.obstacle)
+            log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", self.obstacle)
+        return compute(*args, **kwargs)
 
-    def _may_capture(self, call: Call) -> bool:
-        """Whether graphs can stand for this step; those of a network that was another are dropped."""
+    def _obstacle(self, call: Call) -> str | None:
+        """What keeps graphs from standing for this call; those of a network that was another are dropped."""
         baked = self._baked
         if baked is None or (baked.obstacle is None and not baked.holds()):
-            self._drop_graphs()
+            self.drop_graphs()
             baked = self._baked = Baked(self.network.module, self.network.replaced)
-        obstacle = baked.obstacle or self.network.uncaptured(call) or self._capture_failed
         if is_autocast_on(self.communicator.device):
-            obstacle = "autocast is on, and drops the weights that it has cast when it ends"
-        if obstacle not in (None, self.obstacle):
-            log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", obstacle)
-        self.obstacle = obstacle
-        return obstacle is None
-
-    def _drop_graphs(self) -> None:
-        assert self._graphs is not None
-        self._graphs.clear()
-        self._exchanges.drop_graphs()
+            return "autocast is on, and drops the weights that it has cast when it ends"
+        return baked.obstacle or self.network.uncaptured(call)
 
     def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
         """The step of the exchange for this call; None without patches or without an exchange."""

@@ -167,10 +167,12 @@ class StepGraphs:
 
     Attributes:
         recorder: of the step that is being captured, None if none is.
+        failed: the kinds of steps of which one could not be captured, and why.
     """
 
     def __init__(self, maker: GraphMaker) -> None:
         self.recorder: Recorder | None = None
+        self.failed: dict[Hashable, str] = {}
         self._maker = maker
         self._graphs: OrderedDict[Hashable, StepGraph | None] = OrderedDict()
 
@@ -196,7 +198,8 @@ class StepGraphs:
             kept: as in `StepGraph`.
 
         Raises:
-            CaptureFailed: the network does something that no graph can hold, or there is no memory for one.
+            CaptureFailed: the network does something that no graph can hold, or there is no memory for one;
+                `failed` says so now.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if not all(isinstance(leaf, (torch.Tensor, *_NUMBERS)) for leaf in leaves):
@@ -211,7 +214,7 @@ class StepGraphs:
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = self._captured(forward, step, leaves, spec, kept)
+            graph = self._graphs[key] = self._captured(kind, forward, step, leaves, spec, kept)
             while len(self) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         elif step is not None:
@@ -221,15 +224,23 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop all."""
         self._graphs.clear()
+        self.failed.clear()
 
     def _captured(
-        self, forward: Callable[..., Any], step: Any, leaves: list[Any], spec: pytree.TreeSpec, kept: Any
+        self,
+        kind: Hashable,
+        forward: Callable[..., Any],
+        step: Any,
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+        kept: Any,
     ) -> StepGraph:
         told = [self] if step is None else [self, step]
         try:
             return StepGraph(self._maker, forward, told, leaves, spec, kept)
         except Exception as error:
-            raise CaptureFailed(f"a step cannot be captured: {error}") from error
+            self.failed[kind] = f"a step cannot be captured: {error}"
+            raise CaptureFailed(self.failed[kind]) from error
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

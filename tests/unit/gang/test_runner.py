@@ -53,10 +53,12 @@ def test_memory_is_given_back_before_gangs_are_formed_and_when_it_has_run_out(
     monkeypatch.setattr(DEVICES["cpu"], "trim", lambda: trimmed.append("now"))
     gang.runners[0].link([])
     assert len(trimmed) == 1
+    dropped: list[str] = []
     for runner in gang.runners:
         monkeypatch.setattr(runner._denoiser, "prepare", raises(MemoryError()))
+        monkeypatch.setattr(runner._engine, "drop_graphs", lambda: dropped.append("now"))
     gang.run()
-    assert len(trimmed) == 3
+    assert len(trimmed) == 3 and len(dropped) == 2
 
 
 def test_ranks_say_what_share_of_a_step_they_waited_and_a_lone_worker_has_nobody_to_wait_for(
