@@ -143,6 +143,9 @@ class StepGraph:
                 for each in told:
                     each.recorder = None
             recorder.end()
+        for leaf in pytree.tree_leaves(self._output):
+            if not isinstance(leaf, (torch.Tensor, *_NUMBERS)):
+                raise TypeError(f"its output has a {type(leaf).__name__}, in which tensors cannot be found")
         self._pieces = recorder.pieces
 
     def replay(self, step: Any, leaves: list[Any]) -> Any:

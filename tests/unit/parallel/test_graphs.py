@@ -162,6 +162,18 @@ def test_what_cannot_be_captured_is_named() -> None:
         graphs.run("reads", reads, None, (x,), {})
 
 
+def test_an_output_that_cannot_be_copied_is_in_no_graph() -> None:
+    class Box:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    graphs, x = StepGraphs(RecordedGraphs()), torch.ones(3)
+    graphs.run("boxed", Box, None, (x,), {})
+    with pytest.raises(CaptureFailed, match="its output has a Box"):
+        graphs.run("boxed", Box, None, (x,), {})
+    assert "boxed" in graphs.failed
+
+
 def test_why_a_capture_failed_is_what_failed_first() -> None:
     class Failing(RecordedGraph):
         def capture_end(self) -> None:
