@@ -11,7 +11,6 @@ import torch
 
 from bench.barrier import finish
 from distriray.collective.absent import AbsentPeers
-from distriray.collective.messages import Messages
 from distriray.parallel.gather import HEADER
 from distriray.parallel.stopwatch import Mark, mark, seconds_between
 
@@ -97,7 +96,7 @@ class NotedPeers(AbsentPeers):
             since = mark(self.device)
             super()._receive(sends, receives)
             self._filling.append((since, mark(self.device)))
-        elif not isinstance(sends, Messages) and len({id(flat) for flat in sends.values()}) == 1:
+        elif len({id(flat) for flat in sends.values()}) == 1:
             for peer, message in receives.items():
                 if message.dtype == torch.uint8:
                     message[:HEADER].copy_(sends[peer][:HEADER])

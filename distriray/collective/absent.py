@@ -9,7 +9,7 @@ import torch
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.base import Work
 from distriray.collective.local import NothingInFlight
-from distriray.collective.messages import as_messages
+from distriray.collective.messages import Messages, as_messages
 
 
 class AbsentPeers(BackendCommunicator):
@@ -26,7 +26,7 @@ class AbsentPeers(BackendCommunicator):
         messages = as_messages(sends, self.rank, self.world_size, self.device)
         self._bytes_sent += sum(flat.nbytes for _, flat in messages)
         as_messages(receives, self.rank, self.world_size, self.device)
-        self._receive(sends, receives)
+        self._receive(*(of.tensors if isinstance(of, Messages) else of for of in (sends, receives)))
         return NothingInFlight()
 
     def _receive(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> None:

@@ -46,7 +46,7 @@ class BackendCommunicator(ABC):
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work: ...
 
     def messages(self, tensors: Mapping[int, torch.Tensor]) -> Messages:
-        return Messages(as_messages(tensors, self.rank, self.world_size, self.device))
+        return Messages(as_messages(tensors, self.rank, self.world_size, self.device), tensors)
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)

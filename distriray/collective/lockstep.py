@@ -132,7 +132,7 @@ class LockstepCommunicator:
         other.work.arrived()
 
     def messages(self, tensors: Mapping[int, torch.Tensor]) -> Messages:
-        return Messages(as_messages(tensors, self.rank, self.world_size, self.device))
+        return Messages(as_messages(tensors, self.rank, self.world_size, self.device), tensors)
 
     def subgroup(self, ranks: Sequence[int]) -> Subgroup:
         return Subgroup(self, ranks)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
-
-class Messages(dict[int, torch.Tensor]):
-    """The tensors of an exchange by peer, flat and looked at: `Communicator.messages` makes them."""
-
-
 Message = tuple[int, torch.Tensor]
 """A peer, and the bytes sent to it or received from it."""
+
+
+class Messages(dict[int, torch.Tensor]):
+    """The tensors of an exchange by peer, flat and looked at: `Communicator.messages` makes them.
+
+    Attributes:
+        tensors: that they are the bytes of.
+    """
+
+    def __init__(self, messages: Iterable[Message], tensors: Mapping[int, torch.Tensor]) -> None:
+        super().__init__(messages)
+        self.tensors = dict(tensors)
 
 
 def indexed(device: torch.device | str) -> torch.device:

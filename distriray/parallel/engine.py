@@ -233,7 +233,7 @@ class Engine:
     def ask_yield(self) -> None:
         """Let the whole gang leave after the next step that all ranks share. Any rank, any thread.
 
-        Where steps lag, after the one that follows it; a wish of an image's last step has no effect there.
+        Where steps lag, after the one that follows it; asked in an image's last step, it has no effect there.
         """
         with self._lock:
             self._asked = self._asked._replace(yield_=True)
@@ -241,7 +241,7 @@ class Engine:
     def ask_cancel(self) -> None:
         """Let the next step raise `GenerationCancelled` on every rank. Any rank, any thread.
 
-        Where steps lag, the one that follows it; a wish of an image's last step has no effect there.
+        Where steps lag, the one that follows it; asked in an image's last step, it has no effect there.
         """
         with self._lock:
             self._asked = self._asked._replace(cancel=True)
@@ -352,12 +352,12 @@ class Engine:
             share = self._prepare(call, moment, branch)
             self._look_at_text(call, branch)
             place = self._place(call, moment, branch)
-            follows = promised or moment.more_follow
+            follows, exchange = promised or moment.more_follow, branch.exchange
             passed: tuple[Any, Step | None] | None = None
             try:
                 passed = self._pass(call, branch, share, place, follows)
             except CaptureFailed:
-                log.debug("a capture failed", exc_info=True)
+                branch.exchange = exchange
             if passed is None:  # nothing was computed, and no peer was told anything; now it is launched
                 passed = self._pass(call, branch, share, place, follows)
         except BaseException:
@@ -422,8 +422,9 @@ class Engine:
             image.stream = next(stream for stream in count() if stream not in others)
         before = image.branches.get(call.branch)
         branch = image.branch(call, moment, said)
-        if before not in (None, branch):
-            self._forget_call()
+        if before not in (None, branch):  # it begins anew, though it may be of the step under way
+            self._more_follow = self.yielding = False
+            self.settle()
         return branch
 
     def _look_at_text(self, call: Call, branch: Branch) -> None:

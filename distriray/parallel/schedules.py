@@ -141,7 +141,8 @@ class _Schedule:
 
     def __init__(self, timesteps: torch.Tensor | None) -> None:
         self.timesteps = timesteps
-        self._seen: tuple[int | None, set[Hashable]] = None, set()
+        self._seen: int | None = None
+        self._branches: set[Hashable] = set()
         listed = isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 and timesteps.is_contiguous()
         self.numbers: list[float] = [float(t) for t in timesteps.tolist()] if listed else []  # type: ignore[union-attr]
 
@@ -161,7 +162,7 @@ class _Schedule:
         """Which of the timesteps `timestep` was computed from, if it is the one that the scheduler is at.
 
         On a device other than the host's it is read unless the scheduler has moved since the last time, as
-        one in use does, or the call is of another branch than those since.
+        one in use does, or the call is of a branch that has been read once.
 
         Args:
             timestep: one for each of the batch, or for all.
@@ -173,12 +174,8 @@ class _Schedule:
         index = (getattr(scheduler, "begin_index", None) or 0) if at is None else at
         if not 0 <= index < len(self.numbers):
             return None
-        before, branches = self._seen
-        if index != before:
-            branches = set()
-        goes_on = not branches or (branch is not None and branch not in branches)
-        self._seen = index, branches | {branch}
-        if timestep.device.type != "cpu" and goes_on:
+        moved, self._seen = index != self._seen, index
+        if timestep.device.type != "cpu" and (moved or branch in self._branches):
             return index
         number = self.numbers[index]
         scale = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1)
@@ -186,4 +183,8 @@ class _Schedule:
         computed = timestep.float().cpu()
         numbers = number, number / scale, 1 - number / scale  # Z-Image's time runs upward
         near = (torch.isclose(computed, torch.tensor(n), rtol=rounding) for n in numbers)
-        return index if any(map(torch.all, near)) else None
+        if not any(map(torch.all, near)):
+            return None
+        if branch is not None:
+            self._branches.add(branch)
+        return index

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -179,14 +178,15 @@ class CachedCrossAttention(_Processor):
     """Cross-attention whose text keys and values are computed once per image.
 
     They stay in the same memory, where graphs of captured steps find them; all shapes share it, since one
-    text at a time is cached.
+    text at a time is cached. Graphs write it too, for texts of their own shapes, so the shape is always that
+    of the call's text.
     """
 
     def __init__(self, context: PatchContext | None = None) -> None:
         super().__init__(context)
         # Tensors made in inference mode cannot be written outside it.
-        self._text: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._memory: dict[Hashable, torch.Tensor] = {}
+        self._kinds: dict[bool, tuple[tuple[torch.dtype, torch.device, bool], int]] = {}
+        self._memory: dict[tuple[torch.dtype, torch.device, bool], torch.Tensor] = {}
 
     def check(
         self,
@@ -204,29 +204,27 @@ class CachedCrossAttention(_Processor):
     def sources(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...] | None:
-        """Keys and values of a text that is new; nothing for that of the step before."""
+        """Keys and values of a text that is new; the text itself if it is that of the step before."""
         if self.context is None or text is None or not self.context.caches_text:
             return None
-        return (attn.to_k(text), attn.to_v(text)) if self.context.new_text else ()
+        return (attn.to_k(text), attn.to_v(text)) if self.context.new_text else (text,)
 
     def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inference = torch.is_inference_mode_enabled()
-        if sources:
-            self._text[inference] = self._room(sources[0])
-            for kept, now in zip(self._text[inference], sources, strict=True):
+        inference, first = torch.is_inference_mode_enabled(), sources[0]
+        is_new = len(sources) == 2
+        if is_new:
+            kind = (first.dtype, first.device, inference)
+            self._kinds[inference] = kind, first.shape[2]
+            if kind not in self._memory or self._memory[kind][0].numel() < first.numel():
+                # Another object, by which graphs are known to be stale.
+                self._memory = self._memory | {kind: first.new_empty((2, first.numel()))}
+        kind, channels = self._kinds[inference]
+        shape = (*first.shape[:2], channels)
+        key, value = self._memory[kind][:, : math.prod(shape)].unflatten(1, shape)
+        if is_new:
+            for kept, now in zip((key, value), sources, strict=True):
                 kept.copy_(now)
-        return self._text[inference]
-
-    def _room(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for keys and values of this shape."""
-        of = (key.dtype, key.device, torch.is_inference_mode_enabled())
-        memory = self._memory.get(of)
-        if memory is None or memory[0].numel() < key.numel():
-            memory = key.new_empty((2, key.numel()))
-            # Another object, by which graphs are known to be stale.
-            self._memory = self._memory | {of: memory}
-        room = memory[:, : key.numel()].unflatten(1, key.shape)
-        return room[0], room[1]
+        return key, value
 
 
 def check_plain_attention(name: str, attn: Attention) -> None:

@@ -95,7 +95,7 @@ class Network(ABC):
         self.check()
 
     def replace_forward(self, forward: Callable[..., Any]) -> None:
-        """Let `forward` answer the module's calls, and keep what did as `forward` and `replaced`."""
+        """Let `forward` answer the module's calls, and keep what did as `replaced`, which `forward` runs."""
         self.forward = self.replaced = self.module.forward
 
         @functools.wraps(self.forward)  # diffusers' modular blocks pass on the parameters that they find here
