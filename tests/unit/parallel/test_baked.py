@@ -28,12 +28,14 @@ Change = Callable[[UNet2DConditionModel, int], None]
 STEPS = 5
 
 
-def noise(unet: UNet2DConditionModel, step: int, *, images: int = 1, seed: int = 0) -> torch.Tensor:
+def noise(
+    unet: UNet2DConditionModel, step: int, *, images: int = 1, seed: int = 0, tokens: int = 9, **besides: Any
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * seed + step)
-    text = torch.randn((images, 9, 32), generator=torch.Generator().manual_seed(seed))
+    text = torch.randn((images, tokens, 32), generator=torch.Generator().manual_seed(seed))
     added = {"text_embeds": torch.ones((images, 16)), "time_ids": torch.ones((images, 6))}
     sample = torch.randn((images, 4, 16, 8), generator=generator)
-    return unet(sample, 900 - step, text, added_cond_kwargs=added).sample.clone()
+    return unet(sample, 900 - step, text, added_cond_kwargs=added, **besides).sample.clone()
 
 
 def drawn(change: Change, graphs: bool) -> tuple[torch.Tensor, int]:

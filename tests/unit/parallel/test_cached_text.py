@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from distriray import ParallelConfig, parallelize
-from distriray.collective import connect
+from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
+from distriray.parallel import engine_of
 from distriray.parallel.layers.attention import CachedCrossAttention
 from tests.models import tiny_sdxl_unet
+from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.test_baked import noise
 
 
@@ -19,8 +21,27 @@ def test_cached_texts_of_all_shapes_share_memory_and_are_never_stale() -> None:
         assert torch.allclose(here, there, atol=1e-5)
     caches = [p for p in unet.attn_processors.values() if isinstance(p, CachedCrossAttention)]
     for cache in caches:
-        assert len(cache._memory) == len(cache._text) == 1
+        assert len(cache._memory) == 1
     assert caches
+
+
+def test_texts_that_graphs_have_cached_are_read_in_their_own_shape() -> None:
+    """A step that measures drift is launched between captured ones."""
+
+    def rank(communicator: LockstepCommunicator) -> list[bool]:
+        config = ParallelConfig(exchange="displaced", warmup_steps="auto", cfg_parallel=False)
+        unet = parallelize(tiny_sdxl_unet(), communicator, config)
+        engine, drawn = engine_of(unet), []
+        assert engine is not None
+        for maker in (None, RecordedGraphs()):
+            engine.capture_with(maker)
+            for seed, tokens in enumerate((14, 7, 7, 14, 7)):
+                with engine.image():
+                    drawn += [noise(unet, step, seed=seed, tokens=tokens) for step in range(4)]
+            assert maker is None or maker.made
+        return [torch.equal(*pair) for pair in zip(drawn[:20], drawn[20:], strict=True)]
+
+    assert all(map(all, run_in_lockstep(2, rank)))
 
 
 def test_a_text_cached_in_the_other_mode_is_of_another_image() -> None:

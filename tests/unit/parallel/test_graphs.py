@@ -12,11 +12,13 @@ from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
 from distriray.config import PAPER, Mix
 from distriray.errors import GangBroken
 from distriray.parallel import engine_of
+from distriray.parallel.engine import Engine
 from distriray.parallel.graphs import MOST_MET, CaptureFailed, StepGraphs, arithmetic
 from tests.cases import Case, call
-from tests.models import SHALLOW, tiny_sdxl
+from tests.models import SHALLOW, tiny_sdxl, tiny_sdxl_unet
 from tests.parameters import sweep
 from tests.unit.parallel.recorded import RecordedGraph, RecordedGraphs
+from tests.unit.parallel.test_baked import noise
 
 COMPRESSED = Mix(halos_width="int8", keys_values_width="int4")
 CASES: list[tuple[int, dict[str, Any]]] = [
@@ -148,6 +150,41 @@ def test_a_step_that_cannot_be_captured_is_launched(
         assert all(torch.equal(latents, wanted) for latents in found)
     (warning,) = caplog.messages  # of rank 1, once
     assert "not as CUDA graphs: a step cannot be captured: no third graph" in warning
+
+
+class NoGraphs(RecordedGraphs):
+    """Has no memory for any."""
+
+    def new(self) -> tuple[RecordedGraph, dict[str, Any]]:
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+
+def test_a_step_after_something_has_left_the_call_stays_synchronous_where_its_capture_fails() -> None:
+    """Buffers are others then; those of the image before must not be read."""
+
+    def drawn_with(engine: Engine, unet: Any, seed: int) -> list[torch.Tensor]:
+        steps = []
+        with engine.image():
+            for step in range(4):
+                besides = {"image_prompts": ("prompt",)} if step < 3 else {}
+                steps.append(noise(unet, step, seed=seed, **besides))
+        return steps
+
+    def rank(communicator: LockstepCommunicator) -> list[bool]:
+        config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+        unet = parallelize(tiny_sdxl_unet(), communicator, config)
+        engine = engine_of(unet)
+        assert engine is not None
+        wanted = [drawn_with(engine, unet, seed) for seed in range(3)]
+        engine.capture_with(NoGraphs() if communicator.rank == 1 else RecordedGraphs())
+        found = [drawn_with(engine, unet, seed) for seed in range(3)]
+        return [
+            torch.equal(*pair)
+            for images in zip(wanted, found, strict=True)
+            for pair in zip(*images, strict=True)
+        ]
+
+    assert all(map(all, run_in_lockstep(2, rank)))
 
 
 def test_what_cannot_be_captured_is_named() -> None:

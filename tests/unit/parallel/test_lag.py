@@ -99,6 +99,34 @@ def test_what_an_aborted_transfer_left_is_forgotten(leaves: str) -> None:
     assert state.step == 3 and state.to_bytes() == good
 
 
+def test_a_cancel_is_not_lost_where_each_call_begins_anew() -> None:
+    """Calls for the same timestep, of two regions, with nobody to say so."""
+
+    def rank(communicator: Communicator) -> int:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        pipeline = parallelize(tiny_sdxl(), communicator, config)
+        engine, calls = engine_of(pipeline), 0
+        assert engine is not None
+        engine.lags = True
+        pipeline.scheduler.set_timesteps(4)
+        with pytest.raises(GenerationCancelled):
+            for timestep in pipeline.scheduler.timesteps:
+                for region in range(2):
+                    if calls == 4 and communicator.rank == 1:
+                        engine.ask_cancel()
+                    _call(pipeline.unet, timestep, region)
+                    calls += 1
+        return calls
+
+    assert run_in_lockstep(2, rank) == [5, 5]
+
+
+def _call(unet: Any, timestep: torch.Tensor, region: int) -> None:
+    added = {"text_embeds": torch.ones((1, 16)), "time_ids": torch.ones((1, 6))}
+    sample, text = torch.full((1, 4, 16, 8), float(region)), torch.full((1, 7, 32), float(region))
+    unet(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=added)
+
+
 def test_halves_of_a_gang_that_exchange_nothing_within_a_step_lag_too() -> None:
     def rank(communicator: Communicator) -> bool:
         pipeline = parallelize(tiny_sdxl(), communicator)

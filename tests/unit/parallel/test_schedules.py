@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distriray.parallel.schedules import Element, Moment, Schedules, Turn
+from tests.unit.parallel.stand_in import DEVICE, StandIn
 
 
 class Pipeline:
@@ -95,6 +96,21 @@ def test_a_scheduler_that_others_move_says_nothing_of_a_timestep() -> None:
     for number in (0.5, 500.0, 0.0):
         found = schedules.read(torch.tensor([number])).element
         assert isinstance(found, Element) and not found.follows(first)
+
+
+def test_a_call_of_another_branch_is_read_until_it_was_one_of_the_schedule() -> None:
+    pipeline = Pipeline(900.0, 600.0, 300.0)
+    scheduler = pipeline.scheduler
+    scheduler.config, scheduler.num_inference_steps = SimpleNamespace(num_train_timesteps=1000), 3
+    schedules, stops = watching(pipeline), []
+    with StandIn() as device:
+        for scheduler.step_index, number in enumerate((0.9, 0.6, 0.3)):
+            for branch, timestep in (("cond", number), ("uncond", number), ("probe", 0.001), (None, number)):
+                device.stops.clear()
+                element = schedules.read(torch.full((1,), timestep, device=DEVICE), branch).element
+                stops.append(len(device.stops))
+                assert isinstance(element, Turn) == (branch != "probe")
+    assert stops == [0, 1, 2, 1, *(0, 0, 2, 1) * 2]
 
 
 def test_of_two_schedulers_at_one_timestep_neither_is_taken_for_the_one_in_use() -> None:
