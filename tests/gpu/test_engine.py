@@ -19,6 +19,7 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import PAPER
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.parallel import compile_blocks, engine_of, many_shapes
+from distriray.parallel.graphs import CaptureFailed, CudaGraphs, StepGraphs
 from distriray.requests import SamplingParams
 from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
@@ -124,6 +125,18 @@ def test_captured_steps_of_transformers_draw_what_they_draw_without(name: str, r
 
     for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
         assert all(map(torch.equal, captured, launched))
+
+
+def test_a_gpu_goes_on_after_a_capture_that_failed() -> None:
+    x = torch.ones(3, device="cuda")
+    graphs = StepGraphs(CudaGraphs(x.device))
+    graphs.run("reads", lambda x: x * float(x.sum()), None, (x,), {})
+    with pytest.raises(CaptureFailed):
+        graphs.run("reads", lambda x: x * float(x.sum()), None, (x,), {})
+    assert torch.randn(3, device="cuda").isfinite().all()
+    for factor in range(4):
+        doubled = graphs.run("doubles", lambda x: 2 * x, None, (factor * x,), {})
+        assert doubled.tolist() == [2.0 * factor] * 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
