@@ -409,7 +409,8 @@ class Engine:
         whole = part.new_empty(_whole_shape(part, share))
 
         def fill(step: Step | None) -> None:
-            whole.copy_(self._under_way[2](part))
+            *_, collect = self._under_way  # of the step that is replayed
+            whole.copy_(collect(part))
 
         graphs.recorder.between(fill)
         return whole
