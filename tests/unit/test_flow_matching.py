@@ -657,8 +657,8 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
     seen: list[Any] = []
     read = Schedules.read
 
-    def watch(self: Schedules, timestep: Any) -> Any:
-        seen.append(read(self, timestep))
+    def watch(self: Schedules, *call: Any) -> Any:
+        seen.append(read(self, *call))
         return seen[-1]
 
     monkeypatch.setattr(Schedules, "read", watch)
