@@ -217,7 +217,12 @@ class StepGraphs:
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = self._captured(kind, forward, step, leaves, spec, kept)
+            told = [self] if step is None else [self, step]
+            try:
+                graph = self._graphs[key] = StepGraph(self._maker, forward, told, leaves, spec, kept)
+            except Exception as error:
+                self.failed[kind] = f"a step cannot be captured: {error}"
+                raise CaptureFailed(self.failed[kind]) from error
             while len(self) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         elif step is not None:
@@ -228,22 +233,6 @@ class StepGraphs:
         """Drop all."""
         self._graphs.clear()
         self.failed.clear()
-
-    def _captured(
-        self,
-        kind: Hashable,
-        forward: Callable[..., Any],
-        step: Any,
-        leaves: list[Any],
-        spec: pytree.TreeSpec,
-        kept: Any,
-    ) -> StepGraph:
-        told = [self] if step is None else [self, step]
-        try:
-            return StepGraph(self._maker, forward, told, leaves, spec, kept)
-        except Exception as error:
-            self.failed[kind] = f"a step cannot be captured: {error}"
-            raise CaptureFailed(self.failed[kind]) from error
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -142,10 +142,7 @@ def test_nothing_in_a_step_that_is_captured_stops_the_device(name: str, masked: 
         network = parallelize(made, AbsentPeers(0, 2, DEVICE), ParallelConfig(cfg_parallel=False))
         engine = engine_of(network)
         assert engine is not None
-        inputs = pytree.tree_map(
-            lambda leaf: leaf.to(DEVICE) if isinstance(leaf, torch.Tensor) else leaf,
-            transformer.inputs(shape),
-        )
+        inputs = transformer.inputs_on(DEVICE, shape)
         stops, collect = [], engine._collect_or_record
         compute = engine.network.compute
 

@@ -63,6 +63,13 @@ class Transformer:
     scale: float = 1.0
     predict: Callable[[Any, torch.Tensor, dict[str, Any]], torch.Tensor] = _by_name
 
+    def inputs_on(self, device: torch.device, shape: Shape) -> dict[str, Any]:
+        """`inputs` on a device."""
+        inputs: dict[str, Any] = pytree.tree_map(
+            lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, self.inputs(shape)
+        )
+        return inputs
+
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -215,10 +222,7 @@ def step(network: Any, transformer: Transformer, inputs: dict[str, Any], sigma: 
 
 def draw(network: Any, transformer: Transformer, shape: Shape, steps: int = STEPS) -> list[torch.Tensor]:
     """The latents after every step of Euler's method, of one image."""
-    inputs = pytree.tree_map(
-        lambda leaf: leaf.to(network.device) if isinstance(leaf, torch.Tensor) else leaf,
-        transformer.inputs(shape),
-    )
+    inputs = transformer.inputs_on(network.device, shape)
     sigmas = torch.linspace(1.0, 0.0, steps + 1).tolist()
     latents, engine = [], engine_of(network)
     with nullcontext() if engine is None else engine.image():
