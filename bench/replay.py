@@ -85,7 +85,7 @@ def main() -> None:
                     began = time.perf_counter()
                     model.call(network, timestep, inputs)
                     seconds.append(time.perf_counter() - began)
-            assert engine.obstacle is None, engine.obstacle
+            assert engine.graphs.obstacle is None, engine.graphs.obstacle
             launches = sum(moment.kind == "launch" for moment, _ in peers.marks)
             timed = [1e3 * second for second in seconds[3:]]
             report.add(

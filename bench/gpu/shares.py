@@ -160,8 +160,8 @@ def share(
         for _ in range(3):
             step()
         timing = timed(step, steps, network.device)
-    if graphs and engine.obstacle:
-        raise RuntimeError(f"not launched as graphs: {engine.obstacle}")
+    if graphs and engine.graphs.obstacle:
+        raise RuntimeError(f"not launched as graphs: {engine.graphs.obstacle}")
     return timing, engine.buffer_bytes
 
 

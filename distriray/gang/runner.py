@@ -343,7 +343,7 @@ class SegmentRunner:
         log.error("segment %d of request %s failed", order.serial, order.request.id, exc_info=error)
         if _is_out_of_memory(error):
             self._states.pop(order.job, None)
-            self._engine.drop_graphs()
+            self._engine.graphs.drop()
             DEVICES[self.device.type].trim()
             request = order.request
             what = f"{request.num_images} of {request.width}x{request.height}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -16,57 +14,27 @@ import torch
 from distriray.collective.absent import AbsentPeers
 from distriray.collective.base import Communicator
 from distriray.config import MIXES, ExchangeMode, Mix, ParallelConfig
-from distriray.errors import DistrirayError, GangMismatch, GenerationCancelled, OutOfMemory
+from distriray.errors import DistrirayError, GangMismatch, OutOfMemory
 from distriray.parallel.agreement import check_same_image
-from distriray.parallel.baked import Baked
 from distriray.parallel.choice import Choices, TimedStep, agreed
+from distriray.parallel.collector import Collector
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.steps import Step
-from distriray.parallel.gather import Flags, Gather, Header, HeaderOnItsWay, Place
-from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs, arithmetic
+from distriray.parallel.gather import Place
+from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs
 from distriray.parallel.image import Branch, Image
-from distriray.parallel.layers.bare import is_autocast_on
-from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.network_graphs import NetworkGraphs
+from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.networks.outline import Outline
 from distriray.parallel.room import META, Room, buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
+from distriray.parallel.statistics import StepStatistics
 from distriray.parallel.stopwatch import Stopwatch
 from distriray.parallel.sums import Sums
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """Figures of one step.
-
-    Attributes:
-        whole: the time of the step on this rank.
-        waiting: the time of it in which this rank waited for peers.
-        waits: how often it did.
-        bytes_sent: by this rank, to all peers.
-        synchronous: whether all values were fresh.
-    """
-
-    whole: Stopwatch = field(default_factory=Stopwatch)
-    waiting: tuple[Stopwatch, ...] = ()
-    waits: int = 0
-    bytes_sent: int = 0
-    synchronous: bool = True
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole step; on a GPU this waits for its end."""
-        return self.whole.seconds
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds of waiting: of a GPU's stream where there is one. Waits for the end of the step there."""
-        return sum(waiting.seconds for waiting in self.waiting)
 
 
 class Engine:
@@ -81,16 +49,13 @@ class Engine:
         exchange: how the image under way is shared, or the last one: what `auto` has chosen, for one. `sync`
             where there is nothing to exchange.
         context: what the network's layers look up during a call.
+        graphs: its steps as CUDA graphs, and what keeps them from being that.
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
         bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
         generation: counts the gangs that were joined.
         lags: whether what the ranks ask for is read a step later, unless the step may end a warm-up; set by
             `join` for GPUs, where it has arrived by then, and reading it at once would stop the device.
-        drift: relative change of what the ranks sent in the last step, the largest of theirs; infinite where
-            it was not measured.
-        yielding: whether a rank has asked the gang to yield since the image began.
         statistics: of the last step.
-        obstacle: what kept a step that was to be a graph from being one, None if nothing did.
         room: for buffers in this device's memory; an image for which it is too small is refused before its
             first step. None where that is not known, and nothing is refused.
     """
@@ -101,35 +66,24 @@ class Engine:
         self.config: ParallelConfig
         self.exchange: ExchangeMode | Mix = "sync"
         self.context = PatchContext()
+        self.graphs = NetworkGraphs(network, self.context)
         self.decoder: PatchDecoder | None = None
         self.bucket_count = BUCKETS
         self.generation = 0
-        self.drift = float("inf")
-        self.yielding = False
         self.statistics = StepStatistics()
-        self.obstacle: str | None = None
         self.lags = False
         self.room: Room | None = None
         self._most_idle: float = float("inf")  # bytes of buffers not in use that the room leaves
         self._schedules = Schedules()
         self._exchanges = ExchangeCache()
-        self._gather: Gather | None = None
-        self._unread: HeaderOnItsWay | None = None
+        self._collector = Collector()
         self._more_follow = False
-        self._lock = threading.Lock()
-        self._asked = Flags()
         self._images: WeakSet[Image] = WeakSet()
         self._entered: list[Image] = []
         self._unannounced = self.image()
         self._cached_text: Hashable = None
-        self._graph_maker: GraphMaker | None = None
-        self._obstacles_told: set[str] = set()
-        self._under_way: tuple[Call, Share, Collect]
-        self._graphs: StepGraphs | None = None
-        self._graphs_of_call: StepGraphs | None = None
         self._choices_of: WeakKeyDictionary[Communicator, Choices] = WeakKeyDictionary()
         self._choices = Choices()
-        self._baked: Baked | None = None
         self._outline: Outline | None = None
         self._sums: Sums | None = None
 
@@ -138,8 +92,7 @@ class Engine:
     def install(self) -> None:
         """Replace the network's current forward, hooks included."""
         self.network.replace_forward(self.forward)
-        compute = self.network.forward
-        self.network.forward = lambda *args, **kwargs: self._compute(compute, args, kwargs)
+        self.network.forward = partial(self.graphs.compute, self.network.forward)
 
     def watch_scheduler(self, pipeline: Any) -> None:
         """Know the timesteps of this pipeline's scheduler without reading them on a device in every step."""
@@ -148,8 +101,6 @@ class Engine:
 
     def join(self, communicator: Communicator, config: ParallelConfig) -> None:
         """Join a gang, dropping pending signals, and the buffers of the gang before if it is another."""
-        with self._lock:
-            self._asked = Flags()
         if not self._is_in(communicator, config):
             self.communicator = communicator
             self.config = config
@@ -161,11 +112,11 @@ class Engine:
             together = config.parallel_vae and communicator.world_size > 1
             self.decoder.communicator = communicator if together else None
         self.generation += 1
-        self._gather = None
+        self._collector.join(communicator)
+        self._more_follow = False
         for image in self._images:
             image.interrupt()
         self._unannounced.begin(0)
-        self._forget_call()
 
     def _is_in(self, communicator: Communicator, config: ParallelConfig) -> bool:
         """Whether this gang, so configured, is the one that was joined last."""
@@ -176,14 +127,7 @@ class Engine:
         self._exchanges.clear()
         for image in self._images:
             image.interrupt()
-        self._graph_maker = maker
-        self._graphs = self._graphs_of_call = self._new_graphs()
-
-    def drop_graphs(self) -> None:
-        """Drop what was captured, with memory that nothing else can have; later steps are captured anew."""
-        if self._graphs is not None:
-            self._graphs.clear()
-        self._exchanges.drop_graphs()
+        self.graphs.make_with(maker)
 
     def image(self, at_step: int = 0, num_steps: int | None = None) -> Image:
         """An image: calls of the network within `with image:` are its steps, one after the other.
@@ -216,7 +160,7 @@ class Engine:
     @property
     def settled(self) -> bool:
         """Whether the last call's output is known to be whole."""
-        return self._unread is None
+        return self._collector.settled
 
     def settle(self) -> None:
         """Wait until the last call's output is known to be whole. All ranks alike.
@@ -226,25 +170,34 @@ class Engine:
             GangMismatch: the ranks were in different steps, and the output is garbage.
             GenerationCancelled: a rank asked for it.
         """
-        unread, self._unread = self._unread, None
-        if unread is not None:
-            self._heed(unread.read())
+        self._collector.settle()
 
     def ask_yield(self) -> None:
         """Let the whole gang leave after the next step that all ranks share. Any rank, any thread.
 
         Where steps lag, after the one that follows it; asked in an image's last step, it has no effect there.
         """
-        with self._lock:
-            self._asked = self._asked._replace(yield_=True)
+        self._collector.ask(yield_=True)
 
     def ask_cancel(self) -> None:
         """Let the next step raise `GenerationCancelled` on every rank. Any rank, any thread.
 
         Where steps lag, the one that follows it; asked in an image's last step, it has no effect there.
         """
-        with self._lock:
-            self._asked = self._asked._replace(cancel=True)
+        self._collector.ask(cancel=True)
+
+    @property
+    def yielding(self) -> bool:
+        """Whether a rank has asked the gang to yield since the image began."""
+        return self._collector.yielding
+
+    @property
+    def drift(self) -> float:
+        """Relative change of what the ranks sent in the last step, the largest of theirs.
+
+        Infinite where it was not measured.
+        """
+        return self._collector.drift
 
     @property
     def buffer_bytes(self) -> int:
@@ -292,17 +245,17 @@ class Engine:
             raise RuntimeError("the image was entered before, and not left")
         self._unannounced.begin(0)
         if not image.branches:
-            self.yielding, self._more_follow = False, False
+            self._collector.yielding = self._more_follow = False
         if not self._begun:
-            self._unread = None
+            self._collector.forget_output()
         self._entered.append(image)
 
     def _leave(self, image: Image) -> None:
         self._entered.remove(image)
 
     def _forget_call(self) -> None:
-        self._unread, self._more_follow = None, False
-        self.yielding = False
+        self._collector.forget()
+        self._more_follow = False
 
     # The network's forward pass
 
@@ -331,13 +284,11 @@ class Engine:
         if self.config.exchange == "auto" and step is not None and not step.displaced:
             timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
             self._choices.note(_shape(call, share), timed)
-        waiting = () if step is None else tuple(step.waiting)
-        if self._gather is not None:
-            waiting = (*waiting, self._gather.waiting)
+        waiting, gathering = () if step is None else tuple(step.waiting), self._collector.waiting
         self.statistics = StepStatistics(
             whole,
-            waiting,
-            (0 if step is None else step.waits) + (self._gather is not None),
+            (*waiting, *gathering),
+            (0 if step is None else step.waits) + len(gathering),
             self.communicator.bytes_sent - sent,
             step is None or not step.displaced,
         )
@@ -377,7 +328,8 @@ class Engine:
             follows: whether another call of the image follows.
         """
         with ExitStack() as exchanging:
-            step = exchanging.enter_context(self._exchange_step(call, branch, share))
+            exchange_step, graphs = self._exchange_step(call, branch, share)
+            step = exchanging.enter_context(exchange_step)
             exchanging.enter_context(self.context.during(step))
             collected = 0
 
@@ -388,32 +340,16 @@ class Engine:
                 drift = float("inf") if step is None else step.drift
                 may_end_warmup = isinstance(drift, torch.Tensor)
                 lags = self.lags and follows and not may_end_warmup
-                return self._collect(part, branch, share, drift, place, lags)
+                whole, largest = self._collector.collect(part, share, drift, place, lags)
+                branch.warm |= largest < self.config.auto_warmup_drift
+                return whole
 
-            self._under_way = call, share, collect
-            try:
-                output = self.network.compute(call, share, self._collect_or_record)
-            finally:
-                del self._under_way
+            with self.graphs.during(call, share, graphs, collect) as collect_or_record:
+                output = self.network.compute(call, share, collect_or_record)
             if collected != 1:
                 family = type(self.network).__name__
                 raise RuntimeError(f"{family} collected its output {collected} times, not once")
         return output, step
-
-    def _collect_or_record(self, part: torch.Tensor) -> torch.Tensor:
-        """The whole output: now, or in every replay of the graphs that are being captured."""
-        _, share, collect = self._under_way
-        graphs = self._graphs_of_call
-        if graphs is None or graphs.recorder is None:
-            return collect(part)
-        whole = part.new_empty(_whole_shape(part, share))
-
-        def fill(step: Step | None) -> None:
-            *_, collect = self._under_way  # of the step that is replayed
-            whole.copy_(collect(part))
-
-        graphs.recorder.between(fill)
-        return whole
 
     def _branch(self, call: Call, moment: Moment) -> Branch:
         """The branch that a call goes on with, or begins."""
@@ -424,7 +360,7 @@ class Engine:
         before = image.branches.get(call.branch)
         branch = image.branch(call, moment, said)
         if before not in (None, branch):  # it begins anew, though it may be of the step under way
-            self._more_follow = self.yielding = False
+            self._more_follow = self._collector.yielding = False
             self.settle()
         return branch
 
@@ -460,8 +396,7 @@ class Engine:
                         num_steps,
                         refused,
                     )
-            if self._baked is not None and self._baked.obstacle is not None:
-                self._baked = None  # it may be gone
+            self.graphs.begin_image()
         if refusal is not None:
             raise refusal
         if branch.fresh_start:
@@ -516,43 +451,17 @@ class Engine:
                 branch.exchange = None
         self._outline = Outline(self.network.module)
 
-    def _new_graphs(self) -> StepGraphs | None:
-        return None if self._graph_maker is None else StepGraphs(self._graph_maker)
+    def _exchange_step(
+        self, call: Call, branch: Branch, share: Share
+    ) -> tuple[AbstractContextManager[Step | None], StepGraphs | None]:
+        """The step of the exchange for this call, and the graphs that it may be one of.
 
-    def _compute(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The network's own forward, by graphs where steps like this one were captured."""
-        step, graphs, (call, share, _) = self.context.step, self._graphs_of_call, self._under_way
-        kind = "alone" if step is None else step.kind
-        if graphs is None or kind is None:
-            return compute(*args, **kwargs)
-        shared = share.layout, share.partition, share.batch
-        modes = self.context.new_text, torch.is_inference_mode_enabled(), self.network.switches()
-        key = kind, *shared, *modes, *arithmetic()
-        self.obstacle = self._obstacle(call) or graphs.failed.get(key)
-        if self.obstacle is None:
-            return graphs.run(key, compute, step, args, kwargs, self.network.cached(call))
-        if self.obstacle not in self._obstacles_told:
-            self._obstacles_told.add(self.obstacle)
-            log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", self.obstacle)
-        return compute(*args, **kwargs)
-
-    def _obstacle(self, call: Call) -> str | None:
-        """What keeps graphs from standing for this call; those of a network that was another are dropped."""
-        baked = self._baked
-        if baked is None or (baked.obstacle is None and not baked.holds()):
-            self.drop_graphs()
-            baked = self._baked = Baked(self.network.module, self.network.replaced)
-        if is_autocast_on(self.communicator.device):
-            return "autocast is on, and drops the weights that it has cast when it ends"
-        return baked.obstacle or self.network.uncaptured(call)
-
-    def _exchange_step(self, call: Call, branch: Branch, share: Share) -> AbstractContextManager[Step | None]:
-        """The step of the exchange for this call; None without patches or without an exchange."""
+        The step is None without patches or without an exchange.
+        """
         config, mix, before = self.config, branch.mix, branch.exchange
         if mix is None:
             branch.exchange = None
-            self._graphs_of_call = None if call.besides else self._graphs
-            return nullcontext()
+            return nullcontext(), None if call.besides else self.graphs.alone
         # Buffers made in inference mode cannot be written outside it.
         inference = torch.is_inference_mode_enabled()
         part = share.part.start, share.part.stop
@@ -568,70 +477,18 @@ class Engine:
                 mix,
                 config.prediction.weights(mix, share.partition.world_size),
                 self.bucket_count,
-                None if call.besides else self._new_graphs(),
+                None if call.besides else self.graphs.new(),
             ),
         )
-        self._graphs_of_call = exchange.graphs
         if not follows:
             in_use = {branch.exchange for branch in self._begun}
             self._exchanges.restart(but=in_use - {key})
             self._exchanges.evict(in_use, min(config.max_buffer_bytes, self._most_idle))
-        if mix.exact:
-            return exchange.step()
         warmup = config.warmup_of(mix)
-        if warmup == "auto":
-            return exchange.step(branch.warm and follows, measure_drift=not branch.warm)
-        return exchange.step(branch.step >= warmup and follows)
-
-    def _collect(
-        self,
-        part: torch.Tensor,
-        branch: Branch,
-        share: Share,
-        drift: torch.Tensor | float,
-        place: Place | None,
-        lags: bool,
-    ) -> torch.Tensor:
-        """The whole output; what the ranks asked for is decided alike on all of them.
-
-        Args:
-            drift: of this rank in this step.
-            place: where this rank is.
-            lags: whether the next call decides.
-        """
-        with self._lock:
-            asked, self._asked = self._asked, Flags()
-        if self.communicator.world_size == 1:
-            self._heed(Header(asked, float("inf")))
-            return part
-        gather = self._gather_of(part, share)
-        whole, header = gather(part, asked, drift, place)
-        self.settle()  # the call before, whose header has come while this one was launched
-        if lags:
-            self._unread = header
-        else:
-            branch.warm |= self._heed(header.read()) < self.config.auto_warmup_drift
-        return whole
-
-    def _gather_of(self, part: torch.Tensor, share: Share) -> Gather:
-        shape = _whole_shape(part, share)
-        if self._gather is None or self._gather.shape != shape or self._gather.dtype != part.dtype:
-            with torch.inference_mode(False):  # writable in either mode
-                self._gather = Gather(self.communicator, share.layout, share.partition, shape, part.dtype)
-        return self._gather
-
-    def _heed(self, header: Header) -> float:
-        """Do what the ranks ask for; return the drift."""
-        self.drift = header.drift
-        self.yielding = self.yielding or header.flags.yield_
-        if header.flags.cancel:
-            raise GenerationCancelled("a rank of the gang asked for it")
-        return self.drift
-
-
-def _whole_shape(part: torch.Tensor, share: Share) -> tuple[int, int, int, int]:
-    """(batch, channels, rows, columns) of an output of which `part` is this rank's."""
-    return share.batch, part.shape[1], share.partition.height, part.shape[3]
+        warm = branch.warm if warmup == "auto" else branch.step >= warmup
+        displaced = not mix.exact and warm and follows
+        measure_drift = not mix.exact and warmup == "auto" and not branch.warm
+        return exchange.step(displaced, measure_drift), exchange.graphs
 
 
 def _shape(call: Call, share: Share) -> Hashable:

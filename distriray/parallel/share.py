@@ -41,6 +41,10 @@ class Share:
         """Number of the batch's entries that this rank computes."""
         return self.part.stop - self.part.start
 
+    def whole(self, part: torch.Tensor) -> tuple[int, int, int, int]:
+        """(batch, channels, rows, columns) of an output of which `part` is this rank's."""
+        return self.batch, part.shape[1], self.partition.height, part.shape[3]
+
     def cut(self, tree: Any) -> Any:
         """This rank's part of the batch, of every tensor that has one; the rest as it is."""
         return pytree.tree_map(self._cut_batch, tree)

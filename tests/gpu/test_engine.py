@@ -119,7 +119,7 @@ def test_captured_steps_of_transformers_draw_what_they_draw_without(name: str, r
         engine = engine_of(network)
         assert engine is not None
         captured = [latents for _ in range(3) for latents in draw(network, TRANSFORMERS[name], Shape())]
-        assert engine.obstacle is None
+        assert engine.graphs.obstacle is None
         parallelize(network, communicator, config.model_copy(update={"cuda_graphs": False}))
         return captured, draw(network, TRANSFORMERS[name], Shape()) * 3
 
@@ -164,7 +164,7 @@ def drawn(communicator: Communicator, compiles: bool, graphs: bool) -> list[torc
             parallelize(pipeline, communicator, ParallelConfig(**case.config, cuda_graphs=graphs))
             found += [call(pipeline, case).cpu() for _ in range(3)]
             engine = engine_of(pipeline)
-            assert engine is not None and engine.obstacle is None
+            assert engine is not None and engine.graphs.obstacle is None
     return found
 
 

@@ -43,12 +43,6 @@ class ExchangeCache:
             excess -= exchange.buffer_bytes
             del self._exchanges[key]
 
-    def drop_graphs(self) -> None:
-        """Drop what was captured."""
-        for exchange in self._exchanges.values():
-            if exchange.graphs is not None:
-                exchange.graphs.clear()
-
     def clear(self) -> None:
         """Drop all, once their transfers in flight have ended."""
         for exchange in self._exchanges.values():

@@ -56,7 +56,7 @@ def test_memory_is_given_back_before_gangs_are_formed_and_when_it_has_run_out(
     dropped: list[str] = []
     for runner in gang.runners:
         monkeypatch.setattr(runner._denoiser, "prepare", raises(MemoryError()))
-        monkeypatch.setattr(runner._engine, "drop_graphs", lambda: dropped.append("now"))
+        monkeypatch.setattr(runner._engine.graphs, "drop", lambda: dropped.append("now"))
     gang.run()
     assert len(trimmed) == 3 and len(dropped) == 2
 

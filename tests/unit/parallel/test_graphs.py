@@ -143,7 +143,7 @@ def test_a_step_that_cannot_be_captured_is_launched(
         engine.capture_with(FailingGraphs(communicator.rank))
         engine.start_image()
         found = [call(pipeline, case) for _ in range(2)]
-        assert (engine.obstacle is None) == (communicator.rank == 0)
+        assert (engine.graphs.obstacle is None) == (communicator.rank == 0)
         return [wanted, *found]
 
     for wanted, *found in run_in_lockstep(2, rank):

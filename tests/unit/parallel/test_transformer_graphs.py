@@ -71,7 +71,7 @@ def test_captured_steps_draw_the_same_bit_for_bit(
     def rank(communicator: LockstepCommunicator) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
         network, engine, maker = captured(name, communicator, **config)
         found = [latents for shape in shapes for latents in draw(network, TRANSFORMERS[name], shape, 3)]
-        assert engine.obstacle is None
+        assert engine.graphs.obstacle is None
         engine.capture_with(None)
         wanted = [latents for shape in shapes[:2] for latents in draw(network, TRANSFORMERS[name], shape, 3)]
         return found, wanted + wanted[:3], sum(graph.replays for graph in maker.made)
@@ -115,8 +115,8 @@ def test_what_a_graph_reads_lives_as_long(name: str, masked: bool) -> None:
     engine.network.cached = noted  # type: ignore[method-assign]
     draw(network, TRANSFORMERS[name], Shape(masked=masked))
     assert bool(maker.made) == ((name, masked) not in COPIES)
-    assert engine._graphs is not None
-    inputs = [graph._inputs for graph in engine._graphs._graphs.values() if graph is not None]
+    assert engine.graphs.alone is not None
+    inputs = [graph._inputs for graph in engine.graphs.alone._graphs.values() if graph is not None]
     layers = list(map(vars, network.modules()))
     processors = [vars(layer["processor"]) for layer in layers if "processor" in layer]
     known = _storages((inputs, cached, layers, processors))
@@ -143,10 +143,10 @@ def test_nothing_in_a_step_that_is_captured_stops_the_device(name: str, masked: 
         engine = engine_of(network)
         assert engine is not None
         inputs = transformer.inputs_on(DEVICE, shape)
-        stops, collect = [], engine._collect_or_record
+        stops: list[Any] = []
         compute = engine.network.compute
 
-        def watched(call: Any, share: Any, _: Any) -> Any:
+        def watched(call: Any, share: Any, collect: Any) -> Any:
             device.stops.clear()
 
             def apart(part: torch.Tensor) -> torch.Tensor:
@@ -171,13 +171,13 @@ def test_nothing_in_a_step_that_is_captured_stops_the_device(name: str, masked: 
 
 def test_another_way_to_attend_is_another_graph() -> None:
     network, engine, _ = captured("flux", connect("local"))
-    assert engine._graphs is not None
+    assert engine.graphs.alone is not None
     made = []
     for backend in ("native", "_native_math"):
         with attention_backend(backend):
             for _ in range(2):
                 draw(network, TRANSFORMERS["flux"], WIDE)
-        made.append(len(engine._graphs))
+        made.append(len(engine.graphs.alone))
     assert made[1] == 2 * made[0] > 0
 
 
@@ -202,4 +202,4 @@ def test_a_network_that_copies_from_the_host_is_launched_and_named(caplog: pytes
     (warning,) = caplog.messages
     assert "not as CUDA graphs" in warning and "from the host" in warning
     draw(network, TRANSFORMERS["qwen-image"], WIDE)
-    assert maker.made and engine.obstacle is None
+    assert maker.made and engine.graphs.obstacle is None

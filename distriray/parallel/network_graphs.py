@@ -1,0 +1,135 @@
+"""Graphs of one network's steps: which of its steps may be graphs, and what drops them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+
+from distriray.parallel.baked import Baked
+from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.steps import Step
+from distriray.parallel.graphs import GraphMaker, StepGraphs, arithmetic
+from distriray.parallel.layers.bare import is_autocast_on
+from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.share import Share
+
+log = logging.getLogger(__name__)
+
+
+class _UnderWay(NamedTuple):
+    """A call that is being computed, and the graphs that it may be one of."""
+
+    call: Call
+    share: Share
+    graphs: StepGraphs | None
+    collect: Collect
+
+
+class NetworkGraphs:
+    """Graphs of one network's steps, in all of its exchanges.
+
+    Args:
+        network: what is captured.
+        context: what its layers look up.
+
+    Attributes:
+        alone: those of steps without an exchange; None if nothing is captured.
+        obstacle: what kept a step that was to be a graph from being one, None if nothing did.
+    """
+
+    def __init__(self, network: Network, context: PatchContext) -> None:
+        self.alone: StepGraphs | None = None
+        self.obstacle: str | None = None
+        self._network = network
+        self._context = context
+        self._maker: GraphMaker | None = None
+        self._made: WeakSet[StepGraphs] = WeakSet()
+        self._baked: Baked | None = None
+        self._obstacles_told: set[str] = set()
+        self._under_way: _UnderWay
+
+    def make_with(self, maker: GraphMaker | None) -> None:
+        """Let later steps be graphs that `maker` makes, none if it is None."""
+        self._maker = maker
+        self.alone = self.new()
+        self.obstacle = None
+
+    def new(self) -> StepGraphs | None:
+        """Those of another exchange."""
+        if self._maker is None:
+            return None
+        graphs = StepGraphs(self._maker)
+        self._made.add(graphs)
+        return graphs
+
+    def drop(self) -> None:
+        """Drop what was captured, with memory that nothing else can have; later steps are captured anew."""
+        for graphs in self._made:
+            graphs.clear()
+
+    def begin_image(self) -> None:
+        """Look anew for an obstacle: it may be gone."""
+        if self._baked is not None and self._baked.obstacle is not None:
+            self._baked = None
+
+    @contextmanager
+    def during(
+        self, call: Call, share: Share, graphs: StepGraphs | None, collect: Collect
+    ) -> Iterator[Collect]:
+        """Let the network compute this call, one of `graphs` where it may be; it is to collect with what this
+        yields."""
+        self._under_way = _UnderWay(call, share, graphs, collect)
+        try:
+            yield self._collect
+        finally:
+            del self._under_way
+
+    def compute(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, the network's own, by graphs where steps like this one were captured.
+
+        Raises:
+            CaptureFailed: as `StepGraphs.run`.
+        """
+        call, share, graphs, _ = self._under_way
+        step = self._context.step
+        kind = "alone" if step is None else step.kind
+        if graphs is None or kind is None:
+            return forward(*args, **kwargs)
+        shared = share.layout, share.partition, share.batch
+        modes = self._context.new_text, torch.is_inference_mode_enabled(), self._network.switches()
+        key = kind, *shared, *modes, *arithmetic()
+        self.obstacle = self._obstacle(call) or graphs.failed.get(key)
+        if self.obstacle is None:
+            return graphs.run(key, forward, step, args, kwargs, self._network.cached(call))
+        if self.obstacle not in self._obstacles_told:
+            self._obstacles_told.add(self.obstacle)
+            log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", self.obstacle)
+        return forward(*args, **kwargs)
+
+    def _collect(self, part: torch.Tensor) -> torch.Tensor:
+        """The whole output: now, or in every replay of the graphs that are being captured."""
+        _, share, graphs, collect = self._under_way
+        if graphs is None or graphs.recorder is None:
+            return collect(part)
+        whole = part.new_empty(share.whole(part))
+
+        def fill(step: Step | None) -> None:
+            whole.copy_(self._under_way.collect(part))  # of the step that is replayed
+
+        graphs.recorder.between(fill)
+        return whole
+
+    def _obstacle(self, call: Call) -> str | None:
+        """What keeps graphs from standing for this call; those of a network that was another are dropped."""
+        baked = self._baked
+        if baked is None or (baked.obstacle is None and not baked.holds()):
+            self.drop()
+            baked = self._baked = Baked(self._network.module, self._network.replaced)
+        if is_autocast_on(call.sample.device):
+            return "autocast is on, and drops the weights that it has cast when it ends"
+        return baked.obstacle or self._network.uncaptured(call)
