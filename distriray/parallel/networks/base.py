@@ -95,14 +95,19 @@ class Network(ABC):
         self.check()
 
     def replace_forward(self, forward: Callable[..., Any]) -> None:
-        """Let `forward` answer the module's calls, and keep what did as `replaced`, which `forward` runs."""
-        self.forward = self.replaced = self.module.forward
+        """Let `forward` answer the module's calls, and keep what did as `replaced`, which `forward` runs.
+
+        Accelerate's hooks stay around it: pipelines that offload whole models take theirs off after every
+        image, and put back what they were put around.
+        """
+        held = "_old_forward" if "_hf_hook" in vars(self.module) else "forward"
+        self.forward = self.replaced = getattr(self.module, held)
 
         @functools.wraps(self.forward)  # diffusers' modular blocks pass on the parameters that they find here
         def answer(*args: Any, **kwargs: Any) -> Any:
             return forward(*args, **kwargs)
 
-        self.module.forward = answer
+        setattr(self.module, held, answer)
 
     @property
     def repeated_blocks(self) -> Iterator[nn.Module]:

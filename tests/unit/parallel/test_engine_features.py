@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import types
 from typing import Any
 
@@ -320,6 +321,25 @@ def test_a_gang_is_joined_past_hooks_on_the_networks(before: bool) -> None:
     latents, picture, exchanged = run_in_lockstep(2, hooked)[0]
     expected = single(hooked)
     assert exchanged and close(latents, expected[0]) and close(picture, expected[1])
+
+
+def _offloaded(communicator: Communicator) -> tuple[list[torch.Tensor], list[int]]:
+    """Latents of two images of a pipeline that offloads its models, and the bytes sent for each."""
+    pipeline = tiny_sdxl()
+    pipeline.enable_model_cpu_offload(device="cpu")
+    parallelize(pipeline, communicator, SYNC)
+    latents, sent = [], [communicator.bytes_sent]
+    for _ in range(2):
+        latents.append(call(pipeline, CASE))
+        sent.append(communicator.bytes_sent)
+    return latents, [after - before for before, after in itertools.pairwise(sent)]
+
+
+def test_a_pipeline_that_offloads_its_models_draws_every_image_in_patches() -> None:
+    latents, sent = run_in_lockstep(2, _offloaded)[0]
+    expected = alone(CASE)
+    assert all(close(image, expected) for image in latents)
+    assert sent[0] == sent[1] > 0
 
 
 def _flags(communicator: Communicator) -> tuple[list[bool], int, bool]:
