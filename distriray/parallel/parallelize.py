@@ -31,7 +31,8 @@ def parallelize(
 ) -> Pipeline:
     """Let the gang of `communicator` denoise and decode `pipeline`'s images together, in patches.
 
-    Denoising is displaced unless `config` says otherwise. Decoding is exact: each rank decodes its own rows.
+    Denoising is as fresh as waits allow unless `config` says otherwise: exact in the first image of a
+    shape, and always of transformers. Decoding is exact: each rank decodes its own rows.
     A VAE that several pipelines share decodes in the gang of the last of them that was parallelized.
 
     Afterwards every rank makes the same calls with the same arguments and gets the whole image. The pipeline
@@ -45,7 +46,7 @@ def parallelize(
         pipeline: a diffusers pipeline around a network of a family in `networks.registry.NETWORKS`, or such a
             network.
         communicator: the gang.
-        config: how its ranks share a step; the default is displaced.
+        config: how its ranks share a step; by default the exchange is `auto`.
         local: code in the network and the VAE's decoder that is not diffusers', and that works on some rows
             of the picture without the others: classes (of modules, attention processors, hooks) and functions
             (hooks, or what stands in the place of a layer's forward). What is not known to be local is
