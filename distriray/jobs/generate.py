@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +29,15 @@ ALL_MADE, SOME_MISSING, STOPPED = 0, 1, 130
 """Exit codes. Something is missing after bad lines, failures, or when nothing could be started."""
 
 IN_A_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-notes = Console(stderr=True, highlight=False)
+
+
+class _Notes(Console):
+    def on_broken_pipe(self) -> None:
+        """Say no more; rich would close standard output, where the summary goes, and end the thread."""
+        self.quiet = True
+
+
+notes = _Notes(stderr=True, highlight=False)
 
 
 def generate(
@@ -135,6 +143,10 @@ def _finish(
         task = bar.add_task("starting", total=len(prompts), completed=before)
 
         def tell(prompt: Prompt, end: GenerationResult | DistrirayError) -> None:
+            with suppress(OSError):  # a log that is full, say, is no reason to leave pictures undrawn
+                note(prompt, end)
+
+        def note(prompt: Prompt, end: GenerationResult | DistrirayError) -> None:
             bar.advance(task)
             if isinstance(end, DistrirayError):
                 notes.print(f"line {prompt.line}: {plain(end)}", markup=False)

@@ -99,12 +99,12 @@ class Run:
                 return
             try:
                 end = self._make(maker, prompt)
+                if end is not None:
+                    self._tell(prompt, end)
             except BaseException as fault:  # not the prompt's own: nobody could go on
                 self._fault = fault
                 self._stopping.set()
                 return
-            if end is not None:
-                self._tell(prompt, end)
 
     def _make(self, maker: Maker, prompt: Prompt) -> GenerationResult | DistrirayError | None:
         """Make and keep one prompt; None if it was given up because the run stops."""

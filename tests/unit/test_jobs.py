@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from errno import ENOSPC
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotEnoughDevices, QueueFull
+from distriray.jobs import generate
 from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
@@ -334,6 +338,17 @@ def test_what_no_prompt_is_to_blame_for_ends_the_run(file: Path, tmp_path: Path)
     assert len(painter.asked) == 1
 
 
+def test_a_run_that_cannot_say_how_it_goes_does_not_end_as_if_all_were_made(
+    file: Path, tmp_path: Path
+) -> None:
+    def tell(*_: object) -> None:
+        raise SystemExit(1)
+
+    good, _ = read_prompts(file)
+    with Folder(tmp_path / "out") as folder, pytest.raises(SystemExit):
+        Run(good, folder, [Painter()], in_flight=1, tell=tell).finish()
+
+
 def test_a_stop_finishes_what_is_under_way_and_a_second_one_cancels_it(file: Path, tmp_path: Path) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
@@ -400,6 +415,25 @@ def test_a_file_that_is_not_there_is_a_usage_error(
 ) -> None:
     assert command(str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gone", [BrokenPipeError(), OSError(ENOSPC, "no space left")])
+def test_a_job_makes_every_line_though_nobody_hears_how_it_goes(
+    gone: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Gone(StringIO):
+        def write(self, _: str) -> int:
+            raise gone
+
+    def own_hosts(*_: object, **__: object) -> AbstractContextManager[list[Painter]]:
+        return nullcontext([Painter()])
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a lake"}\n{"prompt": "a moor"}\n')
+    monkeypatch.setattr(generate, "own_hosts", own_hosts)
+    monkeypatch.setattr(generate, "notes", type(generate.notes)(file=Gone()))
+    args = (str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out"), "--in-flight", "1")
+    assert command(*args) == 0
+    assert json.loads(capsys.readouterr().out)["made"] == 2
 
 
 def with_picture(folder: Path, *texts: str, name: str = "prompts.jsonl", **fields: object) -> Path:
