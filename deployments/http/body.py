@@ -20,13 +20,13 @@ async def chunks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     length = 0
     try:
         async for chunk in request.stream():
             length += len(chunk)
             if length > limit:
-                raise _too_large(limit)
+                raise too_large(limit)
             yield chunk
     except (Refusal, ClientDisconnect):
         raise
@@ -61,5 +61,6 @@ def check_content_type(request: Request, wanted: str, what: str) -> None:
         raise Refusal(400, "unsupported_content_type", message)
 
 
-def _too_large(limit: int) -> Refusal:
-    return Refusal(413, "body_too_large", f"the body is longer than {limit} bytes")
+def too_large(limit: int, what: str = "the body") -> Refusal:
+    """The answer to whoever sends more than is read."""
+    return Refusal(413, "body_too_large", f"{what} is longer than {limit} bytes")

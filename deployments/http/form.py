@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from .body import check_content_type, chunks
+from .body import check_content_type, chunks, too_large
 from .config import HttpConfig
 from .errors import Refusal
 
@@ -25,6 +25,12 @@ class _InMemory(MultiPartParser):
 
     def on_end(self) -> None:
         self.complete = True
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        try:
+            super().on_part_data(data, start, end)
+        except MultiPartException as error:
+            raise too_large(self.max_part_size, "a text in the form") from error
 
 
 async def read_form(request: Request, config: HttpConfig) -> dict[str, str | bytes]:

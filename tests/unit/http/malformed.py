@@ -360,7 +360,7 @@ def _too_long_a_form(chance: random.Random) -> Malformed:
 
 
 def _too_long_a_text(chance: random.Random) -> Malformed:
-    return _edit(("prompt", "a" * 400_000))
+    return _edit(("prompt", "a" * 400_000), status=413)
 
 
 def _variation_with_mask(chance: random.Random) -> Malformed:

@@ -73,6 +73,14 @@ def test_json_that_is_longer_than_a_form_may_be_is_not_read() -> None:
             assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
 
 
+def test_a_text_in_a_form_that_is_longer_than_one_may_be_is_too_large() -> None:
+    config = HttpConfig(keys_env="NO_SUCH_VARIABLE", max_body_bytes=1000)
+    with serving(FakeService(), config) as url, httpx.Client(base_url=url, timeout=60) as http:
+        answer = http.post(EDITS, data={"prompt": "a" * 1001}, files={"image": picture()})
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+    assert "1000 bytes" in answer.json()["error"]["message"]
+
+
 def held() -> int:
     """Bytes of everything that is there."""
     gc.collect()
