@@ -14,7 +14,17 @@ from deployments.http import HttpConfig
 from deployments.http.errors import ErrorResponse
 from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
-from tests.unit.http.malformed import EDITS, IMAGES, MOST, Malformed, malformed, malformed_forms, picture
+from tests.unit.http.malformed import (
+    BOUNDARY,
+    EDITS,
+    IMAGES,
+    MOST,
+    Malformed,
+    form,
+    malformed,
+    malformed_forms,
+    picture,
+)
 
 
 def test_five_hundred_malformed_requests_are_each_refused_with_the_error_object(
@@ -79,6 +89,18 @@ def test_a_text_in_a_form_that_is_longer_than_one_may_be_is_too_large() -> None:
         answer = http.post(EDITS, data={"prompt": "a" * 1001}, files={"image": picture()})
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
     assert "1000 bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("charset", ["punycode", "unicode_escape", "zlib", "utf-8"])
+def test_a_form_is_read_as_utf8_whatever_its_charset(
+    charset: str, http: httpx.Client, service: FakeService
+) -> None:
+    text = "-é \\ud800"
+    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}; charset={charset}"}
+    answer = http.post(EDITS, content=form(("image", picture()), ("prompt", text)), headers=headers)
+    assert answer.status_code == 200 and service.asked[-1].prompt == text
+    answer = http.post(EDITS, content=form((text, ""), (text, "")), headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == text
 
 
 def held() -> int:
