@@ -16,6 +16,7 @@ from distriray.routing.router import HostState, publish
 from distriray.status import HostNews, HostStatus
 
 from .autoscaling import BACKLOG_S
+from .callers import Callers, dead_actors
 from .config import PoolConfig
 from .logs import shorten_refusals
 from .pool_client import ANSWER_S
@@ -39,7 +40,10 @@ def report_of(name: str, host: Host, configured: int, known: str | None) -> Host
 
 
 class Pool:
-    """One host of a pool. `target` is for `ToNamedHost`, which has acted on it before a call gets here."""
+    """One host of a pool. `target` is for `ToNamedHost`, which has acted on it before a call gets here.
+
+    `router` is the actor that asks: what it asked for ends with it.
+    """
 
     def __init__(self, config: PoolConfig) -> None:
         shorten_refusals()
@@ -47,6 +51,7 @@ class Pool:
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._started: Host | None = None
         self._configured = 0
+        self._callers = Callers(lambda name: self._host.cancel(name), dead_actors)
 
     @property
     def _host(self) -> Host:
@@ -62,18 +67,23 @@ class Pool:
         else:
             self._started.configure(config)
 
-    async def generate(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self, target: str | None, request: GenerationRequest, router: str | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Generate: yields at once that the host has the request, and in the end the result."""
-        async with aclosing(self._host.stream(request)) as events:
+        async with aclosing(self.stream(target, request, router)) as events:
             async for event in events:
                 if isinstance(event, Queued | Finished):
                     yield event
 
-    async def stream(self, target: str | None, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, target: str | None, request: GenerationRequest, router: str | None = None
+    ) -> AsyncGenerator[Event, None]:
         """As `Host.stream`."""
-        async with aclosing(self._host.stream(request)) as events:
-            async for event in events:
-                yield event
+        with self._callers.waiting(router, request.id):
+            async with aclosing(self._host.stream(request)) as events:
+                async for event in events:
+                    yield event
 
     async def cancel(self, target: str | None, request_id: str) -> bool:
         """Stop a request after the step it is in; whether there was one."""

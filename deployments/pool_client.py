@@ -22,6 +22,7 @@ from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.status import HostNews
 
+from .callers import this_actor
 from .config import PoolConfig, RouterConfig
 from .members import members_of
 from .state import PoolState
@@ -58,6 +59,7 @@ class PoolClient:
         self._refresh_s, self._accept_s = router.refresh_s, router.accept_s
         self._wake_up: asyncio.Task[None] | None = None
         self._handle, self._streaming = handle, handle.options(stream=True)
+        self._router = this_actor()
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._silent: set[str] = set()
         self._background = Background(self._log)
@@ -242,7 +244,7 @@ class PoolClient:
         self, method: str, host: str, request: GenerationRequest
     ) -> AsyncGenerator[Event, None]:
         """Events that `method` of a host yields: first, and at once, that the host has the request."""
-        response = getattr(self._streaming, method).remote(host, request)
+        response = getattr(self._streaming, method).remote(host, request, self._router)
         events, over = aiter(response), False
         try:
             try:

@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray import serve
 from ray._private.state import actors
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from distriray.errors import DeadlineUnmet, GenerationCancelled, InvalidRequest
 from distriray.handle import HandleClient
@@ -97,6 +97,30 @@ def test_what_is_sent_to_a_host_that_hangs_is_done_by_another(
     time.sleep(2)  # what it had in its mailbox has begun by now
     until(lambda: all(idle(pool) for pool in client.fleet().pools.values()))
     assert finished(client, "twins").get(victim, before[victim]) == before[victim], "nothing is done twice"
+
+
+def test_what_routers_that_die_had_asked_for_is_cancelled(
+    service: Service, client: HandleClient, ask: Ask
+) -> None:
+    before = finished(client, "twins")
+    long = ask("twins", num_inference_steps=200, height=512, width=512)
+    response = serve.get_app_handle(APP).generate.remote(long)
+    until(lambda: any(host.running for host in client.fleet().pools["twins"].hosts.values()))
+    for actor in actors(actor_state_name="ALIVE").values():
+        if actor["Name"].startswith(f"SERVE_REPLICA::{APP}#Ingress#"):
+            os.kill(actor["Pid"], signal.SIGKILL)
+    with pytest.raises(RayActorError):
+        response.result()
+    until(partial(can_be_asked, client))
+    until(lambda: idle(client.fleet().pools["twins"]))
+    assert finished(client, "twins") == before, "nobody waits for it"
+
+
+def can_be_asked(client: HandleClient) -> bool:
+    try:
+        return bool(client.fleet())
+    except ConnectionError:
+        return False
 
 
 def test_what_waits_for_a_first_host_keeps_its_deadline_and_can_be_cancelled_at_any_router(

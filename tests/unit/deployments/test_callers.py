@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_what_a_dead_driver_asked_for_is_cancelled_for_nobody_and_all_else_goes_
         ended, looks = {name: asyncio.Event() for name in "abcd"}, 0
         cancelled: list[str] = []
 
-        def look() -> set[str]:
+        def look(_: Collection[str]) -> set[str]:
             nonlocal looks
             looks += 1
             return dead
@@ -64,7 +65,7 @@ def test_a_look_that_fails_does_not_end_the_watch_for_those_who_come_later() -> 
         cancelled: list[str] = []
         fails = True
 
-        def look() -> set[str]:
+        def look(_: Collection[str]) -> set[str]:
             nonlocal fails
             if fails:
                 fails = False

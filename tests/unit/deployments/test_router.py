@@ -141,7 +141,7 @@ class FakeHandle:
         self.calls.append((host, request))
         return self.deeds.pop(0)(host, request) if self.deeds else result_of(request)
 
-    def _generate(self, host: str, request: GenerationRequest) -> Stream:
+    def _generate(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
         async def events() -> AsyncGenerator[Event, None]:
             made = self._do(host, request)
             while host in self.hung:
@@ -152,7 +152,7 @@ class FakeHandle:
 
         return Stream(events(), lambda: self.cancelled.append(host))
 
-    def _stream(self, host: str, request: GenerationRequest) -> Stream:
+    def _stream(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
         async def events() -> AsyncGenerator[Event, None]:
             while host in self.hung:
                 await asyncio.sleep(0.001)
