@@ -4,7 +4,8 @@ A step of a published network, in the dtype that it is used in, runs on torch's 
 shapes and computes nothing. Counted are the operations that launch something on a GPU, and the bytes that
 they read and write: for diffusers alone, and for one rank of a gang in each mode of the exchange, kernel by
 kernel; and what that rank sends. Attention counts as one launch, and group norm as its kernels
-(`distriray.parallel.kernels.fused`).
+(`distriray.parallel.kernels.fused`). Beside them stands one rank of diffusers' own context parallelism, by
+Ulysses, where the network has a plan for it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers import ContextParallelConfig
 from diffusers.utils import logging
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,12 +93,31 @@ class Counting(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if not (func.is_view or "empty" in name or name in ("_unsafe_view", "lift_fresh")):
+        collective = func.namespace == "_c10d_functional"
+        if not (collective or func.is_view or "empty" in name or name in ("_unsafe_view", "lift_fresh")):
             in_place = name.endswith("_")
             read = args[1:] if name in OVERWRITES else args
             named = {key: value for key, value in (kwargs or {}).items() if key != "out"}
             self._count.add(read, named, args[0] if in_place else output)
         return output
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the bytes that one rank of several sends to each other one, collective by collective."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.sent: list[int] = []
+        self._ranks = ranks
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            self.sent.append(args[0].nbytes // self._ranks)
+        elif func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.sent.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -133,7 +156,7 @@ def standing_in(count: Count) -> Iterator[None]:
     """Let steps go through on the meta device, where what stands in for kernels counts their launches."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
-        output = query.new_empty(query.shape)
+        output = torch.empty_like(query)  # in its layout, as torch's kernels do
         count.add(query, key, value, output)
         return output
 
@@ -187,6 +210,16 @@ def main() -> None:
                     f"{sum(sum(bytes_.values()) for bytes_ in sent) / 1e6:.0f}",
                     f"{buffers / 1e6:.0f}",
                 )
+            theirs = by_diffusers(model, size, ranks)
+            if theirs is not None:
+                count, to_each = theirs
+                report.add(
+                    *cells(size, f"diffusers on {ranks}", "together", "-", "ulysses", count, alone, least),
+                    str(len(to_each)),
+                    str(len(to_each) * (ranks - 1)),
+                    f"{sum(to_each) * (ranks - 1) / 1e6:.0f}",
+                    "-",
+                )
     report.publish(arguments.json)
 
 
@@ -234,6 +267,32 @@ def alone_of(model: Published, size: int) -> Count:
     with torch.no_grad(), counting() as count:
         model.call(network, model.timestep_on("meta", 900.0), inputs)
     return count
+
+
+def by_diffusers(model: Published, size: int, ranks: int) -> tuple[Count, list[int]] | None:
+    """One rank's part of a step by diffusers' own context parallelism; None where it has no plan.
+
+    Returns:
+        Its launches, but for collectives, and the bytes that each of these sends to each peer.
+    """
+    network, inputs = on_meta(model, size)
+    if network._cp_plan is None or model.heads % ranks:
+        return None
+    dist.init_process_group("fake", rank=ranks // 2, world_size=ranks, store=FakeStore())
+    try:
+        spread_by_diffusers(network, ranks)
+        with torch.no_grad(), counting() as count, Collectives(ranks) as collectives:
+            model.call(network, model.timestep_on("meta", 900.0), {**inputs, "return_dict": False})
+    finally:
+        dist.destroy_process_group()
+    return count, collectives.sent
+
+
+def spread_by_diffusers(network: Any, ranks: int) -> Any:
+    """A network whose attention diffusers spreads over the ranks of torch's process group, by Ulysses."""
+    with patch.object(torch.accelerator, "device_count", lambda: 1):  # it asks, wherever the network is
+        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+    return network
 
 
 def in_gang(

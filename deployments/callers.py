@@ -29,7 +29,7 @@ class Callers:
         self, cancel: Callable[[str], Awaitable[object]], dead: Callable[[Collection[str]], set[str]]
     ) -> None:
         self._cancel, self._dead = cancel, dead
-        self._requests: defaultdict[str, set[str]] = defaultdict(set)
+        self._requests: defaultdict[str, list[str]] = defaultdict(list)  # one may be there twice, and refused
         self._watching: asyncio.Task[None] | None = None
         self._background = Background(self._log)
 
@@ -39,13 +39,13 @@ class Callers:
         if caller is None:
             yield
             return
-        self._requests[caller].add(request_id)
+        self._requests[caller].append(request_id)
         if self._watching is None or self._watching.done():
             self._watching = self._background.spawn(self._watch())
         try:
             yield
         finally:
-            self._requests[caller].discard(request_id)
+            self._requests[caller].remove(request_id)
             if not self._requests[caller]:
                 del self._requests[caller]
 
@@ -60,7 +60,7 @@ class Callers:
     async def _look(self) -> None:
         dead = await asyncio.to_thread(self._dead, tuple(self._requests))
         for caller in dead & self._requests.keys():
-            for request_id in list(self._requests.get(caller, ())):
+            for request_id in set(self._requests.get(caller, ())):
                 log.info("request %s is cancelled: its caller, %s, has died", request_id, caller)
                 await self._cancel(request_id)
 

@@ -42,7 +42,7 @@ class Computed(OwnKeysValues):
         return self.key
 
     def put(self, place: torch.Tensor) -> None:
-        place[:, 0], place[:, 1] = self.key.transpose(0, 1), self.value.transpose(0, 1)
+        torch.stack((self.key.transpose(0, 1), self.value.transpose(0, 1)), 1, out=place)
 
 
 @dataclass(frozen=True)

@@ -196,10 +196,12 @@ class Step(ABC):
         heads = [projection.shape[2] // ranks for projection in projections]
         rest = len(first), sum(heads), first.shape[3]
         outbox = self._patch.scratch((ranks, tokens[self.rank], *rest), first)
-        for part, projection in zip(outbox.split(heads, 3), projections, strict=True):
-            part.copy_(projection.unflatten(2, (ranks, -1)).permute(2, 1, 0, 3, 4))
+        by_rank = [each.unflatten(2, (ranks, -1)).flatten(3).permute(2, 1, 0, 3) for each in projections]
+        torch.cat(by_rank, 3, out=outbox.flatten(3))  # one launch, where copies are one each
         inbox = self._patch.scratch((sum(tokens), *rest), first)
-        self._swap_parts(outbox.unbind(), inbox.split(tokens))
+        parts = inbox.split(tokens)
+        parts[self.rank].copy_(outbox[self.rank])
+        self._swap_parts(outbox.unbind(), parts)
         return tuple(part.transpose(0, 1) for part in inbox.split(heads, 2))
 
     def deal_tokens(self, attended: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
@@ -212,11 +214,13 @@ class Step(ABC):
         Returns:
             (batch, this rank's tokens, heads, channels of a head).
         """
-        by_token = attended.transpose(0, 1)
-        outbox = self._patch.scratch(tuple(by_token.shape), attended).copy_(by_token)
-        inbox = self._patch.scratch((len(tokens), tokens[self.rank], *by_token.shape[1:]), attended)
-        self._swap_parts(outbox.split(tokens), inbox.unbind())
-        return inbox.permute(2, 1, 0, 3, 4).flatten(2, 3)
+        outbox = attended.transpose(0, 1).contiguous()  # a batch of one is that already
+        inbox = self._patch.scratch((len(tokens) - 1, tokens[self.rank], *outbox.shape[1:]), attended)
+        parts, received = outbox.split(tokens), list(inbox.unbind())
+        received.insert(self.rank, parts[self.rank])
+        self._swap_parts(parts, received)
+        own = torch.cat([part.flatten(2).transpose(0, 1) for part in received], 2)
+        return own.unflatten(2, (-1, attended.shape[3]))
 
     @property
     @abstractmethod
@@ -260,8 +264,7 @@ class Step(ABC):
         return parts
 
     def _swap_parts(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
-        """Send each rank its part, and receive from each; this rank's own stays here."""
-        receives[self.rank].copy_(sends[self.rank])
+        """Send each peer its part, and receive one from each; this rank's own are not looked at."""
         peers = self._patch.communicator.peers
         of_peers = ({peer: parts[peer] for peer in peers} for parts in (sends, receives))
         self._swap("keys_values", *of_peers)

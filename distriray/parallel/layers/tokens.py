@@ -145,11 +145,13 @@ class PatchJointAttention(PatchTokenAttention):
         if encoder_hidden_states_mask is not None and self.tokens.key_mask is None:
             raise UnsupportedModel("attention that is given a text mask, where the network was given none")
         image, text = hidden_states, encoder_hidden_states
-        projected = [projections_of(attn, image, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))]
+        projected = projections_of(attn, image, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         if text is not None:
             of_text = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            projected.insert(0 if self.text_first else 1, projections_of(attn, text, *of_text))
-        query, key, value = (torch.cat(parts, 1) for parts in zip(*projected, strict=True))
+            both = projections_of(attn, text, *of_text), projected
+            both = both if self.text_first else both[::-1]
+            projected = [torch.cat(parts, 1) for parts in zip(*both, strict=True)]
+        query, key, value = projected
         if image_rotary_emb is not None:
             query, key = (self.rotated(x, image_rotary_emb) for x in (query, key))
         attended = self.attend(query, key, value)

@@ -80,3 +80,21 @@ def test_a_look_that_fails_does_not_end_the_watch_for_those_who_come_later() -> 
             await until(lambda: cancelled)
 
     asyncio.run(scene())
+
+
+def test_a_request_that_is_there_twice_is_known_until_both_are_over() -> None:
+    """The second is refused, and ends at once; the first goes on."""
+
+    async def scene() -> None:
+        cancelled: list[str] = []
+
+        async def cancel(name: str) -> None:
+            cancelled.append(name)
+
+        known = Callers(cancel, lambda _: {"01"})
+        with known.waiting("01", "a"):
+            with known.waiting("01", "a"):
+                pass
+            await until(lambda: cancelled)
+
+    asyncio.run(scene())
