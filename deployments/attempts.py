@@ -1,11 +1,14 @@
-"""One request on its way through a router: hosts that were tried, and the wait for a first one."""
+"""One request on its way through a router: hosts that were tried, and the search for one."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from distriray.errors import GenerationCancelled
 from distriray.events import Event, Preview, Queued, Step
 from distriray.requests import GenerationRequest
 
@@ -55,14 +58,31 @@ class Attempts:
                 return True
 
 
-@dataclass
-class Wait:
-    """A request that waits for a first host, until `limit` runs out or somebody calls it off."""
+class Search:
+    """The search for a host of one request, until there is one or somebody calls it off."""
 
-    limit: asyncio.Timeout
-    called_off: bool = False
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._limit = asyncio.timeout(None)
+        self._called_off = False
+
+    @asynccontextmanager
+    async def going_on(self) -> AsyncGenerator[None, None]:
+        """Search while the block runs.
+
+        Raises:
+            GenerationCancelled: it was called off, which ends the block.
+        """
+        try:
+            async with self._limit:
+                yield
+        except TimeoutError:
+            if not self._called_off:
+                raise
+        if self._called_off:  # maybe too late to end the block
+            raise GenerationCancelled(f"request {self._request_id} was cancelled while it had no host")
 
     def call_off(self) -> None:
         """End it now."""
-        self.called_off = True
-        self.limit.reschedule(asyncio.get_running_loop().time())
+        self._called_off = True
+        self._limit.reschedule(asyncio.get_running_loop().time())

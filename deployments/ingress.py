@@ -69,7 +69,7 @@ class Ingress:
         return True in answers
 
     async def call_off(self, request_id: str) -> bool:
-        """Stop a request that waits at this replica for a first host; whether there was one."""
+        """Stop a request that has no host at this replica, or none any more; whether there was one."""
         return self._front.call_off(request_id)
 
     async def models(self) -> list[ModelCard]:

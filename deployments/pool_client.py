@@ -61,7 +61,6 @@ class PoolClient:
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._router = this_actor()
         self._asking: dict[str, asyncio.Task[None]] = {}
-        self._silent: set[str] = set()
         self._background = Background(self._log)
 
     async def look(self, choices: int, news: bool = False, adapters: Collection[str] = ()) -> list[str]:

@@ -14,14 +14,13 @@ from ray.serve.handle import DeploymentHandle
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
-    GenerationCancelled,
     InvalidRequest,
     ModelNotFound,
     NotEnoughDevices,
     QueueFull,
     TooLong,
 )
-from distriray.events import Event
+from distriray.events import Event, Finished
 from distriray.gang.admission import check_gang_size
 from distriray.gang.messages import WorkerFacts
 from distriray.requests import MULTIPLE_OF, GenerationRequest
@@ -29,7 +28,7 @@ from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
 from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
 
-from .attempts import Attempts, Wait
+from .attempts import Attempts, Search
 from .config import AppConfig
 from .fitting import fitting, offer
 from .models import sizes_of, terms_of
@@ -48,7 +47,7 @@ class Router:
     ) -> None:
         self._config, self._draw = config, draw
         self._clients = [PoolClient(pool, config.router, pools[pool.name], draw) for pool in config.pools]
-        self._waits: dict[str, Wait] = {}
+        self._searches: dict[str, Search] = {}
         self._sent: dict[str, tuple[PoolClient, str]] = {}
         self._sizes = {pool.model.name: sizes_of(pool.model) for pool in config.pools}
         self._terms = {pool.model.name: terms_of(pool.model) for pool in config.pools}
@@ -78,6 +77,8 @@ class Router:
                         async for event in events:
                             if attempts.shows(event):
                                 yield event
+                            if isinstance(event, Finished):  # what happens to the host is nobody's trouble
+                                return
                 return
             except (QueueFull, RayActorError, HostSilent) as error:
                 self._again(attempts, client, host, error)
@@ -94,7 +95,7 @@ class Router:
                 del self._sent[request_id]
 
     async def cancel(self, request_id: str) -> bool:
-        """Stop a request, at its host or while it waits here for a first one; whether there was one.
+        """Stop a request, at its host or while it has none; whether there was one.
 
         Only of a request that another router sent are all hosts asked.
         """
@@ -102,17 +103,17 @@ class Router:
             return True
         if request_id in self._sent:
             client, host = self._sent[request_id]
-            if any(await client.answers([host], "cancel", request_id)):
+            if any(await client.answers([host], "cancel", request_id)) or self.call_off(request_id):
                 return True
         answers = [await client.everyone("cancel", request_id) for client in self._clients]
         return any(any(answer) for answer in answers)
 
     def call_off(self, request_id: str) -> bool:
-        """Stop a request that waits here for a first host; whether there was one."""
-        wait = self._waits.get(request_id)
-        if wait is not None:
-            wait.call_off()
-        return wait is not None
+        """Stop a request that has no host here, or none any more; whether there was one."""
+        search = self._searches.get(request_id)
+        if search is not None:
+            search.call_off()
+        return search is not None
 
     def models(self) -> list[ModelCard]:
         """Every model, and then their other names.
@@ -203,14 +204,23 @@ class Router:
         Raises:
             ModelNotFound, AdapterNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices:
                 nowhere.
-            GenerationCancelled: somebody called it off while it waited for a first host.
+            GenerationCancelled: somebody called it off meanwhile.
         """
         clients = self._clients_of(attempts.request.model)
-        while True:
-            client, host, asked = await self._find(attempts, clients)
-            if host is not None:
-                return client, host, asked
-            await self._wait_for_host(attempts, client)
+        request_id, search = attempts.request.id, Search(attempts.request.id)
+        first = self._searches.setdefault(request_id, search) is search
+        try:
+            async with search.going_on():
+                while True:
+                    client, host, asked = await self._find(attempts, clients)
+                    if host is not None:
+                        return client, host, asked
+                    if not first:
+                        raise InvalidRequest(f"request {request_id!r} is already being worked on", "id")
+                    await self._wait_for_host(attempts, client)
+        finally:
+            if first:
+                del self._searches[request_id]
 
     async def _find(
         self, attempts: Attempts, clients: list[PoolClient]
@@ -267,21 +277,12 @@ class Router:
         attempts.wakes += 1
         if attempts.wakes > self._config.router.max_attempts:
             raise NotEnoughDevices(f"hosts of pool {pool} come up and are gone; `serve status` says why")
-        if request.id in self._waits:
-            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
-        wait = self._waits[request.id] = Wait(asyncio.timeout(attempts.left_s(time.monotonic())))
         try:
-            async with wait.limit:
+            async with asyncio.timeout(attempts.left_s(time.monotonic())):
                 await client.wake()
         except TimeoutError:
-            if wait.called_off:
-                raise GenerationCancelled(
-                    f"request {request.id} was cancelled before it had a host"
-                ) from None
             message = f"deadline_s {request.deadline_s:g} cannot be met: pool {pool} had no host in that time"
             raise DeadlineUnmet(message) from None
-        finally:
-            del self._waits[request.id]
 
     def _choose(
         self, attempts: Attempts, drawn: Mapping[PoolClient, list[str]]

@@ -68,10 +68,10 @@ class Watch:
                     watcher.tell(frame)
                 await asyncio.sleep(EACH_S * len(self._watchers))
         finally:
-            for watcher in self._watchers:
-                watcher.tell(None)
-            if self._looking is asyncio.current_task():
+            if self._looking is asyncio.current_task():  # else whoever watches has come later
                 self._looking = self._known = None
+                for watcher in self._watchers:
+                    watcher.tell(None)
 
 
 class Watcher:

@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..status import HostStatus as HostStatus
     from .blocking import BlockingHost as BlockingHost
     from .blocking import open_host as open_host
     from .config import HostConfig as HostConfig

@@ -78,10 +78,10 @@ class WorkerGroup:
         launch: starts a process for a place.
 
     Attributes:
-        links: the communicator's name of every group that is ready to be lent.
+        communicators: the communicator's name of every group that is ready to be lent.
         healthy: places whose workers are loaded and linked.
         facts: what the worker of each place reported, or the one before it until then.
-        failure: why the crew cannot be repaired, or None.
+        failure: why the group cannot be repaired, or None.
     """
 
     def __init__(self, config: HostConfig, launch: Callable[[int], RemoteWorker], owner: Owner) -> None:

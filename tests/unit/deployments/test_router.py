@@ -612,6 +612,43 @@ def test_what_waits_for_its_first_host_can_be_cancelled_by_id(streams: bool) -> 
     assert [sent.id for _, sent in handle.calls] == ["other"]
 
 
+def test_what_has_lost_its_host_can_be_cancelled_by_id_before_it_has_another() -> None:
+    async def scene() -> None:
+        asked = asyncio.ensure_future(service.generate(request(id="mine")))
+        while not handle.calls:
+            await asyncio.sleep(0)
+        handle.deaf = {"a", "b"}  # so that the next host takes a while to be found
+        while "mine" in service._sent:
+            await asyncio.sleep(0)
+        assert await service.cancel("mine")
+        with pytest.raises(GenerationCancelled):
+            await asked
+        assert len(handle.calls) == 1 and not service.call_off("mine")
+
+    handle = FakeHandle("a", "b")
+    handle.deeds = [dies]
+    service = front(refresh_s=0.0, pool=handle)
+    asyncio.run(scene())
+
+
+def test_a_host_that_dies_when_its_picture_has_arrived_is_nobodys_trouble() -> None:
+    class Dying(FakeHandle):
+        def _stream(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
+            async def events() -> AsyncGenerator[Event, None]:
+                yield Queued(request.id, 0, 0.0)
+                yield Finished(request.id, self._do(host, request))
+                raise ActorDiedError
+
+            return Stream(events(), lambda: self.cancelled.append(host))
+
+    async def scene() -> list[Event]:
+        return [event async for event in front(pool=handle).stream(request(id="mine"))]
+
+    handle = Dying("a", "b")
+    assert [type(event) for event in asyncio.run(scene())] == [Queued, Finished]
+    assert len(handle.calls) == 1
+
+
 def test_an_id_is_taken_while_it_waits_for_its_first_host() -> None:
     async def scene() -> list[GenerationResult | BaseException]:
         asks = (service.generate(request(id="twin")) for _ in range(2))

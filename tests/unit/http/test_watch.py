@@ -136,6 +136,22 @@ def test_all_who_watch_share_one_look_which_ends_with_the_last_of_them() -> None
 
 
 @pytest.mark.usefixtures("at_once")
+def test_who_comes_as_the_last_one_leaves_goes_on_to_watch() -> None:
+    async def scene() -> None:
+        service = Endless()
+        watching = Watch(service)
+        first = watching.join()
+        await settle()
+        await first.aclose()
+        second = watching.join()  # the look of the first has not ended yet
+        await settle()
+        assert service.over == 1 and service.begun == 2
+        assert [news and news["complete"] for news in told(second)] == [True]
+
+    do(scene())
+
+
+@pytest.mark.usefixtures("at_once")
 def test_who_does_not_keep_up_is_sent_away_and_holds_nobody_up() -> None:
     async def scene() -> None:
         service = Endless()
