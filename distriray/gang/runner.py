@@ -35,8 +35,8 @@ from ..picture import Picture
 from ..requests import SamplingParams, StepCount
 from ..status import AdapterStatus
 from ..weights import free_bytes, told_beside
-from .control import SegmentControl
 from .devices import DEVICES
+from .mailbox import Mailbox
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
 
 log = logging.getLogger("ray.serve.distriray.worker")
@@ -106,7 +106,7 @@ class SegmentRunner:
         self.device = device
         self._store = store
         self._timeout_s = timeout_s
-        self.control = SegmentControl(self._signal, on_progress)
+        self.mailbox = Mailbox(self._signal, on_progress)
         self._communicators: dict[str, Communicator] = {}
         self._names: dict[tuple[int, ...], str] = {}
         self._states: dict[int, DenoiseState] = {}
@@ -153,7 +153,7 @@ class SegmentRunner:
         Whatever goes wrong is a result.
         """
         try:
-            with self.control.running(order.serial, order.step):
+            with self.mailbox.running(order.serial, order.step):
                 return self._run(order, blob, pictures)
         except Exception as error:
             log.exception("segment %d of request %s failed", order.serial, order.request.id)
@@ -276,7 +276,7 @@ class SegmentRunner:
             stale_s=tuple(work.stale_s),
             decode_s=work.decode_s,
             bytes_sent=communicator.bytes_sent - sent,
-            previews=self.control.previews,
+            previews=self.mailbox.previews,
             images=work.images,
             error=error,
             cause=cause,
@@ -377,13 +377,13 @@ class SegmentRunner:
     def _steps(self, order: SegmentOrder, state: DenoiseState, work: _Work) -> SegmentEnd:
         """The steps of a segment. On a GPU the host launches one while the device is at the one before."""
         engine = self._engine
-        with self.control.stepping():
+        with self.mailbox.stepping():
             while not state.done:
                 with Stopwatch(self.device) as watch:
                     self._denoiser.step(state)
                 work.step_launched(watch, engine.statistics.synchronous)
                 if order.rank == 0:
-                    self.control.report(state.step, state.num_steps, self._preview(order, state))
+                    self.mailbox.report(state.step, state.num_steps, self._preview(order, state))
                 if engine.yielding and not state.done:
                     self._denoiser.settle(state)
                     break

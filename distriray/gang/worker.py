@@ -113,14 +113,14 @@ class Worker:
         """Wait until segment `serial` is beyond step `seen` or over."""
         while True:
             self._news.clear()
-            progress = self.runner.control.progress(serial)
+            progress = self.runner.mailbox.progress(serial)
             if progress.ended or progress.step > seen:
                 return progress
             await self._news.wait()
 
     async def stop(self, serial: int, signal: StopSignal) -> None:
         """Let a segment leave after the step it is in."""
-        self.runner.control.stop(serial, signal)
+        self.runner.mailbox.stop(serial, signal)
 
     async def export(self, job: int) -> bytes:
         """A job's state, for a worker that lacks it.

@@ -11,7 +11,7 @@ import torch
 
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.residuals import Residual
-from distriray.parallel.exchange.slots import Messages, Slot
+from distriray.parallel.exchange.slots import Shapes, Slot
 
 
 class Region(ABC):
@@ -161,7 +161,7 @@ class Packing:
         ranks: ranks of the exchange.
     """
 
-    def __init__(self, messages: Mapping[int, Messages], ranks: int) -> None:
+    def __init__(self, messages: Mapping[int, Shapes], ranks: int) -> None:
         self.lengths = [0] * ranks
         """Numbers in the row of each rank."""
         self._places: dict[int, dict[int, tuple[int, tuple[int, ...]]]] = {}

@@ -17,7 +17,7 @@ ALIGN = 16
 
 LAYERS_CHANGED = "the network's layers changed in the middle of an image"
 
-Messages = tuple[tuple[int, tuple[int, ...]], ...]
+Shapes = tuple[tuple[int, tuple[int, ...]], ...]
 """The shape of the message for each peer, or from it."""
 
 
@@ -32,8 +32,8 @@ class Slot:
     """
 
     kind: Kind
-    send: Messages
-    receive: Messages
+    send: Shapes
+    receive: Shapes
     dtype: torch.dtype
     extents: tuple[int, ...] = ()
 

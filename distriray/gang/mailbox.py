@@ -10,8 +10,8 @@ from typing import Any
 from .messages import Progress, StopSignal
 
 
-class SegmentControl:
-    """Control of one worker's segments, one at a time. All methods may be called from any thread.
+class Mailbox:
+    """Mailbox of one worker's segments, one at a time. All methods may be called from any thread.
 
     Args:
         on_signal: called with a signal for the segment that steps now, or is about to.
