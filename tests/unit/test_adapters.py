@@ -31,7 +31,18 @@ from distriray.models import ModelSpec
 from distriray.requests import Lora, SamplingParams
 from distriray.weights import place
 from tests.adapters import Weights, random_weights, write
-from tests.models import SHALLOW, tiny_flux, tiny_qwen_image, tiny_sd3, tiny_sd15, tiny_sdxl
+from tests.models import (
+    SHALLOW,
+    tiny_chroma,
+    tiny_flux,
+    tiny_flux2,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_sd15,
+    tiny_sdxl,
+    tiny_z_image,
+)
 from tests.parameters import sweep
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -40,6 +51,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
     "flux": tiny_flux,
     "qwen-image": tiny_qwen_image,
+    "chroma": tiny_chroma,
+    "flux2": tiny_flux2,
+    "flux2-klein": tiny_flux2_klein,
+    "z-image": tiny_z_image,
 }
 SMALL = {"prompt": "a lake", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 1}
 BOTH = [("ink", 0.8), ("neon", -0.5)]
