@@ -14,7 +14,9 @@ from deployments.config import AppConfig, HostConfig, PoolConfig, RouterConfig
 from deployments.http.config import HttpConfig
 from distriray.adapters import AdapterSpec
 from distriray.config import ParallelConfig, Prediction
+from distriray.controls import ControlNetSpec
 from distriray.gang.config import LIVE_FIELDS
+from distriray.ip_adapters import IPAdapterSpec
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.requests import Defaults
@@ -47,6 +49,8 @@ def default_of(field: FieldInfo) -> str:
         HttpConfig,
         ModelSpec,
         AdapterSpec,
+        ControlNetSpec,
+        IPAdapterSpec,
         Limits,
         Defaults,
         ParallelConfig,
