@@ -84,5 +84,6 @@ class Search:
 
     def call_off(self) -> None:
         """End it now."""
-        self._called_off = True
-        self._limit.reschedule(asyncio.get_running_loop().time())
+        if not self._called_off:
+            self._called_off = True
+            self._limit.reschedule(asyncio.get_running_loop().time())

@@ -61,19 +61,21 @@ def test_a_transformer_sends_what_arithmetic_says(name: str, tokens: int, width:
 
 @pytest.mark.parametrize("name", sweep(DEPTHS))
 def test_a_block_asks_less_of_a_gpu_than_by_diffusers_own_parallelism_in_half_the_messages(name: str) -> None:
-    ranks, launches, moved, sent, messages = 8, [], [], [], []
-    for depth in (2, 3):
-        model, blocks = shallow(name, depth)
-        count, peers, _ = share(model, 1024, ranks, False, "sync", "ulysses")
-        theirs = by_diffusers(model, 1024, ranks)
-        assert theirs is not None
-        their_count, to_each = theirs
-        of_each = [sum(moment.sent.values()) for moment, _ in peers.marks if moment.kind == "launch"]
-        launches.append((count.launches, their_count.launches))
-        moved.append((count.nbytes, their_count.nbytes))
-        sent.append((sum(of_each), sum(to_each) * (ranks - 1)))
-        messages.append((len(of_each), len(to_each)))
-    more = [[after - before for before, after in zip(*both, strict=True)] for both in (launches, moved, sent)]
-    (own_launches, their_launches), (own_bytes, their_bytes), (own_sent, they_sent) = more
-    assert own_launches < their_launches and own_bytes < their_bytes and own_sent == they_sent
-    assert messages[1] == (2 * blocks + 1, 4 * blocks + 1)
+    (three, blocks), (two, fewer) = shallow(name, 3), shallow(name, 2)
+    ours, theirs = (
+        [more - less for more, less in zip(*both, strict=True)]
+        for both in zip(asked(three), asked(two), strict=True)
+    )
+    assert ours[0] < theirs[0] and ours[1] < theirs[1] and ours[2] == theirs[2]
+    assert (ours[3], theirs[3]) == (2 * (blocks - fewer), 4 * (blocks - fewer))
+
+
+def asked(model: Published) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Launches, bytes moved, bytes sent and messages of one rank of eight: of a gang, and of diffusers."""
+    count, peers, _ = share(model, 1024, 8, False, "sync", "ulysses")
+    sent = [sum(moment.sent.values()) for moment, _ in peers.marks if moment.kind == "launch"]
+    theirs = by_diffusers(model, 1024, 8)
+    assert theirs is not None
+    their_count, to_each = theirs
+    ours = count.launches, count.nbytes, sum(sent), len(sent)
+    return ours, (their_count.launches, their_count.nbytes, 7 * sum(to_each), len(to_each))

@@ -621,6 +621,8 @@ def test_what_has_lost_its_host_can_be_cancelled_by_id_before_it_has_another() -
         while "mine" in service._sent:
             await asyncio.sleep(0)
         assert await service.cancel("mine")
+        await asyncio.sleep(0)
+        assert service.call_off("mine"), "it is being ended already, and may be called off twice"
         with pytest.raises(GenerationCancelled):
             await asked
         assert len(handle.calls) == 1 and not service.call_off("mine")
