@@ -14,20 +14,20 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
+from torch.distributed import PrefixStore
 
 from bench.launches import Collectives, spread_by_diffusers
 from bench.published import PUBLISHED
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, launch, serve_store
+from distriray.collective.store import open_store
 from distriray.config import AttentionMode
 from distriray.parallel import engine_of
 
@@ -74,8 +74,7 @@ def main() -> None:
     shape = arguments.size, arguments.heads, arguments.rounds, arguments.steps
     for ranks in arguments.ranks:
         served = serve_store("127.0.0.1")
-        with TemporaryDirectory() as folder:
-            rounds = launch(ranks, measure, served.address, folder, arguments.backends, *shape)[0]
+        rounds = launch(ranks, measure, served.address, arguments.backends, *shape)[0]
         for backend, way in rounds[0]:
             timings = [timing[backend, way] for timing in rounds]
             gathered = [timing[backend, "gather"].step_s for timing in rounds]
@@ -96,14 +95,13 @@ def main() -> None:
 def measure(
     communicator: Communicator,
     address: str,
-    folder: str,
     backends: list[str],
     size: int,
     heads: int,
     rounds: int,
     steps: int,
 ) -> list[dict[Key, Timing]]:
-    """Time every way over every backend `rounds` times; `folder` is where diffusers' ranks meet."""
+    """Time every way over every backend `rounds` times."""
     rank, ranks = communicator.rank, communicator.world_size
     gangs = {
         name: connect(name, rank=rank, world_size=ranks, address=address, name=name) for name in backends
@@ -123,9 +121,10 @@ def measure(
         for way in WAYS:
             ways[backend, way] = partial(_time, network, gang, way, inputs, steps)
     if "gloo" in backends and heads % ranks == 0:
-        dist.init_process_group("gloo", f"file://{Path(folder) / 'met'}", rank=rank, world_size=ranks)
+        store = PrefixStore("diffusers", open_store(address))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         theirs = spread_by_diffusers(deepcopy(network), ranks)
-        ways["gloo", "diffusers"] = lambda: _time_theirs(theirs, ranks, inputs, steps)
+        ways["gloo", "diffusers"] = partial(_time_theirs, theirs, ranks, inputs, steps)
     try:
         return [{key: measure_one() for key, measure_one in ways.items()} for _ in range(rounds)]
     finally:

@@ -25,7 +25,7 @@ class _InMemory(MultiPartParser):
 
     @property
     def _charset(self) -> str:
-        """UTF-8 whatever the form says (RFC 7578, 5.1.2): some of Python's decoders take minutes."""
+        """UTF-8 whatever the form says (RFC 7578, 5.1.2): some of Python's decoders are slow."""
         return "utf-8"
 
     @_charset.setter

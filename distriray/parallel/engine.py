@@ -147,7 +147,8 @@ class Engine:
     def start_image(self, at_step: int = 0) -> None:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
         self._image.begin(at_step)
-        self._forget_call()
+        self._collector.forget()
+        self._more_follow = False
 
     def announce_more(self) -> None:
         """Promise that a further call of the same image follows the next one, or else `settle`.
@@ -252,10 +253,6 @@ class Engine:
 
     def _leave(self, image: Image) -> None:
         self._entered.remove(image)
-
-    def _forget_call(self) -> None:
-        self._collector.forget()
-        self._more_follow = False
 
     # The network's forward pass
 
