@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bench.report import Report
-from distriray.adapters import AdapterSpec
+from distriray.adapters import AdapterSpec, Lora
 from distriray.denoise import Denoiser
 from distriray.landscapes import MODEL_DIR
-from distriray.requests import Lora, SamplingParams
+from distriray.requests import SamplingParams
 
 RANK = 6
 

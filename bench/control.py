@@ -25,12 +25,12 @@ from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import ExchangeMode
-from distriray.controls import ControlNetSpec
+from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser
-from distriray.ip_adapters import IPAdapterSpec
+from distriray.ip_adapters import IPAdapter, IPAdapterSpec
 from distriray.landscapes import MODEL_DIR
 from distriray.picture import Picture
-from distriray.requests import Control, IPAdapter, SamplingParams
+from distriray.requests import SamplingParams
 
 NAMES = "first", "second"
 TOKENS, WIDTH = 4, 64

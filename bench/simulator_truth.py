@@ -23,8 +23,9 @@ import psutil
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.results import Segment
-from distriray.routing.latency import LatencyModel, Profile
+from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.elastic import Elastic
+from distriray.routing.profile import Profile
 from distriray.routing.simulation.fleet import SimulatedFleet
 from distriray.routing.simulation.report import TraceReport
 from distriray.routing.simulation.simulator import simulate

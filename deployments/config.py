@@ -7,15 +7,15 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from distriray.gang.config import LIVE_FIELDS, Count, HostConfig, Seconds
+from distriray.gang.config import LIVE_FIELDS, HostConfig
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.names import check_unique
+from distriray.quantities import Count, NonNegative, PositiveSeconds, Seconds
 from distriray.routing.router import CHOICES
 
 from .http.config import HttpConfig
 
-Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Model = Annotated[
     ModelSpec, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
 ]
@@ -53,13 +53,13 @@ class PoolConfig(HostConfig):
     model: Model = ModelSpec()
     min_hosts: Annotated[int, Field(ge=0)] = 1
     max_hosts: Count = 1
-    target_backlog_s: Seconds = 30.0
-    look_back_s: Seconds = 20.0
-    scale_up_after_s: Share = 5.0
-    scale_down_after_s: Share = 300.0
-    cpus_per_host: Share = 0.1
-    drain_s: Seconds = 120.0
-    health_period_s: Seconds = 10.0
+    target_backlog_s: PositiveSeconds = 30.0
+    look_back_s: PositiveSeconds = 20.0
+    scale_up_after_s: Seconds = 5.0
+    scale_down_after_s: Seconds = 300.0
+    cpus_per_host: NonNegative = 0.1
+    drain_s: PositiveSeconds = 120.0
+    health_period_s: PositiveSeconds = 10.0
 
     @model_validator(mode="after")
     def _check_hosts(self) -> Self:
@@ -114,13 +114,13 @@ class RouterConfig(BaseModel):
     min_replicas: Count = 1
     max_replicas: Count = 4
     target_requests: Count = 64
-    cpus: Share = 0.1
+    cpus: NonNegative = 0.1
     choices: Count = CHOICES
-    refresh_s: Share = 0.25
-    error_margin: Share = 1.0
+    refresh_s: Seconds = 0.25
+    error_margin: NonNegative = 1.0
     max_attempts: Count = 3
-    accept_s: Seconds = 5.0
-    drain_s: Seconds = 300.0
+    accept_s: PositiveSeconds = 5.0
+    drain_s: PositiveSeconds = 300.0
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:
@@ -176,7 +176,7 @@ class AppConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        check_unique("pools", (pool.name for pool in self.pools), "pool")
+        check_unique("pools", self.pools, "pool")
         return self
 
     @model_validator(mode="after")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from distriray.controls import check_controls
-from distriray.errors import AdapterNotFound, ControlNetNotFound, InvalidRequest, IPAdapterNotFound
-from distriray.gang.admission import admit, check_gang_size
-from distriray.ip_adapters import check_ip_adapters
+from distriray.gang.admission import admit, check_gang_size, check_listed
 from distriray.limits import Limits
+from distriray.names import REFUSALS
 from distriray.requests import GenerationRequest
 from distriray.routing.policy import RequestView
 
@@ -33,7 +31,7 @@ def fitting(
     for client in clients:
         try:
             fits.append((client, *_view_of(request, client, now_s, left_s)))
-        except (InvalidRequest, AdapterNotFound, ControlNetNotFound, IPAdapterNotFound) as error:
+        except REFUSALS as error:
             unfit = unfit or error
     if unfit is not None and not fits:
         raise unfit
@@ -52,8 +50,7 @@ def _view_of(
     """
     config, facts = client.state.config, client.state.facts
     client.state.check_adapters(request.loras)
-    check_controls(request.control, (spec.name for spec in config.controls))
-    check_ip_adapters(request.ip_adapters, (spec.name for spec in config.ip_adapters))
+    check_listed(request, config)
     if facts is None:
         config.limits.check(request)
         check_gang_size(request, config.sizes)

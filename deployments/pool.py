@@ -18,9 +18,10 @@ from distriray.status import HostNews, HostStatus
 from .autoscaling import BACKLOG_S
 from .callers import Callers, dead_actors
 from .config import PoolConfig
+from .host_report import HostKnowledge, HostReport, shifted
 from .logs import shorten_refusals
 from .pool_client import ANSWER_S
-from .state import HostKnowledge, HostReport, shifted, wait_s
+from .pool_state import wait_s
 
 
 def state_of(name: str, host: Host) -> HostState:

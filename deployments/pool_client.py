@@ -25,7 +25,7 @@ from distriray.status import HostNews
 from .callers import this_actor
 from .config import PoolConfig, RouterConfig
 from .members import members_of
-from .state import PoolState
+from .pool_state import PoolState
 
 log = logging.getLogger("ray.serve.distriray")
 

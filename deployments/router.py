@@ -33,7 +33,7 @@ from .config import AppConfig
 from .fitting import fitting, offer
 from .models import sizes_of, terms_of
 from .pool_client import HostSilent, PoolClient
-from .state import choose, wait_s
+from .pool_state import choose, wait_s
 from .watch import watch
 
 LONGEST_RETRY_S = 3600.0

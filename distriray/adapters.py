@@ -11,10 +11,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import AdapterNotFound, ModelNotFound, UnusableAdapter
+from .errors import ModelNotFound, UnusableAdapter
 from .models import BUILTIN, ModelSpec, download
-from .names import check_named
-from .requests import ADAPTER_NAME, Lora
+from .names import NAME, check_names
 
 log = logging.getLogger("ray.serve.distriray")
 
@@ -26,6 +25,17 @@ MOST_IN_FOLDER = 1000
 """Adapters that are taken from a folder, the first by name."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class Lora(BaseModel):
+    """An adapter to draw with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=NAME)]
+    """One of those that the model is served with."""
+    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+    """How much it counts; 0 is not at all."""
 
 
 class AdapterSpec(BaseModel):
@@ -41,7 +51,7 @@ class AdapterSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     source: str
     file: Annotated[str, Field(pattern=r"\.safetensors$")] = "pytorch_lora_weights.safetensors"
     revision: str | None = None
@@ -127,7 +137,7 @@ class Catalogue:
         loras = list(loras)
         if any(lora.name not in self.specs for lora in loras):
             self.look()  # it may just have come
-        check_names(loras, self.names)
+        check_names("loras", loras, self.names)
         return tuple(self._specs[lora.name] for lora in loras)
 
     def _in_folder(self) -> dict[str, AdapterSpec]:
@@ -138,7 +148,7 @@ class Catalogue:
         except OSError as error:
             log.warning("the folder of adapters %s cannot be read: %s", self._folder, error)
             return {}
-        named = [file for file in files if re.fullmatch(ADAPTER_NAME, file.stem)]
+        named = [file for file in files if re.fullmatch(NAME, file.stem)]
         if len(named) > MOST_IN_FOLDER:
             log.warning("%s has %d adapters; the first %d count", self._folder, len(named), MOST_IN_FOLDER)
         return {
@@ -157,13 +167,3 @@ def built_in(model: str) -> list[AdapterSpec]:
         AdapterSpec(name=file.stem, source=str(file), families=("StableDiffusionXL",))
         for file in sorted(ADAPTERS_DIR.glob(f"*{SUFFIX}"))
     ]
-
-
-def check_names(loras: Iterable[Lora], known: Iterable[str]) -> None:
-    """Check what a request names.
-
-    Raises:
-        AdapterNotFound: it is not among the known names, which are listed.
-        InvalidRequest: it is named more than once.
-    """
-    check_named("loras", (lora.name for lora in loras), known, "adapter", AdapterNotFound)

@@ -22,8 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from .config import ExchangeMode, ParallelConfig
 from .errors import DistrirayError, InvalidRequest
 from .models import ModelSpec
-from .requests import GenerationRequest, SamplingParams, invalid_request
+from .requests import GenerationRequest, SamplingParams
 from .results import GenerationResult
+from .validation import invalid_request
 from .version import __version__
 
 if TYPE_CHECKING:

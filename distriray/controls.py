@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .errors import ControlNetNotFound, ModelNotFound, UnusableControlNet
+from .errors import InvalidRequest, ModelNotFound, UnusableControlNet
 from .models import ModelSpec, download
-from .names import check_named
-from .requests import ADAPTER_NAME, Control
+from .names import NAME
+from .picture import CarriedPicture
 
 MOST_CONTROLNETS = 16
 """That a pool may list: each worker has all of them in the memory of its device."""
+
+
+class Control(BaseModel):
+    """A ControlNet to draw with, and the picture that it goes by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=NAME)]
+    """One of those that the model is served with."""
+    image: CarriedPicture
+    """What it goes by, such as edges or depths, as a `data:` URL. It is scaled to the picture's size."""
+    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+    """How much it counts; 0 is not at all."""
+    start: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """The share of the steps after which it begins."""
+    end: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """The share of the steps at which it ends."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.start >= self.end:
+            raise InvalidRequest(
+                f"control {self.name!r} starts at {self.start:g} and ends at {self.end:g}; end it later",
+                "control",
+            )
+        return self
 
 
 class ControlNetSpec(BaseModel):
@@ -31,7 +56,7 @@ class ControlNetSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     source: str
     file: Annotated[str, Field(pattern=r"\.safetensors$")] = "diffusion_pytorch_model.safetensors"
     revision: str | None = None
@@ -59,14 +84,3 @@ class ControlNetSpec(BaseModel):
             if not file.is_file():
                 raise UnusableControlNet(f"{what}: there is no {file}; only safetensors are read")
         return path
-
-
-def check_controls(controls: Iterable[Control], known: Iterable[str]) -> None:
-    """Check what a request names.
-
-    Raises:
-        ControlNetNotFound: it is not among the known names, which are listed.
-        InvalidRequest: it is named more than once.
-    """
-    names = (control.name for control in controls)
-    check_named("control", names, sorted(known), "ControlNet", ControlNetNotFound)

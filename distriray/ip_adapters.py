@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import IPAdapterNotFound, ModelNotFound, UnusableIPAdapter
+from .errors import ModelNotFound, UnusableIPAdapter
 from .models import ModelSpec, download
-from .names import check_named
-from .requests import ADAPTER_NAME, IPAdapter
+from .names import NAME
+from .picture import CarriedPicture
 
 MOST_IP_ADAPTERS = 16
 """That a pool may list: each worker has all of them in the memory of its device."""
 
 _ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+class IPAdapter(BaseModel):
+    """An IP-Adapter to draw with, and the picture that it takes after."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=NAME)]
+    """One of those that the model is served with."""
+    image: CarriedPicture
+    """What is drawn like it, as a `data:` URL. Its middle square is looked at."""
+    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
+    """How much it counts beside the prompt; 0 is not at all."""
 
 
 class IPAdapterFiles(NamedTuple):
@@ -42,7 +54,7 @@ class IPAdapterSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
+    name: Annotated[str, Field(pattern=NAME)]
     source: str
     file: Annotated[str, Field(pattern=r"\.safetensors$")] = "ip-adapter.safetensors"
     image_encoder: Annotated[str, Field(min_length=1)] = "image_encoder"
@@ -71,14 +83,3 @@ class IPAdapterSpec(BaseModel):
             if not path.is_file():
                 raise UnusableIPAdapter(f"{what}: there is no {path}; only safetensors are read")
         return found
-
-
-def check_ip_adapters(asked: Iterable[IPAdapter], known: Iterable[str]) -> None:
-    """Check what a request names.
-
-    Raises:
-        IPAdapterNotFound: it is not among the known names, which are listed.
-        InvalidRequest: it is named more than once.
-    """
-    names = (each.name for each in asked)
-    check_named("ip_adapters", names, sorted(known), "IP-Adapter", IPAdapterNotFound)

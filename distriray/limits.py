@@ -8,8 +8,10 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import InvalidRequest
+from .names import KINDS
 from .picture import LARGEST_BYTES, LARGEST_PIXELS, Picture
-from .requests import Count, GenerationRequest
+from .quantities import Count
+from .requests import GenerationRequest
 
 
 class Limits(BaseModel):
@@ -40,12 +42,8 @@ class Limits(BaseModel):
         "clip_skip": "max_clip_skip",
     }
     """The limit of each field that has a largest value."""
-    LONGEST: ClassVar[dict[str, tuple[str, str]]] = {
-        "loras": ("max_loras", "adapters"),
-        "control": ("max_controls", "ControlNets"),
-        "ip_adapters": ("max_ip_adapters", "IP-Adapters"),
-    }
-    """The limit of each field that is a list, and what it names."""
+    LONGEST: ClassVar[dict[str, str]] = {field: f"max_{kind.option}" for field, kind in KINDS.items()}
+    """The limit of each field that is a list of names."""
     TEXTS: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -69,10 +67,11 @@ class Limits(BaseModel):
                 raise InvalidRequest(
                     f"{field} has {length} characters; the limit is {self.max_prompt_chars}", field
                 )
-        for field, (limit, named) in self.LONGEST.items():
+        for field, limit in self.LONGEST.items():
             count, most = len(getattr(request, field)), getattr(self, limit)
             if count > most:
-                raise InvalidRequest(f"{field} names {count} {named}; the limit is {most}", field)
+                named = f"{count} {KINDS[field].word}s"
+                raise InvalidRequest(f"{field} names {named}; the limit is {most}", field)
         self.check_pictures(request.pictures)
         self._check_size(request)
 

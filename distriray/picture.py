@@ -8,10 +8,10 @@ from binascii import Error as NotBase64
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from PIL import ExifTags, Image, ImageOps
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, GetPydanticSchema, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
 from .errors import InvalidRequest
@@ -146,6 +146,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture of that orientation upright."""
+
+
+CarriedPicture = Annotated[Picture | None, GetPydanticSchema(lambda _, handler: handler(Picture))]
+"""A picture that no request can leave out: None is in copies alone (`SamplingParams.without_pictures`)."""
 
 
 def png(image: Image.Image) -> bytes:

@@ -5,124 +5,33 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from uuid import uuid4
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetPydanticSchema,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .adapters import Lora
 from .config import ExchangeMode, ParallelConfig
+from .controls import Control
 from .errors import InvalidRequest
+from .ip_adapters import IPAdapter
 from .picture import Picture
+from .quantities import Count, NonNegative, PositiveSeconds
+from .steps import STEP_COUNTS, SchedulerName, StepCount
+from .validation import invalid_request
 
-Count = Annotated[int, Field(ge=1)]
 MAX_SEEDS = 2**63
 """Seeds are below this, those of all images of a request."""
 
 Seed = Annotated[int, Field(ge=0, lt=MAX_SEEDS)]
-SchedulerName = Literal[
-    "ddim",
-    "dpmpp-2m",
-    "dpmpp-2m-karras",
-    "dpmpp-2s",
-    "euler",
-    "euler-ancestral",
-    "heun",
-    "lcm",
-    "lms",
-    "pndm",
-    "unipc",
-]
-"""The names of `distriray.denoise.SCHEDULERS`, here because importing those loads torch and diffusers."""
-
-
-class StepCount(NamedTuple):
-    """Number of network calls by a scheduler: `factor` times the steps that are asked for, and `more`."""
-
-    factor: int = 1
-    more: int = 0
-
-    def of(self, steps: int, skipped: int = 0) -> int:
-        """Calls in all but the first steps; the last step, and so an only one, is always a single call."""
-        return self.factor * (steps - skipped) + self.more if steps > 1 else 1 - skipped
-
-
-STEP_COUNTS: dict[SchedulerName, StepCount] = {"heun": StepCount(2, -1), "pndm": StepCount(1, 1)}
-"""Of the schedulers that do not call the network once a step: heun is of second order, pndm repeats one."""
-
 MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels, and so is the unit of each model."""
-
-
-CarriedPicture = Annotated[Picture | None, GetPydanticSchema(lambda _, handler: handler(Picture))]
-"""A picture that no request can leave out: None is in copies alone (`SamplingParams.without_pictures`)."""
-
-ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-"""What the name of an adapter looks like; no path does."""
-
 
 Sides = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
 """A width and a height in pixels, such as "1024x768"."""
 
 Place = Annotated[str, Field(pattern=r"^[0-9]{1,5},[0-9]{1,5}$")]
 """Pixels from the left and from the top, such as "0,128"."""
-
-
-class Lora(BaseModel):
-    """An adapter to draw with."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
-    """One of those that the model is served with."""
-    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
-    """How much it counts; 0 is not at all."""
-
-
-class Control(BaseModel):
-    """A ControlNet to draw with, and the picture that it goes by."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
-    """One of those that the model is served with."""
-    image: CarriedPicture
-    """What it goes by, such as edges or depths, as a `data:` URL. It is scaled to the picture's size."""
-    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
-    """How much it counts; 0 is not at all."""
-    start: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """The share of the steps after which it begins."""
-    end: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    """The share of the steps at which it ends."""
-
-    @model_validator(mode="after")
-    def _check_shares(self) -> Self:
-        if self.start >= self.end:
-            raise InvalidRequest(
-                f"control {self.name!r} starts at {self.start:g} and ends at {self.end:g}; end it later",
-                "control",
-            )
-        return self
-
-
-class IPAdapter(BaseModel):
-    """An IP-Adapter to draw with, and the picture that it takes after."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    name: Annotated[str, Field(pattern=ADAPTER_NAME)]
-    """One of those that the model is served with."""
-    image: CarriedPicture
-    """What is drawn like it, as a `data:` URL. Its middle square is looked at."""
-    scale: Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)] = 1.0
-    """How much it counts beside the prompt; 0 is not at all."""
 
 
 class SamplingParams(BaseModel):
@@ -155,7 +64,7 @@ class SamplingParams(BaseModel):
     """In pixels, a multiple of 8 and of the model's unit; the model's own by default."""
     num_inference_steps: Count | None = None
     """Denoising steps; the model's own number by default."""
-    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    guidance_scale: NonNegative | None = None
     """Scale of guidance; classifier-free guidance is off at 1 and below. The model's own by default."""
     guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """How far the guided noise is rescaled to the contrast of the unguided one, from 0 to 1."""
@@ -343,11 +252,6 @@ def image_of(field: str, index: int) -> str:
     return f"{field}.{index}.image"
 
 
-def guided_steps(guidance_end: float, num_steps: int) -> int:
-    """Number of first steps that have guidance, as diffusers' guiders count their `stop`."""
-    return int(guidance_end * num_steps)
-
-
 class Defaults(BaseModel):
     """Values for what requests leave open: turbo and lightning models want few steps and little
     guidance, behind clients that can send neither. None is the model's own.
@@ -361,7 +265,7 @@ class Defaults(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_inference_steps: Count | None = None
-    guidance_scale: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    guidance_scale: NonNegative | None = None
     scheduler: SchedulerName | None = None
 
 
@@ -385,7 +289,7 @@ class GenerationRequest(SamplingParams):
     """One of the served models; None is the only or the default one."""
     gang_size: Count | Literal["auto"] = "auto"
     """Workers to use; `auto` leaves it to the host's policy, which may change it between steps."""
-    deadline_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    deadline_s: PositiveSeconds | None = None
     """Seconds from submission to the finished picture; a service refuses at once what it cannot meet."""
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
     """Larger is more important; each unit doubles its share."""
@@ -443,35 +347,3 @@ class GenerationRequest(SamplingParams):
         """The calls of the network, of `num_steps` (1 is the first), after which a preview is sent."""
         count = self.previews
         return frozenset(round((i + 1) * num_steps / (count + 1)) for i in range(count)) - {0, num_steps}
-
-
-def invalid_request(error: ValidationError) -> InvalidRequest:
-    """The first error that pydantic found, as one sentence with the field and the value."""
-    first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"] if isinstance(part, int | str)]
-    param, whole = place[0] if place else None, ".".join(place)
-    if first["type"] == "value_error":
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, InvalidRequest):
-            return _of_entry(cause, whole) if place[1:] and cause.param == place[-1] else cause
-        return InvalidRequest(str(cause), param)
-    if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"there is no field {whole!r}", param, "there is no such field")
-    if first["type"] == "missing":
-        return InvalidRequest(f"{whole} is missing", param)
-    message = first["msg"][0].lower() + first["msg"][1:]
-    what = param or "request"
-    return InvalidRequest(f"{what} {_shortened(first['input'])}: {message}", param, f"{what}: {message}")
-
-
-def _of_entry(error: InvalidRequest, whole: str) -> InvalidRequest:
-    """The error of a picture, which knows itself as `image`, by the name that it has in a request's list."""
-    message, unquoted = (
-        f"{whole}{text.removeprefix(error.param or '')}" for text in (str(error), error.unquoted)
-    )
-    return InvalidRequest(message, whole, unquoted)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

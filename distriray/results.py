@@ -10,8 +10,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from .config import ExchangeMode, Mix
-
-Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+from .quantities import Seconds
 
 
 class Segment(BaseModel):

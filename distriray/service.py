@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 from .events import Event
 from .limits import Limits
-from .requests import MULTIPLE_OF, Count, Defaults, GenerationRequest
-from .results import GenerationResult, Seconds
+from .quantities import Count, Seconds
+from .requests import MULTIPLE_OF, Defaults, GenerationRequest
+from .results import GenerationResult
 from .status import HostNews, HostStatus
 
 

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from distriray.config import MIXES, PAPER, ExchangeMode, Freshness, Mix, ParallelConfig, Prediction, Width
-from distriray.requests import SchedulerName
+from distriray.steps import SchedulerName
 
 PATCHES = (2, 4, 8)
 SCHEDULERS: tuple[SchedulerName, ...] = ("ddim", "euler", "dpmpp-2m")

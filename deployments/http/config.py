@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from distriray.requests import Count
+from distriray.quantities import Count, PositiveSeconds
 
 
 class HttpConfig(BaseModel):
@@ -34,7 +34,7 @@ class HttpConfig(BaseModel):
     keys_file: Path | None = None
     max_body_bytes: Count = 256 * 1024
     max_upload_bytes: Count = 33 * 2**20
-    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = 600.0
+    timeout_s: PositiveSeconds | None = 600.0
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = ()
     log_prompts: bool = False
     page: bool = True

@@ -32,7 +32,7 @@ from distriray.errors import (
     UnusableControlNet,
     UnusableIPAdapter,
 )
-from distriray.requests import invalid_request
+from distriray.validation import invalid_request
 from distriray.wire import EDITS, OF_PICTURES, PARAMS
 
 CLIENT_LEFT = 499

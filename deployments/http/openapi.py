@@ -174,7 +174,7 @@ def _limit(fields: dict[str, Any], cards: list[ModelCard]) -> None:
         PARAMS.get(field, field): {"maximum": getattr(limits, limit)}
         for field, limit in Limits.LARGEST.items()
     }
-    bounds |= {field: {"maxItems": getattr(limits, limit)} for field, (limit, _) in Limits.LONGEST.items()}
+    bounds |= {field: {"maxItems": getattr(limits, limit)} for field, limit in Limits.LONGEST.items()}
     for name, bound in bounds.items():
         field = fields[name]
         (field["anyOf"][0] if "anyOf" in field else field).update(bound)

@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from distriray.adapters import AdapterSpec, check_names
+from distriray.adapters import AdapterSpec, Lora
 from distriray.denoise.weight_files import first_lines
 from distriray.errors import InvalidRequest, UnusableAdapter
-from distriray.requests import Lora
+from distriray.names import check_names
 
 MOST_BYTES = 2**30
 MOST_HELD = 64
@@ -125,7 +125,7 @@ class Adapters:
             UnusableAdapter: a file is missing, damaged or not for this pipeline.
             InvalidRequest: together they need more than `most_bytes`.
         """
-        check_names(loras, self.known)
+        check_names("loras", loras, self.known)
         wanted = [lora for lora in loras if lora.scale]
         with self._timed():
             files: dict[str, _File] = {}

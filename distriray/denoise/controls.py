@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from distriray.controls import ControlNetSpec, check_controls
+from distriray.controls import Control as Asked
+from distriray.controls import ControlNetSpec
 from distriray.denoise.state import DenoiseState
 from distriray.denoise.weight_files import digest_of, first_lines
 from distriray.errors import DistrirayError, UnusableControlNet
+from distriray.names import check_names
 from distriray.parallel.networks.controlnet import Control, Embedder, check_fits, split
 from distriray.picture import Picture, opaque
-from distriray.requests import Control as Asked
 from distriray.requests import image_of
 
 _VALUE = "controls"
@@ -77,7 +78,7 @@ class Controls:
             InvalidRequest: a picture is damaged, or not there.
         """
         asked = list(asked)
-        check_controls(asked, self._loaded)
+        check_names("control", asked, self._loaded)
         processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []

@@ -26,9 +26,10 @@ from distriray.denoise.pipelines.image_prompts import ImagePrompt
 from distriray.denoise.state import DenoiseState
 from distriray.denoise.weight_files import digest_of, first_lines
 from distriray.errors import DistrirayError, UnusableIPAdapter
-from distriray.ip_adapters import IPAdapterSpec, check_ip_adapters
+from distriray.ip_adapters import IPAdapter, IPAdapterSpec
+from distriray.names import check_names
 from distriray.picture import Picture, opaque
-from distriray.requests import IPAdapter, image_of
+from distriray.requests import image_of
 
 _VALUE = "ip_adapters"
 _EMBEDS = "ip_adapter_embeds_{}"
@@ -142,7 +143,7 @@ class IPAdapters:
             InvalidRequest: a picture is damaged.
         """
         asked = list(asked)
-        check_ip_adapters(asked, self._loaded)
+        check_names("ip_adapters", asked, self._loaded)
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []
         for index, each in enumerate(asked):

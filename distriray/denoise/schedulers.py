@@ -22,7 +22,7 @@ from diffusers import (
 )
 
 from distriray.errors import InvalidRequest
-from distriray.requests import SchedulerName, StepCount
+from distriray.steps import SchedulerName, StepCount
 
 
 class SchedulerChoice(NamedTuple):

@@ -17,7 +17,7 @@ from distriray.denoise.adapters import Adapter
 from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.schedulers import scheduler_class
 from distriray.errors import InvalidRequest
-from distriray.requests import guided_steps
+from distriray.steps import guided_steps
 
 _MAGIC = b"distriray state "
 _VERSION = b"5\n"

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..errors import InvalidRequest
-from ..requests import GenerationRequest, guided_steps
+from ..names import check_names
+from ..requests import GenerationRequest
 from ..routing.latency import Besides
 from ..routing.policy import RequestView
+from ..steps import guided_steps
 from .config import HostConfig
 from .messages import WorkerFacts
 
@@ -24,6 +26,17 @@ def check_gang_size(request: GenerationRequest, sizes: Collection[int]) -> None:
         raise InvalidRequest(
             f"gang_size {request.gang_size} is not lent here; use one of {sorted(sizes)}", "gang_size"
         )
+
+
+def check_listed(request: GenerationRequest, config: HostConfig) -> None:
+    """Check what a request names of what only a configuration lists; adapters a folder may have too.
+
+    Raises:
+        ControlNetNotFound, IPAdapterNotFound: it is not there.
+        InvalidRequest: it is named more than once.
+    """
+    check_names("control", request.control, (spec.name for spec in config.controls))
+    check_names("ip_adapters", request.ip_adapters, (spec.name for spec in config.ip_adapters))
 
 
 class Admitted(NamedTuple):

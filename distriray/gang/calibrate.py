@@ -10,7 +10,7 @@ from statistics import fmean, median
 
 from ..requests import GenerationRequest
 from ..results import GenerationResult
-from ..routing.latency import Entry, Profile
+from ..routing.profile import Entry, Profile
 from ..version import __version__
 from .admission import admit, example
 from .config import HostConfig

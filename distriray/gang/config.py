@@ -14,13 +14,11 @@ from ..errors import InvalidRequest
 from ..ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
 from ..limits import Limits
 from ..models import ModelSpec
-from ..names import check_unique
+from ..names import KINDS, check_unique
+from ..quantities import Count, Positive, PositiveSeconds
 from ..requests import Defaults, Sides
 from ..routing.buddy import check_gang_sizes
 from ..routing.policies import check_policy
-
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy", "stall_s"})
 """What may change while a host runs."""
@@ -71,7 +69,7 @@ class HostConfig(BaseModel):
     workers: Count = 1
     gang_sizes: tuple[Count, ...] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
+    cpus_per_worker: Positive = 1.0
     strategy: Literal["STRICT_PACK", "PACK", "SPREAD"] = "STRICT_PACK"
     parallel: ParallelConfig = ParallelConfig()
     limits: Limits = Limits()
@@ -84,10 +82,10 @@ class HostConfig(BaseModel):
     compile: tuple[Sides, ...] = ()
     nccl_max_ctas: Annotated[int, Field(ge=1, le=64)] | None = None
     max_queue: Count = 64
-    timeout_s: Seconds = 30.0
-    silence_s: Seconds = 30.0
-    stall_s: Seconds = 600.0
-    start_timeout_s: Seconds = 600.0
+    timeout_s: PositiveSeconds = 30.0
+    silence_s: PositiveSeconds = 30.0
+    stall_s: PositiveSeconds = 600.0
+    start_timeout_s: PositiveSeconds = 600.0
     max_attempts: Count = 3
     policy: Annotated[str, AfterValidator(check_policy)] = "elastic"
     profiles: Path | None = None
@@ -100,9 +98,8 @@ class HostConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        check_unique("loras", (spec.name for spec in self.loras), "adapter")
-        check_unique("controls", (spec.name for spec in self.controls), "ControlNet")
-        check_unique("ip_adapters", (spec.name for spec in self.ip_adapters), "IP-Adapter")
+        for kind in KINDS.values():
+            check_unique(kind.option, getattr(self, kind.option), kind.word)
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import chain
 
 from ..adapters import AdapterSpec, Catalogue
-from ..controls import check_controls
 from ..errors import (
     GangBroken,
     GenerationCancelled,
@@ -21,14 +20,13 @@ from ..errors import (
     UnsupportedModel,
 )
 from ..events import Queued, Repaired
-from ..ip_adapters import check_ip_adapters
 from ..requests import GenerationRequest
 from ..results import GenerationResult
 from ..routing.buddy import WorkersUnavailable
 from ..routing.host_clock import busy_workers
 from ..routing.policy import HostPolicy, HostView, moves
 from ..routing.router import backlog_s, predicted_s
-from .admission import Admitted, admit, example, settle
+from .admission import Admitted, admit, check_listed, example, settle
 from .background import Background
 from .config import HostConfig
 from .job import Job, JobState
@@ -164,16 +162,15 @@ class Dispatcher:
         """Check a request and queue it.
 
         Raises:
-            InvalidRequest, ModelNotFound, AdapterNotFound, QueueFull; GenerationCancelled once the host is
-                closed.
+            InvalidRequest, ModelNotFound, AdapterNotFound, ControlNetNotFound, IPAdapterNotFound, QueueFull;
+                GenerationCancelled once the host is closed.
         """
         if self._closed:
             raise GenerationCancelled("the host is closed")
         if request.model not in (None, self.config.model.name):
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
         admitted = admit(request, self.config, self.facts)
-        check_controls(admitted.request.control, (spec.name for spec in self.config.controls))
-        check_ip_adapters(admitted.request.ip_adapters, (spec.name for spec in self.config.ip_adapters))
+        check_listed(admitted.request, self.config)
         adapters = self.catalogue.find(admitted.request.loras)
         if self.waiting >= self.config.max_queue:
             self.metrics.refused()

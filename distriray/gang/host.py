@@ -22,8 +22,8 @@ from .dispatcher import Dispatcher
 from .messages import WorkerFacts
 from .placement import Placement
 from .remote import Launcher
-from .report import news_of, status_of
 from .speed import Speed
+from .status import news_of, status_of
 
 
 class Host:

@@ -11,8 +11,9 @@ from ..adapters import AdapterSpec
 from ..config import ExchangeMode, Mix, ParallelConfig
 from ..denoise.pipelines.terms import Terms
 from ..errors import DistrirayError
-from ..requests import GenerationRequest, StepCount
+from ..requests import GenerationRequest
 from ..status import AdapterStatus
+from ..steps import StepCount
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import MIXES
-from ..routing.latency import Entry, Profile
+from ..routing.profile import Entry, Profile
 from ..version import __version__
 from .config import HostConfig
 from .devices import DEVICES

@@ -32,8 +32,9 @@ from ..parallel.networks.base import Call
 from ..parallel.room import Room
 from ..parallel.stopwatch import Stopwatch
 from ..picture import Picture
-from ..requests import SamplingParams, StepCount
+from ..requests import SamplingParams
 from ..status import AdapterStatus
+from ..steps import StepCount
 from ..weights import free_bytes, told_beside
 from .devices import DEVICES
 from .mailbox import Mailbox

@@ -6,7 +6,8 @@ import time
 from typing import NamedTuple
 
 from ..routing.host_clock import HostClock
-from ..routing.latency import LatencyModel, Profile
+from ..routing.latency import LatencyModel
+from ..routing.profile import Profile
 from .job import Job
 
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
-import secrets
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from .profile import Entry, Profile
 
-Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-PositiveRatio = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 Points = Sequence[tuple[float, float]]
 Besides = tuple[tuple[str, float], ...]
 """What a step computes beside the network as it is, such as ControlNets: names, and the share of a step that
@@ -32,74 +25,6 @@ MIN_OBSERVATIONS = 3  # the smallest number whose median one outlier cannot move
 SHARED_WEIGHT = 3  # how many own observations outweigh what the other cases say
 MAX_OBSERVED = 64  # cases that a model keeps observations of; clients choose the shapes, so there is no end
 MAX_PREDICTED = 1024  # cases whose times are kept so that they need not be predicted again
-
-
-class Entry(BaseModel):
-    """One measured case: `height` and `width` in pixels, times in seconds (medians), while all are busy.
-
-    `step_s` is a displaced step and `sync_step_s` a synchronous one, such as the first after a regrouping;
-    None means that it takes as long. Those of a case that is `guided` are of two branches of each image.
-    `prepare_s` and `decode_s` are what comes before and after the steps; the former includes sending the gang
-    off and the result back.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    gang: Count
-    height: Count
-    width: Count
-    batch: Count = 1
-    guided: bool = True
-    step_s: PositiveSeconds
-    sync_step_s: PositiveSeconds | None = None
-    prepare_s: Seconds = 0.0
-    decode_s: Seconds = 0.0
-
-
-class Profile(BaseModel):
-    """Times that a host measures at start and keeps by model, device and version.
-
-    `regroup_s` is the time from a yield to the first step elsewhere, without what its synchronous step
-    costs; `warmup_steps` is how many steps of every image are synchronous. `contention` maps a number of busy
-    workers to step time relative to a fully busy host, for some numbers: below 1 where workers share cores or
-    memory, and empty where they share nothing.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    device: str
-    version: str
-    entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
-    regroup_s: Seconds = 0.0
-    warmup_steps: Count = 1
-    contention: tuple[tuple[Count, PositiveRatio], ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_old_names(cls, data: object) -> object:
-        if isinstance(data, dict) and "crowding" in data:
-            raise ValueError("`crowding` is now `contention`: rename it, or delete the file to measure again")
-        return data
-
-    @staticmethod
-    def path(folder: Path | str, model: str, device: str, version: str) -> Path:
-        """Path of the profile of this model, device and version in `folder`."""
-        name = "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part) for part in (model, device, version))
-        return Path(folder) / f"{name}.json"
-
-    @classmethod
-    def load(cls, path: Path | str) -> Profile:
-        """Read a profile; raises OSError, or pydantic.ValidationError naming what is wrong in it."""
-        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-
-    def save(self, path: Path | str) -> None:
-        """Write it as JSON, replacing the file in one go."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f"{target.name}.{secrets.token_hex(4)}.draft")  # others may write it too
-        draft.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        draft.replace(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
+from distriray.adapters import Lora
 from distriray.picture import mask_of
-from distriray.requests import Lora
 from tests.unit.http.fake import FakeService
 
 from .conftest import Open

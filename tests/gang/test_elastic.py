@@ -14,7 +14,7 @@ from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
-from distriray.routing.latency import Entry, Profile
+from distriray.routing.profile import Entry, Profile
 from tests.gang.conftest import ask
 from tests.gang.test_host import difference
 

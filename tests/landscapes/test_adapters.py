@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from distriray.adapters import built_in
+from distriray.adapters import Lora, built_in
 from distriray.denoise import Denoiser
 from distriray.landscapes import ADAPTERS_DIR, MODEL_DIR
 from distriray.landscapes.draw import draw
@@ -19,7 +19,7 @@ from distriray.landscapes.scene import sample_scene
 from distriray.landscapes.training import adapters
 from distriray.landscapes.training.dataset import Bucket
 from distriray.landscapes.training.styles import STYLES
-from distriray.requests import Lora, SamplingParams
+from distriray.requests import SamplingParams
 
 SPECS = built_in("builtin:landscapes")
 

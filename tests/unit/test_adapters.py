@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from distriray import ParallelConfig, parallelize
-from distriray.adapters import LOOK_S, AdapterSpec, Catalogue
+from distriray.adapters import LOOK_S, AdapterSpec, Catalogue, Lora
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import (
@@ -28,7 +28,7 @@ from distriray.errors import (
     UnusableAdapter,
 )
 from distriray.models import ModelSpec
-from distriray.requests import Lora, SamplingParams
+from distriray.requests import SamplingParams
 from distriray.weights import place
 from tests.adapters import Weights, random_weights, write
 from tests.models import (

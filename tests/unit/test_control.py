@@ -22,12 +22,12 @@ from PIL import Image
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
-from distriray.controls import ControlNetSpec
+from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import ControlNetNotFound, InvalidRequest, UnusableControlNet
 from distriray.parallel.networks import unet
 from distriray.parallel.networks.controlnet import residuals_of
-from distriray.requests import Control, SamplingParams
+from distriray.requests import SamplingParams
 from tests.models import (
     SHALLOW,
     SHALLOW_SD,

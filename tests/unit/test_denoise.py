@@ -37,7 +37,8 @@ from distriray.denoise.pipelines.sizes import Sizes
 from distriray.denoise.schedulers import make_scheduler, step_count
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
 from distriray.parallel import engine_of
-from distriray.requests import SamplingParams, SchedulerName, StepCount
+from distriray.requests import SamplingParams
+from distriray.steps import SchedulerName, StepCount
 from tests.models import SHALLOW, tiny_sd15, tiny_sd21, tiny_sdxl
 from tests.parameters import sweep
 

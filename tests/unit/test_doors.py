@@ -19,8 +19,10 @@ from PIL import Image
 from pydantic.fields import FieldInfo
 
 from distriray import AsyncClient, Client, HandleClient
+from distriray.adapters import Lora
 from distriray.cli import app
 from distriray.config import ParallelConfig
+from distriray.controls import Control
 from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import InvalidRequest
 from distriray.events import Event, Finished
@@ -28,22 +30,15 @@ from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import SegmentOrder, WorkerFacts
 from distriray.gang.runner import SegmentRunner
+from distriray.ip_adapters import IPAdapter
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
+from distriray.names import NAME
 from distriray.picture import Picture
-from distriray.requests import (
-    ADAPTER_NAME,
-    MAX_SEEDS,
-    Control,
-    Defaults,
-    GenerationRequest,
-    IPAdapter,
-    Lora,
-    SamplingParams,
-    StepCount,
-)
+from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams
 from distriray.results import GenerationResult
+from distriray.steps import StepCount
 from distriray.wire import OF_PICTURES
 from tests.unit.http.fake import LIMITS, FakeService, result_of
 
@@ -70,7 +65,7 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "control": st.lists(
         st.builds(
             Control,
-            name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip),
+            name=st.from_regex(NAME, fullmatch=True).map(str.strip),
             image=st.sampled_from(
                 [Picture.of(Image.new("RGB", (24, 8), color)) for color in ("red", "blue")]
             ),
@@ -84,7 +79,7 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
     "ip_adapters": st.lists(
         st.builds(
             IPAdapter,
-            name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip),
+            name=st.from_regex(NAME, fullmatch=True).map(str.strip),
             image=st.sampled_from([Picture.of(Image.new("RGB", (9, 5), color)) for color in ("red", "blue")]),
             scale=st.sampled_from([-1.5, 0.25, 2.0]),
         ),
@@ -92,7 +87,7 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
         unique_by=lambda each: each.name,
     ).map(tuple),
     "loras": st.lists(
-        st.builds(Lora, name=st.from_regex(ADAPTER_NAME, fullmatch=True).map(str.strip)),
+        st.builds(Lora, name=st.from_regex(NAME, fullmatch=True).map(str.strip)),
         max_size=LIMITS.max_loras,
         unique_by=lambda lora: lora.name,
     ).map(tuple),

@@ -60,7 +60,7 @@ from tests.models import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.unit.deployments.test_state import FACTS
+from tests.unit.deployments.test_pool_state import FACTS
 from tests.unit.gang.runners import Gang
 from tests.unit.parallel.transformers import watched
 from tests.unit.test_denoise import (

@@ -17,7 +17,8 @@ from distriray.errors import InvalidRequest
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.requests import GenerationRequest
-from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.latency import LatencyModel
+from distriray.routing.profile import Entry, Profile
 from tests.models import (
     tiny_chroma,
     tiny_flux2_klein,
@@ -27,7 +28,7 @@ from tests.models import (
     tiny_sdxl,
     tiny_z_image,
 )
-from tests.unit.deployments.test_state import FACTS
+from tests.unit.deployments.test_pool_state import FACTS
 from tests.unit.test_denoise import begin, finish
 from tests.unit.test_flow_matching import LIKENESS, TALL, Gangs, apart, differs, plain
 

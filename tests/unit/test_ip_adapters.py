@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from distriray import ParallelConfig, parallelize
 from distriray.adapters import AdapterSpec
 from distriray.collective import Communicator, connect, run_in_lockstep
-from distriray.controls import ControlNetSpec
+from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import InvalidRequest, IPAdapterNotFound, UnusableIPAdapter
-from distriray.ip_adapters import IPAdapterSpec
+from distriray.ip_adapters import IPAdapter, IPAdapterSpec
 from distriray.parallel import engine_of
-from distriray.requests import Control, IPAdapter, SamplingParams
+from distriray.requests import SamplingParams
 from tests.models import (
     SHALLOW,
     SHALLOW_SD,

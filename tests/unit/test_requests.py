@@ -14,7 +14,8 @@ from distriray.config import ParallelConfig
 from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import InvalidRequest
 from distriray.limits import Limits
-from distriray.requests import GenerationRequest, StepCount
+from distriray.requests import GenerationRequest
+from distriray.steps import StepCount
 
 
 @pytest.mark.parametrize(

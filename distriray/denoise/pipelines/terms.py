@@ -8,7 +8,8 @@ from typing import Any, TypeVar, get_args
 
 from distriray.denoise.pipelines.sizes import Configs
 from distriray.errors import InvalidRequest
-from distriray.requests import SamplingParams, SchedulerName
+from distriray.requests import SamplingParams
+from distriray.steps import SchedulerName
 
 Params = TypeVar("Params", bound=SamplingParams)
 

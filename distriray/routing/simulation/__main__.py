@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..latency import LatencyModel, Profile
+from ..latency import LatencyModel
+from ..profile import Profile
 from .comparison import LoadCase, Row, contenders, measure
 from .figures import plot, table
 from .fleet import SimulatedFleet

@@ -11,7 +11,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..latency import Entry, LatencyModel, Profile
+from ..latency import LatencyModel
+from ..profile import Entry, Profile
 
 
 class Arrival(BaseModel):

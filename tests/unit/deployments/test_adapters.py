@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from deployments.config import AppConfig
+from deployments.host_report import HostReport
+from deployments.pool_state import PoolState
 from deployments.router import Router
-from deployments.state import HostReport, PoolState
-from distriray.adapters import AdapterSpec
+from distriray.adapters import AdapterSpec, Lora
 from distriray.errors import AdapterNotFound
 from distriray.gang.config import HostConfig
-from distriray.requests import GenerationRequest, Lora
+from distriray.requests import GenerationRequest
 
+from .test_pool_state import report
 from .test_router import CREATED, FakeHandle, serve_tells_who_is_there
-from .test_state import report
 
 INK = [Lora(name="ink", scale=0.5)]
 LISTED = AdapterSpec(name="oil", source="some/oil")

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 from PIL import Image
 
+from distriray.controls import Control
 from distriray.errors import ControlNetNotFound
 from distriray.picture import Picture
-from distriray.requests import Control, GenerationRequest
+from distriray.requests import GenerationRequest
 
 from .test_adapters import Hosts, front, serve_tells_who_is_there
 

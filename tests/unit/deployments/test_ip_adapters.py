@@ -12,8 +12,9 @@ from deployments.config import AppConfig
 from deployments.router import Router
 from distriray.errors import IPAdapterNotFound
 from distriray.gang.config import HostConfig
+from distriray.ip_adapters import IPAdapter
 from distriray.picture import Picture
-from distriray.requests import GenerationRequest, IPAdapter
+from distriray.requests import GenerationRequest
 
 from .test_adapters import Hosts, front
 from .test_router import CREATED, serve_tells_who_is_there

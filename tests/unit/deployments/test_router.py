@@ -18,11 +18,11 @@ from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments import pool_client, state
+from deployments import pool_client, pool_state
 from deployments.config import AppConfig
+from deployments.host_report import HostReport
 from deployments.models import sizes_of
 from deployments.router import Router
-from deployments.state import HostReport
 from distriray.denoise.pipelines.registry import PIPELINES
 from distriray.denoise.pipelines.sizes import Sizes
 from distriray.denoise.pipelines.terms import Terms
@@ -42,14 +42,15 @@ from distriray.gang.config import HostConfig
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.picture import Picture
-from distriray.requests import Defaults, GenerationRequest, StepCount
+from distriray.requests import Defaults, GenerationRequest
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.routing.router import HostState, Route, route
 from distriray.service import ModelCard
+from distriray.steps import StepCount
 
 from ..gang.fleet import CALLER
-from .test_state import FACTS, report
-from .test_state import ask as view_of
+from .test_pool_state import FACTS, report
+from .test_pool_state import ask as view_of
 
 CREATED = 1_800_000_000
 Deed = Callable[[str, GenerationRequest], Any]
@@ -459,7 +460,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         compared.append(len(states))
         return route(states, *rest)
 
-    monkeypatch.setattr(state, "route", counting)
+    monkeypatch.setattr(pool_state, "route", counting)
     return compared
 
 

@@ -27,9 +27,9 @@ from distriray.gang.messages import (
 )
 from distriray.gang.remote import WorkerDied
 from distriray.picture import Picture
-from distriray.requests import StepCount
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policy import HostPolicy
+from distriray.steps import StepCount
 
 from .runners import ask
 

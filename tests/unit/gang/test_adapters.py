@@ -14,14 +14,13 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.distributed import HashStore
 
-from distriray.adapters import AdapterSpec
+from distriray.adapters import AdapterSpec, Lora
 from distriray.errors import AdapterNotFound, UnusableAdapter
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import SegmentEnd
-from distriray.gang.report import status_of
 from distriray.gang.runner import SegmentRunner
+from distriray.gang.status import status_of
 from distriray.models import ModelSpec
-from distriray.requests import Lora
 from distriray.status import AdapterStatus
 from tests.adapters import write
 from tests.models import tiny_sdxl

@@ -15,7 +15,7 @@ from distriray.gang.calibrate import keep_profile
 from distriray.gang.profile import guessed_profile
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
-from distriray.routing.latency import Profile
+from distriray.routing.profile import Profile
 
 from .fleet import FakeHost
 

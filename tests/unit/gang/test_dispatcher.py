@@ -25,9 +25,10 @@ from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
 from distriray.gang.speed import Speed
 from distriray.picture import png
-from distriray.requests import GenerationRequest, StepCount
+from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
-from distriray.routing.latency import Entry
+from distriray.routing.profile import Entry
+from distriray.steps import StepCount
 from tests.gang.policies import NewestFirst, Script
 
 from .fleet import CALLER, LONG, FakeHost, ask, until

@@ -14,8 +14,8 @@ from distriray.errors import InvalidRequest
 from distriray.gang import record
 from distriray.gang.messages import RankResult, SegmentEnd, WorkerId
 from distriray.gang.record import Record
-from distriray.gang.report import news_of
 from distriray.gang.segment_result import SegmentResult
+from distriray.gang.status import news_of
 from distriray.results import Segment
 from distriray.status import HostNews, SegmentStatus
 

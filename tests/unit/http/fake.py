@@ -16,10 +16,11 @@ from distriray.errors import DistrirayError
 from distriray.events import Event, Finished, Preview, Queued, Started, Step
 from distriray.gang.admission import check_gang_size
 from distriray.limits import Limits
-from distriray.requests import GenerationRequest, StepCount
+from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
 from distriray.status import HostStatus, PredictionStatus, WorkerStatus
+from distriray.steps import StepCount
 
 LIMITS = Limits(max_side=256, max_pixels=256 * 256, max_steps=50, max_images=4, max_previews=3)
 LACKS = {"prompt_3": "this model has no third text encoder"}

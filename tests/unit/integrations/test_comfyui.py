@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from deployments.http import HttpConfig
+from distriray.adapters import Lora
 from distriray.errors import GangBroken, QueueFull
 from distriray.picture import mask_of
-from distriray.requests import Lora
 from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distriray.routing.host_clock import HostClock
-from distriray.routing.latency import MAX_OBSERVED, Entry, LatencyModel, Profile
+from distriray.routing.latency import MAX_OBSERVED, LatencyModel
+from distriray.routing.profile import Entry, Profile
 
 
 def entry(gang, side, step_s, batch=1, **more):
@@ -131,13 +132,6 @@ def test_a_hosts_own_time_runs_through_changes_of_pace_and_back(changes, later):
         time.change(pace, now)
     assert time.at(now) == pytest.approx(own)
     assert time.when(time.at(now + later)) == pytest.approx(now + later)
-
-
-def test_a_profile_with_the_old_name_of_contention_says_what_to_do(tmp_path):
-    path = tmp_path / "profile.json"
-    path.write_text(FOUR.model_dump_json().replace('"contention"', '"crowding"'))
-    with pytest.raises(ValidationError, match="`crowding` is now `contention`: rename it"):
-        Profile.load(path)
 
 
 def test_a_case_that_is_seen_again_and_again_is_known_among_thousands_that_are_not():

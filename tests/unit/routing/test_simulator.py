@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distriray.routing.host_clock import busy_workers
-from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.baselines import FixedSize, Leases
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.policies.elastic import Elastic, ElasticConfig
 from distriray.routing.policy import Plan
+from distriray.routing.profile import Entry, Profile
 from distriray.routing.quantiles import Quantiles
 from distriray.routing.simulation.__main__ import main
 from distriray.routing.simulation.fleet import SimulatedFleet

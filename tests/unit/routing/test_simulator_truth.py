@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from bench.simulator_truth import compare, replay, trace
-from distriray.routing.latency import Entry, LatencyModel, Profile
+from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.baselines import FixedSize
+from distriray.routing.profile import Entry, Profile
 from distriray.routing.simulation.fleet import SimulatedFleet
 from distriray.routing.simulation.simulator import simulate
 

@@ -5,58 +5,21 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from math import inf
 
-from distriray.adapters import Catalogue, check_names
+from distriray.adapters import Catalogue, Lora
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
-from distriray.requests import Lora
+from distriray.names import check_names
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import RequestView
 from distriray.routing.router import HostState, Route, route
 
+from .host_report import HostKnowledge, HostReport, shifted
+
 REMEMBERED = 256  # requests sent to one host between two of its reports
-
-
-@dataclass(frozen=True, slots=True)
-class HostKnowledge:
-    """The part of a report that seldom changes; `adapters` are the names that requests may have."""
-
-    latency: LatencyModel
-    facts: WorkerFacts
-    config: HostConfig
-    adapters: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class HostReport:
-    """One host's answer to a router. Times in `state` count from the moment of the report, so that machines
-    need not agree on a clock.
-
-    Attributes:
-        edition: changes with the knowledge. A router says which one it has of each host.
-        knowledge: None where the router has this edition already.
-    """
-
-    state: HostState
-    edition: str
-    knowledge: HostKnowledge | None
-
-
-def shifted(state: HostState, by_s: float) -> HostState:
-    """`state` on a clock that shows `by_s` more."""
-    return replace(
-        state,
-        published_s=state.published_s + by_s,
-        capacity_beside_deadlines=tuple(
-            step._replace(start_s=step.start_s + by_s) for step in state.capacity_beside_deadlines
-        ),
-        capacity_beside_all=tuple(
-            step._replace(start_s=step.start_s + by_s) for step in state.capacity_beside_all
-        ),
-    )
 
 
 def wait_s(states: Sequence[HostState], now_s: float) -> float | None:
@@ -117,7 +80,7 @@ class PoolState:
     def check_adapters(self, loras: Sequence[Lora]) -> None:
         """Raise AdapterNotFound for a name that no host has; while none was seen, its folder may have any."""
         if self._known or self.config.lora_dir is None:
-            check_names(loras, self.adapters)
+            check_names("loras", loras, self.adapters)
 
     def holders(self, adapters: Collection[str]) -> list[str]:
         """The hosts that hold all of these adapters."""

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from deployments.host_report import HostKnowledge, HostReport, shifted
 from deployments.pool import report_of
-from deployments.state import HostKnowledge, HostReport, PoolState, choose, shifted, wait_s
+from deployments.pool_state import PoolState, choose, wait_s
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
-from distriray.requests import StepCount
-from distriray.routing.latency import MAX_OBSERVED, Entry, LatencyModel, Profile
+from distriray.routing.latency import MAX_OBSERVED, LatencyModel
 from distriray.routing.policy import HostView, RequestView
+from distriray.routing.profile import Entry, Profile
 from distriray.routing.router import Route, publish
+from distriray.steps import StepCount
 
 FACTS = WorkerFacts(
     pid=1, node="n", device="cpu", device_name="cpu", model="m",

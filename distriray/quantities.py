@@ -1,0 +1,13 @@
+"""Types of the numbers that configurations, requests and results have, with their bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Seconds = NonNegative
+PositiveSeconds = Positive
