@@ -16,6 +16,7 @@ from .results import GenerationResult
 from .service import Fleet, ModelCard
 from .wire import (
     IMAGES,
+    Code,
     decode_cards,
     decode_error,
     decode_event,
@@ -179,7 +180,7 @@ def _read(answer: httpx.Response, read: Callable[[httpx.Response], T]) -> T:
 
 
 def _was_there(answer: httpx.Response) -> bool:
-    if answer.status_code == httpx.codes.NOT_FOUND and "request_not_found" in answer.text:
+    if answer.status_code == httpx.codes.NOT_FOUND and Code.REQUEST_NOT_FOUND in answer.text:
         return False
     return _read(answer, lambda _: True)
 

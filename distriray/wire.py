@@ -6,6 +6,7 @@ import json
 import re
 from base64 import b64decode
 from collections.abc import Mapping
+from enum import StrEnum
 from io import BytesIO
 from typing import Any
 
@@ -13,25 +14,7 @@ import httpx
 from httpx_sse import ServerSentEvent
 from PIL import Image
 
-from .errors import (
-    AdapterNotFound,
-    ControlNetNotFound,
-    DeadlineUnmet,
-    DistrirayError,
-    GangBroken,
-    GenerationCancelled,
-    InvalidRequest,
-    IPAdapterNotFound,
-    ModelNotFound,
-    NotAllowed,
-    NotEnoughDevices,
-    NotFinite,
-    OutOfMemory,
-    QueueFull,
-    UnusableAdapter,
-    UnusableControlNet,
-    UnusableIPAdapter,
-)
+from .errors import DeadlineUnmet, DistrirayError, InvalidRequest, NotAllowed, QueueFull
 from .events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from .requests import GenerationRequest
 from .results import GenerationResult
@@ -40,6 +23,26 @@ from .service import ModelCard
 IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """The form of an X-Request-ID."""
+
+
+class Code(StrEnum):
+    """The codes of what goes wrong over HTTP alone; every other error has its own in `errors`."""
+
+    MISSING_PARAMETER = "missing_required_parameter"
+    UNKNOWN_PARAMETER = "unknown_parameter"
+    INVALID_JSON = "invalid_json"
+    UNSUPPORTED_CONTENT_TYPE = "unsupported_content_type"
+    INVALID_FORM = "invalid_form"
+    MISSING_KEY = "missing_api_key"
+    INVALID_KEY = "invalid_api_key"
+    NO_KEYS = "keys_not_configured"
+    REQUEST_NOT_FOUND = "request_not_found"
+    UNKNOWN_URL = "unknown_url"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    BODY_TOO_LARGE = "body_too_large"
+    TOO_MANY_WATCHERS = "too_many_watchers"
+    TIMEOUT = "timeout"
+
 
 PARAMS = {"num_images": "n", "previews": "partial_images", "height": "size", "width": "size"}
 """HTTP names of the fields of a GenerationRequest that are called otherwise there."""
@@ -50,6 +53,7 @@ CARRIED = GenerationRequest.model_fields.keys() - {"id", *_NOT_CARRIED}
 OF_PICTURES = ("image", "mask_image", "strength")
 """Those of a picture to draw on: `EDITS` takes them, `IMAGES` does not."""
 _FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two, the first
+_KINDS = {kind.code: kind for kind in DistrirayError.__subclasses__() if "code" in vars(kind)}
 
 
 def encode_fields(request: GenerationRequest) -> dict[str, Any]:
@@ -196,40 +200,16 @@ def _seconds(text: str | None) -> float:
 def _error(error: dict[str, Any], retry_after_s: float = 1.0) -> Exception:
     message, code, param = error["message"], error["code"], error["param"]
     match code:
-        case "queue_full":
+        case QueueFull.code:
             return QueueFull(message, retry_after_s)
-        case "deadline_unmet":
+        case DeadlineUnmet.code:
             return DeadlineUnmet(message, error.get("possible_s"))
-        case "model_not_found":
-            return ModelNotFound(message)
-        case "adapter_not_found":
-            return AdapterNotFound(message)
-        case "adapter_unusable":
-            return UnusableAdapter(message)
-        case "controlnet_not_found":
-            return ControlNetNotFound(message)
-        case "controlnet_unusable":
-            return UnusableControlNet(message)
-        case "ip_adapter_not_found":
-            return IPAdapterNotFound(message)
-        case "ip_adapter_unusable":
-            return UnusableIPAdapter(message)
-        case "cancelled":
-            return GenerationCancelled(message)
-        case "gang_broken":
-            return GangBroken(message)
-        case "out_of_memory":
-            return OutOfMemory(message)
-        case "not_finite":
-            return NotFinite(message)
-        case "unavailable":
-            return NotEnoughDevices(message)
-        case "timeout":
+        case Code.TIMEOUT:
             return TimeoutError(message)
-        case "missing_api_key" | "invalid_api_key" | "keys_not_configured":
+        case Code.MISSING_KEY | Code.INVALID_KEY | Code.NO_KEYS:
             return NotAllowed(message)
-        case "unknown_url" | "method_not_allowed":
+        case Code.UNKNOWN_URL | Code.METHOD_NOT_ALLOWED:
             return DistrirayError(f"{message}; check that the client's URL is the service's, without a path")
-    if error["type"] == "invalid_request_error":
-        return InvalidRequest(message, _FIELDS.get(param, param))
-    return DistrirayError(message)
+    other = InvalidRequest if error["type"] == "invalid_request_error" else DistrirayError
+    kind = _KINDS.get(code, other)
+    return InvalidRequest(message, _FIELDS.get(param, param)) if kind is InvalidRequest else kind(message)

@@ -13,11 +13,12 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from distriray.errors import DistrirayError
+from distriray.errors import DistrirayError, ModelNotFound, NotEnoughDevices
 from distriray.events import Event, Finished
 from distriray.limits import Limits
 from distriray.requests import Defaults
 from distriray.service import Fleet, ModelCard, Service
+from distriray.wire import Code
 
 from .access_log import RequestIdAndLog
 from .answers import error_frame, event_frame, images_response
@@ -155,7 +156,7 @@ def build_http(
     )
     async def cancel_images(name: str, request: Request) -> Cancelled:
         if not is_of(name, request.state.owner) or not await (cancel or service.cancel)(name):
-            raise Refusal(404, "request_not_found", f"you have no unfinished request {name[:200]!r}", "id")
+            raise Refusal(404, Code.REQUEST_NOT_FOUND, f"you have no unfinished request {name[:200]!r}", "id")
         return Cancelled(id=name)
 
     async def draw(request: Request, asked: ImageRequest) -> Response:
@@ -228,7 +229,7 @@ def build_http(
         try:
             await health.check()
         except DistrirayError as error:
-            raise Refusal(503, "unavailable", str(error)) from error
+            raise NotEnoughDevices(str(error)) from error
         return Healthy()
 
     if config.page:
@@ -256,7 +257,7 @@ async def _frames(
     except Exception as error:
         refusal = refusal_of(error)
         request.state.noted["code"] = refusal.code
-        if refusal.code == "internal_error":
+        if refusal.code == DistrirayError.code:
             log.exception("request %s failed", request.state.request_id)
         yield error_frame(refusal)
 
@@ -273,9 +274,7 @@ def _card(service: Service, model: str | None) -> ModelCard:
         if model in (None, card.id):
             return card
     names = ", ".join(card.id for card in cards)
-    raise Refusal(
-        404, "model_not_found", f"there is no model {str(model)[:200]!r}; there are {names}", "model"
-    )
+    raise ModelNotFound(f"there is no model {str(model)[:200]!r}; there are {names}")
 
 
 def _model(card: ModelCard) -> Model:

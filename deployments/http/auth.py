@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from distriray.wire import Code
+
 from .config import HttpConfig
 from .errors import Refusal
 
@@ -38,12 +40,12 @@ def _holders_of(keys: list[str]) -> Callable[..., Any]:
         headers = {"WWW-Authenticate": "Bearer"}
         if credentials is None:
             message = "a key is needed; send it as the header Authorization: Bearer KEY"
-            raise Refusal(401, "missing_api_key", message, headers=headers)
+            raise Refusal(401, Code.MISSING_KEY, message, headers=headers)
         # Headers are read as latin-1. Digests are compared, and all of them: time tells nothing of a key.
         given = _digest(credentials.credentials.encode("latin-1", "replace"))
         matches = [hmac.compare_digest(given, digest) for digest in digests]
         if True not in matches:
-            raise Refusal(401, "invalid_api_key", "this key is not one of the service's", headers=headers)
+            raise Refusal(401, Code.INVALID_KEY, "this key is not one of the service's", headers=headers)
         request.state.owner = given
 
     return holders_of_a_key
@@ -69,7 +71,7 @@ def _this_machine(config: HttpConfig) -> Callable[..., Any]:
         message = (
             f"without keys only clients on this machine are answered, at localhost, and {reason}; {mend}"
         )
-        raise Refusal(401, "keys_not_configured", message, headers={"WWW-Authenticate": "Bearer"})
+        raise Refusal(401, Code.NO_KEYS, message, headers={"WWW-Authenticate": "Bearer"})
 
     return this_machine
 

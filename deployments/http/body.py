@@ -8,6 +8,8 @@ from email.message import Message
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from distriray.wire import Code
+
 from .errors import Refusal
 
 
@@ -58,9 +60,9 @@ def check_content_type(request: Request, wanted: str, what: str) -> None:
     if content_type(request) != wanted:
         given = request.headers.get("content-type", "none")[:100]
         message = f"the content type is {given}; send {what}, with Content-Type: {wanted}"
-        raise Refusal(400, "unsupported_content_type", message)
+        raise Refusal(400, Code.UNSUPPORTED_CONTENT_TYPE, message)
 
 
 def too_large(limit: int, what: str = "the body") -> Refusal:
     """The answer to whoever sends more than is read."""
-    return Refusal(413, "body_too_large", f"{what} is longer than {limit} bytes")
+    return Refusal(413, Code.BODY_TOO_LARGE, f"{what} is longer than {limit} bytes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,27 +14,10 @@ from pydantic import BaseModel, SerializerFunctionWrapHandler, ValidationError, 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from distriray.errors import (
-    AdapterNotFound,
-    ControlNetNotFound,
-    DeadlineUnmet,
-    DistrirayError,
-    GangBroken,
-    GenerationCancelled,
-    InvalidRequest,
-    IPAdapterNotFound,
-    ModelNotFound,
-    NotEnoughDevices,
-    NotFinite,
-    OutOfMemory,
-    QueueFull,
-    TooLong,
-    UnusableAdapter,
-    UnusableControlNet,
-    UnusableIPAdapter,
-)
+from distriray import errors
+from distriray.errors import DeadlineUnmet, DistrirayError, InvalidRequest, QueueFull
 from distriray.validation import invalid_request
-from distriray.wire import EDITS, OF_PICTURES, PARAMS
+from distriray.wire import EDITS, OF_PICTURES, PARAMS, Code
 
 CLIENT_LEFT = 499
 """The status of a request whose client did not wait; nobody receives it, logs show it."""
@@ -41,10 +25,42 @@ CLIENT_LEFT = 499
 # Serve writes what is said under `ray.serve` to its replicas' logs; elsewhere this is a name like any other.
 log = logging.getLogger("ray.serve.distriray.http")
 
-_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+_CODES = {"missing": Code.MISSING_PARAMETER, "extra_forbidden": Code.UNKNOWN_PARAMETER}
 # Clients that repeat a 429 or 503 by themselves are told not to: it was meant, or would fail again.
 _NO_RETRY = {"X-Should-Retry": "false"}
 _LONGEST_PARAM, _LONGEST_MESSAGE = 100, 500
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What HTTP adds to an error: its status, the field that is always at fault, and whether clients that
+    repeat what failed by themselves may do so with this."""
+
+    status: int
+    param: str | None = None
+    retry: bool = True
+
+
+ANSWERS: dict[type, Answer] = {
+    DistrirayError: Answer(500),
+    InvalidRequest: Answer(400),
+    errors.ModelNotFound: Answer(404, "model"),
+    errors.AdapterNotFound: Answer(404, "loras"),
+    errors.UnusableAdapter: Answer(500, "loras", retry=False),
+    errors.ControlNetNotFound: Answer(404, "control"),
+    errors.UnusableControlNet: Answer(500, "control", retry=False),
+    errors.IPAdapterNotFound: Answer(404, "ip_adapters"),
+    errors.UnusableIPAdapter: Answer(500, "ip_adapters", retry=False),
+    QueueFull: Answer(429),
+    DeadlineUnmet: Answer(429, "deadline_s", retry=False),
+    errors.TooLong: Answer(429, retry=False),
+    errors.GenerationCancelled: Answer(503, retry=False),
+    errors.NotEnoughDevices: Answer(503),
+    errors.GangBroken: Answer(500),
+    errors.OutOfMemory: Answer(500, retry=False),
+    errors.NotFinite: Answer(500, retry=False),
+}
+"""Of every kind of error; one that is not here is answered as its base is."""
 
 
 class ErrorObject(BaseModel):
@@ -110,69 +126,45 @@ def refusal_of(error: Exception) -> Refusal:
     cause = getattr(error, "cause", None)  # an error that crossed Ray is a RayTaskError around the original
     if isinstance(cause, Exception) and cause is not error:
         return refusal_of(cause)
+    if isinstance(error, DistrirayError):
+        return _refusal_of_own(error)
+    if isinstance(error, TimeoutError):
+        message = "the image was not finished in the time that a request may take"
+        return Refusal(503, Code.TIMEOUT, message, headers=dict(_NO_RETRY))
+    message = f"the service failed with a {type(error).__name__}; its log says more"
+    return Refusal(500, DistrirayError.code, message)
+
+
+def _refusal_of_own(error: DistrirayError) -> Refusal:
+    answer = next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
+    message, param, possible_s = str(error), answer.param, None
+    headers = None if answer.retry else dict(_NO_RETRY)
     match error:
         case InvalidRequest():
-            message = re.sub(r"\b(num_images|previews)\b", lambda name: PARAMS[name[0]], str(error))
-            return Refusal(400, "invalid_value", message, PARAMS.get(error.param or "", error.param))
-        case ModelNotFound():
-            return Refusal(404, "model_not_found", str(error), "model")
-        case AdapterNotFound():
-            return Refusal(404, "adapter_not_found", str(error), "loras")
-        case UnusableAdapter():
-            return Refusal(500, "adapter_unusable", str(error), "loras", dict(_NO_RETRY))
-        case ControlNetNotFound():
-            return Refusal(404, "controlnet_not_found", str(error), "control")
-        case UnusableControlNet():
-            return Refusal(500, "controlnet_unusable", str(error), "control", dict(_NO_RETRY))
-        case IPAdapterNotFound():
-            return Refusal(404, "ip_adapter_not_found", str(error), "ip_adapters")
-        case UnusableIPAdapter():
-            return Refusal(500, "ip_adapter_unusable", str(error), "ip_adapters", dict(_NO_RETRY))
+            message = re.sub(r"\b(num_images|previews)\b", lambda name: PARAMS[name[0]], message)
+            param = PARAMS.get(error.param or "", error.param)
         case QueueFull():
             seconds = min(max(error.retry_after_s, 0.0), 3600.0)
-            return Refusal(
-                429, "queue_full", str(error), headers={"Retry-After": str(max(1, math.ceil(seconds)))}
-            )
-        case DeadlineUnmet():
-            param = None if isinstance(error, TooLong) else "deadline_s"
-            possible = error.possible_s
-            if possible is not None and not math.isfinite(possible):
-                possible = None
-            return Refusal(429, "deadline_unmet", str(error), param, dict(_NO_RETRY), possible)
-        case GenerationCancelled():
-            return Refusal(503, "cancelled", str(error), headers=dict(_NO_RETRY))
-        case NotEnoughDevices():
-            return Refusal(503, "unavailable", str(error))
-        case GangBroken():
-            return Refusal(500, "gang_broken", str(error))
-        case OutOfMemory():
-            return Refusal(500, "out_of_memory", str(error), headers=dict(_NO_RETRY))
-        case NotFinite():
-            return Refusal(500, "not_finite", str(error), headers=dict(_NO_RETRY))
-        case TimeoutError():
-            message = "the image was not finished in the time that a request may take"
-            return Refusal(503, "timeout", message, headers=dict(_NO_RETRY))
-        case DistrirayError():
-            return Refusal(500, "internal_error", str(error))
-    return Refusal(
-        500, "internal_error", f"the service failed with a {type(error).__name__}; its log says more"
-    )
+            headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
+        case DeadlineUnmet() if error.possible_s is not None and math.isfinite(error.possible_s):
+            possible_s = error.possible_s
+    return Refusal(answer.status, error.code, message, param, headers, possible_s)
 
 
 def refusal_of_fields(error: ValidationError) -> Refusal:
     """The first thing that is wrong with a body."""
     found = error.errors(include_url=False, include_input=False)[0]
     if found["type"] == "json_invalid":
-        return Refusal(400, "invalid_json", f"the body cannot be read: {found['msg']}")
+        return Refusal(400, Code.INVALID_JSON, f"the body cannot be read: {found['msg']}")
     first = invalid_request(error)
     if found["type"] == "string_pattern_mismatch" and first.param == "size":  # words for the expression
         given = str(error.errors(include_url=False)[0]["input"])[:60]
         message = f"size {given!r} is no size; write WIDTHxHEIGHT in pixels, such as 512x768, or auto"
-        return Refusal(400, "invalid_value", message, "size")
+        return Refusal(400, InvalidRequest.code, message, "size")
     message = str(first)
     if found["type"] == "extra_forbidden" and first.param in OF_PICTURES:
         message += f" in this body; send a form with pictures to {EDITS}"
-    return Refusal(400, _CODES.get(found["type"], "invalid_value"), message, first.param)
+    return Refusal(400, _CODES.get(found["type"], InvalidRequest.code), message, first.param)
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -181,7 +173,7 @@ def answer_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         refusal = refusal_of(error)
         request.state.noted["code"] = refusal.code
-        if refusal.code == "internal_error":
+        if refusal.code == DistrirayError.code:
             log.error("request %s failed", request.state.request_id, exc_info=error)
         return refusal.response()
 
@@ -189,15 +181,15 @@ def answer_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         where = f"{request.method} {request.url.path}"
         if error.status_code == 404:
-            refusal = Refusal(404, "unknown_url", f"there is no {where}; /docs lists what there is")
+            refusal = Refusal(404, Code.UNKNOWN_URL, f"there is no {where}; /docs lists what there is")
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "")
             allowed = "GET, HEAD" if allowed == "GET" else allowed
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
-            refusal = Refusal(405, "method_not_allowed", f"there is no {where}; use {allowed}")
+            refusal = Refusal(405, Code.METHOD_NOT_ALLOWED, f"there is no {where}; use {allowed}")
         else:
-            refusal = Refusal(error.status_code, "invalid_value", str(error.detail))
+            refusal = Refusal(error.status_code, InvalidRequest.code, str(error.detail))
         refusal.headers = dict(error.headers or {})
         if error.status_code == 405:
             refusal.headers = {**refusal.headers, "Allow": allowed}

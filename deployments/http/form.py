@@ -10,6 +10,9 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from distriray.errors import InvalidRequest
+from distriray.wire import Code
+
 from .body import check_content_type, chunks, too_large
 from .config import HttpConfig
 from .errors import Refusal
@@ -61,11 +64,11 @@ async def read_form(request: Request, config: HttpConfig) -> dict[str, str | byt
     except (Refusal, ClientDisconnect):
         raise
     except MultiPartException as error:
-        raise Refusal(400, "invalid_form", f"the form cannot be read: {error.message}") from error
+        raise Refusal(400, Code.INVALID_FORM, f"the form cannot be read: {error.message}") from error
     except Exception as error:  # whatever a parser of foreign bytes comes to
-        raise Refusal(400, "invalid_form", "the form cannot be read") from error
+        raise Refusal(400, Code.INVALID_FORM, "the form cannot be read") from error
     if not parser.complete:
-        raise Refusal(400, "invalid_form", "the form is cut short: its last boundary is missing")
+        raise Refusal(400, Code.INVALID_FORM, "the form is cut short: its last boundary is missing")
     return _fields(form.multi_items())
 
 
@@ -78,6 +81,6 @@ def _fields(items: list[tuple[str, str | UploadFile]]) -> dict[str, str | bytes]
             continue
         if name in fields:
             message = f"{name[:100]} is there more than once; send one"
-            raise Refusal(400, "invalid_value", message, name)
+            raise Refusal(400, InvalidRequest.code, message, name)
         fields[name] = content
     return fields

@@ -26,7 +26,7 @@ from distriray.requests import GenerationRequest, image_of
 from distriray.wire import CARRIED, OF_PICTURES, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat
-from .errors import Refusal, refusal_of_fields
+from .errors import refusal_of_fields
 
 
 def _whole(value: Any) -> Any:
@@ -159,7 +159,12 @@ class ImageRequest(_Shared):
 
     @classmethod
     def parse(cls, body: bytes) -> ImageRequest:
-        """The request in a JSON text; raises Refusal (400)."""
+        """The request in a JSON text.
+
+        Raises:
+            InvalidRequest: fields that do not go together.
+            Refusal (400): it cannot be read, or has a field that is none or has no such value.
+        """
         try:
             request = cls.model_validate_json(body)
         except ValidationError as error:
@@ -169,22 +174,22 @@ class ImageRequest(_Shared):
 
     def _check_together(self) -> None:
         if self.stream and (self.n or 1) > 1:
-            raise Refusal(400, "invalid_value", f"n {self.n}: streaming makes one image; leave n out", "n")
+            raise InvalidRequest(f"n {self.n}: streaming makes one image; leave n out", "n")
         if self.stream and self.response_format == "url":
             message = "response_format 'url': events carry b64_json; leave response_format out"
-            raise Refusal(400, "invalid_value", message, "response_format")
+            raise InvalidRequest(message, "response_format")
         if self.partial_images and not self.stream:
             message = f"partial_images {self.partial_images}: only a stream carries them; set stream to true"
-            raise Refusal(400, "invalid_value", message, "partial_images")
+            raise InvalidRequest(message, "partial_images")
         if self.progress and not self.stream:
             message = "progress true: only a stream carries it; set stream to true"
-            raise Refusal(400, "invalid_value", message, "progress")
+            raise InvalidRequest(message, "progress")
         if self.format == "png" and self.compression < FULL_QUALITY:
             message = (
                 f"output_compression {self.compression}: png loses nothing; "
                 "leave it out, or set output_format to jpeg or webp"
             )
-            raise Refusal(400, "invalid_value", message, "output_compression")
+            raise InvalidRequest(message, "output_compression")
 
     @property
     def has_pictures(self) -> bool:
@@ -254,7 +259,7 @@ class EditRequest(_WithPictures):
 
     @classmethod
     def of_form(cls, form: Mapping[str, str | bytes]) -> Self:
-        """The request in a form's fields; raises Refusal (400)."""
+        """The request in a form's fields; raises as `parse`."""
         values: dict[str, Any] = {}
         files: dict[str, dict[int, bytes]] = {}
         for name, value in form.items():
@@ -262,7 +267,7 @@ class EditRequest(_WithPictures):
                 files.setdefault(found[1], {})[int(found[2])] = value
                 continue
             if isinstance(value, bytes) and name in cls.model_fields and name not in cls.FILES:
-                raise Refusal(400, "invalid_value", f"{name} is sent as a file; send it as text", name)
+                raise InvalidRequest(f"{name} is sent as a file; send it as text", name)
             kinds = _kinds(cls).get(name)
             values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
         for field, of_field in files.items():
@@ -278,7 +283,7 @@ class EditRequest(_WithPictures):
         super()._check_together()
         if self.mask is not None and self.mask_image is not None:
             message = "mask and mask_image are one thing, by transparency and in black and white; send one"
-            raise Refusal(400, "invalid_value", message, "mask")
+            raise InvalidRequest(message, "mask")
 
     def generation(self, model: str, request_id: str, limits: Limits) -> GenerationRequest:
         pictures = {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
@@ -328,13 +333,13 @@ _OF_ENTRY = re.compile(rf"({'|'.join(GenerationRequest.WITH_IMAGES)})\.(0|[1-9][
 
 
 def _with_files(field: str, listed: Any, files: Mapping[int, bytes]) -> tuple[Any, ...]:
-    """The entries of a form's field, each with its file; raises Refusal (400)."""
+    """The entries of a form's field, each with its file; raises InvalidRequest."""
     entries = list(listed) if isinstance(listed, tuple) else []
     for index, file in files.items():
         if index >= len(entries) or not isinstance(entries[index], dict) or "image" in entries[index]:
             name = image_of(field, index)
             message = f"{name} is a file, and {field} has no entry {index}, from 0, without an image"
-            raise Refusal(400, "invalid_value", message, name)
+            raise InvalidRequest(message, name)
         entries[index] = {**entries[index], "image": file}
     return tuple(entries)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 
+from distriray.wire import Code
+
 from .errors import Refusal
 
 FOLDER = Path(__file__).parent / "page"
@@ -51,7 +53,7 @@ def add_page(app: FastAPI) -> None:
     @app.get("/page/{name}", include_in_schema=False)
     async def get_file(request: Request, name: str) -> Response:
         if name not in files:
-            raise Refusal(404, "unknown_url", f"the page has no file {name[:100]!r}")
+            raise Refusal(404, Code.UNKNOWN_URL, f"the page has no file {name[:100]!r}")
         return _answer(request, files[name])
 
 

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from distriray.gang.background import Background
 from distriray.service import FleetNews, Service
 from distriray.status import HostNews, OutageStatus, SegmentStatus
+from distriray.wire import Code
 
 from .disconnect import cancel_on_disconnect
 from .errors import Refusal, log
@@ -43,7 +44,7 @@ class Watch:
         """
         if len(self._watchers) >= MAX_WATCHERS:
             message = f"{MAX_WATCHERS} watch already, which is the limit; GET /v1/fleet says how things stand"
-            raise Refusal(429, "too_many_watchers", message, headers={"Retry-After": "10"})
+            raise Refusal(429, Code.TOO_MANY_WATCHERS, message, headers={"Retry-After": "10"})
         watcher = Watcher(self)
         self._watchers.add(watcher)
         if self._known is not None:

@@ -9,30 +9,28 @@ from pathlib import Path
 
 import httpx
 import pytest
+from httpx_sse import ServerSentEvent
 from PIL import Image
 
 from deployments.http import HttpConfig
-from distriray import AsyncClient, Client
+from deployments.http.answers import error_frame
+from deployments.http.errors import ANSWERS, refusal_of
+from distriray import AsyncClient, Client, errors
 from distriray.client import KEY_VARIABLE
 from distriray.config import ParallelConfig
 from distriray.errors import (
-    AdapterNotFound,
     DeadlineUnmet,
     DistrirayError,
     GangBroken,
-    GenerationCancelled,
     InvalidRequest,
-    ModelNotFound,
     NotAllowed,
-    NotEnoughDevices,
-    NotFinite,
-    OutOfMemory,
     QueueFull,
-    UnusableAdapter,
+    TooLong,
 )
 from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
+from distriray.wire import Code, decode_event
 from tests.unit.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService, result_of
 
@@ -144,32 +142,48 @@ def test_models_and_fleet_are_those_of_a_handle(client: Client, service: FakeSer
     assert client.fleet() == asyncio.run(service.fleet())
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        InvalidRequest("too many", "num_images"),
-        ModelNotFound("no such model"),
-        AdapterNotFound("no such adapter"),
-        UnusableAdapter("not for this model"),
-        QueueFull("full", retry_after_s=7.0),
-        DeadlineUnmet("too soon", possible_s=12.5),
-        DeadlineUnmet("too soon"),
-        GangBroken("broken"),
-        OutOfMemory("too large"),
-        NotFinite("NaN"),
-        NotEnoughDevices("no host is up"),
-        GenerationCancelled("somebody did"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_errors_arrive_as_themselves(error: DistrirayError) -> None:
-    with serving(FakeService(refusal=error)) as url, Client(url) as client:
+DETAILS: dict[type, tuple[object, ...]] = {
+    InvalidRequest: ("num_images",),
+    QueueFull: (7.0,),
+    DeadlineUnmet: (12.5,),
+    TooLong: (12.5,),
+}
+"""What errors say beside their message."""
+
+
+def kind_of_its_code(kind: type[DistrirayError]) -> type[DistrirayError]:
+    """The error itself; where it has no code of its own, the base whose code it has."""
+    return next(base for base in kind.__mro__ if "code" in vars(base))
+
+
+def test_every_error_with_a_code_has_its_own_and_a_line_that_answers_it() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and "code" in vars(kind)]
+    assert len(kinds) > 12 and len({kind.code for kind in kinds} | set(Code)) == len(kinds) + len(Code)
+    assert {kind_of_its_code(kind) for kind in ANSWERS} == set(kinds) <= ANSWERS.keys()
+
+
+@pytest.mark.parametrize("kind", ANSWERS, ids=lambda kind: kind.__name__)
+def test_errors_arrive_as_themselves(
+    kind: type[DistrirayError], client: Client, service: FakeService
+) -> None:
+    error = kind("words", *DETAILS.get(kind, ()))
+    service.refusal = error
+    try:
         for ask in (client.generate, lambda prompt: next(client.stream(prompt))):
-            with pytest.raises(type(error)) as raised:
+            with pytest.raises(DistrirayError) as raised:
                 ask("a lake")  # type: ignore[operator]
-            assert type(raised.value) is type(error)
-            for name, value in vars(error).items():
-                assert getattr(raised.value, name) == value
+            assert type(raised.value) is kind_of_its_code(kind)
+            assert (str(raised.value), vars(raised.value)) == (str(error), vars(error))
+    finally:
+        service.refusal = None
+
+
+@pytest.mark.parametrize("kind", ANSWERS, ids=lambda kind: kind.__name__)
+def test_errors_in_the_middle_of_a_stream_arrive_as_themselves(kind: type[DistrirayError]) -> None:
+    frame = error_frame(refusal_of(kind("words"))).decode()
+    with pytest.raises(DistrirayError, match="words") as raised:
+        decode_event(ServerSentEvent(data=frame.partition("data: ")[2]))
+    assert type(raised.value) is kind_of_its_code(kind)
 
 
 def test_a_time_limit_of_the_service_is_a_timeout() -> None:

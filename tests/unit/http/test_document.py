@@ -14,19 +14,18 @@ from PIL import Image
 
 import deployments.http
 from deployments.http import HttpConfig, build_http
-from deployments.http.errors import ErrorResponse, refusal_of
+from deployments.http.errors import ANSWERS, ErrorResponse, refusal_of
 from deployments.http.images import EditRequest
 from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
 from distriray.requests import GenerationRequest
-from distriray.wire import CARRIED, PARAMS
+from distriray.wire import CARRIED, PARAMS, Code
 from tests.unit.conftest import serving
 from tests.unit.http.conformance import schemathesis, schemathesis_of_forms
 from tests.unit.http.fake import CARDS, FakeService
 
 ROOT = Path(deployments.http.__file__).parents[2]
 DOCS = ROOT / "docs" / "http.md"
-SOURCES = Path(deployments.http.__file__).parent.glob("*.py")
 
 
 @settings(max_examples=30)
@@ -89,13 +88,23 @@ def test_what_every_model_lacks_can_only_be_left_out() -> None:
     assert asked["prompt_3"]["anyOf"] == [{"type": "null"}] and len(asked["prompt_2"]["anyOf"]) == 2
 
 
-def test_the_page_names_every_field_and_every_code() -> None:
+def test_the_page_names_every_field() -> None:
     page = DOCS.read_text()
-    codes = {code for file in SOURCES for code in re.findall(r'Refusal\(\s*\d+,\s*"(\w+)"', file.read_text())}
-    codes |= {"missing_required_parameter", "unknown_parameter"}
-    assert len(codes) > 15
-    for name in codes | set(EditRequest.model_fields):
+    for name in EditRequest.model_fields:
         assert f"`{name}`" in page, name
+
+
+def test_the_page_has_every_code_with_its_status_and_whether_it_is_worth_a_retry() -> None:
+    section = DOCS.read_text().split("\n## Errors\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| (`.*?`) \| (.*) \| .*\|$", section, re.MULTILINE)
+    documented = {
+        code: (int(status), "Not retried" not in when)
+        for status, names, when in rows
+        for code in re.findall(r"`(\w+)`", names)
+    }
+    assert documented.keys() == {kind.code for kind in ANSWERS} | set(Code)
+    for kind, answer in ANSWERS.items():
+        assert documented[kind.code] == (answer.status, answer.retry), kind
 
 
 def test_the_page_has_the_defaults_of_a_request() -> None:
