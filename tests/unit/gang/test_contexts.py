@@ -43,7 +43,7 @@ OWN = {
     ("deployments/watch.py", "*"): "waits for news, which are asked for in the background",
     ("deployments/callers.py", "_look"): "awaited within a background task",
     ("deployments/http/disconnect.py", "cancel_on_disconnect"): "the work of its own request",
-    ("deployments/http/app.py", "*"): "encodes the answer to its own request",
+    ("deployments/http/routes/images.py", "*"): "encodes the answer to its own request",
 }
 """What may start something in the context of its caller, and why that is right."""
 

@@ -28,8 +28,10 @@ from distriray.errors import (
     TooLong,
 )
 from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
-from distriray.requests import GenerationRequest
+from distriray.limits import Limits
+from distriray.requests import Defaults, GenerationRequest
 from distriray.results import GenerationResult
+from distriray.service import ModelCard
 from distriray.wire import Code, decode_event
 from tests.unit.conftest import serving
 from tests.unit.http.fake import CARDS, FakeService, result_of
@@ -140,6 +142,30 @@ def test_changes_of_the_gang_and_the_failure_after_them_are_heard() -> None:
 def test_models_and_fleet_are_those_of_a_handle(client: Client, service: FakeService) -> None:
     assert client.models() == CARDS
     assert client.fleet() == asyncio.run(service.fleet())
+
+
+def test_all_of_a_card_goes_through() -> None:
+    card = ModelCard(
+        id="studio",
+        created=3,
+        owned_by="somebody",
+        default_size=(64, 128),
+        size_unit=16,
+        limits=Limits(max_steps=7),
+        gang_sizes=(1, 2),
+        lacks={"prompt_3": "no"},
+        defaults=Defaults(num_inference_steps=5),
+        loras=("ink",),
+        controls=("canny",),
+        ip_adapters=("style",),
+        alias_of="some/other",
+    )
+    defaults = {name: field.default for name, field in ModelCard.model_fields.items()}
+    assert all(getattr(card, name) != default for name, default in defaults.items()), "say one that is not"
+    service = FakeService()
+    service.models = lambda: [card]  # type: ignore[method-assign]
+    with serving(service) as url, Client(url) as client:
+        assert client.models() == [card]
 
 
 DETAILS: dict[type, tuple[object, ...]] = {

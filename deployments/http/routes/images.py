@@ -1,0 +1,168 @@
+"""Drawing over HTTP: what is asked for is read, drawn by the service and answered, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import nullcontext
+from typing import Any, Literal, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from distriray.errors import DistrirayError
+from distriray.events import Event, Finished
+from distriray.service import Service
+from distriray.wire import Code
+
+from ..answers import error_frame, event_frame, images_response
+from ..body import content_type, read_body
+from ..config import HttpConfig
+from ..disconnect import EventStream, cancel_on_disconnect
+from ..errors import Refusal, log, refusal_of
+from ..form import read_form
+from ..ids import is_of, new_id
+from ..images import EditRequest, ImageRequest, VariationRequest
+from ..openapi import describe_images, errors
+from .models import card_of
+
+T = TypeVar("T")
+
+DECODED_AT_ONCE = 2
+"""Forms whose pictures are looked at together: decoded, each may take four bytes a pixel a few times over."""
+
+
+class Cancelled(BaseModel):
+    """A request that stops after the step it is in; whoever waits for it is answered 503, `cancelled`."""
+
+    id: str
+    cancelled: Literal[True] = True
+
+
+def image_routes(service: Service, config: HttpConfig, cancel: Callable[[str], Awaitable[bool]]) -> APIRouter:
+    """Draw, and cancel what is drawn.
+
+    Args:
+        cancel: stops a request by its id; whether there was one.
+    """
+    router, drawing = APIRouter(tags=["images"]), Drawing(service, config)
+
+    @router.post("/v1/images/generations", **_described(ImageRequest, "Draw images of a prompt"))
+    async def generate_images(request: Request) -> Response:
+        return await drawing.answer(request, await _of_json(request, ImageRequest, config))
+
+    @router.post("/v1/images/edits", **_described(EditRequest, "Draw on a picture, or fill in a part of it"))
+    async def edit_images(request: Request) -> Response:
+        return await drawing.answer(request, await _with_pictures(request, EditRequest, config))
+
+    @router.post("/v1/images/variations", **_described(VariationRequest, "Draw pictures like another"))
+    async def vary_images(request: Request) -> Response:
+        return await drawing.answer(request, await _with_pictures(request, VariationRequest, config))
+
+    @router.delete(
+        "/v1/images/generations/{name}",
+        responses=errors(401, 404, 500),
+        summary="Cancel what you asked for, by the `id` that its events have",
+    )
+    async def cancel_images(name: str, request: Request) -> Cancelled:
+        if not is_of(name, request.state.owner) or not await cancel(name):
+            message = f"you have no unfinished request {name[:200]!r}"
+            raise Refusal(404, Code.REQUEST_NOT_FOUND, message, "id")
+        return Cancelled(id=name)
+
+    return router
+
+
+def _described(asked: type[ImageRequest], summary: str) -> dict[str, Any]:
+    return {
+        "response_class": Response,
+        "responses": errors(400, 401, 404, 413, 429, 500, 503),
+        "openapi_extra": describe_images(asked),
+        "summary": summary,
+    }
+
+
+async def _of_json(request: Request, kind: type[ImageRequest], config: HttpConfig) -> ImageRequest:
+    body = await read_body(request, config.max_upload_bytes)
+    return await asyncio.to_thread(kind.parse, body)  # it may have pictures, as `data:` URLs
+
+
+async def _with_pictures(request: Request, kind: type[EditRequest], config: HttpConfig) -> ImageRequest:
+    if content_type(request) == "application/json":
+        return await _of_json(request, kind, config)
+    return kind.of_form(await read_form(request, config))
+
+
+class Drawing:
+    """A service, as it draws for clients of HTTP."""
+
+    def __init__(self, service: Service, config: HttpConfig) -> None:
+        self._service, self._config = service, config
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
+
+    async def answer(self, request: Request, asked: ImageRequest) -> Response:
+        """The images, or the stream that ends with one; they are drawn no longer than the client is there.
+
+        Raises:
+            DistrirayError, TimeoutError: as the service does, until it has begun to draw what is streamed.
+            ClientDisconnect: the client left.
+        """
+        self._note(request, asked)
+        card = card_of(self._service, asked.model)
+        name = new_id(request.state.request_id, request.state.owner)
+        async with self._decoding if asked.has_pictures else nullcontext():
+            generation = await asyncio.to_thread(asked.generation, card.id, name, card.limits)
+        timeout_s = self._config.timeout_s
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        if not asked.stream:
+            work = self._service.generate(generation, give_up_s=timeout_s)
+            result = await cancel_on_disconnect(request, _until(ends_at, work))
+            body = await asyncio.to_thread(images_response, asked, result)
+            return Response(body, media_type="application/json")
+        events = self._service.stream(generation, give_up_s=timeout_s)
+        try:
+            first = await cancel_on_disconnect(request, _until(ends_at, anext(events)))
+        except BaseException:
+            await events.aclose()
+            raise
+        return EventStream(_frames(request, asked, first, events, ends_at), events)
+
+    def _note(self, request: Request, asked: ImageRequest) -> None:
+        noted = request.state.noted
+        if asked.user is not None:
+            noted["user"] = ascii(asked.user)
+        if self._config.log_prompts:
+            noted["prompt"] = ascii(asked.prompt)
+
+
+async def _frames(
+    request: Request,
+    asked: ImageRequest,
+    first: Event,
+    events: AsyncGenerator[Event, None],
+    ends_at: float | None,
+) -> AsyncGenerator[bytes, None]:
+    event: Event | None = first
+    try:
+        while event is not None:
+            if frame := await asyncio.to_thread(event_frame, asked, event):
+                yield frame
+            coming = _until(ends_at, anext(events, None))
+            # After the last event there is nothing to cancel, and a client need not wait for the end.
+            event = await (coming if isinstance(event, Finished) else cancel_on_disconnect(request, coming))
+    except ClientDisconnect:
+        request.state.noted["code"] = "client_left"
+    except Exception as error:
+        refusal = refusal_of(error)
+        request.state.noted["code"] = refusal.code
+        if refusal.code == DistrirayError.code:
+            log.exception("request %s failed", request.state.request_id)
+        yield error_frame(refusal)
+
+
+async def _until(ends_at: float | None, work: Awaitable[T]) -> T:
+    left_s = None if ends_at is None else ends_at - time.monotonic()
+    async with asyncio.timeout(left_s):
+        return await work
