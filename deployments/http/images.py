@@ -15,7 +15,9 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    ValidationInfo,
     create_model,
+    field_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -23,7 +25,7 @@ from distriray.errors import InvalidRequest
 from distriray.limits import Limits
 from distriray.picture import Picture, holes, mask_of, png
 from distriray.requests import GenerationRequest, image_of
-from distriray.wire import CARRIED, OF_PICTURES, PARAMS, decode_fields
+from distriray.wire import CARRIED, EDITS, OF_PICTURES, PARAMS, decode_fields
 
 from .encode import FULL_QUALITY, OutputFormat
 from .errors import refusal_of_fields
@@ -266,7 +268,7 @@ class EditRequest(_WithPictures):
             if (found := _OF_ENTRY.fullmatch(name)) and isinstance(value, bytes):
                 files.setdefault(found[1], {})[int(found[2])] = value
                 continue
-            if isinstance(value, bytes) and name in cls.model_fields and name not in cls.FILES:
+            if isinstance(value, bytes) and name in cls.model_fields and name not in EditRequest.FILES:
                 raise InvalidRequest(f"{name} is sent as a file; send it as text", name)
             kinds = _kinds(cls).get(name)
             values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
@@ -322,6 +324,14 @@ class VariationRequest(EditRequest):
     prompt: Annotated[str, Field(description="What the picture shows; nothing by default.")] = ""
     mask: None = None
     mask_image: None = None
+
+    @field_validator("mask", "mask_image", mode="before")
+    @classmethod
+    def _no_mask(cls, given: Any, field: ValidationInfo) -> None:
+        if given is not None:
+            name = field.field_name
+            message = f"variations have no mask; leave {name} out, or send all to {EDITS}, with a prompt"
+            raise InvalidRequest(message, name)
 
     def _mask(self) -> Picture | None:
         self.image.load()

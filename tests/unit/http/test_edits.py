@@ -23,6 +23,8 @@ from distriray.requests import SamplingParams
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
 
+VARIATIONS = "/v1/images/variations"
+
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[openai.OpenAI]:
@@ -115,6 +117,23 @@ def test_variations_are_drawn_without_a_prompt(client: openai.OpenAI, service: F
     assert service.asked[-1].image is not None
 
 
+@pytest.mark.parametrize("name", ["mask", "mask_image"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_mask_for_a_variation_is_refused_with_advice_that_works(
+    http: httpx.Client, name: str, as_json: bool
+) -> None:
+    files = {"image": picture(), name: clear_on_the_left() if name == "mask" else png(Image.fromarray(LEFT))}
+    urls = {field: Picture.of(file).url for field, file in files.items()}
+    pictures: dict[str, Any] = {"json": urls} if as_json else {"files": files}
+    advice = f"variations have no mask; leave {name} out, or send all to {EDITS}, with a prompt"
+    assert refused(http.post(VARIATIONS, **pictures)) == (name, advice)
+    left_out = {"json": {"image": urls["image"]}} if as_json else {"files": {"image": files["image"]}}
+    assert http.post(VARIATIONS, **left_out).status_code == 200
+    prompt = {"prompt": "a lake"}
+    with_a_prompt = {"json": {**urls, **prompt}} if as_json else {"files": files, "data": prompt}
+    assert http.post(EDITS, **with_a_prompt).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
@@ -177,7 +196,7 @@ def test_pictures_come_in_json_as_they_do_in_a_form(http: httpx.Client, service:
         by_json = service.asked[-1]
         assert in_form.status_code == in_json.status_code == 200
         assert by_json.model_copy(update={"id": by_form.id}) == by_form
-    varied = http.post("/v1/images/variations", json={"image": image.url})
+    varied = http.post(VARIATIONS, json={"image": image.url})
     assert varied.status_code == 200 and service.asked[-1].image == image
 
 
