@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distriray.gang.config import LIVE_FIELDS, HostConfig
+from distriray.gang.config import LIVE_FIELDS, HostConfig, merged
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.names import check_unique
@@ -16,27 +16,12 @@ from distriray.routing.router import CHOICES
 
 from .http.config import HttpConfig
 
-Model = Annotated[
-    ModelSpec, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
-]
-
-
-def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values that `change` names, at any depth; all else stays as it is in `base`."""
-    both = {
-        name: merged(base[name], value)
-        for name, value in change.items()
-        if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
-    }
-    return {**base, **change, **both}
-
 
 class PoolConfig(HostConfig):
     """Hosts that are alike, and how many of them there are: one Serve deployment.
 
     Attributes:
         name: of the pool and its deployment.
-        model: a name such as `builtin:landscapes`, or all fields of a `ModelSpec`.
         min_hosts: kept at all times; with 0 the pool costs nothing while nobody asks for it.
         max_hosts: started at most.
         target_backlog_s: seconds of accepted work that a host should have before it; hosts are added above
@@ -50,7 +35,6 @@ class PoolConfig(HostConfig):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,60}$")]
-    model: Model = ModelSpec()
     min_hosts: Annotated[int, Field(ge=0)] = 1
     max_hosts: Count = 1
     target_backlog_s: PositiveSeconds = 30.0
@@ -153,7 +137,7 @@ class AppConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Model = ModelSpec()
+    model: ModelSpec = ModelSpec()
     limits: Limits = Limits()
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)]
     aliases: dict[str, str] = {}

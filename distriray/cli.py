@@ -19,9 +19,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .config import ExchangeMode, ParallelConfig
+from .config import ExchangeMode
 from .errors import DistrirayError, InvalidRequest
-from .models import ModelSpec
 from .requests import GenerationRequest, SamplingParams
 from .results import GenerationResult
 from .validation import invalid_request
@@ -165,32 +164,39 @@ def generate(
     ] = Path("out.png"),
     gang_size: Annotated[int, typer.Option(min=1, help="Workers that draw it together.")] = 1,
     model: Annotated[
-        str, typer.Option(help="builtin:…, a folder, or a Hugging Face id.")
-    ] = "builtin:landscapes",
+        str | None,
+        typer.Option(help="builtin:…, a folder, or a Hugging Face id; builtin:landscapes unless given."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
-    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option()] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of the weights; auto unless given."),
+    ] = None,
     quantize: Annotated[
         Literal["int8", "float8"] | None, typer.Option(help="Round the network's weights, by torchao.")
     ] = None,
     offload_text: Annotated[
-        bool, typer.Option("--offload-text", help="Keep text encoders in the host's memory.")
-    ] = False,
+        bool | None, typer.Option("--offload-text", help="Keep text encoders in the host's memory.")
+    ] = None,
     lora_dir: Annotated[
         Path | None, typer.Option(help="Folder of .safetensors files, which --lora names without the suffix.")
     ] = None,
     pool: Annotated[
         Path | None,
-        typer.Option(help="YAML file of what requests may name: a pool's loras, controls and ip_adapters."),
+        typer.Option(help="YAML file of a pool's fields, such as controls; options go before what it has."),
     ] = None,
     exchange: Annotated[
-        ExchangeMode, typer.Option(help="Which of the peers' values a worker waits for.")
-    ] = "auto",
+        ExchangeMode | None,
+        typer.Option(help="Which of the peers' values a worker waits for; auto unless given."),
+    ] = None,
     warmup_steps: Annotated[
         str | None,
         typer.Option(help="Synchronous steps at the start, or auto; by default as --exchange needs."),
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Of the workers; auto unless given.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster; else start one here.")] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs of a Ray started here.")] = None,
     compare: Annotated[
@@ -201,29 +207,21 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
-        parallel = ParallelConfig.model_validate({"exchange": exchange, "warmup_steps": warmup_steps})
-        spec = ModelSpec(
-            name=model,
-            revision=revision,
-            variant=variant,
-            dtype=dtype,
-            quantize=quantize,
-            offload_text=offload_text,
-        )
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
-        from .gang import HostConfig, open_host
-        from .gang.config import read_lists
+        from .gang import open_host
+        from .gang.config_file import read_config
 
-        config = HostConfig(
-            model=spec,
-            workers=gang_size,
-            gang_sizes=tuple(sorted({1, gang_size} if compare else {gang_size})),
-            device=device,
-            parallel=parallel,
-            lora_dir=lora_dir and lora_dir.absolute(),
-            **read_lists(pool),
-        )
+        weights = {"revision": revision, "variant": variant, "dtype": dtype, "quantize": quantize}
+        options = {
+            "model": {"name": model, "offload_text": offload_text, **weights},
+            "workers": gang_size,
+            "gang_sizes": sorted({1, gang_size} if compare else {gang_size}),
+            "device": device,
+            "parallel": {"exchange": exchange, "warmup_steps": warmup_steps},
+            "lora_dir": lora_dir,
+        }
+        config = read_config(pool, options)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from .errors import ModelNotFound, UnsupportedModel
 
@@ -22,7 +22,7 @@ _ONE_FILE = ".safetensors"
 
 
 class ModelSpec(BaseModel):
-    """A model: which weights to load, and how.
+    """A model: which weights to load, and how; in configurations its name alone will do.
 
     Attributes:
         name: `builtin:landscapes`, a folder that a diffusers pipeline was saved to, a single `.safetensors`
@@ -48,6 +48,11 @@ class ModelSpec(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     quantize: Literal["int8", "float8"] | None = None
     offload_text: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
 
 
 def builtin_models() -> dict[str, Path]:

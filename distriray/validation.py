@@ -23,7 +23,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"there is no field {whole!r}", param, "there is no such field")
     if first["type"] == "missing":
         return InvalidRequest(f"{whole} is missing", param)
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"][0].lower() + first["msg"][1:].replace("valid tuple", "valid list")  # JSON's word
     what = param or "request"
     return InvalidRequest(f"{what} {_shortened(first['input'])}: {message}", param, f"{what}: {message}")
 

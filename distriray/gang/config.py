@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +11,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ..adapters import AdapterSpec
 from ..config import ParallelConfig
 from ..controls import MOST_CONTROLNETS, ControlNetSpec
-from ..errors import InvalidRequest
 from ..ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
 from ..limits import Limits
 from ..models import ModelSpec
@@ -23,14 +23,22 @@ from ..routing.policies import check_policy
 LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy", "stall_s"})
 """What may change while a host runs."""
 
-LISTS = ("loras", "controls", "ip_adapters")
-"""What requests may name."""
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values that `change` names, at any depth; all else stays as it is in `base`."""
+    both = {
+        name: merged(base[name], value)
+        for name, value in change.items()
+        if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+    }
+    return {**base, **change, **both}
 
 
 class HostConfig(BaseModel):
     """One host: how many workers, with which model, and which gangs it lends.
 
     Attributes:
+        model: a name such as `builtin:landscapes`, or all fields of a `ModelSpec`.
         workers: processes, each with one device and one copy of the model.
         gang_sizes: what it lends, ascending, each dividing the next; None is every power of two that fits.
         device: of each worker; `auto` is `cuda` where the cluster has enough GPUs, else `cpu`.
@@ -117,38 +125,3 @@ class HostConfig(BaseModel):
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the gangs that the host lends."""
         return self.gang_sizes or tuple(2**i for i in range(self.workers.bit_length()))
-
-
-def read_lists(path: Path | None) -> dict[str, Any]:
-    """The fields of a HostConfig that are lists of what requests may name, in a YAML file; none without one.
-
-    Sources that are there are whole paths then.
-
-    Raises:
-        InvalidRequest: the file cannot be read, has other fields, or one that is no list.
-    """
-    import yaml
-
-    if path is None:
-        return {}
-    try:
-        lists = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"pool {path} cannot be read: {error}", "pool") from error
-    if not isinstance(lists, dict) or not lists.keys() <= set(LISTS):
-        others = sorted(map(str, lists.keys() - set(LISTS))) if isinstance(lists, dict) else ["no fields"]
-        raise InvalidRequest(f"pool {path} has {', '.join(others)}; it may have {', '.join(LISTS)}", "pool")
-    given = {name: [] if entries is None else entries for name, entries in lists.items()}
-    for name, entries in given.items():
-        if not isinstance(entries, list):
-            raise InvalidRequest(
-                f"pool {path}: {name} is no list; begin each of its entries with a -", "pool"
-            )
-    return {name: [_with_whole_path(each) for each in entries] for name, entries in given.items()}
-
-
-def _with_whole_path(entry: Any) -> Any:
-    """Workers may be in other folders than whoever names a file."""
-    if not isinstance(entry, dict) or not Path(str(entry.get("source"))).expanduser().exists():
-        return entry
-    return {**entry, "source": str(Path(entry["source"]).expanduser().absolute())}

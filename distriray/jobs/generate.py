@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..cli import errors_as_messages
 from ..errors import DistrirayError, InvalidRequest
+from ..gang.config import HostConfig
+from ..gang.config_file import read_config
 from ..limits import Limits
-from ..models import ModelSpec
 from ..results import GenerationResult
 from .folder import Folder
 from .makers import own_hosts, running_app
@@ -52,18 +53,22 @@ def generate(
         str | None,
         typer.Option(help="Of the app, or of the hosts started here: builtin:landscapes unless given."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Of each host started here.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of each host started here; 1 unless given.")
+    ] = None,
     hosts: Annotated[int, typer.Option(min=1, help="To start here; each sits on one node.")] = 1,
     gang_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Gangs that hosts lend; repeatable, 1 unless given.")
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Of the workers; auto unless given.")
+    ] = None,
     lora_dir: Annotated[
         Path | None, typer.Option(help="Adapters of hosts started here: a folder of .safetensors files.")
     ] = None,
     pool: Annotated[
         Path | None,
-        typer.Option(help="YAML file of what lines may name on hosts started here, such as ip_adapters."),
+        typer.Option(help="YAML file of a pool's fields for hosts started here; options go before it."),
     ] = None,
     in_flight: Annotated[
         int | None, typer.Option(min=1, help="Prompts under way at each host, or at the app.")
@@ -83,33 +88,26 @@ def generate(
             raise InvalidRequest(
                 f"--out {out} lies in the job's upload, which Ray deletes; use an absolute path", "out"
             )
-        spec = ModelSpec(name=model) if model else ModelSpec()
-        limits = None if app else Limits()
-        good, bad = _read(prompts, model if app else spec.name, limits)
+        own: dict[str, Any] = {
+            "workers": workers,
+            "gang_size": gang_size or None,
+            "device": device,
+            "lora_dir": lora_dir,
+            "pool": pool,
+        }
+        if app:
+            _refuse(own)
+            good, bad = _read(prompts, model, None)
+            makers, each = running_app(app, address=address), in_flight or 8
+        else:
+            config = _config(model, **own)
+            good, bad = _read(prompts, config.model.name, config.limits)
+            makers = own_hosts(config, hosts, address=address, cpus=cpus)
+            each = in_flight or config.workers // config.sizes[0] + 1
         with Folder(out) as folder:
             folder.begin_errors(bad)
             before = sum(prompt.id in folder.made for prompt in good)
-            run = None
-            if before < len(good):
-                if app:
-                    makers = running_app(app, address=address)
-                    each = in_flight or 8
-                else:
-                    from ..gang import HostConfig
-                    from ..gang.config import read_lists
-
-                    sizes = tuple(sorted(set(gang_size or [1])))
-                    config = HostConfig(
-                        model=spec,
-                        workers=workers,
-                        gang_sizes=sizes,
-                        device=device,
-                        lora_dir=lora_dir and lora_dir.absolute(),
-                        **read_lists(pool),
-                    )
-                    makers = own_hosts(config, hosts, address=address, cpus=cpus)
-                    each = in_flight or workers // sizes[0] + 1
-                run = _finish(good, folder, makers, each, before)
+            run = _finish(good, folder, makers, each, before) if before < len(good) else None
             facts = {
                 "prompts": len(good),
                 "bad_lines": len(bad),
@@ -122,6 +120,21 @@ def generate(
             folder.write_summary(facts)
     print(json.dumps(facts))
     raise typer.Exit(_exit_code(facts))
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Raise InvalidRequest for an option of hosts that nobody starts."""
+    for name, value in options.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidRequest(f"{option} is for hosts started here; with --app leave it out", name)
+
+
+def _config(
+    model: str | None, *, pool: Path | None, gang_size: list[int] | None, **options: Any
+) -> HostConfig:
+    sizes = sorted(set(gang_size)) if gang_size else None
+    return read_config(pool, {"model": {"name": model}, "gang_sizes": sizes, **options}, {"gang_sizes": [1]})
 
 
 def _read(path: Path, model: str | None, limits: Limits | None) -> tuple[list[Prompt], list[BadLine]]:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from distriray.cli import app
+from distriray.config import ParallelConfig
 from distriray.gang import HostConfig
+from distriray.models import ModelSpec
 from tests.unit.test_doors import Recorder
 
 SAYS_WHAT_IT_LOADED = """
@@ -67,7 +69,7 @@ def test_defaults_are_those_of_a_request() -> None:
     assert "the model's own number by default" in shown
 
 
-def test_a_file_lists_what_requests_may_name(
+def test_a_file_has_fields_of_the_pool_and_options_go_before_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @contextmanager
@@ -83,18 +85,25 @@ def test_a_file_lists_what_requests_may_name(
     arguments = ["generate", "a lake", out, f"--pool={written}"]
     written.write_text(
         "controls:\n- {name: canny, source: some/canny}\nip_adapters:\n- {name: style, source: style}\n"
+        "model: {name: some/model, dtype: bfloat16, quantize: int8}\nworkers: 4\nlora_dir: ink\n"
+        "parallel: {exchange: sync, max_wait: 0.3}\nloras:\ndefaults: {scheduler: euler}\n"
     )
-    app(arguments, standalone_mode=False)
+    app([*arguments, "--dtype=float32", "--warmup-steps=3"], standalone_mode=False)
     (config,) = seen
+    assert config.model == ModelSpec(name="some/model", dtype="float32", quantize="int8")
+    assert config.parallel == ParallelConfig(exchange="sync", max_wait=0.3, warmup_steps=3)
+    assert (config.workers, config.loras, config.lora_dir) == (1, (), tmp_path / "ink")
+    assert config.defaults.scheduler == "euler"
     assert [(each.name, each.source) for each in config.controls] == [("canny", "some/canny")]
     assert [(each.name, each.source) for each in config.ip_adapters] == [("style", str(tmp_path / "style"))]
     for text, said in (
-        ("workers: 4\nloras: []\n", "has workers; it may have loras, controls, ip_adapters"),
+        ("wrokers: 4\nloras: []\n", f"pool {written}: there is no field 'wrokers'"),
         ("- canny\n", "has no fields; it may have"),
+        ("model: {}\nmax_queue: none\n", "max_queue 'none': input should be a valid integer"),
         ("controls: [", "cannot be read"),
         ("ip_adapters:\n- {source: style}\n", "ip_adapters.0.name is missing"),
-        ("ip_adapters: 3\n", "ip_adapters is no list"),
-        ("ip_adapters: {name: style, source: style}\n", "ip_adapters is no list"),
+        ("ip_adapters: 3\n", "ip_adapters 3: input should be a valid list"),
+        ("ip_adapters: {name: style, source: style}\n", "input should be a valid list"),
     ):
         written.write_text(text)
         assert app(arguments, standalone_mode=False) == 2 and said in capsys.readouterr().err

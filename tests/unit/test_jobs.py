@@ -15,12 +15,14 @@ from PIL import Image
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotEnoughDevices, QueueFull
+from distriray.gang import HostConfig
 from distriray.jobs import generate
 from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import MAX_TRIES, Run
 from distriray.limits import Limits
+from distriray.models import ModelSpec
 from distriray.picture import Picture, png
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult, Segment, Timings
@@ -434,6 +436,44 @@ def test_a_job_makes_every_line_though_nobody_hears_how_it_goes(
     args = (str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out"), "--in-flight", "1")
     assert command(*args) == 0
     assert json.loads(capsys.readouterr().out)["made"] == 2
+
+
+def test_hosts_of_a_jobs_own_are_as_a_file_and_then_its_options_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def own_hosts(config: HostConfig, *_: object, **__: object) -> AbstractContextManager[list[Painter]]:
+        seen.append(config)
+        return nullcontext([Painter()])
+
+    seen: list[HostConfig] = []
+    monkeypatch.setattr(generate, "own_hosts", own_hosts)
+    prompts, pool = tmp_path / "prompts.jsonl", tmp_path / "pool.yaml"
+    prompts.write_text('{"prompt": "a lake"}\n{"prompt": "a moor", "num_inference_steps": 9}\n')
+    pool.write_text("model: {name: some/model, quantize: int8}\nworkers: 4\nlimits: {max_steps: 8}\n")
+    args = (str(prompts), "--out", str(tmp_path / "out"), "--pool", str(pool))
+    assert command(*args, "--model", "other/model") == 1
+    (config,) = seen
+    assert config.model == ModelSpec(name="other/model", quantize="int8")
+    assert (config.workers, config.gang_sizes) == (4, (1,))
+    assert json.loads(capsys.readouterr().out)["bad_lines"] == 1  # beyond the file's limit
+    pool.write_text("workers: 4\ngang_sizes: [2, 4]\n")
+    command(*args, "--workers", "2", "--gang-size", "2")
+    assert (seen[-1].workers, seen[-1].gang_sizes) == (2, (2,))
+    pool.write_text("workers: 0\n")
+    capsys.readouterr()
+    assert command(*args) == 2
+    assert f"pool {pool}: workers 0: input should be greater" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--workers=2", "--gang-size=2", "--device=cpu", "--lora-dir=x", "--pool=x"]
+)
+def test_what_is_of_hosts_of_its_own_is_refused_beside_an_app(
+    option: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(str(file), "--out", str(tmp_path / "out"), "--app", "distriray", option) == 2
+    name = option.partition("=")[0]
+    assert f"{name} is for hosts started here; with --app leave it out" in capsys.readouterr().err
 
 
 def with_picture(folder: Path, *texts: str, name: str = "prompts.jsonl", **fields: object) -> Path:

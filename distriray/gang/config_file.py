@@ -1,0 +1,85 @@
+"""The configuration of hosts that a command starts: a YAML file, and the command's own options over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import InvalidRequest
+from ..names import KINDS
+from ..validation import invalid_request
+from .config import HostConfig, merged
+
+_LISTS = tuple(kind.option for kind in KINDS.values())
+
+
+def read_config(
+    path: Path | None, options: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> HostConfig:
+    """The fields that a file has; those of `options` go before its own, and its own before `defaults`.
+
+    That is so at any depth, and what is None counts as left out. Files and folders that are there are named
+    by their whole paths then, as workers may be in other folders than whoever names them.
+
+    Args:
+        path: of YAML with fields of a HostConfig; None is no file.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or what it says with the options is no configuration.
+    """
+    read = {} if path is None else _fields(path)
+    fields = merged(merged(defaults, read), _given(options))
+    try:
+        return HostConfig.model_validate(_with_whole_paths(fields))
+    except ValidationError as error:
+        refusal = invalid_request(error)
+        if path is None:
+            raise refusal from None
+        raise InvalidRequest(f"pool {path}: {refusal}", "pool") from None
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"pool {path} cannot be read: {error}", "pool") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"pool {path} has no fields; it may have those of a HostConfig", "pool")
+    if isinstance(fields.get("model"), str):
+        fields["model"] = {"name": fields["model"]}
+    return _given(fields)
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None, at any depth."""
+    return {
+        name: _given(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if value is not None
+    }
+
+
+def _with_whole_paths(fields: dict[str, Any]) -> dict[str, Any]:
+    whole = {
+        name: [_with_whole_path(entry) for entry in fields[name]]
+        for name in _LISTS
+        if isinstance(fields.get(name), list)
+    }
+    folders = {name: str(_whole(fields[name])) for name in ("lora_dir", "profiles") if name in fields}
+    return fields | whole | folders
+
+
+def _with_whole_path(entry: Any) -> Any:
+    """An entry of a list, whose source may be a Hugging Face id as well."""
+    if not isinstance(entry, dict) or not Path(str(entry.get("source"))).expanduser().exists():
+        return entry
+    return {**entry, "source": str(_whole(entry["source"]))}
+
+
+def _whole(path: Any) -> Path:
+    return Path(str(path)).expanduser().absolute()
