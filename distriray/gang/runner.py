@@ -1,80 +1,46 @@
-"""Runs segments on one device: a pipeline, the communicators it sits in, the states it holds. No Ray."""
+"""What runs segments on one device: a pipeline, the communicators it sits in, the states it holds. No Ray."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.distributed import Store
 
 from ..adapters import AdapterSpec
 from ..collective import Communicator, connect
 from ..collective.absent import AbsentPeers
-from ..collective.all_gather import numbers_of_all
 from ..config import ParallelConfig
 from ..controls import ControlNetSpec
 from ..denoise import Denoiser, DenoiseState
 from ..denoise.adapters import MOST_BYTES
 from ..denoise.pipelines.sizes import Sizes
 from ..denoise.pipelines.terms import Terms
-from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory
 from ..ip_adapters import IPAdapterSpec
 from ..models import ModelSpec, load_pipeline
 from ..parallel import compile_blocks, engine_of, parallelize
 from ..parallel.networks.base import Call
 from ..parallel.room import Room
-from ..parallel.stopwatch import Stopwatch
 from ..picture import Picture
 from ..requests import SamplingParams
-from ..status import AdapterStatus
 from ..steps import StepCount
 from ..weights import free_bytes, told_beside
 from .devices import DEVICES
 from .mailbox import Mailbox
 from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
+from .rank_segment import RankSegment, told
 
 log = logging.getLogger("ray.serve.distriray.worker")
 
 
-@dataclass
-class _Work:
-    """Facts of a segment so far; `begun`: all ranks were ready for its first step."""
-
-    step: int
-    state: DenoiseState | None = None
-    begun: bool = False
-    adapters_s: float = 0.0
-    prepare_s: float = 0.0
-    fresh_s: list[float] = field(default_factory=list)
-    stale_s: list[float] = field(default_factory=list)
-    waited: float | None = None
-    decode_s: float = 0.0
-    images: list[Image.Image] | None = None
-    formed_at: float = 0.0
-    left_at: float = 0.0
-    _last: tuple[Stopwatch, bool] | None = None
-
-    def step_launched(self, watch: Stopwatch, synchronous: bool) -> None:
-        """Note the seconds of the step before this one, which a GPU may still be at: it is waited for."""
-        self.step_over()
-        self._last = watch, synchronous
-
-    def step_over(self) -> None:
-        """Note the seconds of the last step that was launched."""
-        if self._last is not None:
-            (watch, synchronous), self._last = self._last, None
-            (self.fresh_s if synchronous else self.stale_s).append(watch.seconds)
-
-
 class SegmentRunner:
-    """Runs segments. `run` and `link` have a thread each; everything else may be called from any thread.
+    """One copy of the pipeline, in the gangs that its worker is in, with the states that the worker holds.
+
+    `run` and `link` have a thread each; everything else may be called from any thread.
 
     Args:
         device: the device of the pipeline and of every communicator.
@@ -85,7 +51,7 @@ class SegmentRunner:
         lora_cache_bytes: of the adapters that are held.
 
     Attributes:
-        control: takes signals for the segment that runs, and says how far it is.
+        mailbox: takes signals for the segment that runs, and says how far it is.
         load_s: seconds that loading the pipeline took.
     """
 
@@ -155,10 +121,19 @@ class SegmentRunner:
         """
         try:
             with self.mailbox.running(order.serial, order.step):
-                return self._run(order, blob, pictures)
+                segment = RankSegment(
+                    order,
+                    self._communicators[order.communicator],
+                    self.device,
+                    self._denoiser,
+                    self._engine,
+                    self._states,
+                    self.mailbox,
+                )
+                return segment.run(blob, pictures)
         except Exception as error:
             log.exception("segment %d of request %s failed", order.serial, order.request.id)
-            return RankResult(SegmentEnd.FAILED, order.step, 0, cause=_told(error), broken=True)
+            return RankResult(SegmentEnd.FAILED, order.step, 0, cause=told(error), broken=True)
 
     def export(self, job: int) -> bytes:
         """The state of a job that this worker holds and does not work on."""
@@ -257,194 +232,8 @@ class SegmentRunner:
         if former is not None:
             self._communicators.pop(former).close()
 
-    def _run(self, order: SegmentOrder, blob: bytes | None, pictures: Mapping[str, Picture]) -> RankResult:
-        communicator = self._communicators[order.communicator]
-        sent, work = communicator.bytes_sent, _Work(order.step)
-        error, cause = None, ""
-        try:
-            end = self._work(order, blob, pictures, communicator, work)
-        except Exception as raised:
-            end, error, cause = self._judge(raised, order, work)
-            if work.begun and not _alike(raised) and communicator.world_size > 1:
-                communicator.abort()  # else the others wait for this rank until their time is up
-        return RankResult(
-            end=end,
-            step=work.step if work.state is None else work.state.step,
-            num_steps=0 if work.state is None else work.state.num_steps,
-            adapters_s=work.adapters_s,
-            prepare_s=work.prepare_s,
-            fresh_s=tuple(work.fresh_s),
-            stale_s=tuple(work.stale_s),
-            decode_s=work.decode_s,
-            bytes_sent=communicator.bytes_sent - sent,
-            previews=self.mailbox.previews,
-            images=work.images,
-            error=error,
-            cause=cause,
-            broken=communicator.broken,
-            formed_at=work.formed_at,
-            left_at=work.left_at,
-            exchange=self._engine.exchange,
-            waited=work.waited,
-            warnings=() if work.state is None else work.state.warnings,
-            adapters=self._adapters_now(),
-        )
-
-    def _work(
-        self,
-        order: SegmentOrder,
-        blob: bytes | None,
-        pictures: Mapping[str, Picture],
-        communicator: Communicator,
-        work: _Work,
-    ) -> SegmentEnd:
-        """One segment, recorded in `work`."""
-        began, adapters = time.perf_counter(), self._denoiser.adapters
-        switching_s = adapters.seconds
-        try:
-            self._engine.join(communicator, order.parallel)  # requests have generators: no state to share
-            adapters.learn(order.adapters)
-            state = self._state(order, blob, pictures)
-            self._denoiser.adapt(state)
-            work.state = state
-        except Exception:
-            with suppress(GangBroken):
-                numbers_of_all(communicator, False)
-            raise
-        work.adapters_s = adapters.seconds - switching_s
-        work.prepare_s = time.perf_counter() - began - work.adapters_s if order.step == 0 else 0.0
-        work.formed_at = work.left_at = time.time() - work.prepare_s - work.adapters_s
-        if not all(numbers_of_all(communicator, True)):
-            return SegmentEnd.NOT_BEGUN
-        work.begun = True
-        try:
-            end = self._steps(order, state, work)
-        finally:
-            work.left_at = time.time()
-        if end is SegmentEnd.DONE:
-            began = time.perf_counter()
-            work.images = self._decode(order, state)
-            work.decode_s = time.perf_counter() - began
-        return end
-
-    def _judge(
-        self, error: Exception, order: SegmentOrder, work: _Work
-    ) -> tuple[SegmentEnd, DistrirayError | None, str]:
-        """Whose fault `error` is, the request's, a peer's or this worker's: end, error and cause.
-
-        What is raised before the first transfer is the request's own, as long as the device works at all.
-        """
-        match error:
-            case GangBroken():
-                return SegmentEnd.BROKEN, None, str(error)
-            case GenerationCancelled():
-                return SegmentEnd.CANCELLED, None, ""
-            case DistrirayError():
-                return SegmentEnd.REFUSED, error, ""
-        log.error("segment %d of request %s failed", order.serial, order.request.id, exc_info=error)
-        if _is_out_of_memory(error):
-            self._states.pop(order.job, None)
-            self._engine.graphs.drop()
-            DEVICES[self.device.type].trim()
-            request = order.request
-            what = f"{request.num_images} of {request.width}x{request.height}"
-            return SegmentEnd.REFUSED, OutOfMemory(f"{what} do not fit into memory: {error}"), ""
-        if not work.begun and self._device_works():
-            return (
-                SegmentEnd.REFUSED,
-                DistrirayError(f"the request could not be prepared: {_told(error)}"),
-                "",
-            )
-        return SegmentEnd.FAILED, None, _told(error)
-
-    def _adapters_now(self) -> AdapterStatus:
-        adapters = self._denoiser.adapters
-        counts = adapters.counts
-        return AdapterStatus(
-            names=adapters.held,
-            memory=adapters.nbytes,
-            hits=counts.hits,
-            loads=counts.loads,
-            evictions=counts.evictions,
-        )
-
-    def _device_works(self) -> bool:
-        """Whether the device still computes: after some errors every later call to a GPU raises."""
-        try:
-            return torch.ones(1, device=self.device).add(1).item() == 2.0
-        except Exception:
-            return False
-
-    def _steps(self, order: SegmentOrder, state: DenoiseState, work: _Work) -> SegmentEnd:
-        """The steps of a segment. On a GPU the host launches one while the device is at the one before."""
-        engine = self._engine
-        with self.mailbox.stepping():
-            while not state.done:
-                with Stopwatch(self.device) as watch:
-                    self._denoiser.step(state)
-                work.step_launched(watch, engine.statistics.synchronous)
-                if order.rank == 0:
-                    self.mailbox.report(state.step, state.num_steps, self._preview(order, state))
-                if engine.yielding and not state.done:
-                    self._denoiser.settle(state)
-                    break
-            work.step_over()
-        if engine.communicator.world_size > 1 and state.step > order.step:
-            # of one step, since to read the marks of a GPU takes its host some time
-            work.waited = engine.statistics.wait_s / engine.statistics.seconds
-        return SegmentEnd.DONE if state.done else SegmentEnd.YIELDED
-
-    def _preview(self, order: SegmentOrder, state: DenoiseState) -> Image.Image | None:
-        """The picture so far, if it is to be shown after this step and is known not to be garbage."""
-        if state.step not in order.preview_steps:
-            return None
-        try:
-            preview = self._denoiser.preview(state)
-        except NotFinite:
-            return None  # decoding says so, to all ranks alike
-        return None if self._engine.communicator.broken else preview
-
-    def _decode(self, order: SegmentOrder, state: DenoiseState) -> list[Image.Image] | None:
-        """The pictures, on rank 0; the other ranks help if the VAE is parallel."""
-        if order.rank == 0:
-            return self._denoiser.decode(state)
-        if self._engine.decodes_together:
-            self._denoiser.decode(state)
-        return None
-
     def _signal(self, signal: StopSignal) -> None:
         if signal is StopSignal.CANCEL:
             self._engine.ask_cancel()
         else:
             self._engine.ask_yield()
-
-    def _state(
-        self, order: SegmentOrder, blob: bytes | None, pictures: Mapping[str, Picture]
-    ) -> DenoiseState:
-        request = order.request
-        state = self._states.get(order.job)
-        if state is not None and state.step == order.step:
-            return state
-        if blob is not None:
-            state = DenoiseState.from_bytes(blob).to(self.device)
-        elif order.step == 0:
-            state = self._denoiser.prepare(request.with_pictures(pictures))
-        else:
-            raise LookupError(
-                f"request {request.id} is to go on at step {order.step}, but its state is not here"
-            )
-        self._states[order.job] = state
-        return state
-
-
-def _alike(error: Exception) -> bool:
-    """Whether all ranks of a gang raise it after the same transfers."""
-    return isinstance(error, DistrirayError) and not isinstance(error, GangBroken)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

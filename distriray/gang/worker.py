@@ -1,4 +1,4 @@
-"""The Ray actor around a stage: it computes in one thread and answers control calls all the while."""
+"""The Ray actor around a runner: it computes in one thread and answers control calls all the while."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest, OutOfMemory
@@ -64,7 +65,7 @@ def break_device(worker: Any) -> None:
 
     runner = worker.runner
     runner._denoiser.prepare = runner._denoiser.step = runner._denoiser.decode = runner.link = fails
-    runner._device_works = lambda: False
+    runner.device = torch.device("cuda", 99)  # there is none
 
 
 @pytest.mark.parametrize("gang_size", [1, 2])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import httpx
 import pytest
@@ -29,7 +29,7 @@ from distriray.events import Event, Finished
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import SegmentOrder, WorkerFacts
-from distriray.gang.runner import SegmentRunner
+from distriray.gang.rank_segment import RankSegment
 from distriray.ip_adapters import IPAdapter
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
@@ -141,10 +141,10 @@ def at_the_denoiser(request: GenerationRequest, defaults: Defaults | None = None
         rank=0,
         parallel=ParallelConfig(),
     )
-    runner = SegmentRunner.__new__(SegmentRunner)
-    runner._states, runner._denoiser = {}, Denoiser()  # type: ignore[assignment]
-    runner._state(order, None, admitted.pictures)
-    return {name: getattr(runner._denoiser.prepared, name) for name in SamplingParams.model_fields}
+    denoiser, absent = Denoiser(), cast(Any, None)
+    segment = RankSegment(order, absent, absent, cast(Any, denoiser), absent, {}, absent)
+    segment._take(None, admitted.pictures)
+    return {name: getattr(denoiser.prepared, name) for name in SamplingParams.model_fields}
 
 
 def changed(fields: Fields) -> None:
