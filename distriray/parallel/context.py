@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distriray.parallel.exchange.steps import Step
+    from distriray.parallel.exchange.step import Step
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.exchange.cache import ExchangeCache
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
-from distriray.parallel.exchange.steps import Step
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.gather import Place
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs
 from distriray.parallel.image import Branch, Image

@@ -12,7 +12,7 @@ import torch
 
 from distriray.parallel.baked import Baked
 from distriray.parallel.context import PatchContext
-from distriray.parallel.exchange.steps import Step
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.graphs import GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.layers.bare import is_autocast_on
 from distriray.parallel.networks.base import Call, Collect, Network

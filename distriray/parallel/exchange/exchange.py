@@ -14,11 +14,13 @@ from distriray.config import Kind, Mix, Weights
 from distriray.errors import GangBroken
 from distriray.parallel.exchange.bucket import Buckets
 from distriray.parallel.exchange.carriers import AsResiduals, Carrier, WholeAndKept
+from distriray.parallel.exchange.displaced import DisplacedStep
 from distriray.parallel.exchange.memory import Forgetting, Memory, Recording, Refilling, Values
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.residuals import Residuals
 from distriray.parallel.exchange.slots import Slot
-from distriray.parallel.exchange.steps import DisplacedStep, Step, SynchronousStep
+from distriray.parallel.exchange.step import Step
+from distriray.parallel.exchange.synchronous import SynchronousStep
 from distriray.parallel.graphs import StepGraphs
 from distriray.parallel.partition import Partition
 

@@ -17,7 +17,7 @@ from distriray.parallel.layers.bare import is_bare
 from distriray.parallel.layers.opaque import Opaque
 
 if TYPE_CHECKING:
-    from distriray.parallel.exchange.steps import Step
+    from distriray.parallel.exchange.step import Step
 
 
 class _Processor(AttnProcessor2_0, Opaque):

@@ -14,7 +14,7 @@ from distriray.parallel.moments import correct
 from distriray.parallel.partition import Window
 
 if TYPE_CHECKING:
-    from distriray.parallel.exchange.steps import Step
+    from distriray.parallel.exchange.step import Step
     from distriray.parallel.kernels.group_norm import GroupNormKernels
 
 

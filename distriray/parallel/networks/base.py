@@ -15,7 +15,7 @@ from distriray.collective.base import Communicator
 from distriray.config import AttentionMode, ParallelConfig
 from distriray.parallel.agreement import Compared
 from distriray.parallel.context import PatchContext
-from distriray.parallel.exchange.steps import Step
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.partition import Partition

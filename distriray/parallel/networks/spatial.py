@@ -12,7 +12,7 @@ from torch import nn
 
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed
-from distriray.parallel.exchange.steps import Step
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
 from distriray.parallel.layers.bare import has_class_forward
 from distriray.parallel.layers.conv import PatchConv2d, pads_by_hand, patch_conv

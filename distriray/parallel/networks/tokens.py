@@ -30,7 +30,7 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed
-from distriray.parallel.exchange.steps import Step
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
-from distriray.parallel.exchange.steps import Step
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.attention import (
     CachedCrossAttention,
     PatchSelfAttention,

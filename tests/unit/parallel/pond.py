@@ -15,7 +15,7 @@ from torch import nn
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
-from distriray.parallel.exchange.steps import Step
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.attention import PatchSelfAttention
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.spatial import convert_conv_or_norm, is_foreign

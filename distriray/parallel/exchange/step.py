@@ -1,4 +1,4 @@
-"""One step of the exchange, synchronous or displaced: what layers call during a forward pass.
+"""One step of the exchange: what layers call during a forward pass.
 
 Layers call the verbs in the order of the forward pass; the k-th call of a step whose values outlast it is
 slot k.
@@ -13,13 +13,12 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import torch
 
 from distriray.config import Kind, Mix, StatisticsMode
-from distriray.parallel.exchange.bucket import Bucket, Buckets
+from distriray.parallel.exchange.bucket import Buckets
 from distriray.parallel.exchange.carriers import Carrier, Values
 from distriray.parallel.exchange.halos import PaddedPatch
-from distriray.parallel.exchange.memory import Memory
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
+from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.exchange.statistics_and_rows import StatisticsAndRows
 from distriray.parallel.graphs import Recorder
 from distriray.parallel.partition import Window
@@ -286,195 +285,3 @@ class Step(ABC):
         self.waits += 1
         with getattr(self.waiting, what):
             self._patch.communicator.exchange(sends, receives).wait()
-
-
-class SynchronousStep(Step):
-    """Every value is swapped at once, and `memory` keeps those that the next step reads as stale ones.
-
-    Args:
-        memory: keeps them.
-    """
-
-    displaced = False
-    statistics = "fresh"
-    fuses = True
-
-    def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, memory: Memory) -> None:
-        super().__init__(patch, carriers, mix)
-        self._memory = memory
-
-    @property
-    def drift(self) -> torch.Tensor | float:
-        return self._memory.drift
-
-    def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
-        self._expect(self._patch.statistics_slot(input, groups))
-        return super().read_statistics(input, groups)
-
-    def send_statistics(self, everyone: torch.Tensor) -> None:
-        super().send_statistics(everyone)
-        self._keep("statistics", dict(enumerate(everyone)))
-
-    def norm_padded(
-        self, input: torch.Tensor, window: Window, own: torch.Tensor
-    ) -> tuple[PaddedPatch, torch.Tensor]:
-        self._expect(self._patch.statistics_slot(input, own.shape[1]))
-        padded, everyone = super().norm_padded(input, window, own)
-        self._keep("statistics", dict(enumerate(everyone)))
-        return padded, everyone
-
-    def keep_halos(self, padded: torch.Tensor, window: Window) -> None:
-        if self.mix.is_stale("halos"):
-            buffer = self._patch.like(padded, window)
-            self._expect(buffer.slot)
-            self._keep("halos", buffer.halos(padded))
-
-    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
-        padded = self._patch.padded(input, window)
-        self._expect(padded.slot)
-        received = self._swap_halos(padded, input)
-        self._keep("halos", received)
-        return padded.fill(input, received)
-
-    def keys_values(
-        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        slot = self._patch.keys_values_slot(own, tokens)
-        self._expect(slot)
-        lasts = self.mix.is_stale("keys_values") and not self._memory.borrows
-        everyone = own.like.new_empty(slot.whole) if lasts else self._patch.scratch(slot.whole, own.like)
-        parts = self._swap_keys_values(own, slot, everyone)
-        self._keep("keys_values", dict(enumerate(parts)))
-        return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
-
-    @property
-    def kind(self) -> Hashable:
-        return self._memory.kind
-
-    def skip(self) -> None:
-        super().skip()
-        self._memory.skip()
-
-    def end(self) -> Buckets | None:
-        return self._memory.end()
-
-    def _expect(self, slot: Slot) -> None:
-        if self.mix.is_stale(slot.kind):
-            self._memory = self._memory.expect(slot)
-
-    def _keep(self, kind: Kind, everyone: Values) -> None:
-        if self.mix.is_stale(kind):
-            self._memory.keep(dict(everyone))
-
-
-class DisplacedStep(Step):
-    """Layers read stale values of some kinds; what they send of them leaves in the background, by buckets.
-
-    When a bucket's last slot has been computed, its messages leave; when the next step reaches the bucket's
-    first slot, it waits for them. So what is stale is always exactly one step old.
-
-    Args:
-        buckets: filled by the step before.
-        predicts: whether two steps came before, from which stale values can be extrapolated.
-    """
-
-    displaced = True
-
-    def __init__(
-        self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, buckets: Buckets, predicts: bool
-    ) -> None:
-        super().__init__(patch, carriers, mix)
-        self._buckets = buckets
-        self._predicts = predicts
-        self._index = 0
-        self._complete: Bucket | None = None
-
-    @property
-    def statistics(self) -> StatisticsMode:
-        return self.mix.statistics
-
-    @property
-    def fuses(self) -> bool:
-        return self.mix.statistics == self.mix.halos == "fresh"
-
-    def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
-        if not self.mix.is_stale("statistics"):
-            return super().read_statistics(input, groups)
-        bucket = self._enter(self._patch.statistics_slot(input, groups))
-        return bucket.statistics.read(self._index)
-
-    def send_statistics(self, everyone: torch.Tensor) -> None:
-        if not self.mix.is_stale("statistics"):
-            return super().send_statistics(everyone)
-        self._leave(self._buckets[self._index])  # they leave with the bucket, from where the layer put them
-        return None
-
-    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
-        if not self.mix.is_stale("halos"):
-            return super().padded(input, window)
-        padded = self._patch.padded(input, window)
-        bucket = self._enter(padded.slot)
-        whole = padded.fill(input, bucket.halos.read(self._index))
-        bucket.halos.send(self._index, padded.sends(input))
-        self._leave(bucket)
-        return whole
-
-    def keys_values(
-        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        slot = self._patch.keys_values_slot(own, tokens)
-        if not self.mix.is_stale("keys_values"):
-            everyone = self._patch.scratch(slot.whole, own.like)
-            self._swap_keys_values(own, slot, everyone)
-        else:
-            bucket = self._enter(slot)
-            region = bucket.keys_values[self._index]
-            everyone = region.read(self._index)
-            region.send(self._index, own)
-            self._leave(bucket)
-        return everyone[:, 0].transpose(0, 1), everyone[:, 1].transpose(0, 1)
-
-    @property
-    def kind(self) -> Hashable:
-        return "displaced"
-
-    def skip(self) -> None:
-        super().skip()
-        self._index = len(self._buckets.slots)
-        if self._index:
-            self._complete = self._buckets[self._index - 1]
-
-    def end(self) -> Buckets:
-        self._turn(self._complete, None)
-        if self._index < len(self._buckets.slots):
-            raise RuntimeError(LAYERS_CHANGED)
-        return self._buckets
-
-    def _enter(self, slot: Slot) -> Bucket:
-        """The bucket of the next slot, ready to be read."""
-        if not self._buckets.has(self._index, slot):
-            raise RuntimeError(LAYERS_CHANGED)
-        bucket = self._buckets[self._index]
-        complete, self._complete = self._complete, None
-        entered = bucket if self._index == bucket.first else None
-        if complete is not None or entered is not None:
-            self._talk(lambda step: step._turn(complete, entered))
-        return bucket
-
-    def _leave(self, bucket: Bucket) -> None:
-        if self._index == bucket.last:
-            self._complete = bucket
-        self._index += 1
-
-    def _turn(self, complete: Bucket | None, entered: Bucket | None) -> None:
-        """Send the bucket whose last slot is over, and wait for the one whose first slot begins.
-
-        Not earlier: messages are received into the buffers that the layer of the last slot was still reading.
-        """
-        if complete is not None:
-            complete.launch()
-        if entered is not None:
-            self.waits += 1
-            with self.waiting.buckets:
-                entered.wait()
-            entered.predict(self._predicts)
