@@ -1,10 +1,7 @@
-"""Adapters (LoRA) of a pipeline: read, checked, held within a bound, and switched between requests."""
+"""Adapters (LoRA) of a pipeline: held within a bound, and switched between requests."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import threading
 import time
 import warnings
@@ -15,18 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, _load_lora_into_text_encoder
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
+from diffusers.loaders.lora_base import _load_lora_into_text_encoder
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from distriray.adapters import AdapterSpec, Lora
+from distriray.denoise.adapter_file import AdapterFile, mark_of, parts_of
 from distriray.denoise.weight_files import first_lines
 from distriray.errors import InvalidRequest, UnusableAdapter
 from distriray.names import check_names
@@ -35,7 +26,6 @@ MOST_BYTES = 2**30
 MOST_HELD = 64
 """Adapters that are held at once, however small they are: every layer has its part of each."""
 
-_FACTORS = "lora_A", "lora_B"
 _LOADING = threading.Lock()
 """Held while weights are loaded without memory of their own first: PEFT replaces a method of `nn.Module` for
 that, which two threads at once would leave replaced."""
@@ -56,18 +46,6 @@ class AdapterCounts:
     hits: int = 0
     loads: int = 0
     evictions: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _File:
-    """The weights of a file that fits the pipeline, as diffusers loads them."""
-
-    digest: str
-    weights: dict[str, Tensor]
-    alphas: dict[str, float] | None
-    metadata: dict[str, Any] | None
-    factors: Mapping[str, frozenset[str]]
-    nbytes: int
 
 
 class Adapters:
@@ -128,7 +106,7 @@ class Adapters:
         check_names("loras", loras, self.known)
         wanted = [lora for lora in loras if lora.scale]
         with self._timed():
-            files: dict[str, _File] = {}
+            files: dict[str, AdapterFile] = {}
             chosen = [
                 Adapter(lora.name, lora.scale, self._digest(self.known[lora.name], files)) for lora in wanted
             ]
@@ -144,7 +122,7 @@ class Adapters:
         if adapters == self._used:
             return
         with self._timed():
-            files: dict[str, _File] = {}
+            files: dict[str, AdapterFile] = {}
             for name, _, digest in adapters:
                 if digest in self._held:
                     continue
@@ -160,9 +138,9 @@ class Adapters:
         finally:
             self.seconds += time.perf_counter() - began
 
-    def _digest(self, spec: AdapterSpec, files: dict[str, _File]) -> str:
+    def _digest(self, spec: AdapterSpec, files: dict[str, AdapterFile]) -> str:
         """The digest of an adapter's weights; if they are not held they are read, into `files`."""
-        digest = self._digests.get(_mark(self._locate(spec)))
+        digest = self._digests.get(mark_of(self._locate(spec)))
         if digest not in self._held:
             file = self._read(spec)
             files[file.digest] = file
@@ -178,9 +156,18 @@ class Adapters:
                 self._downloaded[spec] = path
         return path
 
+    def _read(self, spec: AdapterSpec) -> AdapterFile:
+        """The file of an adapter; raises UnusableAdapter unless all its weights fit the pipeline."""
+        if spec.families and self._family not in spec.families:
+            families = ", ".join(spec.families)
+            raise UnusableAdapter(f"adapter {spec.name!r} is for {families}; the model is {self._family}")
+        file = AdapterFile.read(spec.name, self._locate(spec), self._pipeline, self._most_bytes)
+        self._digests[file.mark] = file.digest
+        return file
+
     # Using
 
-    def _use(self, adapters: tuple[Adapter, ...], files: Mapping[str, _File]) -> None:
+    def _use(self, adapters: tuple[Adapter, ...], files: Mapping[str, AdapterFile]) -> None:
         """Switch to adapters that are held or read; what fails leaves none in use."""
         new = {name: digest for name, _, digest in adapters if digest not in self._held}
         if new:
@@ -209,7 +196,7 @@ class Adapters:
                 layer.set_scale(key, scales[key])
         self._used = adapters
 
-    def _make_room(self, kept: set[str], files: Sequence[_File]) -> None:
+    def _make_room(self, kept: set[str], files: Sequence[AdapterFile]) -> None:
         """Drop what was not used for longest until there is room for these files."""
         more, count = sum(file.nbytes for file in files), len(files)
         least = more + sum(nbytes for digest, nbytes in self._held.items() if digest in kept)
@@ -228,7 +215,7 @@ class Adapters:
 
     def _drop(self, digest: str) -> None:
         key = _key(digest)
-        for component in self._components().values():
+        for component in parts_of(self._pipeline).values():
             for layer in _lora_layers(component):
                 if key in layer.lora_A:
                     layer.set_adapter([other for other in layer.active_adapters if other != key])
@@ -237,14 +224,14 @@ class Adapters:
         self._held.pop(digest, None)
         self._names.pop(digest, None)
 
-    def _load(self, name: str, file: _File) -> None:
+    def _load(self, name: str, file: AdapterFile) -> None:
         """Put the weights of a file into the pipeline, all of them or none."""
         key = _key(file.digest)
         common = {"network_alphas": file.alphas, "metadata": file.metadata, "adapter_name": key}
         self._names[file.digest] = name
         try:
             for part in file.factors:
-                component = self._components()[part]
+                component = parts_of(self._pipeline)[part]
                 place = component.device, component.dtype
                 weights = {k: w.to(*place) for k, w in file.weights.items() if k.startswith(f"{part}.")}
                 with _LOADING, warnings.catch_warnings():
@@ -255,7 +242,7 @@ class Adapters:
                         component.load_lora_adapter(weights, prefix=part, low_cpu_mem_usage=True, **common)
             found = {
                 part: factors
-                for part, component in self._components().items()
+                for part, component in parts_of(self._pipeline).items()
                 if (factors := _factors_of(component, key))
             }
             if {part: frozenset(factors) for part, factors in found.items()} != file.factors:
@@ -271,135 +258,12 @@ class Adapters:
         self._look_for_layers()
 
     def _look_for_layers(self) -> None:
-        self._layers = [layer for part in self._components().values() for layer in _lora_layers(part)]
-
-    def _components(self) -> dict[str, Any]:
-        """The parts of the pipeline that adapters may be of."""
-        parts = getattr(self._pipeline, "_lora_loadable_modules", ())
-        found = {part: getattr(self._pipeline, part, None) for part in parts}
-        return {part: component for part, component in found.items() if component is not None}
-
-    # Reading
-
-    def _read(self, spec: AdapterSpec) -> _File:
-        """The weights of an adapter; raises UnusableAdapter unless all of them fit the pipeline."""
-        what = f"adapter {spec.name!r}"
-        if spec.families and self._family not in spec.families:
-            raise UnusableAdapter(f"{what} is for {', '.join(spec.families)}; the model is {self._family}")
-        path = self._locate(spec)
-        try:
-            mark = _mark(path)
-            if mark[1] > 4 * self._most_bytes:
-                raise UnusableAdapter(
-                    f"{what}: {path} has {mark[1]} bytes, and {self._most_bytes} are there for adapters "
-                    "(lora_cache_bytes)"
-                )
-            content = path.read_bytes()
-            tensors, metadata = load(content), _metadata(content)
-        except (OSError, SafetensorError, ValueError) as error:
-            if isinstance(error, UnusableAdapter):
-                raise
-            raise UnusableAdapter(f"{what}: {path} cannot be read: {first_lines(error, 1)}") from error
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        try:
-            file = self._fit(digest, tensors, metadata)
-        except Exception as error:
-            raise UnusableAdapter(f"{what} does not fit the model: {first_lines(error, 1)}") from error
-        self._digests[mark] = digest
-        return file
-
-    def _fit(self, digest: str, tensors: dict[str, Tensor], metadata: dict[str, Any] | None) -> _File:
-        """Weights in diffusers' form; raises ValueError, naming what does not fit."""
-        for name, tensor in tensors.items():
-            if "dora" in name:
-                raise ValueError(f"{name} is of a DoRA, which is not read")
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, and no float")
-            if not bool(torch.isfinite(tensor.float()).all()):
-                raise ValueError(f"{name} holds infinities or NaN")
-        components = self._components()
-        network = components.get("unet")
-        options = {} if network is None else {"unet_config": network.config}
-        result = self._pipeline.lora_state_dict(dict(tensors), return_alphas=True, **options)
-        weights, alphas = result if isinstance(result, tuple) else (result, None)
-        factors, nbytes, left = {}, 0, dict(weights)
-        for part, component in components.items():
-            own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
-            if not own:
-                continue
-            if any(weight.is_meta for weight in component.parameters()):
-                raise ValueError(f"it changes the {part}, which offload_text keeps in the host's memory")
-            own = {name.removeprefix(f"{part}."): tensor for name, tensor in own.items()}
-            own = _as_peft(own, component, text=part.startswith("text_encoder"))
-            _check_shapes(own, part, component)
-            factors[part] = frozenset(own)
-            nbytes += sum(tensor.numel() for tensor in own.values()) * component.dtype.itemsize
-        if left:
-            raise ValueError(f"{next(iter(left))} is for no part of it; it has {', '.join(components)}")
-        if not factors:
-            raise ValueError("it has no weights")
-        return _File(digest, weights, alphas or None, None if alphas else metadata, factors, nbytes)
+        self._layers = [layer for part in parts_of(self._pipeline).values() for layer in _lora_layers(part)]
 
 
 def _key(digest: str) -> str:
     """PEFT's name for an adapter: the same on all ranks, and another for other weights."""
     return f"lora_{digest}"
-
-
-def _mark(path: Path) -> tuple[str, int, int]:
-    """A mark that changes when a file is written again; raises OSError."""
-    facts = os.stat(path)
-    return str(path), facts.st_size, facts.st_mtime_ns
-
-
-def _metadata(content: bytes) -> dict[str, Any] | None:
-    """Loading instructions that diffusers wrote into a safetensors file; raises ValueError."""
-    length = int.from_bytes(content[:8], "little")
-    written = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(LORA_ADAPTER_METADATA_KEY)
-    metadata = None if written is None else json.loads(written)
-    if not isinstance(metadata, dict | None):
-        raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} is no mapping")
-    return metadata
-
-
-def _as_peft(weights: dict[str, Tensor], component: Any, text: bool) -> dict[str, Tensor]:
-    """The weights of one part by the names that PEFT gives them."""
-    if not text:
-        first = next(iter(weights))
-        return weights if "lora_A" in first else convert_unet_state_dict_to_peft(weights)
-    weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
-    if hasattr(component, "text_model"):
-        return weights
-    return {name.removeprefix("text_model."): weight for name, weight in weights.items()}
-
-
-def _check_shapes(weights: Mapping[str, Tensor], part: str, component: nn.Module) -> None:
-    """Raise ValueError unless each layer has both of its factors, of one rank, and they fit it."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, weight in weights.items():
-        place, _, factor = name.removesuffix(".weight").rpartition(".")
-        if factor not in _FACTORS or not name.endswith(".weight"):
-            raise ValueError(f"{part}.{name} is no weight of a LoRA that is read here")
-        pairs.setdefault(place, {})[factor] = weight
-    for name, pair in pairs.items():
-        what = f"{part}.{name}"
-        try:
-            layer = component.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"{what} is no layer of it") from None
-        base = getattr(layer, "base_layer", layer)
-        if not isinstance(base, nn.Linear | nn.Conv2d):
-            raise ValueError(f"{what} is a {type(base).__name__}, which no LoRA is loaded on")
-        if missing := [factor for factor in _FACTORS if factor not in pair]:
-            raise ValueError(f"{what} has no {missing[0]}")
-        down, kernel = pair["lora_A"], tuple(base.weight.shape[2:])
-        rank = down.shape[0] if down.ndim else 0
-        takes: tuple[int, ...] = (rank, base.weight.shape[1], *kernel)
-        gives: tuple[int, ...] = (base.weight.shape[0], rank, *(1 for _ in kernel))
-        for factor, wanted in (("lora_A", takes), ("lora_B", gives)):
-            if tuple(pair[factor].shape) != wanted or not rank:
-                given = _times(pair[factor].shape)
-                raise ValueError(f"{factor} of {what} is {given}, and the layer takes {_times(wanted)}")
 
 
 def _lora_layers(component: nn.Module) -> list[LoraLayer]:
@@ -417,7 +281,3 @@ def _factors_of(component: nn.Module, key: str) -> dict[str, Tensor]:
                     for rest, weight in held[key].named_parameters():
                         found[f"{name}.{kind}.{rest}"] = weight
     return found
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "a number"

@@ -1,0 +1,187 @@
+"""A LoRA file: read, and checked against the pipeline that it is for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from distriray.denoise.weight_files import first_lines
+from distriray.errors import UnusableAdapter
+
+_FACTORS = "lora_A", "lora_B"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """The weights of a file that fits its pipeline, as diffusers loads them.
+
+    Attributes:
+        mark: of the file as it was read (`mark_of`).
+        digest: of its content.
+        weights: by names that begin with the part of the pipeline that they are for.
+        alphas, metadata: what diffusers scales them by, whichever the file has.
+        factors: PEFT's names of the weights, by part.
+        nbytes: in memory, in the dtypes of the parts.
+    """
+
+    mark: tuple[str, int, int]
+    digest: str
+    weights: dict[str, Tensor]
+    alphas: dict[str, float] | None
+    metadata: dict[str, Any] | None
+    factors: Mapping[str, frozenset[str]]
+    nbytes: int
+
+    @classmethod
+    def read(cls, name: str, path: Path, pipeline: Any, most_bytes: int) -> Self:
+        """The file of the adapter `name`.
+
+        Args:
+            pipeline: of diffusers; nothing is loaded into it.
+            most_bytes: that are there for adapters; a file four times as large is not read.
+
+        Raises:
+            UnusableAdapter: it is missing, damaged or too large, or a weight does not fit the pipeline.
+        """
+        what = f"adapter {name!r}"
+        try:
+            mark = mark_of(path)
+            if mark[1] > 4 * most_bytes:
+                raise UnusableAdapter(
+                    f"{what}: {path} has {mark[1]} bytes, and {most_bytes} are there for adapters "
+                    "(lora_cache_bytes)"
+                )
+            content = path.read_bytes()
+            tensors, metadata = load(content), _metadata(content)
+        except (OSError, SafetensorError, ValueError) as error:
+            if isinstance(error, UnusableAdapter):
+                raise
+            raise UnusableAdapter(f"{what}: {path} cannot be read: {first_lines(error, 1)}") from error
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        try:
+            return cls._fitting(mark, digest, pipeline, tensors, metadata)
+        except Exception as error:
+            raise UnusableAdapter(f"{what} does not fit the model: {first_lines(error, 1)}") from error
+
+    @classmethod
+    def _fitting(
+        cls,
+        mark: tuple[str, int, int],
+        digest: str,
+        pipeline: Any,
+        tensors: dict[str, Tensor],
+        metadata: dict[str, Any] | None,
+    ) -> Self:
+        """With weights in diffusers' form; raises ValueError, naming what does not fit."""
+        for name, tensor in tensors.items():
+            if "dora" in name:
+                raise ValueError(f"{name} is of a DoRA, which is not read")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, and no float")
+            if not bool(torch.isfinite(tensor.float()).all()):
+                raise ValueError(f"{name} holds infinities or NaN")
+        components = parts_of(pipeline)
+        network = components.get("unet")
+        options = {} if network is None else {"unet_config": network.config}
+        result = pipeline.lora_state_dict(dict(tensors), return_alphas=True, **options)
+        weights, alphas = result if isinstance(result, tuple) else (result, None)
+        factors, nbytes, left = {}, 0, dict(weights)
+        for part, component in components.items():
+            own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
+            if not own:
+                continue
+            if any(weight.is_meta for weight in component.parameters()):
+                raise ValueError(f"it changes the {part}, which offload_text keeps in the host's memory")
+            own = {name.removeprefix(f"{part}."): tensor for name, tensor in own.items()}
+            own = _as_peft(own, component, text=part.startswith("text_encoder"))
+            _check_shapes(own, part, component)
+            factors[part] = frozenset(own)
+            nbytes += sum(tensor.numel() for tensor in own.values()) * component.dtype.itemsize
+        if left:
+            raise ValueError(f"{next(iter(left))} is for no part of it; it has {', '.join(components)}")
+        if not factors:
+            raise ValueError("it has no weights")
+        return cls(mark, digest, weights, alphas or None, None if alphas else metadata, factors, nbytes)
+
+
+def mark_of(path: Path) -> tuple[str, int, int]:
+    """A mark that changes when a file is written again: path, bytes and time; raises OSError."""
+    facts = os.stat(path)
+    return str(path), facts.st_size, facts.st_mtime_ns
+
+
+def parts_of(pipeline: Any) -> dict[str, Any]:
+    """The parts of a pipeline that adapters may be of."""
+    parts = getattr(pipeline, "_lora_loadable_modules", ())
+    found = {part: getattr(pipeline, part, None) for part in parts}
+    return {part: component for part, component in found.items() if component is not None}
+
+
+def _metadata(content: bytes) -> dict[str, Any] | None:
+    """Loading instructions that diffusers wrote into a safetensors file; raises ValueError."""
+    length = int.from_bytes(content[:8], "little")
+    written = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(LORA_ADAPTER_METADATA_KEY)
+    metadata = None if written is None else json.loads(written)
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} is no mapping")
+    return metadata
+
+
+def _as_peft(weights: dict[str, Tensor], component: Any, text: bool) -> dict[str, Tensor]:
+    """The weights of one part by the names that PEFT gives them."""
+    if not text:
+        first = next(iter(weights))
+        return weights if "lora_A" in first else convert_unet_state_dict_to_peft(weights)
+    weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
+    if hasattr(component, "text_model"):
+        return weights
+    return {name.removeprefix("text_model."): weight for name, weight in weights.items()}
+
+
+def _check_shapes(weights: Mapping[str, Tensor], part: str, component: nn.Module) -> None:
+    """Raise ValueError unless each layer has both of its factors, of one rank, and they fit it."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        place, _, factor = name.removesuffix(".weight").rpartition(".")
+        if factor not in _FACTORS or not name.endswith(".weight"):
+            raise ValueError(f"{part}.{name} is no weight of a LoRA that is read here")
+        pairs.setdefault(place, {})[factor] = weight
+    for name, pair in pairs.items():
+        what = f"{part}.{name}"
+        try:
+            layer = component.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{what} is no layer of it") from None
+        base = getattr(layer, "base_layer", layer)
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            raise ValueError(f"{what} is a {type(base).__name__}, which no LoRA is loaded on")
+        if missing := [factor for factor in _FACTORS if factor not in pair]:
+            raise ValueError(f"{what} has no {missing[0]}")
+        down, kernel = pair["lora_A"], tuple(base.weight.shape[2:])
+        rank = down.shape[0] if down.ndim else 0
+        takes: tuple[int, ...] = (rank, base.weight.shape[1], *kernel)
+        gives: tuple[int, ...] = (base.weight.shape[0], rank, *(1 for _ in kernel))
+        for factor, wanted in (("lora_A", takes), ("lora_B", gives)):
+            if tuple(pair[factor].shape) != wanted or not rank:
+                given = _times(pair[factor].shape)
+                raise ValueError(f"{factor} of {what} is {given}, and the layer takes {_times(wanted)}")
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a number"
