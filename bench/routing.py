@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.routing_optimum import most_deadlines
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.baselines import Leases
 from distriray.routing.policies.elastic import Elastic
@@ -19,8 +20,6 @@ from distriray.routing.policy import HostPolicy, HostView, RequestView
 from distriray.routing.simulation.fleet import SimulatedFleet
 from distriray.routing.simulation.simulator import simulate
 from distriray.routing.simulation.workload import TRIAL_KINDS, Arrival, Workload, trial_profile
-
-from .routing_optimum import most_deadlines
 
 MODEL = LatencyModel(trial_profile())
 SIZES = (1, 2, 4, 8)

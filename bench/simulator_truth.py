@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from bench.report import Report
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.results import Segment
@@ -30,8 +31,6 @@ from distriray.routing.simulation.fleet import SimulatedFleet
 from distriray.routing.simulation.report import TraceReport
 from distriray.routing.simulation.simulator import simulate
 from distriray.routing.simulation.workload import Arrival
-
-from .report import Report
 
 Submit = Callable[[Arrival], Awaitable[Sequence[Segment]]]
 

@@ -7,14 +7,13 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from deployments.autoscaling import QueuedWork
+from deployments.config import AppConfig, PoolConfig
+from deployments.ingress import Ingress
+from deployments.pool import Pool
+from deployments.request_router import ToNamedHost
 from distriray.gang.devices import worker_resources
 from distriray.gang.placement import resolve_device
-
-from .autoscaling import QueuedWork
-from .config import AppConfig, PoolConfig
-from .ingress import Ingress
-from .pool import Pool
-from .request_router import ToNamedHost
 
 REQUESTS_PER_REPLICA = 4096  # hosts bound their queues themselves; Serve's bound must never come first
 

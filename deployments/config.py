@@ -7,14 +7,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deployments.http.config import HttpConfig
 from distriray.gang.config import LIVE_FIELDS, HostConfig, merged
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.names import check_unique
 from distriray.quantities import Count, NonNegative, PositiveSeconds, Seconds
 from distriray.routing.router import CHOICES
-
-from .http.config import HttpConfig
 
 
 class PoolConfig(HostConfig):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from deployments.pool_client import PoolClient
 from distriray.gang.admission import admit, check_gang_size, check_listed
 from distriray.limits import Limits
 from distriray.names import REFUSALS
 from distriray.requests import GenerationRequest
 from distriray.routing.policy import RequestView
-
-from .pool_client import PoolClient
 
 
 def offer(clients: list[PoolClient]) -> tuple[Limits, tuple[int, ...]]:

@@ -10,17 +10,16 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.callers import Callers, dead_drivers
+from deployments.config import AppConfig
+from deployments.http import build_http
+from deployments.logs import shorten_refusals
+from deployments.pool_client import ANSWER_S
+from deployments.router import Router
 from distriray.events import Event
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.service import Fleet, ModelCard
-
-from .callers import Callers, dead_drivers
-from .config import AppConfig
-from .http import build_http
-from .logs import shorten_refusals
-from .pool_client import ANSWER_S
-from .router import Router
 
 
 @serve.ingress()

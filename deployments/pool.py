@@ -9,19 +9,18 @@ from typing import Any
 
 from ray import serve
 
+from deployments.autoscaling import BACKLOG_S
+from deployments.callers import Callers, dead_actors
+from deployments.config import PoolConfig
+from deployments.host_report import HostKnowledge, HostReport, shifted
+from deployments.logs import shorten_refusals
+from deployments.pool_client import ANSWER_S
+from deployments.pool_state import wait_s
 from distriray.events import Event, Finished, Queued
 from distriray.gang import Host
 from distriray.requests import GenerationRequest
 from distriray.routing.router import HostState, publish
 from distriray.status import HostNews, HostStatus
-
-from .autoscaling import BACKLOG_S
-from .callers import Callers, dead_actors
-from .config import PoolConfig
-from .host_report import HostKnowledge, HostReport, shifted
-from .logs import shorten_refusals
-from .pool_client import ANSWER_S
-from .pool_state import wait_s
 
 
 def state_of(name: str, host: Host) -> HostState:

@@ -14,6 +14,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.callers import this_actor
+from deployments.config import PoolConfig, RouterConfig
+from deployments.members import members_of
+from deployments.pool_state import PoolState
 from distriray.errors import NotEnoughDevices
 from distriray.events import Event, Finished
 from distriray.gang.background import Background
@@ -21,11 +25,6 @@ from distriray.handle import own_error
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.status import HostNews
-
-from .callers import this_actor
-from .config import PoolConfig, RouterConfig
-from .members import members_of
-from .pool_state import PoolState
 
 log = logging.getLogger("ray.serve.distriray")
 

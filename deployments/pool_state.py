@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import chain
 from math import inf
 
+from deployments.host_report import HostKnowledge, HostReport, shifted
 from distriray.adapters import Catalogue, Lora
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
@@ -16,8 +17,6 @@ from distriray.names import check_names
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import RequestView
 from distriray.routing.router import HostState, Route, route
-
-from .host_report import HostKnowledge, HostReport, shifted
 
 REMEMBERED = 256  # requests sent to one host between two of its reports
 

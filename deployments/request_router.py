@@ -8,7 +8,7 @@ from typing import Any
 from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from .members import keep
+from deployments.members import keep
 
 TRIED = 2  # replicas that Serve compares where the sender has chosen none
 

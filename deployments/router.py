@@ -11,6 +11,13 @@ from contextlib import aclosing, contextmanager, suppress
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.attempts import Attempts, Search
+from deployments.config import AppConfig
+from deployments.fitting import fitting, offer
+from deployments.models import sizes_of, terms_of
+from deployments.pool_client import HostSilent, PoolClient
+from deployments.pool_state import choose, wait_s
+from deployments.watch import watch
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
@@ -27,14 +34,6 @@ from distriray.requests import MULTIPLE_OF, GenerationRequest
 from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
 from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
-
-from .attempts import Attempts, Search
-from .config import AppConfig
-from .fitting import fitting, offer
-from .models import sizes_of, terms_of
-from .pool_client import HostSilent, PoolClient
-from .pool_state import choose, wait_s
-from .watch import watch
 
 LONGEST_RETRY_S = 3600.0
 

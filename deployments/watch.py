@@ -7,10 +7,9 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
+from deployments.pool_client import PoolClient
 from distriray.service import FleetNews, PoolNews
 from distriray.status import HostNews
-
-from .pool_client import PoolClient
 
 LOOK_S = 1.0  # from one look to the next
 AT_ONCE = 32  # hosts that a look asks; of more, each is asked every second, third, … time

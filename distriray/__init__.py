@@ -8,24 +8,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+from distriray.version import __version__
 
 if TYPE_CHECKING:
-    from .client import AsyncClient as AsyncClient
-    from .client import Client as Client
-    from .config import ParallelConfig as ParallelConfig
-    from .config import Prediction as Prediction
-    from .denoise import Denoiser as Denoiser
-    from .denoise import DenoiseState as DenoiseState
-    from .gang import Host as Host
-    from .gang import HostConfig as HostConfig
-    from .handle import HandleClient as HandleClient
-    from .limits import Limits as Limits
-    from .parallel import engine_of as engine_of
-    from .parallel import parallelize as parallelize
-    from .requests import GenerationRequest as GenerationRequest
-    from .requests import SamplingParams as SamplingParams
-    from .results import GenerationResult as GenerationResult
+    from distriray.client import AsyncClient as AsyncClient
+    from distriray.client import Client as Client
+    from distriray.config import ParallelConfig as ParallelConfig
+    from distriray.config import Prediction as Prediction
+    from distriray.denoise import Denoiser as Denoiser
+    from distriray.denoise import DenoiseState as DenoiseState
+    from distriray.gang import Host as Host
+    from distriray.gang import HostConfig as HostConfig
+    from distriray.handle import HandleClient as HandleClient
+    from distriray.limits import Limits as Limits
+    from distriray.parallel import engine_of as engine_of
+    from distriray.parallel import parallelize as parallelize
+    from distriray.requests import GenerationRequest as GenerationRequest
+    from distriray.requests import SamplingParams as SamplingParams
+    from distriray.results import GenerationResult as GenerationResult
 
 _HOMES = {
     "AsyncClient": "client",

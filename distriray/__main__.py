@@ -1,5 +1,5 @@
 """`python -m distriray` is the `distriray` command."""
 
-from .cli import main
+from distriray.cli import main
 
 main()

@@ -11,9 +11,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import ModelNotFound, UnusableAdapter
-from .models import BUILTIN, ModelSpec, download
-from .names import NAME, check_names
+from distriray.errors import ModelNotFound, UnusableAdapter
+from distriray.models import BUILTIN, ModelSpec, download
+from distriray.names import NAME, check_names
 
 log = logging.getLogger("ray.serve.distriray")
 
@@ -161,7 +161,7 @@ def built_in(model: str) -> list[AdapterSpec]:
     """The adapters that come with a model of distriray."""
     if model != f"{BUILTIN}landscapes":
         return []
-    from .landscapes import ADAPTERS_DIR
+    from distriray.landscapes import ADAPTERS_DIR
 
     return [
         AdapterSpec(name=file.stem, source=str(file), families=("StableDiffusionXL",))

@@ -19,15 +19,15 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .config import ExchangeMode
-from .errors import DistrirayError, InvalidRequest
-from .requests import GenerationRequest, SamplingParams
-from .results import GenerationResult
-from .validation import invalid_request
-from .version import __version__
+from distriray.config import ExchangeMode
+from distriray.errors import DistrirayError, InvalidRequest
+from distriray.requests import GenerationRequest, SamplingParams
+from distriray.results import GenerationResult
+from distriray.validation import invalid_request
+from distriray.version import __version__
 
 if TYPE_CHECKING:
-    from .gang import BlockingHost
+    from distriray.gang import BlockingHost
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 notes = Console(stderr=True, highlight=False)
@@ -209,8 +209,8 @@ def generate(
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
-        from .gang import open_host
-        from .gang.config_file import read_config
+        from distriray.gang import open_host
+        from distriray.gang.config_file import read_config
 
         weights = {"revision": revision, "variant": variant, "dtype": dtype, "quantize": quantize}
         options = {
@@ -239,7 +239,7 @@ def generate(
 
 
 def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
-    from .events import Finished, Step
+    from distriray.events import Finished, Step
 
     task = bar.add_task(f"gang of {request.gang_size}", total=None)
     for event in host.stream(request):

@@ -10,11 +10,11 @@ from typing import Any, Self, TypeVar
 import httpx
 from httpx_sse import EventSource
 
-from .events import Event, Finished
-from .requests import GenerationRequest
-from .results import GenerationResult
-from .service import Fleet, ModelCard
-from .wire import (
+from distriray.events import Event, Finished
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
+from distriray.service import Fleet, ModelCard
+from distriray.wire import (
     IMAGES,
     Code,
     decode_cards,

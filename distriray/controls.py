@@ -7,10 +7,10 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .errors import InvalidRequest, ModelNotFound, UnusableControlNet
-from .models import ModelSpec, download
-from .names import NAME
-from .picture import CarriedPicture
+from distriray.errors import InvalidRequest, ModelNotFound, UnusableControlNet
+from distriray.models import ModelSpec, download
+from distriray.names import NAME
+from distriray.picture import CarriedPicture
 
 MOST_CONTROLNETS = 16
 """That a pool may list: each worker has all of them in the memory of its device."""

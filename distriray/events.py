@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from PIL import Image
 
-from .results import GenerationResult
+from distriray.results import GenerationResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
-from .errors import DistrirayError, GenerationCancelled
-from .events import Event
-from .requests import GenerationRequest
-from .results import GenerationResult
+from distriray.errors import DistrirayError, GenerationCancelled
+from distriray.events import Event
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 
 if TYPE_CHECKING:
-    from .service import Fleet, ModelCard
+    from distriray.service import Fleet, ModelCard
 
 
 class HandleClient:

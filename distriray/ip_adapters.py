@@ -7,10 +7,10 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import ModelNotFound, UnusableIPAdapter
-from .models import ModelSpec, download
-from .names import NAME
-from .picture import CarriedPicture
+from distriray.errors import ModelNotFound, UnusableIPAdapter
+from distriray.models import ModelSpec, download
+from distriray.names import NAME
+from distriray.picture import CarriedPicture
 
 MOST_IP_ADAPTERS = 16
 """That a pool may list: each worker has all of them in the memory of its device."""

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import InvalidRequest
-from .names import KINDS
-from .picture import LARGEST_BYTES, LARGEST_PIXELS, Picture
-from .quantities import Count
-from .requests import GenerationRequest
+from distriray.errors import InvalidRequest
+from distriray.names import KINDS
+from distriray.picture import LARGEST_BYTES, LARGEST_PIXELS, Picture
+from distriray.quantities import Count
+from distriray.requests import GenerationRequest
 
 
 class Limits(BaseModel):

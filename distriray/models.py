@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from .errors import ModelNotFound, UnsupportedModel
+from distriray.errors import ModelNotFound, UnsupportedModel
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class ModelSpec(BaseModel):
 
 def builtin_models() -> dict[str, Path]:
     """The models that come with distriray, by the name after `builtin:`."""
-    from .landscapes import MODEL_DIR
+    from distriray.landscapes import MODEL_DIR
 
     return {"landscapes": MODEL_DIR}
 
@@ -192,7 +192,7 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
 
 
 def _placed(pipeline: Any, spec: ModelSpec, device: torch.device) -> Any:
-    from .weights import place
+    from distriray.weights import place
 
     pipeline.set_progress_bar_config(disable=True)
     return place(pipeline, device, offload_text=spec.offload_text)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from .errors import AdapterNotFound, ControlNetNotFound, DistrirayError, InvalidRequest, IPAdapterNotFound
+from distriray.errors import (
+    AdapterNotFound,
+    ControlNetNotFound,
+    DistrirayError,
+    InvalidRequest,
+    IPAdapterNotFound,
+)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """What a name looks like; no path does."""

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, GetPydanticSchema, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 
-from .errors import InvalidRequest
+from distriray.errors import InvalidRequest
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST_BYTES, LARGEST_PIXELS = 64 * 2**20, 2**26

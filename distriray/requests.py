@@ -10,15 +10,15 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .adapters import Lora
-from .config import ExchangeMode, ParallelConfig
-from .controls import Control
-from .errors import InvalidRequest
-from .ip_adapters import IPAdapter
-from .picture import Picture
-from .quantities import Count, NonNegative, PositiveSeconds
-from .steps import STEP_COUNTS, SchedulerName, StepCount
-from .validation import invalid_request
+from distriray.adapters import Lora
+from distriray.config import ExchangeMode, ParallelConfig
+from distriray.controls import Control
+from distriray.errors import InvalidRequest
+from distriray.ip_adapters import IPAdapter
+from distriray.picture import Picture
+from distriray.quantities import Count, NonNegative, PositiveSeconds
+from distriray.steps import STEP_COUNTS, SchedulerName, StepCount
+from distriray.validation import invalid_request
 
 MAX_SEEDS = 2**63
 """Seeds are below this, those of all images of a request."""

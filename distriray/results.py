@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from .config import ExchangeMode, Mix
-from .quantities import Seconds
+from distriray.config import ExchangeMode, Mix
+from distriray.quantities import Seconds
 
 
 class Segment(BaseModel):

@@ -7,12 +7,12 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from .events import Event
-from .limits import Limits
-from .quantities import Count, Seconds
-from .requests import MULTIPLE_OF, Defaults, GenerationRequest
-from .results import GenerationResult
-from .status import HostNews, HostStatus
+from distriray.events import Event
+from distriray.limits import Limits
+from distriray.quantities import Count, Seconds
+from distriray.requests import MULTIPLE_OF, Defaults, GenerationRequest
+from distriray.results import GenerationResult
+from distriray.status import HostNews, HostStatus
 
 
 class ModelCard(BaseModel):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .errors import InvalidRequest
+from distriray.errors import InvalidRequest
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:

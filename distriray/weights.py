@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from .errors import UnsupportedModel
+from distriray.errors import UnsupportedModel
 
 
 def place(pipeline: Any, device: torch.device, *, offload_text: bool) -> Any:

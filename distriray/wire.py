@@ -14,11 +14,11 @@ import httpx
 from httpx_sse import ServerSentEvent
 from PIL import Image
 
-from .errors import DeadlineUnmet, DistrirayError, InvalidRequest, NotAllowed, QueueFull
-from .events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
-from .requests import GenerationRequest
-from .results import GenerationResult
-from .service import ModelCard
+from distriray.errors import DeadlineUnmet, DistrirayError, InvalidRequest, NotAllowed, QueueFull
+from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
+from distriray.service import ModelCard
 
 IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -1,4 +1,4 @@
 """OpenAI's Images API over any service that draws: FastAPI, no Ray."""
 
-from .app import build_http as build_http
-from .config import HttpConfig as HttpConfig
+from deployments.http.app import build_http as build_http
+from deployments.http.config import HttpConfig as HttpConfig

@@ -8,9 +8,8 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.http.errors import log, refusal_of
 from distriray.wire import REQUEST_ID
-
-from .errors import log, refusal_of
 
 
 class RequestIdAndLog:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
-from distriray.results import GenerationResult
-
-from .encode import data_url, encode
-from .errors import Refusal
-from .images import ImageRequest
-from .responses import (
+from deployments.http.encode import data_url, encode
+from deployments.http.errors import Refusal
+from deployments.http.images import ImageRequest
+from deployments.http.responses import (
     CompletedEvent,
     DrawnImage,
     ErrorEvent,
@@ -21,6 +18,8 @@ from .responses import (
     ProgressState,
     StreamEvent,
 )
+from distriray.events import Event, Finished, Preview, Queued, Regrouped, Repaired, Started, Step
+from distriray.results import GenerationResult
 
 
 def images_response(asked: ImageRequest, result: GenerationResult) -> bytes:

@@ -7,19 +7,18 @@ from collections.abc import Awaitable, Callable
 from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from deployments.http.access_log import RequestIdAndLog
+from deployments.http.auth import require_key
+from deployments.http.config import HttpConfig
+from deployments.http.errors import answer_errors
+from deployments.http.head import HeadAsGet
+from deployments.http.openapi import document
+from deployments.http.paths import TrailingSlash
+from deployments.http.routes.fleet import fleet_routes, health_routes
+from deployments.http.routes.images import image_routes
+from deployments.http.routes.models import model_routes
+from deployments.http.site import add_page
 from distriray.service import Service
-
-from .access_log import RequestIdAndLog
-from .auth import require_key
-from .config import HttpConfig
-from .errors import answer_errors
-from .head import HeadAsGet
-from .openapi import document
-from .paths import TrailingSlash
-from .routes.fleet import fleet_routes, health_routes
-from .routes.images import image_routes
-from .routes.models import model_routes
-from .site import add_page
 
 
 def build_http(

@@ -12,10 +12,9 @@ from urllib.parse import urlsplit
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from deployments.http.config import HttpConfig
+from deployments.http.errors import Refusal
 from distriray.wire import Code
-
-from .config import HttpConfig
-from .errors import Refusal
 
 _PROXIED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 

@@ -8,9 +8,8 @@ from email.message import Message
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from deployments.http.errors import Refusal
 from distriray.wire import Code
-
-from .errors import Refusal
 
 
 async def chunks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:

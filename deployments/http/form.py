@@ -10,12 +10,11 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from deployments.http.body import check_content_type, chunks, too_large
+from deployments.http.config import HttpConfig
+from deployments.http.errors import Refusal
 from distriray.errors import InvalidRequest
 from distriray.wire import Code
-
-from .body import check_content_type, chunks, too_large
-from .config import HttpConfig
-from .errors import Refusal
 
 MAX_FILES, MAX_FIELDS = 16, 64
 

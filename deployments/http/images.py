@@ -21,14 +21,13 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from deployments.http.encode import FULL_QUALITY, OutputFormat
+from deployments.http.errors import refusal_of_fields
 from distriray.errors import InvalidRequest
 from distriray.limits import Limits
 from distriray.picture import Picture, holes, mask_of, png
 from distriray.requests import GenerationRequest, image_of
 from distriray.wire import CARRIED, EDITS, OF_PICTURES, PARAMS, decode_fields
-
-from .encode import FULL_QUALITY, OutputFormat
-from .errors import refusal_of_fields
 
 
 def _whole(value: Any) -> Any:

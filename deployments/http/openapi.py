@@ -9,14 +9,19 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from deployments.http.errors import ErrorResponse
+from deployments.http.images import EditRequest, ImageRequest, VariationRequest
+from deployments.http.responses import (
+    CompletedEvent,
+    ErrorEvent,
+    ImagesResponse,
+    PartialImageEvent,
+    ProgressEvent,
+)
 from distriray.limits import Limits
 from distriray.service import FleetNews, ModelCard, Service
 from distriray.version import __version__
 from distriray.wire import PARAMS
-
-from .errors import ErrorResponse
-from .images import EditRequest, ImageRequest, VariationRequest
-from .responses import CompletedEvent, ErrorEvent, ImagesResponse, PartialImageEvent, ProgressEvent
 
 _EVENTS: tuple[type[BaseModel], ...] = (PartialImageEvent, ProgressEvent, CompletedEvent, ErrorEvent)
 _REQUESTS: tuple[type[ImageRequest], ...] = (ImageRequest, EditRequest, VariationRequest)

@@ -6,11 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from deployments.http.encode import OutputFormat
+from deployments.http.errors import ErrorResponse
 from distriray.config import ExchangeMode, Mix
 from distriray.results import Segment, Timings
-
-from .encode import OutputFormat
-from .errors import ErrorResponse
 
 
 class DrawnImage(BaseModel):

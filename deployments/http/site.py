@@ -8,9 +8,8 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 
+from deployments.http.errors import Refusal
 from distriray.wire import Code
-
-from .errors import Refusal
 
 FOLDER = Path(__file__).parent / "page"
 INDEX = "index.html"

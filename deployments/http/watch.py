@@ -9,13 +9,12 @@ from collections.abc import AsyncGenerator
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from deployments.http.disconnect import cancel_on_disconnect
+from deployments.http.errors import Refusal, log
 from distriray.gang.background import Background
 from distriray.service import FleetNews, Service
 from distriray.status import HostNews, OutageStatus, SegmentStatus
 from distriray.wire import Code
-
-from .disconnect import cancel_on_disconnect
-from .errors import Refusal, log
 
 MAX_WATCHERS = 64  # of one router; each holds a connection, and Serve counts it among the router's requests
 STREAM_S = 60.0  # after which a watcher asks anew, so that a router that is to stop need not wait for long

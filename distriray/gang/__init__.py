@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .blocking import BlockingHost as BlockingHost
-    from .blocking import open_host as open_host
-    from .config import HostConfig as HostConfig
-    from .host import Host as Host
+    from distriray.gang.blocking import BlockingHost as BlockingHost
+    from distriray.gang.blocking import open_host as open_host
+    from distriray.gang.config import HostConfig as HostConfig
+    from distriray.gang.host import Host as Host
 
 _HOMES = {
     "BlockingHost": "blocking",

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..errors import InvalidRequest
-from ..names import check_names
-from ..requests import GenerationRequest
-from ..routing.latency import Besides
-from ..routing.policy import RequestView
-from ..steps import guided_steps
-from .config import HostConfig
-from .messages import WorkerFacts
+from distriray.errors import InvalidRequest
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import WorkerFacts
+from distriray.names import check_names
+from distriray.requests import GenerationRequest
+from distriray.routing.latency import Besides
+from distriray.routing.policy import RequestView
+from distriray.steps import guided_steps
 
 ADDED = 0.3
 """Share of a step that a LoRA or a ControlNet is guessed to add: 0.22 to 0.41 where it was measured."""

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import ray
 
-from ..errors import NotEnoughDevices
-from ..events import Event
-from ..requests import GenerationRequest
-from ..results import GenerationResult
-from ..routing.policy import HostPolicy
-from ..status import HostStatus
-from . import reaper
-from .config import HostConfig
-from .host import Host
+from distriray.errors import NotEnoughDevices
+from distriray.events import Event
+from distriray.gang import reaper
+from distriray.gang.config import HostConfig
+from distriray.gang.host import Host
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
+from distriray.routing.policy import HostPolicy
+from distriray.status import HostStatus
 
 T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20

@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from ..requests import GenerationRequest
-from ..results import GenerationResult
-from ..routing.profile import Entry, Profile
-from ..version import __version__
-from .admission import admit, example
-from .config import HostConfig
-from .messages import WorkerFacts
-from .profile import device_of, make_profile, warmup_steps
+from distriray.gang.admission import admit, example
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import WorkerFacts
+from distriray.gang.profile import device_of, make_profile, warmup_steps
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
+from distriray.routing.profile import Entry, Profile
+from distriray.version import __version__
 
 MEASURED_STEPS = 8
 CHOOSING_STEPS = 5

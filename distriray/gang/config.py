@@ -8,17 +8,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ..adapters import AdapterSpec
-from ..config import ParallelConfig
-from ..controls import MOST_CONTROLNETS, ControlNetSpec
-from ..ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
-from ..limits import Limits
-from ..models import ModelSpec
-from ..names import KINDS, check_unique
-from ..quantities import Count, Positive, PositiveSeconds
-from ..requests import Defaults, Sides
-from ..routing.buddy import check_gang_sizes
-from ..routing.policies import check_policy
+from distriray.adapters import AdapterSpec
+from distriray.config import ParallelConfig
+from distriray.controls import MOST_CONTROLNETS, ControlNetSpec
+from distriray.ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
+from distriray.limits import Limits
+from distriray.models import ModelSpec
+from distriray.names import KINDS, check_unique
+from distriray.quantities import Count, Positive, PositiveSeconds
+from distriray.requests import Defaults, Sides
+from distriray.routing.buddy import check_gang_sizes
+from distriray.routing.policies import check_policy
 
 LIVE_FIELDS = frozenset({"limits", "max_attempts", "max_queue", "parallel", "policy", "stall_s"})
 """What may change while a host runs."""

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..errors import InvalidRequest
-from ..names import KINDS
-from ..validation import invalid_request
-from .config import HostConfig, merged
+from distriray.errors import InvalidRequest
+from distriray.gang.config import HostConfig, merged
+from distriray.names import KINDS
+from distriray.validation import invalid_request
 
 _LISTS = tuple(kind.option for kind in KINDS.values())
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from .config import HostConfig
+    from distriray.gang.config import HostConfig
 
 
 class DeviceKind(Protocol):

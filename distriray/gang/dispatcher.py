@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import chain
 
-from ..adapters import AdapterSpec, Catalogue
-from ..errors import (
+from distriray.adapters import AdapterSpec, Catalogue
+from distriray.errors import (
     GangBroken,
     GenerationCancelled,
     InvalidRequest,
@@ -19,26 +19,26 @@ from ..errors import (
     QueueFull,
     UnsupportedModel,
 )
-from ..events import Queued, Repaired
-from ..requests import GenerationRequest
-from ..results import GenerationResult
-from ..routing.buddy import WorkersUnavailable
-from ..routing.host_clock import busy_workers
-from ..routing.policy import HostPolicy, HostView, moves
-from ..routing.router import backlog_s, predicted_s
-from .admission import Admitted, admit, check_listed, example, settle
-from .background import Background
-from .config import HostConfig
-from .job import Job, JobState
-from .messages import Progress, StopSignal, WorkerFacts, WorkerId
-from .metrics import HostMetrics
-from .profile import guessed_profile
-from .record import Record
-from .remote import RemoteWorker
-from .segment_result import IN_ORDER, SegmentResult
-from .segments import RunningSegment
-from .speed import Moment, Speed
-from .worker_group import WorkerGroup
+from distriray.events import Queued, Repaired
+from distriray.gang.admission import Admitted, admit, check_listed, example, settle
+from distriray.gang.background import Background
+from distriray.gang.config import HostConfig
+from distriray.gang.job import Job, JobState
+from distriray.gang.messages import Progress, StopSignal, WorkerFacts, WorkerId
+from distriray.gang.metrics import HostMetrics
+from distriray.gang.profile import guessed_profile
+from distriray.gang.record import Record
+from distriray.gang.remote import RemoteWorker
+from distriray.gang.segment_result import IN_ORDER, SegmentResult
+from distriray.gang.segments import RunningSegment
+from distriray.gang.speed import Moment, Speed
+from distriray.gang.worker_group import WorkerGroup
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
+from distriray.routing.buddy import WorkersUnavailable
+from distriray.routing.host_clock import busy_workers
+from distriray.routing.policy import HostPolicy, HostView, moves
+from distriray.routing.router import backlog_s, predicted_s
 
 log = logging.getLogger("ray.serve.distriray")
 

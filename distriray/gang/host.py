@@ -7,23 +7,23 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Catalogue
-from ..errors import GangBroken
-from ..events import Event, Finished
-from ..requests import GenerationRequest
-from ..results import GenerationResult
-from ..routing.latency import LatencyModel
-from ..routing.policies import make_policy
-from ..routing.policy import HostPolicy, HostView
-from ..status import HostNews, HostStatus
-from .calibrate import keep_profile
-from .config import LIVE_FIELDS, HostConfig
-from .dispatcher import Dispatcher
-from .messages import WorkerFacts
-from .placement import Placement
-from .remote import Launcher
-from .speed import Speed
-from .status import news_of, status_of
+from distriray.adapters import Catalogue
+from distriray.errors import GangBroken
+from distriray.events import Event, Finished
+from distriray.gang.calibrate import keep_profile
+from distriray.gang.config import LIVE_FIELDS, HostConfig
+from distriray.gang.dispatcher import Dispatcher
+from distriray.gang.messages import WorkerFacts
+from distriray.gang.placement import Placement
+from distriray.gang.remote import Launcher
+from distriray.gang.speed import Speed
+from distriray.gang.status import news_of, status_of
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policies import make_policy
+from distriray.routing.policy import HostPolicy, HostView
+from distriray.status import HostNews, HostStatus
 
 
 class Host:

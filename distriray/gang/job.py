@@ -11,14 +11,14 @@ from enum import StrEnum
 
 from PIL import Image
 
-from ..adapters import AdapterSpec
-from ..events import Event, Preview, Regrouped, Started, Step
-from ..results import GenerationResult, Segment, Timings
-from ..routing.policy import RequestView
-from ..status import RequestStatus
-from .admission import Admitted
-from .messages import Progress, RankResult, WorkerId
-from .segment_result import SegmentResult
+from distriray.adapters import AdapterSpec
+from distriray.events import Event, Preview, Regrouped, Started, Step
+from distriray.gang.admission import Admitted
+from distriray.gang.messages import Progress, RankResult, WorkerId
+from distriray.gang.segment_result import SegmentResult
+from distriray.results import GenerationResult, Segment, Timings
+from distriray.routing.policy import RequestView
+from distriray.status import RequestStatus
 
 
 class JobState(StrEnum):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .messages import Progress, StopSignal
+from distriray.gang.messages import Progress, StopSignal
 
 
 class Mailbox:

@@ -7,13 +7,13 @@ from enum import StrEnum
 
 from PIL import Image
 
-from ..adapters import AdapterSpec
-from ..config import ExchangeMode, Mix, ParallelConfig
-from ..denoise.pipelines.terms import Terms
-from ..errors import DistrirayError
-from ..requests import GenerationRequest
-from ..status import AdapterStatus
-from ..steps import StepCount
+from distriray.adapters import AdapterSpec
+from distriray.config import ExchangeMode, Mix, ParallelConfig
+from distriray.denoise.pipelines.terms import Terms
+from distriray.errors import DistrirayError
+from distriray.requests import GenerationRequest
+from distriray.status import AdapterStatus
+from distriray.steps import StepCount
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ray.util import metrics as ray_metrics
 
-from ..config import Mix
-from ..errors import GenerationCancelled
-from ..results import GenerationResult
-from ..routing.quantiles import Quantiles
-from ..status import AdapterStatus, PredictionStatus
+from distriray.config import Mix
+from distriray.errors import GenerationCancelled
+from distriray.results import GenerationResult
+from distriray.routing.quantiles import Quantiles
+from distriray.status import AdapterStatus, PredictionStatus
 
 if TYPE_CHECKING:
-    from .job import Job
-    from .messages import RankResult
+    from distriray.gang.job import Job
+    from distriray.gang.messages import RankResult
 
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 STEP_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0)

@@ -10,9 +10,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..errors import NotEnoughDevices
-from .config import HostConfig
-from .devices import DEVICES, worker_resources
+from distriray.errors import NotEnoughDevices
+from distriray.gang.config import HostConfig
+from distriray.gang.devices import DEVICES, worker_resources
 
 
 @dataclass(frozen=True)

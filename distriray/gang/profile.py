@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..config import MIXES
-from ..routing.profile import Entry, Profile
-from ..version import __version__
-from .config import HostConfig
-from .devices import DEVICES
-from .messages import WorkerFacts
+from distriray.config import MIXES
+from distriray.gang.config import HostConfig
+from distriray.gang.devices import DEVICES
+from distriray.gang.messages import WorkerFacts
+from distriray.routing.profile import Entry, Profile
+from distriray.version import __version__
 
 GUESSED_SPEEDUP = 0.8
 GUESSED_AUTO_WARMUP = 4

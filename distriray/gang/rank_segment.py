@@ -10,17 +10,17 @@ from contextlib import suppress
 import torch
 from PIL import Image
 
-from ..collective import Communicator
-from ..collective.all_gather import numbers_of_all
-from ..denoise import Denoiser, DenoiseState
-from ..errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory
-from ..parallel.engine import Engine
-from ..parallel.stopwatch import Stopwatch
-from ..picture import Picture
-from ..status import AdapterStatus
-from .devices import DEVICES
-from .mailbox import Mailbox
-from .messages import RankResult, SegmentEnd, SegmentOrder
+from distriray.collective import Communicator
+from distriray.collective.all_gather import numbers_of_all
+from distriray.denoise import Denoiser, DenoiseState
+from distriray.errors import DistrirayError, GangBroken, GenerationCancelled, NotFinite, OutOfMemory
+from distriray.gang.devices import DEVICES
+from distriray.gang.mailbox import Mailbox
+from distriray.gang.messages import RankResult, SegmentEnd, SegmentOrder
+from distriray.parallel.engine import Engine
+from distriray.parallel.stopwatch import Stopwatch
+from distriray.picture import Picture
+from distriray.status import AdapterStatus
 
 log = logging.getLogger("ray.serve.distriray.worker")
 

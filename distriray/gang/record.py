@@ -6,10 +6,10 @@ import time
 from collections import deque
 from typing import TypeVar
 
-from ..config import Mix
-from ..results import Segment
-from ..status import OutageStatus, SegmentStatus
-from .segment_result import SegmentResult
+from distriray.config import Mix
+from distriray.gang.segment_result import SegmentResult
+from distriray.results import Segment
+from distriray.status import OutageStatus, SegmentStatus
 
 KEPT = 256
 """Segments, and outages, that are remembered once they are over."""

@@ -9,12 +9,12 @@ from itertools import product
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from ..errors import InvalidRequest, UnsupportedModel
-from ..parallel import many_shapes
-from .admission import example, settle
-from .config import HostConfig
-from .messages import WorkerFacts
-from .runner import SegmentRunner
+from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.gang.admission import example, settle
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import WorkerFacts
+from distriray.gang.runner import SegmentRunner
+from distriray.parallel import many_shapes
 
 STEPS = 2
 """Of a rehearsal: text is new in the first step of an image alone."""

@@ -11,12 +11,20 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from ..collective import serve_store
-from ..picture import Picture
-from .config import HostConfig
-from .messages import GangMembership, Progress, RankResult, SegmentOrder, StateLost, StopSignal, WorkerFacts
-from .placement import Placement
-from .worker import Worker
+from distriray.collective import serve_store
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import (
+    GangMembership,
+    Progress,
+    RankResult,
+    SegmentOrder,
+    StateLost,
+    StopSignal,
+    WorkerFacts,
+)
+from distriray.gang.placement import Placement
+from distriray.gang.worker import Worker
+from distriray.picture import Picture
 
 
 class WorkerDied(Exception):

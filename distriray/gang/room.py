@@ -10,13 +10,13 @@ from math import isqrt
 
 import torch
 
-from ..errors import InvalidRequest, UnsupportedModel
-from ..parallel.networks.base import Call
-from ..parallel.room import META
-from .admission import example, settle
-from .config import HostConfig
-from .messages import WorkerFacts
-from .runner import SegmentRunner
+from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.gang.admission import example, settle
+from distriray.gang.config import HostConfig
+from distriray.gang.messages import WorkerFacts
+from distriray.gang.runner import SegmentRunner
+from distriray.parallel.networks.base import Call
+from distriray.parallel.room import META
 
 log = logging.getLogger("ray.serve.distriray.worker")
 

@@ -11,28 +11,28 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
-from ..adapters import AdapterSpec
-from ..collective import Communicator, connect
-from ..collective.absent import AbsentPeers
-from ..config import ParallelConfig
-from ..controls import ControlNetSpec
-from ..denoise import Denoiser, DenoiseState
-from ..denoise.adapters import MOST_BYTES
-from ..denoise.pipelines.sizes import Sizes
-from ..denoise.pipelines.terms import Terms
-from ..ip_adapters import IPAdapterSpec
-from ..models import ModelSpec, load_pipeline
-from ..parallel import compile_blocks, engine_of, parallelize
-from ..parallel.networks.base import Call
-from ..parallel.room import Room
-from ..picture import Picture
-from ..requests import SamplingParams
-from ..steps import StepCount
-from ..weights import free_bytes, told_beside
-from .devices import DEVICES
-from .mailbox import Mailbox
-from .messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
-from .rank_segment import RankSegment, told
+from distriray.adapters import AdapterSpec
+from distriray.collective import Communicator, connect
+from distriray.collective.absent import AbsentPeers
+from distriray.config import ParallelConfig
+from distriray.controls import ControlNetSpec
+from distriray.denoise import Denoiser, DenoiseState
+from distriray.denoise.adapters import MOST_BYTES
+from distriray.denoise.pipelines.sizes import Sizes
+from distriray.denoise.pipelines.terms import Terms
+from distriray.gang.devices import DEVICES
+from distriray.gang.mailbox import Mailbox
+from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
+from distriray.gang.rank_segment import RankSegment, told
+from distriray.ip_adapters import IPAdapterSpec
+from distriray.models import ModelSpec, load_pipeline
+from distriray.parallel import compile_blocks, engine_of, parallelize
+from distriray.parallel.networks.base import Call
+from distriray.parallel.room import Room
+from distriray.picture import Picture
+from distriray.requests import SamplingParams
+from distriray.steps import StepCount
+from distriray.weights import free_bytes, told_beside
 
 log = logging.getLogger("ray.serve.distriray.worker")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import DistrirayError, GangMismatch
-from ..status import SegmentEndStatus
-from .messages import RankResult, SegmentEnd, WorkerId
+from distriray.errors import DistrirayError, GangMismatch
+from distriray.gang.messages import RankResult, SegmentEnd, WorkerId
+from distriray.status import SegmentEndStatus
 
 IN_ORDER = frozenset({SegmentEnd.DONE, SegmentEnd.YIELDED, SegmentEnd.CANCELLED})
 """Ends of ranks that did what they were asked for."""

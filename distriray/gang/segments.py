@@ -6,14 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from ..routing.latency import Times
-from .config import HostConfig
-from .job import Job
-from .messages import Progress, RankResult, SegmentEnd, SegmentOrder, StateLost, WorkerId
-from .patience import Patience
-from .remote import RemoteWorker, WorkerDied
-from .segment_result import SegmentResult
-from .worker_group import WorkerGroup
+from distriray.gang.config import HostConfig
+from distriray.gang.job import Job
+from distriray.gang.messages import Progress, RankResult, SegmentEnd, SegmentOrder, StateLost, WorkerId
+from distriray.gang.patience import Patience
+from distriray.gang.remote import RemoteWorker, WorkerDied
+from distriray.gang.segment_result import SegmentResult
+from distriray.gang.worker_group import WorkerGroup
+from distriray.routing.latency import Times
 
 WATCH_S = 0.05
 """Least time between two questions to rank 0 of a gang how far it is."""

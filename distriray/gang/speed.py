@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from ..routing.host_clock import HostClock
-from ..routing.latency import LatencyModel
-from ..routing.profile import Profile
-from .job import Job
+from distriray.gang.job import Job
+from distriray.routing.host_clock import HostClock
+from distriray.routing.latency import LatencyModel
+from distriray.routing.profile import Profile
 
 
 class Moment(NamedTuple):

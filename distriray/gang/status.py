@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from ..status import AdapterStatus, HostNews, HostStatus, RepairStatus, WorkerStatus
-from .dispatcher import Dispatcher
+from distriray.gang.dispatcher import Dispatcher
+from distriray.status import AdapterStatus, HostNews, HostStatus, RepairStatus, WorkerStatus
 
 
 def status_of(dispatcher: Dispatcher, device: str) -> HostStatus:

@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, TypeVar
 
 import ray
 
-from ..collective import open_store
-from ..picture import Picture
-from .config import HostConfig
-from .devices import DEVICES
-from .messages import GangMembership, Progress, RankResult, SegmentOrder, StateLost, StopSignal, WorkerFacts
+from distriray.collective import open_store
+from distriray.gang.config import HostConfig
+from distriray.gang.devices import DEVICES
+from distriray.gang.messages import (
+    GangMembership,
+    Progress,
+    RankResult,
+    SegmentOrder,
+    StateLost,
+    StopSignal,
+    WorkerFacts,
+)
+from distriray.picture import Picture
 
 if TYPE_CHECKING:
-    from .runner import SegmentRunner
+    from distriray.gang.runner import SegmentRunner
 
 T = TypeVar("T")
 
@@ -52,7 +60,7 @@ class Worker:
             loop.call_soon_threadsafe(self._news.set)
 
         def make() -> SegmentRunner:
-            from .runner import SegmentRunner  # with diffusers, which hosts do without
+            from distriray.gang.runner import SegmentRunner  # with diffusers, which hosts do without
 
             _quiet()
             device, store = self._kind.device(), open_store(self._store)
@@ -70,7 +78,7 @@ class Worker:
             )
 
         runner = await loop.run_in_executor(self._compute, make)
-        from .room import check_room  # which is loaded by now
+        from distriray.gang.room import check_room  # which is loaded by now
 
         sizes = runner.sizes
         facts = WorkerFacts(
@@ -91,7 +99,7 @@ class Worker:
         )
         await loop.run_in_executor(self._compute, check_room, runner, self._config, facts)
         if self._config.compile:
-            from .rehearsal import rehearse
+            from distriray.gang.rehearsal import rehearse
 
             took_s = await loop.run_in_executor(self._compute, rehearse, runner, self._config, facts)
             facts = replace(facts, load_s=facts.load_s + took_s, memory=self._kind.memory())

@@ -11,14 +11,14 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import GangBroken
-from ..routing.buddy import aligned_blocks
-from ..status import AdapterStatus
-from .background import Background
-from .config import HostConfig
-from .devices import DEVICES
-from .messages import GangMembership, WorkerFacts, WorkerId
-from .remote import RemoteWorker, WorkerDied
+from distriray.errors import GangBroken
+from distriray.gang.background import Background
+from distriray.gang.config import HostConfig
+from distriray.gang.devices import DEVICES
+from distriray.gang.messages import GangMembership, WorkerFacts, WorkerId
+from distriray.gang.remote import RemoteWorker, WorkerDied
+from distriray.routing.buddy import aligned_blocks
+from distriray.status import AdapterStatus
 
 REPAIR_ATTEMPTS = 3
 HEARTBEAT_S = 5.0

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import InvalidRequest
-from ..results import GenerationResult
-from .prompts import BadLine, Prompt, plain
+from distriray.errors import InvalidRequest
+from distriray.jobs.prompts import BadLine, Prompt, plain
+from distriray.results import GenerationResult
 
 UNFINISHED_IMAGE = re.compile(r"\.[0-9a-f]{16}(-[0-9]+)?_[0-9]+\.png\.part")
 """The name of an image that is being written: that of the image, with its prompt's id, between two marks."""

@@ -15,16 +15,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..cli import errors_as_messages
-from ..errors import DistrirayError, InvalidRequest
-from ..gang.config import HostConfig
-from ..gang.config_file import read_config
-from ..limits import Limits
-from ..results import GenerationResult
-from .folder import Folder
-from .makers import own_hosts, running_app
-from .prompts import BadLine, Prompt, plain, read_prompts
-from .run import Maker, Run
+from distriray.cli import errors_as_messages
+from distriray.errors import DistrirayError, InvalidRequest
+from distriray.gang.config import HostConfig
+from distriray.gang.config_file import read_config
+from distriray.jobs.folder import Folder
+from distriray.jobs.makers import own_hosts, running_app
+from distriray.jobs.prompts import BadLine, Prompt, plain, read_prompts
+from distriray.jobs.run import Maker, Run
+from distriray.limits import Limits
+from distriray.results import GenerationResult
 
 ALL_MADE, SOME_MISSING, STOPPED = 0, 1, 130
 """Exit codes. Something is missing after bad lines, failures, or when nothing could be started."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from .run import Maker
+from distriray.jobs.run import Maker
 
 if TYPE_CHECKING:
-    from ..gang import HostConfig
+    from distriray.gang import HostConfig
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def own_hosts(
     Raises:
         NotEnoughDevices, ModelNotFound, UnsupportedModel, ConnectionError: as `open_host`.
     """
-    from ..gang import open_host
+    from distriray.gang import open_host
 
     with ExitStack() as stack:
         yield [stack.enter_context(open_host(config, address=address, cpus=cpus)) for _ in range(count)]
@@ -41,7 +41,7 @@ def running_app(name: str, *, address: str | None) -> Iterator[list[Maker]]:
     import ray
     from ray.serve.exceptions import RayServeException
 
-    from ..handle import HandleClient
+    from distriray.handle import HandleClient
 
     joined = ray.is_initialized()
     try:

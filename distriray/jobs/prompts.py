@@ -11,10 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidRequest
-from ..limits import Limits
-from ..picture import Picture
-from ..requests import GenerationRequest, image_of
+from distriray.errors import InvalidRequest
+from distriray.limits import Limits
+from distriray.picture import Picture
+from distriray.requests import GenerationRequest, image_of
 
 FIELD = re.compile(r"[a-z][a-z0-9_]{0,30}")
 """What the name of a field may be; any other key of a line may be text that somebody meant to draw."""

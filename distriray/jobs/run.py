@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from secrets import token_hex
 from typing import Protocol
 
-from ..errors import DistrirayError, GenerationCancelled, NotEnoughDevices, QueueFull
-from ..requests import GenerationRequest
-from ..results import GenerationResult
-from .folder import Folder
-from .prompts import Prompt
+from distriray.errors import DistrirayError, GenerationCancelled, NotEnoughDevices, QueueFull
+from distriray.jobs.folder import Folder
+from distriray.jobs.prompts import Prompt
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 
 MAX_TRIES = 5
 """How often a prompt is tried where what is in the way passes, such as workers that are being replaced."""

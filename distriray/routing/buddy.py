@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..errors import DistrirayError
+from distriray.errors import DistrirayError
 
 
 class InvalidGangSizes(DistrirayError, ValueError):

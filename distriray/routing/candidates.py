@@ -10,9 +10,9 @@ from heapq import nsmallest
 from math import inf, ldexp
 from typing import NamedTuple
 
-from .capacity import Capacity
-from .latency import Besides, LatencyModel, Times
-from .policy import HostView, RequestView
+from distriray.routing.capacity import Capacity
+from distriray.routing.latency import Besides, LatencyModel, Times
+from distriray.routing.policy import HostView, RequestView
 
 TOLERANCE_S = 1e-6  # a deadline missed by rounding is met
 

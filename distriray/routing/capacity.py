@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from .buddy import aligned_blocks
-from .policy import HostView
+from distriray.routing.buddy import aligned_blocks
+from distriray.routing.policy import HostView
 
 
 @dataclass(slots=True)

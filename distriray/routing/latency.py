@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from .profile import Entry, Profile
+from distriray.routing.profile import Entry, Profile
 
 Points = Sequence[tuple[float, float]]
 Besides = tuple[tuple[str, float], ...]

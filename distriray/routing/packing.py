@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .buddy import BuddyAllocator
-from .policy import HostView, RequestView, Workers
+from distriray.routing.buddy import BuddyAllocator
+from distriray.routing.policy import HostView, RequestView, Workers
 
 
 def place(view: HostView, sizes: Mapping[str, int]) -> dict[str, Workers]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from .latency import Besides, LatencyModel, Times
+from distriray.routing.latency import Besides, LatencyModel, Times
 
 Workers = tuple[int, ...]
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..quantities import Count, Positive, PositiveSeconds, Seconds
+from distriray.quantities import Count, Positive, PositiveSeconds, Seconds
 
 
 class Entry(BaseModel):

@@ -16,11 +16,11 @@ from heapq import nsmallest
 from math import inf
 from typing import NamedTuple
 
-from .candidates import Candidate, candidate_of, costs_by_request
-from .capacity import Capacity
-from .latency import LatencyModel
-from .policy import HostView, RequestView
-from .timeline import CapacityStep, Reservation, Timeline
+from distriray.routing.candidates import Candidate, candidate_of, costs_by_request
+from distriray.routing.capacity import Capacity
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import HostView, RequestView
+from distriray.routing.timeline import CapacityStep, Reservation, Timeline
 
 CHOICES = 8  # hosts that are asked and compared for one request, however many there are
 MORE_CHOICES = 4  # times as many before it is refused

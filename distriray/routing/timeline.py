@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from .candidates import Candidate
-from .capacity import Capacity
+from distriray.routing.candidates import Candidate
+from distriray.routing.capacity import Capacity
 
 
 class Span(NamedTuple):

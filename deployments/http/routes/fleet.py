@@ -7,13 +7,12 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from deployments.http.disconnect import EventStream
+from deployments.http.health import Health
+from deployments.http.openapi import describe_watch, errors
+from deployments.http.watch import Watch
 from distriray.errors import DistrirayError, NotEnoughDevices
 from distriray.service import Fleet, Service
-
-from ..disconnect import EventStream
-from ..health import Health
-from ..openapi import describe_watch, errors
-from ..watch import Watch
 
 
 class Healthy(BaseModel):

@@ -12,21 +12,20 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
+from deployments.http.answers import error_frame, event_frame, images_response
+from deployments.http.body import content_type, read_body
+from deployments.http.config import HttpConfig
+from deployments.http.disconnect import EventStream, cancel_on_disconnect
+from deployments.http.errors import Refusal, log, refusal_of
+from deployments.http.form import read_form
+from deployments.http.ids import is_of, new_id
+from deployments.http.images import EditRequest, ImageRequest, VariationRequest
+from deployments.http.openapi import describe_images, errors
+from deployments.http.routes.models import card_of
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished
 from distriray.service import Service
 from distriray.wire import Code
-
-from ..answers import error_frame, event_frame, images_response
-from ..body import content_type, read_body
-from ..config import HttpConfig
-from ..disconnect import EventStream, cancel_on_disconnect
-from ..errors import Refusal, log, refusal_of
-from ..form import read_form
-from ..ids import is_of, new_id
-from ..images import EditRequest, ImageRequest, VariationRequest
-from ..openapi import describe_images, errors
-from .models import card_of
 
 T = TypeVar("T")
 

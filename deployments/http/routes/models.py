@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, create_model
 
+from deployments.http.openapi import errors
 from distriray.errors import ModelNotFound
 from distriray.service import ModelCard, Service
-
-from ..openapi import errors
 
 if TYPE_CHECKING:
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..policy import HostPolicy
-from .earliest_deadline import EarliestDeadlineFirst
-from .elastic import Elastic
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policies.elastic import Elastic
+from distriray.routing.policy import HostPolicy
 
 POLICIES: dict[str, Callable[[], HostPolicy]] = {
     "earliest_deadline": EarliestDeadlineFirst,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..buddy import BuddyAllocator
-from ..latency import LatencyModel
-from ..policy import HostView, Plan, RequestView, Workers
-from .queue import due_s, remaining_s, running, waiting
+from distriray.routing.buddy import BuddyAllocator
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policies.queue import due_s, remaining_s, running, waiting
+from distriray.routing.policy import HostView, Plan, RequestView, Workers
 
 Shape = tuple[int, int, int]
 

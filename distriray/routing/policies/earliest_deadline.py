@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..buddy import BuddyAllocator, aligned_blocks
-from ..latency import LatencyModel
-from ..policy import HostView, Plan, RequestView, Workers
-from .queue import remaining_s, running, waiting
+from distriray.routing.buddy import BuddyAllocator, aligned_blocks
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policies.queue import remaining_s, running, waiting
+from distriray.routing.policy import HostView, Plan, RequestView, Workers
 
 
 class EarliestDeadlineFirst:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from ..candidates import Candidate, Candidates, select_candidates
-from ..capacity import Capacity
-from ..latency import LatencyModel
-from ..packing import place
-from ..policy import HostView, Plan
-from ..timeline import Reservation, Timeline
+from distriray.routing.candidates import Candidate, Candidates, select_candidates
+from distriray.routing.capacity import Capacity
+from distriray.routing.latency import LatencyModel
+from distriray.routing.packing import place
+from distriray.routing.policy import HostView, Plan
+from distriray.routing.timeline import Reservation, Timeline
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 
-from ..buddy import BuddyAllocator
-from ..latency import LatencyModel
-from ..policy import HostView, RequestView, Workers
+from distriray.routing.buddy import BuddyAllocator
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import HostView, RequestView, Workers
 
 
 def running(view: HostView) -> tuple[BuddyAllocator, dict[str, Workers]]:

@@ -9,13 +9,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..latency import LatencyModel
-from ..profile import Profile
-from .comparison import LoadCase, Row, contenders, measure
-from .figures import plot, table
-from .fleet import SimulatedFleet
-from .simulator import simulate
-from .workload import SKEWED_KINDS, TRIAL_KINDS, Kind, Workload, kinds_of, read_trace, trial_profile
+from distriray.routing.latency import LatencyModel
+from distriray.routing.profile import Profile
+from distriray.routing.simulation.comparison import LoadCase, Row, contenders, measure
+from distriray.routing.simulation.figures import plot, table
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.simulator import simulate
+from distriray.routing.simulation.workload import (
+    SKEWED_KINDS,
+    TRIAL_KINDS,
+    Kind,
+    Workload,
+    kinds_of,
+    read_trace,
+    trial_profile,
+)
 
 WORKLOADS: dict[str, tuple[tuple[Kind, ...], int]] = {
     "uniform": (TRIAL_KINDS, 1),

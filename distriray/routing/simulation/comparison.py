@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..latency import LatencyModel
-from ..policies import POLICIES
-from ..policies.baselines import FixedSize, Leases, SizePerShape
-from ..policy import HostPolicy
-from .fleet import SimulatedFleet
-from .simulator import simulate
-from .workload import Kind, Workload
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policies import POLICIES
+from distriray.routing.policies.baselines import FixedSize, Leases, SizePerShape
+from distriray.routing.policy import HostPolicy
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.simulator import simulate
+from distriray.routing.simulation.workload import Kind, Workload
 
 Row = dict[str, Any]
 

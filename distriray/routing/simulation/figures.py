@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from .comparison import Row
+from distriray.routing.simulation.comparison import Row
 
 COLUMNS = (
     "workload",

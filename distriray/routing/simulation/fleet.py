@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..router import CHOICES
+from distriray.routing.router import CHOICES
 
 
 @dataclass(frozen=True, slots=True)

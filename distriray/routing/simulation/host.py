@@ -12,12 +12,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..host_clock import HostClock, busy_workers
-from ..latency import LatencyModel
-from ..policy import HostPolicy, HostView, RequestView, Workers, moves
-from .event_queue import EventQueue
-from .fleet import SimulatedFleet
-from .report import TraceReport
+from distriray.routing.host_clock import HostClock, busy_workers
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import HostPolicy, HostView, RequestView, Workers, moves
+from distriray.routing.simulation.event_queue import EventQueue
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.report import TraceReport
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..quantiles import Quantiles
+from distriray.routing.quantiles import Quantiles
 
 
 @dataclass(slots=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 
-from ..latency import LatencyModel
-from ..policy import HostPolicy, RequestView
-from ..router import MORE_CHOICES, HostState, Route, publish, route
-from .event_queue import EventQueue
-from .fleet import SimulatedFleet
-from .host import SimulatedHost
-from .report import TraceReport
-from .workload import Arrival
+from distriray.routing.latency import LatencyModel
+from distriray.routing.policy import HostPolicy, RequestView
+from distriray.routing.router import MORE_CHOICES, HostState, Route, publish, route
+from distriray.routing.simulation.event_queue import EventQueue
+from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.host import SimulatedHost
+from distriray.routing.simulation.report import TraceReport
+from distriray.routing.simulation.workload import Arrival
 
 
 class _Routers:

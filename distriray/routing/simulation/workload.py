@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..latency import LatencyModel
-from ..profile import Entry, Profile
+from distriray.routing.latency import LatencyModel
+from distriray.routing.profile import Entry, Profile
 
 
 class Arrival(BaseModel):
