@@ -92,8 +92,8 @@ class Image:
 
     It may be left and entered again, so several images, or several regions of one, are denoised in turn: each
     goes on from its own last step. A call with the very element of a schedule that the last call had is taken
-    for another region even so, and begins anew. `Engine.image` makes one; it keeps buffers as long as it
-    lives.
+    for another region even so, and begins anew, and so does an image that an error has left. `Engine.image`
+    makes one; it keeps buffers as long as it lives.
 
     Attributes:
         enter, leave: what the engine does.
@@ -117,6 +117,8 @@ class Image:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:  # whoever keeps the error may keep this too, on one rank and not on another
+            self.interrupt()
         self.leave(self)
 
     def begin(self, at_step: int) -> None:

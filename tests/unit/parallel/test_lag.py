@@ -121,6 +121,37 @@ def test_a_cancel_is_not_lost_where_each_call_begins_anew() -> None:
     assert run_in_lockstep(2, rank) == [5, 5]
 
 
+@pytest.mark.parametrize("wish", ["yield", "cancel"])
+def test_what_was_asked_in_an_image_that_an_error_ended_is_not_asked_of_the_next(wish: str) -> None:
+    """Also if one rank keeps the error, and with it the image, while the other does not."""
+
+    def rank(communicator: Communicator) -> tuple[bool, bool]:
+        pipeline = parallelize(tiny_sdxl(), communicator, CONFIG)
+        engine = engine_of(pipeline)
+        assert engine is not None
+        engine.lags = True
+        pipeline.scheduler.set_timesteps(6)
+
+        def draw(steps: int) -> None:
+            with engine.image() as image:  # noqa: F841 - the error's frames hold it
+                for step, timestep in enumerate(pipeline.scheduler.timesteps):
+                    if step == steps:
+                        raise KeyError("a callback's own")
+                    if step == steps - 1 and steps < 6 and communicator.rank == 1:
+                        engine.ask_yield() if wish == "yield" else engine.ask_cancel()
+                    _call(pipeline.unet, timestep, 0)
+
+        with pytest.raises(KeyError) as raised:
+            draw(steps=3)
+        unsettled = not engine.settled
+        if communicator.rank == 1:
+            del raised
+        draw(steps=6)
+        return unsettled, engine.yielding
+
+    assert run_in_lockstep(2, rank) == [(True, False)] * 2
+
+
 def _call(unet: Any, timestep: torch.Tensor, region: int) -> None:
     added = {"text_embeds": torch.ones((1, 16)), "time_ids": torch.ones((1, 6))}
     sample, text = torch.full((1, 4, 16, 8), float(region)), torch.full((1, 7, 32), float(region))
