@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import pickle
-import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -104,14 +103,6 @@ class RankProcesses:
             else:
                 self.reports[rank].append(content.value)
         return bool(ready)
-
-    def await_outcomes(self, ranks: Collection[int], timeout_s: float) -> bool:
-        """Listen until all of `ranks` have ended; False if they have not within `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while not self.outcomes.keys() >= set(ranks):
-            if not self.listen(max(deadline - time.monotonic(), 0)):
-                return False
-        return True
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,12 @@ class Ranks(RankProcesses):
     def join(self, timeout_s: float = 60.0, ranks: list[int] | None = None) -> list[Outcome]:
         """The outcomes of the given ranks, or of all, in order; outlasting `timeout_s` fails the test."""
         awaited = list(range(len(self.reports))) if ranks is None else ranks
-        if not self.await_outcomes(awaited, timeout_s):
-            missing = sorted(set(awaited) - self.outcomes.keys())
-            raise AssertionError(
-                f"ranks {missing} did not end within {timeout_s:g} s; others: {self.outcomes}"
-            )
+        deadline = time.monotonic() + timeout_s
+        while missing := sorted(set(awaited) - self.outcomes.keys()):
+            if not self.listen(max(deadline - time.monotonic(), 0)):
+                raise AssertionError(
+                    f"ranks {missing} did not end within {timeout_s:g} s; others: {self.outcomes}"
+                )
         return [self.outcomes[rank] for rank in awaited]
 
 
