@@ -70,7 +70,11 @@ def _with_whole_paths(fields: dict[str, Any]) -> dict[str, Any]:
         for name in _LISTS
         if isinstance(fields.get(name), list)
     }
-    folders = {name: str(_whole(fields[name])) for name in ("lora_dir", "profiles") if name in fields}
+    folders = {
+        name: str(_whole(fields[name]))
+        for name in ("lora_dir", "profiles")
+        if isinstance(fields.get(name), str | Path)
+    }
     return fields | whole | folders
 
 
@@ -81,5 +85,5 @@ def _with_whole_path(entry: Any) -> Any:
     return {**entry, "source": str(_whole(entry["source"]))}
 
 
-def _whole(path: Any) -> Path:
-    return Path(str(path)).expanduser().absolute()
+def _whole(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()

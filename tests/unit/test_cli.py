@@ -99,6 +99,8 @@ def test_a_file_has_fields_of_the_pool_and_options_go_before_them(
     for text, said in (
         ("wrokers: 4\nloras: []\n", f"pool {written}: there is no field 'wrokers'"),
         ("- canny\n", "has no fields; it may have"),
+        ("1: 2\n", f"pool {written}: "),
+        ("lora_dir: [a]\n", "lora_dir ['a']: input is not a valid path"),
         ("model: {}\nmax_queue: none\n", "max_queue 'none': input should be a valid integer"),
         ("controls: [", "cannot be read"),
         ("ip_adapters:\n- {source: style}\n", "ip_adapters.0.name is missing"),
