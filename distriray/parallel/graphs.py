@@ -262,6 +262,7 @@ def arithmetic() -> tuple[Hashable, ...]:
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", None),  # since torch 2.7
         *_tf32(),
     )
 

@@ -289,9 +289,16 @@ def test_an_input_that_cannot_be_told_apart_is_in_no_graph() -> None:
         assert out.tolist() == [value] * 2
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16"])
-def test_sums_of_less_precision_are_in_other_graphs(kind: str) -> None:
-    before, switch = arithmetic(), f"allow_{kind}_reduced_precision_reduction"
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    ],
+)
+def test_sums_of_less_precision_are_in_other_graphs(switch: str) -> None:
+    before = arithmetic()
     allowed = getattr(torch.backends.cuda.matmul, switch)
     setattr(torch.backends.cuda.matmul, switch, not allowed)
     try:
