@@ -51,6 +51,9 @@ class Nothings:
         self.made += 1
         return Nothing(), {}
 
+    def let_go(self) -> None:
+        pass
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(

@@ -52,32 +52,55 @@ class GraphMaker(Protocol):
     def new(self) -> tuple[Graph, dict[str, Any]]:
         """A graph, and the arguments with which its capture begins."""
 
+    def let_go(self) -> None:
+        """Let go of the memory of graphs: it is nobody's once all that were made so far are dropped."""
+
 
 class CudaGraphs:
     """Graphs of one GPU, whose tensors share one pool of memory, since no two are replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        # A pool ends with the last of its graphs, even where tensors in it live on; this one never ends.
-        self._keeper, arguments = self.new()
-        with self.capturing():
-            self._keeper.capture_begin(**arguments)
-            torch.zeros(1, device=device)
-            self._keeper.capture_end()
+        self._pool: Any = None
+        self._keeper: Graph | None = None
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
         torch.cuda.empty_cache()  # graphs have memory of their own, and cannot take what is merely kept
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            yield
+            try:
+                if self._keeper is None:
+                    # Torch before 2.11 captures nothing outside inference mode once it has captured in it.
+                    with torch.inference_mode(False):
+                        self._keeper = self._begin_pool()
+                yield
+            except BaseException:
+                # A capture that could not be ended is under way for the allocator of torch before 2.13, which
+                # gives no memory back meanwhile.
+                with suppress(Exception):  # it was ended
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                raise
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def new(self) -> tuple[Graph, dict[str, Any]]:
         # Other threads, such as a watchdog that asks events, may go on calling CUDA meanwhile.
         return torch.cuda.CUDAGraph(), {"pool": self._pool, "capture_error_mode": "thread_local"}
+
+    def let_go(self) -> None:
+        self._keeper = None
+
+    def _begin_pool(self) -> Graph:
+        """A graph that keeps a new pool: it ends with the last of its graphs, even where its tensors live on,
+        and no more can be captured into it then.
+        """
+        self._pool = torch.cuda.graph_pool_handle()
+        keeper, arguments = self.new()
+        keeper.capture_begin(**arguments)
+        torch.zeros(1, device=self._device)
+        keeper.capture_end()
+        return keeper
 
 
 class Recorder:

@@ -68,9 +68,15 @@ class NetworkGraphs:
         return graphs
 
     def drop(self) -> None:
-        """Drop what was captured, with memory that nothing else can have; later steps are captured anew."""
+        """Drop what was captured; later steps are captured anew, into the same memory."""
         for graphs in self._made:
             graphs.clear()
+
+    def give_back(self) -> None:
+        """Drop what was captured, and let go of its memory, which nothing else could have."""
+        self.drop()
+        if self._maker is not None:
+            self._maker.let_go()
 
     def begin_image(self) -> None:
         """Look anew for an obstacle: it may be gone."""

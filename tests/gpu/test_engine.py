@@ -139,6 +139,20 @@ def test_a_gpu_goes_on_after_a_capture_that_failed() -> None:
         assert doubled.tolist() == [2.0 * factor] * 3
 
 
+def test_memory_of_dropped_graphs_is_given_back() -> None:
+    x = torch.ones(2**24, device="cuda")
+    maker = CudaGraphs(x.device)
+    graphs = StepGraphs(maker)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        graphs.run("doubles", lambda x: 2 * x, None, (x,), {})
+    graphs.clear()
+    maker.let_go()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_blocks_draw_what_they_draw_without_and_captured_the_same(ranks: int) -> None:
     plain, launched, captured = (

@@ -19,6 +19,7 @@ from distriray.gang.messages import RankResult, SegmentEnd
 from distriray.gang.runner import SegmentRunner
 from distriray.picture import png
 from tests.models import tiny_sdxl
+from tests.unit.parallel.recorded import RecordedGraphs
 
 from .fleet import ask
 from .runners import Gang, endings
@@ -138,6 +139,24 @@ def test_memory_that_runs_out_while_preparing_is_the_requests_own(
     outcomes = gang.run()
     assert endings(outcomes) == [SegmentEnd.REFUSED, SegmentEnd.NOT_BEGUN]
     assert isinstance(outcomes[0].error, OutOfMemory) and "128x128" in str(outcomes[0].error)
+
+
+def test_memory_of_graphs_is_let_go_where_memory_runs_out(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but graphs can have it."""
+    gang, kept = Gang(tiny_model, 1), ["memory"]
+    (runner,) = gang.runners
+    gang.run(link="alone")  # joins
+
+    class Maker(RecordedGraphs):
+        def let_go(self) -> None:
+            kept.clear()
+
+    runner._engine.capture_with(Maker())
+    monkeypatch.setattr(runner._denoiser, "decode", raises(torch.OutOfMemoryError("CUDA out of memory")))
+    assert endings(gang.run(link="alone")) == [SegmentEnd.REFUSED]
+    assert not kept and runner._engine.graphs.alone is not None and len(runner._engine.graphs.alone) == 0
 
 
 def test_another_error_while_preparing_is_the_requests_own_if_the_device_works(

@@ -106,6 +106,9 @@ class RecordedGraphs:
         self.made.append(RecordedGraph(self.tape))
         return self.made[-1], {}
 
+    def let_go(self) -> None:
+        """Its memory is everybody's."""
+
 
 class CompiledGraphs(RecordedGraphs):
     """Notes how often compiled code has run in each capture."""

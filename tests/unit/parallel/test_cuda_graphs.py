@@ -1,0 +1,155 @@
+"""What graphs of a GPU leave behind of its memory, on an allocator that does with pools what torch's does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+
+from distriray.parallel.graphs import CaptureFailed, CudaGraphs, StepGraphs
+
+CPU = torch.device("cpu", 0)
+
+
+class Allocator:
+    """Of a GPU's memory, what pools of graphs have to do with it (c10/cuda/CUDACachingAllocator.cpp).
+
+    Args:
+        ends: whether a capture that fails is over for it, as since torch 2.13.
+
+    Attributes:
+        uses: graphs of each pool.
+        reserved: pools that have memory.
+        under_way: the pools that captures are under way in.
+        seed: of the device's generator, in memory that every capture writes to, and the first one makes.
+        spoilt: whether the next capture cannot be ended.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ends: bool = True) -> None:
+        self.ends, self.spoilt = ends, False
+        self.uses: Counter[int] = Counter()
+        self.reserved: set[int] = set()
+        self.under_way: list[int] = []
+        self.seed: torch.Tensor | None = None
+        pools = count(1)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end)
+        for name, stand_in in {
+            "graph_pool_handle": lambda: next(pools),
+            "CUDAGraph": lambda: FakeGraph(self),
+            "empty_cache": self.empty_cache,
+            "Stream": lambda device: Stream(),
+            "current_stream": lambda device: Stream(),
+            "stream": lambda stream: nullcontext(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def begin(self, pool: int) -> None:
+        assert self.uses[pool] or pool not in self.reserved, "a pool that has ended"
+        self.uses[pool] += 1
+        self.reserved.add(pool)
+        self.under_way.append(pool)
+        self.seed = torch.zeros(1) if self.seed is None else self.seed
+        self.seed.fill_(7)
+
+    def end(self, device: int, pool: int) -> None:
+        if pool not in self.under_way:
+            raise RuntimeError("not currently recording to this pool")
+        self.under_way.remove(pool)
+
+    def empty_cache(self) -> None:
+        assert not self.under_way, "nothing is given back while a capture is under way"
+        self.reserved = {pool for pool in self.reserved if self.uses[pool]}
+
+
+class FakeGraph:
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator, self._pool = allocator, 0
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        self._allocator.begin(pool)
+        self._began = pool
+
+    def capture_end(self) -> None:
+        spoilt, self._allocator.spoilt = self._allocator.spoilt, False
+        if not spoilt or self._allocator.ends:
+            self._allocator.end(0, self._began)
+        if spoilt:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self._pool = self._began
+
+    def replay(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        if self._pool:
+            self._allocator.uses[self._pool] -= 1
+
+
+class Stream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+def met_twice(graphs: StepGraphs, forward: Any) -> None:
+    for _ in range(2):
+        graphs.run(forward.__name__, forward, None, (torch.ones(3),), {})
+
+
+def doubles(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_capture_that_failed_keeps_no_memory_from_being_given_back(
+    monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    allocator = Allocator(monkeypatch, ends)
+    graphs = StepGraphs(CudaGraphs(CPU))
+
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        if allocator.under_way:
+            allocator.spoilt = True
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    with pytest.raises(CaptureFailed, match="when stream is capturing"):
+        met_twice(graphs, reads)
+    torch.cuda.empty_cache()
+    met_twice(graphs, doubles)
+    assert graphs._graphs and not allocator.under_way
+
+
+def test_memory_of_graphs_is_kept_for_later_ones_until_it_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch)
+    maker = CudaGraphs(CPU)
+    graphs = StepGraphs(maker)
+    torch.cuda.empty_cache()
+    assert not allocator.reserved  # before there are graphs
+    met_twice(graphs, doubles)
+    graphs.clear()
+    torch.cuda.empty_cache()
+    assert allocator.reserved == {1}
+    met_twice(graphs, doubles)
+    assert allocator.reserved == {1}
+    graphs.clear()
+    maker.let_go()
+    torch.cuda.empty_cache()
+    assert not allocator.reserved
+    met_twice(graphs, doubles)
+    assert allocator.reserved == {2} and len(graphs) == 1
+
+
+def test_whether_the_first_capture_is_in_inference_mode_counts_for_no_later_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Allocator(monkeypatch)
+    graphs = StepGraphs(CudaGraphs(CPU))
+    with torch.inference_mode():
+        met_twice(graphs, doubles)
+    graphs.clear()
+    met_twice(graphs, doubles)
+    assert len(graphs) == 1
