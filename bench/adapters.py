@@ -22,6 +22,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bench.arguments import at_least, positive
 from bench.report import Report
 from distriray.adapters import AdapterSpec, Lora
 from distriray.denoise import Denoiser
@@ -75,10 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--adapters", type=int, default=20)
-    parser.add_argument("--held", type=int, default=8, help="adapters that the bound has room for")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--adapters", type=positive, default=20)
+    parser.add_argument("--held", type=positive, default=8, help="adapters that the bound has room for")
+    parser.add_argument("--size", type=positive, default=256)
+    parser.add_argument("--steps", type=at_least(2), default=9)
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from torch.distributed import PrefixStore
 
+from bench.arguments import positive
 from bench.launches import Collectives, spread_by_diffusers
 from bench.published import PUBLISHED
 from bench.report import Report
@@ -56,12 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default 512)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--size", type=positive, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4])
     parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
-    parser.add_argument("--heads", type=int, default=12, help="of 64 channels (default 12)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a round")
+    parser.add_argument("--heads", type=positive, default=12, help="of 64 channels (default 12)")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--steps", type=positive, default=3, help="timed steps a round")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     report = Report(

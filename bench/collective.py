@@ -16,6 +16,7 @@ from statistics import quantiles
 
 import torch
 
+from bench.arguments import at_least, positive
 from bench.report import Report
 from distriray.collective import Communicator, all_gather, connect, launch, serve_store
 
@@ -30,8 +31,10 @@ Samples = dict[tuple[str, str], list[tuple[float, float]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--repeats", type=int, default=400, help="of the small ones; 16 MiB: a tenth of it")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4])
+    parser.add_argument(
+        "--repeats", type=at_least(10 * TURNS), default=400, help="of the small ones; 16 MiB: a tenth of it"
+    )
     parser.add_argument("--json", help="write the table here, too")
     arguments = parser.parse_args()
     report = Report("Exchange between ranks of one machine", COLUMNS, seed=0, settings=vars(arguments))

@@ -8,11 +8,11 @@ Measurements of different benches, settings or machines are refused: their ratio
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
+
+from bench.arguments import measurement
 
 NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=$|[ %]|x(?!\d)|[a-wyzA-Z])")
 MISSING = ("", "-")
@@ -96,17 +96,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=measurement)
+    parser.add_argument("after", type=measurement)
     arguments = parser.parse_args()
-    before, after = (json.loads(path.read_text()) for path in (arguments.before, arguments.after))
+    before, after = arguments.before, arguments.after
     try:
         lines = compare(before, after)
     except Incomparable as error:
         parser.error(str(error))
     print(before["title"])
-    for side, measurement in (("before", before), ("after", after)):
-        print(f"{side}: {measurement['date']}, {measurement['versions']}")
+    for side, found in (("before", before), ("after", after)):
+        print(f"{side}: {found['date']}, {found['versions']}")
     table = [("row", "column", "before", "after", "after / before"), *lines]
     widths = [max(len(line[i]) for line in table) for i in range(5)]
     for line in table:

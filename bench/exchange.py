@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from diffusers import UNet2DConditionModel
 
+from bench.arguments import positive
 from bench.barrier import barrier
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
@@ -74,11 +75,11 @@ class _Layers(Subgroup):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default 512)")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--size", type=positive, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--ranks", type=positive, default=2)
     parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps a round")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--steps", type=positive, default=6, help="timed steps a round")
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     served = serve_store("127.0.0.1")

@@ -17,6 +17,7 @@ from statistics import median
 
 import numpy as np
 
+from bench.arguments import at_least, positive
 from bench.likeness import psnr
 from bench.report import Report
 from distriray import GenerationRequest, GenerationResult, HostConfig, ParallelConfig
@@ -51,9 +52,9 @@ class Script:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin:landscapes")
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side (default 256)")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=positive, default=256, help="pixels of a side (default 256)")
+    parser.add_argument("--steps", type=at_least(4), default=24)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--json", help="write the table here, too")
     options = parser.parse_args()
 

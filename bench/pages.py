@@ -21,6 +21,7 @@ from statistics import median
 import httpx
 import psutil
 
+from bench.arguments import positive
 from bench.report import Report
 from bench.serving import measure_capacity, service
 
@@ -31,15 +32,17 @@ ROLES = {"ProxyActor": "proxy", "Ingress": "router", "elastic": "host", "raylet"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pages", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3, help="without and with pages, each first in turn")
+    parser.add_argument("--pages", type=positive, default=10)
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help="without and with pages, each first in turn"
+    )
     parser.add_argument(
         "--idle-seconds", type=float, default=30.0, help="of each measurement without, or of one picture"
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="half of it: of images a second, each")
-    parser.add_argument("--size", type=int, default=128, help="pixels of a side (default 128)")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--max-queue", type=int, default=16)
+    parser.add_argument("--size", type=positive, default=128, help="pixels of a side (default 128)")
+    parser.add_argument("--steps", type=positive, default=6)
+    parser.add_argument("--max-queue", type=positive, default=16)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with service(options.max_queue) as (url, _):

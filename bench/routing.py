@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.arguments import at_least, positive
 from bench.routing_optimum import most_deadlines
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.baselines import Leases
@@ -59,7 +60,7 @@ def decision_times(count: int, decisions: int, seed: int) -> dict[str, float]:
         started = time.thread_time()
         Elastic().plan(view, MODEL)
         times.append(1e3 * (time.thread_time() - started))
-    cuts = statistics.quantiles(times, n=100)
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
     return {"requests": count, "p50 ms": cuts[49], "p99 ms": cuts[98], "max ms": max(times)}
 
 
@@ -104,8 +105,8 @@ def burst_bound(scale: float, bursts: int, seed: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, and write them with --json."""
     parser = argparse.ArgumentParser(prog="python -m bench.routing", description=__doc__)
-    parser.add_argument("--decisions", type=int, default=400)
-    parser.add_argument("--cases", type=int, default=20, help="for each number of requests")
+    parser.add_argument("--decisions", type=at_least(2), default=400)
+    parser.add_argument("--cases", type=positive, default=20, help="for each number of requests")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ import torch
 import yaml
 from ray import serve
 
+from bench.arguments import positive
 from bench.report import Report
 from deployments.app import build_app
 from deployments.config import AppConfig
@@ -64,12 +65,12 @@ class Answer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=128, help="pixels of a side (default 128)")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--size", type=positive, default=128, help="pixels of a side (default 128)")
+    parser.add_argument("--steps", type=positive, default=6)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.9, 2.0], help="of capacity")
     parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals at each load")
-    parser.add_argument("--max-queue", type=int, default=16, help="requests that may wait at the host")
-    parser.add_argument("--rounds", type=int, default=15, help="of single images")
+    parser.add_argument("--max-queue", type=positive, default=16, help="requests that may wait at the host")
+    parser.add_argument("--rounds", type=positive, default=15, help="of single images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the tables here and to …-overhead beside it")
     options = parser.parse_args()

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from bench.arguments import positive
 from bench.report import Report
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
@@ -176,9 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print how far the simulator is from a real host."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulator_truth", description=__doc__)
     parser.add_argument("--model", default="builtin:landscapes")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--workers", type=positive, default=4)
+    parser.add_argument("--requests", type=positive, default=60)
+    parser.add_argument("--steps", type=positive, default=10)
     parser.add_argument("--load", type=float, default=0.7, help="of what its workers can do one by one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="a trace each")
     parser.add_argument("--json", type=Path)

@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from bench.arguments import positive
 from bench.report import Report
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.landscapes import MODEL_DIR
@@ -19,9 +20,11 @@ from distriray.requests import SamplingParams
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="pixels of a side")
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=[256, 512, 1024], help="pixels of a side"
+    )
     parser.add_argument("--schedulers", nargs="+", default=["ddim", "dpmpp-2m", "unipc"])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--json", help="also write the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,11 +9,11 @@ pictures are to one device's (`bench.quality --rows mixes`).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import measurement, positive
 from distriray.config import MIXES
 
 PAPER = "paper"
@@ -24,20 +24,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("quality", type=Path, help="the JSON of bench.quality --rows mixes")
-    parser.add_argument("exchange", type=Path, help="the JSON of bench.exchange")
+    parser.add_argument("quality", type=measurement, help="the JSON of bench.quality --rows mixes")
+    parser.add_argument("exchange", type=measurement, help="the JSON of bench.exchange")
     parser.add_argument("out", type=Path, help="the picture")
-    parser.add_argument("--patches", type=int, default=4, help="of the pictures (default 4)")
+    parser.add_argument("--patches", type=positive, default=4, help="of the pictures (default 4)")
     given = parser.parse_args(arguments)
-    quality, exchange = (json.loads(path.read_text()) for path in (given.quality, given.exchange))
-    plot(psnr_of(quality, given.patches), speeds_of(exchange), exchange, given.patches, given.out)
+    psnr, speeds = psnr_of(given.quality, given.patches), speeds_of(given.exchange)
+    if not psnr:
+        parser.error(f"the quality has no mixes of {given.patches} patches; measure them with --rows mixes")
+    if not speeds:
+        parser.error("the exchange has no step of a mix; it was not written by bench.exchange")
+    plot(psnr, speeds, given.exchange, given.patches, given.out)
 
 
 def psnr_of(quality: dict[str, Any], patches: int) -> dict[str, float]:
     """PSNR in dB by mix, of so many patches."""
     found = {}
     for row in quality["rows"]:
-        if row["question"] == "mixes" and row["patches"] == str(patches):
+        if row.get("question") == "mixes" and row["patches"] == str(patches):
             name = row["method"].split(", ")[0]
             found[name if name in MIXES else PAPER] = float(row["PSNR, dB"].split()[0])
     return found
@@ -47,7 +51,7 @@ def speeds_of(exchange: dict[str, Any]) -> dict[str, dict[str, float]]:
     """How many times as fast as one rank, by backend and mix."""
     speeds: dict[str, dict[str, float]] = {}
     for row in exchange["rows"]:
-        if row["mode"] in (PAPER, *MIXES):
+        if row.get("mode") in (PAPER, *MIXES):
             speed = float(row["faster than one rank"].removesuffix("x"))
             speeds.setdefault(row["backend"], {})[row["mode"]] = speed
     return speeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SERIES = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for axis, size in zip(axes, ("1024x1024", "2048x2048", "3840x3840"), strict=True):
         draw(axis, size)

@@ -34,6 +34,7 @@ import torch.distributed
 import torch.multiprocessing  # teaches pickle to hand memory of a GPU to another process
 from torch.distributed import Store
 
+from bench.arguments import positive
 from bench.barrier import finish
 from bench.gpu.sharing import has_switch, sharing_environment
 from bench.report import Report
@@ -323,8 +324,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=sorted(WAYS), default="cuda")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--exchanges", type=int, default=50, help="of a round")
+    parser.add_argument("--rounds", type=positive, default=20)
+    parser.add_argument("--exchanges", type=positive, default=50, help="of a round")
     parser.add_argument("--json", help="write the table here, too")
     options = parser.parse_args()
     report = Report(

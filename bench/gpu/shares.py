@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.arguments import positive
 from bench.barrier import finish
 from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
@@ -59,9 +60,9 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=PUBLISHED, default="sdxl")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run, small")
-    parser.add_argument("--sizes", type=int, nargs="+", help="pixels of a side; default 1024 2048 3840")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
+    parser.add_argument("--sizes", type=positive, nargs="+", help="pixels of a side; default 1024 2048 3840")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--steps", type=positive, default=8, help="steps that are timed")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
     parser.add_argument("--compiled", action="store_true", help="also with compiled blocks")
     parser.add_argument("--json", help="also write the table to this file")

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from bench.arguments import positive
 from bench.projection.links import Link, parse_link
 from bench.projection.rounds import Round, alone, cases, measure, slowest
 from bench.projection.share import Share
@@ -69,8 +70,8 @@ def main() -> None:
         help="the U-Net; default landscapes on a CPU, sdxl (with random weights) on a GPU",
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--sizes", type=int, nargs="+", help="pixels of a side")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--sizes", type=positive, nargs="+", help="pixels of a side")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--exchange", choices=tuple(MIXES), nargs="+", default=["displaced", "sync"])
     parser.add_argument(
         "--links",
@@ -81,9 +82,13 @@ def main() -> None:
         help=f"latency of a group of messages and bandwidth of a device in one direction; {' '.join(LINKS)} "
         "(80 %% of what NVLink 4 and PCIe 5 and 4 with 16 lanes carry by name); CPUs: the loopback, measured",
     )
-    parser.add_argument("--steps", type=int, default=5, help="steps after the warm-up that count, a turn")
-    parser.add_argument("--rounds", type=int, help="default: 7 on CPUs, which other work may disturb, else 3")
-    parser.add_argument("--image-steps", type=int, default=50)
+    parser.add_argument(
+        "--steps", type=positive, default=5, help="steps after the warm-up that count, a turn"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, help="default: 7 on CPUs, which other work may disturb, else 3"
+    )
+    parser.add_argument("--image-steps", type=positive, default=50)
     parser.add_argument(
         "--warmup-steps", type=int, help="synchronous ones of an image; default: as the exchange needs"
     )

@@ -21,6 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.arguments import positive
 from bench.quality.design import BASE, Section, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
@@ -79,11 +80,15 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--count", type=int, default=100, help="pictures of the main rows; others have fewer")
+    parser.add_argument(
+        "--count", type=positive, default=100, help="pictures of the main rows; others have fewer"
+    )
     parser.add_argument("--rows", nargs="+", metavar="QUESTION", help="only the rows of these questions")
     parser.add_argument("--quick", action="store_true", help="five steps and a row of each kind")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after this")
-    parser.add_argument("--workers", type=int, help="processes; a thread each (default: 2 on a CPU, else 1)")
+    parser.add_argument(
+        "--workers", type=positive, help="processes; a thread each (default: 2 on a CPU, else 1)"
+    )
     parser.add_argument("--report-only", action="store_true", help="the table of what is finished")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where parts are kept")
     parser.add_argument("--json", help="also write the table to this file")
@@ -95,9 +100,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=Path, help="one a line, or COCO's captions (.json)")
     parser.add_argument("--reference", type=Path, help="folder of pictures for the FID (not builtin)")
-    parser.add_argument("--size", type=int, help="pixels of a side (default: 256 built in, 1024 else)")
+    parser.add_argument("--size", type=positive, help="pixels of a side (default: 256 built in, 1024 else)")
     parser.add_argument("--guidance", type=float, help="scale (default: 4 built in, 5 else)")
-    parser.add_argument("--batch", type=int, help="pictures in a call (default: 20 built in, 1 else)")
+    parser.add_argument("--batch", type=positive, help="pictures in a call (default: 20 built in, 1 else)")
     arguments = parser.parse_args()
     if arguments.workers is None:
         arguments.workers = 2 if arguments.device == "cpu" else 1

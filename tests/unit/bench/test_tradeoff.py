@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from bench.tradeoff import main, psnr_of, speeds_of
@@ -46,3 +47,15 @@ def test_the_command_draws_them(tmp_path: Path) -> None:
     out = tmp_path / "new" / "mixes.png"
     main([str(tmp_path / "quality"), str(tmp_path / "exchange"), str(out)])
     assert Image.open(out).width > 500
+
+
+@pytest.mark.parametrize(
+    ("quality", "exchange", "says"),
+    [(EXCHANGE, EXCHANGE, "no mixes of 4 patches"), (QUALITY, QUALITY, "no step of a mix")],
+)
+def test_other_tables_are_refused(quality, exchange, says, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    for name, content in (("quality", quality), ("exchange", exchange)):
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / name) for name in ("quality", "exchange", "mixes.png")])
+    assert says in capsys.readouterr().err

@@ -1,0 +1,34 @@
+"""Numbers and files that a bench cannot work with are refused by its command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from bench.arguments import at_least, measurement
+from bench.routing import decision_times
+
+
+@pytest.mark.parametrize(("text", "says"), [("2", "2 is too few; use 3 or more"), ("x", "'x' is no integer")])
+def test_numbers_that_are_too_few_are_refused(text: str, says: str) -> None:
+    assert at_least(3)("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError, match=says):
+        at_least(3)(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "cannot be read"), ("x", "cannot be read"), ("[]", "no rows")]
+)
+def test_files_that_no_bench_wrote_are_refused(content: str | None, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(argparse.ArgumentTypeError, match=says):
+        measurement(str(file))
+
+
+def test_no_quantile_of_decisions_is_above_the_longest() -> None:
+    times = decision_times(2, 3, seed=1)
+    assert times["p50 ms"] <= times["p99 ms"] <= times["max ms"]
