@@ -36,9 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for and print the table."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    profile = (
-        Profile.load(options.profile) if options.profile else trial_profile(options.regroup_s, options.sync)
-    )
+    if max(options.gang_sizes) > options.workers:
+        parser.error(
+            f"--gang-sizes {max(options.gang_sizes)} exceeds the {options.workers} workers of a host"
+        )
+    try:
+        profile = (
+            Profile.load(options.profile)
+            if options.profile
+            else trial_profile(options.regroup_s, options.sync)
+        )
+        if options.trace and not any(read_trace(options.trace)):
+            parser.error(f"--trace {options.trace} has no request")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     model, sizes = LatencyModel(profile), tuple(options.gang_sizes)
     fleet = SimulatedFleet(
         hosts=options.hosts,
@@ -93,6 +104,12 @@ def _case(
     return LoadCase(name, Workload(mix, rate, scale, burst), model, sizes)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distriray.routing.simulation", description=__doc__)
     add = parser.add_argument
@@ -100,13 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--rates", nargs="+", type=float, default=[0.3, 0.6, 0.9], help="requests a second")
     add("--scales", nargs="+", type=float, default=[1.0, 1.2, 1.5], help="of the base deadlines")
     add("--policies", nargs="+", help="names as in the table; all by default")
-    add("--requests", type=int, default=1000, help="of each run")
+    add("--requests", type=_positive, default=1000, help="of each run")
     add("--seed", type=int, default=1)
-    add("--seeds", type=int, default=3, help="runs of each case, with seeds from --seed on")
-    add("--hosts", type=int, default=1)
-    add("--workers", type=int, default=8, help="of each host")
-    add("--gang-sizes", nargs="+", type=int, default=[1, 2, 4, 8])
-    add("--routers", type=int, default=1)
+    add("--seeds", type=_positive, default=3, help="runs of each case, with seeds from --seed on")
+    add("--hosts", type=_positive, default=1)
+    add("--workers", type=_positive, default=8, help="of each host")
+    add("--gang-sizes", nargs="+", type=_positive, default=[1, 2, 4, 8])
+    add("--routers", type=_positive, default=1)
     add("--refuse", action="store_true", help="refuse what no host can finish in time")
     add("--profile", type=Path, help="measured times; without it, assumed ones")
     add("--regroup-s", type=float, default=0.02, help="of the assumed times")

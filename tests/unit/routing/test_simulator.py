@@ -276,6 +276,32 @@ def test_the_command_names_the_policies_that_there_are(capsys):
     assert "no policies ['fifo']; use some of ['fixed 1'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--workers 0", "argument --workers: '0' is no positive integer"),
+        ("--requests 0", "argument --requests: '0' is no positive integer"),
+        ("--seeds 0", "argument --seeds: '0' is no positive integer"),
+        ("--workers 3 --gang-sizes 2 4", "--gang-sizes 4 exceeds the 3 workers"),
+        ("--profile none.json", "No such file or directory: 'none.json'"),
+        ("--profile bad", "Invalid JSON"),
+        ("--trace none.jsonl", "No such file or directory: 'none.jsonl'"),
+        ("--trace bad", "Expecting value"),
+        ("--trace tall.jsonl", "height\n  Input should be greater than or equal to 1"),
+        ("--trace empty.jsonl", "--trace empty.jsonl has no request"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_simulate(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad").write_text("nothing")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "tall.jsonl").write_text('{"at_s": 0.0, "height": 0, "width": 64}')
+    with pytest.raises(SystemExit) as end:
+        main(arguments.split())
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_few_hosts_that_are_asked_do_as_well_as_all_hosts():
     def met(choices):
         fleet = SimulatedFleet(hosts=24, workers=2, gang_sizes=(1, 2), routers=3, choices=choices)
