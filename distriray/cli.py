@@ -266,7 +266,14 @@ def _check_out(out: Path) -> None:
         raise InvalidRequest(
             f"--out {out}: {out.suffix or 'no suffix'!r} is no image format; use .png", "out"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(
+            f"--out {out}: no folder {out.parent} can be made: {error.strerror}", "out"
+        ) from None
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InvalidRequest(f"--out {out} cannot be written; name a file in a folder that can be", "out")
 
 
 def _save(result: GenerationResult, out: Path) -> list[Path]:

@@ -92,8 +92,10 @@ def _check_room(config: HostConfig, bundle: dict[str, float]) -> None:
     for kind, each in bundle.items():
         most, needed = max(node.get(kind, 0.0) for node in nodes), each * config.workers
         if most < needed:
+            fits = int(most // each)
+            instead = f"use at most {fits} workers" if fits else f"this cluster has no {kind} for a worker"
             where = "one node" if config.strategy == "STRICT_PACK" else "the cluster"
             raise NotEnoughDevices(
                 f"{config.workers} workers need {needed:g} {kind}s on {where}, and the largest has {most:g}; "
-                f"use at most {int(most // each)} workers"
+                + instead
             )

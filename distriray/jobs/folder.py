@@ -32,7 +32,7 @@ class Folder:
     any thread. A context manager; one process at a time can have a folder open.
 
     Raises:
-        InvalidRequest: another process has it open.
+        InvalidRequest: another process has it open, or it cannot be made or written to.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,8 +44,13 @@ class Folder:
         self._writing = threading.Lock()
 
     def __enter__(self) -> Self:
-        self.images.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("a")
+        try:
+            self.images.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise InvalidRequest(
+                f"{self.path} cannot be written to: {error.strerror}; use another --out"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -69,6 +69,20 @@ def test_defaults_are_those_of_a_request() -> None:
     assert "the model's own number by default" in shown
 
 
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [("file/lake.png", "no folder"), ("folder.png", "cannot be written"), ("lake", "is no image format")],
+)
+def test_a_picture_that_cannot_be_written_is_not_begun(
+    out: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("distriray.gang.open_host", pytest.fail, raising=False)
+    assert app(["generate", "a lake", "--out", str(tmp_path / out)], standalone_mode=False) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_file_has_fields_of_the_pool_and_options_go_before_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

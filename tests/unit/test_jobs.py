@@ -412,6 +412,11 @@ def test_bad_lines_alone_start_nothing_and_are_reported(
     assert (told["prompts"], told["bad_lines"], told["made"]) == (0, 1, 0)
 
 
+def test_a_folder_that_cannot_be_one_is_a_usage_error(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(str(file), "--out", str(file)) == 2
+    assert f"distriray: {file} cannot be written to: Not a directory" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_there_is_a_usage_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

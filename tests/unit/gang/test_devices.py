@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from distriray.errors import NotEnoughDevices
+from distriray.gang import placement
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES, place_of
 from distriray.gang.placement import Placement
@@ -53,3 +55,13 @@ def test_nccl_is_told_its_bound_before_a_worker_of_a_gpu_runs(
 def test_a_bound_that_nccl_would_change_without_a_word_is_refused(most: int) -> None:
     with pytest.raises(ValueError, match="nccl_max_ctas"):
         HostConfig(nccl_max_ctas=most)
+
+
+@pytest.mark.parametrize(("gpus", "says"), [(2.0, "use at most 2 workers"), (0.0, "no GPU for a worker")])
+def test_a_host_that_is_too_large_is_told_what_would_fit(
+    gpus: float, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": gpus}}
+    monkeypatch.setattr(placement.ray, "nodes", lambda: [node])
+    with pytest.raises(NotEnoughDevices, match=says):
+        placement._check_room(HostConfig(workers=4, device="cuda"), {"CPU": 1.0, "GPU": 1.0})
