@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin:landscapes")
     parser.add_argument("--size", type=positive, default=256, help="pixels of a side (default 256)")
-    parser.add_argument("--steps", type=at_least(4), default=24)
+    parser.add_argument("--steps", type=at_least(8), default=24)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--json", help="write the table here, too")
     options = parser.parse_args()

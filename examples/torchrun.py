@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("image.png"))
     arguments = parser.parse_args()
 
+    if "RANK" not in os.environ:
+        parser.error("no rank is in the environment; start this with torchrun, as above")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = f"cuda:{os.environ['LOCAL_RANK']}" if arguments.device == "cuda" else "cpu"
     communicator = connect(
