@@ -107,6 +107,8 @@ class Catalogue:
         self._listed = {spec.name: spec for spec in listed}
         self._built_in = {spec.name: spec for spec in built_in(model)}
         self._folder = None if folder is None else folder.expanduser()
+        if self._folder is not None and not self._folder.is_dir():
+            log.warning("there is no folder of adapters %s; what comes to be in it counts", self._folder)
         self._looked_s = -LOOK_S
         self._specs: Mapping[str, AdapterSpec] = {}
         self.edition = 0

@@ -210,6 +210,7 @@ def generate(
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from distriray.gang import open_host
+        from distriray.gang.admission import check_listed
         from distriray.gang.config_file import read_config
 
         weights = {"revision": revision, "variant": variant, "dtype": dtype, "quantize": quantize}
@@ -222,6 +223,7 @@ def generate(
             "lora_dir": lora_dir,
         }
         config = read_config(pool, options)
+        check_listed(request, config)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -11,6 +11,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
+from distriray.cluster import join
 from distriray.errors import DistrirayError, GenerationCancelled
 from distriray.events import Event
 from distriray.requests import GenerationRequest
@@ -49,7 +50,7 @@ class HandleClient:
             ray.serve.exceptions.RayServeException: it has no such application.
         """
         if not ray.is_initialized():
-            ray.init(address, logging_level="ERROR")
+            join(address)
         return cls(serve.get_app_handle(app))
 
     def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from distriray.cluster import join
 from distriray.errors import NotEnoughDevices
 from distriray.events import Event
 from distriray.gang import reaper
@@ -117,9 +118,9 @@ def open_host(
 
 def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] | None:
     """Join the cluster at `address`, or start one here and return what watches it."""
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    logging.getLogger("ray.serve.distriray").setLevel(logging.WARNING)  # where Ray's own are errors only
     if address is not None:
-        ray.init(address=address, **quiet)
+        join(address)
         return None
     others = reaper.children()
     try:
@@ -128,7 +129,8 @@ def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] |
             num_cpus=cpus or len(os.sched_getaffinity(0)),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
         )
     except (OSError, ValueError) as error:
         raise NotEnoughDevices(f"Ray does not start on this machine: {error}") from error

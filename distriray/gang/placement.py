@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distriray.errors import NotEnoughDevices
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES, worker_resources
+
+PATIENCE_S = 5.0
+"""After which it is said that a host waits for others to end."""
+
+log = logging.getLogger("ray.serve.distriray")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Placement:
         bundle = worker_resources(device, config.cpus_per_worker)
         _check_room(config, bundle)
         group = placement_group([bundle] * config.workers, strategy=config.strategy)
+        telling = asyncio.get_running_loop().call_later(PATIENCE_S, _tell_wait, config, bundle)
         try:
             await asyncio.wait_for(_as_awaitable(group.ready()), config.start_timeout_s)
         except TimeoutError:
@@ -54,6 +61,8 @@ class Placement:
         except BaseException:
             remove_placement_group(group)
             raise
+        finally:
+            telling.cancel()
         return cls(group, 0, True, device, config)
 
     def options(self, index: int) -> dict[str, Any]:
@@ -72,6 +81,15 @@ class Placement:
         """Give the bundles back, if they were reserved here."""
         if self.owned:
             remove_placement_group(self.group)
+
+
+def _tell_wait(config: HostConfig, bundle: dict[str, float]) -> None:
+    log.warning(
+        "no node has %d times %s free, for the workers of a host; it waits for them for %g s at most",
+        config.workers,
+        bundle,
+        config.start_timeout_s,
+    )
 
 
 async def _as_awaitable(ref: Any) -> Any:

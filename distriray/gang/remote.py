@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context
 from typing import Any, Protocol
@@ -130,22 +131,27 @@ class _Actor:
         return Context().run(getattr(self._actor, method).remote, *args)
 
     def _answer(self, method: str, *args: Any) -> asyncio.Future[Any]:
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(_retrieve)
+        """What the worker answers. Nobody need wait for it: then its error is no fault of the program."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+        told: Future[Any] = self._submit(method, *args).future()
 
-        def settle(told: asyncio.Future[Any]) -> None:
-            error = None if told.cancelled() else told.exception()
+        def settle() -> None:
             if answer.done():
                 return
             if told.cancelled():
                 answer.cancel()
-            elif error is None:
+            elif (error := told.exception()) is None:
                 answer.set_result(told.result())
             else:
                 answer.set_exception(_own_error(error))
+                answer.exception()  # it has been seen
 
-        told = asyncio.wrap_future(self._submit(method, *args).future())
-        told.add_done_callback(settle, context=Context())
+        def hear(_: Future[Any]) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, context=Context())
+
+        told.add_done_callback(hear)
         return answer
 
 
@@ -162,9 +168,3 @@ def _own_error(error: BaseException) -> BaseException:
         died.__cause__ = error
         return died
     return error
-
-
-def _retrieve(answer: asyncio.Future[Any]) -> None:
-    """Nobody need wait for an answer; then its error is no fault of the program."""
-    with suppress(asyncio.CancelledError):
-        answer.exception()

@@ -518,7 +518,9 @@ def test_ranks_with_other_adapters_are_told_so(folder: Path, tmp_path: Path, wro
 # What there is
 
 
-def test_a_catalogue_lists_what_is_configured_and_what_a_folder_has_now(tmp_path: Path) -> None:
+def test_a_catalogue_lists_what_is_configured_and_what_a_folder_has_now(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     listed = [AdapterSpec(name="oil", source="some/oil"), AdapterSpec(name="neon", source="some/neon")]
     catalogue = Catalogue("some/model", listed, tmp_path)
     assert catalogue.names == ("neon", "oil")
@@ -534,7 +536,9 @@ def test_a_catalogue_lists_what_is_configured_and_what_a_folder_has_now(tmp_path
     assert catalogue.names == ("neon", "oil")
     with pytest.raises(AdapterNotFound, match="no adapter 'ink'; there is 'neon', 'oil'"):
         catalogue.find([Lora(name="ink")])
+    assert not caplog.records
     assert Catalogue("some/model", folder=tmp_path / "nowhere").names == ()
+    assert f"there is no folder of adapters {tmp_path / 'nowhere'}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distriray.cli import app
 from distriray.config import ParallelConfig
@@ -80,6 +81,25 @@ def test_a_picture_that_cannot_be_written_is_not_begun(
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr("distriray.gang.open_host", pytest.fail, raising=False)
     assert app(["generate", "a lake", "--out", str(tmp_path / out)], standalone_mode=False) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("--control", "no ControlNet 'x'; there is none here"), ("--ip-adapter", "no IP-Adapter 'x'; there is")],
+)
+def test_what_nobody_listed_is_not_looked_for_by_starting_a_host(
+    option: str,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    picture = tmp_path / "edges.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    monkeypatch.setattr("distriray.gang.open_host", pytest.fail, raising=False)
+    out = f"--out={tmp_path / 'x.png'}"
+    assert app(["generate", "a lake", out, option, f"x={picture}"], standalone_mode=False) == 1
     assert says in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import inspect
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -167,3 +168,37 @@ def test_an_owner_that_closes_ends_its_tasks_and_hears_of_none() -> None:
         assert task.cancelled() and not told
 
     asyncio.run(scene())
+
+
+def test_an_error_that_comes_as_the_host_ends_is_no_fault_of_the_program(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def scene() -> None:
+        told: Future[str] = Future()
+        actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: told)))
+        loop = asyncio.new_event_loop()
+
+        async def ask() -> None:
+            _Actor(actor).ping()
+
+        loop.run_until_complete(ask())
+        told.set_exception(ActorDiedError())
+        loop.call_soon(loop.stop)
+        loop.run_forever()  # what is ready by now, and no more
+        loop.close()
+
+    scene()
+    gc.collect()  # asyncio tells of an error when nobody can look at it any more
+    assert not caplog.records
+
+
+def test_an_answer_that_comes_after_the_end_of_the_loop_is_nobody_s() -> None:
+    told: Future[str] = Future()
+    actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: told)))
+
+    async def ask() -> asyncio.Future[Any]:
+        return _Actor(actor).ping()
+
+    answer = asyncio.run(ask())
+    told.set_result("said")
+    assert not answer.done()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,3 +67,24 @@ def test_a_host_that_is_too_large_is_told_what_would_fit(
     monkeypatch.setattr(placement.ray, "nodes", lambda: [node])
     with pytest.raises(NotEnoughDevices, match=says):
         placement._check_room(HostConfig(workers=4, device="cuda"), {"CPU": 1.0, "GPU": 1.0})
+
+
+def test_a_host_says_that_it_waits_for_room(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene() -> None:
+        room = asyncio.get_running_loop().create_future()
+        group = SimpleNamespace(ready=lambda: room)
+        monkeypatch.setattr(placement, "placement_group", lambda *_, **__: group)
+        making = asyncio.ensure_future(Placement.make(HostConfig(workers=4, device="cpu")))
+        while not caplog.records:
+            await asyncio.sleep(0.001)
+        room.set_result(None)
+        assert (await making).owned
+
+    monkeypatch.setattr(placement, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(placement.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 64.0}}])
+    monkeypatch.setattr(placement.ray.util, "get_current_placement_group", lambda: None)
+    asyncio.run(asyncio.wait_for(scene(), 10))
+    (said,) = caplog.messages
+    assert "no node has 4 times {'CPU': 1.0} free" in said and "600 s" in said

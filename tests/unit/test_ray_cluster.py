@@ -1,0 +1,33 @@
+"""Joining a Ray cluster that is there, or is not."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from distriray import cluster
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{free}", "localhost:{free}", "127.0.0.1:65536", "no.such.host.invalid:6379"]
+)
+def test_a_cluster_that_does_not_answer_is_said_to_be_none_without_asking_ray(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.ray, "init", pytest.fail)
+    with socket.socket() as bound:  # and nobody listens
+        bound.bind(("127.0.0.1", 0))
+        address = address.format(free=bound.getsockname()[1])
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {address}: "):
+            cluster.join(address)
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1", "{listens}"])
+def test_what_may_be_one_is_ray_s_to_join(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[str] = []
+    monkeypatch.setattr(cluster.ray, "init", lambda place, **_: joined.append(place))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = address.format(listens=f"127.0.0.1:{server.getsockname()[1]}")
+        cluster.join(address)
+    assert joined == [address]
