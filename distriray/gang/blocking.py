@@ -107,6 +107,7 @@ def open_host(
         finally:
             asyncio.run_coroutine_threadsafe(host.close(), loop).result()
     finally:
+        asyncio.run_coroutine_threadsafe(_end_others(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
@@ -114,6 +115,15 @@ def open_host(
             ray.shutdown()
         if watcher is not None:
             watcher.communicate()
+
+
+async def _end_others() -> None:
+    """Cancel every other task of this event loop, and return once they have given back what they had."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        if not task.cancelling():  # else it gives back what it has by now
+            task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] | None:

@@ -1,0 +1,33 @@
+"""A host for scripts, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from distriray.gang import HostConfig, blocking, open_host
+
+
+def test_an_interrupt_while_a_host_starts_waits_for_what_it_gives_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_back: list[str] = []
+    main = threading.get_ident()
+
+    async def start(*_: Any) -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            given_back.append("bundles")
+
+    monkeypatch.setattr(blocking.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(blocking.Host, "start", start)
+    with pytest.raises(KeyboardInterrupt), open_host(HostConfig()):
+        pass
+    assert given_back == ["bundles"]
