@@ -32,9 +32,16 @@ class Stage:
     limit_s: float = 600.0
 
 
-TESTS = "pytest -m gpu tests"
+TESTS = {
+    "kernels and of stops": "tests/unit",
+    "captured steps, of segments and of a host": "tests/gpu",
+    "NCCL": "tests/distributed",
+}
 STAGES = (
-    Stage("tests that need a GPU", TESTS, f"{TESTS} --collect-only -q"),
+    *(
+        Stage(f"tests of {what}", f"pytest -m gpu {folder}", f"pytest -m gpu {folder} --collect-only -q")
+        for what, folder in TESTS.items()
+    ),
     Stage(
         "shares of a step of SDXL",
         "bench.gpu.shares --json {out}/shares.json",
