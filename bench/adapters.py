@@ -22,7 +22,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bench.arguments import at_least, positive
+from bench.arguments import add_json, at_least, positive
 from bench.report import Report
 from distriray.adapters import AdapterSpec, Lora
 from distriray.denoise import Denoiser
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--held", type=positive, default=8, help="adapters that the bound has room for")
     parser.add_argument("--size", type=positive, default=256)
     parser.add_argument("--steps", type=at_least(2), default=9)
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR, dtype=torch.float32)

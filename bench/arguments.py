@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,22 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 positive = at_least(1)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Give a command its `--json`, refused before anything is measured where nothing can be written."""
+    parser.add_argument("--json", type=_writable, help="also write what was measured to this file")
+
+
+def _writable(path: str) -> Path:
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"no folder {file.parent} can be made: {error.strerror}") from None
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written; name a file in a folder that can be")
+    return file
 
 
 def measurement(path: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from torch.distributed import PrefixStore
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.launches import Collectives, spread_by_diffusers
 from bench.published import PUBLISHED
 from bench.report import Report
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--heads", type=positive, default=12, help="of 64 channels (default 12)")
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=3, help="timed steps a round")
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     report = Report(
         f"bench.attention: a synchronous step of 1 + 2 blocks of FLUX.1, {arguments.heads} heads of 64, at "

@@ -16,7 +16,7 @@ from statistics import quantiles
 
 import torch
 
-from bench.arguments import at_least, positive
+from bench.arguments import add_json, at_least, positive
 from bench.report import Report
 from distriray.collective import Communicator, all_gather, connect, launch, serve_store
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=at_least(10 * TURNS), default=400, help="of the small ones; 16 MiB: a tenth of it"
     )
-    parser.add_argument("--json", help="write the table here, too")
+    add_json(parser)
     arguments = parser.parse_args()
     report = Report("Exchange between ranks of one machine", COLUMNS, seed=0, settings=vars(arguments))
     served = serve_store("127.0.0.1")

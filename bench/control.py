@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from bench.arguments import at_least, positive
+from bench.arguments import add_json, at_least, positive
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--gangs", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--size", type=positive, default=256)
     parser.add_argument("--steps", type=at_least(3), default=9)
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(

@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.barrier import barrier
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--steps", type=positive, default=6, help="timed steps a round")
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     served = serve_store("127.0.0.1")
     shape = (arguments.size, arguments.rounds, arguments.steps)

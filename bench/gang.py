@@ -17,7 +17,7 @@ from statistics import median
 
 import numpy as np
 
-from bench.arguments import at_least, positive
+from bench.arguments import add_json, at_least, positive
 from bench.likeness import psnr
 from bench.report import Report
 from distriray import GenerationRequest, GenerationResult, HostConfig, ParallelConfig
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--size", type=positive, default=256, help="pixels of a side (default 256)")
     parser.add_argument("--steps", type=at_least(8), default=24)
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--json", help="write the table here, too")
+    add_json(parser)
     options = parser.parse_args()
 
     settings = {"model": options.model, "size": options.size, "steps": options.steps}

@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
@@ -185,7 +185,7 @@ def main() -> None:
         "--sizes", type=positive, nargs="+", default=[1024, 2048, 3840], help="pixels of a side"
     )
     parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     logging.set_verbosity_error()  # diffusers warns of a cast that it has no objection to
     model = PUBLISHED[arguments.model]

@@ -15,13 +15,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from statistics import median
 
 import httpx
 import psutil
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.report import Report
 from bench.serving import measure_capacity, service
 
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--size", type=positive, default=128, help="pixels of a side (default 128)")
     parser.add_argument("--steps", type=positive, default=6)
     parser.add_argument("--max-queue", type=positive, default=16)
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     options = parser.parse_args()
     with service(options.max_queue) as (url, _):
         asyncio.run(measure(url, options)).publish(options.json)

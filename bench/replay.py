@@ -16,7 +16,7 @@ from typing import Any
 
 from diffusers.utils import logging
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.launches import Count, in_gang, standing_in, ways
 from bench.published import PUBLISHED
 from bench.report import Report
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--size", type=positive, default=1024, help="pixels of a side")
     parser.add_argument("--ranks", type=positive, default=8)
     parser.add_argument("--steps", type=positive, default=30, help="steps that are timed")
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     report = Report(

@@ -57,7 +57,7 @@ class Report:
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(
-            json.dumps({"title": self.title, **self.context, "rows": rows}, indent=2) + "\n"
+            json.dumps({"title": self.title, **self.context, "rows": rows}, indent=2, default=str) + "\n"
         )
 
 

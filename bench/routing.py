@@ -10,9 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from bench.arguments import at_least, positive
+from bench.arguments import add_json, at_least, positive
 from bench.routing_optimum import most_deadlines
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.baselines import Leases
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--decisions", type=at_least(2), default=400)
     parser.add_argument("--cases", type=positive, default=20, help="for each number of requests")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     options = parser.parse_args(arguments)
     times = [decision_times(count, options.decisions, options.seed) for count in (10, 100, 1000)]
     show(times)

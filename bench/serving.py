@@ -27,7 +27,7 @@ import torch
 import yaml
 from ray import serve
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.report import Report
 from deployments.app import build_app
 from deployments.config import AppConfig
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--max-queue", type=positive, default=16, help="requests that may wait at the host")
     parser.add_argument("--rounds", type=positive, default=15, help="of single images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the tables here and to …-overhead beside it")
+    add_json(parser)
     options = parser.parse_args()
     with service(options.max_queue) as (url, config):
         direct = overhead(url, config, options)

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.report import Report
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive, default=10)
     parser.add_argument("--load", type=float, default=0.7, help="of what its workers can do one by one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="a trace each")
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     options = parser.parse_args(arguments)
     profile, rows, told = on_a_host(options)
     settings = {

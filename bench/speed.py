@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.barrier import barrier, finish
 from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, SamplingParams, parallelize
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=10)
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--no-host", action="store_true", help="leave out the hosts, which need Ray")
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     compared = ways(arguments.gangs, arguments.device)
     report = Report(

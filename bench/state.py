@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.report import Report
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.landscapes import MODEL_DIR
@@ -25,7 +25,7 @@ def main() -> None:
     )
     parser.add_argument("--schedulers", nargs="+", default=["ddim", "dpmpp-2m", "unipc"])
     parser.add_argument("--repeats", type=positive, default=20)
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR, torch_dtype=torch.float32)

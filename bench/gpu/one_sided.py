@@ -34,7 +34,7 @@ import torch.distributed
 import torch.multiprocessing  # teaches pickle to hand memory of a GPU to another process
 from torch.distributed import Store
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.barrier import finish
 from bench.gpu.sharing import has_switch, sharing_environment
 from bench.report import Report
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--device", choices=sorted(WAYS), default="cuda")
     parser.add_argument("--rounds", type=positive, default=20)
     parser.add_argument("--exchanges", type=positive, default=50, help="of a round")
-    parser.add_argument("--json", help="write the table here, too")
+    add_json(parser)
     options = parser.parse_args()
     report = Report(
         f"bench.gpu.one_sided: exchanges between two ends, {_name(options.device)}",

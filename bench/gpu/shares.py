@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.barrier import finish
 from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=8, help="steps that are timed")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
     parser.add_argument("--compiled", action="store_true", help="also with compiled blocks")
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     arguments.sizes = arguments.sizes or ([1024, 2048, 3840] if on_gpu else [128])

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.projection.links import Link, parse_link
 from bench.projection.rounds import Round, alone, cases, measure, slowest
 from bench.projection.share import Share
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--warmup-steps", type=int, help="synchronous ones of an image; default: as the exchange needs"
     )
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     arguments = parser.parse_args()
     arguments.model = arguments.model or {"cpu": "landscapes", "cuda": "sdxl"}[arguments.device]
     arguments.dtype = arguments.dtype or {"cpu": "float32", "cuda": "float16"}[arguments.device]

@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench.arguments import positive
+from bench.arguments import add_json, positive
 from bench.quality.design import BASE, Section, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--report-only", action="store_true", help="the table of what is finished")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where parts are kept")
-    parser.add_argument("--json", help="also write the table to this file")
+    add_json(parser)
     parser.add_argument(
         "--figures", type=Path, help="draw patches.png (rows in pictures), warmup.png (warm-up) here"
     )

@@ -17,7 +17,7 @@ from bench.published import PUBLISHED, random_network
 
 @pytest.mark.distributed  # it starts processes
 def test_a_stage_runs_dry_and_its_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--dry", "--stage", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--dry", "--stage", "4", "--out", str(tmp_path)])
     stages.main()
     rows = json.loads((tmp_path / "shares.json").read_text())["rows"]
     assert {row["share of"] for row in rows} == {"diffusers", "a gang of 1", "a gang of 2"}
