@@ -34,7 +34,7 @@ from distriray.ip_adapters import IPAdapter
 from distriray.jobs.folder import Folder
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
-from distriray.names import NAME
+from distriray.names import KINDS, NAME
 from distriray.picture import Picture
 from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams
 from distriray.results import GenerationResult
@@ -289,7 +289,12 @@ def test_every_field_arrives_by_the_command_line(
     host = Recorder()
     monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
     given = options({**fields, **written(fields, tmp_path)})
-    app(["generate", f"--out={tmp_path / 'out.png'}", *given], standalone_mode=False)
+    listed = {
+        KINDS[field].option: [{"name": each.name, "source": "some/one"} for each in fields[field]]
+        for field in SamplingParams.WITH_IMAGES
+    }
+    (pool := tmp_path / "pool.yaml").write_text(json.dumps(listed))
+    app(["generate", f"--out={tmp_path / 'out.png'}", f"--pool={pool}", *given], standalone_mode=False)
     assert [at_the_denoiser(request) for request in host.asked] == [fields]
 
 
