@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -56,12 +57,14 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is None, at any depth."""
-    return {
-        name: _given(value) if isinstance(value, Mapping) else value
-        for name, value in fields.items()
-        if value is not None
-    }
+    """Without what is None, at any depth, and what has nothing else: it would hide what it goes before."""
+    given = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            value = _given(value) or None
+        if value is not None:
+            given[name] = value
+    return given
 
 
 def _with_whole_paths(fields: dict[str, Any]) -> dict[str, Any]:
@@ -80,10 +83,10 @@ def _with_whole_paths(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _with_whole_path(entry: Any) -> Any:
     """An entry of a list, whose source may be a Hugging Face id as well."""
-    if not isinstance(entry, dict) or not Path(str(entry.get("source"))).expanduser().exists():
+    if not isinstance(entry, dict) or not os.path.exists(os.path.expanduser(str(entry.get("source")))):
         return entry
     return {**entry, "source": str(_whole(entry["source"]))}
 
 
 def _whole(path: str | Path) -> Path:
-    return Path(path).expanduser().absolute()
+    return Path(os.path.expanduser(path)).absolute()  # Path's own raises where there is no such user
