@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import pytest
@@ -10,7 +11,15 @@ from distriray import cluster
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:{free}", "localhost:{free}", "127.0.0.1:65536", "no.such.host.invalid:6379"]
+    "address",
+    [
+        "127.0.0.1:{free}",
+        "localhost:{free}",
+        "127.0.0.1:65536",
+        "no.such.host.invalid:6379",
+        "no..host:6379",
+        "[::1]:{free}",
+    ],
 )
 def test_a_cluster_that_does_not_answer_is_said_to_be_none_without_asking_ray(
     address: str, monkeypatch: pytest.MonkeyPatch
@@ -19,8 +28,11 @@ def test_a_cluster_that_does_not_answer_is_said_to_be_none_without_asking_ray(
     with socket.socket() as bound:  # and nobody listens
         bound.bind(("127.0.0.1", 0))
         address = address.format(free=bound.getsockname()[1])
-        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {address}: "):
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {re.escape(address)}: "):
             cluster.join(address)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {re.escape(address)}: "):
+            cluster.join("auto")
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1", "{listens}"])
