@@ -56,7 +56,9 @@ def generate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Of each host started here; 1 unless given.")
     ] = None,
-    hosts: Annotated[int, typer.Option(min=1, help="To start here; each sits on one node.")] = 1,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="To start here, 1 unless given; each sits on one node.")
+    ] = None,
     gang_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Gangs that hosts lend; repeatable, 1 unless given.")
     ] = None,
@@ -96,13 +98,13 @@ def generate(
             "pool": pool,
         }
         if app:
-            _refuse(own)
+            _refuse({**own, "hosts": hosts, "cpus": cpus})
             good, bad = _read(prompts, model, None)
             makers, each = running_app(app, address=address), in_flight or 8
         else:
             config = _config(model, **own)
             good, bad = _read(prompts, config.model.name, config.limits)
-            makers = own_hosts(config, hosts, address=address, cpus=cpus)
+            makers = own_hosts(config, hosts or 1, address=address, cpus=cpus)
             each = in_flight or config.workers // config.sizes[0] + 1
         with Folder(out) as folder:
             folder.begin_errors(bad)

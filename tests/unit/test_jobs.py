@@ -471,7 +471,8 @@ def test_hosts_of_a_jobs_own_are_as_a_file_and_then_its_options_say(
 
 
 @pytest.mark.parametrize(
-    "option", ["--workers=2", "--gang-size=2", "--device=cpu", "--lora-dir=x", "--pool=x"]
+    "option",
+    ["--workers=2", "--hosts=2", "--gang-size=2", "--device=cpu", "--lora-dir=x", "--pool=x", "--cpus=2"],
 )
 def test_what_is_of_hosts_of_its_own_is_refused_beside_an_app(
     option: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
