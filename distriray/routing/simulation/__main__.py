@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 from distriray.routing.latency import LatencyModel
@@ -110,12 +111,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = nan
+    if not 0.0 < value < inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distriray.routing.simulation", description=__doc__)
     add = parser.add_argument
     add("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    add("--rates", nargs="+", type=float, default=[0.3, 0.6, 0.9], help="requests a second")
-    add("--scales", nargs="+", type=float, default=[1.0, 1.2, 1.5], help="of the base deadlines")
+    add("--rates", nargs="+", type=_positive_number, default=[0.3, 0.6, 0.9], help="requests a second")
+    add("--scales", nargs="+", type=_positive_number, default=[1.0, 1.2, 1.5], help="of the base deadlines")
     add("--policies", nargs="+", help="names as in the table; all by default")
     add("--requests", type=_positive, default=1000, help="of each run")
     add("--seed", type=int, default=1)

@@ -282,6 +282,8 @@ def test_the_command_names_the_policies_that_there_are(capsys):
         ("--workers 0", "argument --workers: '0' is no positive integer"),
         ("--requests 0", "argument --requests: '0' is no positive integer"),
         ("--seeds 0", "argument --seeds: '0' is no positive integer"),
+        ("--rates 0", "argument --rates: '0' is no positive number"),
+        ("--scales nan", "argument --scales: 'nan' is no positive number"),
         ("--workers 3 --gang-sizes 2 4", "--gang-sizes 4 exceeds the 3 workers"),
         ("--profile none.json", "No such file or directory: 'none.json'"),
         ("--profile bad", "Invalid JSON"),
