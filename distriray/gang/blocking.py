@@ -95,17 +95,26 @@ def open_host(
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="distriray-host", daemon=True)
     thread.start()
+    hosts: list[Host] = []  # the one that was started, even where an interrupt comes just then
+
+    async def start() -> None:
+        hosts.append(await Host.start(config, policy))
+
+    async def close() -> None:
+        for host in hosts:
+            await host.close()
+
     try:
-        starting = asyncio.run_coroutine_threadsafe(Host.start(config, policy), loop)
         try:
-            host = starting.result()
-        except KeyboardInterrupt:
-            starting.cancel()
-            raise
-        try:
-            yield BlockingHost(host, loop)
+            starting = asyncio.run_coroutine_threadsafe(start(), loop)
+            try:
+                starting.result()
+            except KeyboardInterrupt:
+                starting.cancel()
+                raise
+            yield BlockingHost(hosts[0], loop)
         finally:
-            asyncio.run_coroutine_threadsafe(host.close(), loop).result()
+            asyncio.run_coroutine_threadsafe(close(), loop).result()
     finally:
         asyncio.run_coroutine_threadsafe(_end_others(), loop).result()
         loop.call_soon_threadsafe(loop.stop)

@@ -31,3 +31,22 @@ def test_an_interrupt_while_a_host_starts_waits_for_what_it_gives_back(
     with pytest.raises(KeyboardInterrupt), open_host(HostConfig()):
         pass
     assert given_back == ["bundles"]
+
+
+def test_an_interrupt_that_comes_as_a_host_has_started_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    main = threading.get_ident()
+
+    class Started:
+        async def close(self) -> None:
+            closed.append("host")
+
+    async def start(*_: Any) -> Started:
+        signal.pthread_kill(main, signal.SIGINT)
+        return Started()
+
+    monkeypatch.setattr(blocking.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(blocking.Host, "start", start)
+    with pytest.raises(KeyboardInterrupt), open_host(HostConfig()):
+        pass
+    assert closed == ["host"]
