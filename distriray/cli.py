@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from distriray.config import ExchangeMode
+from distriray.config import ExchangeMode, ParallelConfig
 from distriray.errors import DistrirayError, InvalidRequest
 from distriray.requests import GenerationRequest, SamplingParams
 from distriray.results import GenerationResult
@@ -207,6 +207,10 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
+        steps = {
+            name: v for name, v in (("exchange", exchange), ("warmup_steps", warmup_steps)) if v is not None
+        }
+        parallel = ParallelConfig.model_validate(steps).model_dump(exclude_unset=True)
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from distriray.gang import open_host
@@ -219,7 +223,7 @@ def generate(
             "workers": gang_size,
             "gang_sizes": sorted({1, gang_size} if compare else {gang_size}),
             "device": device,
-            "parallel": {"exchange": exchange, "warmup_steps": warmup_steps},
+            "parallel": parallel,
             "lora_dir": lora_dir,
         }
         config = read_config(pool, options)

@@ -137,7 +137,9 @@ async def _end_others() -> None:
 
 def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] | None:
     """Join the cluster at `address`, or start one here and return what watches it."""
-    logging.getLogger("ray.serve.distriray").setLevel(logging.WARNING)  # where Ray's own are errors only
+    log = logging.getLogger("ray.serve.distriray")
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.WARNING)  # Ray's own are errors only
     if address is not None:
         join(address)
         return None

@@ -56,7 +56,8 @@ class Placement:
         except TimeoutError:
             remove_placement_group(group)
             raise NotEnoughDevices(
-                f"no node had {config.workers} times {bundle} free within {config.start_timeout_s:g} s"
+                f"{config.workers} times {bundle} did not come free {_where(config)} within "
+                f"{config.start_timeout_s:g} s"
             ) from None
         except BaseException:
             remove_placement_group(group)
@@ -85,11 +86,16 @@ class Placement:
 
 def _tell_wait(config: HostConfig, bundle: dict[str, float]) -> None:
     log.warning(
-        "no node has %d times %s free, for the workers of a host; it waits for them for %g s at most",
+        "a host waits for %d times %s %s to come free for its workers, for %g s at most",
         config.workers,
         bundle,
+        _where(config),
         config.start_timeout_s,
     )
+
+
+def _where(config: HostConfig) -> str:
+    return "on one node" if config.strategy == "STRICT_PACK" else "on the cluster"
 
 
 async def _as_awaitable(ref: Any) -> Any:
@@ -111,9 +117,8 @@ def _check_room(config: HostConfig, bundle: dict[str, float]) -> None:
         most, needed = max(node.get(kind, 0.0) for node in nodes), each * config.workers
         if most < needed:
             fits = int(most // each)
-            instead = f"use at most {fits} workers" if fits else f"this cluster has no {kind} for a worker"
-            where = "one node" if config.strategy == "STRICT_PACK" else "the cluster"
+            instead = f"use at most {fits} workers" if fits else f"not one worker fits, of {each:g} {kind}s"
             raise NotEnoughDevices(
-                f"{config.workers} workers need {needed:g} {kind}s on {where}, and the largest has {most:g}; "
+                f"{config.workers} workers need {needed:g} {kind}s {_where(config)}, and there are {most:g}; "
                 + instead
             )

@@ -59,7 +59,9 @@ def test_a_bound_that_nccl_would_change_without_a_word_is_refused(most: int) -> 
         HostConfig(nccl_max_ctas=most)
 
 
-@pytest.mark.parametrize(("gpus", "says"), [(2.0, "use at most 2 workers"), (0.0, "no GPU for a worker")])
+@pytest.mark.parametrize(
+    ("gpus", "says"), [(2.0, "use at most 2 workers"), (0.0, "not one worker fits, of 1 GPUs")]
+)
 def test_a_host_that_is_too_large_is_told_what_would_fit(
     gpus: float, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,4 +89,4 @@ def test_a_host_says_that_it_waits_for_room(
     monkeypatch.setattr(placement.ray.util, "get_current_placement_group", lambda: None)
     asyncio.run(asyncio.wait_for(scene(), 10))
     (said,) = caplog.messages
-    assert "no node has 4 times {'CPU': 1.0} free" in said and "600 s" in said
+    assert "waits for 4 times {'CPU': 1.0} on one node" in said and "600 s" in said
