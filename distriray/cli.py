@@ -207,10 +207,7 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
-        steps = {
-            name: v for name, v in (("exchange", exchange), ("warmup_steps", warmup_steps)) if v is not None
-        }
-        parallel = ParallelConfig.model_validate(steps).model_dump(exclude_unset=True)
+        ParallelConfig.model_validate({"warmup_steps": warmup_steps})  # so that an error names this field
         _check_out(out)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from distriray.gang import open_host
@@ -223,7 +220,7 @@ def generate(
             "workers": gang_size,
             "gang_sizes": sorted({1, gang_size} if compare else {gang_size}),
             "device": device,
-            "parallel": parallel,
+            "parallel": {"exchange": exchange, "warmup_steps": warmup_steps},
             "lora_dir": lora_dir,
         }
         config = read_config(pool, options)
