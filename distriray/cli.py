@@ -19,8 +19,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from distriray.config import ExchangeMode, ParallelConfig
+from distriray.config import ExchangeMode
 from distriray.errors import DistrirayError, InvalidRequest
+from distriray.gang.admission import check_listed
+from distriray.gang.config_file import read_config
 from distriray.requests import GenerationRequest, SamplingParams
 from distriray.results import GenerationResult
 from distriray.validation import invalid_request
@@ -207,13 +209,7 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
-        ParallelConfig.model_validate({"warmup_steps": warmup_steps})  # so that an error names this field
         _check_out(out)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
-        from distriray.gang import open_host
-        from distriray.gang.admission import check_listed
-        from distriray.gang.config_file import read_config
-
         weights = {"revision": revision, "variant": variant, "dtype": dtype, "quantize": quantize}
         options = {
             "model": {"name": model, "offload_text": offload_text, **weights},
@@ -225,6 +221,9 @@ def generate(
         }
         config = read_config(pool, options)
         check_listed(request, config)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
+        from distriray.gang import open_host
+
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),

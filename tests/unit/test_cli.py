@@ -51,7 +51,7 @@ finally:
         (["--image", __file__], "image cannot be read; send a PNG, JPEG or WebP file"),
         (["--strength", "0.5"], "strength is of an image, and there is none"),
         (["--mask", __file__], "mask_image cannot be read"),
-        (["--warmup-steps", "few"], "warmup_steps 'few': input should be"),
+        (["--warmup-steps", "few"], "parallel.warmup_steps 'few': input should be"),
     ],
 )
 def test_a_wrong_value_is_named_before_ray_or_a_model_is_loaded(arguments: list[str], says: str) -> None:

@@ -31,6 +31,15 @@ from distriray.steps import StepCount
         ({"prompt": "x", "exchange": "fast"}, "exchange", "exchange 'fast': input should be 'auto', "),
         ({"prompt": "x", "exchange": "sync", "parallel": ParallelConfig()}, "exchange", "give one of them"),
         ({}, "prompt", "prompt is missing"),
+        ({"prompt": "x", "gang size": 2}, "gang size", "no field 'gang size'"),
+        ({"prompt": "x", "loras": [{}]}, "loras.0.name", "loras.0.name is missing"),
+        (
+            {"prompt": "x", "loras": [{"name": "a", "scale": "b"}]},
+            "loras.0.scale",
+            "loras.0.scale 'b': input",
+        ),
+        ({"prompt": "x", "parallel": {"cfg_parallel": 7}}, "parallel.cfg_parallel", "boolean.*, or 'auto'"),
+        ({"prompt": "x", "parallel": {"exchange": {"halo": 1}}}, "parallel.exchange.halo", "no field"),
     ],
 )
 def test_an_invalid_field_is_named_with_its_value(fields: dict[str, Any], param: str, says: str) -> None:

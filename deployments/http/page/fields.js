@@ -81,12 +81,13 @@ export class Fields {
     for (const [name, control] of this.#controls) control.write(values[name]);
   }
 
-  /** Say what is wrong beside the field that is to blame; whether there is one. */
-  blame(name, message) {
-    const element = byId(`${idOf(name)}-error`);
-    if (!name || !element) return false;
+  /** Say what is wrong beside the field that is to blame, itself or an entry of it; whether there is one. */
+  blame(param, message) {
+    const id = idOf(param?.split(".")[0]);
+    const element = byId(`${id}-error`);
+    if (!param || !element) return false;
     element.textContent = message;
-    const input = byId(idOf(name));
+    const input = byId(id);
     input.setAttribute("aria-invalid", "true");
     const details = input.closest("details");
     if (details) details.open = true;

@@ -292,5 +292,5 @@ def test_listed_pictures_that_are_none_are_refused_by_name(
         param, message = refused(httpx.post(f"{url}{EDITS}", data={**form, field: entries}, files=files))
         assert param == name and "no entry" in message
     param, message = refused(httpx.post(f"{url}{EDITS}", data=form, files={"image": whole}))
-    assert param == field
+    assert param == f"{field}.0.image"
     assert len(service.asked) == asked

@@ -164,14 +164,14 @@ def test_models_are_listed_and_found_by_name(client: openai.OpenAI) -> None:
             {"extra_body": {"loras": [{"name": "/etc/passwd"}]}},
             openai.BadRequestError,
             "invalid_value",
-            "loras",
+            "loras.0.name",
             "should match pattern",
         ),
         (
             {"extra_body": {"loras": [{"name": "ink", "weight": 1}]}},
             openai.BadRequestError,
             "unknown_parameter",
-            "loras",
+            "loras.0.weight",
             "no field 'loras.0.weight'",
         ),
         (
