@@ -69,7 +69,12 @@ _IP_ADAPTER = Annotated[
     ),
 ]
 
-_LISTS = {"loras": _LORA, "control": _CONTROL, "ip_adapters": _IP_ADAPTER}
+_REFERENCE = Annotated[
+    list[str] | None,
+    typer.Option("--reference", metavar="<path>", help="Picture to edit, after --image; repeatable."),
+]
+
+_LISTS = {"loras": _LORA, "control": _CONTROL, "ip_adapters": _IP_ADAPTER, "references": _REFERENCE}
 
 
 def _options() -> Iterator[inspect.Parameter]:
@@ -110,6 +115,7 @@ def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
             fields["loras"] = [_lora(text) for text in fields["loras"] or ()]
             for name, numbers in _NUMBERS.items():
                 fields[name] = [_with_image(name, numbers, text) for text in fields[name] or ()]
+            fields["references"] = [{"image": Path(path)} for path in fields["references"] or ()]
         command(sampling={k: v for k, v in fields.items() if v is not None}, **values)
 
     own = inspect.signature(command, eval_str=True).parameters.values()

@@ -33,6 +33,7 @@ class Limits(BaseModel):
     max_loras: Annotated[int, Field(ge=0)] = 8
     max_controls: Annotated[int, Field(ge=0)] = 4
     max_ip_adapters: Annotated[int, Field(ge=0)] = 4
+    max_references: Annotated[int, Field(ge=0)] = 4
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
@@ -42,8 +43,11 @@ class Limits(BaseModel):
         "clip_skip": "max_clip_skip",
     }
     """The limit of each field that has a largest value."""
-    LONGEST: ClassVar[dict[str, str]] = {field: f"max_{kind.option}" for field, kind in KINDS.items()}
-    """The limit of each field that is a list of names."""
+    LONGEST: ClassVar[dict[str, str]] = {
+        **{field: f"max_{kind.option}" for field, kind in KINDS.items()},
+        "references": "max_references",
+    }
+    """The limit of each field that is a list."""
     TEXTS: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -70,7 +74,7 @@ class Limits(BaseModel):
         for field, limit in self.LONGEST.items():
             count, most = len(getattr(request, field)), getattr(self, limit)
             if count > most:
-                named = f"{count} {KINDS[field].word}s"
+                named = f"{count} {KINDS[field].word if field in KINDS else 'picture'}s"
                 raise InvalidRequest(f"{field} names {named}; the limit is {most}", field)
         self.check_pictures(request.pictures)
         self._check_size(request)

@@ -17,6 +17,7 @@ from distriray.errors import InvalidRequest
 from distriray.ip_adapters import IPAdapter
 from distriray.picture import Picture
 from distriray.quantities import Count, NonNegative, PositiveSeconds
+from distriray.references import Reference
 from distriray.steps import STEP_COUNTS, SchedulerName, StepCount
 from distriray.validation import invalid_request
 
@@ -90,8 +91,13 @@ class SamplingParams(BaseModel):
     """ControlNets to draw with, all at once, each with the picture that it goes by."""
     ip_adapters: tuple[IPAdapter, ...] = ()
     """IP-Adapters to draw with, all at once, each with the picture that it takes after."""
+    references: tuple[Reference, ...] = ()
+    """Pictures that the prompt speaks of, in its order, for models that edit: `image` comes before them."""
     image: Picture | None = None
-    """A picture to begin from, a PNG, JPEG or WebP file. Its size is the default; to another it is scaled."""
+    """A picture to begin from, or to edit, a PNG, JPEG or WebP file.
+
+    Its size is the default, to another it is scaled; of what models edit, the default is a megapixel at most.
+    """
     mask_image: Picture | None = None
     """Where to fill `image` in, which has its size: white is drawn anew, black stays."""
     strength: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -99,7 +105,7 @@ class SamplingParams(BaseModel):
 
     FILES: ClassVar[tuple[str, ...]] = ("image", "mask_image")
     """The fields that are pictures."""
-    WITH_IMAGES: ClassVar[tuple[str, ...]] = ("control", "ip_adapters")
+    WITH_IMAGES: ClassVar[tuple[str, ...]] = ("control", "ip_adapters", "references")
     """The fields that are lists, of entries that have an `image` each."""
 
     if not TYPE_CHECKING:

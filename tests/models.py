@@ -24,6 +24,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
@@ -591,6 +592,13 @@ def tiny_sd3(seed: int = 0, t5: bool = False) -> StableDiffusion3Pipeline:
         text_encoder_3=tiny_t5(seed + 4, tokenizers[0], width) if t5 else None,
         tokenizer_3=tokenizers[0] if t5 else None,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_kontext(seed: int = 0) -> FluxKontextPipeline:
+    """A whole FLUX.1 Kontext pipeline: the network sees tokens of another picture behind those of its own."""
+    pipeline = FluxKontextPipeline(**tiny_flux(seed).components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -15,6 +15,7 @@ from tests.models import (
     tiny_flux2,
     tiny_flux2_klein,
     tiny_flux_schnell,
+    tiny_kontext,
     tiny_qwen_image,
     tiny_sd3,
     tiny_sd15,
@@ -26,6 +27,7 @@ from tests.models import (
 MODELS = {
     "chroma": tiny_chroma,
     "flux-dev": tiny_flux,
+    "flux-kontext": tiny_kontext,
     "flux2-dev": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
     "flux-schnell": tiny_flux_schnell,

@@ -17,6 +17,8 @@ from distriray.errors import InvalidRequest
 from distriray.wire import Code
 
 MAX_FILES, MAX_FIELDS = 16, 64
+MANY = "image"
+"""The field of which a form may have several files, as `image[]`."""
 
 
 class _InMemory(MultiPartParser):
@@ -44,11 +46,11 @@ class _InMemory(MultiPartParser):
             raise too_large(self.max_part_size, "a text in the form") from error
 
 
-async def read_form(request: Request, config: HttpConfig) -> dict[str, str | bytes]:
-    """The fields of a form by name: a text, or the content of a file.
+async def read_form(request: Request, config: HttpConfig) -> dict[str, str | bytes | list[bytes]]:
+    """The fields of a form by name: a text, the content of a file, or that of several.
 
-    `image[]`, by which lists are sent, is `image`; a file without name and content is none, as browsers
-    send it where nothing was chosen.
+    `image[]`, by which lists are sent, is `image`, and may be there more than once. A file without name and
+    content is none, as browsers send it where nothing was chosen.
 
     Raises:
         Refusal: 413 beyond the bound, 400 if it is no form, cannot be read, or has a field twice.
@@ -71,15 +73,19 @@ async def read_form(request: Request, config: HttpConfig) -> dict[str, str | byt
     return _fields(form.multi_items())
 
 
-def _fields(items: list[tuple[str, str | UploadFile]]) -> dict[str, str | bytes]:
-    fields: dict[str, str | bytes] = {}
-    for name, value in items:
-        name = name.removesuffix("[]")
+def _fields(items: list[tuple[str, str | UploadFile]]) -> dict[str, str | bytes | list[bytes]]:
+    fields: dict[str, str | bytes | list[bytes]] = {}
+    for sent_as, value in items:
+        name = sent_as.removesuffix("[]")
         content = value if isinstance(value, str) else value.file.read()
         if not isinstance(value, str) and not value.filename and not content:
             continue
-        if name in fields:
+        before = fields.get(name)
+        if before is None:
+            fields[name] = content
+        elif name == MANY and sent_as != name and isinstance(content, bytes) and not isinstance(before, str):
+            fields[name] = [*(before if isinstance(before, list) else [before]), content]
+        else:
             message = f"{name[:100]} is there more than once; send one"
             raise Refusal(400, InvalidRequest.code, message, name)
-        fields[name] = content
     return fields

@@ -24,9 +24,9 @@ from pydantic.fields import FieldInfo
 from deployments.http.encode import FULL_QUALITY, OutputFormat
 from deployments.http.errors import refusal_of_fields
 from distriray.errors import InvalidRequest
-from distriray.limits import Limits
 from distriray.picture import Picture, holes, mask_of, png
 from distriray.requests import GenerationRequest, image_of
+from distriray.service import ModelCard
 from distriray.wire import CARRIED, EDITS, OF_PICTURES, PARAMS, decode_fields
 
 
@@ -205,8 +205,8 @@ class ImageRequest(_Shared):
     def compression(self) -> int:
         return FULL_QUALITY if self.output_compression is None else self.output_compression
 
-    def generation(self, model: str, request_id: str, limits: Limits) -> GenerationRequest:
-        """The same in distriray's words, for a model of these limits.
+    def generation(self, card: ModelCard, request_id: str) -> GenerationRequest:
+        """The same in distriray's words, for a model.
 
         Looks at every pixel of its pictures, if it has any: call it in a thread.
 
@@ -214,9 +214,9 @@ class ImageRequest(_Shared):
             InvalidRequest: a field, or a picture, cannot be served as it is.
         """
         fields = decode_fields({name: value for name, value in self if value is not None})
-        request = GenerationRequest.parse({**fields, "model": model, "id": request_id})
+        request = GenerationRequest.parse({**fields, "model": card.id, "id": request_id})
         listed = {name: each for name, each in request.pictures.items() if name not in OF_PICTURES}
-        limits.check_pictures(listed)
+        card.limits.check_pictures(listed)
         for name, picture in listed.items():
             picture.load(name)
         return request
@@ -244,7 +244,13 @@ class EditRequest(_WithPictures):
 
     model_config = ConfigDict(json_schema_extra={"allOf": _RULES, "examples": []})
 
-    image: Annotated[Picture, Field(description="The picture: a PNG, JPEG or WebP file.")]
+    image: Annotated[
+        Picture,
+        Field(
+            description="The picture: a PNG, JPEG or WebP file. A form may have several, as `image[]`, for "
+            "models that edit: those after the first are `references`."
+        ),
+    ]
     mask: Annotated[
         Picture | None,
         Field(description="A file of the size of `image`, transparent where that is to be drawn anew."),
@@ -259,11 +265,14 @@ class EditRequest(_WithPictures):
         return True
 
     @classmethod
-    def of_form(cls, form: Mapping[str, str | bytes]) -> Self:
-        """The request in a form's fields; raises as `parse`."""
+    def of_form(cls, form: Mapping[str, str | bytes | list[bytes]]) -> Self:
+        """The request in a form's fields; raises as `parse`. Images after the first are references."""
         values: dict[str, Any] = {}
         files: dict[str, dict[int, bytes]] = {}
+        others: list[bytes] = []
         for name, value in form.items():
+            if isinstance(value, list):
+                value, *others = value
             if (found := _OF_ENTRY.fullmatch(name)) and isinstance(value, bytes):
                 files.setdefault(found[1], {})[int(found[2])] = value
                 continue
@@ -273,6 +282,8 @@ class EditRequest(_WithPictures):
             values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
         for field, of_field in files.items():
             values[field] = _with_files(field, values.get(field), of_field)
+        if others and isinstance(listed := values.get("references", ()), tuple):
+            values["references"] = (*({"image": file} for file in others), *listed)
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
@@ -286,11 +297,11 @@ class EditRequest(_WithPictures):
             message = "mask and mask_image are one thing, by transparency and in black and white; send one"
             raise InvalidRequest(message, "mask")
 
-    def generation(self, model: str, request_id: str, limits: Limits) -> GenerationRequest:
+    def generation(self, card: ModelCard, request_id: str) -> GenerationRequest:
         pictures = {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
-        limits.check_pictures(pictures)
-        mask = self._mask()
-        request = super().generation(model, request_id, limits)
+        card.limits.check_pictures(pictures)
+        mask = self._mask(card)
+        request = super().generation(card, request_id)
         if mask is None:
             return request
         try:
@@ -298,14 +309,17 @@ class EditRequest(_WithPictures):
         except InvalidRequest as error:
             raise InvalidRequest(str(error).replace("mask_image", "mask"), "mask") from error
 
-    def _mask(self) -> Picture | None:
-        """The part to draw again because it is transparent, of `mask` or, without a mask, of the image."""
+    def _mask(self, card: ModelCard) -> Picture | None:
+        """The part to draw again because it is transparent, of `mask` or, without a mask, of the image.
+
+        The image's own says nothing to models that edit.
+        """
         image = self.image.load()
         if self.mask_image is not None:
             mask_of(self.mask_image)
             return None
         if self.mask is None:
-            hole = holes(image)
+            hole = None if card.edits else holes(image)
         elif (hole := holes(self.mask.load("mask"))) is None:
             raise InvalidRequest(
                 "mask has no fully transparent part, which is the one to draw anew; give it one, or send "
@@ -332,7 +346,7 @@ class VariationRequest(EditRequest):
             message = f"variations have no mask; leave {name} out, or send all to {EDITS}, with a prompt"
             raise InvalidRequest(message, name)
 
-    def _mask(self) -> Picture | None:
+    def _mask(self, card: ModelCard) -> Picture | None:
         self.image.load()
         return None
 

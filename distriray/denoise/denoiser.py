@@ -25,7 +25,7 @@ from distriray.errors import GangBroken, GangMismatch, InvalidRequest, Unsupport
 from distriray.parallel import engine_of
 from distriray.parallel.networks.base import Call
 from distriray.picture import mask_of, opaque
-from distriray.requests import SamplingParams
+from distriray.requests import SamplingParams, image_of
 
 _PROMPTS = "prompt", "prompt_2", "prompt_3"
 _NEGATIVES = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
@@ -92,7 +92,7 @@ class Denoiser:
             ControlNetNotFound, IPAdapterNotFound: it names a ControlNet or an IP-Adapter that is not known.
         """
         seeds = params.seeds
-        params = self.terms.settle(params.settled(*self.sizes.default))
+        params = self.terms.settle(params, self.sizes.default, self.sizes.unit)
         params.check_size(self.sizes.unit)
         params.num_steps(self.own_steps, rounds_up=self.terms.rounds_up)  # or there are none to do
         assert params.height is not None and params.width is not None
@@ -110,6 +110,11 @@ class Denoiser:
             image=None if params.image is None else opaque(params.image.load()),
             mask_image=None if params.mask_image is None else mask_of(params.mask_image),
             strength=1.0 if params.strength is None else params.strength,
+            references=[
+                opaque(each.image.load(image_of("references", index)))
+                for index, each in enumerate(params.references)
+                if each.image is not None
+            ],
         )
         control = self.controls.prepare(params.control, params.height, params.width)
         image_prompts = self.ip_adapters.prepare(params.ip_adapters)

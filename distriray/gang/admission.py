@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import prod
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -11,7 +12,8 @@ from distriray.errors import InvalidRequest
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
 from distriray.names import check_names
-from distriray.requests import GenerationRequest
+from distriray.references import shown_size
+from distriray.requests import MULTIPLE_OF, GenerationRequest
 from distriray.routing.latency import Besides
 from distriray.routing.policy import RequestView
 from distriray.steps import guided_steps
@@ -91,7 +93,15 @@ def _besides(request: GenerationRequest) -> Besides:
         if each.scale
     ]
     alike = [(f"ip_adapter {each.name}", 0.0) for each in request.ip_adapters if each.scale]
-    return tuple(sorted(adapted + controlled + alike))
+    return tuple(sorted(adapted + controlled + alike + _shown(request)))
+
+
+def _shown(request: GenerationRequest) -> list[tuple[str, float]]:
+    """References, whose tokens go through the network beside the picture's own."""
+    pictures = [each.image for each in request.references if each.image is not None]
+    pixels = sum(prod(shown_size(picture.size, MULTIPLE_OF)) for picture in pictures)
+    assert request.height is not None and request.width is not None
+    return [(f"references {pixels}", pixels / (request.height * request.width))] if pixels else []
 
 
 def admit(
@@ -141,7 +151,7 @@ def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -
     Raises:
         InvalidRequest: the model lacks a field that it asks for.
     """
-    return facts.terms.settle(request.settled(*facts.default_size, config.defaults))
+    return facts.terms.settle(request, facts.default_size, facts.size_unit, config.defaults)
 
 
 def example(facts: WorkerFacts, **fields: Any) -> GenerationRequest:

@@ -17,6 +17,7 @@ from distriray.gang.messages import WorkerFacts
 from distriray.gang.runner import SegmentRunner
 from distriray.parallel.networks.base import Call
 from distriray.parallel.room import META
+from distriray.references import MOST_PIXELS
 
 log = logging.getLogger("ray.serve.distriray.worker")
 
@@ -49,7 +50,8 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
         calls = runner.calls(own.model_copy(update={"guidance_scale": scale}))
     side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
     images = config.limits.max_images
-    calls = [_enlarged(call, images, size, side) for call in calls]
+    shown = min(config.limits.max_references, facts.terms.max_references) * MOST_PIXELS
+    calls = [_enlarged(call, images, size, side, shown) for call in calls]
     needed, gang = _most(runner, config, facts, calls, side)
     what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"
     told = room.refusal(needed, what, config.parallel)
@@ -73,13 +75,17 @@ def _most(
     return max(needed)
 
 
-def _enlarged(call: Call, images: int, size: tuple[int, int], side: int) -> Call:
-    """A call of one image of `size` pixels as it would be of so many of `side` by `side`, without values."""
+def _enlarged(call: Call, images: int, size: tuple[int, int], side: int, shown: int) -> Call:
+    """A call of one image of `size` pixels as it would be of so many of `side` by `side`, without values.
+
+    Args:
+        shown: pixels of the pictures that it edits.
+    """
     batch, *shape = call.sample.shape
     height, width = size
     if len(shape) == 3:
         larger = [shape[0], shape[1] * side // height, shape[2] * side // width]
     else:
-        larger = [shape[0] * side**2 // (height * width), shape[1]]
+        larger = [shape[0] * (side**2 + shown) // (height * width), shape[1]]
     sample = torch.empty(batch * images, *larger, dtype=call.sample.dtype, device=META)
     return replace(call, sample=sample)

@@ -415,6 +415,7 @@ OTHERS: dict[str, Any] = {
     "clip_skip": 1,
     "control": [{"name": "canny", "image": PICTURE}],
     "ip_adapters": [{"name": "style", "image": PICTURE}],
+    "references": [{"image": PICTURE}],
     "image": PICTURE,
     "mask_image": MASK,
     "strength": 0.9,

@@ -36,6 +36,7 @@ from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import Run
 from distriray.names import KINDS, NAME
 from distriray.picture import Picture
+from distriray.references import Reference
 from distriray.requests import MAX_SEEDS, Defaults, GenerationRequest, SamplingParams
 from distriray.results import GenerationResult
 from distriray.steps import StepCount
@@ -85,6 +86,13 @@ WITHIN_LIMITS: dict[str, st.SearchStrategy[Any]] = {
         ),
         max_size=LIMITS.max_ip_adapters,
         unique_by=lambda each: each.name,
+    ).map(tuple),
+    "references": st.lists(
+        st.builds(
+            Reference,
+            image=st.sampled_from([Picture.of(Image.new("RGB", (7, 8), color)) for color in ("red", "blue")]),
+        ),
+        max_size=LIMITS.max_references,
     ).map(tuple),
     "loras": st.lists(
         st.builds(Lora, name=st.from_regex(NAME, fullmatch=True).map(str.strip)),
@@ -267,7 +275,8 @@ def options(fields: Fields) -> list[str]:
         f"--ip-adapter={each.name}={fields[f'ip_adapters.{i}.image']}@{each.scale}"
         for i, each in enumerate(fields["ip_adapters"])
     ]
-    return [*named, *loras, *controls, *ip_adapters, "--", fields["prompt"]]
+    references = [f"--reference={fields[f'references.{i}.image']}" for i in range(len(fields["references"]))]
+    return [*named, *loras, *controls, *ip_adapters, *references, "--", fields["prompt"]]
 
 
 def as_json(fields: Fields) -> Fields:
@@ -291,7 +300,7 @@ def test_every_field_arrives_by_the_command_line(
     given = options({**fields, **written(fields, tmp_path)})
     listed = {
         KINDS[field].option: [{"name": each.name, "source": "some/one"} for each in fields[field]]
-        for field in SamplingParams.WITH_IMAGES
+        for field in KINDS.keys() - {"loras"}
     }
     (pool := tmp_path / "pool.yaml").write_text(json.dumps(listed))
     app(["generate", f"--out={tmp_path / 'out.png'}", f"--pool={pool}", *given], standalone_mode=False)
@@ -336,5 +345,5 @@ def test_a_limit_is_of_what_is_drawn_and_of_nothing_else() -> None:
     few = LIMITS.model_copy(update={"max_steps": 8})
     few.check(GenerationRequest(prompt="x"))
     with pytest.raises(InvalidRequest, match="num_inference_steps 25 is above the limit of 8"):
-        few.check(Terms().settle(GenerationRequest(prompt="x").settled(64, 64)))
-    few.check(GenerationRequest(prompt="x").settled(64, 64, Defaults(num_inference_steps=8)))
+        few.check(Terms().settle(GenerationRequest(prompt="x"), (64, 64), 8))
+    few.check(Terms().settle(GenerationRequest(prompt="x"), (64, 64), 8, Defaults(num_inference_steps=8)))

@@ -25,6 +25,7 @@ from diffusers import (
     Flux2Pipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
@@ -47,6 +48,8 @@ from distriray.gang.messages import SegmentEnd
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
+from distriray.picture import Picture
+from distriray.references import Reference
 from distriray.requests import GenerationRequest, SamplingParams
 from tests.models import (
     tiny_chroma,
@@ -55,6 +58,7 @@ from tests.models import (
     tiny_flux2_klein,
     tiny_flux2_klein_distilled,
     tiny_flux_schnell,
+    tiny_kontext,
     tiny_qwen_image,
     tiny_sd3,
     tiny_sdxl,
@@ -81,6 +85,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
     "flux-schnell": tiny_flux_schnell,
+    "flux-kontext": tiny_kontext,
     "chroma": tiny_chroma,
     "flux2-dev": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
@@ -117,6 +122,8 @@ def plain(
     by_flux = isinstance(pipeline, FluxPipeline | FluxImg2ImgPipeline)
     if by_flux and not pipeline.transformer.config.guidance_embeds:
         call["max_sequence_length"] = 256  # what the makers of FLUX.1-schnell say
+    if isinstance(pipeline, FluxKontextPipeline):
+        call["max_area"] = call["height"] * call["width"]  # or it draws a megapixel, whatever it is asked
     if isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline):
         call["true_cfg_scale"] = call.pop("guidance_scale", 4.0)
         call.setdefault("negative_prompt", " ")  # what the makers of Qwen-Image say
@@ -207,6 +214,112 @@ def test_steps_by_hand_are_the_ordinary_pipelines_bit_for_bit_also_through_bytes
         carried = DenoiseState.from_bytes(carried.to_bytes())
         denoiser.step(carried)
     assert torch.equal(carried.latents, expected)
+
+
+OLD = Image.radial_gradient("L").resize((128, 80)).convert("RGB")
+NEW = PICTURE.resize((72, 96))
+EDITED: dict[str, list[Image.Image]] = {
+    "flux-kontext": [OLD],
+    "flux2-dev": [OLD, NEW],
+    "flux2-klein": [OLD],
+    "flux2-klein-distilled": [NEW, OLD, NEW],
+}
+"""What each model that edits is shown."""
+
+
+def references(pictures: list[Image.Image]) -> tuple[Reference, ...]:
+    return tuple(Reference(image=Picture.of(picture)) for picture in pictures)
+
+
+@pytest.mark.parametrize("edits", EDITED)
+def test_what_is_edited_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes(edits: str) -> None:
+    pipeline, pictures, call = MODELS[edits](), EDITED[edits], {"num_inference_steps": 3, **SIZE}
+    denoiser = Denoiser(pipeline)
+    shown = pictures[0] if edits == "flux-kontext" else pictures
+    expected = plain(pipeline, [1, 2], image=shown, **call)
+    state = begin(denoiser, [1, 2], prompt="a lake", references=references(pictures), **call)
+    carried = DenoiseState.from_bytes(state.to_bytes())
+    assert torch.equal(finish(denoiser, state), expected)
+    while not carried.done:
+        carried = DenoiseState.from_bytes(carried.to_bytes())
+        denoiser.step(carried)
+    assert torch.equal(carried.latents, expected)
+    first, *others = pictures
+    by_image = begin(denoiser, [1, 2], prompt="a lake", image=first, references=references(others), **call)
+    assert torch.equal(finish(denoiser, by_image), expected), "an image is the first of what is edited"
+    assert denoiser.decode(by_image) == plain(pipeline, [1, 2], image=shown, output_type="pil", **call)
+    denoiser.preview(by_image)
+
+
+@pytest.mark.parametrize("edits", EDITED)
+def test_a_gang_in_sync_edits_as_one_device_does_also_if_it_changes_in_the_middle(edits: str) -> None:
+    pictures = EDITED[edits]
+    shown = pictures[0] if edits == "flux-kontext" else pictures
+    (picture,) = plain(MODELS[edits](), [1], image=shown, output_type="pil", **TALL)
+    gangs = Gangs(MODELS[edits], **SYNC)
+    for sizes in ((2,), (3,), (2, 4, 1, 2)):
+        for drawn in gangs.draw(sizes, **TALL, references=references(pictures)):
+            assert apart(drawn.picture, picture) <= 1, sizes
+
+
+def test_a_host_predicts_what_it_edits_by_the_pixels_that_the_model_is_shown() -> None:
+    denoiser = Denoiser(tiny_flux2())
+    facts = replace(FACTS, terms=denoiser.terms, size_unit=denoiser.sizes.unit, default_size=(1024, 1024))
+    pictures = {"image": Image.new("RGB", (2048, 1024)), "references": references([OLD])}
+    asked = GenerationRequest(prompt="x", height=512, width=512, **pictures)
+    admitted = admit(asked, HostConfig(), facts)
+    pixels = 1448 * 720 + 128 * 80
+    assert admitted.view(0.0, None).besides == ((f"references {pixels}", pixels / 512**2),)
+    assert list(admitted.request.pictures) == ["references.0.image", "references.1.image"]
+    plain = admit(asked.model_copy(update={"image": None, "references": ()}), HostConfig(), facts)
+    assert plain.view(0.0, None).besides == ()
+
+
+@pytest.mark.parametrize("edits", EDITED)
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [((320, 208), (320, 208)), ((327, 215), (320, 208)), ((3000, 1500), (1440, 720))],
+)
+def test_a_picture_is_by_default_of_the_size_of_what_is_edited_up_to_a_megapixel(
+    edits: str, size: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    terms, unit = Denoiser(MODELS[edits]()).terms, 16
+    asked = SamplingParams(prompt="x", image=Image.new("RGB", size))
+    settled = terms.settle(asked, (1024, 1024), unit)
+    assert (settled.width, settled.height) == drawn and settled.image is None
+    assert terms.settle(settled, (1024, 1024), unit) == settled, "settled once, it stays"
+    named = terms.settle(asked.model_copy(update={"width": 512, "height": 256}), (1024, 1024), unit)
+    assert (named.width, named.height) == (512, 256)
+    without = terms.settle(SamplingParams(prompt="x"), (1024, 1024), unit)
+    assert (without.width, without.height) == (1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("call", "param", "says"),
+    [
+        (
+            {"image": Image.new("RGB", (63, 64))},
+            "image",
+            "image is 63x64 pixels; what is edited has sides of 64",
+        ),
+        (
+            {"references": references([OLD.resize((640, 64))])},
+            "references.0.image",
+            "the longer at most 8 times",
+        ),
+        ({"references": references([OLD] * 11)}, "references", "are 11 pictures; this .* at most 1"),
+        ({"image": OLD, "references": references([OLD] * 10)}, "references", "references and image are 11"),
+        ({"image": OLD, "strength": 0.5}, "strength", "this model edits: it begins from noise"),
+        ({"image": OLD, "mask_image": OLD.convert("L")}, "mask_image", "fills in no masks"),
+    ],
+)
+@pytest.mark.parametrize("edits", EDITED)
+def test_what_cannot_be_edited_is_refused_by_name(
+    edits: str, call: dict[str, Any], param: str, says: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=says) as error:
+        begin(Denoiser(MODELS[edits]()), [1], **{**SMALL, **call})
+    assert error.value.param == param
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "heun", None])

@@ -125,7 +125,7 @@ def test_strength_is_by_default_some_of_the_steps_and_all_of_them_inside_a_mask(
     image = Image.new("RGB", (64, 64))
     on_image = GenerationRequest(prompt="x", image=image, num_inference_steps=10)
     in_mask = GenerationRequest(prompt="x", image=image, mask_image=image, num_inference_steps=10)
-    assert [Terms().settle(one).num_steps(StepCount()) for one in (on_image, in_mask)] == [6, 10]
-    assert Terms().settle(GenerationRequest(prompt="x")).strength is None
+    assert [Terms().settle(one, (64, 64), 8).num_steps(StepCount()) for one in (on_image, in_mask)] == [6, 10]
+    assert Terms().settle(GenerationRequest(prompt="x"), (64, 64), 8).strength is None
     with pytest.raises(InvalidRequest, match="strength is left open"):
         on_image.num_steps(StepCount())

@@ -2,7 +2,7 @@
 
 const IMAGES = "/v1/images/generations";
 const EDITS = "/v1/images/edits";
-const PICTURES = new Set(["image", "image[]", "mask", "mask_image", "control", "ip_adapters"]);
+const PICTURES = new Set(["image", "image[]", "mask", "mask_image", "control", "ip_adapters", "references"]);
 
 /** The page sets these itself. */
 const OWN = new Set([

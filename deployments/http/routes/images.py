@@ -112,7 +112,7 @@ class Drawing:
         card = card_of(self._service, asked.model)
         name = new_id(request.state.request_id, request.state.owner)
         async with self._decoding if asked.has_pictures else nullcontext():
-            generation = await asyncio.to_thread(asked.generation, card.id, name, card.limits)
+            generation = await asyncio.to_thread(asked.generation, card, name)
         timeout_s = self._config.timeout_s
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         if not asked.stream:

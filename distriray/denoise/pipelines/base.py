@@ -60,6 +60,7 @@ class Commission:
         image: a picture to begin from, RGB of any size, or None.
         mask_image: where to fill `image` in, white, in grey levels, or None.
         strength: share of the steps that are done on `image`.
+        references: pictures to edit, RGB of any size.
     """
 
     params: SamplingParams
@@ -70,6 +71,7 @@ class Commission:
     image: Image.Image | None = None
     mask_image: Image.Image | None = None
     strength: float = 1.0
+    references: Sequence[Image.Image] = ()
 
     @property
     def task(self) -> str:

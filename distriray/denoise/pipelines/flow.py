@@ -141,6 +141,11 @@ class FlowMatching(PipelineSteps):
         timestep = float(state.values["timesteps"][state.step])
         return torch.full((batch,), timestep, device=state.latents.device)
 
+    def with_references(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
+        """A picture's tokens and, after them, those of what it edits; (batch, tokens, channels)."""
+        references = state.values.get("references")
+        return tokens if references is None else torch.cat([tokens, references], 1)
+
     def branches(self, state: DenoiseState, call: Callable[[str], torch.Tensor]) -> list[torch.Tensor]:
         """Outputs of the network where each branch of guidance has a call of its own, the prompt's first.
 

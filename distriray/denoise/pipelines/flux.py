@@ -1,11 +1,13 @@
-"""FLUX.1, dev and schnell."""
+"""FLUX.1, dev, schnell and Kontext."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.packed import PackedFlowMatching
@@ -18,7 +20,7 @@ class Flux(PackedFlowMatching):
     Where the network was distilled from guidance it takes the scale as an input.
     """
 
-    kinds = (FluxPipeline, FluxImg2ImgPipeline)
+    kinds: ClassVar[tuple[type, ...]] = (FluxPipeline, FluxImg2ImgPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     max_clip_skip = 0
     guides = False
@@ -49,8 +51,9 @@ class Flux(PackedFlowMatching):
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         values, latents = state.values, state.latents
+        own = self.pack(latents)
         output = self._transformer(
-            hidden_states=self.pack(latents),
+            hidden_states=self.with_references(state, own),
             timestep=self.timestep(state, state.batch).to(latents.dtype) / 1000,
             guidance=values.get("guidance"),
             encoder_hidden_states=values["prompt_embeds"],
@@ -59,5 +62,30 @@ class Flux(PackedFlowMatching):
             img_ids=values["img_ids"],
             return_dict=False,
         )[0]
-        output = self.unpack(output, state.height, state.width)
+        output = self.unpack(output[:, : own.shape[1]], state.height, state.width)
         return self.advanced(state, output), output
+
+
+class FluxKontext(Flux):
+    """FLUX.1 Kontext: dev, that is shown a picture to edit beside the one that it draws."""
+
+    kinds = (FluxKontextPipeline,)
+
+    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        shown = self._shown(commission.references[0]) if commission.references else None
+        prepared = self._plain.prepare_latents(shown, *self._size(commission, dtype))
+        tokens, references, ids, references_ids = prepared
+        values = self._prepared(commission, (tokens, ids))
+        if references is None:
+            return values
+        return {**values, "img_ids": torch.cat([ids, references_ids]), "references": references}
+
+    def _shown(self, reference: Image.Image) -> torch.Tensor:
+        """The pixels that the model is shown, (1, 3, height, width), in the nearest shape that it knows."""
+        processor = self._plain.image_processor
+        height, width = processor.get_default_height_width(reference)
+        _, wide, high = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        unit = self.patch_size * self._plain.vae_scale_factor
+        high, wide = (side // unit * unit for side in (high, wide))
+        shown: torch.Tensor = processor.preprocess(processor.resize(reference, high, wide), high, wide)
+        return shown

@@ -16,6 +16,7 @@ from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
+from distriray.references import MOST_PIXELS
 
 TEXT_TOKENS = 512
 
@@ -23,7 +24,7 @@ TEXT_TOKENS = 512
 class _Flux2(FlowMatching):
     """Common parts of both: a state's latents are tokens of 2x2 latents of the VAE, normalized, in rows.
 
-    Padding of the text is attended to, as in the pipelines.
+    Padding of the text is attended to, as in the pipelines. References are tokens after the picture's own.
     """
 
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -52,14 +53,33 @@ class _Flux2(FlowMatching):
         tokens, ids = self._plain.prepare_latents(*self._size(commission, dtype))
         unit = self.patch_size * self._plain.vae_scale_factor
         sides = commission.height // unit, commission.width // unit
-        return {"latents": tokens.transpose(1, 2).unflatten(2, sides), "img_ids": ids}
+        latents = tokens.transpose(1, 2).unflatten(2, sides)
+        if not commission.references:
+            return {"latents": latents, "img_ids": ids}
+        shown, shown_ids = self._plain.prepare_image_latents(
+            images=[self._shown(picture, unit) for picture in commission.references],
+            batch_size=len(tokens),
+            generator=None,
+            device=tokens.device,
+            dtype=self._vae.dtype,
+        )
+        return {"latents": latents, "img_ids": torch.cat([ids, shown_ids], 1), "references": shown}
+
+    def _shown(self, reference: Image.Image, unit: int) -> torch.Tensor:
+        """The pixels of a reference that the model is shown, (1, 3, height, width), from -1 to 1."""
+        processor = self._plain.image_processor
+        reference = processor._resize_if_exceeds_area(reference, MOST_PIXELS)
+        width, height = (side // unit * unit for side in reference.size)
+        shown: torch.Tensor = processor.preprocess(reference, height=height, width=width, resize_mode="crop")
+        return shown
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         latents = state.latents
-        tokens = self._plain._pack_latents(latents).to(self._transformer.dtype)
+        own = self._plain._pack_latents(latents)
+        tokens = self.with_references(state, own).to(self._transformer.dtype)
         timestep = self.timestep(state, state.batch).to(latents.dtype) / 1000
         predicted = self.predicted(state, tokens, timestep)
-        output = predicted.transpose(1, 2).unflatten(2, latents.shape[2:])
+        output = predicted[:, : own.shape[1]].transpose(1, 2).unflatten(2, latents.shape[2:])
         return self.advanced(state, output), output
 
     @abstractmethod

@@ -24,6 +24,7 @@ from distriray.denoise.pipelines.terms import (
     chroma_terms,
     flux2_klein_terms,
     flux2_terms,
+    flux_kontext_terms,
     flux_terms,
     qwen_image_terms,
     sd3_terms,
@@ -77,6 +78,7 @@ PIPELINES: dict[str, Family] = {
         ".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms, _ON_NOISE_OR_PICTURE
     ),
     "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms, _ON_NOISE_OR_PICTURE),
+    "FluxKontext": Family(".flux:FluxKontext", "FLUX.1 Kontext", flux_sizes, flux_kontext_terms, _ON_NOISE),
     "Chroma": Family(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms, _ON_NOISE_OR_PICTURE),
     "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _ON_NOISE),
     "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _ON_NOISE),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
 from distriray.denoise.pipelines.sizes import Configs
 from distriray.errors import InvalidRequest
-from distriray.requests import SamplingParams
+from distriray.references import Reference, check_reference, shown_size
+from distriray.requests import Defaults, SamplingParams, image_of
 from distriray.steps import SchedulerName
 
 Params = TypeVar("Params", bound=SamplingParams)
@@ -25,7 +26,12 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("control", "ip_adapters"), bool),
     "image": lambda picture: picture is not None,
     "mask_image": lambda picture: picture is not None,
+    "references": bool,
+    "strength": lambda strength: strength is not None,
 }
+
+FLUX2_REFERENCES = 10
+"""That FLUX.2's makers say it takes."""
 
 STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
 """Of requests that name none: inside a mask, all is drawn anew."""
@@ -45,8 +51,13 @@ _ONE_PROMPT = {
     **_NO_THIRD,
     **dict.fromkeys(("prompt_2", "negative_prompt_2"), "this model has one text encoder"),
 }
+_NO_REFERENCES = {"references": "this model edits no pictures; those of FLUX.2 and FLUX.1 Kontext do"}
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
-_NO_PICTURES = {**_NO_MASKS, "image": "this model's family draws from text alone here"}
+_ON_PICTURES = {**_NO_MASKS, **_NO_REFERENCES}
+_EDITS = {
+    **_NO_MASKS,
+    "strength": "this model edits: it begins from noise, and is shown the image beside it in every step",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class Terms:
         unguided: the largest `guidance_scale` that takes no second branch.
         rounds_up: how many whole steps a share of them is: not at most, but at least.
         needs_mask: it draws nothing but what a mask leaves open of an image.
+        max_references: how many pictures it edits at once; 0 is of a model that begins from pictures instead.
     """
 
     num_inference_steps: int = 25
@@ -69,13 +81,26 @@ class Terms:
     unguided: float = 1.0
     rounds_up: bool = False
     needs_mask: bool = False
+    max_references: int = 0
 
-    def settle(self, params: Params) -> Params:
-        """A copy of a request that leaves neither steps nor guidance open, nor the strength of its image.
+    def settle(
+        self, params: Params, default_size: tuple[int, int], unit: int, defaults: Defaults | None = None
+    ) -> Params:
+        """A copy of a request that leaves no size, seed, steps or guidance open, nor its image's strength.
+
+        For a model that edits, the image is the first of its references.
+
+        Args:
+            default_size: (height, width) in pixels of a request that names none and has no picture.
+            unit: pixels that heights and widths of the model are multiples of.
+            defaults: a pool's own, which go before the model's.
 
         Raises:
             InvalidRequest: it asks for what the model has not; `param` names the field.
         """
+        if self.max_references:
+            params, default_size = self._edited(params, default_size, unit)
+        params = params.settled(*default_size, defaults)
         for name, why in self.lacks.items():
             if _ASKS[name](getattr(params, name)):
                 raise InvalidRequest(f"{name}: {why}; leave it out", name)
@@ -96,10 +121,29 @@ class Terms:
         open_ = {name: value for name, value in own.items() if getattr(params, name) is None}
         return params.model_copy(update=open_)
 
+    def _edited(
+        self, params: Params, default_size: tuple[int, int], unit: int
+    ) -> tuple[Params, tuple[int, int]]:
+        """The request with its image among its references, and the (height, width) of what they become."""
+        if params.image is not None:
+            check_reference(params.image, "image")
+            first = Reference(image=params.image)
+            params = params.model_copy(update={"image": None, "references": (first, *params.references)})
+        if len(params.references) > self.max_references:
+            count = f"references and image are {len(params.references)} pictures"
+            raise InvalidRequest(f"{count}; this model edits at most {self.max_references}", "references")
+        pictures = [each.image for each in params.references if each.image is not None]
+        for index, picture in enumerate(pictures):
+            check_reference(picture, image_of("references", index))
+        if pictures:
+            width, height = shown_size(pictures[0].size, unit)
+            default_size = height, width
+        return params, default_size
+
 
 def unet_terms(config: Configs) -> Terms:
     """Of U-Nets; some take a mask and a picture beside the latents, and need both."""
-    lacks = dict(_NO_THIRD if _has(config, "text_encoder_2") else _ONE_PROMPT)
+    lacks = {**(_NO_THIRD if _has(config, "text_encoder_2") else _ONE_PROMPT), **_NO_REFERENCES}
     if config("unet").get("time_cond_proj_dim") is not None:
         lacks["guidance_end"] = "this model takes the scale of guidance as an input, in every step"
     return Terms(
@@ -110,7 +154,7 @@ def unet_terms(config: Configs) -> Terms:
 
 def sd3_terms(config: Configs) -> Terms:
     """Of Stable Diffusion 3 and 3.5, as diffusers has them."""
-    lacks = {**_NO_SIZES, **_NO_MASKS}
+    lacks = {**_NO_SIZES, **_ON_PICTURES}
     if not _has(config, "text_encoder_3"):
         lacks |= _NO_THIRD
     return Terms(28, 7.0, ("dpmpp-2m", "euler", "heun", "unipc"), lacks, rounds_up=True)
@@ -127,12 +171,19 @@ def flux_terms(config: Configs) -> Terms:
         "negative_prompt_2": "FLUX.1 was distilled from guidance, and has no branch for it",
         **_NO_SIZES,
         **_NO_THIRD,
-        **_NO_MASKS,
+        **_ON_PICTURES,
     }
     if config("transformer")["guidance_embeds"]:
         return Terms(28, 3.5, schedulers, lacks, rounds_up=True)
     without = {"guidance_scale": "this model, like FLUX.1-schnell, was distilled to do without guidance"}
     return Terms(4, 0.0, schedulers, {**lacks, **without}, rounds_up=True)
+
+
+def flux_kontext_terms(config: Configs) -> Terms:
+    """Of FLUX.1 Kontext, as diffusers has it."""
+    terms = flux_terms(config)
+    lacks = {name: why for name, why in terms.lacks.items() if name != "references"}
+    return replace(terms, schedulers=("euler",), lacks={**lacks, **_EDITS}, max_references=1)
 
 
 def flux2_terms(config: Configs) -> Terms:
@@ -143,9 +194,9 @@ def flux2_terms(config: Configs) -> Terms:
         "guidance_end": "FLUX.2 dev was distilled from guidance, and has no branch to leave out",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_NO_PICTURES,
+        **_EDITS,
     }
-    return Terms(50, 4.0, ("euler",), lacks)
+    return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX2_REFERENCES)
 
 
 def flux2_klein_terms(config: Configs) -> Terms:
@@ -154,13 +205,13 @@ def flux2_klein_terms(config: Configs) -> Terms:
         "guidance_rescale": "FLUX.2's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_NO_PICTURES,
+        **_EDITS,
     }
     if not config("").get("is_distilled", False):
-        return Terms(50, 4.0, ("euler",), lacks)
+        return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX2_REFERENCES)
     why = "this model was distilled to do without guidance"
     without = dict.fromkeys(("guidance_scale", "negative_prompt", "guidance_end"), why)
-    return Terms(4, 1.0, ("euler",), {**lacks, **without})
+    return Terms(4, 1.0, ("euler",), {**lacks, **without}, max_references=FLUX2_REFERENCES)
 
 
 def chroma_terms(config: Configs) -> Terms:
@@ -169,7 +220,7 @@ def chroma_terms(config: Configs) -> Terms:
         "guidance_rescale": "Chroma's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_NO_MASKS,
+        **_ON_PICTURES,
     }
     return Terms(35, 5.0, ("euler",), lacks, rounds_up=True)
 
@@ -180,7 +231,7 @@ def qwen_image_terms(config: Configs) -> Terms:
         "guidance_rescale": "Qwen-Image keeps the length of each token's prediction by itself",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_NO_MASKS,
+        **_ON_PICTURES,
     }
     return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
 
@@ -191,7 +242,7 @@ def z_image_terms(config: Configs) -> Terms:
         "guidance_rescale": "Z-Image's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_NO_MASKS,
+        **_ON_PICTURES,
     }
     return Terms(9, 0.0, ("euler",), lacks, unguided=0.0, rounds_up=True)
 

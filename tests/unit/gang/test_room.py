@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed import HashStore
 
 from distriray.config import ParallelConfig
@@ -20,7 +21,10 @@ from distriray.gang.segment_result import SegmentResult
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.parallel.room import Room
+from distriray.picture import Picture
+from distriray.references import Reference
 from distriray.requests import SamplingParams
+from tests.models import tiny_flux2_klein_distilled
 
 from .runners import Gang, endings
 from .test_rehearsal import facts_of
@@ -70,6 +74,26 @@ def test_the_largest_request_that_limits_allow_is_said_to_fit_or_not(
     levels = [record.levelno for record in caplog.records if "largest request" in record.message]
     assert levels == [logging.INFO, logging.WARNING]
     assert re.search("ends with OutOfMemory before its first step; lower limits", caplog.messages[-1])
+
+
+def test_what_a_model_edits_counts_in_the_largest_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_flux2_klein_distilled().save_pretrained(tmp_path)
+    caplog.set_level(logging.INFO, "ray.serve.distriray.worker")
+    shown = (Reference(image=Picture.of(Image.new("RGB", (1024, 1024)))),) * LIMITS.max_references
+    largest = {"prompt": "a lake", "seed": 1, "height": 512, "width": 512, "num_images": 2}
+    runner, config = started(10**10, tmp_path, monkeypatch, workers=2)
+    plain, edited = (
+        runner.buffer_bytes_of(runner.calls(SamplingParams(**largest, **pictures)), 2, config.parallel)
+        for pictures in ({}, {"references": shown})
+    )
+    assert edited > 2 * plain
+    caplog.clear()
+    for free in (edited * 11 // 10, edited * 9 // 10):  # of the text's tokens, the longest prompt's are asked
+        started(free, tmp_path, monkeypatch, workers=2)
+    levels = [record.levelno for record in caplog.records if "largest request" in record.message]
+    assert levels == [logging.INFO, logging.WARNING]
 
 
 def test_a_request_without_room_is_refused_by_the_gang_which_goes_on(tiny_model: Path) -> None:

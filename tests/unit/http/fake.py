@@ -59,12 +59,12 @@ class FakeService:
         request.check_size(card.size_unit)
         card.limits.check(request.settled(*card.default_size))
         check_gang_size(request, card.gang_sizes)
-        steps = Terms().settle(request.settled(*card.default_size)).num_steps(StepCount())
+        steps = Terms().settle(request, card.default_size, card.size_unit).num_steps(StepCount())
         self.asked.append(request)
         self.patience.append(give_up_s)
         if self.refusal is not None:
             raise self.refusal
-        request = Terms().settle(request.settled(*card.default_size))
+        request = Terms().settle(request, card.default_size, card.size_unit)
         outcome = "cancelled"
         try:
             yield Queued(request.id, 0, 0.0)
@@ -129,7 +129,7 @@ class FakeService:
 def result_of(request: GenerationRequest) -> GenerationResult:
     """A grey picture for each seed."""
     assert request.height is not None and request.width is not None and request.model is not None
-    steps = Terms().settle(request).num_steps(StepCount())
+    steps = Terms().settle(request, (request.height, request.width), 8).num_steps(StepCount())
     segment = Segment(
         workers=(0, 1), first_step=0, last_step=steps, seconds=1.0, sent_at=0, formed_at=0, left_at=1
     )

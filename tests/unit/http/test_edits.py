@@ -20,7 +20,7 @@ from distriray import Client
 from distriray.events import Finished
 from distriray.picture import Picture, png
 from distriray.requests import SamplingParams
-from tests.unit.http.fake import FakeService
+from tests.unit.http.fake import CARDS, FakeService
 from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
 
 VARIATIONS = "/v1/images/variations"
@@ -137,7 +137,7 @@ def test_a_mask_for_a_variation_is_refused_with_advice_that_works(
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"image": [picture(), picture()]}, "image", "image is there more than once; send one"),
+        ({"image": [picture()] * 6}, "references", "references names 5 pictures; the limit is 4"),
         ({"mask": picture()}, "mask", "no fully transparent part.* or send mask_image"),
         ({"mask": picture((64, 64), "RGBA")}, "mask", "mask is 64x64 pixels and image 96x64"),
         ({"image": picture((100, 60))}, "image", "100x60 pixels.* multiples of 8.* such as 96x64"),
@@ -154,6 +154,37 @@ def test_what_is_wrong_raises_the_right_exception(
     with pytest.raises(openai.BadRequestError, match=says) as refused:
         client.images.edit(**{"image": picture(), "prompt": "a lake", **fields})
     assert refused.value.param == param
+
+
+def test_of_several_images_those_after_the_first_are_references(
+    client: openai.OpenAI, http: httpx.Client, service: FakeService
+) -> None:
+    images = [picture(), *(png(Image.new("RGB", (64, 80), color)) for color in ("red", "blue", "green"))]
+    client.images.edit(image=images[:3], prompt="a lake")
+    asked = service.asked[-1]
+    assert asked.image is not None and asked.image.data == images[0]
+    assert [each.image and each.image.data for each in asked.references] == images[1:3]
+    files = [("image[]", images[0]), ("image[]", images[1]), ("references.0.image", images[3])]
+    answer = http.post(EDITS, data={"prompt": "a lake", "references": "[{}]"}, files=files)
+    assert answer.status_code == 200, answer.text
+    references = service.asked[-1].references
+    assert [each.image and each.image.data for each in references] == [images[1], images[3]]
+    for names in (("image", "image"), ("image", "image[]", "image"), ("mask[]", "mask[]")):
+        twice = http.post(EDITS, data={"prompt": "a lake"}, files=[(name, images[0]) for name in names])
+        name = names[0].removesuffix("[]")
+        assert refused(twice) == (name, f"{name} is there more than once; send one")
+    broken = [("image[]", images[0]), ("image[]", images[1][:60])]
+    param, message = refused(http.post(EDITS, data={"prompt": "a lake"}, files=broken))
+    assert param == "references.0.image" and "damaged" in message
+
+
+def test_to_models_that_edit_a_transparent_part_of_the_image_is_no_mask() -> None:
+    asked = EditRequest.of_form({"prompt": "a lake", "image": clear_on_the_left()})
+    card = CARDS[0]
+    assert asked.generation(card, "r").mask_image is not None
+    edits = card.model_copy(update={"lacks": {"strength": "it edits"}})
+    request = asked.generation(edits, "r")
+    assert request.mask_image is None and request.image is not None
 
 
 def test_a_form_without_files_where_none_was_chosen_is_as_without_the_field(

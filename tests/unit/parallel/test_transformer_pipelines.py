@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
 from PIL import Image
 
 from distriray import ParallelConfig, parallelize
@@ -18,6 +17,7 @@ from tests.models import (
     tiny_chroma,
     tiny_flux,
     tiny_flux2,
+    tiny_kontext,
     tiny_krea2,
     tiny_longcat_image,
     tiny_ovis_image,
@@ -39,13 +39,6 @@ STACKED = {
     "prompt_embeds_mask": torch.tensor([[True] * 5 + [False] * 2]),
 }
 PADDED = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
-
-
-def tiny_kontext() -> FluxKontextPipeline:
-    """FLUX.1 Kontext, whose network sees the tokens of another picture behind those of its own."""
-    pipeline = FluxKontextPipeline(**tiny_flux().components)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""References: the pictures that a model which edits draws after."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from pydantic import BaseModel, ConfigDict
+
+from distriray.errors import InvalidRequest
+from distriray.picture import CarriedPicture, Picture
+
+MOST_PIXELS = 2**20
+"""What a model is shown of a reference: one with more is made smaller."""
+
+LEAST_SIDE, LONGEST = 64, 8
+"""The shortest side of a reference, in pixels, and how many times as long the other one may be."""
+
+
+class Reference(BaseModel):
+    """A picture that the prompt speaks of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    image: CarriedPicture
+    """The picture, as a `data:` URL. With more than 1024x1024 pixels, it is shown to the model smaller."""
+
+
+def shown_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
+    """The size in which a model is shown a reference of a size: multiples of `unit`; all are in pixels."""
+    width, height = size
+    scale = min(1.0, sqrt(MOST_PIXELS / (width * height)))
+    width, height = (max(unit, int(side * scale) // unit * unit) for side in size)
+    return width, height
+
+
+def check_reference(picture: Picture, name: str) -> None:
+    """Raise InvalidRequest, by that name, for a picture too small or too narrow to draw after."""
+    shorter, longer = sorted(picture.size)
+    if shorter < LEAST_SIDE or longer > LONGEST * shorter:
+        width, height = picture.size
+        least = f"sides of {LEAST_SIDE} or more, the longer at most {LONGEST} times the shorter"
+        raise InvalidRequest(f"{name} is {width}x{height} pixels; what is edited has {least}", name)
