@@ -183,7 +183,7 @@ def test_a_service_knows_a_models_sizes_and_terms_and_loads_neither_torch_nor_di
         "print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(512, 512) 8 prompt_3 negative_prompt_3\n[]"
+    assert done.stdout.strip() == "(512, 512) 8 prompt_3 negative_prompt_3 references\n[]"
 
 
 def test_importing_distriray_loads_neither_torch_nor_ray() -> None:

@@ -811,7 +811,7 @@ def test_a_card_names_what_is_refused_in_the_words_of_the_refusal() -> None:
     async def scene() -> None:
         service = front(pool=handle)
         lacks = service.models()[0].lacks
-        assert lacks.keys() == {"prompt_3", "negative_prompt_3"}, "by its folder"
+        assert lacks.keys() == {"prompt_3", "negative_prompt_3", "references"}, "by its folder"
         handle.hosts, handle.facts = ["a"], replace(FACTS, terms=Terms(lacks={"prompt_2": "there is one"}))
         with pytest.raises(InvalidRequest, match="^prompt_2: there is one; leave it out$"):
             await service.generate(GenerationRequest(prompt="x", prompt_2="y"))

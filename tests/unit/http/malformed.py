@@ -315,7 +315,8 @@ def _text_for_file(chance: random.Random) -> Malformed:
 
 
 def _several(chance: random.Random) -> Malformed:
-    return _edit(*[(chance.choice(["image", "image[]"]), picture())] * chance.choice([2, 3, 7, 9]))
+    name = chance.choice(["image", "mask", "mask[]"])
+    return _edit(*[(name, picture())] * chance.choice([2, 3, 7, 9]))
 
 
 def _missing(chance: random.Random) -> Malformed:

@@ -18,12 +18,14 @@ from PIL import ExifTags, Image
 from deployments.http.images import EditRequest
 from distriray import Client
 from distriray.events import Finished
+from distriray.names import KINDS
 from distriray.picture import Picture, png
 from distriray.requests import SamplingParams
 from tests.unit.http.fake import CARDS, FakeService
 from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
 
 VARIATIONS = "/v1/images/variations"
+NAMED = sorted(KINDS.keys() & set(SamplingParams.WITH_IMAGES))
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +282,7 @@ def refused(answer: httpx.Response) -> tuple[str, str]:
     return error["param"], error["message"]
 
 
-@pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
+@pytest.mark.parametrize("field", NAMED)
 def test_listed_pictures_come_in_json_and_as_files_of_a_form(
     field: str, url: str, service: FakeService
 ) -> None:
@@ -295,7 +297,7 @@ def test_listed_pictures_come_in_json_and_as_files_of_a_form(
     assert getattr(service.asked[-1], field) == (entry,)
 
 
-@pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
+@pytest.mark.parametrize("field", NAMED)
 def test_a_form_has_as_many_listed_pictures_as_a_service_allows(field: str) -> None:
     entries = json.dumps([{**CANNY, "name": f"canny-{i}"} for i in range(11)])
     files = {f"{field}.{i}.image": picture() for i in range(11)}
@@ -303,7 +305,7 @@ def test_a_form_has_as_many_listed_pictures_as_a_service_allows(field: str) -> N
     assert [each.image for each in getattr(asked, field)] == [Picture.of(picture())] * 11
 
 
-@pytest.mark.parametrize("field", SamplingParams.WITH_IMAGES)
+@pytest.mark.parametrize("field", NAMED)
 def test_listed_pictures_that_are_none_are_refused_by_name(
     field: str, url: str, service: FakeService
 ) -> None:

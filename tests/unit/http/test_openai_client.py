@@ -77,6 +77,7 @@ def test_every_field_reaches_the_service(client: openai.OpenAI, service: FakeSer
         "clip_skip": 1,
         "control": ({"name": "canny", "image": EDGES, "scale": 0.5, "start": 0.25, "end": 0.75},),
         "ip_adapters": ({"name": "style", "image": EDGES, "scale": 0.5},),
+        "references": ({"image": EDGES}, {"image": EDGES}),
         "loras": ({"name": "ink", "scale": 0.8}, {"name": "neon", "scale": -1.0}),
         "gang_size": 2,
         "exchange": "displaced",
