@@ -24,6 +24,9 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3DistilledModularPipeline,
+    Flux3ModularPipeline,
+    Flux3Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Krea2Pipeline,
@@ -44,6 +47,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBlocks
+from diffusers.modular_pipelines.flux3.modular_blocks_flux3_distilled import Flux3DistilledAutoBlocks
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -60,12 +65,15 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     MistralConfig,
     PixtralVisionConfig,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -347,6 +355,22 @@ def tiny_flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DMo
         "axes_dims_rope": (4, 4, 4, 4),
     }
     return ready(Flux2Transformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_flux3_transformer(seed: int = 0, **config: Any) -> Flux3Transformer2DModel:
+    """FLUX.3's layout: blocks for each of image, references and text, and then for all of them."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "cond_in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "timestep_channels": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    }
+    return ready(Flux3Transformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_sd3_transformer(seed: int = 0, **config: Any) -> SD3Transformer2DModel:
@@ -652,6 +676,61 @@ def tiny_mistral(seed: int, tokenizer: Qwen2Tokenizer) -> Mistral3ForConditional
     return ready(
         Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)), seed
     )
+
+
+def tiny_flux3(seed: int = 0) -> Flux3ModularPipeline:
+    """A whole pipeline of FLUX.3's base, which takes prompts as they are."""
+    return _tiny_flux3(Flux3AutoBlocks(), seed)
+
+
+def tiny_flux3_distilled(seed: int = 0) -> Flux3DistilledModularPipeline:
+    """The same of the one that was distilled to few steps without guidance."""
+    return _tiny_flux3(Flux3DistilledAutoBlocks(), seed, flow_map=True)
+
+
+def _tiny_flux3(blocks: Any, seed: int, **transformer: Any) -> Any:
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline = blocks.init_pipeline()
+    tokenizer = tiny_qwen_tokenizer()
+    pipeline.update_components(
+        vae=tiny_flux2_vae(seed + 1),
+        text_encoder=tiny_qwen3_vl(seed + 2, tokenizer),
+        tokenizer=TextProcessor(tokenizer, chat_template=CHAT),
+        transformer=tiny_flux3_transformer(seed, joint_attention_dim=8 * TEXT_WIDTH, **transformer),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class TextProcessor(ProcessorMixin):
+    """What holds a tokenizer as Qwen3-VL's processor does, which needs torchvision for pictures."""
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+def tiny_qwen3_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
+    """The language model that FLUX.3 reads prompts with, as deep as its pipelines look into it."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 33,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": TEXT_WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+        "num_position_embeddings": 4,
+        "deepstack_visual_indexes": [],
+    }
+    return ready(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)), seed)
 
 
 def tiny_flux2_vae(seed: int) -> AutoencoderKLFlux2:

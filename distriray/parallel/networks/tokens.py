@@ -254,6 +254,8 @@ class TokenNetwork(Network):
             if planned.sequence is None:
                 continue
             tokens = partition.of_sequence(planned.sequence)
+            if not any(tokens):
+                continue
             queries, keys, channels = self.heads(layer)
             own = torch.empty(share.images, tokens[rank], dtype=call.sample.dtype, device="meta")
             query, key = (own[..., None, None].expand(-1, -1, heads, channels) for heads in (queries, keys))
@@ -329,7 +331,7 @@ class TokenNetwork(Network):
         """The tokens of all ranks and of the whole batch, where `output` are this rank's."""
         for name, processor in self._attending.items():
             times = self._tokens.entered[processor]
-            if times != 1 and exchanges:
+            if times != 1 and exchanges and any(self._tokens.of(processor.sequence)):
                 raise UnsupportedModel(f"{name} was called {times} times in a step, not once")
         return collect(output[:, None])[:, 0]
 
