@@ -24,6 +24,8 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3AutoBlocks,
+    Flux3DistilledAutoBlocks,
     Flux3DistilledModularPipeline,
     Flux3ModularPipeline,
     Flux3Transformer2DModel,
@@ -33,6 +35,7 @@ from diffusers import (
     Krea2Transformer2DModel,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
+    ModularPipeline,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
@@ -47,8 +50,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBlocks
-from diffusers.modular_pipelines.flux3.modular_blocks_flux3_distilled import Flux3DistilledAutoBlocks
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -61,11 +62,11 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
     PixtralVisionConfig,
-    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -695,18 +696,18 @@ def _tiny_flux3(blocks: Any, seed: int, **transformer: Any) -> Any:
     pipeline.update_components(
         vae=tiny_flux2_vae(seed + 1),
         text_encoder=tiny_qwen3_vl(seed + 2, tokenizer),
-        tokenizer=TextProcessor(tokenizer, chat_template=CHAT),
+        # One that holds a tokenizer too; Qwen3-VL's needs torchvision.
+        tokenizer=LlavaProcessor(CLIPImageProcessor(), tokenizer, chat_template=CHAT),
         transformer=tiny_flux3_transformer(seed, joint_attention_dim=8 * TEXT_WIDTH, **transformer),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-class TextProcessor(ProcessorMixin):
-    """What holds a tokenizer as Qwen3-VL's processor does, which needs torchvision for pictures."""
-
-    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        super().__init__(tokenizer, chat_template=chat_template)
+def save(pipeline: Any, folder: Path) -> None:
+    """Save a pipeline; a modular one with where its components are now."""
+    modular = {"overwrite_modular_index": True} if isinstance(pipeline, ModularPipeline) else {}
+    pipeline.save_pretrained(str(folder), **modular)
 
 
 def tiny_qwen3_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:

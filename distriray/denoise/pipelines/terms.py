@@ -45,6 +45,10 @@ _ONE_PROMPT = {
     **_NO_THIRD,
     **dict.fromkeys(("prompt_2", "negative_prompt_2"), "this model has one text encoder"),
 }
+_NO_GUIDANCE = dict.fromkeys(
+    ("guidance_scale", "negative_prompt", "guidance_rescale", "guidance_end"),
+    "this model was distilled to do without guidance",
+)
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _NO_PICTURES = {**_NO_MASKS, "image": "this model's family draws from text alone here"}
 
@@ -158,9 +162,15 @@ def flux2_klein_terms(config: Configs) -> Terms:
     }
     if not config("").get("is_distilled", False):
         return Terms(50, 4.0, ("euler",), lacks)
-    why = "this model was distilled to do without guidance"
-    without = dict.fromkeys(("guidance_scale", "negative_prompt", "guidance_end"), why)
-    return Terms(4, 1.0, ("euler",), {**lacks, **without})
+    return Terms(4, 1.0, ("euler",), {**_NO_GUIDANCE, **lacks})
+
+
+def flux3_terms(config: Configs) -> Terms:
+    """Of FLUX.3: of the base, and of the one that was distilled, whose network takes where a step goes to."""
+    lacks = {"clip_skip": _NO_CLIP, **_ONE_PROMPT, **_NO_PICTURES}
+    if not config("transformer")["flow_map"]:
+        return Terms(50, 3.5, ("euler",), lacks)
+    return Terms(16, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE})
 
 
 def chroma_terms(config: Configs) -> Terms:

@@ -66,6 +66,7 @@ class Flux3(TokenNetwork):
     """
 
     kind = Flux3Transformer2DModel
+    pads_text = False
     row_unit = 1
     plan = Plan(
         cuts={

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -111,8 +111,9 @@ class TokenNetwork(Network):
     def replace_forward(self, forward: Callable[..., Any]) -> None:
         super().replace_forward(forward)
         self.forward = self._compute
-        if hasattr(self.module, "cache_context") and "cache_context" not in vars(self.module):
-            self.module.cache_context = partial(_in_branch, self, self.module.cache_context)
+        if "cache_context" not in vars(self.module):  # some classes have none of their own
+            own = getattr(self.module, "cache_context", nullcontext)
+            self.module.cache_context = partial(_in_branch, self, own)
 
     @contextmanager
     def in_branch(self, name: str, context: AbstractContextManager[None]) -> Iterator[None]:
