@@ -218,8 +218,8 @@ class Engine:
         """
         if self._outline is None or not self._outline.holds():
             self._convert()
-        # The first has most rows, the second halos on both sides besides, the last most of the text.
-        ranks = {0, min(1, world_size - 1), world_size - 1}
+        # The first has most rows and tokens, the second halos on both sides.
+        ranks = {0, min(1, world_size - 1)}
         gang = [AbsentPeers(rank, world_size, META) for rank in ranks]
         calls = list(calls)
         return max(

@@ -139,9 +139,9 @@ class Partition:
 class TokenPartition(Partition):
     """Contiguous ranges of an image's tokens, and of its text's and references', over `world_size` ranks.
 
-    Of the image it is a partition of `height` rows of one token each. The first ranks get one more where they
-    do not divide, and of the text the last ranks do, so that all have nearly as many. References are dealt so
-    that all have nearly as many of pictures.
+    Of the image it is a partition of `height` rows of one token each. References are dealt so that all ranks
+    have nearly as many of pictures, and the text so that they have nearly as many of all; the first ranks
+    have one more where they do not divide. So the first one has most of the image, and most in all.
 
     Attributes:
         text: tokens of the text that are dealt; 0 where every rank has all of them.
@@ -181,14 +181,14 @@ class TokenPartition(Partition):
     @cached_property
     def _bounds(self) -> dict[Stream, tuple[int, ...]]:
         """Where each rank's tokens of a stream begin, and where the last one's end."""
-        image, ranks = self._unit_bounds, self.world_size
-        from_the_end = _dealt(self.text, ranks)[::-1]
-        pictures = _dealt(self.height + self.references, ranks)
-        return {
-            "image": image,
-            "text": tuple(self.text - bound for bound in from_the_end),
-            "references": tuple(both - one for both, one in zip(pictures, image, strict=True)),
-        }
+        bounds, before, tokens = dict[Stream, tuple[int, ...]](), (0,) * (self.world_size + 1), 0
+        streams: dict[Stream, int] = {"image": self.height, "references": self.references, "text": self.text}
+        for stream, count in streams.items():
+            tokens += count
+            together = _dealt(tokens, self.world_size)
+            bounds[stream] = tuple(of_all - rest for of_all, rest in zip(together, before, strict=True))
+            before = together
+        return bounds
 
     @cached_property
     def _counts(self) -> dict[Sequence, tuple[int, ...]]:

@@ -601,7 +601,8 @@ def test_tokens_are_dealt_evenly_over_image_and_text() -> None:
     assert partition.counts(0) == (6, 5, 5)
     assert [partition.tokens("text", rank) for rank in range(3)] == [(0, 2), (2, 5), (5, 8)]
     assert partition.of_sequence("joint") == (8, 8, 8)
-    assert TokenPartition.of(5, 1, 4).of_sequence("joint") == (2, 1, 1, 2)
+    assert TokenPartition.of(5, 1, 4).of_sequence("joint") == (2, 2, 1, 1)
+    assert TokenPartition.of(15, 6, 4).of_sequence("text") == (2, 1, 1, 2)
     with pytest.raises(InvalidRequest, match="an image of 3 tokens is too small for 4 patches"):
         TokenPartition.of(3, 9, 4)
 
@@ -611,7 +612,8 @@ def test_references_are_dealt_so_that_ranks_have_as_many_tokens_of_pictures() ->
     assert partition.of_sequence("image") == (6, 5, 5)
     assert partition.of_sequence("references") == (5, 6, 5)
     assert [partition.tokens("references", rank) for rank in range(3)] == [(0, 5), (5, 11), (11, 16)]
-    assert partition.of_sequence("joint") == (13, 14, 13)
+    assert partition.of_sequence("text") == (3, 2, 3)
+    assert partition.of_sequence("joint") == (14, 13, 13)
     for height, references, ranks in product(range(8, 16), range(16), range(1, 9)):
         few = TokenPartition(height, 1, 0, ranks, references=references).of_sequence("references")
         assert sum(few) == references and min(few) >= 0
