@@ -83,6 +83,7 @@ CASES = [
     Case(tiny_flux, {**PROMPT, "negative_prompt": "fog", "true_cfg_scale": 3.0}, calls=2),
     Case(tiny_kontext, {**PROMPT, "image": Image.new("RGB", (64, 96), "red"), **NO_RESIZING}),
     Case(tiny_flux2, PROMPT),
+    Case(tiny_flux3, {"prompt": "a lake at dusk", "negative_prompt": "fog", "output_type": "pt"}, calls=2),
     Case(tiny_flux3_distilled, {"prompt": "a lake at dusk", "output_type": "pt"}),
     Case(
         tiny_flux3_distilled,
@@ -134,7 +135,6 @@ CASES = [
 
 UNNAMED = [
     Case(tiny_chroma, {**PROMPT, "negative_prompt": "fog", "guidance_scale": 3.0}, calls=2),
-    Case(tiny_flux3, {"prompt": "a lake at dusk", "negative_prompt": "fog", "output_type": "pt"}, calls=2),
     Case(
         tiny_krea2,
         {
