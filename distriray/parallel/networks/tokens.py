@@ -255,8 +255,6 @@ class TokenNetwork(Network):
             if planned.sequence is None:
                 continue
             tokens = partition.of_sequence(planned.sequence)
-            if not any(tokens):
-                continue
             queries, keys, channels = self.heads(layer)
             own = torch.empty(share.images, tokens[rank], dtype=call.sample.dtype, device="meta")
             query, key = (own[..., None, None].expand(-1, -1, heads, channels) for heads in (queries, keys))
