@@ -9,7 +9,7 @@ from distriray.denoise.pipelines.registry import PIPELINES, Family, family_named
 from distriray.denoise.pipelines.sizes import Configs, Sizes, configs_in
 from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import ModelNotFound
-from distriray.models import BUILTIN, ModelSpec, locate
+from distriray.models import BUILTIN, ModelSpec, index_file, locate
 
 
 def sizes_of(spec: ModelSpec) -> Sizes | None:
@@ -31,5 +31,5 @@ def _folder(spec: ModelSpec) -> tuple[Family, Configs] | None:
         folder = locate(spec)
     except ModelNotFound:
         return None
-    family = family_named(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    family = family_named(json.loads(index_file(folder).read_text())["_class_name"])
     return None if family is None else (PIPELINES[family], configs_in(folder))

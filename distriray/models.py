@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = ("*.json", "*.txt", "*.model")
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _ONE_FILE = ".safetensors"
+_INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+_UNUSED = ("prompt_upsampler", "prompt_upsampler_processor")  # FLUX.3's: prompts are read as they are
 
 
 class ModelSpec(BaseModel):
@@ -106,12 +108,18 @@ def _single_file(file: Path, name: str) -> Path:
 
 
 def _pipeline_folder(folder: Path, name: str) -> Path:
-    if (folder / "model_index.json").is_file():
+    if index_file(folder).is_file():
         return folder
-    what = "has no model_index.json" if any(folder.iterdir()) else "is empty, without a model_index.json"
+    what = f"has no {_INDEX}" if any(folder.iterdir()) else f"is empty, without a {_INDEX}"
     raise ModelNotFound(
         f"no model {name!r}: {folder.absolute()} {what}; a pipeline saved with save_pretrained has one"
     )
+
+
+def index_file(folder: Path) -> Path:
+    """The file that says what pipeline a folder is of: of a modular one where there is no other."""
+    index, modular = folder / _INDEX, folder / _MODULAR_INDEX
+    return modular if modular.is_file() and not index.is_file() else index
 
 
 def download(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
@@ -160,8 +168,8 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
 
     Raises:
         ModelNotFound: no such model, its folder lacks safetensors weights, or its file some that it needs.
-        UnsupportedModel: it is to be quantized, and torchao is not installed, or it is a single file; or it
-            does not fit into the device's memory.
+        UnsupportedModel: it is to be quantized, and torchao is not installed, or it is a single file or a
+            modular pipeline; or it does not fit into the device's memory.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -173,12 +181,17 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
             raise UnsupportedModel(f"quantize {spec.quantize!r} of a single file; save it as a folder first")
         return _placed(_load_file(spec, folder, device), spec, device)
     index, missing = _index_of(folder)
+    dtype = resolve_dtype(spec, device, index)
+    if index_file(folder).name == _MODULAR_INDEX:
+        if spec.quantize is not None:
+            raise UnsupportedModel(f"quantize {spec.quantize!r} of a modular pipeline, which was not tried")
+        return _placed(_load_modular(spec, folder, dtype), spec, device)
     quantization = None if spec.quantize is None else _quantization(spec, index)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
             variant=spec.variant,
-            dtype=resolve_dtype(spec, device, index),
+            dtype=dtype,
             quantization_config=quantization,
             use_safetensors=True,
             local_files_only=True,
@@ -189,6 +202,36 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
         variant = f" of variant {spec.variant!r}" if spec.variant else ""
         raise ModelNotFound(f"{spec.name!r}: no safetensors weights{variant} in {folder}: {error}") from error
     return _placed(pipeline, spec, device)
+
+
+def _load_modular(spec: ModelSpec, folder: Path, dtype: torch.dtype) -> Any:
+    """The modular pipeline of a folder, with those of its components that lie there too."""
+    from diffusers import ModularPipeline
+    from torch import nn
+
+    try:
+        pipeline = ModularPipeline.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{spec.name!r}: no pipeline of diffusers' own in {folder}: {error}") from error
+    specs = {name: pipeline.get_component_spec(name) for name in pipeline.pretrained_component_names}
+    here = [
+        name
+        for name, component in specs.items()
+        if component.pretrained_model_name_or_path == str(folder) and name not in _UNUSED
+    ]
+    modules = [name for name in here if issubclass(specs[name].type_hint or nn.Module, nn.Module)]
+    options: dict[str, Any] = {"use_safetensors": dict.fromkeys(modules, True)}
+    if spec.variant is not None:
+        options["variant"] = dict.fromkeys(modules, spec.variant)
+    pipeline.load_components(here, dtype=dtype, local_files_only=True, **options)
+    missing = [name for name in here if getattr(pipeline, name) is None]  # diffusers logs why
+    if missing:
+        variant = f" of variant {spec.variant!r}" if spec.variant else ""
+        raise ModelNotFound(
+            f"{spec.name!r}: {', '.join(missing)} in {folder} cannot be loaded, from safetensors "
+            f"weights{variant} where it has any"
+        )
+    return pipeline
 
 
 def _placed(pipeline: Any, spec: ModelSpec, device: torch.device) -> Any:
@@ -215,7 +258,7 @@ def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
 
 def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
     """The pipeline that a folder names, and the components that it says are missing."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = json.loads(index_file(folder).read_text(encoding="utf-8"))
     return index, {name: None for name, home in index.items() if home == [None, None]}
 
 

@@ -25,10 +25,10 @@ class Reference(BaseModel):
     """The picture, as a `data:` URL. With more than 1024x1024 pixels, it is shown to the model smaller."""
 
 
-def shown_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
-    """The size in which a model is shown a reference of a size: multiples of `unit`; all are in pixels."""
+def shown_size(size: tuple[int, int], unit: int, most: int = MOST_PIXELS) -> tuple[int, int]:
+    """The size of a reference as it is shown: multiples of `unit`, `most` in all; everything is in pixels."""
     width, height = size
-    scale = min(1.0, sqrt(MOST_PIXELS / (width * height)))
+    scale = min(1.0, sqrt(most / (width * height)))
     width, height = (max(unit, int(side * scale) // unit * unit) for side in size)
     return width, height
 

@@ -24,6 +24,11 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3AutoBlocks,
+    Flux3DistilledAutoBlocks,
+    Flux3DistilledModularPipeline,
+    Flux3ModularPipeline,
+    Flux3Transformer2DModel,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -31,6 +36,7 @@ from diffusers import (
     Krea2Transformer2DModel,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
+    ModularPipeline,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
@@ -57,6 +63,7 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -67,6 +74,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -348,6 +357,22 @@ def tiny_flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DMo
         "axes_dims_rope": (4, 4, 4, 4),
     }
     return ready(Flux2Transformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_flux3_transformer(seed: int = 0, **config: Any) -> Flux3Transformer2DModel:
+    """FLUX.3's layout: blocks for each of image, references and text, and then for all of them."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "cond_in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "timestep_channels": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    }
+    return ready(Flux3Transformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_sd3_transformer(seed: int = 0, **config: Any) -> SD3Transformer2DModel:
@@ -660,6 +685,61 @@ def tiny_mistral(seed: int, tokenizer: Qwen2Tokenizer) -> Mistral3ForConditional
     return ready(
         Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)), seed
     )
+
+
+def tiny_flux3(seed: int = 0) -> Flux3ModularPipeline:
+    """A whole pipeline of FLUX.3's base, which takes prompts as they are."""
+    return _tiny_flux3(Flux3AutoBlocks(), seed)
+
+
+def tiny_flux3_distilled(seed: int = 0) -> Flux3DistilledModularPipeline:
+    """The same of the one that was distilled to few steps without guidance."""
+    return _tiny_flux3(Flux3DistilledAutoBlocks(), seed, flow_map=True)
+
+
+def _tiny_flux3(blocks: Any, seed: int, **transformer: Any) -> Any:
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipeline = blocks.init_pipeline()
+    tokenizer = tiny_qwen_tokenizer()
+    pipeline.update_components(
+        vae=tiny_flux2_vae(seed + 1),
+        text_encoder=tiny_qwen3_vl(seed + 2, tokenizer),
+        # One that holds a tokenizer too; Qwen3-VL's needs torchvision.
+        tokenizer=LlavaProcessor(CLIPImageProcessor(), tokenizer, chat_template=CHAT),
+        transformer=tiny_flux3_transformer(seed, joint_attention_dim=8 * TEXT_WIDTH, **transformer),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save(pipeline: Any, folder: Path) -> None:
+    """Save a pipeline; a modular one with where its components are now."""
+    modular = {"overwrite_modular_index": True} if isinstance(pipeline, ModularPipeline) else {}
+    pipeline.save_pretrained(str(folder), **modular)
+
+
+def tiny_qwen3_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
+    """The language model that FLUX.3 reads prompts with, as deep as its pipelines look into it."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 33,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": TEXT_WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+        "num_position_embeddings": 4,
+        "deepstack_visual_indexes": [],
+    }
+    return ready(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)), seed)
 
 
 def tiny_flux2_vae(seed: int) -> AutoencoderKLFlux2:

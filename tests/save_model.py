@@ -10,10 +10,13 @@ import argparse
 from pathlib import Path
 
 from tests.models import (
+    save,
     tiny_chroma,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
+    tiny_flux3,
+    tiny_flux3_distilled,
     tiny_flux_schnell,
     tiny_kontext,
     tiny_qwen_image,
@@ -30,6 +33,8 @@ MODELS = {
     "flux-kontext": tiny_kontext,
     "flux2-dev": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
+    "flux3": tiny_flux3,
+    "flux3-distilled": tiny_flux3_distilled,
     "flux-schnell": tiny_flux_schnell,
     "qwen-image": tiny_qwen_image,
     "sd15": tiny_sd15,
@@ -45,7 +50,7 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    MODELS[arguments.model]().save_pretrained(arguments.folder)
+    save(MODELS[arguments.model](), arguments.folder)
 
 
 if __name__ == "__main__":

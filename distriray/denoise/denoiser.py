@@ -339,7 +339,7 @@ class Denoiser:
             self.settle(last)
         self._image = None  # so that its buffers are the next one's
         if engine is not None:
-            engine.watch_scheduler(self)
+            engine.watch(self)
             if self.controls.networks:
                 engine.network.controls = self.controls.networks
             self._image = engine.image(at_step=state.step, num_steps=state.num_steps)

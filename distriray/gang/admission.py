@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from math import prod
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -12,8 +11,7 @@ from distriray.errors import InvalidRequest
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
 from distriray.names import check_names
-from distriray.references import shown_size
-from distriray.requests import MULTIPLE_OF, GenerationRequest
+from distriray.requests import GenerationRequest
 from distriray.routing.latency import Besides
 from distriray.routing.policy import RequestView
 from distriray.steps import guided_steps
@@ -51,6 +49,7 @@ class Admitted(NamedTuple):
         guided: each of them is of two branches,
         unguided_steps: but for so many of the last.
         fresh: each of them is synchronous.
+        shown_pixels: of references, whose tokens go through the network beside the picture's own.
     """
 
     request: GenerationRequest
@@ -59,6 +58,7 @@ class Admitted(NamedTuple):
     guided: bool
     fresh: bool
     unguided_steps: int = 0
+    shown_pixels: int = 0
 
     def view(self, arrival_s: float, deadline_s: float | None) -> RequestView:
         """The request as routing sees it before anything of it is done; both times are of one clock."""
@@ -80,11 +80,11 @@ class Admitted(NamedTuple):
             unguided_steps=self.unguided_steps,
             fresh=self.fresh,
             adapters=tuple(lora.name for lora in request.loras if lora.scale),
-            besides=_besides(request),
+            besides=_besides(request, self.shown_pixels),
         )
 
 
-def _besides(request: GenerationRequest) -> Besides:
+def _besides(request: GenerationRequest, shown_pixels: int) -> Besides:
     """Additions to the network's own steps, named so that predictions treat like as like."""
     adapted = [(f"lora {lora.name}", ADDED) for lora in request.loras if lora.scale]
     controlled = [
@@ -93,15 +93,9 @@ def _besides(request: GenerationRequest) -> Besides:
         if each.scale
     ]
     alike = [(f"ip_adapter {each.name}", 0.0) for each in request.ip_adapters if each.scale]
-    return tuple(sorted(adapted + controlled + alike + _shown(request)))
-
-
-def _shown(request: GenerationRequest) -> list[tuple[str, float]]:
-    """References, whose tokens go through the network beside the picture's own."""
-    pictures = [each.image for each in request.references if each.image is not None]
-    pixels = sum(prod(shown_size(picture.size, MULTIPLE_OF)) for picture in pictures)
     assert request.height is not None and request.width is not None
-    return [(f"references {pixels}", pixels / (request.height * request.width))] if pixels else []
+    shown = [(f"references {shown_pixels}", shown_pixels / (request.height * request.width))]
+    return tuple(sorted(adapted + controlled + alike + shown * bool(shown_pixels)))
 
 
 def admit(
@@ -142,7 +136,8 @@ def admit(
             "guidance_end",
         )
     fresh = shared.mix is not None and shared.mix.exact
-    return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps)
+    shown_pixels = facts.terms.shown_pixels(request)
+    return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps, shown_pixels)
 
 
 def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:

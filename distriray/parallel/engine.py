@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -25,6 +26,7 @@ from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.gather import Place
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs
+from distriray.parallel.guiders import Guiders
 from distriray.parallel.image import Branch, Image
 from distriray.parallel.network_graphs import NetworkGraphs
 from distriray.parallel.networks.base import Call, Network
@@ -75,6 +77,7 @@ class Engine:
         self.room: Room | None = None
         self._most_idle: float = float("inf")  # bytes of buffers not in use that the room leaves
         self._schedules = Schedules()
+        self._guiders = Guiders()
         self._exchanges = ExchangeCache()
         self._collector = Collector()
         self._more_follow = False
@@ -94,10 +97,15 @@ class Engine:
         self.network.replace_forward(self.forward)
         self.network.forward = partial(self.graphs.compute, self.network.forward)
 
-    def watch_scheduler(self, pipeline: Any) -> None:
-        """Know the timesteps of this pipeline's scheduler without reading them on a device in every step."""
+    def watch(self, pipeline: Any) -> None:
+        """Know what a pipeline knows of its calls.
+
+        That is the timesteps of its scheduler, without reading them on a device in every step, and of which
+        branch a call is, if it has a guider.
+        """
         if pipeline is not self.network.module:
             self._schedules.watch(pipeline)
+            self._guiders.watch(pipeline)
 
     def join(self, communicator: Communicator, config: ParallelConfig) -> None:
         """Join a gang, dropping pending signals, and the buffers of the gang before if it is another."""
@@ -218,8 +226,8 @@ class Engine:
         """
         if self._outline is None or not self._outline.holds():
             self._convert()
-        # The first has most rows, the second halos on both sides besides, the last most of the text.
-        ranks = {0, min(1, world_size - 1), world_size - 1}
+        # The first has most rows and tokens, the second halos on both sides.
+        ranks = {0, min(1, world_size - 1)}
         gang = [AbsentPeers(rank, world_size, META) for rank in ranks]
         calls = list(calls)
         return max(
@@ -276,6 +284,8 @@ class Engine:
         """
         sent = self.communicator.bytes_sent
         call = self.network.read(*args, **kwargs)
+        if call.branch is None:
+            call = replace(call, branch=self._guiders.branch)
         with Stopwatch(call.sample.device) as whole:
             output, step, share = self._run(call)
         if self.config.exchange == "auto" and step is not None and not step.displaced:

@@ -70,7 +70,7 @@ def parallelize(
     network = network_of(pipeline, said)
     engine = _installed(network.module, lambda _: Engine(network))
     engine.network.local = said
-    engine.watch_scheduler(pipeline)
+    engine.watch(pipeline)
     if engine.decoder is not None:  # perhaps that of another pipeline around this network
         engine.decoder.communicator = None
     decoder = decoder_of(pipeline, said)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, get_args
 
 from distriray.errors import InvalidRequest, UnsupportedModel
 
-Sequence = Literal["joint", "image"]
-"""Tokens that an attention is over: those of image and text, or the image's alone."""
+Stream = Literal["image", "text", "references"]
+"""Tokens of one kind: of the image, of its text, or of the pictures that it refers to."""
+Sequence = Literal["joint", Stream]
+"""Tokens that an attention is over: those of all streams, or of one alone."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class Partition:
 
     @cached_property
     def _unit_bounds(self) -> tuple[int, ...]:
-        each, extra = divmod(self.units, self.world_size)
-        return tuple(rank * each + min(rank, extra) for rank in range(self.world_size + 1))
+        return _dealt(self.units, self.world_size)
 
     def shape(self, level: int) -> tuple[int, int]:
         """Rows and columns of the whole feature map at `level`."""
@@ -135,19 +137,22 @@ class Partition:
 
 @dataclass(frozen=True)
 class TokenPartition(Partition):
-    """Contiguous ranges of an image's tokens, and of its text's, over `world_size` ranks.
+    """Contiguous ranges of an image's tokens, and of its text's and references', over `world_size` ranks.
 
-    Of the image it is a partition of `height` rows of one token each. The first ranks get one more where they
-    do not divide, and of the text the last ranks do, so that all have nearly as many.
+    Of the image it is a partition of `height` rows of one token each. References are dealt so that all ranks
+    have nearly as many of pictures, and the text so that they have nearly as many of all; the first ranks
+    have one more where they do not divide. So the first one has most of the image, and most in all.
 
     Attributes:
         text: tokens of the text that are dealt; 0 where every rank has all of them.
+        references: tokens of pictures that the image refers to, where they are a stream of their own.
 
     Raises:
         InvalidRequest: fewer tokens of the image than ranks.
     """
 
     text: int = 0
+    references: int = 0
 
     @classmethod
     def of(cls, image: int, text: int, world_size: int) -> TokenPartition:
@@ -160,25 +165,46 @@ class TokenPartition(Partition):
                 f"an image of {self.height} tokens is too small for {self.world_size} patches", param="height"
             )
 
-    def text_tokens(self, rank: int) -> tuple[int, int]:
-        """The tokens [start, stop) of the text that `rank` owns."""
-        return self._text_bounds[rank], self._text_bounds[rank + 1]
+    def whole(self, stream: Stream) -> int:
+        """Tokens of a stream that are dealt to the ranks."""
+        return self._bounds[stream][-1]
+
+    def tokens(self, stream: Stream, rank: int) -> tuple[int, int]:
+        """The tokens [start, stop) of a stream that `rank` owns."""
+        bounds = self._bounds[stream]
+        return bounds[rank], bounds[rank + 1]
 
     def of_sequence(self, sequence: Sequence) -> tuple[int, ...]:
         """Numbers of tokens of a sequence that each rank owns."""
-        return self.joint if sequence == "joint" else self.counts(0)
+        return self._counts[sequence]
 
     @cached_property
-    def joint(self) -> tuple[int, ...]:
-        """Numbers of tokens of image and text together that each rank owns."""
-        texts = (stop - start for start, stop in map(self.text_tokens, range(self.world_size)))
-        return tuple(image + text for image, text in zip(self.counts(0), texts, strict=True))
+    def _bounds(self) -> dict[Stream, tuple[int, ...]]:
+        """Where each rank's tokens of a stream begin, and where the last one's end."""
+        bounds, before, tokens = dict[Stream, tuple[int, ...]](), (0,) * (self.world_size + 1), 0
+        streams: dict[Stream, int] = {"image": self.height, "references": self.references, "text": self.text}
+        for stream, count in streams.items():
+            tokens += count
+            together = _dealt(tokens, self.world_size)
+            bounds[stream] = tuple(of_all - rest for of_all, rest in zip(together, before, strict=True))
+            before = together
+        return bounds
 
     @cached_property
-    def _text_bounds(self) -> tuple[int, ...]:
-        each, extra = divmod(self.text, self.world_size)
-        without = self.world_size - extra
-        return tuple(rank * each + max(0, rank - without) for rank in range(self.world_size + 1))
+    def _counts(self) -> dict[Sequence, tuple[int, ...]]:
+        streams = get_args(Stream)
+        counts: dict[Sequence, tuple[int, ...]] = {
+            stream: tuple(stop - start for start, stop in pairwise(self._bounds[stream]))
+            for stream in streams
+        }
+        joint = zip(*(counts[stream] for stream in streams), strict=True)
+        return {**counts, "joint": tuple(map(sum, joint))}
+
+
+def _dealt(count: int, ranks: int) -> tuple[int, ...]:
+    """Where each rank's part of so many begins, and the last one's ends; the first get one more."""
+    each, extra = divmod(count, ranks)
+    return tuple(rank * each + min(rank, extra) for rank in range(ranks + 1))
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from tests.models import (
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
+    tiny_flux3,
     tiny_qwen_image,
     tiny_sd3,
     tiny_sd15,
@@ -54,6 +55,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "chroma": tiny_chroma,
     "flux2": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
+    "flux3": tiny_flux3,
     "z-image": tiny_z_image,
 }
 SMALL = {"prompt": "a lake", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 1}

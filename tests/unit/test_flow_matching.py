@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AdaptiveProjectedGuidance,
     AutoencoderTiny,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -27,6 +28,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    ModularPipeline,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     StableDiffusion3InpaintPipeline,
@@ -52,11 +54,16 @@ from distriray.picture import Picture
 from distriray.references import Reference
 from distriray.requests import GenerationRequest, SamplingParams
 from tests.models import (
+    TEXT_WIDTH,
+    save,
     tiny_chroma,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
     tiny_flux2_klein_distilled,
+    tiny_flux3,
+    tiny_flux3_distilled,
+    tiny_flux3_transformer,
     tiny_flux_schnell,
     tiny_kontext,
     tiny_qwen_image,
@@ -90,6 +97,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux2-dev": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
     "flux2-klein-distilled": tiny_flux2_klein_distilled,
+    "flux3": tiny_flux3,
+    "flux3-distilled": tiny_flux3_distilled,
     "qwen-image": tiny_qwen_image,
     "z-image": tiny_z_image,
 }
@@ -135,14 +144,17 @@ def plain(
         call["callback_on_step_end"] = lambda _pipeline, _step, _timestep, values: tokens.update(values) or {}
     before = pipeline.scheduler
     pipeline.scheduler = scheduler or before
+    modular = isinstance(pipeline, ModularPipeline)
     try:
-        images = pipeline(
+        given = by_guider(pipeline, **call) if modular else call
+        result = pipeline(
             prompt="a lake",
             num_images_per_prompt=len(seeds),
             generator=generators(seeds),
-            output_type=output_type,
-            **call,
-        ).images
+            output_type="pt" if modular and output_type == "latent" else output_type,
+            **given,
+        )
+        images = result.latents if modular and output_type == "latent" else result.images
     finally:
         pipeline.scheduler = before
     if output_type == "latent" and by_flux2:
@@ -151,6 +163,15 @@ def plain(
         latents = pipeline._unpack_latents(images, call["height"], call["width"], pipeline.vae_scale_factor)
         return latents.squeeze(2) if latents.ndim == 5 else latents
     return images
+
+
+def by_guider(pipeline: ModularPipeline, **call: Any) -> dict[str, Any]:
+    """A call without what is said of guidance, which is told the guider, if the pipeline has one."""
+    guider = pipeline.components.get("guider")
+    scale, rescale = call.pop("guidance_scale", 3.5), call.pop("guidance_rescale", 0.0)
+    if guider is not None:
+        pipeline.update_components(guider=guider.new(guidance_scale=scale, guidance_rescale=rescale))
+    return call
 
 
 def skip_unless_it_begins_from_pictures(pipeline: Any) -> None:
@@ -223,6 +244,8 @@ EDITED: dict[str, list[Image.Image]] = {
     "flux2-dev": [OLD, NEW],
     "flux2-klein": [OLD],
     "flux2-klein-distilled": [NEW, OLD, NEW],
+    "flux3": [OLD, NEW],
+    "flux3-distilled": [NEW],
 }
 """What each model that edits is shown."""
 
@@ -681,11 +704,12 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
     pipeline: Any, in_sync: Gangs, scheduler: str | None
 ) -> None:
     skip_unless_taken(Denoiser(pipeline), scheduler)
+    modular = isinstance(pipeline, ModularPipeline)
     (picture,) = plain(pipeline, [1], named(scheduler, pipeline), output_type="pil", **TALL)
     one, other = in_sync.draw((2, 4, 1, 2), **TALL, scheduler=scheduler)
     assert apart(one.picture, picture) <= 1 and apart(other.picture, picture) <= 1
     assert one.preview == other.preview
-    assert one.preview.size == ((32, 32) if "Flux2" in type(pipeline).__name__ else (24, 32))
+    assert one.preview.size == ((32, 32) if "Flux2" in type(pipeline).__name__ or modular else (24, 32))
 
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) -> None:
@@ -777,7 +801,7 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
     monkeypatch.setattr(Schedules, "read", watch)
     denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
     skip_unless_taken(denoiser, scheduler)
-    calls = 2 if model in ("chroma", "qwen-image", "flux2-klein") else 1  # of the network, a step
+    calls = 2 if model in ("chroma", "qwen-image", "flux2-klein", "flux3") else 1  # of the network, a step
     states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
     denoiser.step(states[0])
     states[0] = DenoiseState.from_bytes(states[0].to_bytes())
@@ -791,7 +815,7 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
 @pytest.fixture(scope="module")
 def folder(model: str, pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / model
-    pipeline.save_pretrained(folder)
+    save(pipeline, folder)
     return folder
 
 
@@ -821,7 +845,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
         "flux-dev",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("chroma", "flux2-klein", "qwen-image", "sd3", "z-image")
+            for name in ("chroma", "flux2-klein", "flux3", "qwen-image", "sd3", "z-image")
         ),
     ],
 )
@@ -1015,7 +1039,7 @@ def test_guidance_of_qwen_image_is_the_pipelines(call: dict[str, Any]) -> None:
     assert torch.equal(finish(denoiser, state), expected)
 
 
-@pytest.mark.parametrize("make", [tiny_chroma, tiny_qwen_image])
+@pytest.mark.parametrize("make", [tiny_chroma, tiny_qwen_image, tiny_flux3])
 def test_each_branch_that_has_calls_of_its_own_is_displaced_by_itself(make: Callable[[], Any]) -> None:
     def rank(communicator: Communicator) -> list[bool]:
         pipeline = parallelize(
@@ -1127,3 +1151,88 @@ def test_what_the_system_says_is_the_users_own() -> None:
     said = finish(denoiser, begin(denoiser, [1], **SMALL))
     assert not torch.equal(said, before)
     assert torch.equal(said, plain(pipeline, [1], num_inference_steps=3, **SIZE))
+
+
+# FLUX.3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "fog"},
+        {"negative_prompt": "fog over all of the lake, " * 8},  # of more tokens than the prompt is padded to
+        {"guidance_rescale": 0.7},
+    ],
+)
+def test_guidance_of_flux3_is_the_pipelines(call: dict[str, Any]) -> None:
+    pipeline = tiny_flux3()
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [3, 4], **SMALL, **call)
+    expected = plain(pipeline, [3, 4], num_inference_steps=3, **SIZE, **call)
+    assert torch.equal(finish(denoiser, state), expected)
+
+
+def test_flux3_knows_the_base_and_the_distilled_one() -> None:
+    base, distilled = Denoiser(tiny_flux3()), Denoiser(tiny_flux3_distilled())
+    assert (base.terms.num_inference_steps, base.terms.guidance_scale) == (50, 3.5)
+    assert (distilled.terms.num_inference_steps, distilled.terms.guidance_scale) == (16, 1.0)
+    assert (base.guides, distilled.guides) == (True, False)
+    state = begin(base, [1], **SMALL)
+    with pytest.raises(InvalidRequest, match="Flux3Modular cannot go on with a model of Flux3Distilled"):
+        distilled.step(state)
+
+
+def test_the_network_of_a_distilled_flux3_is_told_where_each_step_goes() -> None:
+    pipeline, told = tiny_flux3_distilled(), list[tuple[float, float]]()
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, given: told.append((float(given["timestep"]), float(given["target_timestep"]))),
+        with_kwargs=True,
+    )
+    denoiser = Denoiser(pipeline)
+    finish(denoiser, begin(denoiser, [1], **SMALL))
+    (first, second, third) = told
+    assert 1.0 == first[0] > first[1] == second[0] > second[1] == third[0] > third[1] == 0.0
+
+
+def change_pad(pipeline: Any) -> None:
+    pipeline._blocks.sub_blocks["text_encoder"].pad_multiple = 40
+
+
+def drop_decoder(pipeline: Any) -> None:
+    pipeline._blocks.sub_blocks.pop("decode")
+
+
+def change_guider(pipeline: Any) -> None:
+    pipeline.update_components(guider=AdaptiveProjectedGuidance())
+
+
+def turn_formula(pipeline: Any) -> None:
+    pipeline.update_components(guider=pipeline.guider.new(use_original_formulation=True))
+
+
+def change_network(pipeline: Any) -> None:
+    network = tiny_flux3_transformer(joint_attention_dim=8 * TEXT_WIDTH, flow_map=True)
+    pipeline.update_components(transformer=network)
+
+
+def drop_vae(pipeline: Any) -> None:
+    pipeline.update_components(vae=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (change_pad, "blocks other than those of Flux3AutoBlocks, or changed ones"),
+        (drop_decoder, "blocks other than those of Flux3AutoBlocks"),
+        (change_guider, "a guider other than diffusers' ClassifierFreeGuidance"),
+        (turn_formula, "a guider other than diffusers' ClassifierFreeGuidance"),
+        (change_network, "around a Flux3Transformer2DModel with flow_map"),
+        (drop_vae, "without vae cannot be denoised step by step"),
+    ],
+)
+def test_a_flux3_of_another_recipe_is_refused(change: Callable[[Any], None], says: str) -> None:
+    pipeline = tiny_flux3()
+    change(pipeline)
+    with pytest.raises(UnsupportedModel, match=f"Flux3ModularPipeline .*{says}"):
+        Denoiser(pipeline)

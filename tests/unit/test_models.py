@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,11 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from deployments.models import sizes_of, terms_of
 from distriray.denoise import Denoiser
 from distriray.errors import ModelNotFound, UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
-from tests.models import tiny_sd15, tiny_sdxl
+from tests.models import save, tiny_flux3, tiny_sd15, tiny_sdxl
 from tests.unit.single_file import single_file
 
 
@@ -46,11 +49,14 @@ def test_a_missing_hub_model_names_folder_cache_and_hub(
         assert part in str(missing.value)
 
 
+FILES = ["model_index.json", "tokenizer/merges.txt", "tokenizer/chat_template.jinja"]
+
+
 @pytest.mark.parametrize(
     ("variant", "wanted"),
     [
-        (None, ["model_index.json", "tokenizer/merges.txt", "unet/a.safetensors", "unet/a.fp16.safetensors"]),
-        ("fp16", ["model_index.json", "tokenizer/merges.txt", "unet/a.fp16.safetensors"]),
+        (None, [*FILES, "unet/a.safetensors", "unet/a.fp16.safetensors"]),
+        ("fp16", [*FILES, "unet/a.fp16.safetensors"]),
     ],
 )
 def test_of_a_hub_model_only_the_components_weights_are_downloaded(
@@ -84,6 +90,56 @@ def test_weights_are_safetensors_or_nothing(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ModelNotFound, match="safetensors"):
         load_pipeline(spec, "cpu")
+
+
+@pytest.fixture
+def modular(tmp_path: Path) -> Path:
+    """The folder of a modular pipeline, which is not where it was saved."""
+    save(tiny_flux3(), tmp_path / "before")
+    return (tmp_path / "before").rename(tmp_path / "after")
+
+
+def test_a_modular_folder_is_loaded_from_where_it_is_and_without_what_reads_no_prompt(modular: Path) -> None:
+    index = json.loads((modular / "modular_model_index.json").read_text())
+    shutil.copytree(modular / "text_encoder", modular / "prompt_upsampler")
+    library, kind, place = index["text_encoder"]
+    index["prompt_upsampler"] = library, kind, {**place, "subfolder": "prompt_upsampler"}
+    (modular / "modular_model_index.json").write_text(json.dumps(index))
+    spec = ModelSpec(name=str(modular), dtype="bfloat16")
+    pipeline, saved = load_pipeline(spec, "cpu"), tiny_flux3().to(torch.bfloat16)
+    assert type(pipeline) is type(saved) and pipeline.prompt_upsampler is None
+    for name in ("transformer", "vae", "text_encoder"):
+        own, read = getattr(saved, name).state_dict(), getattr(pipeline, name).state_dict()
+        assert own.keys() == read.keys()
+        assert all(torch.equal(own[key].float(), read[key].bfloat16().float()) for key in own), name
+    assert sizes_of(spec) == Denoiser(pipeline).sizes and terms_of(spec) == Denoiser(pipeline).terms
+
+
+def test_a_part_of_a_modular_folder_without_safetensors_weights_is_named(modular: Path) -> None:
+    weights = modular / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(
+        load_pipeline(ModelSpec(name=str(modular)), "cpu").vae.state_dict(), weights.with_suffix(".bin")
+    )
+    weights.unlink()
+    with pytest.raises(ModelNotFound, match=r": vae in .*after cannot be loaded, from safetensors"):
+        load_pipeline(ModelSpec(name=str(modular)), "cpu")
+    with pytest.raises(ModelNotFound, match="transformer.* weights of variant 'fp16'"):
+        load_pipeline(ModelSpec(name=str(modular), variant="fp16"), "cpu")
+
+
+def test_a_modular_folder_with_a_variant_or_with_code_of_its_own(modular: Path) -> None:
+    tiny_flux3().save_pretrained(str(modular), variant="fp16", overwrite_modular_index=True)
+    for weights in modular.glob("*/*.safetensors"):
+        if "fp16" not in weights.name:
+            weights.unlink()
+    assert load_pipeline(ModelSpec(name=str(modular), variant="fp16"), "cpu").transformer is not None
+    with pytest.raises(UnsupportedModel, match="quantize 'int8' of a modular pipeline"):
+        load_pipeline(ModelSpec(name=str(modular), variant="fp16", quantize="int8"), "cpu")
+    code = {"auto_map": {"ModularPipelineBlocks": "block.Blocks"}}
+    (modular / "modular_config.json").write_text(json.dumps(code))
+    (modular / "block.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(ModelNotFound, match="no pipeline of diffusers' own"):
+        load_pipeline(ModelSpec(name=str(modular), variant="fp16"), "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -43,9 +44,13 @@ class FlowMatching(PipelineSteps):
         super().__init__(pipeline)
         # Around the same models, but for each request's scheduler, which the user's pipeline never sees.
         parts = {name: pipeline.components[name] for name in (*self.parts, *self.optional_parts)}
-        self._plain, *others = (kind(**parts, scheduler=None) for kind in self.kinds)
+        self._plain, *others = (self.around(kind, parts) for kind in self.kinds)
         self._img2img: Any = others[0] if others else None
         self._transformer, self._vae = pipeline.transformer, pipeline.vae
+
+    def around(self, kind: type, parts: dict[str, Any]) -> Any:
+        """A pipeline of one of `kinds` around these models, without a scheduler."""
+        return kind(**parts, scheduler=None)
 
     def check(self) -> None:
         components, what = self.pipeline.components, type(self.pipeline).__name__
@@ -152,10 +157,10 @@ class FlowMatching(PipelineSteps):
         Args:
             call: of the network, for the branch whose values begin with what it is given.
         """
-        outputs = []
+        outputs, naming = [], getattr(self._transformer, "cache_context", nullcontext)
         for branch, prefix in BRANCHES.items():
             if f"{prefix}prompt_embeds" in state.values and not (prefix and state.guidance_over):
-                with self._transformer.cache_context(branch):
+                with naming(branch):
                     outputs.append(call(prefix))
         return outputs
 

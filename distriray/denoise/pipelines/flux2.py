@@ -21,10 +21,11 @@ from distriray.references import MOST_PIXELS
 TEXT_TOKENS = 512
 
 
-class _Flux2(FlowMatching):
-    """Common parts of both: a state's latents are tokens of 2x2 latents of the VAE, normalized, in rows.
+class TokensInRows(FlowMatching):
+    """Common parts of FLUX.2 and 3.
 
-    Padding of the text is attended to, as in the pipelines. References are tokens after the picture's own.
+    A state's latents are tokens of 2x2 latents of the VAE, normalized, in rows. Padding of the text is
+    attended to, as in the pipelines.
     """
 
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -35,6 +36,22 @@ class _Flux2(FlowMatching):
 
     def sigmas(self, steps: int) -> Any:
         return np.linspace(1.0, 1 / steps, steps)
+
+    def rows(self, tokens: torch.Tensor, commission: Commission) -> torch.Tensor:
+        """Tokens, (batch, tokens, channels), in the rows of the picture: (batch, channels, rows, columns)."""
+        unit = self.patch_size * self._plain.vae_scale_factor
+        return tokens.transpose(1, 2).unflatten(2, (commission.height // unit, commission.width // unit))
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        norm, eps = self._vae.bn, self._vae.config.batch_norm_eps
+        mean, variance = (each.view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var))
+        deviation = torch.sqrt(variance + eps).to(latents)
+        latents = Flux2Pipeline._unpatchify_latents(latents * deviation + mean.to(latents))
+        return self.pictures(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
+
+
+class _Flux2(TokensInRows):
+    """Common parts of dev and klein, whose references are tokens after the picture's own."""
 
     def shift(self, commission: Commission, tokens: int) -> float:
         return compute_empirical_mu(tokens, commission.num_inference_steps)
@@ -52,8 +69,7 @@ class _Flux2(FlowMatching):
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         tokens, ids = self._plain.prepare_latents(*self._size(commission, dtype))
         unit = self.patch_size * self._plain.vae_scale_factor
-        sides = commission.height // unit, commission.width // unit
-        latents = tokens.transpose(1, 2).unflatten(2, sides)
+        latents = self.rows(tokens, commission)
         if not commission.references:
             return {"latents": latents, "img_ids": ids}
         shown, shown_ids = self._plain.prepare_image_latents(
@@ -101,13 +117,6 @@ class _Flux2(FlowMatching):
             return_dict=False,
         )[0]
         return output
-
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        norm, eps = self._vae.bn, self._vae.config.batch_norm_eps
-        mean, variance = (each.view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var))
-        deviation = torch.sqrt(variance + eps).to(latents)
-        latents = self._plain._unpatchify_latents(latents * deviation + mean.to(latents))
-        return self.pictures(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
 
 
 class Flux2(_Flux2):

@@ -37,15 +37,13 @@ def guided(output: torch.Tensor, state: DenoiseState) -> torch.Tensor:
         output: (2 x batch, channels, rows, columns).
     """
     without, conditional = output.chunk(2)
-    output = without + state.guidance_scale * (conditional - without)
-    if state.guidance_rescale > 0.0:
-        output = rescale_noise_cfg(output, conditional, guidance_rescale=state.guidance_rescale)
-    return output
+    return guided_calls((conditional, without), state.guidance_scale, state.guidance_rescale)
 
 
-def guided_calls(outputs: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
-    """The outputs of [conditional, unconditional] by the scale; the conditional one where it is alone."""
+def guided_calls(outputs: Sequence[torch.Tensor], scale: float, rescale: float = 0.0) -> torch.Tensor:
+    """The outputs of [conditional, unconditional] by the scale, and rescaled; the first where it is alone."""
     if len(outputs) == 1:
         return outputs[0]
     conditional, without = outputs
-    return without + scale * (conditional - without)
+    output = without + scale * (conditional - without)
+    return rescale_noise_cfg(output, conditional, guidance_rescale=rescale) if rescale > 0.0 else output

@@ -24,6 +24,7 @@ from distriray.denoise.pipelines.terms import (
     chroma_terms,
     flux2_klein_terms,
     flux2_terms,
+    flux3_terms,
     flux_kontext_terms,
     flux_terms,
     qwen_image_terms,
@@ -82,6 +83,10 @@ PIPELINES: dict[str, Family] = {
     "Chroma": Family(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms, _ON_NOISE_OR_PICTURE),
     "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _ON_NOISE),
     "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _ON_NOISE),
+    "Flux3Modular": Family(".flux3:Flux3", "FLUX.3", flux2_sizes, flux3_terms, _ON_NOISE),
+    "Flux3DistilledModular": Family(
+        ".flux3:Flux3Distilled", "FLUX.3 distilled", flux2_sizes, flux3_terms, _ON_NOISE
+    ),
     "QwenImage": Family(
         ".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms, _ON_NOISE_OR_PICTURE
     ),

@@ -9,6 +9,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+from distriray.models import index_file
 from distriray.requests import MULTIPLE_OF
 
 Configs = Callable[[str], Mapping[str, Any]]
@@ -81,5 +82,5 @@ def configs_of(pipeline: Any) -> Configs:
 def configs_in(folder: Path) -> Configs:
     """The configurations of the components of a saved pipeline."""
     return lambda name: json.loads(
-        (folder / name / ("config.json" if name else "model_index.json")).read_text()
+        (folder / name / "config.json" if name else index_file(folder)).read_text()
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, TypeVar, get_args
 
 from distriray.denoise.pipelines.sizes import Configs
 from distriray.errors import InvalidRequest
-from distriray.references import Reference, check_reference, shown_size
-from distriray.requests import Defaults, SamplingParams, image_of
+from distriray.references import MOST_PIXELS, Reference, check_reference, shown_size
+from distriray.requests import MULTIPLE_OF, Defaults, SamplingParams, image_of
 from distriray.steps import SchedulerName
 
 Params = TypeVar("Params", bound=SamplingParams)
@@ -30,8 +31,8 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "strength": lambda strength: strength is not None,
 }
 
-FLUX2_REFERENCES = 10
-"""That FLUX.2's makers say it takes."""
+FLUX_REFERENCES = 10
+"""That the makers of FLUX.2 say it takes."""
 
 STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
 """Of requests that name none: inside a mask, all is drawn anew."""
@@ -51,7 +52,11 @@ _ONE_PROMPT = {
     **_NO_THIRD,
     **dict.fromkeys(("prompt_2", "negative_prompt_2"), "this model has one text encoder"),
 }
-_NO_REFERENCES = {"references": "this model edits no pictures; those of FLUX.2 and FLUX.1 Kontext do"}
+_NO_REFERENCES = {"references": "this model edits no pictures; FLUX.1 Kontext, FLUX.2 and FLUX.3 do"}
+_NO_GUIDANCE = dict.fromkeys(
+    ("guidance_scale", "negative_prompt", "guidance_rescale", "guidance_end"),
+    "this model was distilled to do without guidance",
+)
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _ON_PICTURES = {**_NO_MASKS, **_NO_REFERENCES}
 _EDITS = {
@@ -72,6 +77,7 @@ class Terms:
         rounds_up: how many whole steps a share of them is: not at most, but at least.
         needs_mask: it draws nothing but what a mask leaves open of an image.
         max_references: how many pictures it edits at once; 0 is of a model that begins from pictures instead.
+        sole_reference_pixels: what it is shown of a picture that it edits alone.
     """
 
     num_inference_steps: int = 25
@@ -82,6 +88,7 @@ class Terms:
     rounds_up: bool = False
     needs_mask: bool = False
     max_references: int = 0
+    sole_reference_pixels: int = MOST_PIXELS
 
     def settle(
         self, params: Params, default_size: tuple[int, int], unit: int, defaults: Defaults | None = None
@@ -140,6 +147,12 @@ class Terms:
             default_size = height, width
         return params, default_size
 
+    def shown_pixels(self, params: SamplingParams) -> int:
+        """Pixels of references that the model is shown in every step."""
+        most = self.sole_reference_pixels if len(params.references) == 1 else MOST_PIXELS
+        pictures = [each.image for each in params.references if each.image is not None]
+        return sum(prod(shown_size(picture.size, MULTIPLE_OF, most)) for picture in pictures)
+
 
 def unet_terms(config: Configs) -> Terms:
     """Of U-Nets; some take a mask and a picture beside the latents, and need both."""
@@ -196,7 +209,7 @@ def flux2_terms(config: Configs) -> Terms:
         **_ONE_PROMPT,
         **_EDITS,
     }
-    return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX2_REFERENCES)
+    return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX_REFERENCES)
 
 
 def flux2_klein_terms(config: Configs) -> Terms:
@@ -208,10 +221,18 @@ def flux2_klein_terms(config: Configs) -> Terms:
         **_EDITS,
     }
     if not config("").get("is_distilled", False):
-        return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX2_REFERENCES)
-    why = "this model was distilled to do without guidance"
-    without = dict.fromkeys(("guidance_scale", "negative_prompt", "guidance_end"), why)
-    return Terms(4, 1.0, ("euler",), {**lacks, **without}, max_references=FLUX2_REFERENCES)
+        return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX_REFERENCES)
+    return Terms(4, 1.0, ("euler",), {**_NO_GUIDANCE, **lacks}, max_references=FLUX_REFERENCES)
+
+
+def flux3_terms(config: Configs) -> Terms:
+    """Of FLUX.3: of the base, and of the one that was distilled, whose network takes where a step goes to."""
+    lacks = {"clip_skip": _NO_CLIP, **_ONE_PROMPT, **_EDITS}
+    if not config("transformer")["flow_map"]:
+        terms = Terms(50, 3.5, ("euler",), lacks)
+    else:
+        terms = Terms(16, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE})
+    return replace(terms, max_references=FLUX_REFERENCES, sole_reference_pixels=4 * MOST_PIXELS)
 
 
 def chroma_terms(config: Configs) -> Terms:

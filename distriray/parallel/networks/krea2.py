@@ -115,7 +115,7 @@ class Krea2(TokenNetwork):
                 f"{partition.text + partition.height}"
             )
         text, image = positions.split((partition.text, partition.height))
-        own = torch.cat([text[slice(*partition.text_tokens(rank))], image[slice(*partition.rows(rank))]])
+        own = torch.cat([text[slice(*partition.tokens("text", rank))], image[slice(*partition.rows(rank))]])
         return super().compute(replace(call, arguments={**given, "position_ids": own}), share, collect)
 
     def _compute(self, **arguments: Any) -> Any:

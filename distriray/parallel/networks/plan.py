@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from distriray.errors import InvalidRequest
-from distriray.parallel.partition import Sequence, TokenPartition
+from distriray.parallel.partition import Sequence, Stream, TokenPartition
 
-Stream = Literal["image", "text"]
 Cut = tuple[Stream, int]
 """The stream whose tokens lie along a dimension, and that dimension."""
 
@@ -109,13 +108,10 @@ class Cutter:
             yield module.register_forward_hook(after)
 
     def _cut(self, name: Any, tensor: torch.Tensor, stream: Stream, dimension: int) -> torch.Tensor:
-        of_image = stream == "image"
-        start, stop = (self.partition.rows if of_image else self.partition.text_tokens)(self.rank)
-        tokens = self.partition.height if of_image else self.partition.text
-        if tensor.shape[dimension] != tokens:
-            raise InvalidRequest(
-                f"{name} of {tensor.shape[dimension]} tokens, where the {stream} has {tokens}"
-            )
+        start, stop = self.partition.tokens(stream, self.rank)
+        tokens, given = self.partition.whole(stream), tensor.shape[dimension]
+        if given != tokens:
+            raise InvalidRequest(f"{name} of {given} tokens, where there are {tokens} of the {stream}")
         return tensor.narrow(dimension, start, stop - start).contiguous()
 
 
@@ -143,5 +139,5 @@ def of_all_ranks(text: torch.Tensor, image: torch.Tensor, partition: TokenPartit
     """
     parts = []
     for rank in range(partition.world_size):
-        parts += [text[:, slice(*partition.text_tokens(rank))], image[:, slice(*partition.rows(rank))]]
+        parts += [text[:, slice(*partition.tokens("text", rank))], image[:, slice(*partition.rows(rank))]]
     return torch.cat(parts, 1)[:, None, None]

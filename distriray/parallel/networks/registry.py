@@ -37,6 +37,7 @@ NETWORKS: dict[str, Family] = {
     "FluxTransformer2DModel": Family(".flux:Flux", "FLUX.1"),
     "ChromaTransformer2DModel": Family(".chroma:Chroma", "Chroma"),
     "Flux2Transformer2DModel": Family(".flux2:Flux2", "FLUX.2"),
+    "Flux3Transformer2DModel": Family(".flux3:Flux3", "FLUX.3"),
     "SD3Transformer2DModel": Family(".sd3:SD3", "Stable Diffusion 3 and 3.5"),
     "PixArtTransformer2DModel": Family(".pixart:PixArt", "PixArt"),
     "QwenImageTransformer2DModel": Family(".qwen_image:QwenImage", "Qwen-Image"),

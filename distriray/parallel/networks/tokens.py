@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -111,8 +111,9 @@ class TokenNetwork(Network):
     def replace_forward(self, forward: Callable[..., Any]) -> None:
         super().replace_forward(forward)
         self.forward = self._compute
-        if hasattr(self.module, "cache_context") and "cache_context" not in vars(self.module):
-            self.module.cache_context = partial(_in_branch, self, self.module.cache_context)
+        if "cache_context" not in vars(self.module):  # some classes have none of their own
+            own = getattr(self.module, "cache_context", nullcontext)
+            self.module.cache_context = partial(_in_branch, self, own)
 
     @contextmanager
     def in_branch(self, name: str, context: AbstractContextManager[None]) -> Iterator[None]:
@@ -329,7 +330,7 @@ class TokenNetwork(Network):
         """The tokens of all ranks and of the whole batch, where `output` are this rank's."""
         for name, processor in self._attending.items():
             times = self._tokens.entered[processor]
-            if times != 1 and exchanges:
+            if times != 1 and exchanges and any(self._tokens.of(processor.sequence)):
                 raise UnsupportedModel(f"{name} was called {times} times in a step, not once")
         return collect(output[:, None])[:, 0]
 

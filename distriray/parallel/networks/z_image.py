@@ -178,7 +178,7 @@ class _Cutter:
 
     def __init__(self, partition: TokenPartition, rank: int, tokens: Tokens) -> None:
         self._partition, self._tokens = partition, tokens
-        self._image, self._text = slice(*partition.rows(rank)), slice(*partition.text_tokens(rank))
+        self._image, self._text = slice(*partition.rows(rank)), slice(*partition.tokens("text", rank))
         self.own = self._image.stop - self._image.start
 
     def image(self, given: Mapping[str, Any], first: bool) -> dict[str, Any]:
@@ -213,7 +213,8 @@ class _Cutter:
         of_text = torch.cat((mask, mask.new_zeros(len(mask), missing)), 1)
         parts = []
         for rank, image in enumerate(self._partition.counts(0)):
-            parts += [mask.new_ones(len(mask), image), of_text[:, slice(*self._partition.text_tokens(rank))]]
+            own = slice(*self._partition.tokens("text", rank))
+            parts += [mask.new_ones(len(mask), image), of_text[:, own]]
         return torch.cat(parts, 1)[:, None, None]
 
 

@@ -86,6 +86,19 @@ def test_buffers_of_a_transformer_are_what_was_estimated(name: str, ranks: int, 
     assert told == {max(held for _, held in everyone)}
 
 
+@pytest.mark.parametrize("name", ["flux", "flux3-references"])
+def test_the_rank_that_needs_most_is_among_those_that_an_estimate_looks_at(name: str) -> None:
+    transformer = TRANSFORMERS[name]
+    config = ParallelConfig(exchange="sync", attention="ulysses", cfg_parallel=False)
+
+    def rank(communicator: Communicator) -> tuple[int, int]:
+        made, shape = transformer.make(**transformer.twelve_heads), Shape(text=6, batch=1)
+        return told_and_held(communicator, made, lambda net: draw(net, transformer, shape, 1), config)
+
+    everyone = run_in_lockstep(4, rank)
+    assert {told for told, _ in everyone} == {max(held for _, held in everyone)}
+
+
 def test_an_image_for_which_there_is_no_room_is_refused_with_its_bytes_before_anything_is_sent() -> None:
     transformer, config = TRANSFORMERS["flux"], ParallelConfig(exchange="displaced", warmup_steps=1)
 

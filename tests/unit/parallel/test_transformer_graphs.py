@@ -81,7 +81,10 @@ def test_captured_steps_draw_the_same_bit_for_bit(
         assert replays > 2 * len(shapes)  # each replay has two pieces and more: the gather is in between
 
 
-@pytest.mark.parametrize("name", sweep(["z-image", "flux", "sd3", "pixart", "qwen-image", "flux2", "krea2"]))
+COMPILED = ["z-image", "flux", "sd3", "pixart", "qwen-image", "flux2", "krea2", "flux3-references"]
+
+
+@pytest.mark.parametrize("name", sweep(COMPILED))
 def test_captured_steps_run_compiled_blocks(name: str, compiler: CountingCompiler) -> None:
     runs = []
 

@@ -17,6 +17,8 @@ from tests.models import (
     tiny_chroma,
     tiny_flux,
     tiny_flux2,
+    tiny_flux3,
+    tiny_flux3_distilled,
     tiny_kontext,
     tiny_krea2,
     tiny_longcat_image,
@@ -74,6 +76,12 @@ CASES = [
     Case(tiny_flux, {**PROMPT, "negative_prompt": "fog", "true_cfg_scale": 3.0}, calls=2),
     Case(tiny_kontext, {**PROMPT, "image": Image.new("RGB", (64, 96), "red"), **NO_RESIZING}),
     Case(tiny_flux2, PROMPT),
+    Case(tiny_flux3, {"prompt": "a lake at dusk", "negative_prompt": "fog", "output_type": "pt"}, calls=2),
+    Case(tiny_flux3_distilled, {"prompt": "a lake at dusk", "output_type": "pt"}),
+    Case(
+        tiny_flux3_distilled,
+        {"prompt": "at night", "image": Image.new("RGB", (96, 64), "red"), "output_type": "pt"},
+    ),
     Case(tiny_chroma, {**PROMPT, "guidance_scale": 1.0}),
     Case(
         tiny_longcat_image,

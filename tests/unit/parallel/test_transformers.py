@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -30,9 +31,11 @@ from tests.unit.parallel.transformers import (
     STEPS,
     TRANSFORMERS,
     Shape,
+    Transformer,
     draw,
     drawn,
     error,
+    flux3,
     noise,
     step,
     watched,
@@ -40,7 +43,7 @@ from tests.unit.parallel.transformers import (
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
 MASKED = ("chroma", "krea2", "pixart", "qwen-image", "z-image")
-HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections", "image_cond_hidden_states")
 RANKS = [2, 3, 4]
 LONG = 6
 """Steps where a gang is exact to the end."""
@@ -91,6 +94,11 @@ def alone_with_twelve_heads(name: str, shape: Shape) -> list[torch.Tensor]:
     return draw(transformer.make(**transformer.twelve_heads), transformer, shape, LONG)
 
 
+def sequences(name: str) -> set[str]:
+    """What a family's calls here have tokens of, and attend to within."""
+    return {"joint", "image", "text", *(["references"] if name == "flux3-references" else [])}
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "ranks"),
     [*pairwise(list(TRANSFORMERS), [WIDE, SQUARE], RANKS), *pairwise(MASKED, [PADDED], RANKS)],
@@ -105,7 +113,7 @@ def test_heads_dealt_to_the_ranks_equal_one_device_and_send_their_share(
     # All synchronous steps send as much, and what they draw is shown above.
     _, gathered = gang(ranks, name, shape, steps=1, attention="gather", **config)
     network: Any = network_of(TRANSFORMERS[name].make())
-    dealt = sum(plan.sequence is not None for _, _, plan in network._attentions())
+    dealt = sum(plan.sequence in sequences(name) for _, _, plan in network._attentions())
     assert (ulysses.waits, gathered.waits) == (2 * dealt + 1, dealt + 1)
     # Ranks of uneven shares swap a little more or less of what they own.
     assert ulysses.bytes_sent == pytest.approx(2 / ranks * gathered.bytes_sent, rel=0.25)
@@ -206,18 +214,25 @@ def test_only_what_a_mix_says_of_keys_and_values_matters() -> None:
 def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(name: str) -> None:
     _, statistics = gang(2, name, SQUARE, exchange="sync")
     network: Any = network_of(TRANSFORMERS[name].make())
-    sequences = [plan.sequence for _, _, plan in network._attentions()]
+    attending = [plan.sequence for _, _, plan in network._attentions()]
     padded, module = name == "z-image", network.module  # Z-Image's tokens are padded to 32
     image, text = (32, 32) if padded else (16, 8)
-    own = {"joint": (image + text) // 2, "image": image // 2, None: 0}
+    references = 24 if name == "flux3-references" else 0
+    own = {
+        "joint": (image + text + references) // 2,
+        "image": image // 2,
+        "text": text // 2,
+        "references": references // 2,
+        None: 0,
+    }
     if padded:
         width, final = module.dim, module.all_final_layer["2-1"].linear
     elif name == "krea2":  # whose keys have half of the heads
         width, final = module.config.num_attention_heads * 16 // 2, module.final_layer.linear
     else:
         width, final = module.inner_dim, module.proj_out
-    keys_values = sum(own[sequence] * 2 * width * 4 for sequence in sequences)
-    exchanging = sum(sequence is not None for sequence in sequences)
+    keys_values = sum(own[sequence] * 2 * width * 4 for sequence in attending)
+    exchanging = sum(own[sequence] > 0 for sequence in attending)
     predicted = final.out_features * image // 2 * 4
     assert statistics.bytes_sent == keys_values + predicted + 48
     assert statistics.waits == exchanging + 1
@@ -584,11 +599,80 @@ def test_a_cache_that_is_enabled_before_is_refused_at_once() -> None:
 def test_tokens_are_dealt_evenly_over_image_and_text() -> None:
     partition = TokenPartition.of(16, 8, 3)
     assert partition.counts(0) == (6, 5, 5)
-    assert [partition.text_tokens(rank) for rank in range(3)] == [(0, 2), (2, 5), (5, 8)]
-    assert partition.joint == (8, 8, 8)
-    assert TokenPartition.of(5, 1, 4).joint == (2, 1, 1, 2)
+    assert [partition.tokens("text", rank) for rank in range(3)] == [(0, 2), (2, 5), (5, 8)]
+    assert partition.of_sequence("joint") == (8, 8, 8)
+    assert TokenPartition.of(5, 1, 4).of_sequence("joint") == (2, 2, 1, 1)
+    assert TokenPartition.of(15, 6, 4).of_sequence("text") == (2, 1, 1, 2)
     with pytest.raises(InvalidRequest, match="an image of 3 tokens is too small for 4 patches"):
         TokenPartition.of(3, 9, 4)
+
+
+def test_references_are_dealt_so_that_ranks_have_as_many_tokens_of_pictures() -> None:
+    partition = TokenPartition(height=16, width=1, levels=0, world_size=3, text=8, references=16)
+    assert partition.of_sequence("image") == (6, 5, 5)
+    assert partition.of_sequence("references") == (5, 6, 5)
+    assert [partition.tokens("references", rank) for rank in range(3)] == [(0, 5), (5, 11), (11, 16)]
+    assert partition.of_sequence("text") == (3, 2, 3)
+    assert partition.of_sequence("joint") == (14, 13, 13)
+    for height, references, ranks in product(range(8, 16), range(16), range(1, 9)):
+        few = TokenPartition(height, 1, 0, ranks, references=references).of_sequence("references")
+        assert sum(few) == references and min(few) >= 0
+
+
+@pytest.mark.parametrize("exchange", ["sync", "displaced"])
+def test_images_with_references_and_without_are_drawn_in_turn(exchange: Any) -> None:
+    transformer = TRANSFORMERS["flux3-references"]
+    alone = Transformer(transformer.make, flux3, {}, predict=transformer.predict)
+    kinds = [transformer, alone, transformer, alone]
+
+    def rank(communicator: Communicator, kinds: list[Transformer]) -> list[torch.Tensor]:
+        config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
+        network = parallelize(transformer.make(), communicator, config)
+        return [draw(network, kind, WIDE)[-1] for kind in kinds]
+
+    first, second = (run_in_lockstep(2, lambda c, kind=kind: rank(c, [kind])) for kind in kinds[:2])
+    assert error(first[0][0], second[0][0]) > 1e-3
+    for found in run_in_lockstep(2, lambda c: rank(c, kinds)):
+        assert all(map(torch.equal, found, [first[0][0], second[0][0]] * 2))
+
+
+def fewer_references(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: inputs[key].narrow(-2, 0, 9) for key in inputs if key.startswith("image_cond")}
+
+
+def twice(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda inputs: {name: 2 * inputs[name]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (twice("image_cond_hidden_states"), "sum of the reference images"),
+        (twice("image_cond_ids"), "positions of the reference images' tokens"),
+        (twice("target_timestep"), "timesteps that the step goes to"),
+        (fewer_references, "tokens of reference images 21 and 9"),
+    ],
+)
+def test_ranks_of_flux3_with_other_conditions_are_told_so(
+    change: Callable[[dict[str, Any]], dict[str, Any]], said: str
+) -> None:
+    transformer = TRANSFORMERS["flux3-references"]
+
+    def rank(communicator: Communicator) -> None:
+        network = parallelize(transformer.make(), communicator)
+        inputs = {**transformer.inputs(WIDE), "target_timestep": torch.full((2,), 0.75)}
+        other = change(inputs) if communicator.rank else {}
+        network(timestep=torch.ones(2), **{**inputs, **other})
+
+    with pytest.raises(GangMismatch, match=said):
+        run_in_lockstep(2, rank)
+
+
+def test_positions_of_references_that_are_not_there_are_refused() -> None:
+    network = parallelize(TRANSFORMERS["flux3"].make(), connect("local"))
+    inputs = {**TRANSFORMERS["flux3"].inputs(WIDE), "image_cond_ids": torch.zeros(3, 4)}
+    with pytest.raises(InvalidRequest, match="image_cond_ids of 3 tokens, where there are 0"):
+        step(network, TRANSFORMERS["flux3"], inputs, 1.0)
 
 
 @pytest.mark.parametrize("name", [name for name, each in TRANSFORMERS.items()])

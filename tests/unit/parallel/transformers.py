@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tests.models import (
     TEXT_WIDTH,
     tiny_chroma_transformer,
     tiny_flux2_transformer,
+    tiny_flux3_transformer,
     tiny_flux_transformer,
     tiny_krea2_transformer,
     tiny_longcat_image_transformer,
@@ -146,6 +148,21 @@ def flux2(shape: Shape) -> dict[str, Any]:
     }
 
 
+def flux3(shape: Shape) -> dict[str, Any]:
+    text = torch.zeros(shape.text, 4)
+    text[:, 3] = torch.arange(shape.text)
+    return {**packed(shape), "img_ids": positions(shape, 4), "txt_ids": text}
+
+
+def flux3_with_references(shape: Shape) -> dict[str, Any]:
+    """Two pictures, one as large as the image and one of half the rows."""
+    of_one = positions(shape, 4)
+    ids = torch.cat([of_one, of_one[: shape.rows // 2 * shape.columns]])
+    ids[:, 3] = -1 - (torch.arange(len(ids)) >= len(of_one)).float()
+    references = noise(4, shape.batch, len(ids), 16)
+    return {**flux3(shape), "image_cond_hidden_states": references, "image_cond_ids": ids}
+
+
 def pixart(shape: Shape) -> dict[str, Any]:
     sizes = torch.tensor([[80.0, 48.0]]).expand(shape.batch, -1)
     inputs = {
@@ -185,6 +202,10 @@ def _by_lists(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> t
     return -torch.stack(predicted)[:, :, 0]
 
 
+def _by_steps(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    return _by_name(network, timestep, {**inputs, "target_timestep": timestep - 1 / STEPS})
+
+
 HEADS = {"num_attention_heads": 12}
 TRANSFORMERS = {
     "flux": Transformer(tiny_flux_transformer, flux, HEADS),
@@ -193,6 +214,10 @@ TRANSFORMERS = {
     "ovis-image": Transformer(tiny_ovis_image_transformer, ovis_image, HEADS),
     "krea2": Transformer(tiny_krea2_transformer, krea2, {**HEADS, "num_key_value_heads": 12}),
     "flux2": Transformer(tiny_flux2_transformer, flux2, HEADS),
+    "flux3": Transformer(tiny_flux3_transformer, flux3, HEADS),
+    "flux3-references": Transformer(
+        partial(tiny_flux3_transformer, flow_map=True), flux3_with_references, HEADS, predict=_by_steps
+    ),
     "sd3": Transformer(
         tiny_sd3_transformer,
         sd3,
