@@ -60,6 +60,7 @@ class Terms:
         unguided: the largest `guidance_scale` that takes no second branch.
         rounds_up: how many whole steps a share of them is: not at most, but at least.
         needs_mask: it draws nothing but what a mask leaves open of an image.
+        fixes_steps: it takes `num_inference_steps` and no other number.
     """
 
     num_inference_steps: int = 25
@@ -69,6 +70,7 @@ class Terms:
     unguided: float = 1.0
     rounds_up: bool = False
     needs_mask: bool = False
+    fixes_steps: bool = False
 
     def settle(self, params: Params) -> Params:
         """A copy of a request that leaves neither steps nor guidance open, nor the strength of its image.
@@ -87,6 +89,12 @@ class Terms:
         if self.needs_mask and params.mask_image is None:
             missing = "image" if params.image is None else "mask_image"
             raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", missing)
+        if self.fixes_steps and params.num_inference_steps not in (None, self.num_inference_steps):
+            raise InvalidRequest(
+                f"num_inference_steps {params.num_inference_steps}: this model says the noise levels of its "
+                f"{self.num_inference_steps} steps itself; leave it out",
+                "num_inference_steps",
+            )
         own: dict[str, Any] = {
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
@@ -183,6 +191,20 @@ def qwen_image_terms(config: Configs) -> Terms:
         **_NO_MASKS,
     }
     return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
+
+
+def qwen_image21_terms(config: Configs) -> Terms:
+    """Of Qwen-Image 2.1, as diffusers has it; some models say the noise levels of all steps."""
+    lacks = {
+        "guidance_rescale": "Qwen-Image 2.1's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **_NO_PICTURES,
+    }
+    sigmas = config("").get("sample_sigmas")
+    if sigmas is None:
+        return Terms(40, 1.0, ("euler",), lacks)
+    return Terms(len(sigmas), 1.0, ("euler",), lacks, fixes_steps=True)
 
 
 def z_image_terms(config: Configs) -> Terms:
