@@ -44,7 +44,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "z-image": tiny_z_image,
 }
 STEPS, GUIDED, END = 8, 3, 0.45  # of eight steps 3.6: three
-CALL: dict[str, Any] = {**TALL, "height": 224, "num_inference_steps": STEPS, "guidance_scale": 4.0}
+CALL: dict[str, Any] = {
+    **TALL,
+    "height": 224,
+    "width": 96,
+    "num_inference_steps": STEPS,
+    "guidance_scale": 4.0,
+}
 BOTH_BRANCHES = ("prompt_embeds", "add_text_embeds", "add_time_ids", "pooled_prompt_embeds")
 
 
