@@ -177,7 +177,9 @@ class QwenImage21(TokenNetwork):
         return "QwenImage21Transformer2DModel reads on the host where the images are among the text"
 
     def partition(self, call: Call, patches: int) -> TokenPartition:
-        return TokenPartition.of(math.prod(call.arguments["img_shapes"][0][-1]), 0, patches)
+        *conditions, _ = call.arguments["img_shapes"][0]
+        image = self.image_tokens(call.sample) - sum(map(math.prod, conditions))
+        return TokenPartition.of(image, 0, patches)
 
     def compared(self, call: Call) -> Compared:
         compared, cache = super().compared(call), call.arguments["kv_cache"]
