@@ -23,6 +23,7 @@ from distriray.config import ExchangeMode
 from distriray.errors import DistrirayError, InvalidRequest
 from distriray.gang.admission import check_listed
 from distriray.gang.config_file import read_config
+from distriray.picture import opaque
 from distriray.requests import GenerationRequest, SamplingParams
 from distriray.results import GenerationResult
 from distriray.validation import invalid_request
@@ -262,7 +263,8 @@ def _draw(host: BlockingHost, request: GenerationRequest, bar: Progress) -> Gene
 
 def _compare(host: BlockingHost, request: GenerationRequest, bar: Progress) -> GenerationResult:
     """The same picture by one worker, after a few steps that warm both up."""
-    few = {"num_inference_steps": min(2, request.num_inference_steps or 2)}
+    fixed = host.host.facts.terms.fixes_steps
+    few = {} if fixed else {"num_inference_steps": min(2, request.num_inference_steps or 2)}
     for size in (1, request.gang_size):
         host.generate(request.model_copy(update={**few, "id": f"warm-up {size}", "gang_size": size}))
     return _draw(host, request.model_copy(update={"id": "alone", "gang_size": 1}), bar)
@@ -284,13 +286,18 @@ def _check_out(out: Path) -> None:
         raise InvalidRequest(f"--out {out} cannot be written; name a file in a folder that can be", "out")
 
 
+_TRANSPARENT = "PNG", "TIFF", "WEBP"
+"""Forms of files that hold transparency."""
+
+
 def _save(result: GenerationResult, out: Path) -> list[Path]:
     if len(result.images) == 1:
         paths = [out]
     else:
         paths = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result.images))]
     for image, path in zip(result.images, paths, strict=True):
-        image.save(path)
+        keeps = Image.EXTENSION[path.suffix.lower()] in _TRANSPARENT
+        (image if keeps else opaque(image)).save(path)
     return paths
 
 

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     ChromaPipeline,
     ChromaTransformer2DModel,
     ControlNetModel,
@@ -41,6 +42,8 @@ from diffusers import (
     OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -94,6 +97,11 @@ CHAT_OF_PARTS = (
     "<|im_start|>{{ message.content[0].text }}<|im_end|>{% endfor %}"
 )
 """Of contents of several kinds, without what the system says: that is long in letters."""
+CHAT_OF_SYSTEM = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content[0].text }}<|im_end|>\n"
+    "{% endfor %}"
+)
+"""Of contents of several kinds, with what the system says."""
 NOISE_SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -408,6 +416,20 @@ def tiny_qwen_image_transformer(seed: int = 0, **config: Any) -> QwenImageTransf
     return ready(QwenImageTransformer2DModel(**{**settings, **config}), seed)
 
 
+def tiny_qwen_image21_transformer(seed: int = 0, **config: Any) -> QwenImage21Transformer2DModel:
+    """Qwen-Image 2.1's layout: one stream, of which the text looks at what is before it."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "context_in_dim": TEXT_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return ready(QwenImage21Transformer2DModel(**{**settings, **config}), seed)
+
+
 def tiny_z_image_transformer(seed: int = 0, **config: Any) -> ZImageTransformer2DModel:
     """Z-Image's layout: the image and the text are refined by themselves first."""
     settings: dict[str, Any] = {
@@ -703,7 +725,7 @@ def _tiny_flux3(blocks: Any, seed: int, **transformer: Any) -> Any:
     tokenizer = tiny_qwen_tokenizer()
     pipeline.update_components(
         vae=tiny_flux2_vae(seed + 1),
-        text_encoder=tiny_qwen3_vl(seed + 2, tokenizer),
+        text_encoder=tiny_qwen3_vl(seed + 2, tokenizer, 33),
         # One that holds a tokenizer too; Qwen3-VL's needs torchvision.
         tokenizer=LlavaProcessor(CLIPImageProcessor(), tokenizer, chat_template=CHAT),
         transformer=tiny_flux3_transformer(seed, joint_attention_dim=8 * TEXT_WIDTH, **transformer),
@@ -718,13 +740,13 @@ def save(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(str(folder), **modular)
 
 
-def tiny_qwen3_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
-    """The language model that FLUX.3 reads prompts with, as deep as its pipelines look into it."""
+def tiny_qwen3_vl(seed: int, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3VLForConditionalGeneration:
+    """The language model that FLUX.3 and Qwen-Image 2.1 read prompts with."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": 33,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "head_dim": 8,
@@ -826,10 +848,38 @@ def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
     return pipeline
 
 
-def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte, no merges."""
-    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    return Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+def tiny_qwen_tokenizer(*special: str) -> Qwen2Tokenizer:
+    """One token a byte, no merges; and those `special` ones."""
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=list(special))
+
+
+def tiny_qwen_image21(seed: int = 0, sample_sigmas: list[float] | None = None) -> QwenImage21Pipeline:
+    """A whole Qwen-Image 2.1 pipeline, with a processor of texts where that of videos needs torchvision."""
+    tokenizer = tiny_qwen_tokenizer("<image>", "<|image_pad|>")
+    processor = LlavaProcessor(
+        CLIPImageProcessor(), tokenizer, patch_size=8, chat_template=CHAT_OF_SYSTEM, image_token="<image>"
+    )
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1 * channel for channel in range(16)],
+        latents_std=[1.0 + 0.1 * channel for channel in range(16)],
+    )
+    pipeline = QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=ready(vae, seed + 1),
+        text_encoder=tiny_qwen3_vl(seed + 2, tokenizer, 2),
+        processor=processor,
+        transformer=tiny_qwen_image21_transformer(seed),
+        sample_sigmas=sample_sigmas,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_qwen_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:

@@ -18,6 +18,8 @@ from distriray.cli import app
 from distriray.config import ParallelConfig
 from distriray.gang import HostConfig
 from distriray.models import ModelSpec
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from tests.unit.test_doors import Recorder
 
 SAYS_WHAT_IT_LOADED = """
@@ -177,3 +179,26 @@ def test_one_command_draws_pictures_and_says_how(
     assert told["gang_size"] == 2 and told["seeds"] == [3, 4]
     assert told["paths"] == [str(out.with_stem("lake-1")), str(out.with_stem("lake-2"))]
     assert all(Path(path).stat().st_size > 0 for path in told["paths"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [("png", "RGBA"), ("tiff", "RGBA"), ("jpg", "RGB"), ("bmp", "RGB")]
+)
+def test_transparency_is_white_in_files_that_hold_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str, mode: str
+) -> None:
+    class Clear(Recorder):
+        def generate(self, request: GenerationRequest) -> GenerationResult:
+            clear = Image.new("RGBA", (96, 64), (255, 0, 0, 0))
+            return super().generate(request).model_copy(update={"images": [clear]})
+
+    @contextmanager
+    def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
+        yield Clear()
+
+    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+    out = tmp_path / f"lake.{suffix}"
+    app(["generate", "a lake", "--seed", "3", "--out", str(out)], standalone_mode=False)
+    with Image.open(out) as picture:
+        assert picture.mode == mode
+        assert picture.convert("RGBA").getpixel((1, 1)) == ((255, 0, 0, 0) if mode == "RGBA" else (255,) * 4)

@@ -29,6 +29,7 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     ModularPipeline,
+    QwenImage21Pipeline,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     StableDiffusion3InpaintPipeline,
@@ -67,6 +68,7 @@ from tests.models import (
     tiny_flux_schnell,
     tiny_kontext,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_sd3,
     tiny_sdxl,
     tiny_z_image,
@@ -100,6 +102,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux3": tiny_flux3,
     "flux3-distilled": tiny_flux3_distilled,
     "qwen-image": tiny_qwen_image,
+    "qwen-image-2.1": tiny_qwen_image21,
     "z-image": tiny_z_image,
 }
 SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
@@ -136,6 +139,9 @@ def plain(
     if isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline):
         call["true_cfg_scale"] = call.pop("guidance_scale", 4.0)
         call.setdefault("negative_prompt", " ")  # what the makers of Qwen-Image say
+    if isinstance(pipeline, QwenImage21Pipeline):
+        call["true_cfg_scale"] = call.pop("guidance_scale", 1.0)
+        call.setdefault("negative_prompt", " ")
     if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline):
         call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
     tokens: dict[str, torch.Tensor] = {}
@@ -430,7 +436,7 @@ def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoise
     plain = {**SMALL, "seed": 1, **OF_AN_IMAGE.get(field, {})}
     if field in ("negative_prompt", "guidance_end") and denoiser.guides:
         plain["guidance_scale"] = denoiser.terms.unguided + 2
-    other = {**OTHERS, "height": 80, "width": 112, "scheduler": "unipc", "guidance_scale": 2.0}[field]
+    other = {**OTHERS, "height": 96, "width": 128, "scheduler": "unipc", "guidance_scale": 2.0}[field]
     if field == "scheduler" and len(denoiser.terms.schedulers) == 1:
         pytest.skip("there is one alone")
     if field == "strength":
@@ -544,7 +550,7 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
 ) -> None:
     skip_unless_taken(denoiser, scheduler)
     params = SamplingParams(
-        prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, height=16, width=16
+        prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, height=32, width=32
     )
     if steps == 1 and denoiser.family == "QwenImage":
         with pytest.raises(InvalidRequest, match=r"steps 1 is too few .* at 0.02 of all noise") as error:
@@ -561,7 +567,7 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
 @pytest.mark.parametrize(
     ("call", "param", "says"),
     [
-        ({"height": 72}, "height", "height 72 is not a multiple of 16; use 64 or 80"),
+        ({"height": 72}, "height", "height 72 is not a multiple of (16; use 64 or 80|32; use 64 or 96)"),
         ({"scheduler": "ddim"}, "scheduler", r"scheduler ddim is not for this model; use .*euler"),
         ({"scheduler": "lcm"}, "scheduler", "scheduler lcm is not for this model"),
         ({"image": PICTURE, "mask_image": MASK}, "mask_image", "fills in no masks here"),
@@ -626,7 +632,7 @@ def test_the_edge_knows_what_a_model_lacks_and_what_it_draws_by_default(denoiser
 
 # In gangs
 
-TALL: dict[str, Any] = {"height": 144, "width": 96, "num_inference_steps": 8}
+TALL: dict[str, Any] = {"height": 160, "width": 64, "num_inference_steps": 8}
 SYNC = {"exchange": "sync", "cfg_parallel": False}
 
 
@@ -709,7 +715,8 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
     one, other = in_sync.draw((2, 4, 1, 2), **TALL, scheduler=scheduler)
     assert apart(one.picture, picture) <= 1 and apart(other.picture, picture) <= 1
     assert one.preview == other.preview
-    assert one.preview.size == ((32, 32) if "Flux2" in type(pipeline).__name__ or modular else (24, 32))
+    of_sixteen = isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline | QwenImage21Pipeline) or modular
+    assert one.preview.size == ((16, 32) if of_sixteen else (16, 40))
 
 
 def test_changing_gangs_in_displaced_mode_start_with_one_fresh_step(model: str) -> None:
@@ -827,7 +834,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
     assert runner.terms == terms_of(ModelSpec(name=str(folder))) == denoiser.terms
     assert runner.row_unit == 16
-    assert runner.cuts_vae == (folder.name != "qwen-image")
+    assert runner.cuts_vae == (not folder.name.startswith("qwen-image"))
     call = {"num_inference_steps": 3}
     outcome, _ = gang.run(seed=3, **call)
     (picture,) = outcome.images or ()
@@ -845,7 +852,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
         "flux-dev",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("chroma", "flux2-klein", "flux3", "qwen-image", "sd3", "z-image")
+            for name in ("chroma", "flux2-klein", "flux3", "qwen-image", "qwen-image-2.1", "sd3", "z-image")
         ),
     ],
 )
@@ -854,7 +861,7 @@ def test_the_command_line_draws_a_saved_model_with_two_workers(model: str, tmp_p
     save = [sys.executable, "-m", "tests.save_model", model, str(folder)]
     subprocess.run(save, check=True, capture_output=True, text=True, timeout=120)
     options = {"model": folder, "out": out, "gang-size": 2, "exchange": "sync", "seed": 3,
-               "height": 144, "width": 96, "num-inference-steps": 4, "cpus": 2}  # fmt: skip
+               "height": 160, "width": 64, "num-inference-steps": 4, "cpus": 2}  # fmt: skip
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     command = [sys.executable, "-m", "distriray", "generate", "a lake", *flags]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
@@ -1039,7 +1046,7 @@ def test_guidance_of_qwen_image_is_the_pipelines(call: dict[str, Any]) -> None:
     assert torch.equal(finish(denoiser, state), expected)
 
 
-@pytest.mark.parametrize("make", [tiny_chroma, tiny_qwen_image, tiny_flux3])
+@pytest.mark.parametrize("make", [tiny_chroma, tiny_qwen_image, tiny_qwen_image21, tiny_flux3])
 def test_each_branch_that_has_calls_of_its_own_is_displaced_by_itself(make: Callable[[], Any]) -> None:
     def rank(communicator: Communicator) -> list[bool]:
         pipeline = parallelize(
@@ -1048,8 +1055,8 @@ def test_each_branch_that_has_calls_of_its_own_is_displaced_by_itself(make: Call
             ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False),
         )
         denoiser, synchronous = Denoiser(pipeline), watched(pipeline.transformer)
-        finish(denoiser, begin(denoiser, [1], **SMALL))
-        finish(denoiser, begin(denoiser, [1], **SMALL))
+        finish(denoiser, begin(denoiser, [1], **SMALL, guidance_scale=3.0))
+        finish(denoiser, begin(denoiser, [1], **SMALL, guidance_scale=3.0))
         return synchronous
 
     assert run_in_lockstep(2, rank) == [[True, True, False, False, False, False] * 2] * 2

@@ -23,6 +23,7 @@ from tests.models import (
     tiny_chroma,
     tiny_flux2_klein,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_sd3,
     tiny_sd15,
     tiny_sdxl,
@@ -38,11 +39,18 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
     "chroma": tiny_chroma,
     "qwen-image": tiny_qwen_image,
+    "qwen-image-2.1": tiny_qwen_image21,
     "flux2-klein": tiny_flux2_klein,
     "z-image": tiny_z_image,
 }
 STEPS, GUIDED, END = 8, 3, 0.45  # of eight steps 3.6: three
-CALL: dict[str, Any] = {**TALL, "height": 208, "num_inference_steps": STEPS, "guidance_scale": 4.0}
+CALL: dict[str, Any] = {
+    **TALL,
+    "height": 224,
+    "width": 96,
+    "num_inference_steps": STEPS,
+    "guidance_scale": 4.0,
+}
 BOTH_BRANCHES = ("prompt_embeds", "add_text_embeds", "add_time_ids", "pooled_prompt_embeds")
 
 
@@ -80,7 +88,7 @@ def ended(pipeline: Any, **call: Any) -> Any:
         plain(pipeline, [1], callback_on_step_end=lambda _p, _s, t, v: levels.append(float(t)) or v, **call)
         end = 1 - (levels[GUIDED - 1] + levels[GUIDED]) / 2000
         return plain(pipeline, [1], cfg_truncation=end, **call)
-    if name in ("ChromaPipeline", "QwenImagePipeline", "Flux2KleinPipeline"):
+    if name in ("ChromaPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "Flux2KleinPipeline"):
         hook = pipeline.transformer.register_forward_hook(WithoutSecondCalls())
         try:
             return plain(pipeline, [1], **call)

@@ -39,6 +39,7 @@ from tests.models import (
     tiny_image_encoder,
     tiny_ip_adapter,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_sd3,
     tiny_sd15,
     tiny_sd21,
@@ -383,7 +384,8 @@ def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [tiny_flux, tiny_flux2, tiny_flux2_klein, tiny_qwen_image, tiny_sd3, tiny_z_image]
+    "make",
+    [tiny_flux, tiny_flux2, tiny_flux2_klein, tiny_qwen_image, tiny_qwen_image21, tiny_sd3, tiny_z_image],
 )
 def test_families_that_have_none_refuse_it_by_name(make: Callable[[], Any], folder: Path) -> None:
     denoiser = Denoiser(make())

@@ -1,4 +1,4 @@
-"""Common parts of the families whose pipelines pack 2x2 latents into a token."""
+"""Common parts of the families whose pipelines pack latents into tokens: 2x2 into one, if none says else."""
 
 from __future__ import annotations
 

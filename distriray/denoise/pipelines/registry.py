@@ -15,6 +15,7 @@ from distriray.denoise.pipelines.sizes import (
     Sizes,
     flux2_sizes,
     flux_sizes,
+    qwen_image21_sizes,
     qwen_image_sizes,
     sd3_sizes,
     unet_sizes,
@@ -27,6 +28,7 @@ from distriray.denoise.pipelines.terms import (
     flux3_terms,
     flux_kontext_terms,
     flux_terms,
+    qwen_image21_terms,
     qwen_image_terms,
     sd3_terms,
     unet_terms,
@@ -89,6 +91,9 @@ PIPELINES: dict[str, Family] = {
     ),
     "QwenImage": Family(
         ".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms, _ON_NOISE_OR_PICTURE
+    ),
+    "QwenImage21": Family(
+        ".qwen_image21:QwenImage21", "Qwen-Image 2.1", qwen_image21_sizes, qwen_image21_terms, _ON_NOISE
     ),
     "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms, _ON_NOISE_OR_PICTURE),
 }

@@ -63,6 +63,11 @@ def qwen_image_sizes(config: Configs) -> Sizes:
     return _packed_sizes(2 ** len(config("vae")["temperal_downsample"]))
 
 
+def qwen_image21_sizes(config: Configs) -> Sizes:
+    """Of a transformer over the latents of a VAE of 16 pixels a row, four of which stand in one place."""
+    return Sizes((1024, 1024), unit=32, latent_row=16)
+
+
 def _packed_sizes(scale: int) -> Sizes:
     """Of a transformer that has no size of its own: diffusers takes 128 rows of latents, 1024 pixels."""
     return Sizes((128 * scale, 128 * scale), unit=lcm(2 * scale, MULTIPLE_OF), latent_row=scale)

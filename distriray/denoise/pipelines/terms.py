@@ -59,6 +59,7 @@ _NO_GUIDANCE = dict.fromkeys(
 )
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _ON_PICTURES = {**_NO_MASKS, **_NO_REFERENCES}
+_NO_PICTURES = {**_ON_PICTURES, "image": "this model's family draws from text alone here"}
 _EDITS = {
     **_NO_MASKS,
     "strength": "this model edits: it begins from noise, and is shown the image beside it in every step",
@@ -78,6 +79,7 @@ class Terms:
         needs_mask: it draws nothing but what a mask leaves open of an image.
         max_references: how many pictures it edits at once; 0 is of a model that begins from pictures instead.
         sole_reference_pixels: what it is shown of a picture that it edits alone.
+        fixes_steps: it takes `num_inference_steps` and no other number.
     """
 
     num_inference_steps: int = 25
@@ -89,6 +91,7 @@ class Terms:
     needs_mask: bool = False
     max_references: int = 0
     sole_reference_pixels: int = MOST_PIXELS
+    fixes_steps: bool = False
 
     def settle(
         self, params: Params, default_size: tuple[int, int], unit: int, defaults: Defaults | None = None
@@ -119,6 +122,12 @@ class Terms:
         if self.needs_mask and params.mask_image is None:
             missing = "image" if params.image is None else "mask_image"
             raise InvalidRequest("this model fills in masks, and needs an image and a mask_image", missing)
+        if self.fixes_steps and params.num_inference_steps not in (None, self.num_inference_steps):
+            raise InvalidRequest(
+                f"num_inference_steps {params.num_inference_steps}: this model says the noise levels of its "
+                f"{self.num_inference_steps} steps itself; leave it out",
+                "num_inference_steps",
+            )
         own: dict[str, Any] = {
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
@@ -255,6 +264,20 @@ def qwen_image_terms(config: Configs) -> Terms:
         **_ON_PICTURES,
     }
     return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
+
+
+def qwen_image21_terms(config: Configs) -> Terms:
+    """Of Qwen-Image 2.1, as diffusers has it; some models say the noise levels of all steps."""
+    lacks = {
+        "guidance_rescale": "Qwen-Image 2.1's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **_NO_PICTURES,
+    }
+    sigmas = config("").get("sample_sigmas")
+    if sigmas is None:
+        return Terms(40, 1.0, ("euler",), lacks)
+    return Terms(len(sigmas), 1.0, ("euler",), lacks, fixes_steps=True)
 
 
 def z_image_terms(config: Configs) -> Terms:

@@ -74,28 +74,35 @@ class PatchTokenAttention(Opaque):
         if attention_mask is not None:
             raise UnsupportedModel("attention with an attention_mask, which is not cut into patches")
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *prefix: torch.Tensor
+    ) -> torch.Tensor:
         """Attention of this rank's tokens to those of all ranks; only within a step.
 
         Args:
             query, key, value: (batch, this rank's tokens, heads, channels of a head).
+            prefix: keys and values of tokens before those, which every rank has; (batch, tokens, heads,
+                channels of a head) each.
 
         Returns:
             (batch, this rank's tokens, channels).
         """
-        return self.exchange(query, key, value).flatten(2)
+        return self.exchange(query, key, value, *prefix).flatten(2)
 
     def exchanged(self, *inputs: Any) -> torch.Tensor:
-        query, key, value = inputs
+        query, key, value, *prefix = inputs
         step, tokens = self.context.step, self.tokens.of(self.sequence)
         assert step is not None
         self.tokens.entered[self] += 1
         if self.tokens.deals_heads and step.mix.fresh_keys_values:
-            attended = step.deal_tokens(self._attend(*step.deal_heads((query, key, value), tokens)), tokens)
+            query, *of_all = step.deal_heads((query, key, value), tokens)
+            prefix = [each.chunk(len(tokens), 2)[step.rank] for each in prefix]
+            attended = step.deal_tokens(self._attend(query, *_behind(prefix, of_all)), tokens)
         else:
             heads = key.shape[2:]
             keys, values = step.keys_values(Computed(key.flatten(2), value.flatten(2)), tokens)
-            attended = self._attend(query, keys.unflatten(2, heads), values.unflatten(2, heads))
+            of_all = [keys.unflatten(2, heads), values.unflatten(2, heads)]
+            attended = self._attend(query, *_behind(prefix, of_all))
         return attended.to(query.dtype)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -112,6 +119,11 @@ class PatchTokenAttention(Opaque):
             (batch, 1, 1 or `queries`, tokens of all ranks).
         """
         return self.tokens.key_mask
+
+
+def _behind(prefix: list[torch.Tensor], of_all: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Keys and values of all ranks' tokens, behind those of a prefix if there is one."""
+    return [torch.cat(parts, 1) for parts in zip(prefix, of_all, strict=True)] if prefix else of_all
 
 
 class PatchJointAttention(PatchTokenAttention):

@@ -41,6 +41,7 @@ NETWORKS: dict[str, Family] = {
     "SD3Transformer2DModel": Family(".sd3:SD3", "Stable Diffusion 3 and 3.5"),
     "PixArtTransformer2DModel": Family(".pixart:PixArt", "PixArt"),
     "QwenImageTransformer2DModel": Family(".qwen_image:QwenImage", "Qwen-Image"),
+    "QwenImage21Transformer2DModel": Family(".qwen_image21:QwenImage21", "Qwen-Image 2.1"),
     "LongCatImageTransformer2DModel": Family(".longcat_image:LongCatImage", "LongCat-Image"),
     "OvisImageTransformer2DModel": Family(".ovis_image:OvisImage", "Ovis-Image"),
     "Krea2Transformer2DModel": Family(".krea2:Krea2", "Krea 2"),

@@ -709,6 +709,24 @@ def test_what_is_done_on_an_image_is_planned_with_the_steps_that_are_left_of_it(
     do(scene())
 
 
+def test_a_model_of_fixed_steps_starts_and_refuses_other_numbers() -> None:
+    async def scene() -> None:
+        host = FakeHost(1, **opened())
+        host.fleet.terms = Terms(num_inference_steps=9, fixes_steps=True)
+        async with host:
+            with pytest.raises(InvalidRequest, match="steps 8: .* of its 9 steps itself; leave") as refused:
+                host.accept(num_inference_steps=8)
+            assert refused.value.param == "num_inference_steps"
+            for steps in (None, 9):
+                await host.accept(num_inference_steps=steps).ended
+            measured = await calibrate(
+                host.config, host.dispatcher.facts, lambda request: host.dispatcher.accept_own(request).ended
+            )
+            assert measured.entries
+
+    do(scene())
+
+
 def test_a_model_that_fills_in_masks_starts_and_refuses_what_has_none() -> None:
     async def scene() -> None:
         host = FakeHost(1, **opened())

@@ -11,20 +11,24 @@ import torch
 from PIL import Image
 from torch.distributed import HashStore
 
+from distriray import parallelize
+from distriray.collective import connect
 from distriray.config import ParallelConfig
+from distriray.denoise import Denoiser
 from distriray.errors import GangMismatch, OutOfMemory, UnsupportedModel
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import SegmentEnd, WorkerId
-from distriray.gang.room import check_room
+from distriray.gang.room import _enlarged, check_room
 from distriray.gang.runner import SegmentRunner
 from distriray.gang.segment_result import SegmentResult
 from distriray.limits import Limits
 from distriray.models import ModelSpec
+from distriray.parallel import engine_of
 from distriray.parallel.room import Room
 from distriray.picture import Picture
 from distriray.references import Reference
 from distriray.requests import SamplingParams
-from tests.models import tiny_flux2_klein_distilled
+from tests.models import tiny_flux2_klein_distilled, tiny_qwen_image21
 
 from .runners import Gang, endings
 from .test_rehearsal import facts_of
@@ -94,6 +98,20 @@ def test_what_a_model_edits_counts_in_the_largest_request(
         started(free, tmp_path, monkeypatch, workers=2)
     levels = [record.levelno for record in caplog.records if "largest request" in record.message]
     assert levels == [logging.INFO, logging.WARNING]
+
+
+def test_a_call_that_is_enlarged_takes_what_one_of_that_size_takes() -> None:
+    """Also where the call says the image's size in words."""
+    config = ParallelConfig(exchange="displaced", cfg_parallel=False)
+    pipeline = parallelize(tiny_qwen_image21(), connect("local"), config)
+    denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+    assert engine is not None
+    asked = {"prompt": "a lake", "seed": 1}
+    small = denoiser.calls(SamplingParams(height=64, width=64, **asked))
+    large = denoiser.calls(SamplingParams(height=128, width=128, num_images=2, **asked))
+    enlarged = [_enlarged(call, 2, (64, 64), 128, 0) for call in small]
+    without, needed, own = (engine.buffer_bytes_of(calls, 3, config) for calls in (small, enlarged, large))
+    assert without < needed == own
 
 
 def test_a_request_without_room_is_refused_by_the_gang_which_goes_on(tiny_model: Path) -> None:

@@ -41,7 +41,8 @@ def test_blocks_of_transformers_are_whole_graphs_for_all_modes(
         if compiles:
             compile_blocks(network, compiler)
         with many_shapes():
-            return draw(network, transformer, Shape(masked=name in ("qwen-image", "chroma", "pixart")))
+            masked = name in ("qwen-image", "qwen-image-2.1", "chroma", "pixart")
+            return draw(network, transformer, Shape(masked=masked))
 
     for config in MODES if ranks > 1 else MODES[:1]:  # one rank has nothing to exchange
         plain, compiled = (
@@ -196,7 +197,7 @@ def test_a_shape_that_was_not_compiled_for_is_drawn_as_without(compiler: Countin
     assert compiler.graphs == known > 0
 
 
-@pytest.mark.parametrize("name", ["qwen-image", "z-image"])
+@pytest.mark.parametrize("name", ["qwen-image", "qwen-image-2.1", "z-image"])
 def test_texts_of_any_length_are_compiled_for_by_the_second(name: str, compiler: CountingCompiler) -> None:
     transformer = TRANSFORMERS[name]
     network, plain = (parallelize(transformer.make(), connect("local")) for _ in range(2))

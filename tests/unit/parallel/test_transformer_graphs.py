@@ -23,8 +23,8 @@ from tests.unit.parallel.stand_in import DEVICE, StandIn
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
 
 WIDE, PADDED = Shape(), Shape(masked=True)
-COPIES = {("qwen-image", True)}
-"""Families whose forward takes a tensor from the host, without masked text or with it."""
+COPIES = {("qwen-image", True), ("qwen-image-2.1", False), ("qwen-image-2.1", True)}
+"""Families whose forward takes a tensor from the host, or reads one there, without masked text or with it."""
 CONFIGS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (2, {"exchange": "sync", "cfg_parallel": False}),

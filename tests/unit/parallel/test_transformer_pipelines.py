@@ -25,6 +25,7 @@ from tests.models import (
     tiny_ovis_image,
     tiny_pixart,
     tiny_qwen_image,
+    tiny_qwen_image21,
     tiny_sd3,
     tiny_z_image,
 )
@@ -98,6 +99,19 @@ CASES = [
             "negative_prompt_embeds": noise(2, 1, 5, TEXT_WIDTH),
             "negative_prompt_embeds_mask": torch.ones((1, 5)),
             "true_cfg_scale": 3.0,
+            "output_type": "latent",
+        },
+        calls=2,
+    ),
+    Case(tiny_qwen_image21, {"prompt": "a lake at dusk", "output_type": "pt"}),
+    Case(
+        tiny_qwen_image21,
+        {
+            "prompt_embeds": noise(1, 2, 7, TEXT_WIDTH),
+            "prompt_embeds_mask": torch.tensor([[True] * 7, [True] * 5 + [False] * 2]),
+            "negative_prompt_embeds": noise(2, 2, 5, TEXT_WIDTH),
+            "true_cfg_scale": 3.0,
+            "use_kv_cache": False,
             "output_type": "latent",
         },
         calls=2,

@@ -42,7 +42,7 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
-MASKED = ("chroma", "krea2", "pixart", "qwen-image", "z-image")
+MASKED = ("chroma", "krea2", "pixart", "qwen-image", "qwen-image-2.1", "z-image")
 HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections", "image_cond_hidden_states")
 RANKS = [2, 3, 4]
 LONG = 6
@@ -216,7 +216,7 @@ def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(nam
     network: Any = network_of(TRANSFORMERS[name].make())
     attending = [plan.sequence for _, _, plan in network._attentions()]
     padded, module = name == "z-image", network.module  # Z-Image's tokens are padded to 32
-    image, text = (32, 32) if padded else (16, 8)
+    image, text = (32, 32) if padded else (64, 8) if name == "qwen-image-2.1" else (16, 8)
     references = 24 if name == "flux3-references" else 0
     own = {
         "joint": (image + text + references) // 2,

@@ -23,6 +23,7 @@ from tests.models import (
     tiny_longcat_image_transformer,
     tiny_ovis_image_transformer,
     tiny_pixart_transformer,
+    tiny_qwen_image21_transformer,
     tiny_qwen_image_transformer,
     tiny_sd3_transformer,
     tiny_z_image_transformer,
@@ -188,12 +189,30 @@ def qwen_image(shape: Shape) -> dict[str, Any]:
     return inputs
 
 
+def qwen_image21(shape: Shape) -> dict[str, Any]:
+    """Of four tokens of the image to one of the shape's: each of its slots stands for as many."""
+    image = 2 * shape.rows, 2 * shape.columns
+    mask = torch.arange(shape.text + shape.rows * shape.columns) >= shape.text
+    inputs = {
+        "hidden_states": noise(1, shape.batch, image[0] * image[1], 16),
+        "encoder_hidden_states": noise(2, shape.batch, shape.text, TEXT_WIDTH),
+        "img_shapes": [[(1, *image)]] * shape.batch,
+        "img_mask": mask.expand(shape.batch, -1),
+    }
+    return {**inputs, "encoder_hidden_states_mask": text_mask(shape)} if shape.masked else inputs
+
+
 def z_image(shape: Shape) -> dict[str, Any]:
     lengths = [shape.text + 40 * (shape.masked and image % 2) for image in range(shape.batch)]
     return {
         "hidden_states": noise(1, shape.batch, 4, 2 * shape.rows, 2 * shape.columns),
         "cap_feats": [noise(2 + image, length, TEXT_WIDTH) for image, length in enumerate(lengths)],
     }
+
+
+def _last(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """Of the tokens behind all others, as pipelines take it."""
+    return _by_name(network, timestep, inputs)[:, -inputs["hidden_states"].shape[1] :]
 
 
 def _by_lists(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -231,6 +250,7 @@ TRANSFORMERS = {
         scale=1000.0,
     ),
     "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image, HEADS),
+    "qwen-image-2.1": Transformer(tiny_qwen_image21_transformer, qwen_image21, HEADS, predict=_last),
     "z-image": Transformer(
         tiny_z_image_transformer, z_image, {"n_heads": 12, "n_kv_heads": 12, "dim": 192}, predict=_by_lists
     ),

@@ -1,0 +1,289 @@
+"""Qwen-Image 2.1: `QwenImage21Transformer2DModel`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import QwenImage21Transformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_qwenimage21 import (
+    QwenImage21AdaLayerNormContinuous,
+    QwenImage21Attention,
+    QwenImage21AttnProcessor,
+    QwenImage21FlexAttnProcessor,
+    QwenImage21KVCache,
+    QwenImage21Rope,
+    QwenImage21SwiGLUFeedForward,
+    QwenImage21TemporalTimesteps,
+    QwenImage21TextProjection,
+    QwenImage21TimestepProjEmbeddings,
+    QwenImage21TransformerBlock,
+    QwenImage21ZeroCenterRMSNorm,
+    apply_rotary_emb_qwen,
+)
+from torch import nn
+
+from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.parallel.agreement import Compared
+from distriray.parallel.layers.tokens import PatchTokenAttention, Tokens, output_of, projections_of
+from distriray.parallel.networks.base import Call, Collect
+from distriray.parallel.networks.local import LocalCode
+from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.tokens import TokenNetwork
+from distriray.parallel.partition import TokenPartition
+from distriray.parallel.share import Share
+
+KEPT = "kept keys and values"
+"""What errors call those of the prefix, in a `kv_cache`."""
+
+
+class PatchQwenImage21Attention(PatchTokenAttention, QwenImage21AttnProcessor):
+    """Attention of Qwen-Image 2.1, where hidden states are the prefix, if it is not kept, and own tokens.
+
+    The prefix, text and condition images, looks at itself alone: every rank has all of it.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: torch.Tensor | None = None,
+        layer_cache: Any = None,
+        kv_cache_mode: str | None = None,
+        cache_write_slice: slice | None = None,
+        segments: list[tuple[int, int, bool]] | None = None,
+        key_valid: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self.context.exchanges:
+            own: torch.Tensor = super().__call__(
+                attn,
+                hidden_states,
+                attention_mask,
+                rotary_emb,
+                layer_cache,
+                kv_cache_mode,
+                cache_write_slice,
+                segments,
+                key_valid,
+            )
+            return own
+        projected = projections_of(attn, hidden_states, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        query, key, value = (x.to(projected[2].dtype) for x in projected)
+        if rotary_emb is not None:
+            query, key = (apply_rotary_emb_qwen(x, rotary_emb, use_real=False) for x in (query, key))
+        if kv_cache_mode == "cached":
+            return output_of(attn, self.attend(query, key, value, *layer_cache.get()))
+        segments = segments or []
+        length = segments[-1][1] if segments else 0
+        prefix = query[:, :length], key[:, :length], value[:, :length]
+        if kv_cache_mode == "extract":
+            layer_cache.store(prefix[1].clone(), prefix[2].clone())
+        own = self.attend(query[:, length:], key[:, length:], value[:, length:], *prefix[1:])
+        attended = [*_of_prefix(*prefix, segments, key_valid), own]
+        return output_of(attn, torch.cat(attended, 1))
+
+
+def _of_prefix(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Sequence[tuple[int, int, bool]],
+    key_valid: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Attention within the prefix: of each text to what is before it, of each condition image to itself too.
+
+    Args:
+        query, key, value: (batch, tokens, heads, channels of a head).
+        segments: first token, last token and one, and whether it is text.
+        key_valid: which tokens are not padding, bool (batch, tokens of prefix and image).
+
+    Returns:
+        Of each segment (batch, its tokens, channels).
+    """
+    attended = []
+    for start, stop, is_text in segments:
+        mask = None if key_valid is None else key_valid[:, None, None, :stop]
+        if is_text:
+            before = query.new_ones((1, 1, stop - start, stop), dtype=torch.bool).tril(start)
+            mask = before if mask is None else before & mask
+        seen = dispatch_attention_fn(query[:, start:stop], key[:, :stop], value[:, :stop], attn_mask=mask)
+        attended.append(seen.flatten(2).to(query.dtype))
+    return attended
+
+
+class QwenImage21(TokenNetwork):
+    """A `QwenImage21Transformer2DModel`: one sequence of text, condition images, and the image to be drawn.
+
+    All but the last is a prefix that looks at itself alone, and that all else looks at. Every rank computes
+    the whole of it, or has its keys and values in the caller's `kv_cache`, and some tokens of the image. What
+    a call returns is of the image's tokens alone, of which pipelines take the last.
+    """
+
+    kind = QwenImage21Transformer2DModel
+    pads_text = False
+    plan = Plan(
+        cuts={},
+        attention={
+            "transformer_blocks.*.attn": Attention(
+                QwenImage21AttnProcessor, PatchQwenImage21Attention, "image"
+            )
+        },
+        inputs={
+            "img_shapes": Input("shapes of the images", "plain", batched=False),
+            "img_mask": Input("mask of the images", batched=False),
+            "encoder_hidden_states_mask": Input("text mask"),
+            "kv_cache": Input(KEPT, "near", batched=False),
+            "kv_cache_mode": Input("mode of the kv_cache", "plain", batched=False),
+        },
+        kwargs="attention_kwargs",
+        whole=("pos_embed",),
+    )
+    layers = frozenset[type](
+        {
+            QwenImage21AdaLayerNormContinuous,
+            QwenImage21Attention,
+            QwenImage21Rope,
+            QwenImage21SwiGLUFeedForward,
+            QwenImage21TemporalTimesteps,
+            QwenImage21TextProjection,
+            QwenImage21TimestepProjEmbeddings,
+            QwenImage21TransformerBlock,
+            QwenImage21ZeroCenterRMSNorm,
+        }
+    )
+
+    def __init__(self, module: Any, local: LocalCode | None = None) -> None:
+        self._parts: WeakKeyDictionary[QwenImage21KVCache, slice] = WeakKeyDictionary()
+        super().__init__(module, local)
+
+    def check(self) -> None:
+        for name, attention, _ in self._attentions():
+            if isinstance(getattr(attention, "processor", None), QwenImage21FlexAttnProcessor):
+                raise UnsupportedModel(
+                    f"{name} uses QwenImage21FlexAttnProcessor, whose mask is of all tokens; call "
+                    "set_attn_processor(QwenImage21AttnProcessor())"
+                )
+        super().check()
+
+    def uncaptured(self, call: Call) -> str | None:
+        return "QwenImage21Transformer2DModel reads on the host where the images are among the text"
+
+    def partition(self, call: Call, patches: int) -> TokenPartition:
+        *conditions, _ = call.arguments["img_shapes"][0]
+        image = self.image_tokens(call.sample) - sum(map(math.prod, conditions))
+        return TokenPartition.of(image, 0, patches)
+
+    def compared(self, call: Call) -> Compared:
+        compared, cache = super().compared(call), call.arguments["kv_cache"]
+        if cache is None or call.arguments["kv_cache_mode"] != "cached":
+            return compared
+        kept = [each for layer in cache.layer_caches for each in layer.get()]
+        # A part of the batch is not what the others have.
+        return compared._replace(near={**compared.near, KEPT: kept if len(kept[0]) == call.batch else []})
+
+    def compute(self, call: Call, share: Share, collect: Collect) -> Any:
+        cache, mode = call.arguments["kv_cache"], call.arguments["kv_cache_mode"]
+        if cache is None:
+            return super().compute(call, share, collect)
+        given = dict(call.arguments)
+        if mode == "cached":
+            given["kv_cache"] = self._own_part(cache, share)
+        output = super().compute(replace(call, arguments=given), share, collect)
+        if mode == "extract":
+            self._parts[cache] = share.part
+        return output
+
+    def _own_part(self, cache: QwenImage21KVCache, share: Share) -> QwenImage21KVCache:
+        """What a `kv_cache` has of the images that this rank computes; raises InvalidRequest."""
+        whole = slice(0, share.batch)
+        part, images = self._parts.get(cache, whole), len(cache.get_layer(0).get()[0])
+        if images != part.stop - part.start or part not in (whole, share.part):
+            raise InvalidRequest(
+                f"a kv_cache of {images} images, where this rank computes those from {share.part.start} to "
+                f"{share.part.stop} of {share.batch}; make it anew, with kv_cache_mode 'extract'"
+            )
+        if part == share.part:
+            return cache
+        own = QwenImage21KVCache(len(cache.layer_caches))
+        for layer, kept in zip(own.layer_caches, cache.layer_caches, strict=True):
+            layer.store(*(each[share.part] for each in kept.get()))
+        return own
+
+    def _compute(self, **arguments: Any) -> Any:
+        share, _ = self._shared
+        partition = share.partition
+        assert isinstance(partition, TokenPartition)
+        cutter = _Cutter(partition, share.communicator.rank, self._tokens, share.exchanges)
+        blocks, norm = self.module.transformer_blocks, self.module.norm_out
+        with ExitStack() as hooks:
+            hooks.enter_context(self.module.pos_embed.register_forward_hook(cutter.after_positions))
+            for index, block in enumerate(blocks):
+                before = partial(cutter.before_block, index == 0)
+                hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(norm.register_forward_pre_hook(cutter.before_norm))
+            return super()._compute(**arguments)
+
+    def _gather(
+        self, collect: Collect, exchanges: bool, module: nn.Module, inputs: Any, output: torch.Tensor
+    ) -> torch.Tensor:
+        own = self._tokens.of("image")[self._shared[0].communicator.rank]
+        return super()._gather(collect, exchanges, module, inputs, output[:, -own:])
+
+
+class _Cutter:
+    """Cuts what is of prefix and image, by hooks, to the prefix and the image's tokens of one rank."""
+
+    def __init__(self, partition: TokenPartition, rank: int, tokens: Tokens, exchanges: bool) -> None:
+        self._partition, self._rank = partition, rank
+        self._tokens, self._exchanges = tokens, exchanges
+
+    def after_positions(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """Of what turns queries and keys, (tokens, channels)."""
+        return self._cut(output, 0)
+
+    def before_block(
+        self, first: bool, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of the arguments of a block, which are given by name; hidden states are those of the `first`."""
+        cut = {"target_token_mask": self._cut_mask(kwargs["target_token_mask"])}
+        if first:
+            cut["hidden_states"] = self._cut(kwargs["hidden_states"], 1)
+        if self._exchanges:
+            if first:
+                self._tokens.key_mask = self._key_mask(kwargs)
+        else:
+            masks = "attention_mask", "key_valid"
+            cut |= {name: self._cut_mask(kwargs[name]) for name in masks}
+        return args, {**kwargs, **cut}
+
+    def before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of the last norm's arguments: hidden states, embedding of the timestep, and mask."""
+        hidden_states, embedding, mask = args
+        return hidden_states, embedding, self._cut_mask(mask)
+
+    def _key_mask(self, given: dict[str, Any]) -> torch.Tensor | None:
+        """Which tokens the image's attend to, of the prefix and of all ranks, (batch, 1, 1, tokens)."""
+        mask: torch.Tensor | None = given["attention_mask"]
+        if mask is None and given["key_valid"] is not None:
+            mask = given["key_valid"][:, None, None]
+        return mask
+
+    def _cut_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        return None if mask is None else self._cut(mask, -1)
+
+    def _cut(self, whole: torch.Tensor, dimension: int) -> torch.Tensor:
+        """What comes before the image, if that is there, and this rank's tokens of it."""
+        if self._partition.world_size == 1:
+            return whole
+        prefix = whole.shape[dimension] - self._partition.height
+        start, stop = self._partition.rows(self._rank)
+        parts = (0, prefix), (prefix + start, stop - start)
+        return torch.cat([whole.narrow(dimension, *part) for part in parts], dimension)

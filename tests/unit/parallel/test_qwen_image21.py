@@ -1,0 +1,286 @@
+"""Qwen-Image 2.1 in gangs: kept keys and values, condition images, padded text, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_qwenimage21 import (
+    QwenImage21AttnProcessor,
+    QwenImage21FlexAttnProcessor,
+    QwenImage21KVCache,
+)
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
+from distriray.parallel import engine_of
+from tests.models import TEXT_WIDTH, tiny_qwen_image21_transformer
+from tests.parameters import pairwise
+from tests.unit.parallel.transformers import error, noise
+
+STEPS = 3
+BRANCHES = "cond", "uncond"
+CLOSE = 1e-6
+"""Of the largest value, after as many steps: a call of the network differs by less than 3e-7."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn: its sizes in tokens.
+
+    Attributes:
+        image: rows and columns.
+        conditions: those of condition images, which stand within the text one behind the other.
+        padded: tokens at the end of the last image's text that are padding.
+        text: tokens of the text before the condition images and behind them, of each branch.
+    """
+
+    image: tuple[int, int] = (6, 6)
+    conditions: tuple[tuple[int, int], ...] = ()
+    padded: int = 0
+    text: tuple[tuple[int, int], tuple[int, int]] = field(default=((3, 4), (2, 2)))
+
+    def inputs(self, branch: int, batch: int) -> dict[str, Any]:
+        """What the network is called with but for latents and timestep."""
+        slots = sum(rows * columns // 4 for rows, columns in self.conditions)
+        before, behind = self.text[branch]
+        length = before + slots + behind
+        position = torch.arange(length + self.image[0] * self.image[1] // 4)
+        mask = (position >= before) & (position < before + slots) | (position >= length)
+        inputs = {
+            "encoder_hidden_states": noise(5 + branch, batch, length, TEXT_WIDTH),
+            "img_shapes": [[*((1, *size) for size in self.conditions), (1, *self.image)]] * batch,
+            "img_mask": mask.expand(batch, -1),
+        }
+        if self.padded:
+            valid = torch.ones(batch, length, dtype=torch.bool)
+            valid[-1, length - self.padded :] = False
+            inputs["encoder_hidden_states_mask"] = valid
+        return inputs
+
+    def latents(self, batch: int) -> torch.Tensor:
+        return noise(1, batch, self.image[0] * self.image[1], 16)
+
+    def references(self, batch: int) -> torch.Tensor:
+        """Latents of the condition images."""
+        return noise(2, batch, sum(rows * columns for rows, columns in self.conditions), 16)
+
+
+PLAIN, PADDED = Scene(), Scene(image=(6, 10), padded=2)
+EDIT = Scene(conditions=((4, 2), (2, 6)))
+PADDED_EDIT = Scene(conditions=((2, 2), (4, 4)), padded=1)
+SCENES = [PLAIN, PADDED, EDIT, PADDED_EDIT]
+
+
+def draw(network: Any, scene: Scene, keeps: bool, batch: int = 2, steps: int = STEPS) -> list[torch.Tensor]:
+    """The latents after each step, with a call for each branch, as the pipeline makes them."""
+    latents, references, drawn = scene.latents(batch), scene.references(batch), []
+    caches = [QwenImage21KVCache(3) if keeps else None for _ in BRANCHES]
+    inputs = [scene.inputs(index, batch) for index in range(len(BRANCHES))]
+    engine = engine_of(network)
+    with nullcontext() if engine is None else engine.image():
+        for step in range(steps):
+            said = []
+            for name, cache, given in zip(BRANCHES, caches, inputs, strict=True):
+                with network.cache_context(name):
+                    predicted = network(
+                        hidden_states=torch.cat([references, latents], 1),
+                        timestep=torch.full((batch,), 1 - step / steps),
+                        kv_cache=cache,
+                        kv_cache_mode=None if cache is None else "cached" if step else "extract",
+                        return_dict=False,
+                        **given,
+                    )[0]
+                said.append(predicted[:, -latents.shape[1] :])
+            latents = latents - (said[1] + 2.0 * (said[0] - said[1])) / steps
+            drawn.append(latents)
+    return drawn
+
+
+def gang(
+    ranks: int, scene: Scene, keeps: bool, made: dict[str, Any] | None = None, **config: Any
+) -> list[torch.Tensor]:
+    """The same of rank 0, after checking that all ranks have it."""
+    config = {"exchange": "sync", "cfg_parallel": False, **config}
+
+    def rank(communicator: Communicator) -> list[torch.Tensor]:
+        network = tiny_qwen_image21_transformer(**(made or {}))
+        return draw(parallelize(network, communicator, ParallelConfig(**config)), scene, keeps)
+
+    everyone = run_in_lockstep(ranks, rank)
+    for latents in everyone[1:]:
+        assert all(map(torch.equal, latents, everyone[0]))
+    return everyone[0]
+
+
+def furthest(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
+    return max(map(error, these, those))
+
+
+@pytest.mark.parametrize(
+    ("scene", "keeps", "ranks", "attention"),
+    pairwise(SCENES, [False, True], [2, 3, 5], ["gather", "ulysses"]),
+)
+def test_sync_is_one_device_with_and_without_kept_keys_and_values(
+    scene: Scene, keeps: bool, ranks: int, attention: Any
+) -> None:
+    heads = {"num_attention_heads": 30}
+    expected = draw(tiny_qwen_image21_transformer(**heads), scene, keeps)
+    assert furthest(gang(ranks, scene, keeps, heads, attention=attention), expected) < CLOSE
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_call_is_within_rounding_of_one_device(scene: Scene) -> None:
+    (expected,) = draw(tiny_qwen_image21_transformer(), scene, False, steps=1)
+
+    def rank(communicator: Communicator) -> torch.Tensor:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        network = parallelize(tiny_qwen_image21_transformer(), communicator, config)
+        return draw(network, scene, True, steps=1)[0]
+
+    for ours in run_in_lockstep(3, rank):
+        assert error(ours, expected) < 3e-7
+
+
+@pytest.mark.parametrize("scene", [PADDED, EDIT])
+def test_a_prefix_that_goes_by_the_timestep_is_computed_in_each_step(scene: Scene) -> None:
+    made = {"causal_condition": False}
+    expected = draw(tiny_qwen_image21_transformer(**made), scene, False)
+    assert furthest(expected, draw(tiny_qwen_image21_transformer(), scene, False)) > 1e-3
+    assert furthest(gang(3, scene, False, made), expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("scene", "other"),
+    [(PLAIN, Scene(padded=2)), (EDIT, Scene(conditions=EDIT.conditions[::-1]))],
+)
+def test_what_is_padded_and_how_condition_images_lie_counts(scene: Scene, other: Scene) -> None:
+    network = tiny_qwen_image21_transformer()
+    assert furthest(draw(network, scene, True), draw(network, other, True)) > 1e-3
+
+
+@pytest.mark.parametrize("exchange", ["displaced", "compressed", "none"])
+def test_other_modes_keep_keys_and_values_too(exchange: Any) -> None:
+    """To what they draw without: the prefix is each rank's own."""
+    kept, anew = (gang(3, PADDED_EDIT, keeps, exchange=exchange, warmup_steps=1) for keeps in (True, False))
+    assert furthest(kept, anew) < CLOSE
+    expected = draw(tiny_qwen_image21_transformer(), PADDED_EDIT, True)
+    assert error(kept[-1], expected[-1]) < 0.5
+    if exchange != "none":
+        assert error(kept[0], expected[0]) < CLOSE < error(kept[-1], expected[-1])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("scene", [PADDED, EDIT])
+def test_halves_of_a_gang_keep_those_of_their_images(scene: Scene, ranks: int) -> None:
+    expected = draw(tiny_qwen_image21_transformer(), scene, True)
+    assert furthest(gang(ranks, scene, True, cfg_parallel=True), expected) < CLOSE
+
+
+def call(network: Any, mode: str, cache: Any, batch: int = 2) -> torch.Tensor:
+    predicted: torch.Tensor = network(
+        hidden_states=PLAIN.latents(batch),
+        timestep=torch.full((batch,), 0.5),
+        kv_cache=cache,
+        kv_cache_mode=mode,
+        return_dict=False,
+        **PLAIN.inputs(0, batch),
+    )[0]
+    return predicted
+
+
+def test_what_one_gang_kept_another_goes_on_with() -> None:
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    call(network, "extract", cache)
+    expected = call(network, "cached", cache)
+
+    def rank(communicator: Communicator) -> None:
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        for halves in (False, True, False):
+            config = ParallelConfig(exchange="sync", cfg_parallel=halves)
+            parallelize(network, communicator, config)
+            if cache.get_layer(0).k is None:
+                call(network, "extract", cache)
+            assert error(call(network, "cached", cache), expected) < CLOSE
+
+    run_in_lockstep(4, rank)
+
+
+def test_what_a_half_kept_is_not_taken_for_the_whole() -> None:
+    def rank(communicator: Communicator) -> None:
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        parallelize(network, communicator, ParallelConfig(exchange="sync", cfg_parallel=True))
+        call(network, "extract", cache)
+        parallelize(network, communicator, ParallelConfig(exchange="sync", cfg_parallel=False))
+        call(network, "cached", cache)
+
+    with pytest.raises(InvalidRequest, match="kv_cache of 1 images, where this rank .* 0 to 2 of 2; make it"):
+        run_in_lockstep(2, rank)
+
+
+def test_a_cache_of_other_images_is_refused() -> None:
+    network, cache = parallelize(tiny_qwen_image21_transformer(), connect("local")), QwenImage21KVCache(3)
+    call(network, "extract", cache, batch=1)
+    with pytest.raises(InvalidRequest, match="kv_cache of 1 images"):
+        call(network, "cached", cache)
+
+
+def test_ranks_that_kept_something_else_are_told_so() -> None:
+    def rank(communicator: Communicator) -> None:
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        call(network, "extract", cache)
+        kept = cache.get_layer(1).k
+        assert kept is not None
+        kept += communicator.rank
+        parallelize(network, communicator, ParallelConfig(exchange="sync", cfg_parallel=False))
+        call(network, "cached", cache)
+
+    with pytest.raises(GangMismatch, match="kept keys and values"):
+        run_in_lockstep(2, rank)
+
+
+def test_a_step_sends_nothing_of_the_prefix() -> None:
+    def rank(communicator: Communicator, scene: Scene) -> int:
+        network = parallelize(tiny_qwen_image21_transformer(), communicator, ParallelConfig(exchange="sync"))
+        draw(network, scene, False, batch=1)
+        engine = engine_of(network)
+        assert engine is not None
+        return engine.statistics.bytes_sent
+
+    without, longer = (
+        run_in_lockstep(2, lambda communicator, scene=scene: rank(communicator, scene))
+        for scene in (PLAIN, Scene(conditions=((4, 4),), text=((9, 3), (8, 8))))
+    )
+    assert without == longer
+
+
+def test_what_is_returned_is_of_the_images_tokens_alone_in_a_gang_of_one_too() -> None:
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    expected = call(network, "extract", cache)
+    parallelize(network, connect("local"))
+    ours = call(network, "extract", QwenImage21KVCache(3))
+    assert ours.shape[1] == 36 < expected.shape[1] and torch.equal(ours, expected[:, -36:])
+
+
+def flex(network: Any) -> None:
+    network.set_attn_processor(QwenImage21FlexAttnProcessor())
+
+
+def flex_in_one(network: Any) -> None:
+    network.transformer_blocks[1].attn.set_processor(QwenImage21FlexAttnProcessor())
+
+
+@pytest.mark.parametrize(("change", "block"), [(flex, 0), (flex_in_one, 1)])
+def test_flex_attention_is_refused_with_what_to_do(change: Callable[[Any], None], block: int) -> None:
+    network = tiny_qwen_image21_transformer()
+    change(network)
+    advice = r"set_attn_processor\(QwenImage21AttnProcessor\(\)\)"
+    with pytest.raises(UnsupportedModel, match=f"transformer_blocks.{block}.attn uses .*Flex.*{advice}"):
+        parallelize(network, connect("local"))
+    network.set_attn_processor(QwenImage21AttnProcessor())
+    parallelize(network, connect("local"))
