@@ -37,12 +37,14 @@ from diffusers import (
     ZImageImg2ImgPipeline,
     ZImagePipeline,
 )
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from deployments.models import sizes_of, terms_of
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
+from distriray.denoise.pipelines import flux
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
 from distriray.gang.admission import admit
@@ -256,10 +258,18 @@ EDITED: dict[str, list[Image.Image]] = {
 """What each model that edits is shown."""
 
 
+@pytest.fixture
+def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kontext sees what it edits in one of a few shapes; these are of less than a megapixel."""
+    for module in (flux, pipeline_flux_kontext):
+        monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", [(144, 96), (112, 112), (96, 144)])
+
+
 def references(pictures: list[Image.Image]) -> tuple[Reference, ...]:
     return tuple(Reference(image=Picture.of(picture)) for picture in pictures)
 
 
+@pytest.mark.usefixtures("small_shapes")
 @pytest.mark.parametrize("edits", EDITED)
 def test_what_is_edited_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes(edits: str) -> None:
     pipeline, pictures, call = MODELS[edits](), EDITED[edits], {"num_inference_steps": 3, **SIZE}
@@ -280,6 +290,7 @@ def test_what_is_edited_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes
     denoiser.preview(by_image)
 
 
+@pytest.mark.usefixtures("small_shapes")
 @pytest.mark.parametrize("edits", EDITED)
 def test_a_gang_in_sync_edits_as_one_device_does_also_if_it_changes_in_the_middle(edits: str) -> None:
     pictures = EDITED[edits]
