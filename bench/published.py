@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import (
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
@@ -126,6 +128,25 @@ def _flux_inputs(network: Any, size: int) -> dict[str, Any]:
     }
 
 
+def _flux3_inputs(network: Any, size: int, edited: int = 0) -> dict[str, Any]:
+    """One of the two calls of a guided step, with a text of 80 tokens, the least that the pipeline gives.
+
+    Args:
+        edited: how many pictures of that size the model is shown.
+    """
+    image, text = (size // 16) ** 2, 80
+    inputs = {
+        "hidden_states": torch.randn(1, image, network.config.in_channels),
+        "encoder_hidden_states": torch.randn(1, text, network.config.joint_attention_dim),
+        "img_ids": torch.zeros(image, 4),
+        "txt_ids": torch.zeros(text, 4),
+    }
+    if edited:
+        inputs["image_cond_hidden_states"] = torch.randn(1, edited * image, network.config.cond_in_channels)
+        inputs["image_cond_ids"] = torch.zeros(edited * image, 4)
+    return inputs
+
+
 def _qwen_image_inputs(network: Any, size: int) -> dict[str, Any]:
     """One of the two calls of a guided step, with a text of 128 tokens."""
     return {
@@ -142,6 +163,26 @@ def _z_image_inputs(network: Any, size: int) -> dict[str, Any]:
         "cap_feats": [torch.randn(128, network.config.cap_feat_dim)],
     }
 
+
+FLUX3 = Published(
+    "a call of FLUX.3, of two a step, as diffusers makes it by default",
+    Flux3Transformer2DModel,
+    lambda: Flux3Transformer2DModel(
+        in_channels=16,
+        cond_in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=8,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 4, 4),
+    ),
+    _flux3_inputs,
+    _as_batch,
+    torch.bfloat16,
+    splits=False,
+    heads=24,
+)
 
 PUBLISHED = {
     "sdxl": Published(
@@ -172,6 +213,12 @@ PUBLISHED = {
         torch.bfloat16,
         splits=False,
         heads=24,
+    ),
+    "flux3": FLUX3,
+    "flux3-edit": replace(
+        FLUX3,
+        name="a call of FLUX.3, of two a step, that is shown a picture to edit",
+        inputs=partial(_flux3_inputs, edited=1),
     ),
     "qwen-image": Published(
         "a call of Qwen-Image, of two a step",
