@@ -18,6 +18,7 @@ from deployments.models import sizes_of, terms_of
 from deployments.pool_client import HostSilent, PoolClient
 from deployments.pool_state import choose, wait_s
 from deployments.watch import watch
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import (
     DeadlineUnmet,
     GangBroken,
@@ -30,7 +31,7 @@ from distriray.errors import (
 from distriray.events import Event, Finished
 from distriray.gang.admission import check_gang_size
 from distriray.gang.messages import WorkerFacts
-from distriray.requests import MULTIPLE_OF, GenerationRequest
+from distriray.requests import MULTIPLE_OF, GenerationRequest, check_sides
 from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
 from distriray.service import Fleet, FleetNews, ModelCard, PoolReport
@@ -232,8 +233,7 @@ class Router:
         few = await self._look(clients, self._choices, attempts.request)
         limits, gang_sizes = offer(clients)
         limits.check(attempts.request)
-        _, unit = self._sizes_of(clients[0].config.model.name)
-        attempts.request.check_size(unit)
+        self._check_size(attempts.request, clients[0].config.model.name)
         check_gang_size(attempts.request, gang_sizes)
         with suppress(QueueFull, DeadlineUnmet, NotEnoughDevices):
             client, host, asked = self._choose(attempts, few)
@@ -260,11 +260,26 @@ class Router:
         sizes = self._sizes[name]
         return (None, MULTIPLE_OF) if sizes is None else (sizes.default, sizes.unit)
 
+    def _check_size(self, request: GenerationRequest, name: str) -> None:
+        """Raise InvalidRequest unless a model draws that size, as far as it is known.
+
+        What is edited may have any, and so may an image while nobody knows what the model makes of it.
+        """
+        _, unit = self._sizes_of(name)
+        terms = self._terms_of(name)
+        if terms is None or terms.max_references:
+            check_sides(request.height, request.width, unit)
+        else:
+            request.check_size(unit)
+
     def _lacks_of(self, name: str) -> Mapping[str, str]:
         """The fields that a model refuses, and why, as far as they are known."""
-        facts = self._facts_of(name)
-        terms = facts.terms if facts else self._terms[name]
+        terms = self._terms_of(name)
         return terms.lacks if terms else {}
+
+    def _terms_of(self, name: str) -> Terms | None:
+        facts = self._facts_of(name)
+        return facts.terms if facts else self._terms[name]
 
     def _facts_of(self, name: str) -> WorkerFacts | None:
         """Facts of a model, from the first of its pools that had a host."""

@@ -273,6 +273,25 @@ def test_a_picture_of_a_size_that_cannot_be_drawn_is_refused_with_one_that_can()
     generate(front(pool=handle), image=Image.new("RGB", (500, 333)), height=336, width=496)
 
 
+def test_a_picture_of_any_size_is_edited_in_whole_units() -> None:
+    handle = FakeHandle("a")
+    handle.facts = replace(FACTS, size_unit=16, terms=Terms(max_references=1))
+    generate(front(pool=handle), image=Image.new("RGB", (500, 333)))
+    ((_, sent),) = handle.calls
+    assert (sent.width, sent.height) == (496, 320)
+    with pytest.raises(InvalidRequest, match="width 504 is not a multiple of 16"):
+        generate(front(pool=handle), image=Image.new("RGB", (500, 333)), height=336, width=504)
+
+
+def test_a_picture_of_any_size_goes_to_a_model_of_which_nothing_is_known_yet() -> None:
+    handle = FakeHandle()
+    handle.facts = replace(FACTS, size_unit=16, terms=Terms(max_references=1))
+    pool = {"name": "hub", "model": "some/hub-model", "min_hosts": 0}
+    service = Router(AppConfig.model_validate({"pools": [pool]}), {"hub": handle}, random.Random(0), CREATED)  # type: ignore[dict-item]
+    generate(service, image=Image.new("RGB", (500, 333)))
+    assert handle.woken and len(handle.calls) == 1
+
+
 def test_a_request_under_which_every_host_dies_fails_in_the_end() -> None:
     handle = FakeHandle("a", "b", "c", "d")
     handle.deeds = [dies] * 9
