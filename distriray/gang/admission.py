@@ -106,6 +106,8 @@ def admit(
     Raises:
         InvalidRequest: it is beyond a limit, or neither the model nor a gang of this host can serve it.
     """
+    if limited:
+        config.limits.check_pictures(request.pictures)  # by the names that they were sent with
     request = settle(request, config, facts)
     if limited:
         config.limits.check(request)

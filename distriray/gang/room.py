@@ -17,7 +17,6 @@ from distriray.gang.messages import WorkerFacts
 from distriray.gang.runner import SegmentRunner
 from distriray.parallel.networks.base import Call
 from distriray.parallel.room import META
-from distriray.references import MOST_PIXELS
 
 log = logging.getLogger("ray.serve.distriray.worker")
 
@@ -50,7 +49,7 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
         calls = runner.calls(own.model_copy(update={"guidance_scale": scale}))
     side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
     images = config.limits.max_images
-    shown = min(config.limits.max_references, facts.terms.max_references) * MOST_PIXELS
+    shown = facts.terms.most_shown_pixels(config.limits.max_references)
     calls = [_enlarged(call, images, size, side, shown) for call in calls]
     needed, gang = _most(runner, config, facts, calls, side)
     what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"

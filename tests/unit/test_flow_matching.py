@@ -50,6 +50,7 @@ from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, No
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import SegmentEnd
+from distriray.limits import Limits
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
@@ -313,6 +314,39 @@ def test_a_host_predicts_what_it_edits_by_the_pixels_that_the_model_is_shown() -
     assert list(admitted.request.pictures) == ["references.0.image", "references.1.image"]
     plain = admit(asked.model_copy(update={"image": None, "references": ()}), HostConfig(), facts)
     assert plain.view(0.0, None).besides == ()
+
+
+@pytest.mark.parametrize("edits", EDITED)
+def test_the_pixels_that_a_model_is_shown_are_those_of_its_tokens(edits: str) -> None:
+    denoiser = Denoiser(MODELS[edits]())
+    params = SamplingParams(prompt="x", seed=1, height=64, width=64, image=Image.new("RGB", (128, 96)))
+    state = denoiser.prepare(params)
+    shown = state.values.get("references", state.values.get("image_cond_hidden_states"))
+    settled = denoiser.terms.settle(params, denoiser.sizes.default, denoiser.sizes.unit)
+    pixels = denoiser.terms.shown_pixels(settled)
+    assert shown is not None and pixels == pytest.approx(shown.shape[1] * denoiser.sizes.unit**2, rel=0.02)
+
+
+def test_of_limits_that_allow_few_references_the_most_pixels_may_be_those_of_a_sole_one() -> None:
+    sole = Denoiser(tiny_flux3()).terms
+    assert [sole.most_shown_pixels(count) / 2**20 for count in (0, 1, 4, 6, 12)] == [0, 4, 4, 6, 10]
+    many = Denoiser(tiny_flux2()).terms
+    assert [many.most_shown_pixels(count) / 2**20 for count in (0, 1, 4, 12)] == [0, 1, 4, 10]
+
+
+def test_pictures_are_refused_by_the_names_that_they_were_sent_with() -> None:
+    denoiser = Denoiser(tiny_flux2())
+    facts = replace(FACTS, terms=denoiser.terms, size_unit=denoiser.sizes.unit)
+    large, narrow, small = (Image.new("RGB", size) for size in ((500, 500), (64, 640), (64, 64)))
+    config = HostConfig(limits=Limits(max_image_pixels=499 * 500))
+    for picture in (large, narrow):
+        for name, fields in (
+            ("image", {"image": picture, "references": references([small])}),
+            ("references.0.image", {"image": small, "references": references([picture])}),
+        ):
+            with pytest.raises(InvalidRequest, match=f"^{name} ") as refused:
+                admit(GenerationRequest(prompt="x", **fields), config, facts)
+            assert refused.value.param == name
 
 
 @pytest.mark.parametrize("edits", EDITED)

@@ -79,6 +79,7 @@ class Terms:
         needs_mask: it draws nothing but what a mask leaves open of an image.
         max_references: how many pictures it edits at once; 0 is of a model that begins from pictures instead.
         sole_reference_pixels: what it is shown of a picture that it edits alone.
+        enlarges_references: it is shown a megapixel of small pictures too.
         fixes_steps: it takes `num_inference_steps` and no other number.
     """
 
@@ -91,6 +92,7 @@ class Terms:
     needs_mask: bool = False
     max_references: int = 0
     sole_reference_pixels: int = MOST_PIXELS
+    enlarges_references: bool = False
     fixes_steps: bool = False
 
     def settle(
@@ -141,16 +143,17 @@ class Terms:
         self, params: Params, default_size: tuple[int, int], unit: int
     ) -> tuple[Params, tuple[int, int]]:
         """The request with its image among its references, and the (height, width) of what they become."""
+        sent = params.pictures
+        for name in ("image", *(image_of("references", index) for index in range(len(params.references)))):
+            if name in sent:
+                check_reference(sent[name], name)
         if params.image is not None:
-            check_reference(params.image, "image")
             first = Reference(image=params.image)
             params = params.model_copy(update={"image": None, "references": (first, *params.references)})
         if len(params.references) > self.max_references:
             count = f"references and image are {len(params.references)} pictures"
             raise InvalidRequest(f"{count}; this model edits at most {self.max_references}", "references")
         pictures = [each.image for each in params.references if each.image is not None]
-        for index, picture in enumerate(pictures):
-            check_reference(picture, image_of("references", index))
         if pictures:
             width, height = shown_size(pictures[0].size, unit)
             default_size = height, width
@@ -158,9 +161,16 @@ class Terms:
 
     def shown_pixels(self, params: SamplingParams) -> int:
         """Pixels of references that the model is shown in every step."""
+        if self.enlarges_references:
+            return len(params.references) * MOST_PIXELS
         most = self.sole_reference_pixels if len(params.references) == 1 else MOST_PIXELS
         pictures = [each.image for each in params.references if each.image is not None]
         return sum(prod(shown_size(picture.size, MULTIPLE_OF, most)) for picture in pictures)
+
+    def most_shown_pixels(self, references: int) -> int:
+        """The same of the request that has most of them, where a limit allows so many references."""
+        count = min(references, self.max_references)
+        return max(count * MOST_PIXELS, self.sole_reference_pixels) if count else 0
 
 
 def unet_terms(config: Configs) -> Terms:
@@ -205,7 +215,13 @@ def flux_kontext_terms(config: Configs) -> Terms:
     """Of FLUX.1 Kontext, as diffusers has it."""
     terms = flux_terms(config)
     lacks = {name: why for name, why in terms.lacks.items() if name != "references"}
-    return replace(terms, schedulers=("euler",), lacks={**lacks, **_EDITS}, max_references=1)
+    return replace(
+        terms,
+        schedulers=("euler",),
+        lacks={**lacks, **_EDITS},
+        max_references=1,
+        enlarges_references=True,
+    )
 
 
 def flux2_terms(config: Configs) -> Terms:
