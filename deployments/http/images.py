@@ -282,8 +282,8 @@ class EditRequest(_WithPictures):
             values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
         for field, of_field in files.items():
             values[field] = _with_files(field, values.get(field), of_field)
-        if others and isinstance(listed := values.get("references", ()), tuple):
-            values["references"] = (*({"image": file} for file in others), *listed)
+        if others and isinstance(listed := values.get("references"), tuple | None):
+            values["references"] = (*({"image": file} for file in others), *(listed or ()))
         try:
             request = cls.model_validate(values)
         except ValidationError as error:

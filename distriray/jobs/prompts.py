@@ -16,8 +16,10 @@ from distriray.limits import Limits
 from distriray.picture import Picture
 from distriray.requests import GenerationRequest, image_of
 
-FIELD = re.compile(r"[a-z][a-z0-9_]{0,30}")
-"""What the name of a field may be; any other key of a line may be text that somebody meant to draw."""
+_NAME = r"[a-z][a-z0-9_]{0,30}"
+FIELD = re.compile(rf"{_NAME}(\.({_NAME}|[0-9]{{1,9}})){{0,4}}")
+"""What the name of a field may be, or the whole way to it; any other key of a line may be text that somebody
+meant to draw."""
 
 
 @dataclass(frozen=True)

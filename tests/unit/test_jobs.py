@@ -102,6 +102,17 @@ def test_a_line_beyond_the_limits_is_a_bad_one(file: Path) -> None:
     assert (2, "num_images") in [(line.line, line.param) for line in bad]
 
 
+def test_the_field_at_fault_within_another_is_named_by_the_whole_way_to_it(tmp_path: Path) -> None:
+    entries = [{"name": "ink"}, {"name": "neon", "scale": "much"}]
+    lines = [
+        {"prompt": "x", "loras": entries},
+        {"prompt": "x", "loras": [{"name": "ink", "a lake at dusk": 1}]},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    good, bad = read_prompts(tmp_path / "prompts.jsonl")
+    assert not good and [line.param for line in bad] == ["loras.1.scale", None]
+
+
 def test_a_line_with_a_misspelt_scheduler_is_a_bad_one(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a lake", "scheduler": "eulr"}\n')
     good, (line,) = read_prompts(tmp_path / "prompts.jsonl")

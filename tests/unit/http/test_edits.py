@@ -171,6 +171,8 @@ def test_of_several_images_those_after_the_first_are_references(
     assert answer.status_code == 200, answer.text
     references = service.asked[-1].references
     assert [each.image and each.image.data for each in references] == [images[1], images[3]]
+    answer = http.post(EDITS, data={"prompt": "a lake", "references": "null"}, files=files[:2])
+    assert answer.status_code == 200 and len(service.asked[-1].references) == 1, "null is as left out"
     for names in (("image", "image"), ("image", "image[]", "image"), ("mask[]", "mask[]")):
         twice = http.post(EDITS, data={"prompt": "a lake"}, files=[(name, images[0]) for name in names])
         name = names[0].removesuffix("[]")
