@@ -48,6 +48,7 @@ def _place(error: ErrorDetails) -> list[str]:
 
 
 def _sentence(message: str) -> str:
+    message = message.removeprefix("Value error, ")
     return message[0].lower() + message[1:].replace("valid tuple", "valid list")  # JSON's word
 
 

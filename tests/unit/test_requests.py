@@ -40,6 +40,11 @@ from distriray.steps import StepCount
         ),
         ({"prompt": "x", "parallel": {"cfg_parallel": 7}}, "parallel.cfg_parallel", "boolean.*, or 'auto'"),
         ({"prompt": "x", "parallel": {"exchange": {"halo": 1}}}, "parallel.exchange.halo", "no field"),
+        (
+            {"prompt": "x", "parallel": {"exchange": {"halos": "stale", "halos_width": "int8"}}},
+            "parallel.exchange",
+            "or stale halos are sent whole",
+        ),
     ],
 )
 def test_an_invalid_field_is_named_with_its_value(fields: dict[str, Any], param: str, says: str) -> None:
