@@ -58,10 +58,10 @@ class Limits(BaseModel):
     )
     """The fields that may have `max_prompt_chars` characters."""
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, request: GenerationRequest, sent: GenerationRequest | None = None) -> None:
         """Raise InvalidRequest, with the limit and the field, unless `request` keeps every limit.
 
-        What it leaves open is checked once it is settled.
+        What it leaves open is checked once it is settled; `sent` is as it was before.
         """
         for field, limit in self.LARGEST.items():
             self._at_most(field, getattr(request, field), getattr(self, limit))
@@ -77,7 +77,7 @@ class Limits(BaseModel):
                 named = f"{count} {KINDS[field].word if field in KINDS else 'picture'}s"
                 raise InvalidRequest(f"{field} names {named}; the limit is {most}", field)
         self.check_pictures(request.pictures)
-        self._check_size(request)
+        self._check_size(request, sent or request)
 
     def check_pictures(self, pictures: Mapping[str, Picture]) -> None:
         """The same of pictures by field, before any of them is decoded."""
@@ -91,8 +91,12 @@ class Limits(BaseModel):
                 limit = f"the limit is {self.max_image_pixels} in all"
                 raise InvalidRequest(f"{field} has {width}x{height} pixels; {limit}", field)
 
-    def _check_size(self, request: GenerationRequest) -> None:
-        whose = "; it is the image's own, name a size that it is scaled to" if request.has_images_size else ""
+    def _check_size(self, request: GenerationRequest, sent: GenerationRequest) -> None:
+        whose = ""
+        if request.has_images_size:
+            whose = "; it is the image's own, name a size that it is scaled to"
+        elif request.references and sent.height is None and sent.width is None:
+            whose = "; it is by default that of the first picture, name a size"
         for field in ("height", "width"):
             side = getattr(request, field)
             if side is not None:

@@ -108,9 +108,9 @@ def admit(
     """
     if limited:
         config.limits.check_pictures(request.pictures)  # by the names that they were sent with
-    request = settle(request, config, facts)
+    sent, request = request, settle(request, config, facts)
     if limited:
-        config.limits.check(request)
+        config.limits.check(request, sent)
     request.check_size(facts.size_unit)
     assert request.height is not None
     check_gang_size(request, config.sizes)

@@ -334,6 +334,20 @@ def test_of_limits_that_allow_few_references_the_most_pixels_may_be_those_of_a_s
     assert [many.most_shown_pixels(count) / 2**20 for count in (0, 1, 4, 12)] == [0, 1, 4, 10]
 
 
+def test_that_a_size_beyond_the_limits_is_the_first_pictures_is_said() -> None:
+    denoiser = Denoiser(tiny_flux2())
+    facts = replace(FACTS, terms=denoiser.terms, size_unit=denoiser.sizes.unit)
+    asked = GenerationRequest(prompt="x", image=Image.new("RGB", (500, 333)))
+    config, says = HostConfig(limits=Limits(max_side=256)), "320 is above the limit of 256"
+    with pytest.raises(
+        InvalidRequest, match=f"{says}; it is by default that of the first picture, name a size"
+    ):
+        admit(asked, config, facts)
+    with pytest.raises(InvalidRequest, match=f"{says}$"):
+        admit(asked.model_copy(update={"height": 320, "width": 256}), config, facts)
+    assert admit(asked.model_copy(update={"height": 256, "width": 256}), config, facts).request.width == 256
+
+
 def test_pictures_are_refused_by_the_names_that_they_were_sent_with() -> None:
     denoiser = Denoiser(tiny_flux2())
     facts = replace(FACTS, terms=denoiser.terms, size_unit=denoiser.sizes.unit)
