@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import log2
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -93,9 +94,12 @@ def _besides(request: GenerationRequest, shown_pixels: int) -> Besides:
         if each.scale
     ]
     alike = [(f"ip_adapter {each.name}", 0.0) for each in request.ip_adapters if each.scale]
-    assert request.height is not None and request.width is not None
-    shown = [(f"references {shown_pixels}", shown_pixels / (request.height * request.width))]
-    return tuple(sorted(adapted + controlled + alike + shown * bool(shown_pixels)))
+    shown = []
+    if shown_pixels:
+        assert request.height is not None and request.width is not None
+        pixels = round(2 ** (round(2 * log2(shown_pixels)) / 2))  # few cases, whatever sizes clients send
+        shown = [(f"references {pixels}", pixels / (request.height * request.width))]
+    return tuple(sorted(adapted + controlled + alike + shown))
 
 
 def admit(

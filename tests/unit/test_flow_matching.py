@@ -309,8 +309,13 @@ def test_a_host_predicts_what_it_edits_by_the_pixels_that_the_model_is_shown() -
     pictures = {"image": Image.new("RGB", (2048, 1024)), "references": references([OLD])}
     asked = GenerationRequest(prompt="x", height=512, width=512, **pictures)
     admitted = admit(asked, HostConfig(), facts)
-    pixels = 1448 * 720 + 128 * 80
-    assert admitted.view(0.0, None).besides == ((f"references {pixels}", pixels / 512**2),)
+    ((name, added),) = admitted.view(0.0, None).besides
+    assert added == pytest.approx((1448 * 720 + 128 * 80) / 512**2, rel=0.2)
+    others = [Image.new("RGB", (side, 1024)) for side in (1000, 1024, 1100, 2000, 3000, 4096)]
+    views = [
+        admit(asked.model_copy(update={"image": Picture.of(image)}), HostConfig(), facts) for image in others
+    ]
+    assert {view.view(0.0, None).besides for view in views} == {((name, added),)}, "one case to learn from"
     assert list(admitted.request.pictures) == ["references.0.image", "references.1.image"]
     plain = admit(asked.model_copy(update={"image": None, "references": ()}), HostConfig(), facts)
     assert plain.view(0.0, None).besides == ()

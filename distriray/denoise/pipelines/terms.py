@@ -161,11 +161,12 @@ class Terms:
 
     def shown_pixels(self, params: SamplingParams) -> int:
         """Pixels of references that the model is shown in every step."""
-        if self.enlarges_references:
-            return len(params.references) * MOST_PIXELS
         most = self.sole_reference_pixels if len(params.references) == 1 else MOST_PIXELS
         pictures = [each.image for each in params.references if each.image is not None]
-        return sum(prod(shown_size(picture.size, MULTIPLE_OF, most)) for picture in pictures)
+        pixels = sum(prod(shown_size(picture.size, MULTIPLE_OF, most)) for picture in pictures)
+        if self.enlarges_references:
+            pixels = len(pictures) * MOST_PIXELS
+        return pixels
 
     def most_shown_pixels(self, references: int) -> int:
         """The same of the request that has most of them, where a limit allows so many references."""
