@@ -86,6 +86,7 @@ def _fields(items: list[tuple[str, str | UploadFile]]) -> dict[str, str | bytes 
         elif name == MANY and sent_as != name and isinstance(content, bytes) and not isinstance(before, str):
             fields[name] = [*(before if isinstance(before, list) else [before]), content]
         else:
-            message = f"{name[:100]} is there more than once; send one"
+            advice = f"send one, or all as {MANY}[]" if name == MANY else "send one"
+            message = f"{name[:100]} is there more than once; {advice}"
             raise Refusal(400, InvalidRequest.code, message, name)
     return fields
