@@ -37,6 +37,7 @@ class Guiders:
         ]
         if len(guiders) != 1:
             return None
-        with suppress(NotImplementedError):  # of a guider that does not say
+        # Of a guider that does not say; diffusers' tangential one reads an attribute that it lacks.
+        with suppress(NotImplementedError, AttributeError):
             return "cond" if guiders[0].is_conditional else "uncond"
         return None

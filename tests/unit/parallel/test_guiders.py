@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
+from diffusers import (
+    ClassifierFreeGuidance,
+    StableDiffusionXLAutoBlocks,
+    TangentialClassifierFreeGuidance,
+)
 from diffusers.guiders import BaseGuidance
 
 from distriray import ParallelConfig, parallelize
@@ -46,6 +50,10 @@ class Holder:
 
 def test_no_guider_one_that_does_not_say_and_one_of_two_name_nothing() -> None:
     guiders, speaking = Guiders(), ClassifierFreeGuidance()
+    tangential = Holder(TangentialClassifierFreeGuidance())
+    guiders.watch(tangential)
+    assert guiders.branch is None, "diffusers' own, whose answer raises"
+    del tangential
     without, silent, holder = Holder(None), Holder(Silent()), Holder(speaking)
     guiders.watch(without)
     assert guiders.branch is None
