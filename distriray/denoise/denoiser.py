@@ -145,7 +145,7 @@ class Denoiser:
 
     @torch.no_grad()
     def calls(self, params: SamplingParams) -> list[Call]:
-        """The calls of the network in the first step of an image; the network computes nothing.
+        """The calls of the network in the first step of an image, which compute nothing.
 
         Only of a pipeline that was parallelized.
 
