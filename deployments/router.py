@@ -267,7 +267,7 @@ class Router:
         """
         _, unit = self._sizes_of(name)
         terms = self._terms_of(name)
-        if terms is None or terms.max_references:
+        if terms is None or terms.editing:
             check_sides(request.height, request.width, unit)
         else:
             request.check_size(unit)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,6 +33,34 @@ def shown_size(size: tuple[int, int], unit: int, most: int = MOST_PIXELS) -> tup
     scale = min(1.0, sqrt(most / (width * height)))
     width, height = (max(unit, int(side * scale) // unit * unit) for side in size)
     return width, height
+
+
+@dataclass(frozen=True)
+class Editing:
+    """A model's terms for what it edits.
+
+    Attributes:
+        max_references: how many pictures at once.
+        sole_pixels: what it is shown of a picture that it edits alone.
+        enlarges: it is shown a megapixel of small pictures too.
+    """
+
+    max_references: int
+    sole_pixels: int = MOST_PIXELS
+    enlarges: bool = False
+
+    def shown_pixels(self, references: Sequence[Reference], unit: int) -> int:
+        """Pixels that the model is shown of them in every step; sizes are multiples of `unit`."""
+        if self.enlarges:
+            return len(references) * MOST_PIXELS
+        most = self.sole_pixels if len(references) == 1 else MOST_PIXELS
+        sizes = [each.image.size for each in references if each.image is not None]
+        return sum(prod(shown_size(size, unit, most)) for size in sizes)
+
+    def most_shown_pixels(self, limit: int) -> int:
+        """The same of whichever references are most, where `limit` are allowed."""
+        count = min(limit, self.max_references)
+        return max(count * MOST_PIXELS, self.sole_pixels) if count else 0
 
 
 def check_reference(picture: Picture, name: str) -> None:

@@ -142,7 +142,8 @@ def admit(
             "guidance_end",
         )
     fresh = shared.mix is not None and shared.mix.exact
-    shown_pixels = facts.terms.shown_pixels(request)
+    editing = facts.terms.editing
+    shown_pixels = editing.shown_pixels(request.references, facts.size_unit) if editing else 0
     return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps, shown_pixels)
 
 

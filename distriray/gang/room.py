@@ -49,7 +49,8 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
         calls = runner.calls(own.model_copy(update={"guidance_scale": scale}))
     side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
     images = config.limits.max_images
-    shown = facts.terms.most_shown_pixels(config.limits.max_references)
+    editing = facts.terms.editing
+    shown = editing.most_shown_pixels(config.limits.max_references) if editing else 0
     calls = [_enlarged(call, images, size, side, shown) for call in calls]
     needed, gang = _most(runner, config, facts, calls, side)
     what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"

@@ -55,7 +55,7 @@ from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of
 from distriray.parallel.schedules import Schedules, Turn
 from distriray.picture import Picture
-from distriray.references import Reference
+from distriray.references import Editing, Reference
 from distriray.requests import GenerationRequest, SamplingParams
 from tests.models import (
     TEXT_WIDTH,
@@ -266,6 +266,11 @@ def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", [(144, 96), (112, 112), (96, 144)])
 
 
+def editing_of(denoiser: Denoiser) -> Editing:
+    assert denoiser.terms.editing is not None
+    return denoiser.terms.editing
+
+
 def references(pictures: list[Image.Image]) -> tuple[Reference, ...]:
     return tuple(Reference(image=Picture.of(picture)) for picture in pictures)
 
@@ -328,14 +333,14 @@ def test_the_pixels_that_a_model_is_shown_are_those_of_its_tokens(edits: str) ->
     state = denoiser.prepare(params)
     shown = state.values.get("references", state.values.get("image_cond_hidden_states"))
     settled = denoiser.terms.settle(params, denoiser.sizes.default, denoiser.sizes.unit)
-    pixels = denoiser.terms.shown_pixels(settled)
+    pixels = editing_of(denoiser).shown_pixels(settled.references, denoiser.sizes.unit)
     assert shown is not None and pixels == pytest.approx(shown.shape[1] * denoiser.sizes.unit**2, rel=0.02)
 
 
 def test_of_limits_that_allow_few_references_the_most_pixels_may_be_those_of_a_sole_one() -> None:
-    sole = Denoiser(tiny_flux3()).terms
+    sole = editing_of(Denoiser(tiny_flux3()))
     assert [sole.most_shown_pixels(count) / 2**20 for count in (0, 1, 4, 6, 12)] == [0, 4, 4, 6, 10]
-    many = Denoiser(tiny_flux2()).terms
+    many = editing_of(Denoiser(tiny_flux2()))
     assert [many.most_shown_pixels(count) / 2**20 for count in (0, 1, 4, 12)] == [0, 1, 4, 10]
 
 
@@ -1209,7 +1214,7 @@ def test_what_would_be_black_is_refused_by_name(model: str) -> None:
 
 def test_a_family_that_draws_from_text_alone_refuses_a_picture() -> None:
     with pytest.raises(InvalidRequest, match="image: .*draws from text alone here; leave it out") as error:
-        begin(Denoiser(tiny_flux2_klein()), [1], **SMALL, image=PICTURE)
+        begin(Denoiser(tiny_qwen_image21()), [1], **SMALL, image=PICTURE)
     assert error.value.param == "image"
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, TypeVar, get_args
 
 from distriray.denoise.pipelines.sizes import Configs
 from distriray.errors import InvalidRequest
-from distriray.references import MOST_PIXELS, Reference, check_reference, shown_size
-from distriray.requests import MULTIPLE_OF, Defaults, SamplingParams, image_of
+from distriray.references import MOST_PIXELS, Editing, Reference, check_reference, shown_size
+from distriray.requests import Defaults, SamplingParams, image_of
 from distriray.steps import SchedulerName
 
 Params = TypeVar("Params", bound=SamplingParams)
@@ -31,8 +30,8 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "strength": lambda strength: strength is not None,
 }
 
-FLUX_REFERENCES = 10
-"""That the makers of FLUX.2 say it takes."""
+FLUX2_EDITING = Editing(10)
+"""As its makers say."""
 
 STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
 """Of requests that name none: inside a mask, all is drawn anew."""
@@ -77,9 +76,7 @@ class Terms:
         unguided: the largest `guidance_scale` that takes no second branch.
         rounds_up: how many whole steps a share of them is: not at most, but at least.
         needs_mask: it draws nothing but what a mask leaves open of an image.
-        max_references: how many pictures it edits at once; 0 is of a model that begins from pictures instead.
-        sole_reference_pixels: what it is shown of a picture that it edits alone.
-        enlarges_references: it is shown a megapixel of small pictures too.
+        editing: what it edits; None is of a model that begins from pictures instead.
         fixes_steps: it takes `num_inference_steps` and no other number.
     """
 
@@ -90,9 +87,7 @@ class Terms:
     unguided: float = 1.0
     rounds_up: bool = False
     needs_mask: bool = False
-    max_references: int = 0
-    sole_reference_pixels: int = MOST_PIXELS
-    enlarges_references: bool = False
+    editing: Editing | None = None
     fixes_steps: bool = False
 
     def settle(
@@ -110,8 +105,8 @@ class Terms:
         Raises:
             InvalidRequest: it asks for what the model has not; `param` names the field.
         """
-        if self.max_references:
-            params, default_size = self._edited(params, default_size, unit)
+        if self.editing is not None:
+            params, default_size = _edited(params, self.editing, default_size, unit)
         params = params.settled(*default_size, defaults)
         for name, why in self.lacks.items():
             if _ASKS[name](getattr(params, name)):
@@ -139,39 +134,26 @@ class Terms:
         open_ = {name: value for name, value in own.items() if getattr(params, name) is None}
         return params.model_copy(update=open_)
 
-    def _edited(
-        self, params: Params, default_size: tuple[int, int], unit: int
-    ) -> tuple[Params, tuple[int, int]]:
-        """The request with its image among its references, and the (height, width) of what they become."""
-        sent = params.pictures
-        for name in ("image", *(image_of("references", index) for index in range(len(params.references)))):
-            if name in sent:
-                check_reference(sent[name], name)
-        if params.image is not None:
-            first = Reference(image=params.image)
-            params = params.model_copy(update={"image": None, "references": (first, *params.references)})
-        if len(params.references) > self.max_references:
-            count = f"references and image are {len(params.references)} pictures"
-            raise InvalidRequest(f"{count}; this model edits at most {self.max_references}", "references")
-        pictures = [each.image for each in params.references if each.image is not None]
-        if pictures:
-            width, height = shown_size(pictures[0].size, unit)
-            default_size = height, width
-        return params, default_size
 
-    def shown_pixels(self, params: SamplingParams) -> int:
-        """Pixels of references that the model is shown in every step."""
-        most = self.sole_reference_pixels if len(params.references) == 1 else MOST_PIXELS
-        pictures = [each.image for each in params.references if each.image is not None]
-        pixels = sum(prod(shown_size(picture.size, MULTIPLE_OF, most)) for picture in pictures)
-        if self.enlarges_references:
-            pixels = len(pictures) * MOST_PIXELS
-        return pixels
-
-    def most_shown_pixels(self, references: int) -> int:
-        """The same of the request that has most of them, where a limit allows so many references."""
-        count = min(references, self.max_references)
-        return max(count * MOST_PIXELS, self.sole_reference_pixels) if count else 0
+def _edited(
+    params: Params, editing: Editing, default_size: tuple[int, int], unit: int
+) -> tuple[Params, tuple[int, int]]:
+    """The request with its image among its references, and the (height, width) of what they become."""
+    sent = params.pictures
+    for name in ("image", *(image_of("references", index) for index in range(len(params.references)))):
+        if name in sent:
+            check_reference(sent[name], name)
+    if params.image is not None:
+        first = Reference(image=params.image)
+        params = params.model_copy(update={"image": None, "references": (first, *params.references)})
+    if len(params.references) > editing.max_references:
+        count = f"references and image are {len(params.references)} pictures"
+        raise InvalidRequest(f"{count}; this model edits at most {editing.max_references}", "references")
+    pictures = [each.image for each in params.references if each.image is not None]
+    if pictures:
+        width, height = shown_size(pictures[0].size, unit)
+        default_size = height, width
+    return params, default_size
 
 
 def unet_terms(config: Configs) -> Terms:
@@ -220,8 +202,7 @@ def flux_kontext_terms(config: Configs) -> Terms:
         terms,
         schedulers=("euler",),
         lacks={**lacks, **_EDITS},
-        max_references=1,
-        enlarges_references=True,
+        editing=Editing(1, enlarges=True),
     )
 
 
@@ -235,7 +216,7 @@ def flux2_terms(config: Configs) -> Terms:
         **_ONE_PROMPT,
         **_EDITS,
     }
-    return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX_REFERENCES)
+    return Terms(50, 4.0, ("euler",), lacks, editing=FLUX2_EDITING)
 
 
 def flux2_klein_terms(config: Configs) -> Terms:
@@ -247,8 +228,8 @@ def flux2_klein_terms(config: Configs) -> Terms:
         **_EDITS,
     }
     if not config("").get("is_distilled", False):
-        return Terms(50, 4.0, ("euler",), lacks, max_references=FLUX_REFERENCES)
-    return Terms(4, 1.0, ("euler",), {**_NO_GUIDANCE, **lacks}, max_references=FLUX_REFERENCES)
+        return Terms(50, 4.0, ("euler",), lacks, editing=FLUX2_EDITING)
+    return Terms(4, 1.0, ("euler",), {**_NO_GUIDANCE, **lacks}, editing=FLUX2_EDITING)
 
 
 def flux3_terms(config: Configs) -> Terms:
@@ -258,7 +239,7 @@ def flux3_terms(config: Configs) -> Terms:
         terms = Terms(50, 3.5, ("euler",), lacks)
     else:
         terms = Terms(16, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE})
-    return replace(terms, max_references=FLUX_REFERENCES, sole_reference_pixels=4 * MOST_PIXELS)
+    return replace(terms, editing=Editing(10, sole_pixels=4 * MOST_PIXELS))
 
 
 def chroma_terms(config: Configs) -> Terms:

@@ -42,6 +42,7 @@ from distriray.gang.config import HostConfig
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.picture import Picture
+from distriray.references import Editing
 from distriray.requests import Defaults, GenerationRequest
 from distriray.results import GenerationResult, Segment, Timings
 from distriray.routing.router import HostState, Route, route
@@ -275,7 +276,7 @@ def test_a_picture_of_a_size_that_cannot_be_drawn_is_refused_with_one_that_can()
 
 def test_a_picture_of_any_size_is_edited_in_whole_units() -> None:
     handle = FakeHandle("a")
-    handle.facts = replace(FACTS, size_unit=16, terms=Terms(max_references=1))
+    handle.facts = replace(FACTS, size_unit=16, terms=Terms(editing=Editing(1)))
     generate(front(pool=handle), image=Image.new("RGB", (500, 333)))
     ((_, sent),) = handle.calls
     assert (sent.width, sent.height) == (496, 320)
@@ -285,7 +286,7 @@ def test_a_picture_of_any_size_is_edited_in_whole_units() -> None:
 
 def test_a_picture_of_any_size_goes_to_a_model_of_which_nothing_is_known_yet() -> None:
     handle = FakeHandle()
-    handle.facts = replace(FACTS, size_unit=16, terms=Terms(max_references=1))
+    handle.facts = replace(FACTS, size_unit=16, terms=Terms(editing=Editing(1)))
     pool = {"name": "hub", "model": "some/hub-model", "min_hosts": 0}
     service = Router(AppConfig.model_validate({"pools": [pool]}), {"hub": handle}, random.Random(0), CREATED)  # type: ignore[dict-item]
     generate(service, image=Image.new("RGB", (500, 333)))
