@@ -69,7 +69,7 @@ def test_a_peer_that_dies_or_hangs_breaks_the_gang_of_every_survivor(
             assert outcome.value <= bound_s
 
 
-IMAGE = {"prompt": "a lake", "seed": 1, "height": 144, "width": 96, "num_inference_steps": 6}
+IMAGE = {"prompt": "a lake", "seed": 1, "height": 160, "width": 96, "num_inference_steps": 6}
 
 
 def bereaved(rank: int, world_size: int, address: str, model: str) -> Iterator[Any]:

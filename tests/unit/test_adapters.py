@@ -563,12 +563,12 @@ def test_a_request_names_an_adapter_once(folder: Path) -> None:
 
 
 def test_a_request_names_an_adapter_with_a_finite_scale() -> None:
-    for loras, says in (
-        ([{"name": "ink", "scale": float("nan")}], "loras"),
-        ([{"name": "ink", "scale": 10.5}], "less than or equal to 10"),
-        ([{"name": "ink", "path": "/x"}], "there is no field"),
-        ("ink", "loras"),
+    for loras, param, says in (
+        ([{"name": "ink", "scale": float("nan")}], "loras.0.scale", "loras"),
+        ([{"name": "ink"}, {"name": "ink", "scale": 10.5}], "loras.1.scale", "less than or equal to 10"),
+        ([{"name": "ink", "path": "/x"}], "loras.0.path", "there is no field"),
+        ("ink", "loras", "loras"),
     ):
         with pytest.raises(DistrirayError, match=says) as error:
             SamplingParams(prompt="x", loras=loras)
-        assert getattr(error.value, "param", None) == "loras"
+        assert getattr(error.value, "param", None) == param

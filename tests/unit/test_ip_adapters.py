@@ -542,7 +542,9 @@ def test_pictures_leave_a_request_and_come_back() -> None:
 @pytest.mark.parametrize("image", [b"none", "painting.png", Path("nowhere.png"), None])
 def test_a_picture_in_a_list_is_refused_by_its_place(field: str, image: Any) -> None:
     """And not as the `image` that a request may have besides."""
-    entries = [{"name": "one", "image": picture("one")}, {"name": "other", "image": image}]
+    names = [{"name": "one"}, {"name": "other"}] if field != "references" else [{}, {}]
+    pictures = picture("one"), image
+    entries = [{**name, "image": each} for name, each in zip(names, pictures, strict=True)]
     place = f"{field}.1.image"
     with pytest.raises(InvalidRequest, match=f"^{place} ") as refused:
         SamplingParams(prompt="a lake", image=picture("below"), **{field: entries})

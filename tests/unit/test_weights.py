@@ -13,6 +13,7 @@ from distriray.errors import UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline
 from distriray.requests import SamplingParams
 from distriray.weights import check_fit
+from tests.models import save
 from tests.parameters import sweep
 from tests.save_model import MODELS
 
@@ -28,7 +29,7 @@ REQUEST: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", sweep(sorted(MODELS)))
 def test_text_encoders_that_stay_on_the_host_draw_the_same_pictures(name: str, tmp_path: Path) -> None:
-    MODELS[name]().save_pretrained(tmp_path)
+    save(MODELS[name](), tmp_path)
     latents = []
     for offload_text in (False, True):
         pipeline = load_pipeline(ModelSpec(name=str(tmp_path), offload_text=offload_text), "cpu")
