@@ -35,8 +35,7 @@ class Chroma(PackedFlowMatching):
             num_images_per_prompt=images,
             max_sequence_length=TEXT_TOKENS,
         )
-        unit = self.patch_size * self._plain.vae_scale_factor
-        tokens = (commission.height // unit) * (commission.width // unit)
+        tokens = (commission.height // self.token_side) * (commission.width // self.token_side)
 
         def whole(mask: torch.Tensor | None) -> torch.Tensor | None:
             whole: torch.Tensor | None = self._plain._prepare_attention_mask(

@@ -80,6 +80,12 @@ class FlowMatching(PipelineSteps):
     def patch_size(self) -> int:
         """Rows of latents to a token."""
 
+    @property
+    def token_side(self) -> int:
+        """Height and width of a token, in pixels."""
+        side: int = self.patch_size * self._plain.vae_scale_factor
+        return side
+
     @abstractmethod
     def encode(self, commission: Commission) -> dict[str, Any]:
         """The prompt as the network takes it: `prompt_embeds` and others."""
@@ -183,7 +189,7 @@ class FlowMatching(PipelineSteps):
         """The timesteps of all steps; raises InvalidRequest."""
         scheduler, steps = commission.scheduler, commission.num_inference_steps
         options: dict[str, Any] = {}
-        config, unit = scheduler.config, self.patch_size * self._plain.vae_scale_factor
+        config = scheduler.config
         if steps == 1 and config.get("shift_terminal"):
             raise InvalidRequest(
                 f"num_inference_steps 1 is too few for this model, whose last step is at "
@@ -196,7 +202,7 @@ class FlowMatching(PipelineSteps):
                     f"scheduler {commission.params.scheduler} cannot shift by the size, as this model does",
                     "scheduler",
                 )
-            tokens = (commission.height // unit) * (commission.width // unit)
+            tokens = (commission.height // self.token_side) * (commission.width // self.token_side)
             options["mu"] = self.shift(commission, tokens)
         sigmas = self.sigmas(steps)
         if sigmas is not None and not config.get("use_flow_sigmas", False):

@@ -85,7 +85,6 @@ class FluxKontext(Flux):
         processor = self._plain.image_processor
         height, width = processor.get_default_height_width(reference)
         _, wide, high = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-        unit = self.patch_size * self._plain.vae_scale_factor
-        high, wide = (side // unit * unit for side in (high, wide))
+        high, wide = (side // self.token_side * self.token_side for side in (high, wide))
         shown: torch.Tensor = processor.preprocess(processor.resize(reference, high, wide), high, wide)
         return shown

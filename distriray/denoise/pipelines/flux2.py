@@ -39,8 +39,15 @@ class TokensInRows(FlowMatching):
 
     def rows(self, tokens: torch.Tensor, commission: Commission) -> torch.Tensor:
         """Tokens, (batch, tokens, channels), in the rows of the picture: (batch, channels, rows, columns)."""
-        unit = self.patch_size * self._plain.vae_scale_factor
-        return tokens.transpose(1, 2).unflatten(2, (commission.height // unit, commission.width // unit))
+        sides = commission.height // self.token_side, commission.width // self.token_side
+        return tokens.transpose(1, 2).unflatten(2, sides)
+
+    def prompts(self, commission: Commission) -> dict[str, str]:
+        """The prompt of each branch of guidance, by what the names of the branch's values begin with."""
+        prompts = {"": commission.params.prompt}
+        if self.guides and commission.guidance_scale > 1.0:
+            prompts["negative_"] = commission.params.negative_prompt or ""
+        return prompts
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         norm, eps = self._vae.bn, self._vae.config.batch_norm_eps
@@ -68,12 +75,11 @@ class _Flux2(TokensInRows):
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         tokens, ids = self._plain.prepare_latents(*self._size(commission, dtype))
-        unit = self.patch_size * self._plain.vae_scale_factor
         latents = self.rows(tokens, commission)
         if not commission.references:
             return {"latents": latents, "img_ids": ids}
         shown, shown_ids = self._plain.prepare_image_latents(
-            images=[self._shown(picture, unit) for picture in commission.references],
+            images=[self._shown(picture) for picture in commission.references],
             batch_size=len(tokens),
             generator=None,
             device=tokens.device,
@@ -81,11 +87,11 @@ class _Flux2(TokensInRows):
         )
         return {"latents": latents, "img_ids": torch.cat([ids, shown_ids], 1), "references": shown}
 
-    def _shown(self, reference: Image.Image, unit: int) -> torch.Tensor:
+    def _shown(self, reference: Image.Image) -> torch.Tensor:
         """The pixels of a reference that the model is shown, (1, 3, height, width), from -1 to 1."""
         processor = self._plain.image_processor
         reference = processor._resize_if_exceeds_area(reference, MOST_PIXELS)
-        width, height = (side // unit * unit for side in reference.size)
+        width, height = (side // self.token_side * self.token_side for side in reference.size)
         shown: torch.Tensor = processor.preprocess(reference, height=height, width=width, resize_mode="crop")
         return shown
 
@@ -170,10 +176,7 @@ class Flux2Klein(_Flux2):
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         images, values = len(commission.generators), {}
-        prompts = {"": commission.params.prompt}
-        if self.guides and commission.guidance_scale > 1.0:
-            prompts["negative_"] = commission.params.negative_prompt or ""
-        for branch, prompt in prompts.items():
+        for branch, prompt in self.prompts(commission).items():
             values[f"{branch}prompt_embeds"], values[f"{branch}txt_ids"] = self.embedded(prompt, images)
         return values
 

@@ -91,10 +91,8 @@ class Flux3(TokensInRows):
         return [tokens_in_chat(processor.tokenizer, text, around, TEXT_TOKENS)]
 
     def encode(self, commission: Commission) -> dict[str, Any]:
-        prompts, values = {"": commission.params.prompt}, dict[str, Any]()
-        if self.guides and commission.guidance_scale > 1.0:
-            prompts["negative_"] = commission.params.negative_prompt or ""
-        for branch, prompt in prompts.items():
+        values: dict[str, Any] = {}
+        for branch, prompt in self.prompts(commission).items():
             read = self._run(
                 *self._read,
                 prompt=prompt,
