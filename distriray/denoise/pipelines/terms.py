@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from distriray.denoise.pipelines.sizes import Configs
 from distriray.errors import InvalidRequest
 from distriray.references import MOST_PIXELS, Editing, Reference, check_reference, shown_size
-from distriray.requests import Defaults, SamplingParams, image_of
+from distriray.requests import Defaults, SamplingParams
 from distriray.steps import SchedulerName
 
 Params = TypeVar("Params", bound=SamplingParams)
@@ -139,10 +139,9 @@ def _edited(
     params: Params, editing: Editing, default_size: tuple[int, int], unit: int
 ) -> tuple[Params, tuple[int, int]]:
     """The request with its image among its references, and the (height, width) of what they become."""
-    sent = params.pictures
-    for name in ("image", *(image_of("references", index) for index in range(len(params.references)))):
-        if name in sent:
-            check_reference(sent[name], name)
+    for name, picture in params.pictures.items():
+        if name.partition(".")[0] in ("image", "references"):
+            check_reference(picture, name)
     if params.image is not None:
         first = Reference(image=params.image)
         params = params.model_copy(update={"image": None, "references": (first, *params.references)})
