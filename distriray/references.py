@@ -35,6 +35,15 @@ def shown_size(size: tuple[int, int], unit: int, most: int = MOST_PIXELS) -> tup
     return width, height
 
 
+def megapixel_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
+    """The size of about a megapixel in the shape of `size`: multiples of `unit`; everything is in pixels."""
+    width, height = size
+    wide, high = (
+        max(1, round(sqrt(MOST_PIXELS * ratio) / unit)) * unit for ratio in (width / height, height / width)
+    )
+    return wide, high
+
+
 @dataclass(frozen=True)
 class Editing:
     """A model's terms for what it edits.
@@ -42,16 +51,23 @@ class Editing:
     Attributes:
         max_references: how many pictures at once.
         sole_pixels: what it is shown of a picture that it edits alone.
-        enlarges: it is shown a megapixel of small pictures too.
+        enlarges: it is shown a megapixel of small pictures too, and draws as much where no size is named; its
+            sides are multiples of this. None where small ones stay small.
+        needs_references: it draws nothing from text alone.
     """
 
     max_references: int
     sole_pixels: int = MOST_PIXELS
-    enlarges: bool = False
+    enlarges: int | None = None
+    needs_references: bool = False
+
+    def drawn_size(self, size: tuple[int, int], unit: int) -> tuple[int, int]:
+        """The (width, height) that is drawn, by default, where the first picture has `size`."""
+        return shown_size(size, unit) if self.enlarges is None else megapixel_size(size, self.enlarges)
 
     def shown_pixels(self, references: Sequence[Reference], unit: int) -> int:
         """Pixels that the model is shown of them in every step; sizes are multiples of `unit`."""
-        if self.enlarges:
+        if self.enlarges is not None:
             return len(references) * MOST_PIXELS
         most = self.sole_pixels if len(references) == 1 else MOST_PIXELS
         sizes = [each.image.size for each in references if each.image is not None]

@@ -44,6 +44,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -70,6 +72,7 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
+    PaddleOCRVLProcessor,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -82,6 +85,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -848,11 +852,37 @@ def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
     return pipeline
 
 
-def tiny_qwen_tokenizer(*special: str) -> Qwen2Tokenizer:
-    """One token a byte, no merges; and those `special` ones."""
-    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
+def tiny_qwen_image_edit(seed: int = 0) -> QwenImageEditPipeline:
+    """A whole Qwen-Image-Edit pipeline."""
+    return _tiny_qwen_image_edit(QwenImageEditPipeline, seed)
+
+
+def tiny_qwen_image_edit_plus(seed: int = 0) -> QwenImageEditPlusPipeline:
+    """A whole pipeline as that of Qwen-Image-Edit 2511: what is edited is modulated as without noise."""
+    return _tiny_qwen_image_edit(QwenImageEditPlusPipeline, seed, zero_cond_t=True)
+
+
+def _tiny_qwen_image_edit(kind: type, seed: int, **transformer: Any) -> Any:
+    """With another processor of the same pictures and texts, where that of videos needs torchvision."""
+    tokenizer = tiny_qwen_tokenizer(image_token="<|image_pad|>")
+    pipeline = kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        vae=tiny_qwen_vae(seed + 1),
+        text_encoder=tiny_qwen_vl(seed + 2, tokenizer),
+        tokenizer=tokenizer,
+        processor=PaddleOCRVLProcessor(Qwen2VLImageProcessorPil(), tokenizer),
+        transformer=tiny_qwen_image_transformer(seed, **transformer),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_qwen_tokenizer(*special: str, **named: str) -> Qwen2Tokenizer:
+    """One token a byte, no merges; and those special ones, which it may have by a name."""
+    ordinary = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*ordinary, *special, *named.values()]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=list(special))
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=named or list(special))
 
 
 def tiny_qwen_image21(seed: int = 0, sample_sigmas: list[float] | None = None) -> QwenImage21Pipeline:
@@ -902,9 +932,12 @@ def tiny_qwen_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForCondition
         "num_heads": 2,
         "out_hidden_size": TEXT_WIDTH,
     }
-    return ready(
-        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)), seed
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=getattr(tokenizer, "image_token_id", len(tokenizer)),
     )
+    return ready(Qwen2_5_VLForConditionalGeneration(config), seed)
 
 
 def tiny_pixart(seed: int = 0) -> PixArtSigmaPipeline:

@@ -30,6 +30,8 @@ from diffusers import (
     FluxPipeline,
     ModularPipeline,
     QwenImage21Pipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     StableDiffusion3InpaintPipeline,
@@ -37,14 +39,12 @@ from diffusers import (
     ZImageImg2ImgPipeline,
     ZImagePipeline,
 )
-from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from deployments.models import sizes_of, terms_of
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.denoise.pipelines import flux
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
 from distriray.gang.admission import admit
@@ -57,6 +57,7 @@ from distriray.parallel.schedules import Schedules, Turn
 from distriray.picture import Picture
 from distriray.references import Editing, Reference
 from distriray.requests import GenerationRequest, SamplingParams
+from tests.megapixels import shrink
 from tests.models import (
     TEXT_WIDTH,
     save,
@@ -72,6 +73,8 @@ from tests.models import (
     tiny_kontext,
     tiny_qwen_image,
     tiny_qwen_image21,
+    tiny_qwen_image_edit,
+    tiny_qwen_image_edit_plus,
     tiny_sd3,
     tiny_sdxl,
     tiny_z_image,
@@ -86,12 +89,12 @@ from tests.unit.test_denoise import (
     OTHERS,
     PICTURE,
     SIZE,
-    begin,
     failing_at_the_end,
     finish,
     generators,
     refuses,
 )
+from tests.unit.test_denoise import begin as begin_as_asked
 
 MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
@@ -106,6 +109,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux3-distilled": tiny_flux3_distilled,
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
+    "qwen-image-edit": tiny_qwen_image_edit,
+    "qwen-image-edit-plus": tiny_qwen_image_edit_plus,
     "z-image": tiny_z_image,
 }
 SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
@@ -130,6 +135,22 @@ def denoiser(pipeline: Any) -> Denoiser:
     return Denoiser(pipeline)
 
 
+SHOWN = Image.radial_gradient("L").resize((120, 88)).convert("RGB")
+"""What models that draw nothing from text alone are shown where a test says nothing."""
+
+
+def shown(denoiser: Denoiser, **fields: Any) -> dict[str, Any]:
+    """Those fields, and a picture if the model needs one and they have none."""
+    editing = denoiser.terms.editing
+    needed = editing is not None and editing.needs_references and "references" not in fields
+    return {**({"image": SHOWN} if needed else {}), **fields}
+
+
+def begin(denoiser: Denoiser, seeds: list[int], **fields: Any) -> DenoiseState:
+    """Those fields prepared, with consecutive seeds, and with a picture where the model needs one."""
+    return begin_as_asked(denoiser, seeds, **shown(denoiser, **fields))
+
+
 def plain(
     pipeline: Any, seeds: list[int], scheduler: Any = None, output_type: str = "latent", **call: Any
 ) -> Any:
@@ -139,7 +160,10 @@ def plain(
         call["max_sequence_length"] = 256  # what the makers of FLUX.1-schnell say
     if isinstance(pipeline, FluxKontextPipeline):
         call["max_area"] = call["height"] * call["width"]  # or it draws a megapixel, whatever it is asked
-    if isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline):
+    edits = isinstance(pipeline, QwenImageEditPipeline | QwenImageEditPlusPipeline)
+    if edits:
+        call.setdefault("image", SHOWN)
+    if edits or isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline):
         call["true_cfg_scale"] = call.pop("guidance_scale", 4.0)
         call.setdefault("negative_prompt", " ")  # what the makers of Qwen-Image say
     if isinstance(pipeline, QwenImage21Pipeline):
@@ -255,15 +279,15 @@ EDITED: dict[str, list[Image.Image]] = {
     "flux2-klein-distilled": [NEW, OLD, NEW],
     "flux3": [OLD, NEW],
     "flux3-distilled": [NEW],
+    "qwen-image-edit": [OLD],
+    "qwen-image-edit-plus": [NEW, OLD, NEW],
 }
 """What each model that edits is shown."""
 
 
-@pytest.fixture
-def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kontext sees what it edits in one of a few shapes; these are of less than a megapixel."""
-    for module in (flux, pipeline_flux_kontext):
-        monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", [(144, 96), (112, 112), (96, 144)])
+@pytest.fixture(autouse=True)
+def small_megapixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
 
 
 def editing_of(denoiser: Denoiser) -> Editing:
@@ -271,17 +295,21 @@ def editing_of(denoiser: Denoiser) -> Editing:
     return denoiser.terms.editing
 
 
+def as_taken(denoiser: Denoiser, pictures: list[Image.Image]) -> Any:
+    """Pictures to edit as the ordinary pipeline takes them."""
+    return pictures if editing_of(denoiser).max_references > 1 else pictures[0]
+
+
 def references(pictures: list[Image.Image]) -> tuple[Reference, ...]:
     return tuple(Reference(image=Picture.of(picture)) for picture in pictures)
 
 
-@pytest.mark.usefixtures("small_shapes")
 @pytest.mark.parametrize("edits", EDITED)
 def test_what_is_edited_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes(edits: str) -> None:
     pipeline, pictures, call = MODELS[edits](), EDITED[edits], {"num_inference_steps": 3, **SIZE}
     denoiser = Denoiser(pipeline)
-    shown = pictures[0] if edits == "flux-kontext" else pictures
-    expected = plain(pipeline, [1, 2], image=shown, **call)
+    image = as_taken(denoiser, pictures)
+    expected = plain(pipeline, [1, 2], image=image, **call)
     state = begin(denoiser, [1, 2], prompt="a lake", references=references(pictures), **call)
     carried = DenoiseState.from_bytes(state.to_bytes())
     assert torch.equal(finish(denoiser, state), expected)
@@ -292,16 +320,15 @@ def test_what_is_edited_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes
     first, *others = pictures
     by_image = begin(denoiser, [1, 2], prompt="a lake", image=first, references=references(others), **call)
     assert torch.equal(finish(denoiser, by_image), expected), "an image is the first of what is edited"
-    assert denoiser.decode(by_image) == plain(pipeline, [1, 2], image=shown, output_type="pil", **call)
+    assert denoiser.decode(by_image) == plain(pipeline, [1, 2], image=image, output_type="pil", **call)
     denoiser.preview(by_image)
 
 
-@pytest.mark.usefixtures("small_shapes")
 @pytest.mark.parametrize("edits", EDITED)
 def test_a_gang_in_sync_edits_as_one_device_does_also_if_it_changes_in_the_middle(edits: str) -> None:
-    pictures = EDITED[edits]
-    shown = pictures[0] if edits == "flux-kontext" else pictures
-    (picture,) = plain(MODELS[edits](), [1], image=shown, output_type="pil", **TALL)
+    pipeline, pictures = MODELS[edits](), EDITED[edits]
+    image = as_taken(Denoiser(pipeline), pictures)
+    (picture,) = plain(pipeline, [1], image=image, output_type="pil", **TALL)
     gangs = Gangs(MODELS[edits], **SYNC)
     for sizes in ((2,), (3,), (2, 4, 1, 2)):
         for drawn in gangs.draw(sizes, **TALL, references=references(pictures)):
@@ -327,14 +354,17 @@ def test_a_host_predicts_what_it_edits_by_the_pixels_that_the_model_is_shown() -
 
 
 @pytest.mark.parametrize("edits", EDITED)
-def test_the_pixels_that_a_model_is_shown_are_those_of_its_tokens(edits: str) -> None:
+def test_the_pixels_that_a_model_is_shown_are_those_of_its_tokens(
+    edits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # of `small_megapixels`
     denoiser = Denoiser(MODELS[edits]())
     params = SamplingParams(prompt="x", seed=1, height=64, width=64, image=Image.new("RGB", (128, 96)))
     state = denoiser.prepare(params)
-    shown = state.values.get("references", state.values.get("image_cond_hidden_states"))
+    tokens = state.values.get("references", state.values.get("image_cond_hidden_states"))
     settled = denoiser.terms.settle(params, denoiser.sizes.default, denoiser.sizes.unit)
     pixels = editing_of(denoiser).shown_pixels(settled.references, denoiser.sizes.unit)
-    assert shown is not None and pixels == pytest.approx(shown.shape[1] * denoiser.sizes.unit**2, rel=0.02)
+    assert tokens is not None and pixels == pytest.approx(tokens.shape[1] * denoiser.sizes.unit**2, rel=0.02)
 
 
 def test_of_limits_that_allow_few_references_the_most_pixels_may_be_those_of_a_sole_one() -> None:
@@ -373,6 +403,12 @@ def test_pictures_are_refused_by_the_names_that_they_were_sent_with() -> None:
             assert refused.value.param == name
 
 
+OF_16 = {(320, 208): (1264, 832), (327, 215): (1264, 832), (3000, 1500): (1456, 720)}
+OF_32 = {(320, 208): (1280, 832), (327, 215): (1248, 832), (3000, 1500): (1440, 736)}
+MEGAPIXEL = {"flux-kontext": OF_16, "qwen-image-edit": OF_32, "qwen-image-edit-plus": OF_32}
+"""What is drawn by those who see a megapixel of whatever they edit, in their multiples of pixels."""
+
+
 @pytest.mark.parametrize("edits", EDITED)
 @pytest.mark.parametrize(
     ("size", "drawn"),
@@ -382,14 +418,17 @@ def test_a_picture_is_by_default_of_the_size_of_what_is_edited_up_to_a_megapixel
     edits: str, size: tuple[int, int], drawn: tuple[int, int]
 ) -> None:
     terms, unit = Denoiser(MODELS[edits]()).terms, 16
+    if edits in MEGAPIXEL:
+        drawn = MEGAPIXEL[edits][size]
     asked = SamplingParams(prompt="x", image=Image.new("RGB", size))
     settled = terms.settle(asked, (1024, 1024), unit)
     assert (settled.width, settled.height) == drawn and settled.image is None
     assert terms.settle(settled, (1024, 1024), unit) == settled, "settled once, it stays"
     named = terms.settle(asked.model_copy(update={"width": 512, "height": 256}), (1024, 1024), unit)
     assert (named.width, named.height) == (512, 256)
-    without = terms.settle(SamplingParams(prompt="x"), (1024, 1024), unit)
-    assert (without.width, without.height) == (1024, 1024)
+    if not editing_of(Denoiser(MODELS[edits]())).needs_references:
+        without = terms.settle(SamplingParams(prompt="x"), (1024, 1024), unit)
+        assert (without.width, without.height) == (1024, 1024)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +444,7 @@ def test_a_picture_is_by_default_of_the_size_of_what_is_edited_up_to_a_megapixel
             "references.0.image",
             "the longer at most 8 times",
         ),
-        ({"references": references([OLD] * 11)}, "references", "are 11 pictures; this .* at most 1"),
+        ({"references": references([OLD] * 11)}, "references", "are 11 pictures; this .* at most (1|3|10)"),
         ({"image": OLD, "references": references([OLD] * 10)}, "references", "references and image are 11"),
         ({"image": OLD, "strength": 0.5}, "strength", "this model edits: it begins from noise"),
         ({"image": OLD, "mask_image": OLD.convert("L")}, "mask_image", "fills in no masks"),
@@ -502,7 +541,7 @@ def test_the_users_pipeline_keeps_its_scheduler(pipeline: Any) -> None:
 
 @pytest.mark.parametrize("field", OF_THE_NETWORK)
 def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoiser, field: str) -> None:
-    plain = {**SMALL, "seed": 1, **OF_AN_IMAGE.get(field, {})}
+    plain = {**shown(denoiser, **SMALL), "seed": 1, **OF_AN_IMAGE.get(field, {})}
     if field in ("negative_prompt", "guidance_end") and denoiser.guides:
         plain["guidance_scale"] = denoiser.terms.unguided + 2
     other = {**OTHERS, "height": 96, "width": 128, "scheduler": "unipc", "guidance_scale": 2.0}[field]
@@ -513,9 +552,11 @@ def test_every_field_decides_the_picture_or_is_refused_by_name(denoiser: Denoise
     if field in denoiser.terms.lacks:
         refuses(denoiser, plain, field)
         return
+    replaced = {"image"} if field == "references" else set()  # some edit one picture alone
+    kept = {name: value for name, value in plain.items() if name not in replaced}
     usual, changed = (
         finish(denoiser, denoiser.prepare(SamplingParams(**fields)))
-        for fields in (plain, {**plain, field: other})
+        for fields in (plain, {**kept, field: other})
     )
     assert usual.shape != changed.shape or not torch.allclose(usual, changed, rtol=1e-3, atol=1e-3)
 
@@ -618,16 +659,16 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
     denoiser: Denoiser, scheduler: Any, steps: int
 ) -> None:
     skip_unless_taken(denoiser, scheduler)
-    params = SamplingParams(
-        prompt="x", seed=1, scheduler=scheduler, num_inference_steps=steps, height=32, width=32
-    )
-    if steps == 1 and denoiser.family == "QwenImage":
+    small = shown(denoiser, prompt="x", seed=1, height=32, width=32)
+    params = SamplingParams(**small, scheduler=scheduler, num_inference_steps=steps)
+    if steps == 1 and denoiser._pipeline.scheduler.config.get("shift_terminal"):
         with pytest.raises(InvalidRequest, match=r"steps 1 is too few .* at 0.02 of all noise") as error:
             denoiser.prepare(params)
         assert error.value.param == "num_inference_steps"
         return
     state = denoiser.prepare(params)
-    assert params.num_steps(denoiser.own_steps) == state.num_steps
+    settled = denoiser.terms.settle(params, denoiser.sizes.default, denoiser.sizes.unit)
+    assert settled.num_steps(denoiser.own_steps) == state.num_steps
     denoiser.step(state)
     assert state.latents.isfinite().all() and state.estimate is not None
     assert state.scheduler.step_index == 1, "though the first timesteps are one when they are rounded"
@@ -690,12 +731,13 @@ def test_models_that_cannot_be_drawn_from_are_refused_by_name(model: str) -> Non
 def test_the_edge_knows_what_a_model_lacks_and_what_it_draws_by_default(denoiser: Denoiser) -> None:
     """A router and a host refuse before a worker has heard of the request."""
     facts = replace(FACTS, terms=denoiser.terms, size_unit=denoiser.sizes.unit)
-    request = admit(GenerationRequest(prompt="a lake"), HostConfig(workers=1), facts).request
+    asked = shown(denoiser, prompt="a lake")
+    request = admit(GenerationRequest(**asked), HostConfig(workers=1), facts).request
     assert request.num_inference_steps == denoiser.terms.num_inference_steps
     assert request.guidance_scale == denoiser.terms.guidance_scale
     for field, value in [("scheduler", "ddim"), *((name, OTHERS[name]) for name in denoiser.terms.lacks)]:
         with pytest.raises(InvalidRequest, match=field) as error:
-            admit(GenerationRequest(prompt="a lake", **{field: value}), HostConfig(workers=1), facts)
+            admit(GenerationRequest(**{**asked, field: value}), HostConfig(workers=1), facts)
         assert error.value.param == field
 
 
@@ -877,7 +919,8 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
     monkeypatch.setattr(Schedules, "read", watch)
     denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
     skip_unless_taken(denoiser, scheduler)
-    calls = 2 if model in ("chroma", "qwen-image", "flux2-klein", "flux3") else 1  # of the network, a step
+    two = ("chroma", "flux2-klein", "flux3", "qwen-image", "qwen-image-edit", "qwen-image-edit-plus")
+    calls = 2 if model in two else 1  # of the network, a step
     states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
     denoiser.step(states[0])
     states[0] = DenoiseState.from_bytes(states[0].to_bytes())
@@ -905,12 +948,13 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     assert runner.row_unit == 16
     assert runner.cuts_vae == (not folder.name.startswith("qwen-image"))
     call = {"num_inference_steps": 3}
-    outcome, _ = gang.run(seed=3, **call)
+    asked = shown(denoiser, **call)
+    outcome, _ = gang.run(seed=3, **asked)
     (picture,) = outcome.images or ()
     size = {"height": picture.height, "width": picture.width}
     (expected,) = plain(pipeline, [3], output_type="pil", **call, **size)
     assert apart(picture, expected) <= 1
-    refused, _ = gang.run(seed=3, scheduler="ddim")
+    refused, _ = gang.run(seed=3, **{**asked, "scheduler": "ddim"})
     assert refused.end is SegmentEnd.REFUSED and isinstance(refused.error, InvalidRequest)
 
 

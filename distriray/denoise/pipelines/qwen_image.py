@@ -1,18 +1,30 @@
-"""Qwen-Image."""
+"""Qwen-Image and Qwen-Image-Edit."""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageImg2ImgPipeline, QwenImagePipeline
+from diffusers import (
+    AutoencoderKLQwenImage,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImagePipeline,
+)
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    VAE_IMAGE_SIZE,
+    calculate_dimensions,
+)
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
-from distriray.errors import UnsupportedModel
+from distriray.errors import InvalidRequest, UnsupportedModel
 
 TEXT_TOKENS = 512
 
@@ -20,8 +32,8 @@ TEXT_TOKENS = 512
 class QwenImage(PackedFlowMatching):
     """A pipeline that reads prompts with a language model; a branch has a call and a length of its own."""
 
-    kinds = (QwenImagePipeline, QwenImageImg2ImgPipeline)
-    parts = ("transformer", "vae", "text_encoder", "tokenizer")
+    kinds: ClassVar[tuple[type, ...]] = (QwenImagePipeline, QwenImageImg2ImgPipeline)
+    parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "tokenizer")
     vae_kind = AutoencoderKLQwenImage
     vae_channels = "z_dim"
     max_clip_skip = 0
@@ -42,26 +54,32 @@ class QwenImage(PackedFlowMatching):
         options = {
             "device": self._transformer.device,
             "num_images_per_prompt": len(commission.generators),
-            "max_sequence_length": TEXT_TOKENS,
+            **self.reading(commission),
         }
         return {  # one prompt for all images has no padding, so there is no mask
             name: self._plain.encode_prompt(prompt=prompt, **options)[0] for name, prompt in prompts.items()
         }
 
+    def reading(self, commission: Commission) -> dict[str, Any]:
+        """What its pipeline's `encode_prompt` is told besides the prompt."""
+        return {"max_sequence_length": TEXT_TOKENS}
+
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, values = self.pack(state.latents), state.values
+        own, values = self.pack(state.latents), state.values
+        tokens = self.with_references(state, own)
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
         shape = (1, *(side // self.patch_size for side in state.latents.shape[2:]))
+        shapes = [shape, *values.get("reference_shapes", ())]
 
         def call(branch: str) -> torch.Tensor:
             output: torch.Tensor = self._transformer(
                 hidden_states=tokens,
                 timestep=timestep,
                 encoder_hidden_states=values[f"{branch}prompt_embeds"],
-                img_shapes=[[shape]] * state.batch,
+                img_shapes=[shapes] * state.batch,
                 return_dict=False,
             )[0]
-            return output
+            return output[:, : own.shape[1]]
 
         outputs = self.branches(state, call)
         output = self.unpack(_guided(outputs, state.guidance_scale), state.height, state.width)
@@ -74,6 +92,79 @@ class QwenImage(PackedFlowMatching):
             for numbers in (config.latents_mean, config.latents_std)
         )
         return self.pictures(self._vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0])
+
+
+class QwenImageEdit(QwenImage):
+    """Qwen-Image-Edit: language model and network are shown the picture to edit, of about a megapixel.
+
+    Attributes:
+        read_pixels: about how many the language model is shown.
+    """
+
+    kinds: ClassVar[tuple[type, ...]] = (QwenImageEditPipeline,)
+    parts = (*QwenImage.parts, "processor")
+    read_pixels: ClassVar[int] = VAE_IMAGE_SIZE
+
+    def tokens(self, text: str) -> list[Tokens]:
+        return [tokens_of(self._plain.tokenizer, text, self._positions)]
+
+    def encode(self, commission: Commission) -> dict[str, Any]:
+        values = super().encode(commission)
+        drawn = commission.width, commission.height
+        longest = max(chain(drawn, *(_size(picture) for picture in commission.references)))
+        most = self._positions - longest // self.token_side // 2  # a text's are beyond those of pictures
+        for name, embeds in values.items():
+            if embeds.shape[1] > most:
+                field = name.removesuffix("_embeds")
+                count = f"{field} and pictures come to {embeds.shape[1]} tokens"
+                raise InvalidRequest(
+                    f"{count}, and this model has positions for {most}; make it shorter", field
+                )
+        return values
+
+    def reading(self, commission: Commission) -> dict[str, Any]:
+        pictures, resize = commission.references, self._plain.image_processor.resize
+        sizes = (_size(picture, self.read_pixels) for picture in pictures)
+        read = [resize(picture, high, wide) for picture, (wide, high) in zip(pictures, sizes, strict=True)]
+        return {"image": self.taken(read)}
+
+    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, Any]:
+        pictures, process = commission.references, self._plain.image_processor.preprocess
+        sizes = [_size(picture) for picture in pictures]
+        shown = [
+            process(picture, high, wide)[:, :, None]
+            for picture, (wide, high) in zip(pictures, sizes, strict=True)
+        ]
+        size = self._size(commission, dtype)
+        tokens, references = self._plain.prepare_latents(self.taken(shown), *size)
+        shapes = [(1, high // self.token_side, wide // self.token_side) for wide, high in sizes]
+        return {**self._prepared(commission, tokens), "references": references, "reference_shapes": shapes}
+
+    def taken(self, pictures: list[Any]) -> Any:
+        """Pictures, or their pixels, as the pipeline's methods take them."""
+        (picture,) = pictures
+        return picture
+
+    @property
+    def _positions(self) -> int:
+        """Positions that the network has, of pictures on either side of 0."""
+        return len(self._transformer.pos_embed.pos_freqs)
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """Qwen-Image-Edit of 2509 and later: several pictures, which the language model is shown smaller."""
+
+    kinds = (QwenImageEditPlusPipeline,)
+    read_pixels = CONDITION_IMAGE_SIZE
+
+    def taken(self, pictures: list[Any]) -> Any:
+        return pictures
+
+
+def _size(picture: Image.Image, pixels: int = VAE_IMAGE_SIZE) -> tuple[int, int]:
+    """Width and height, in a picture's proportions, of about so many pixels."""
+    width, height = calculate_dimensions(pixels, picture.width / picture.height)
+    return width, height
 
 
 def _guided(outputs: list[torch.Tensor], scale: float) -> torch.Tensor:

@@ -29,6 +29,8 @@ from distriray.denoise.pipelines.terms import (
     flux_kontext_terms,
     flux_terms,
     qwen_image21_terms,
+    qwen_image_edit_plus_terms,
+    qwen_image_edit_terms,
     qwen_image_terms,
     sd3_terms,
     unet_terms,
@@ -91,6 +93,16 @@ PIPELINES: dict[str, Family] = {
     ),
     "QwenImage": Family(
         ".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms, _ON_NOISE_OR_PICTURE
+    ),
+    "QwenImageEdit": Family(
+        ".qwen_image:QwenImageEdit", "Qwen-Image-Edit", qwen_image_sizes, qwen_image_edit_terms, _ON_NOISE
+    ),
+    "QwenImageEditPlus": Family(
+        ".qwen_image:QwenImageEditPlus",
+        "Qwen-Image-Edit 2509 and 2511",
+        qwen_image_sizes,
+        qwen_image_edit_plus_terms,
+        _ON_NOISE,
     ),
     "QwenImage21": Family(
         ".qwen_image21:QwenImage21", "Qwen-Image 2.1", qwen_image21_sizes, qwen_image21_terms, _ON_NOISE

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from distriray.denoise.pipelines.sizes import Configs
 from distriray.errors import InvalidRequest
-from distriray.references import MOST_PIXELS, Editing, Reference, check_reference, shown_size
+from distriray.references import MOST_PIXELS, Editing, Reference, check_reference
 from distriray.requests import Defaults, SamplingParams
 from distriray.steps import SchedulerName
 
@@ -51,7 +51,9 @@ _ONE_PROMPT = {
     **_NO_THIRD,
     **dict.fromkeys(("prompt_2", "negative_prompt_2"), "this model has one text encoder"),
 }
-_NO_REFERENCES = {"references": "this model edits no pictures; FLUX.1 Kontext, FLUX.2 and FLUX.3 do"}
+_NO_REFERENCES = {
+    "references": "this model edits no pictures; FLUX.1 Kontext, FLUX.2, FLUX.3 and Qwen-Image-Edit do"
+}
 _NO_GUIDANCE = dict.fromkeys(
     ("guidance_scale", "negative_prompt", "guidance_rescale", "guidance_end"),
     "this model was distilled to do without guidance",
@@ -145,12 +147,14 @@ def _edited(
     if params.image is not None:
         first = Reference(image=params.image)
         params = params.model_copy(update={"image": None, "references": (first, *params.references)})
+    if editing.needs_references and not params.references:
+        raise InvalidRequest("this model edits pictures, and needs an image", "image")
     if len(params.references) > editing.max_references:
         count = f"references and image are {len(params.references)} pictures"
         raise InvalidRequest(f"{count}; this model edits at most {editing.max_references}", "references")
     pictures = [each.image for each in params.references if each.image is not None]
     if pictures:
-        width, height = shown_size(pictures[0].size, unit)
+        width, height = editing.drawn_size(pictures[0].size, unit)
         default_size = height, width
     return params, default_size
 
@@ -201,7 +205,7 @@ def flux_kontext_terms(config: Configs) -> Terms:
         terms,
         schedulers=("euler",),
         lacks={**lacks, **_EDITS},
-        editing=Editing(1, enlarges=True),
+        editing=Editing(1, enlarges=16),
     )
 
 
@@ -261,6 +265,24 @@ def qwen_image_terms(config: Configs) -> Terms:
         **_ON_PICTURES,
     }
     return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
+
+
+def qwen_image_edit_terms(config: Configs) -> Terms:
+    """Of Qwen-Image-Edit, as diffusers has it."""
+    terms = qwen_image_terms(config)
+    lacks = {name: why for name, why in terms.lacks.items() if name not in _ON_PICTURES}
+    return replace(
+        terms,
+        lacks={**lacks, **_EDITS},
+        editing=Editing(1, enlarges=32, needs_references=True),
+    )
+
+
+def qwen_image_edit_plus_terms(config: Configs) -> Terms:
+    """Of Qwen-Image-Edit 2509 and later ones, as their makers use them."""
+    terms = qwen_image_edit_terms(config)
+    editing = Editing(3, enlarges=32, needs_references=True)
+    return replace(terms, num_inference_steps=40, editing=editing)
 
 
 def qwen_image21_terms(config: Configs) -> Terms:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -14,12 +18,14 @@ from diffusers.models.transformers.transformer_qwenimage import (
     QwenTimestepProjEmbeddings,
     apply_rotary_emb_qwen,
 )
+from torch import nn
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention
-from distriray.parallel.networks.base import Call
+from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
+from distriray.parallel.share import Share
 
 
 class PatchQwenImageAttention(PatchJointAttention, QwenDoubleStreamAttnProcessor2_0):
@@ -32,7 +38,11 @@ class PatchQwenImageAttention(PatchJointAttention, QwenDoubleStreamAttnProcessor
 
 
 class QwenImage(TokenNetwork):
-    """A `QwenImageTransformer2DModel`: its pipeline packs 2x2 latents into a token and masks padded text."""
+    """A `QwenImageTransformer2DModel`: its pipeline packs 2x2 latents into a token and masks padded text.
+
+    Tokens of pictures to edit are the image's, behind those that are drawn. With `zero_cond_t` they are
+    modulated as if there were no noise.
+    """
 
     kind = QwenImageTransformer2DModel
     pads_text = False
@@ -40,7 +50,10 @@ class QwenImage(TokenNetwork):
     plan = Plan(
         cuts={
             "transformer_blocks.0": {"hidden_states": ("image", 1), "encoder_hidden_states": ("text", 1)},
-            "transformer_blocks.*": {"encoder_hidden_states_mask": ("text", 1)},
+            "transformer_blocks.*": {
+                "encoder_hidden_states_mask": ("text", 1),
+                "modulate_index": ("image", 1),
+            },
             "pos_embed": {0: ("image", 0), 1: ("text", 0)},
         },
         attention={
@@ -61,14 +74,54 @@ class QwenImage(TokenNetwork):
 
     def check(self) -> None:
         super().check()
-        for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        for option in ("use_additional_t_cond", "use_layer3d_rope"):
             if self.module.config[option]:
-                raise UnsupportedModel(f"a QwenImageTransformer2DModel with {option}, of editing or layers")
+                raise UnsupportedModel(f"a QwenImageTransformer2DModel with {option}, of layers")
 
     def uncaptured(self, call: Call) -> str | None:
         if call.arguments["encoder_hidden_states_mask"] is not None:
             return "QwenImageTransformer2DModel copies the length of masked text from the host"
         return None
+
+    def compute(self, call: Call, share: Share, collect: Collect) -> Any:
+        shapes = call.arguments["img_shapes"]
+        if len(shapes) == share.batch:
+            call = replace(call, arguments={**call.arguments, "img_shapes": shapes[share.part]})
+        return super().compute(call, share, collect)
+
+    def _compute(self, **arguments: Any) -> Any:
+        if not self.module.zero_cond_t:
+            return super()._compute(**arguments)
+        with self._edited(arguments) as arguments:
+            return super()._compute(**arguments)
+
+    @contextmanager
+    def _edited(self, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Let the forward not copy from the host, as `zero_cond_t` has it, which tokens have no noise.
+
+        The same is made on the device, so that a step can be captured.
+
+        Yields:
+            the arguments for it, with timesteps of 0 for pictures that are edited behind the others.
+        """
+        timestep, shapes = arguments["timestep"], arguments["img_shapes"]
+        edited = timestep.new_zeros(len(shapes), arguments["hidden_states"].shape[1], dtype=torch.int)
+        for image, (drawn, *_) in enumerate(shapes):
+            edited[image, prod(drawn) :].fill_(1)
+
+        def modulate(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "modulate_index": edited}
+
+        def of_drawn(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return args[0], args[1].chunk(2)[0]
+
+        with ExitStack() as hooks:
+            hooks.callback(setattr, self.module, "zero_cond_t", True)
+            self.module.zero_cond_t = False
+            for block in self.module.transformer_blocks:
+                hooks.enter_context(block.register_forward_pre_hook(modulate, with_kwargs=True))
+            hooks.enter_context(self.module.norm_out.register_forward_pre_hook(of_drawn))
+            yield {**arguments, "timestep": torch.cat([timestep, timestep * 0])}
 
     def cached(self, call: Call) -> Any:
         first, device = call.arguments["img_shapes"][0], call.sample.device

@@ -23,7 +23,12 @@ from tests.unit.parallel.stand_in import DEVICE, StandIn
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
 
 WIDE, PADDED = Shape(), Shape(masked=True)
-COPIES = {("qwen-image", True), ("qwen-image-2.1", False), ("qwen-image-2.1", True)}
+COPIES = {
+    ("qwen-image", True),
+    ("qwen-image-edit", True),
+    ("qwen-image-2.1", False),
+    ("qwen-image-2.1", True),
+}
 """Families whose forward takes a tensor from the host, or reads one there, without masked text or with it."""
 CONFIGS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
@@ -81,7 +86,17 @@ def test_captured_steps_draw_the_same_bit_for_bit(
         assert replays > 2 * len(shapes)  # each replay has two pieces and more: the gather is in between
 
 
-COMPILED = ["z-image", "flux", "sd3", "pixart", "qwen-image", "flux2", "krea2", "flux3-references"]
+COMPILED = [
+    "z-image",
+    "flux",
+    "sd3",
+    "pixart",
+    "qwen-image",
+    "flux2",
+    "krea2",
+    "flux3-references",
+    "qwen-image-edit",
+]
 
 
 @pytest.mark.parametrize("name", sweep(COMPILED))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
+from tests.megapixels import shrink
 from tests.models import (
     TEXT_WIDTH,
     tiny_chroma,
@@ -26,6 +27,8 @@ from tests.models import (
     tiny_pixart,
     tiny_qwen_image,
     tiny_qwen_image21,
+    tiny_qwen_image_edit,
+    tiny_qwen_image_edit_plus,
     tiny_sd3,
     tiny_z_image,
 )
@@ -36,6 +39,7 @@ PROMPT = {"prompt": "a lake at dusk", "max_sequence_length": 12, "output_type": 
 EMBEDDED = {"prompt_embeds": noise(1, 1, 7, TEXT_WIDTH)}
 NEGATIVE = {"negative_prompt_embeds": noise(2, 1, 7, TEXT_WIDTH)}
 NO_RESIZING = {"max_area": 96 * 64, "_auto_resize": False}
+EDITED = {"prompt": "a lake at dusk", "negative_prompt": "fog", "true_cfg_scale": 3.0, "output_type": "pt"}
 BARE = {"negative_prompt": None, "guidance_scale": 3.0, "output_type": "pt"}
 STACKED = {
     "prompt_embeds": noise(1, 1, 7, 3, TEXT_WIDTH),
@@ -103,6 +107,12 @@ CASES = [
         },
         calls=2,
     ),
+    Case(tiny_qwen_image_edit, {**EDITED, "image": Image.new("RGB", (96, 64), "red")}, calls=2),
+    Case(
+        tiny_qwen_image_edit_plus,
+        {**EDITED, "image": [Image.new("RGB", (96, 64), "red"), Image.new("RGB", (64, 96), "blue")]},
+        calls=2,
+    ),
     Case(tiny_qwen_image21, {"prompt": "a lake at dusk", "output_type": "pt"}),
     Case(
         tiny_qwen_image21,
@@ -155,6 +165,11 @@ UNNAMED = [
     ),
 ]
 """Guided by a call for each branch, which the pipelines do not name."""
+
+
+@pytest.fixture(autouse=True)
+def small_megapixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
 
 
 @pytest.mark.parametrize("case", [*CASES, *UNNAMED], ids=str)

@@ -42,7 +42,7 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
-MASKED = ("chroma", "krea2", "pixart", "qwen-image", "qwen-image-2.1", "z-image")
+MASKED = ("chroma", "krea2", "pixart", "qwen-image", "qwen-image-2.1", "qwen-image-edit", "z-image")
 HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections", "image_cond_hidden_states")
 RANKS = [2, 3, 4]
 LONG = 6
@@ -216,7 +216,8 @@ def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(nam
     network: Any = network_of(TRANSFORMERS[name].make())
     attending = [plan.sequence for _, _, plan in network._attentions()]
     padded, module = name == "z-image", network.module  # Z-Image's tokens are padded to 32
-    image, text = (32, 32) if padded else (64, 8) if name == "qwen-image-2.1" else (16, 8)
+    sizes = {"z-image": (32, 32), "qwen-image-2.1": (64, 8), "qwen-image-edit": (16 + 8, 8)}
+    image, text = sizes.get(name, (16, 8))
     references = 24 if name == "flux3-references" else 0
     own = {
         "joint": (image + text + references) // 2,
@@ -575,8 +576,8 @@ def test_attention_that_does_more_than_a_familys_is_refused() -> None:
         parallelize(network, connect("local"))
 
 
-@pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope", "use_additional_t_cond"])
-def test_qwen_image_for_editing_is_refused(option: str) -> None:
+@pytest.mark.parametrize("option", ["use_layer3d_rope", "use_additional_t_cond"])
+def test_qwen_image_of_layers_is_refused(option: str) -> None:
     network = tiny_qwen_image_transformer(**{option: True})
     with pytest.raises(UnsupportedModel, match=option):
         parallelize(network, connect("local"))
@@ -689,7 +690,6 @@ def test_plans_are_those_of_diffusers_where_it_has_one(name: str) -> None:
         for module, plan in theirs.items()
         if isinstance(plan, dict)
         for key, cut in plan.items()
-        if key != "modulate_index"  # of editing, which is refused
     }
     dimensions = {
         key: cut.expected_dims

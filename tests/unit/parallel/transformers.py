@@ -189,6 +189,15 @@ def qwen_image(shape: Shape) -> dict[str, Any]:
     return inputs
 
 
+def qwen_image_edit(shape: Shape) -> dict[str, Any]:
+    """With one picture of half the rows, whose tokens are behind the image's."""
+    inputs = qwen_image(shape)
+    edited = 1, shape.rows // 2, shape.columns
+    tokens = noise(4, shape.batch, edited[1] * edited[2], 16)
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], tokens], 1)
+    return {**inputs, "img_shapes": [[(1, shape.rows, shape.columns), edited]] * shape.batch}
+
+
 def qwen_image21(shape: Shape) -> dict[str, Any]:
     """Of four tokens of the image to one of the shape's: each of its slots stands for as many."""
     image = 2 * shape.rows, 2 * shape.columns
@@ -250,6 +259,9 @@ TRANSFORMERS = {
         scale=1000.0,
     ),
     "qwen-image": Transformer(tiny_qwen_image_transformer, qwen_image, HEADS),
+    "qwen-image-edit": Transformer(
+        partial(tiny_qwen_image_transformer, zero_cond_t=True), qwen_image_edit, HEADS
+    ),
     "qwen-image-2.1": Transformer(tiny_qwen_image21_transformer, qwen_image21, HEADS, predict=_last),
     "z-image": Transformer(
         tiny_z_image_transformer, z_image, {"n_heads": 12, "n_kv_heads": 12, "dim": 192}, predict=_by_lists
