@@ -157,16 +157,19 @@ def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -
 
 
 def example(facts: WorkerFacts, **fields: Any) -> GenerationRequest:
-    """A request of a host's own, of the default size, with a picture to fill in if the model needs one.
+    """A request of a host's own, of the default size, with a picture if the model needs one.
 
     And of the model's own number of steps, whatever `fields` say, if it takes no other.
     """
     if facts.terms.fixes_steps:
         fields.pop("num_inference_steps", None)
+    height, width = facts.default_size
+    fields = {"prompt": "a lake", "height": height, "width": width, **fields}
     if facts.terms.needs_mask:
-        height, width = facts.default_size
         fields |= {name: Image.new("L", (width, height), level) for name, level in _GREY_TO_FILL.items()}
-    return GenerationRequest(**{"prompt": "a lake", **fields})
+    if facts.terms.editing and facts.terms.editing.needs_references:
+        fields["image"] = Image.new("RGB", (width, height), "grey")
+    return GenerationRequest(**fields)
 
 
 _GREY_TO_FILL = {"image": 128, "mask_image": 255}

@@ -97,7 +97,7 @@ class Dispatcher:
         except InvalidRequest as error:
             raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
         try:
-            admit(GenerationRequest(prompt=""), self.config, self.facts)
+            admit(example(self.facts), self.config, self.facts)
         except InvalidRequest as error:
             log.warning("%s: requests that leave it open are refused: %s", self.config.model.name, error)
         self.speed = Speed(guessed_profile(self.config, self.facts))

@@ -50,8 +50,9 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
     side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
     images = config.limits.max_images
     editing = facts.terms.editing
+    own_shown = editing.shown_pixels(own.references, facts.size_unit) if editing else 0
     shown = editing.most_shown_pixels(config.limits.max_references) if editing else 0
-    calls = [_enlarged(call, images, size, side, shown) for call in calls]
+    calls = [_enlarged(call, images, size, own_shown, side, shown) for call in calls]
     needed, gang = _most(runner, config, facts, calls, side)
     what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"
     told = room.refusal(needed, what, config.parallel)
@@ -75,17 +76,18 @@ def _most(
     return max(needed)
 
 
-def _enlarged(call: Call, images: int, size: tuple[int, int], side: int, shown: int) -> Call:
+def _enlarged(call: Call, images: int, size: tuple[int, int], own_shown: int, side: int, shown: int) -> Call:
     """A call of one image of `size` pixels as it would be of so many of `side` by `side`, without values.
 
     Args:
-        shown: pixels of the pictures that it edits.
+        own_shown: pixels of the pictures that the one image edits.
+        shown: of those that each of the others does.
     """
     batch, *shape = call.sample.shape
     height, width = size
     if len(shape) == 3:
         larger = [shape[0], shape[1] * side // height, shape[2] * side // width]
     else:
-        larger = [shape[0] * (side**2 + shown) // (height * width), shape[1]]
+        larger = [shape[0] * (side**2 + shown) // (height * width + own_shown), shape[1]]
     sample = torch.empty(batch * images, *larger, dtype=call.sample.dtype, device=META)
     return replace(call, sample=sample)

@@ -741,6 +741,18 @@ def test_the_edge_knows_what_a_model_lacks_and_what_it_draws_by_default(denoiser
         assert error.value.param == field
 
 
+def test_qwen_image_edit_refuses_what_it_has_no_positions_for() -> None:
+    pipeline = tiny_qwen_image_edit_plus()
+    pipeline.transformer.pos_embed.pos_freqs = pipeline.transformer.pos_embed.pos_freqs[:700]
+    denoiser = Denoiser(pipeline)
+    begin(denoiser, [1], **SMALL)
+    for field in ("prompt", "negative_prompt"):
+        says = rf"{field} and pictures come to \d+ tokens, and this model has positions for 69\d; make it"
+        with pytest.raises(InvalidRequest, match=says) as refused:
+            begin(denoiser, [1], **{**SMALL, field: "a lake" * 100})
+        assert refused.value.param == field
+
+
 # In gangs
 
 TALL: dict[str, Any] = {"height": 160, "width": 64, "num_inference_steps": 8}

@@ -25,6 +25,7 @@ from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
 from distriray.gang.speed import Speed
 from distriray.picture import png
+from distriray.references import Editing
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.routing.profile import Entry
@@ -719,9 +720,7 @@ def test_a_model_of_fixed_steps_starts_and_refuses_other_numbers() -> None:
             assert refused.value.param == "num_inference_steps"
             for steps in (None, 9):
                 await host.accept(num_inference_steps=steps).ended
-            measured = await calibrate(
-                host.config, host.dispatcher.facts, lambda request: host.dispatcher.accept_own(request).ended
-            )
+            measured = await calibrate(host.config, host.dispatcher.facts, own(host))
             assert measured.entries
 
     do(scene())
@@ -739,10 +738,28 @@ def test_a_model_that_fills_in_masks_starts_and_refuses_what_has_none() -> None:
             measured = await calibrate(host.config, host.dispatcher.facts, own(host))
             assert measured.entries
 
-    async def measure(host: FakeHost, request: GenerationRequest) -> GenerationResult:
-        return await host.dispatcher.accept_own(request).ended
+    do(scene())
 
-    def own(host: FakeHost) -> Any:
-        return lambda request: measure(host, request)
+
+def test_a_model_that_draws_nothing_from_text_alone_starts_and_refuses_what_has_no_picture() -> None:
+    async def scene() -> None:
+        host = FakeHost(1, **opened())
+        host.fleet.terms = Terms(editing=Editing(1, needs_references=True))
+        async with host:
+            with pytest.raises(InvalidRequest, match="edits pictures, and needs an image") as refused:
+                host.accept()
+            assert refused.value.param == "image"
+            await host.accept(image=Image.new("RGB", (128, 128))).ended
+            measured = await calibrate(host.config, host.dispatcher.facts, own(host))
+            assert measured.entries
 
     do(scene())
+
+
+def own(host: FakeHost) -> Any:
+    """Draws a request of the host's own."""
+
+    async def measure(request: GenerationRequest) -> GenerationResult:
+        return await host.dispatcher.accept_own(request).ended
+
+    return measure

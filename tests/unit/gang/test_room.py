@@ -28,7 +28,7 @@ from distriray.parallel.room import Room
 from distriray.picture import Picture
 from distriray.references import Reference
 from distriray.requests import SamplingParams
-from tests.models import tiny_flux2_klein_distilled, tiny_qwen_image21
+from tests.models import tiny_flux2_klein_distilled, tiny_qwen_image21, tiny_qwen_image_edit_plus
 
 from .runners import Gang, endings
 from .test_rehearsal import facts_of
@@ -109,9 +109,23 @@ def test_a_call_that_is_enlarged_takes_what_one_of_that_size_takes() -> None:
     asked = {"prompt": "a lake", "seed": 1}
     small = denoiser.calls(SamplingParams(height=64, width=64, **asked))
     large = denoiser.calls(SamplingParams(height=128, width=128, num_images=2, **asked))
-    enlarged = [_enlarged(call, 2, (64, 64), 128, 0) for call in small]
+    enlarged = [_enlarged(call, 2, (64, 64), 0, 128, 0) for call in small]
     without, needed, own = (engine.buffer_bytes_of(calls, 3, config) for calls in (small, enlarged, large))
     assert without < needed == own
+
+
+def test_a_call_that_edits_is_enlarged_by_what_it_is_shown_already() -> None:
+    config = ParallelConfig(exchange="displaced", cfg_parallel=False)
+    pipeline = parallelize(tiny_qwen_image_edit_plus(), connect("local"), config)
+    denoiser, engine, picture = Denoiser(pipeline), engine_of(pipeline), Image.new("RGB", (1024, 1024))
+    assert engine is not None
+    asked = {"prompt": "a lake", "seed": 1, "image": picture}
+    small = denoiser.calls(SamplingParams(height=64, width=64, **asked))
+    others = (Reference(image=Picture.of(picture)),)
+    large = denoiser.calls(SamplingParams(height=512, width=512, references=others, **asked))
+    enlarged = [_enlarged(call, 1, (64, 64), 2**20, 512, 2 * 2**20) for call in small]
+    needed, own = (engine.buffer_bytes_of(calls, 3, config) for calls in (enlarged, large))
+    assert needed == pytest.approx(own, rel=0.03)  # with a picture more, the text has more tokens
 
 
 def test_a_request_without_room_is_refused_by_the_gang_which_goes_on(tiny_model: Path) -> None:
