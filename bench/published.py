@@ -147,12 +147,17 @@ def _flux3_inputs(network: Any, size: int, edited: int = 0) -> dict[str, Any]:
     return inputs
 
 
-def _qwen_image_inputs(network: Any, size: int) -> dict[str, Any]:
-    """One of the two calls of a guided step, with a text of 128 tokens."""
+def _qwen_image_inputs(network: Any, size: int, edited: int = 0) -> dict[str, Any]:
+    """One of the two calls of a guided step, with a text of 128 tokens.
+
+    Args:
+        edited: how many pictures of the same size it is shown, each of which is 196 tokens of the text too.
+    """
+    rows, pictures = size // 16, 1 + edited
     return {
-        "hidden_states": torch.randn(1, (size // 16) ** 2, network.config.in_channels),
-        "encoder_hidden_states": torch.randn(1, 128, network.config.joint_attention_dim),
-        "img_shapes": [[(1, size // 16, size // 16)]],
+        "hidden_states": torch.randn(1, pictures * rows**2, network.config.in_channels),
+        "encoder_hidden_states": torch.randn(1, 128 + 196 * edited, network.config.joint_attention_dim),
+        "img_shapes": [[(1, rows, rows)] * pictures],
     }
 
 
@@ -178,6 +183,17 @@ FLUX3 = Published(
         axes_dims_rope=(4, 4, 4, 4),
     ),
     _flux3_inputs,
+    _as_batch,
+    torch.bfloat16,
+    splits=False,
+    heads=24,
+)
+
+QWEN_IMAGE = Published(
+    "a call of Qwen-Image, of two a step",
+    lambda: QwenImageTransformer2DModel(),
+    lambda: QwenImageTransformer2DModel(**SMALL, out_channels=4),
+    _qwen_image_inputs,
     _as_batch,
     torch.bfloat16,
     splits=False,
@@ -220,15 +236,13 @@ PUBLISHED = {
         name="a call of FLUX.3, of two a step, that is shown a picture to edit",
         inputs=partial(_flux3_inputs, edited=1),
     ),
-    "qwen-image": Published(
-        "a call of Qwen-Image, of two a step",
-        lambda: QwenImageTransformer2DModel(),
-        lambda: QwenImageTransformer2DModel(**SMALL, out_channels=4),
-        _qwen_image_inputs,
-        _as_batch,
-        torch.bfloat16,
-        splits=False,
-        heads=24,
+    "qwen-image": QWEN_IMAGE,
+    "qwen-image-edit": replace(
+        QWEN_IMAGE,
+        name="a call of Qwen-Image-Edit 2511, of two a step, that is shown a picture to edit",
+        make=lambda: QwenImageTransformer2DModel(zero_cond_t=True),
+        small=lambda: QwenImageTransformer2DModel(**SMALL, out_channels=4, zero_cond_t=True),
+        inputs=partial(_qwen_image_inputs, edited=1),
     ),
     "z-image": Published(
         "a step of Z-Image-Turbo",
