@@ -147,16 +147,17 @@ def _flux3_inputs(network: Any, size: int, edited: int = 0) -> dict[str, Any]:
     return inputs
 
 
-def _qwen_image_inputs(network: Any, size: int, edited: int = 0) -> dict[str, Any]:
-    """One of the two calls of a guided step, with a text of 128 tokens.
+def _qwen_image_inputs(network: Any, size: int, text: int = 128, edited: int = 0) -> dict[str, Any]:
+    """One of the two calls of a guided step.
 
     Args:
-        edited: how many pictures of the same size it is shown, each of which is 196 tokens of the text too.
+        text: its tokens; with those of a picture that the language model is shown, 196 more.
+        edited: how many pictures of the same size the network is shown.
     """
     rows, pictures = size // 16, 1 + edited
     return {
         "hidden_states": torch.randn(1, pictures * rows**2, network.config.in_channels),
-        "encoder_hidden_states": torch.randn(1, 128 + 196 * edited, network.config.joint_attention_dim),
+        "encoder_hidden_states": torch.randn(1, text, network.config.joint_attention_dim),
         "img_shapes": [[(1, rows, rows)] * pictures],
     }
 
@@ -242,7 +243,7 @@ PUBLISHED = {
         name="a call of Qwen-Image-Edit 2511, of two a step, that is shown a picture to edit",
         make=lambda: QwenImageTransformer2DModel(zero_cond_t=True),
         small=lambda: QwenImageTransformer2DModel(**SMALL, out_channels=4, zero_cond_t=True),
-        inputs=partial(_qwen_image_inputs, edited=1),
+        inputs=partial(_qwen_image_inputs, text=124 + 196, edited=1),
     ),
     "z-image": Published(
         "a step of Z-Image-Turbo",
