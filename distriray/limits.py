@@ -96,7 +96,7 @@ class Limits(BaseModel):
         if request.has_images_size:
             whose = "; it is the image's own, name a size that it is scaled to"
         elif request.references and sent.height is None and sent.width is None:
-            whose = "; it is by default that of the first picture, name a size"
+            whose = "; where none is named it goes by the first picture, name a size"
         for field in ("height", "width"):
             side = getattr(request, field)
             if side is not None:

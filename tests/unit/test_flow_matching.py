@@ -380,7 +380,7 @@ def test_that_a_size_beyond_the_limits_is_the_first_pictures_is_said() -> None:
     asked = GenerationRequest(prompt="x", image=Image.new("RGB", (500, 333)))
     config, says = HostConfig(limits=Limits(max_side=256)), "320 is above the limit of 256"
     with pytest.raises(
-        InvalidRequest, match=f"{says}; it is by default that of the first picture, name a size"
+        InvalidRequest, match=f"{says}; where none is named it goes by the first picture, name a size"
     ):
         admit(asked, config, facts)
     with pytest.raises(InvalidRequest, match=f"{says}$"):
