@@ -133,7 +133,7 @@ class SegmentRunner:
                 return segment.run(blob, pictures)
         except Exception as error:
             log.exception("segment %d of request %s failed", order.serial, order.request.id)
-            return RankResult(SegmentEnd.FAILED, order.step, 0, cause=told(error), broken=True)
+            return RankResult(SegmentEnd.FAILED, order.step, cause=told(error), broken=True)
 
     def export(self, job: int) -> bytes:
         """The state of a job that this worker holds and does not work on."""

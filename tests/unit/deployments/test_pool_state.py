@@ -23,7 +23,7 @@ from distriray.routing.router import Route, publish
 from distriray.steps import StepCount
 
 FACTS = WorkerFacts(
-    pid=1, node="n", device="cpu", device_name="cpu", model="m",
+    pid=1, device="cpu", device_name="cpu", model="m",
     default_size=(512, 512), size_unit=8, row_unit=32, cuts_vae=True, load_s=0.0, memory=0,
     own_steps=StepCount(), guides=True,
 )  # fmt: skip
