@@ -47,9 +47,9 @@ class HostState:
     gang_sizes: tuple[int, ...]
     capacity_beside_deadlines: tuple[CapacityStep, ...]
     capacity_beside_all: tuple[CapacityStep, ...]
-    backlog_s: float = 0.0
-    waiting: int = 0
-    max_waiting: int = 1000
+    backlog_s: float
+    waiting: int
+    max_waiting: int
     adapters: frozenset[str] = frozenset()
 
     def holds(self, adapters: Iterable[str]) -> int:

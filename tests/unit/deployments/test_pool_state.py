@@ -78,11 +78,11 @@ def tell(state: PoolState, *reports: HostReport, asked_s: float) -> None:
 
 def pick(state: PoolState, view: RequestView, now_s: float, seed: int = 0) -> Route:
     """The best of all hosts."""
-    return state.route(state.members, view, now_s, random.Random(seed))
+    return state.route(state.members, view, now_s, random.Random(seed), 1.0)
 
 
 def choose_any(pools: list[PoolState], views: list[RequestView], seed: int = 0) -> tuple[int, Route] | None:
-    return choose(pools, [pool.members for pool in pools], views, 0.0, random.Random(seed))
+    return choose(pools, [pool.members for pool in pools], views, 0.0, random.Random(seed), 1.0)
 
 
 def test_a_report_is_read_on_the_routers_own_clock() -> None:
