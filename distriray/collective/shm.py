@@ -17,7 +17,6 @@ from datetime import timedelta
 import torch
 from torch.distributed import DistError, Store
 
-from distriray.collective.all_gather import all_gather
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.handover import Card, Door, Tie, obstacle_among
 from distriray.collective.messages import as_messages
@@ -161,11 +160,6 @@ class ShmCommunicator(BackendCommunicator):
     def close(self) -> None:
         super().close()
         self._store = None
-
-    def greet(self) -> None:
-        """Exchange one byte with every peer: afterwards no rank is still connecting."""
-        all_gather(self, [torch.ones(1, dtype=torch.uint8) for _ in range(self.world_size)]).wait()
-        self._bytes_sent = 0
 
     def _move(self) -> bool:
         """Copy all that can be, in both directions; whether anything was."""
