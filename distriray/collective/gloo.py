@@ -58,7 +58,7 @@ class GlooCommunicator(BackendCommunicator):
 
     backend = "gloo"
 
-    def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float = 30.0) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float) -> None:
         super().__init__(rank, world_size, "cpu")
         self.timeout_s = timeout_s
         self._sent = [0] * world_size

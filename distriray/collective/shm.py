@@ -99,12 +99,10 @@ class ShmCommunicator(BackendCommunicator):
 
     backend = "shm"
 
-    def __init__(
-        self, ties: Mapping[int, Tie], rank: int, timeout_s: float = 30.0, store: Store | None = None
-    ) -> None:
+    def __init__(self, ties: Mapping[int, Tie], rank: int, timeout_s: float, store: Store) -> None:
         super().__init__(rank, len(ties) + 1, "cpu")
         self.timeout_s = timeout_s
-        self._store = store
+        self._store: Store | None = store
         self._turn = threading.Lock()
         self._links = {peer: Link(tie, outward=int(rank > peer)) for peer, tie in ties.items()}
         self._descriptors = {tie.connection.fileno(): peer for peer, tie in ties.items()}

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from distriray.denoise.adapters import MOST_BYTES, Adapters
+from distriray.adapters import CACHE_BYTES
+from distriray.denoise.adapters import Adapters
 from distriray.denoise.controls import Controls
 from distriray.denoise.ip_adapters import IPAdapters
 from distriray.denoise.network_output import NetworkOutput
@@ -62,7 +63,7 @@ class Denoiser:
             cannot be part of a state.
     """
 
-    def __init__(self, pipeline: Any, most_adapter_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, pipeline: Any, most_adapter_bytes: int = CACHE_BYTES) -> None:
         self.family = family_of(pipeline)
         self.adapters = Adapters(pipeline, self.family, most_adapter_bytes)
         self.controls = Controls(pipeline, self.family)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from distriray.adapters import AdapterSpec
+from distriray.adapters import CACHE_BYTES, AdapterSpec
 from distriray.config import ParallelConfig
 from distriray.controls import MOST_CONTROLNETS, ControlNetSpec
 from distriray.ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
@@ -84,7 +84,7 @@ class HostConfig(BaseModel):
     defaults: Defaults = Defaults()
     loras: tuple[AdapterSpec, ...] = ()
     lora_dir: Path | None = None
-    lora_cache_bytes: Count = 2**30
+    lora_cache_bytes: Count = CACHE_BYTES
     controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_CONTROLNETS)] = ()
     ip_adapters: Annotated[tuple[IPAdapterSpec, ...], Field(max_length=MOST_IP_ADAPTERS)] = ()
     compile: tuple[Sides, ...] = ()
