@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from distriray.controls import MOST_CONTROLNETS
 from distriray.errors import ControlNetNotFound, DistrirayError, InvalidRequest, IPAdapterNotFound
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import StopSignal
-from distriray.ip_adapters import MOST_IP_ADAPTERS
+from distriray.names import MOST_LOADED
 from distriray.picture import png
 
 from .fleet import FakeHost
@@ -24,13 +23,12 @@ LONG = 400
 
 
 class Named(NamedTuple):
-    """A field of requests, the one of a configuration that lists what it names, and how many that may be."""
+    """A field of requests, and the one of a configuration that lists what it names."""
 
     field: str
     option: str
     word: str
     unknown: type[DistrirayError]
-    most: int
 
     def listed(self, *names: str) -> dict[str, Any]:
         return {self.option: [{"name": name, "source": "some/one"} for name in names]}
@@ -42,8 +40,8 @@ class Named(NamedTuple):
 NAMED = pytest.mark.parametrize(
     "named",
     [
-        Named("control", "controls", "ControlNet", ControlNetNotFound, MOST_CONTROLNETS),
-        Named("ip_adapters", "ip_adapters", "IP-Adapter", IPAdapterNotFound, MOST_IP_ADAPTERS),
+        Named("control", "controls", "ControlNet", ControlNetNotFound),
+        Named("ip_adapters", "ip_adapters", "IP-Adapter", IPAdapterNotFound),
     ],
     ids=lambda named: named.field,
 )
@@ -104,6 +102,5 @@ def test_an_unknown_name_is_refused_at_once_with_those_that_there_are(named: Nam
 def test_a_pool_lists_each_name_once_and_not_too_many(named: Named) -> None:
     with pytest.raises(ValidationError, match="'one'. are there more than once"):
         HostConfig(**named.listed("one", "one"))
-    assert named.most == 16
     with pytest.raises(ValidationError, match="at most 16"):
-        HostConfig(**named.listed(*(f"n{i}" for i in range(named.most + 1))))
+        HostConfig(**named.listed(*(f"n{i}" for i in range(MOST_LOADED + 1))))
