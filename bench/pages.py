@@ -23,6 +23,7 @@ import psutil
 from bench.arguments import add_json, positive
 from bench.report import Report
 from bench.serving import measure_capacity, service
+from distriray.wire import IMAGES
 
 EVENTS = "/v1/fleet/events"
 ROLES = {"ProxyActor": "proxy", "Ingress": "router", "elastic": "host", "raylet": "raylet"}
@@ -92,7 +93,7 @@ async def drawing(client: httpx.AsyncClient) -> AsyncIterator[None]:
     async def draw() -> None:
         while True:
             body = {"prompt": "a lake", "size": "512x512", "num_inference_steps": 100, "gang_size": 1}
-            (await client.post("/v1/images/generations", json=body)).raise_for_status()
+            (await client.post(IMAGES, json=body)).raise_for_status()
 
     task = asyncio.create_task(draw())
     try:

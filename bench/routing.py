@@ -22,7 +22,7 @@ from distriray.routing.simulation.simulator import simulate
 from distriray.routing.simulation.workload import TRIAL_KINDS, Arrival, Workload, trial_profile
 
 MODEL = LatencyModel(trial_profile())
-SIZES = (1, 2, 4, 8)
+FLEET = SimulatedFleet()
 
 
 def crowd(count: int, draw: random.Random, urgent: float) -> HostView:
@@ -45,7 +45,7 @@ def crowd(count: int, draw: random.Random, urgent: float) -> HostView:
                 priority=draw.randrange(3),
             )
         )
-    view = HostView(100.0, tuple(range(8)), SIZES, tuple(requests))
+    view = HostView(100.0, tuple(range(FLEET.workers)), FLEET.gang_sizes, tuple(requests))
     running = Elastic().plan(view, MODEL).assignments
     return replace(view, requests=tuple(replace(r, workers=running.get(r.id)) for r in view.requests))
 
@@ -80,12 +80,12 @@ def against_optimum(requests: int, cases: int, seed: int) -> dict[str, float]:
             for at in sorted(draw.uniform(0.0, spread) for _ in range(requests))
             for kind in [draw.choice(TRIAL_KINDS)]
         ]
-        best, certain = most_deadlines(arrivals, MODEL)
+        best, certain = most_deadlines(arrivals, MODEL, FLEET)
         totals["optimum"] += best
         proven += certain
         policies: dict[str, HostPolicy] = {"elastic": Elastic(), "leases": Leases()}
         for name, policy in policies.items():
-            totals[name] += simulate(arrivals, policy, MODEL, SimulatedFleet()).met
+            totals[name] += simulate(arrivals, policy, MODEL, FLEET).met
     share = {name: 100.0 * met / (cases * requests) for name, met in totals.items()}
     return {"requests": requests, "cases": cases, "proven": proven, **share}
 
@@ -95,7 +95,7 @@ def burst_bound(scale: float, bursts: int, seed: int) -> dict[str, float]:
     met = proven = 0
     for i in range(bursts):
         workload = Workload(TRIAL_KINDS, 1.0, scale, burst=20)
-        best, certain = most_deadlines(list(workload.arrivals(20, seed + i)), MODEL, limit_s=10.0)
+        best, certain = most_deadlines(list(workload.arrivals(20, seed + i)), MODEL, FLEET, limit_s=10.0)
         met += best
         proven += certain
     return {"scale": scale, "bursts of 20": bursts, "proven": proven, "optimum": 5.0 * met / bursts}

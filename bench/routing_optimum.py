@@ -10,17 +10,17 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from distriray.routing.latency import LatencyModel
+from distriray.routing.simulation.fleet import SimulatedFleet
 from distriray.routing.simulation.workload import Arrival
 
 
 def most_deadlines(
     arrivals: Sequence[Arrival],
     model: LatencyModel,
-    workers: int = 8,
-    gang_sizes: Sequence[int] = (1, 2, 4, 8),
+    fleet: SimulatedFleet,
     limit_s: float = 60.0,
 ) -> tuple[int, bool]:
-    """An upper bound on deadlines met, and whether the solver proved it within `limit_s`.
+    """An upper bound on deadlines that one host meets, and whether the solver proved it within `limit_s`.
 
     It knows all arrivals beforehand, regroups for nothing and at any moment, cares for no alignment and
     drops whatever it cannot finish in time: no policy can do better, and none can quite do as well.
@@ -37,7 +37,7 @@ def most_deadlines(
         for r, a in enumerate(arrivals)
         for t, (start, end) in enumerate(spans)
         if start >= a.at_s and end <= dues[r]
-        for g in gang_sizes
+        for g in fleet.gang_sizes
     ]
     total = n + len(columns)
     time_rows: dict[tuple[int, int], int] = {}
@@ -57,7 +57,7 @@ def most_deadlines(
     for (_, t), row in time_rows.items():
         upper[n + row] = spans[t][1] - spans[t][0]
     for t, (start, end) in enumerate(spans):
-        upper[n + len(time_rows) + t] = workers * (end - start)
+        upper[n + len(time_rows) + t] = fleet.workers * (end - start)
     binary = np.arange(total) < n
     result = milp(
         -binary.astype(float),

@@ -34,6 +34,7 @@ from deployments.config import AppConfig
 from distriray.gang import open_host, reaper
 from distriray.models import load_pipeline
 from distriray.requests import GenerationRequest
+from distriray.wire import IMAGES
 
 CONFIG = Path(__file__).parents[1] / "serve_config.yaml"
 LOGICAL_CPUS = 8  # of Ray's accounting, so that placement groups fit on a machine of any size
@@ -122,7 +123,7 @@ def overhead(url: str, config: AppConfig, options: argparse.Namespace) -> Report
             "a host, its worker in another process": lambda seed: host.generate(request(options, seed)),
             "the service, by handle": lambda seed: handle.generate.remote(request(options, seed)).result(),
             "the service, over HTTP": lambda seed: client.post(
-                "/v1/images/generations", json={**fields(options, seed), "gang_size": 1}
+                IMAGES, json={**fields(options, seed), "gang_size": 1}
             ).raise_for_status(),
         }
         rounds = [{way: _time(ask, seed) for way, ask in ways.items()} for seed in range(-2, options.rounds)][
@@ -213,7 +214,7 @@ async def arrivals(
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> Answer:
     """Send one request. `good` is an image, or a refusal that says when to come again."""
     try:
-        response = await client.post("/v1/images/generations", json=body)
+        response = await client.post(IMAGES, json=body)
     except httpx.HTTPError:
         return Answer(0, time.monotonic() - due, False)
     seconds = time.monotonic() - due

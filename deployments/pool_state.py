@@ -119,7 +119,8 @@ class PoolState:
         self.facts, self._latency, self.config = knowledge.facts, knowledge.latency, knowledge.config
         for sent_s, view in self._sent.pop(host, ()):
             if sent_s > asked_s:
-                self.send(self._route([self.hosts[host]], view, sent_s), view, sent_s)
+                chosen = route([self.hosts[host]], view, sent_s, knowledge.latency, random.Random(0))
+                self.send(chosen, view, sent_s)
 
     def route(
         self,
@@ -127,11 +128,13 @@ class PoolState:
         view: RequestView,
         now_s: float,
         draw: random.Random,
-        error_margin: float = 1.0,
+        error_margin: float,
     ) -> Route:
         """The best of these hosts for a request, of which those that nothing is known of are none."""
         states = [self.hosts[host] for host in hosts if host in self.hosts]
-        return self._route(states, view, now_s, draw, error_margin)
+        if self._latency is None:
+            return Route(None, now_s, False)
+        return route(states, view, now_s, self._latency, draw, error_margin)
 
     def send(self, chosen: Route, view: RequestView, now_s: float) -> None:
         """The request goes where `chosen` says: count on it until the host's next report."""
@@ -156,18 +159,6 @@ class PoolState:
             return 0.0
         return self._latency.times(1, *view.shape).error
 
-    def _route(
-        self,
-        states: Sequence[HostState],
-        view: RequestView,
-        now_s: float,
-        draw: random.Random | None = None,
-        error_margin: float = 1.0,
-    ) -> Route:
-        if self._latency is None:
-            return Route(None, now_s, False)
-        return route(states, view, now_s, self._latency, draw or random.Random(0), error_margin)
-
 
 def choose(
     pools: Sequence[PoolState],
@@ -175,7 +166,7 @@ def choose(
     views: Sequence[RequestView],
     now_s: float,
     draw: random.Random,
-    error_margin: float = 1.0,
+    error_margin: float,
 ) -> tuple[int, Route] | None:
     """The pool, by index, and the host where a request would be done first.
 

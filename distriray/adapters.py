@@ -21,6 +21,9 @@ SUFFIX = ".safetensors"
 LOOK_S = 2.0
 """How long what was seen in a folder is taken to be there."""
 
+CACHE_BYTES = 2**30
+"""Memory of a worker for adapters, unless it is told otherwise."""
+
 MOST_IN_FOLDER = 1000
 """Adapters that are taken from a folder, the first by name."""
 

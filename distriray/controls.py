@@ -12,9 +12,6 @@ from distriray.models import ModelSpec, download
 from distriray.names import NAME
 from distriray.picture import CarriedPicture
 
-MOST_CONTROLNETS = 16
-"""That a pool may list: each worker has all of them in the memory of its device."""
-
 
 class Control(BaseModel):
     """A ControlNet to draw with, and the picture that it goes by."""

@@ -55,16 +55,14 @@ class HandleClient:
 
     def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request. Leaving early, as with Ctrl-C, cancels it."""
-        response = self._handle.generate.remote(GenerationRequest.of(request, fields), _driver())
-        with _cancelled_unless_over(response):
-            result: GenerationResult = response.result()
+        asked = GenerationRequest.of(request, fields)
+        result: GenerationResult = self._call("generate", asked, _driver())
         return result
 
     async def agenerate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """As `generate`. Cancelling this coroutine cancels the request."""
-        response = self._handle.generate.remote(GenerationRequest.of(request, fields), _driver())
-        with _cancelled_unless_over(response):
-            result: GenerationResult = await response
+        asked = GenerationRequest.of(request, fields)
+        result: GenerationResult = await self._acall("generate", asked, _driver())
         return result
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:

@@ -12,9 +12,6 @@ from distriray.models import ModelSpec, download
 from distriray.names import NAME
 from distriray.picture import CarriedPicture
 
-MOST_IP_ADAPTERS = 16
-"""That a pool may list: each worker has all of them in the memory of its device."""
-
 _ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 

@@ -16,6 +16,9 @@ from distriray.errors import (
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """What a name looks like; no path does."""
 
+MOST_LOADED = 16
+"""ControlNets, or IP-Adapters, that a pool may list: each worker has all of them in its device's memory."""
+
 MOST_SHOWN = 20
 """Names in the message of an unknown one."""
 

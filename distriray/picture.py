@@ -167,17 +167,16 @@ def opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def mask_of(picture: Picture, name: str = "mask_image") -> Image.Image:
+def mask_of(picture: Picture) -> Image.Image:
     """The grey levels of a mask, white where to fill in.
 
     Raises:
         InvalidRequest: it is damaged, or has transparency, which says nothing of where.
     """
-    image = picture.load(name)
+    image = picture.load("mask_image")
     if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
-        raise InvalidRequest(
-            f"{name} has transparent parts; make it white where to fill in and black elsewhere", name
-        )
+        message = "mask_image has transparent parts; make it white where to fill in and black elsewhere"
+        raise InvalidRequest(message, "mask_image")
     return image.convert("L")
 
 

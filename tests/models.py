@@ -271,15 +271,21 @@ def save_ip_adapter(folder: Path, weights: dict[str, Any], name: str = "ip-adapt
     save_file(tensors, folder / f"{name}.safetensors")
 
 
+STREAMS: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_WIDTH,
+}
+"""What FLUX and its like have in common: blocks of two streams, then blocks of one."""
+
+
 def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DModel:
     """FLUX.1's layout: blocks of two streams, blocks of one, embedded guidance."""
     settings: dict[str, Any] = {
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": TEXT_WIDTH,
+        **STREAMS,
         "pooled_projection_dim": TEXT_WIDTH,
         "guidance_embeds": True,
         "axes_dims_rope": (4, 6, 6),
@@ -290,12 +296,7 @@ def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DMode
 def tiny_longcat_image_transformer(seed: int = 0, **config: Any) -> LongCatImageTransformer2DModel:
     """LongCat-Image's layout: that of FLUX.1, without pooled embeddings."""
     settings: dict[str, Any] = {
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": TEXT_WIDTH,
+        **STREAMS,
         "pooled_projection_dim": TEXT_WIDTH,
         "axes_dims_rope": [4, 6, 6],
     }
@@ -305,13 +306,8 @@ def tiny_longcat_image_transformer(seed: int = 0, **config: Any) -> LongCatImage
 def tiny_ovis_image_transformer(seed: int = 0, **config: Any) -> OvisImageTransformer2DModel:
     """Ovis-Image's layout: that of FLUX.1, with gated feed-forwards."""
     settings: dict[str, Any] = {
-        "in_channels": 16,
+        **STREAMS,
         "out_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": TEXT_WIDTH,
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(OvisImageTransformer2DModel(**{**settings, **config}), seed)
@@ -342,12 +338,7 @@ def tiny_krea2_transformer(seed: int = 0, **config: Any) -> Krea2Transformer2DMo
 def tiny_chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
     """Chroma's layout: that of FLUX.1, whose modulation comes from one network for all blocks."""
     settings: dict[str, Any] = {
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": TEXT_WIDTH,
+        **STREAMS,
         "axes_dims_rope": (4, 6, 6),
         "approximator_num_channels": 16,
         "approximator_hidden_dim": 32,
@@ -359,12 +350,7 @@ def tiny_chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2D
 def tiny_flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DModel:
     """FLUX.2's layout."""
     settings: dict[str, Any] = {
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": TEXT_WIDTH,
+        **STREAMS,
         "timestep_guidance_channels": 32,
         "axes_dims_rope": (4, 4, 4, 4),
     }
@@ -374,13 +360,8 @@ def tiny_flux2_transformer(seed: int = 0, **config: Any) -> Flux2Transformer2DMo
 def tiny_flux3_transformer(seed: int = 0, **config: Any) -> Flux3Transformer2DModel:
     """FLUX.3's layout: blocks for each of image, references and text, and then for all of them."""
     settings: dict[str, Any] = {
-        "in_channels": 16,
+        **STREAMS,
         "cond_in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": TEXT_WIDTH,
         "timestep_channels": 32,
         "axes_dims_rope": (4, 4, 4, 4),
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from distriray import ParallelConfig, SamplingParams, parallelize
-from distriray.collective import Communicator, connect
+from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl
@@ -65,3 +68,44 @@ def changing_gangs(
     if communicator.rank == 0:
         steps(state, connect("local"), 2)
     return state.latents, fresh
+
+
+def drawn(denoiser: Denoiser, state: DenoiseState) -> np.ndarray:
+    """The first picture, when the rest of the steps are done."""
+    while not state.done:
+        denoiser.step(state)
+    denoiser.settle(state)
+    return np.asarray(denoiser.decode(state)[0], dtype=int)
+
+
+def drawn_in_turn(
+    make: Callable[[], Any],
+    load: Callable[[Any], Denoiser],
+    params: SamplingParams,
+    sizes: Sequence[int],
+    config: dict[str, Any],
+) -> list[np.ndarray]:
+    """The pictures of all ranks of the last gang; each gang goes on from the bytes of the one before.
+
+    Args:
+        load: a denoiser of a pipeline that `make` has made, with all that `params` names.
+        sizes: of the gangs, each for as many steps.
+        config: of a ParallelConfig.
+    """
+
+    def rank(blob: bytes, until: int, communicator: Communicator) -> tuple[bytes, np.ndarray | None]:
+        gang = connect("local") if communicator.world_size == 1 else communicator
+        denoiser = load(parallelize(make(), gang, ParallelConfig(**config)))
+        state = DenoiseState.from_bytes(blob)
+        denoiser.adapt(state)
+        while state.step < until:
+            denoiser.step(state)
+        denoiser.settle(state)
+        return state.to_bytes(), drawn(denoiser, state) if state.done else None
+
+    state = load(make()).prepare(params)
+    blob = state.to_bytes()
+    for index, size in enumerate(sizes, 1):
+        ranks = run_in_lockstep(size, partial(rank, blob, state.num_steps * index // len(sizes)))
+        blob = ranks[0][0]
+    return [image for _, image in ranks]

@@ -6,11 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from distriray.landscapes.captions import Labels, caption
-from distriray.landscapes.evaluate import FIRST_SCENE
-from distriray.landscapes.scene import sample_scene
+from distriray.landscapes.captions import Labels
+from distriray.landscapes.evaluate import held_out_captions
 
 
 @dataclass(frozen=True)
@@ -24,8 +21,7 @@ class Prompt:
 
 def landscape_prompts(count: int, first_seed: int) -> list[Prompt]:
     """Captions of scenes that no training saw."""
-    rng = np.random.default_rng(FIRST_SCENE)
-    captions = [caption(sample_scene(FIRST_SCENE + index), rng) for index in range(count)]
+    captions = held_out_captions(count)
     return [Prompt(text, first_seed + index, said) for index, (text, said) in enumerate(captions)]
 
 

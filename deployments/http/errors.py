@@ -179,20 +179,18 @@ def answer_errors(app: FastAPI) -> None:
 
     async def by_router(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        where = f"{request.method} {request.url.path}"
+        where, headers = f"{request.method} {request.url.path}", dict(error.headers or {})
         if error.status_code == 404:
             refusal = Refusal(404, Code.UNKNOWN_URL, f"there is no {where}; /docs lists what there is")
         elif error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
-            allowed = "GET, HEAD" if allowed == "GET" else allowed
+            allowed = headers.get("Allow", "")
+            headers["Allow"] = allowed = "GET, HEAD" if allowed == "GET" else allowed
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": f"{allowed}, OPTIONS"})
             refusal = Refusal(405, Code.METHOD_NOT_ALLOWED, f"there is no {where}; use {allowed}")
         else:
             refusal = Refusal(error.status_code, InvalidRequest.code, str(error.detail))
-        refusal.headers = dict(error.headers or {})
-        if error.status_code == 405:
-            refusal.headers = {**refusal.headers, "Allow": allowed}
+        refusal.headers = headers
         request.state.noted["code"] = refusal.code
         return refusal.response()
 

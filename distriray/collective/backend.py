@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Work
 from distriray.collective.messages import Messages, as_messages, indexed, peers_of
 from distriray.collective.subgroup import Subgroup
@@ -44,6 +45,11 @@ class BackendCommunicator(ABC):
 
     @abstractmethod
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work: ...
+
+    def greet(self) -> None:
+        """Exchange one byte with every peer: afterwards no rank is still connecting."""
+        all_gather(self, [torch.ones(1, dtype=torch.uint8) for _ in range(self.world_size)]).wait()
+        self._bytes_sent = 0
 
     def messages(self, tensors: Mapping[int, torch.Tensor]) -> Messages:
         return Messages(as_messages(tensors, self.rank, self.world_size, self.device), tensors)

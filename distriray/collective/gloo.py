@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import ProcessGroupGloo, Store
 
-from distriray.collective.all_gather import all_gather
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.messages import as_messages
 from distriray.collective.rendezvous import Rendezvous
@@ -59,7 +58,7 @@ class GlooCommunicator(BackendCommunicator):
 
     backend = "gloo"
 
-    def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float = 30.0) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, host: str, timeout_s: float) -> None:
         super().__init__(rank, world_size, "cpu")
         self.timeout_s = timeout_s
         self._sent = [0] * world_size
@@ -73,7 +72,7 @@ class GlooCommunicator(BackendCommunicator):
             self._group: Any = ProcessGroupGloo(store, rank, world_size, options)
         except RuntimeError as error:
             raise GangBroken(f"rank {rank} could not connect to its gang of {world_size}: {error}") from error
-        self._greet()
+        self.greet()
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> GlooWork:
         incoming = as_messages(receives, self.rank, self.world_size, self.device)
@@ -118,11 +117,6 @@ class GlooCommunicator(BackendCommunicator):
     def _release(self) -> None:
         group, self._group = self._group, None
         _cut(group)
-
-    def _greet(self) -> None:
-        """Exchange one byte with every peer: afterwards no rank is still connecting."""
-        all_gather(self, [torch.ones(1, dtype=torch.uint8) for _ in range(self.world_size)]).wait()
-        self._bytes_sent = 0
 
 
 def join(rendezvous: Rendezvous) -> GlooCommunicator:

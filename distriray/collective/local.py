@@ -24,7 +24,7 @@ class LocalCommunicator(BackendCommunicator):
 
     backend = "local"
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(0, 1, device)
 
     def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:

@@ -68,9 +68,7 @@ class NcclCommunicator(BackendCommunicator):
 
     backend = "nccl"
 
-    def __init__(
-        self, control: GlooCommunicator, device: torch.device | str = "cuda", timeout_s: float = 30.0
-    ) -> None:
+    def __init__(self, control: GlooCommunicator, device: torch.device, timeout_s: float) -> None:
         self._nccl = load_nccl()
         super().__init__(control.rank, control.world_size, device)
         self._timeout_s = timeout_s

@@ -30,9 +30,9 @@ class Rendezvous:
     device: torch.device
     timeout_s: float
     name: str
-    address: str | None = None
-    store: Store | None = None
-    backend: str | None = None
+    address: str | None
+    store: Store | None
+    backend: str | None
     _enrolled: Store | None = field(default=None, init=False)
 
     def meet(self, backend: str, join: Callable[[Store, str], Joined]) -> Joined:

@@ -17,7 +17,6 @@ from datetime import timedelta
 import torch
 from torch.distributed import DistError, Store
 
-from distriray.collective.all_gather import all_gather
 from distriray.collective.backend import BackendCommunicator
 from distriray.collective.handover import Card, Door, Tie, obstacle_among
 from distriray.collective.messages import as_messages
@@ -100,12 +99,10 @@ class ShmCommunicator(BackendCommunicator):
 
     backend = "shm"
 
-    def __init__(
-        self, ties: Mapping[int, Tie], rank: int, timeout_s: float = 30.0, store: Store | None = None
-    ) -> None:
+    def __init__(self, ties: Mapping[int, Tie], rank: int, timeout_s: float, store: Store) -> None:
         super().__init__(rank, len(ties) + 1, "cpu")
         self.timeout_s = timeout_s
-        self._store = store
+        self._store: Store | None = store
         self._turn = threading.Lock()
         self._links = {peer: Link(tie, outward=int(rank > peer)) for peer, tie in ties.items()}
         self._descriptors = {tie.connection.fileno(): peer for peer, tie in ties.items()}
@@ -161,11 +158,6 @@ class ShmCommunicator(BackendCommunicator):
     def close(self) -> None:
         super().close()
         self._store = None
-
-    def greet(self) -> None:
-        """Exchange one byte with every peer: afterwards no rank is still connecting."""
-        all_gather(self, [torch.ones(1, dtype=torch.uint8) for _ in range(self.world_size)]).wait()
-        self._bytes_sent = 0
 
     def _move(self) -> bool:
         """Copy all that can be, in both directions; whether anything was."""

@@ -95,7 +95,7 @@ def open_store(address: str, *, timeout_s: float = 30.0) -> Store:
     return place.guarded(store)
 
 
-def share_store(address: str, *, timeout_s: float = 30.0) -> Store:
+def share_store(address: str, *, timeout_s: float) -> Store:
     """Serve the store at `address`, on that host alone, or open it where it is served already.
 
     Stores of one process at one port share a server, which ends with the last of them.

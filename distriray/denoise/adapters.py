@@ -22,7 +22,6 @@ from distriray.denoise.weight_files import first_lines
 from distriray.errors import InvalidRequest, UnusableAdapter
 from distriray.names import check_names
 
-MOST_BYTES = 2**30
 MOST_HELD = 64
 """Adapters that are held at once, however small they are: every layer has its part of each."""
 
@@ -65,7 +64,7 @@ class Adapters:
         seconds: spent on reading, loading and switching.
     """
 
-    def __init__(self, pipeline: Any, family: str, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, pipeline: Any, family: str, most_bytes: int) -> None:
         self.known: dict[str, AdapterSpec] = {}
         self.counts = AdapterCounts()
         self.seconds = 0.0

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from distriray.denoise.adapters import MOST_BYTES, Adapters
+from distriray.adapters import CACHE_BYTES
+from distriray.denoise.adapters import Adapters
 from distriray.denoise.controls import Controls
 from distriray.denoise.ip_adapters import IPAdapters
 from distriray.denoise.network_output import NetworkOutput
@@ -62,7 +63,7 @@ class Denoiser:
             cannot be part of a state.
     """
 
-    def __init__(self, pipeline: Any, most_adapter_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, pipeline: Any, most_adapter_bytes: int = CACHE_BYTES) -> None:
         self.family = family_of(pipeline)
         self.adapters = Adapters(pipeline, self.family, most_adapter_bytes)
         self.controls = Controls(pipeline, self.family)
@@ -95,28 +96,13 @@ class Denoiser:
         params = self.terms.settle(params, self.sizes.default, self.sizes.unit)
         params.check_size(self.sizes.unit)
         params.num_steps(self.own_steps, rounds_up=self.terms.rounds_up)  # or there are none to do
-        assert params.height is not None and params.width is not None
         most = self._steps.max_clip_skip
         if params.clip_skip is not None and params.clip_skip > most:
             raise InvalidRequest(
                 f"clip_skip {params.clip_skip} skips all of a text encoder; use at most {most}", "clip_skip"
             )
-        commission = Commission(
-            params=params,
-            height=params.height,
-            width=params.width,
-            scheduler=make_scheduler(self._pipeline.scheduler, params.scheduler),
-            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-            image=None if params.image is None else opaque(params.image.load()),
-            mask_image=None if params.mask_image is None else mask_of(params.mask_image),
-            strength=1.0 if params.strength is None else params.strength,
-            references=[
-                opaque(each.image.load(image_of("references", index)))
-                for index, each in enumerate(params.references)
-                if each.image is not None
-            ],
-        )
-        control = self.controls.prepare(params.control, params.height, params.width)
+        commission = self._commission(params, seeds)
+        control = self.controls.prepare(params.control, commission.height, commission.width)
         image_prompts = self.ip_adapters.prepare(params.ip_adapters)
         adapters = self.adapters.choose(params.loras)
         try:
@@ -142,6 +128,25 @@ class Denoiser:
             adapters=adapters,
             warnings=self._unused(params),
         ).to(values["latents"].device)
+
+    def _commission(self, params: SamplingParams, seeds: Sequence[int]) -> Commission:
+        """What the family's `prepare` is given of `params` that leave no size open; loads the pictures."""
+        assert params.height is not None and params.width is not None
+        return Commission(
+            params=params,
+            height=params.height,
+            width=params.width,
+            scheduler=make_scheduler(self._pipeline.scheduler, params.scheduler),
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+            image=None if params.image is None else opaque(params.image.load()),
+            mask_image=None if params.mask_image is None else mask_of(params.mask_image),
+            strength=1.0 if params.strength is None else params.strength,
+            references=[
+                opaque(each.image.load(image_of("references", index)))
+                for index, each in enumerate(params.references)
+                if each.image is not None
+            ],
+        )
 
     @torch.no_grad()
     def calls(self, params: SamplingParams) -> list[Call]:

@@ -98,11 +98,6 @@ class IPAdapters:
         self._used: tuple[_Used, ...] = ()
         self._replaced: dict[str, Any] = {}  # processors of the network, where those of IP-Adapters are
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of those that are loaded."""
-        return tuple(self._loaded)
-
     @torch.no_grad()
     def load(self, spec: IPAdapterSpec) -> None:
         """Read an IP-Adapter, and keep it; raises UnusableIPAdapter unless it fits the pipeline.

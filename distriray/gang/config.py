@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from distriray.adapters import AdapterSpec
+from distriray.adapters import CACHE_BYTES, AdapterSpec
 from distriray.config import ParallelConfig
-from distriray.controls import MOST_CONTROLNETS, ControlNetSpec
-from distriray.ip_adapters import MOST_IP_ADAPTERS, IPAdapterSpec
+from distriray.controls import ControlNetSpec
+from distriray.ip_adapters import IPAdapterSpec
 from distriray.limits import Limits
 from distriray.models import ModelSpec
-from distriray.names import KINDS, check_unique
+from distriray.names import KINDS, MOST_LOADED, check_unique
 from distriray.quantities import Count, Positive, PositiveSeconds
 from distriray.requests import Defaults, Sides
 from distriray.routing.buddy import check_gang_sizes
@@ -84,9 +84,9 @@ class HostConfig(BaseModel):
     defaults: Defaults = Defaults()
     loras: tuple[AdapterSpec, ...] = ()
     lora_dir: Path | None = None
-    lora_cache_bytes: Count = 2**30
-    controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_CONTROLNETS)] = ()
-    ip_adapters: Annotated[tuple[IPAdapterSpec, ...], Field(max_length=MOST_IP_ADAPTERS)] = ()
+    lora_cache_bytes: Count = CACHE_BYTES
+    controls: Annotated[tuple[ControlNetSpec, ...], Field(max_length=MOST_LOADED)] = ()
+    ip_adapters: Annotated[tuple[IPAdapterSpec, ...], Field(max_length=MOST_LOADED)] = ()
     compile: tuple[Sides, ...] = ()
     nccl_max_ctas: Annotated[int, Field(ge=1, le=64)] | None = None
     max_queue: Count = 64

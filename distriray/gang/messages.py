@@ -102,7 +102,6 @@ class RankResult:
 
     end: SegmentEnd
     step: int
-    num_steps: int
     adapters_s: float = 0.0
     prepare_s: float = 0.0
     fresh_s: tuple[float, ...] = ()
@@ -149,7 +148,6 @@ class WorkerFacts:
     """
 
     pid: int
-    node: str
     device: str
     device_name: str
     model: str

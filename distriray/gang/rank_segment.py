@@ -72,7 +72,6 @@ class RankSegment:
         return RankResult(
             end=end,
             step=self._order.step if state is None else state.step,
-            num_steps=0 if state is None else state.num_steps,
             adapters_s=self._adapters_s,
             prepare_s=self._prepare_s,
             fresh_s=tuple(self._fresh_s),

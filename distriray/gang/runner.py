@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
-from distriray.adapters import AdapterSpec
+from distriray.adapters import CACHE_BYTES, AdapterSpec
 from distriray.collective import Communicator, connect
 from distriray.collective.absent import AbsentPeers
 from distriray.config import ParallelConfig
 from distriray.controls import ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.denoise.adapters import MOST_BYTES
 from distriray.denoise.pipelines.sizes import Sizes
 from distriray.denoise.pipelines.terms import Terms
 from distriray.gang.devices import DEVICES
@@ -66,7 +65,7 @@ class SegmentRunner:
         loras: Sequence[AdapterSpec] = (),
         controls: Sequence[ControlNetSpec] = (),
         ip_adapters: Sequence[IPAdapterSpec] = (),
-        lora_cache_bytes: int = MOST_BYTES,
+        lora_cache_bytes: int = CACHE_BYTES,
     ) -> None:
         began = time.perf_counter()
         self.pipeline: Any = load_pipeline(spec, device)
@@ -133,7 +132,7 @@ class SegmentRunner:
                 return segment.run(blob, pictures)
         except Exception as error:
             log.exception("segment %d of request %s failed", order.serial, order.request.id)
-            return RankResult(SegmentEnd.FAILED, order.step, 0, cause=told(error), broken=True)
+            return RankResult(SegmentEnd.FAILED, order.step, cause=told(error), broken=True)
 
     def export(self, job: int) -> bytes:
         """The state of a job that this worker holds and does not work on."""

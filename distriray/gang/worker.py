@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-import ray
-
 from distriray.collective import open_store
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES
@@ -83,7 +81,6 @@ class Worker:
         sizes = runner.sizes
         facts = WorkerFacts(
             pid=os.getpid(),
-            node=ray.get_runtime_context().get_node_id(),
             device=str(runner.device),
             device_name=self._kind.product(),
             model=self._config.model.name,

@@ -86,6 +86,12 @@ def checker_on_drawings(checker: Checker, count: int, size: int) -> dict[str, fl
     return score(pairs)
 
 
+def held_out_captions(count: int) -> list[tuple[str, Labels]]:
+    """Captions of scenes that no training saw, and what each states."""
+    rng = np.random.default_rng(FIRST_SCENE)
+    return [caption(sample_scene(FIRST_SCENE + index), rng) for index in range(count)]
+
+
 def prompt_accuracy(
     pipeline: DiffusionPipeline,
     checker: Checker,
@@ -94,8 +100,7 @@ def prompt_accuracy(
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
     """Of what held-out captions state, the share that the checker sees in the generated pictures."""
-    rng = np.random.default_rng(FIRST_SCENE)
-    captions = [caption(sample_scene(FIRST_SCENE + index), rng) for index in range(count)]
+    captions = held_out_captions(count)
     pairs = []
     for at in range(0, count, arguments.batch):
         part = captions[at : at + arguments.batch]

@@ -57,8 +57,8 @@ def check_same_image(
     config: ParallelConfig,
     step: int,
     timestep: float,
-    num_steps: int | None = None,
-    refused: bool = False,
+    num_steps: int | None,
+    refused: bool,
 ) -> None:
     """Compare what the ranks were called with, before anything of a size that depends on it is sent.
 

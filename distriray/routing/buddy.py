@@ -16,7 +16,7 @@ class InvalidGangSizes(DistrirayError, ValueError):
 
 
 class WorkersUnavailable(DistrirayError, ValueError):
-    """Workers cannot be taken, given back or restored as they are."""
+    """Workers cannot be taken as they are."""
 
 
 def check_gang_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -51,8 +51,7 @@ class BuddyAllocator:
 
     def __init__(self, workers: Iterable[int], gang_sizes: Sequence[int]) -> None:
         self.gang_sizes = check_gang_sizes(gang_sizes)
-        self._healthy = set(workers)
-        self._free = set(self._healthy)
+        self._free = set(workers)
 
     @property
     def free(self) -> frozenset[int]:
@@ -77,25 +76,6 @@ class BuddyAllocator:
         if missing := wanted - self._free:
             raise WorkersUnavailable(f"workers {sorted(missing)} are leased or dead")
         self._free -= wanted
-
-    def release(self, block: Iterable[int]) -> None:
-        """Give leased workers back. One that died meanwhile stays out until `restore`."""
-        returned = set(block)
-        if twice := returned & self._free:
-            raise WorkersUnavailable(f"workers {sorted(twice)} are not leased and cannot be given back")
-        self._free |= returned & self._healthy
-
-    def remove(self, worker: int) -> None:
-        """Take a dead worker out, leased or not."""
-        self._healthy.discard(worker)
-        self._free.discard(worker)
-
-    def restore(self, worker: int) -> None:
-        """Put a repaired worker back, free. Release the lease it died in first."""
-        if worker in self._healthy:
-            raise WorkersUnavailable(f"worker {worker} is healthy and cannot be restored")
-        self._healthy.add(worker)
-        self._free.add(worker)
 
     def _whole(self, start: int, size: int) -> bool:
         return all(w in self._free for w in range(start, start + size))

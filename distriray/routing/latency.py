@@ -25,6 +25,9 @@ MIN_OBSERVATIONS = 3  # the smallest number whose median one outlier cannot move
 SHARED_WEIGHT = 3  # how many own observations outweigh what the other cases say
 MAX_OBSERVED = 64  # cases that a model keeps observations of; clients choose the shapes, so there is no end
 MAX_PREDICTED = 1024  # cases whose times are kept so that they need not be predicted again
+WINDOW = 15
+"""Observations of one case that count. Their median is the correction, so that fewer than half of them may be
+outliers, and a lasting change is believed after half of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +78,16 @@ class LatencyModel:
 
     Args:
         profile: the measurements to start from.
-        window: how many observations of one case count. Their median is the correction, so that fewer than
-            half of them may be outliers, and a lasting change is believed after half of them.
 
     Attributes:
         observations: how many there were; two copies that have the same number know the same.
     """
 
-    def __init__(self, profile: Profile, window: int = 15) -> None:
+    def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.observations = 0
-        self._window = window
         self._observed: dict[Case, deque[float]] = {}
-        self._shared: deque[float] = deque(maxlen=window)
+        self._shared: deque[float] = deque(maxlen=WINDOW)
         self._times: dict[tuple[Case, bool], Times] = {}
 
     def times(
@@ -140,7 +140,7 @@ class LatencyModel:
         """
         key = (gang, height, width, batch, guided, besides)
         ratio = math.log(step_s / self._step_from_profile(lambda e: e.step_s, *key))
-        own = self._observed.pop(key, deque(maxlen=self._window))
+        own = self._observed.pop(key, deque(maxlen=WINDOW))
         own.append(ratio)
         self._observed[key] = own  # last in order: the first one is forgotten first
         if len(self._observed) > MAX_OBSERVED:

@@ -47,9 +47,9 @@ class HostState:
     gang_sizes: tuple[int, ...]
     capacity_beside_deadlines: tuple[CapacityStep, ...]
     capacity_beside_all: tuple[CapacityStep, ...]
-    backlog_s: float = 0.0
-    waiting: int = 0
-    max_waiting: int = 1000
+    backlog_s: float
+    waiting: int
+    max_waiting: int
     adapters: frozenset[str] = frozenset()
 
     def holds(self, adapters: Iterable[str]) -> int:
@@ -154,21 +154,7 @@ def route(
         draw: where ties are drawn from; seeded, it always chooses the same.
         error_margin: how many of the model's errors two predictions may lie apart and count as equal.
     """
-    urgent = request.deadline_s is not None
-    options: list[_Option] = []
-    for state in states:
-        if state.waiting >= state.max_waiting or not state.gang_sizes:
-            continue
-        empty = HostView(now_s, tuple(range(state.workers)), state.gang_sizes, (request,))
-        costs = costs_by_request(empty, model)(request)
-        if not costs.sizes:
-            continue
-        candidate = candidate_of(request, costs, inf if request.deadline_s is None else request.deadline_s)
-        steps = state.capacity_beside_deadlines if urgent else state.capacity_beside_all
-        reservation = _soonest(Timeline.of(steps, now_s), candidate)
-        if reservation is not None:
-            delay = 0.0 if urgent else state.backlog_s
-            options.append(_Option(reservation.end_s + delay, state, reservation, candidate))
+    options = [option for state in states if (option := _option(state, request, now_s, model)) is not None]
     if not options:
         return Route(None, now_s + min((_drain_s(state) for state in states), default=inf), False)
     best = min(option.finish_s for option in options)
@@ -186,7 +172,7 @@ def route(
     meets = request.deadline_s is None or best - slack_s <= request.deadline_s
     beside_deadlines = Timeline.of(state.capacity_beside_deadlines, now_s)
     beside_all = Timeline.of(state.capacity_beside_all, now_s)
-    if urgent:
+    if request.deadline_s is not None:
         reservation = _in_time(beside_deadlines, candidate) or reservation
         beside_deadlines.reserve(reservation)
     beside_all.reserve(reservation)
@@ -198,6 +184,25 @@ def route(
         adapters=state.adapters.union(request.adapters),
     )
     return Route(state.host, finish_s, meets, after)
+
+
+def _option(state: HostState, request: RequestView, now_s: float, model: LatencyModel) -> _Option | None:
+    """The request on the gang of a host where it is done first; None if it takes no more, or has no gang."""
+    if state.waiting >= state.max_waiting or not state.gang_sizes:
+        return None
+    empty = HostView(now_s, tuple(range(state.workers)), state.gang_sizes, (request,))
+    costs = costs_by_request(empty, model)(request)
+    if not costs.sizes:
+        return None
+    if request.deadline_s is None:
+        candidate, steps, delay_s = candidate_of(request, costs), state.capacity_beside_all, state.backlog_s
+    else:
+        candidate = candidate_of(request, costs, request.deadline_s)
+        steps, delay_s = state.capacity_beside_deadlines, 0.0
+    reservation = _soonest(Timeline.of(steps, now_s), candidate)
+    if reservation is None:
+        return None
+    return _Option(reservation.end_s + delay_s, state, reservation, candidate)
 
 
 def predicted_s(view: HostView, request: RequestView, model: LatencyModel) -> float:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from distriray.landscapes import MODEL_DIR
 from distriray.landscapes.checker import agreement, load_checker
 from distriray.landscapes.draw import draw
 from distriray.landscapes.scene import HELD_OUT_SEED, sample_scene
+
+if TYPE_CHECKING:
+    from distriray.landscapes.training.denoising import Lesson
 
 LOADING = """
 import sys, torch
@@ -135,27 +139,36 @@ def test_every_size_has_its_share_of_the_training() -> None:
     assert all(end <= start for (_, end), (start, _) in pairwise(seeds)), "two sizes share scenes"
 
 
-@needs_muon
-@pytest.mark.slow
-def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def trained(
+    lesson: type[Lesson], monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of three steps of training on two small sizes: at once, and interrupted after the first."""
     from distriray.landscapes.training import dataset, denoising
-    from distriray.landscapes.training.unet import UNetLesson
 
     buckets = (dataset.Bucket(256, 256, 4, 0), dataset.Bucket(256, 384, 2, 2_000_000))
     monkeypatch.setattr(dataset, "BUCKETS", buckets)
     monkeypatch.setattr(denoising, "SHARES", {"256x256": 0.5, "256x384": 0.5})
     for bucket in buckets:
-        dataset.render(bucket, tmp_path, 1)
+        dataset.render(bucket, folder, 1)
 
     def run(name: str, *steps: int) -> dict[str, torch.Tensor]:
-        out = tmp_path / name
+        out = folder / name
         shutil.copytree(MODEL_DIR, out)
         for step in steps:
-            words = f"--pictures {tmp_path} --out {out} --initial {out}/unet --steps {step} --batch 2"
-            denoising.train(denoising.parse(None, words.split()), UNetLesson)
-        return torch.load(out / "unet.pt")["average"]
+            words = f"--pictures {folder} --out {out} --steps {step} --batch 2"
+            denoising.train(denoising.parse(None, [*words.split(), *options]), lesson)
+        weights: dict[str, torch.Tensor] = torch.load(out / f"{lesson.name}.pt")["average"]
+        return weights
 
-    whole, halved = run("whole", 3), run("halved", 1, 3)
+    return run("whole", 3), run("halved", 1, 3)
+
+
+@needs_muon
+@pytest.mark.slow
+def test_the_unets_training_resumes_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from distriray.landscapes.training.unet import UNetLesson
+
+    whole, halved = trained(UNetLesson, monkeypatch, tmp_path, "--initial", str(MODEL_DIR / "unet"))
     before = UNet2DConditionModel.from_pretrained(MODEL_DIR / "unet").state_dict()
     for name, weights in whole.items():
         assert torch.equal(weights, halved[name]), name
@@ -188,27 +201,12 @@ def test_the_transformers_training_resumes_exactly_and_is_exported_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from distriray.denoise import Denoiser
-    from distriray.landscapes.training import dataset, denoising
     from distriray.landscapes.training.export import assemble_sd3, export
     from distriray.landscapes.training.transformer import TransformerLesson
     from distriray.models import ModelSpec, load_pipeline
     from distriray.requests import SamplingParams
 
-    buckets = (dataset.Bucket(256, 256, 4, 0), dataset.Bucket(256, 384, 2, 2_000_000))
-    monkeypatch.setattr(dataset, "BUCKETS", buckets)
-    monkeypatch.setattr(denoising, "SHARES", {"256x256": 0.5, "256x384": 0.5})
-    for bucket in buckets:
-        dataset.render(bucket, tmp_path, 1)
-
-    def run(name: str, *steps: int) -> dict[str, torch.Tensor]:
-        out = tmp_path / name
-        shutil.copytree(MODEL_DIR, out)
-        for step in steps:
-            words = f"--pictures {tmp_path} --out {out} --steps {step} --batch 2"
-            denoising.train(denoising.parse(None, words.split()), TransformerLesson)
-        return torch.load(out / "transformer.pt")["average"]
-
-    whole, halved = run("whole", 3), run("halved", 1, 3)
+    whole, halved = trained(TransformerLesson, monkeypatch, tmp_path)
     assert all(torch.equal(weights, halved[name]) for name, weights in whole.items())
 
     export(assemble_sd3(tmp_path / "whole"), tmp_path / "model")

@@ -43,6 +43,7 @@ from tests.models import (
     tiny_z_image,
 )
 from tests.parameters import pairwise, sweep
+from tests.regroup import drawn, drawn_in_turn
 
 MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
     "sdxl": (partial(tiny_sdxl, **SHALLOW), StableDiffusionXLControlNetPipeline),
@@ -80,13 +81,6 @@ def denoiser_of(pipeline: Any, folder: Path) -> Denoiser:
     for name in NAMES:
         denoiser.controls.load(ControlNetSpec(name=name, source=str(folder / name)))
     return denoiser
-
-
-def drawn(denoiser: Denoiser, state: DenoiseState) -> np.ndarray:
-    while not state.done:
-        denoiser.step(state)
-    denoiser.settle(state)
-    return np.asarray(denoiser.decode(state)[0], dtype=int)
 
 
 def alone(model: str, folder: Path, *named: Named, **fields: Any) -> np.ndarray:
@@ -162,33 +156,11 @@ def test_a_picture_is_drawn_on_as_diffusers_draws_on_it(
     assert np.abs(drawn(denoiser, state) - np.asarray(theirs, dtype=int)).max() <= 1
 
 
-def _by_gang(
-    communicator: Communicator, model: str, folder: Path, blob: bytes, until: int, **config: Any
-) -> tuple[bytes, np.ndarray | None]:
-    gang = connect("local") if communicator.world_size == 1 else communicator
-    pipeline = parallelize(MODELS[model][0](), gang, ParallelConfig(**config))
-    denoiser = denoiser_of(pipeline, folder / model)
-    state = DenoiseState.from_bytes(blob)
-    denoiser.adapt(state)
-    while state.step < until:
-        denoiser.step(state)
-    denoiser.settle(state)
-    return state.to_bytes(), np.asarray(denoiser.decode(state)[0], dtype=int) if state.done else None
-
-
 def by_gangs(
     model: str, folder: Path, sizes: Sequence[int], named: list[Named], config: dict[str, Any], **fields: Any
 ) -> list[np.ndarray]:
-    """The pictures of all ranks of the last gang; each goes on from the bytes of the one before."""
-    denoiser = denoiser_of(MODELS[model][0](), folder / model)
-    state = denoiser.prepare(params(*named, **fields))
-    blob = state.to_bytes()
-    for index, size in enumerate(sizes, 1):
-        until = state.num_steps * index // len(sizes)
-        steps = partial(_by_gang, model=model, folder=folder, blob=blob, until=until, **config)
-        ranks = run_in_lockstep(size, steps)
-        blob = ranks[0][0]
-    return [image for _, image in ranks]
+    load = partial(denoiser_of, folder=folder / model)
+    return drawn_in_turn(MODELS[model][0], load, params(*named, **fields), sizes, config)
 
 
 @pytest.mark.parametrize(

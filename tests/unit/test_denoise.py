@@ -369,7 +369,7 @@ def test_bad_input_names_its_field(denoiser: Denoiser, call: dict[str, Any], par
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 @pytest.mark.parametrize("steps", [51, 999, 1000])
 def test_more_steps_than_a_scheduler_takes_are_refused_before_anything_is_drawn(
-    denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, scheduler: str, steps: int
+    denoiser: Denoiser, scheduler: str, steps: int
 ) -> None:
     """And what is not refused can be stepped from either end of the schedule."""
     try:

@@ -136,7 +136,7 @@ class Denoiser:
 def at_the_denoiser(request: GenerationRequest, defaults: Defaults | None = None) -> Fields:
     """The fields that a worker's denoiser is given, after its host admitted the request."""
     facts = WorkerFacts(
-        pid=1, node="n", device="cpu", device_name="cpu", model="m", default_size=(64, 96), size_unit=8,
+        pid=1, device="cpu", device_name="cpu", model="m", default_size=(64, 96), size_unit=8,
         row_unit=16, cuts_vae=False, load_s=0.0, memory=1, own_steps=StepCount(), guides=True,
     )  # fmt: skip
     admitted = admit(request, HostConfig(limits=LIMITS, defaults=defaults or Defaults()), facts).request

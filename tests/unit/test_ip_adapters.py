@@ -47,6 +47,7 @@ from tests.models import (
     tiny_z_image,
 )
 from tests.parameters import pairwise, sweep
+from tests.regroup import drawn, drawn_in_turn
 from tests.unit.parallel.recorded import RecordedGraphs
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -99,13 +100,6 @@ def denoiser_of(pipeline: Any, folder: Path, names: Sequence[str] = tuple(KINDS)
     return denoiser
 
 
-def drawn(denoiser: Denoiser, state: DenoiseState) -> np.ndarray:
-    while not state.done:
-        denoiser.step(state)
-    denoiser.settle(state)
-    return np.asarray(denoiser.decode(state)[0], dtype=int)
-
-
 def alone(model: str, folder: Path, *named: Named, **fields: Any) -> np.ndarray:
     denoiser = denoiser_of(EVERY[model](), folder / model)
     return drawn(denoiser, denoiser.prepare(params(*named, **fields)))
@@ -156,33 +150,11 @@ def test_a_picture_is_drawn_on_as_diffusers_draws_on_it(model: str, masked: bool
     assert np.abs(alone(model, folder, *BOTH, **given, **more) - theirs).max() <= 1
 
 
-def _by_gang(
-    communicator: Communicator, model: str, folder: Path, blob: bytes, until: int, **config: Any
-) -> tuple[bytes, np.ndarray | None]:
-    gang = connect("local") if communicator.world_size == 1 else communicator
-    pipeline = parallelize(MODELS[model](), gang, ParallelConfig(**config))
-    denoiser = denoiser_of(pipeline, folder / model)
-    state = DenoiseState.from_bytes(blob)
-    denoiser.adapt(state)
-    while state.step < until:
-        denoiser.step(state)
-    denoiser.settle(state)
-    return state.to_bytes(), np.asarray(denoiser.decode(state)[0], dtype=int) if state.done else None
-
-
 def by_gangs(
     model: str, folder: Path, sizes: Sequence[int], named: list[Named], config: dict[str, Any], **fields: Any
 ) -> list[np.ndarray]:
-    """The pictures of all ranks of the last gang; each goes on from the bytes of the one before."""
-    denoiser = denoiser_of(MODELS[model](), folder / model)
-    state = denoiser.prepare(params(*named, **fields))
-    blob = state.to_bytes()
-    for index, size in enumerate(sizes, 1):
-        until = state.num_steps * index // len(sizes)
-        steps = partial(_by_gang, model=model, folder=folder, blob=blob, until=until, **config)
-        ranks = run_in_lockstep(size, steps)
-        blob = ranks[0][0]
-    return [image for _, image in ranks]
+    load = partial(denoiser_of, folder=folder / model)
+    return drawn_in_turn(MODELS[model], load, params(*named, **fields), sizes, config)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +376,7 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(folder: Path, tm
     def refused(name: str, source: Path = tmp_path, **options: Any) -> str:
         with pytest.raises(UnusableIPAdapter, match=f"IP-Adapter '{name}'") as error:
             denoiser.ip_adapters.load(spec(source, name, **options))
-        assert denoiser.ip_adapters.names == ("style",)
+        assert denoiser.ip_adapters._loaded.keys() == {"style"}
         assert (drawn(denoiser, denoiser.prepare(params())) == expected).all()
         return str(error.value)
 

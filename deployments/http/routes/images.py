@@ -25,7 +25,7 @@ from deployments.http.routes.models import card_of
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished
 from distriray.service import Service
-from distriray.wire import Code
+from distriray.wire import EDITS, IMAGES, Code
 
 T = TypeVar("T")
 
@@ -48,11 +48,11 @@ def image_routes(service: Service, config: HttpConfig, cancel: Callable[[str], A
     """
     router, drawing = APIRouter(tags=["images"]), Drawing(service, config)
 
-    @router.post("/v1/images/generations", **_described(ImageRequest, "Draw images of a prompt"))
+    @router.post(IMAGES, **_described(ImageRequest, "Draw images of a prompt"))
     async def generate_images(request: Request) -> Response:
         return await drawing.answer(request, await _of_json(request, ImageRequest, config))
 
-    @router.post("/v1/images/edits", **_described(EditRequest, "Draw on a picture, or fill in a part of it"))
+    @router.post(EDITS, **_described(EditRequest, "Draw on a picture, or fill in a part of it"))
     async def edit_images(request: Request) -> Response:
         return await drawing.answer(request, await _with_pictures(request, EditRequest, config))
 
@@ -61,7 +61,7 @@ def image_routes(service: Service, config: HttpConfig, cancel: Callable[[str], A
         return await drawing.answer(request, await _with_pictures(request, VariationRequest, config))
 
     @router.delete(
-        "/v1/images/generations/{name}",
+        IMAGES + "/{name}",
         responses=errors(401, 404, 500),
         summary="Cancel what you asked for, by the `id` that its events have",
     )

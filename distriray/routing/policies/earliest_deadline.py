@@ -9,20 +9,19 @@ from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.queue import remaining_s, running, waiting
 from distriray.routing.policy import HostView, Plan, RequestView, Workers
 
+PATIENCE_S = 60.0
+
 
 class EarliestDeadlineFirst:
     """Earliest deadline first, each on the largest free gang; a request that runs is left alone.
 
-    Nobody starves. A request without a deadline counts as due `patience_s` after its arrival, so that only
+    Nobody starves. A request without a deadline counts as due `PATIENCE_S` after its arrival, so that only
     finitely many requests ever come before it. The first request for which no gang is free has a block kept
     for it, the one that is free soonest, so that smaller gangs do not take its workers one by one. The others
     start beside that block, or in it if they are done before it is free (EASY backfilling, Lifka 1995).
     """
 
     review_s: float | None = None
-
-    def __init__(self, patience_s: float = 60.0) -> None:
-        self.patience_s = patience_s
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""
@@ -43,7 +42,7 @@ class EarliestDeadlineFirst:
         return Plan(assignments)
 
     def _due_s(self, request: RequestView) -> float:
-        return request.arrival_s + self.patience_s if request.deadline_s is None else request.deadline_s
+        return request.arrival_s + PATIENCE_S if request.deadline_s is None else request.deadline_s
 
 
 class _KeptBlock(NamedTuple):

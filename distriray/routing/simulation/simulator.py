@@ -68,21 +68,18 @@ def simulate(
     truth: LatencyModel,
     fleet: SimulatedFleet | None = None,
     seed: int = 0,
-    model: LatencyModel | None = None,
 ) -> TraceReport:
     """Run `arrivals`, in order of time, through a fleet until the last is done.
 
     Args:
         policy: of every host.
-        truth: how long things take.
-        model: what hosts and routers believe, and correct by what they see; None: the truth.
+        truth: how long things take, which hosts and routers know.
     """
     fleet = fleet or SimulatedFleet()
     events, draw = EventQueue(), random.Random(seed)
     report = TraceReport(workers=fleet.hosts * fleet.workers)
-    believed = model or truth
-    hosts = [SimulatedHost(events, policy, fleet, believed, truth, report, draw) for _ in range(fleet.hosts)]
-    routers = _Routers(events, hosts, fleet, believed, seed)
+    hosts = [SimulatedHost(events, policy, fleet, truth, truth, report, draw) for _ in range(fleet.hosts)]
+    routers = _Routers(events, hosts, fleet, truth, seed)
     _await_next(events, iter(arrivals), routers, report)
     events.run()
     return report

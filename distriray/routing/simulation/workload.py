@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from distriray.routing.latency import LatencyModel
 from distriray.routing.profile import Entry, Profile
 
+STEPS = 50
+"""Of a request that says nothing else."""
+
 
 class Arrival(BaseModel):
     """One request of a trace; a trace file holds one such JSON object a line, in order of `at_s`.
@@ -27,7 +30,7 @@ class Arrival(BaseModel):
     height: Annotated[int, Field(ge=1)]
     width: Annotated[int, Field(ge=1)]
     batch: Annotated[int, Field(ge=1)] = 1
-    steps: Annotated[int, Field(ge=1)] = 50
+    steps: Annotated[int, Field(ge=1)] = STEPS
     deadline_s: Annotated[float, Field(gt=0.0)] | None = None
     priority: int = 0
     gang_size: Annotated[int, Field(ge=1)] | None = None
@@ -58,7 +61,7 @@ class Workload:
     rate: float
     scale: float = 1.0
     burst: int = 1
-    steps: int = 50
+    steps: int = STEPS
 
     def arrivals(self, count: int, seed: int) -> Iterator[Arrival]:
         """`count` requests, the same ones for the same seed."""
@@ -91,13 +94,13 @@ def read_trace(path: Path | str) -> Iterator[Arrival]:
                 yield Arrival.model_validate(json.loads(line))
 
 
-def kinds_of(profile: Profile, steps: int = 50, slack: float = 1.2) -> tuple[Kind, ...]:
-    """One kind for each size in a profile; base deadlines are `slack` times the fastest gang's time."""
+def kinds_of(profile: Profile) -> tuple[Kind, ...]:
+    """One kind for each size in a profile; base deadlines are 1.2 times the fastest gang's time."""
     model = LatencyModel(profile)
     gangs = sorted({entry.gang for entry in profile.entries})
     sizes = sorted({(e.height, e.width) for e in profile.entries}, key=lambda size: (size[0] * size[1], size))
     return tuple(
-        Kind(h, w, slack * min(model.times(g, h, w, 1).run_s(0, steps) for g in gangs)) for h, w in sizes
+        Kind(h, w, 1.2 * min(model.times(g, h, w, 1).run_s(0, STEPS) for g in gangs)) for h, w in sizes
     )
 
 
@@ -116,7 +119,7 @@ SKEWED_KINDS = tuple(
 )
 
 
-def trial_profile(regroup_s: float = 0.02, sync_factor: float = 1.5, steps: int = 50) -> Profile:
+def trial_profile(regroup_s: float = 0.02, sync_factor: float = 1.5) -> Profile:
     """The trial's times as a profile.
 
     Args:
@@ -134,8 +137,8 @@ def trial_profile(regroup_s: float = 0.02, sync_factor: float = 1.5, steps: int 
                 gang=gang,
                 height=side,
                 width=side,
-                step_s=seconds / steps,
-                sync_step_s=seconds / steps * (sync_factor if gang > 1 else 1.0),
+                step_s=seconds / STEPS,
+                sync_step_s=seconds / STEPS * (sync_factor if gang > 1 else 1.0),
             )
             for side, by_gang in TRIAL_SECONDS.items()
             for gang, seconds in by_gang.items()

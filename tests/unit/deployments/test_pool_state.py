@@ -23,7 +23,7 @@ from distriray.routing.router import Route, publish
 from distriray.steps import StepCount
 
 FACTS = WorkerFacts(
-    pid=1, node="n", device="cpu", device_name="cpu", model="m",
+    pid=1, device="cpu", device_name="cpu", model="m",
     default_size=(512, 512), size_unit=8, row_unit=32, cuts_vae=True, load_s=0.0, memory=0,
     own_steps=StepCount(), guides=True,
 )  # fmt: skip
@@ -78,11 +78,11 @@ def tell(state: PoolState, *reports: HostReport, asked_s: float) -> None:
 
 def pick(state: PoolState, view: RequestView, now_s: float, seed: int = 0) -> Route:
     """The best of all hosts."""
-    return state.route(state.members, view, now_s, random.Random(seed))
+    return state.route(state.members, view, now_s, random.Random(seed), 1.0)
 
 
 def choose_any(pools: list[PoolState], views: list[RequestView], seed: int = 0) -> tuple[int, Route] | None:
-    return choose(pools, [pool.members for pool in pools], views, 0.0, random.Random(seed))
+    return choose(pools, [pool.members for pool in pools], views, 0.0, random.Random(seed), 1.0)
 
 
 def test_a_report_is_read_on_the_routers_own_clock() -> None:

@@ -86,7 +86,7 @@ class FakeWorker:
             if self.fleet.load_raises.get(self.index) is not None:
                 raise self.fleet.load_raises[self.index]
             return WorkerFacts(
-                pid=id(self), node="n", device=self.fleet.device, device_name="cpu", model="m",
+                pid=id(self), device=self.fleet.device, device_name="cpu", model="m",
                 default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
                 load_s=0.0, memory=1, own_steps=self.fleet.own_steps, guides=self.fleet.guides,
                 terms=self.fleet.terms,
@@ -203,7 +203,7 @@ class FakeGang:
             waits -= 1
             if waits < 0:
                 self.over = True
-                return RankResult(SegmentEnd.BROKEN, order.step, 0, cause="a peer did not come", broken=True)
+                return RankResult(SegmentEnd.BROKEN, order.step, cause="a peer did not come", broken=True)
         ending = await asyncio.shield(self._stepping)
         while worker.hangs or (worker.stuck == "decode" and order.rank == 0):
             await asyncio.sleep(STEP_S)
@@ -219,7 +219,7 @@ class FakeGang:
         if ending is SegmentEnd.DONE and order.rank == 0:
             fields |= {"images": [Image.new("RGB", (8, 8))], "warnings": worker.fleet.warnings}
         step = worker.states.get(self.job, self.first)
-        return RankResult(ending, step, self.steps, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
+        return RankResult(ending, step, fresh_s=(STEP_S,), formed_at=1.0, left_at=1.0, **fields)
 
     async def _steps(self) -> SegmentEnd:
         try:

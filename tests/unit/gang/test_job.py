@@ -28,7 +28,7 @@ def do(scene: Callable[[Job], Coroutine[Any, Any, None]]) -> None:
 
 
 def left(step: int, *workers: WorkerId, end: SegmentEnd = SegmentEnd.YIELDED) -> SegmentResult:
-    return SegmentResult({worker: RankResult(end, step, 6, formed_at=1.0, left_at=1.0) for worker in workers})
+    return SegmentResult({worker: RankResult(end, step, formed_at=1.0, left_at=1.0) for worker in workers})
 
 
 def back(job: Job, result: SegmentResult) -> None:

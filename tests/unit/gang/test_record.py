@@ -140,14 +140,14 @@ def test_an_end_has_one_word(ends: tuple[SegmentEnd, ...], lost: tuple[WorkerId,
     def rank(index: int, end: SegmentEnd) -> RankResult:
         finished = end is SegmentEnd.DONE and word == "finished" and index == 0
         return RankResult(
-            end, 1, 6,
+            end, 1,
             images=[Image.new("RGB", (8, 8))] if finished else None,
             error=InvalidRequest("no", "prompt") if end is SegmentEnd.REFUSED else None,
         )  # fmt: skip
 
     result = SegmentResult({WorkerId(n, n): rank(n, end) for n, end in enumerate(ends)}, lost)
     if word == "broken" and not lost:
-        result = SegmentResult({**result.ranks, WorkerId(1, 1): RankResult(SegmentEnd.NOT_BEGUN, 1, 6)})
+        result = SegmentResult({**result.ranks, WorkerId(1, 1): RankResult(SegmentEnd.NOT_BEGUN, 1)})
     assert result.end == word
 
 
@@ -155,8 +155,7 @@ def test_what_ranks_waited_is_told_as_their_mean() -> None:
     past = Record()
     past.began(1, "one", (0, 1), 2)
     waited = {
-        WorkerId(n, n): RankResult(SegmentEnd.YIELDED, 5, 6, waited=share)
-        for n, share in ((0, 0.1), (1, 0.3))
+        WorkerId(n, n): RankResult(SegmentEnd.YIELDED, 5, waited=share) for n, share in ((0, 0.1), (1, 0.3))
     }
     segment = Segment(
         workers=(0, 1), first_step=2, last_step=5, seconds=1.0, sent_at=0, formed_at=0, left_at=1,

@@ -30,7 +30,6 @@ COMPILED, OTHER = 128, 192
 def facts_of(runner: SegmentRunner) -> WorkerFacts:
     return WorkerFacts(
         pid=0,
-        node="",
         device="cpu",
         device_name="cpu",
         model="tiny",

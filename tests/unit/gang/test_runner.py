@@ -243,7 +243,7 @@ def test_a_picture_is_drawn_on_and_filled_in_by_a_gang_as_by_one_device(
     pictures = {"image": PICTURE, "mask_image": mask, "strength": 0.7, "num_inference_steps": 4}
     alone, together = gang.run(link="alone", **pictures), gang.run(**pictures)
     assert endings(together) == [SegmentEnd.DONE] * size
-    assert together[0].num_steps == 2
+    assert together[0].step == 2
     assert difference(alone, together) <= 1
     assert difference(alone, gang.run(link="alone", **{**pictures, "image": MASK})) > 1
 

@@ -31,7 +31,7 @@ SERVED = tuple(type(make()) for make in POLICIES.values())
 SIZES = (1, 2, 4, 8)
 
 
-def request(name, side=1024, done=0, arrival=0.0, deadline=None, **more):
+def request(name="new", side=1024, done=0, arrival=0.0, deadline=None, **more):
     return RequestView(
         id=name,
         height=side,

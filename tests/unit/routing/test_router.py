@@ -9,26 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distriray.routing.latency import LatencyModel
-from distriray.routing.policy import HostView, RequestView
+from distriray.routing.policy import HostView
 from distriray.routing.router import backlog_s, predicted_s, publish, route
 from distriray.routing.simulation.workload import trial_profile
+from tests.unit.routing.test_policies import SIZES, request
 
 MODEL = LatencyModel(trial_profile())
-SIZES = (1, 2, 4, 8)
-
-
-def request(name="new", side=1024, deadline=None, arrival=0.0, **more):
-    return RequestView(
-        id=name,
-        height=side,
-        width=side,
-        batch=1,
-        steps_total=50,
-        steps_done=0,
-        arrival_s=arrival,
-        deadline_s=deadline,
-        **more,
-    )
 
 
 def state(name, *requests, now=0.0, workers=8, **more):
@@ -107,7 +93,7 @@ def test_old_state_is_trusted_less():
 )
 def test_any_state_gives_a_route_with_a_finite_time(queue, broken, deadline):
     healthy = tuple(sorted(set(range(8)) - broken))
-    requests = tuple(request(str(i), side, due) for i, (side, due) in enumerate(queue))
+    requests = tuple(request(str(i), side, deadline=due) for i, (side, due) in enumerate(queue))
     published = publish("a", HostView(0.0, healthy, SIZES, requests), MODEL)
     chosen = route([published], request(deadline=deadline), 0.3, MODEL, random.Random(0))
     assert chosen.host == "a"

@@ -51,8 +51,6 @@ EXACT = LatencyModel(
 
 
 PAIR = SimulatedFleet(workers=2, gang_sizes=(2,))
-SINGLES = SimulatedFleet(workers=2, gang_sizes=(1,))
-BOTH = SimulatedFleet(workers=2, gang_sizes=(1, 2))
 
 
 class Scripted:

@@ -6,12 +6,12 @@ import pytest
 
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policies import POLICIES
-from distriray.routing.policy import RequestView
 from distriray.routing.simulation.event_queue import EventQueue
 from distriray.routing.simulation.fleet import SimulatedFleet
 from distriray.routing.simulation.host import SimulatedHost
 from distriray.routing.simulation.report import TraceReport
 from distriray.routing.simulation.workload import trial_profile
+from tests.unit.routing.test_policies import SIDES, request
 
 PROFILE = trial_profile()
 WRONG = PROFILE.model_copy(
@@ -22,7 +22,6 @@ WRONG = PROFILE.model_copy(
         )
     }
 )
-SIDES = (512, 1024, 1536, 2048)
 HOUR_S = 3600.0
 STARVED = "it waits for as long as others ask; such a policy is a baseline (docs/routing.md)"
 
@@ -32,17 +31,7 @@ def ask(side, deadline_s=None, **more):
 
     def at(name, now):
         due = None if deadline_s is None else now + deadline_s
-        return RequestView(
-            id=name,
-            height=side,
-            width=side,
-            batch=1,
-            steps_total=50,
-            steps_done=0,
-            arrival_s=now,
-            deadline_s=due,
-            **more,
-        )
+        return request(name, side, arrival=now, deadline=due, **more)
 
     return at
 
