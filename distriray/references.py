@@ -14,6 +14,10 @@ from distriray.picture import CarriedPicture, Picture
 MOST_PIXELS = 2**20
 """What a model is shown of a reference: one with more is made smaller."""
 
+LOOKED_AT = 0.15
+"""Share of a step that a picture of the drawn one's size adds where it is only looked at, by the arithmetic
+of Qwen-Image 2.1 at a megapixel."""
+
 LEAST_SIDE, LONGEST = 64, 8
 """The shortest side of a reference, in pixels, and how many times as long the other one may be."""
 
@@ -54,28 +58,35 @@ class Editing:
         enlarges: it is shown a megapixel of small pictures too, and draws as much where no size is named; its
             sides are multiples of this. None where small ones stay small.
         needs_references: it draws nothing from text alone.
+        keeps: what it is shown goes through it once, and every step looks at keys and values that are kept.
+        sees_transparency: what is transparent is shown so, not white.
     """
 
     max_references: int
     sole_pixels: int = MOST_PIXELS
     enlarges: int | None = None
     needs_references: bool = False
+    keeps: bool = False
+    sees_transparency: bool = False
 
     def drawn_size(self, size: tuple[int, int], unit: int) -> tuple[int, int]:
         """The (width, height) that is drawn, by default, where the first picture has `size`."""
         return shown_size(size, unit) if self.enlarges is None else megapixel_size(size, self.enlarges)
 
     def shown_pixels(self, references: Sequence[Reference], unit: int) -> int:
-        """Pixels that the model is shown of them in every step; sizes are multiples of `unit`."""
+        """Pixels that the model is shown of them in every step; sizes are multiples of `unit`.
+
+        Where they are kept, as many as cost what looking at them does.
+        """
         if self.enlarges is not None:
-            return len(references) * MOST_PIXELS
+            return int(len(references) * MOST_PIXELS * (LOOKED_AT if self.keeps else 1.0))
         most = self.sole_pixels if len(references) == 1 else MOST_PIXELS
         sizes = [each.image.size for each in references if each.image is not None]
         return sum(prod(shown_size(size, unit, most)) for size in sizes)
 
-    def most_shown_pixels(self, limit: int) -> int:
-        """The same of whichever references are most, where `limit` are allowed."""
-        count = min(limit, self.max_references)
+    def most_exchanged_pixels(self, limit: int) -> int:
+        """Pixels whose tokens gangs exchange, of whichever references are most, where `limit` are allowed."""
+        count = 0 if self.keeps else min(limit, self.max_references)
         return max(count * MOST_PIXELS, self.sole_pixels) if count else 0
 
 

@@ -746,7 +746,12 @@ def tiny_qwen3_vl(seed: int, tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3VLF
         "num_position_embeddings": 4,
         "deepstack_visual_indexes": [],
     }
-    return ready(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)), seed)
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=getattr(tokenizer, "image_token_id", len(tokenizer)),
+    )
+    return ready(Qwen3VLForConditionalGeneration(config), seed)
 
 
 def tiny_flux2_vae(seed: int) -> AutoencoderKLFlux2:
@@ -867,11 +872,13 @@ def tiny_qwen_tokenizer(*special: str, **named: str) -> Qwen2Tokenizer:
 
 
 def tiny_qwen_image21(seed: int = 0, sample_sigmas: list[float] | None = None) -> QwenImage21Pipeline:
-    """A whole Qwen-Image 2.1 pipeline, with a processor of texts where that of videos needs torchvision."""
-    tokenizer = tiny_qwen_tokenizer("<image>", "<|image_pad|>")
-    processor = LlavaProcessor(
-        CLIPImageProcessor(), tokenizer, patch_size=8, chat_template=CHAT_OF_SYSTEM, image_token="<image>"
-    )
+    """A whole Qwen-Image 2.1 pipeline, with another processor of the same pictures and texts.
+
+    Its own has one of videos too, which needs torchvision.
+    """
+    tokenizer = tiny_qwen_tokenizer(image_token="<|image_pad|>")
+    pictures = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 32**2, "longest_edge": 2048**2})
+    processor = PaddleOCRVLProcessor(pictures, tokenizer, chat_template=CHAT_OF_SYSTEM)
     vae = AutoencoderKLQwenImage21(
         base_dim=8,
         decoder_base_dim=8,

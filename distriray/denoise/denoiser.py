@@ -132,6 +132,8 @@ class Denoiser:
     def _commission(self, params: SamplingParams, seeds: Sequence[int]) -> Commission:
         """What the family's `prepare` is given of `params` that leave no size open; loads the pictures."""
         assert params.height is not None and params.width is not None
+        editing = self.terms.editing
+        shown = (lambda picture: picture) if editing and editing.sees_transparency else opaque
         return Commission(
             params=params,
             height=params.height,
@@ -142,7 +144,7 @@ class Denoiser:
             mask_image=None if params.mask_image is None else mask_of(params.mask_image),
             strength=1.0 if params.strength is None else params.strength,
             references=[
-                opaque(each.image.load(image_of("references", index)))
+                shown(each.image.load(image_of("references", index)))
                 for index, each in enumerate(params.references)
                 if each.image is not None
             ],

@@ -10,16 +10,23 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImage21Transformer2DModel
+from PIL import Image
 
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.denoise.pipelines import qwen_image21
 from distriray.errors import InvalidRequest, UnsupportedModel
-from distriray.picture import png
+from distriray.picture import opaque, png
+from tests.megapixels import shrink
 from tests.models import tiny_qwen_image21
-from tests.unit.test_denoise import SIZE, begin, finish
+from tests.unit.test_denoise import PICTURE, SIZE, begin, finish
 from tests.unit.test_flow_matching import SMALL, plain
 
 GUIDED = {"guidance_scale": 3.0}
+
+
+@pytest.fixture(autouse=True)
+def small_megapixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
 
 
 @pytest.fixture
@@ -112,6 +119,29 @@ def test_steps_whose_noise_levels_a_model_says_are_its_own() -> None:
         begin(Denoiser(tiny_qwen_image21()), [1], **call, num_inference_steps=4),
     )
     assert not torch.allclose(usual, state.latents, atol=1e-2)
+
+
+def test_what_is_transparent_in_a_picture_is_shown_so() -> None:
+    """Its language model sees white there, as in the pipeline; its VAE sees the transparency."""
+    pipeline = tiny_qwen_image21()
+    denoiser = Denoiser(pipeline)
+    clear = PICTURE.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    found, seen_white = (
+        finish(denoiser, begin(denoiser, [3], **SMALL, image=each)) for each in (clear, opaque(clear))
+    )
+    assert torch.equal(found, plain(pipeline, [3], image=clear, num_inference_steps=3, **SIZE))
+    assert not torch.allclose(found, seen_white, atol=1e-3)
+
+
+def test_guidance_of_an_edit_is_the_pipelines() -> None:
+    pipeline = tiny_qwen_image21()
+    denoiser = Denoiser(pipeline)
+    call = {**GUIDED, "negative_prompt": "fog", "image": PICTURE}
+    state = begin(denoiser, [3, 4], **SMALL, **call)
+    assert torch.equal(
+        finish(denoiser, state), plain(pipeline, [3, 4], num_inference_steps=3, **SIZE, **call)
+    )
 
 
 def test_pictures_have_transparency_as_files_too() -> None:

@@ -60,7 +60,7 @@ class Commission:
         image: a picture to begin from, RGB of any size, or None.
         mask_image: where to fill `image` in, white, in grey levels, or None.
         strength: share of the steps that are done on `image`.
-        references: pictures to edit, RGB of any size.
+        references: pictures to edit, of any size: RGB, or RGBA for models that see transparency.
     """
 
     params: SamplingParams

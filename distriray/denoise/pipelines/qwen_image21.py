@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimensions
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
@@ -14,6 +15,7 @@ from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.references import MOST_PIXELS
 
 TEXT_TOKENS = 8191
 """Positions that its network has for a text; the last one is the image's."""
@@ -24,9 +26,10 @@ SLOT = 2
 class QwenImage21(PackedFlowMatching):
     """A pipeline that reads prompts with a language model, and draws pictures with transparency.
 
-    A branch of guidance has a call and a text of its own. Texts look at themselves alone and know no step, so
-    their keys and values are kept from step to step, and made anew wherever an image goes on: always by a
-    call of their own, so that a step is the same whether it is the first there or not.
+    A branch of guidance has a call and a text of its own, in which pictures to edit have their places. Both
+    look at themselves alone and know no step, so their keys and values are kept from step to step, and made
+    anew wherever an image goes on: always by a call of their own, so that a step is the same whether it is
+    the first there or not.
     """
 
     kinds = (QwenImage21Pipeline,)
@@ -65,38 +68,61 @@ class QwenImage21(PackedFlowMatching):
         prompts = {"prompt": commission.params.prompt}
         if commission.guidance_scale > 1.0:
             prompts["negative_prompt"] = commission.params.negative_prompt or " "
-        options = {"device": self._transformer.device, "num_images_per_prompt": len(commission.generators)}
-        values = {}
+        shown = [self._resized(picture) for picture in commission.references]
+        options = {
+            "image": shown or None,
+            "device": self._transformer.device,
+            "num_images_per_prompt": len(commission.generators),
+        }
+        values: dict[str, Any] = {}
         for name, prompt in prompts.items():
-            embeds, _, _ = self._plain.encode_prompt(prompt, **options)  # one prompt has no padding: no mask
-            if embeds.shape[1] > TEXT_TOKENS:
+            # One prompt has no padding: no mask.
+            embeds, _, slots = self._plain.encode_prompt(prompt, **options)
+            taken = embeds.shape[1] - int(slots.sum())
+            taken += sum(max(picture.size) // self.token_side for picture in shown)
+            if taken > TEXT_TOKENS:
+                count = f"{name} comes to {taken} tokens"
                 raise InvalidRequest(
-                    f"{name} comes to {embeds.shape[1]} tokens, and this model has positions for "
-                    f"{TEXT_TOKENS}; make it shorter",
-                    name,
+                    f"{count}, and this model has positions for {TEXT_TOKENS}; make it shorter", name
                 )
-            values[f"{name}_embeds"] = embeds
+            values |= {f"{name}_embeds": embeds, f"{name}_slots": slots}
         return values
 
-    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return self._prepared(commission, self._plain.prepare_latents(None, *self._size(commission, dtype)))
+    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, Any]:
+        sizes = [_size(picture) for picture in commission.references]
+        process = self._plain.image_processor.preprocess
+        shown = [
+            process(picture.convert("RGBA"), height=high, width=wide)[:, :, None]
+            for picture, (wide, high) in zip(commission.references, sizes, strict=True)
+        ]
+        tokens, references = self._plain.prepare_latents(shown or None, *self._size(commission, dtype))
+        values = self._prepared(commission, tokens)
+        if references is None:
+            return values
+        shapes = [(1, high // self.token_side, wide // self.token_side) for wide, high in sizes]
+        return {**values, "references": references, "reference_shapes": shapes}
+
+    def _resized(self, picture: Image.Image) -> Image.Image:
+        """A picture to edit as the language model is shown it: of about a megapixel."""
+        width, height = _size(picture)
+        resized: Image.Image = self._plain.image_processor.resize(
+            picture.convert("RGBA"), width=width, height=height
+        )
+        return resized
 
     def begin(self, state: DenoiseState) -> None:
         self._kept.clear()
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, values = self.pack(state.latents), state.values
+        tokens = self.pack(state.latents)
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
-        shape = state.latents.shape[2:]
+        rows, columns = state.latents.shape[2:]
 
         def call(branch: str) -> torch.Tensor:
-            text = values[f"{branch}prompt_embeds"]
-            kept = self._kept_of(branch, text)
+            kept = self._kept_of(branch, state)
             output: torch.Tensor = self._transformer(
-                hidden_states=tokens,
+                **_inputs(branch, state, tokens, rows, columns),
                 timestep=timestep,
-                encoder_hidden_states=text,
-                **_layout(text, *shape),
                 kv_cache=kept,
                 kv_cache_mode=None if kept is None else "cached",
                 return_dict=False,
@@ -115,8 +141,8 @@ class QwenImage21(PackedFlowMatching):
         )
         return self.pictures(self._vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0])
 
-    def _kept_of(self, branch: str, text: torch.Tensor) -> QwenImage21KVCache | None:
-        """Keys and values of a branch's text; None where these change from step to step.
+    def _kept_of(self, branch: str, state: DenoiseState) -> QwenImage21KVCache | None:
+        """Keys and values of a branch's text and pictures; None where these change from step to step.
 
         Each rank makes them for itself, by the class's own forward, which no gang shares, of the smallest
         image that there is.
@@ -125,12 +151,12 @@ class QwenImage21(PackedFlowMatching):
             return None
         if branch not in self._kept:
             kept = QwenImage21KVCache(len(self._transformer.transformer_blocks))
+            smallest = state.latents.new_zeros(state.batch, SLOT * SLOT, self.latent_channels)
+            inputs = _inputs(branch, state, smallest, SLOT, SLOT)
             type(self._transformer).forward(
                 self._transformer,
-                hidden_states=text.new_zeros(len(text), SLOT * SLOT, self.latent_channels),
-                timestep=text.new_zeros(len(text)),
-                encoder_hidden_states=text,
-                **_layout(text, SLOT, SLOT),
+                **inputs,
+                timestep=smallest.new_zeros(state.batch),
                 kv_cache=kept,
                 kv_cache_mode="extract",
                 return_dict=False,
@@ -139,10 +165,22 @@ class QwenImage21(PackedFlowMatching):
         return self._kept[branch]
 
 
-def _layout(text: torch.Tensor, rows: int, columns: int) -> dict[str, Any]:
-    """How the network is told where an image of so many tokens stands: behind the text."""
-    length, slots = text.shape[1], rows * columns // SLOT**2
+def _size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height of what is shown of a picture: about a megapixel, in its proportions."""
+    width, height, _ = calculate_dimensions(MOST_PIXELS, picture.width / picture.height)
+    return width, height
+
+
+def _inputs(
+    branch: str, state: DenoiseState, tokens: torch.Tensor, rows: int, columns: int
+) -> dict[str, Any]:
+    """What the network is given of an image's tokens, which stand behind a branch's text and pictures."""
+    values = state.values
+    slots: torch.Tensor = values[f"{branch}prompt_slots"]
+    pictures = [] if "references" not in values else [values["references"]]
     return {
-        "img_shapes": [[(1, rows, columns)]] * len(text),
-        "img_mask": torch.arange(length + slots, device=text.device)[None] >= length,
+        "hidden_states": torch.cat([*pictures, tokens], 1),
+        "encoder_hidden_states": values[f"{branch}prompt_embeds"],
+        "img_shapes": [[*values.get("reference_shapes", ()), (1, rows, columns)]] * len(tokens),
+        "img_mask": torch.cat([slots, slots.new_ones(len(slots), rows * columns // SLOT**2)], 1),
     }

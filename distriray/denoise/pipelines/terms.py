@@ -52,7 +52,7 @@ _ONE_PROMPT = {
     **dict.fromkeys(("prompt_2", "negative_prompt_2"), "this model has one text encoder"),
 }
 _NO_REFERENCES = {
-    "references": "this model edits no pictures; FLUX.1 Kontext, FLUX.2, FLUX.3 and Qwen-Image-Edit do"
+    "references": "this model edits no pictures; FLUX.1 Kontext, FLUX.2, FLUX.3, Qwen-Image-Edit and 2.1 do"
 }
 _NO_GUIDANCE = dict.fromkeys(
     ("guidance_scale", "negative_prompt", "guidance_rescale", "guidance_end"),
@@ -60,7 +60,6 @@ _NO_GUIDANCE = dict.fromkeys(
 )
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _ON_PICTURES = {**_NO_MASKS, **_NO_REFERENCES}
-_NO_PICTURES = {**_ON_PICTURES, "image": "this model's family draws from text alone here"}
 _EDITS = {
     **_NO_MASKS,
     "strength": "this model edits: it begins from noise, and is shown the image beside it in every step",
@@ -291,12 +290,13 @@ def qwen_image21_terms(config: Configs) -> Terms:
         "guidance_rescale": "Qwen-Image 2.1's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_NO_PICTURES,
+        **_EDITS,
     }
+    editing = Editing(3, enlarges=32, keeps=True, sees_transparency=True)
     sigmas = config("").get("sample_sigmas")
     if sigmas is None:
-        return Terms(40, 1.0, ("euler",), lacks)
-    return Terms(len(sigmas), 1.0, ("euler",), lacks, fixes_steps=True)
+        return Terms(40, 1.0, ("euler",), lacks, editing=editing)
+    return Terms(len(sigmas), 1.0, ("euler",), lacks, editing=editing, fixes_steps=True)
 
 
 def z_image_terms(config: Configs) -> Terms:
