@@ -216,6 +216,8 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
+        for name, picture in request.pictures.items():
+            picture.load(name)
         _check_out(out)
         weights = {"revision": revision, "variant": variant, "dtype": dtype, "quantize": quantize}
         options = {
