@@ -38,6 +38,7 @@ class Picture:
         size: (width, height) in pixels, as it is shown.
         orientation: as EXIF counts it; 1 is upright.
         path: where it was read, if it was.
+        implied: nobody sent it: a mask that is what is transparent in the image.
     """
 
     data: bytes
@@ -45,6 +46,7 @@ class Picture:
     size: tuple[int, int]
     orientation: int = 1
     path: Path | None = field(default=None, compare=False)
+    implied: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, source: Any, name: str = "image") -> Self:
