@@ -105,7 +105,7 @@ def test_an_unknown_name_is_refused_at_once_with_those_that_there_are() -> None:
             with pytest.raises(InvalidRequest, match="control names 'canny' more than once"):
                 host.accept(control=ASKED["control"] * 2)
         async with FakeHost(1, controls=[CANNY], limits={"max_controls": 0}) as host:
-            with pytest.raises(InvalidRequest, match="control names 1 ControlNets; the limit is 0"):
+            with pytest.raises(InvalidRequest, match="control names 1 ControlNet; the limit is 0"):
                 host.accept(**ASKED)
 
     do(scene())

@@ -66,7 +66,7 @@ def test_an_unknown_name_is_refused_at_once_with_those_that_there_are() -> None:
             with pytest.raises(InvalidRequest, match="ip_adapters names 'style' more than once"):
                 host.accept(ip_adapters=ASKED["ip_adapters"] * 2)
         async with FakeHost(1, ip_adapters=[STYLE], limits={"max_ip_adapters": 0}) as host:
-            with pytest.raises(InvalidRequest, match="ip_adapters names 1 IP-Adapters; the limit is 0"):
+            with pytest.raises(InvalidRequest, match="ip_adapters names 1 IP-Adapter; the limit is 0"):
                 host.accept(**ASKED)
 
     do(scene())
