@@ -21,13 +21,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.quality.design import BASE, Section, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
 from bench.quality.work import Album, Job, Plan, estimate_s, make
+from distriray.arguments import non_negative_number, positive, positive_number
 from distriray.models import BUILTIN, ModelSpec
 
 
@@ -85,7 +86,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rows", nargs="+", metavar="QUESTION", help="only the rows of these questions")
     parser.add_argument("--quick", action="store_true", help="five steps and a row of each kind")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after this")
+    parser.add_argument(
+        "--minutes", type=non_negative_number, default=float("inf"), help="begin nothing new after this"
+    )
     parser.add_argument(
         "--workers", type=positive, help="processes; a thread each (default: 2 on a CPU, else 1)"
     )
@@ -101,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="one a line, or COCO's captions (.json)")
     parser.add_argument("--reference", type=Path, help="folder of pictures for the FID (not builtin)")
     parser.add_argument("--size", type=positive, help="pixels of a side (default: 256 built in, 1024 else)")
-    parser.add_argument("--guidance", type=float, help="scale (default: 4 built in, 5 else)")
+    parser.add_argument("--guidance", type=positive_number, help="scale (default: 4 built in, 5 else)")
     parser.add_argument("--batch", type=positive, help="pictures in a call (default: 20 built in, 1 else)")
     arguments = parser.parse_args()
     if arguments.workers is None:
