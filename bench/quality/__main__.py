@@ -29,6 +29,7 @@ from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
 from bench.quality.work import Album, Job, Plan, estimate_s, make
 from distriray.arguments import non_negative_number, positive, positive_number
+from distriray.errors import InvalidRequest
 from distriray.models import BUILTIN, ModelSpec
 
 
@@ -43,7 +44,10 @@ def main() -> None:
     chosen = choose(arguments)
     plan, album = Plan(chosen, job.at_once), Album(job.folder)
     if not arguments.report_only:
-        seconds = estimate_s(job, plan, album, arguments.workers)
+        try:
+            seconds = estimate_s(job, plan, album, arguments.workers)
+        except InvalidRequest as error:
+            sys.exit(str(error))
         print(
             f"{len(list(plan))} parts, {sum(album.has(unit) for unit in plan)} of them finished; about "
             f"{seconds / 60:.0f} minutes with {arguments.workers} workers",
