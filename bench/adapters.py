@@ -22,9 +22,10 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bench.arguments import add_json, at_least, positive
+from bench.arguments import add_json
 from bench.report import Report
 from distriray.adapters import AdapterSpec, Lora
+from distriray.arguments import at_least, positive
 from distriray.denoise import Denoiser
 from distriray.landscapes import MODEL_DIR
 from distriray.requests import SamplingParams

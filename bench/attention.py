@@ -22,11 +22,12 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from torch.distributed import PrefixStore
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.launches import Collectives, spread_by_diffusers
 from bench.published import PUBLISHED
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
+from distriray.arguments import positive
 from distriray.collective import Communicator, connect, launch, serve_store
 from distriray.collective.store import open_store
 from distriray.config import AttentionMode

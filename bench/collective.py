@@ -16,8 +16,9 @@ from statistics import quantiles
 
 import torch
 
-from bench.arguments import add_json, at_least, positive
+from bench.arguments import add_json
 from bench.report import Report
+from distriray.arguments import at_least, positive
 from distriray.collective import Communicator, all_gather, connect, launch, serve_store
 
 SIZES = {"1 KiB": 1 << 10, "64 KiB": 1 << 16, "1 MiB": 1 << 20, "16 MiB": 1 << 24}

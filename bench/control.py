@@ -21,9 +21,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from bench.arguments import add_json, at_least, positive
+from bench.arguments import add_json
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
+from distriray.arguments import at_least, positive
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import ExchangeMode
 from distriray.controls import Control, ControlNetSpec

@@ -21,10 +21,11 @@ from typing import cast
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.barrier import barrier
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
+from distriray.arguments import positive
 from distriray.collective import Communicator, Work, connect, launch, serve_store
 from distriray.collective.local import NothingInFlight
 from distriray.collective.subgroup import Subgroup

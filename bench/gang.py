@@ -17,10 +17,11 @@ from statistics import median
 
 import numpy as np
 
-from bench.arguments import add_json, at_least, positive
+from bench.arguments import add_json
 from bench.likeness import psnr
 from bench.report import Report
 from distriray import GenerationRequest, GenerationResult, HostConfig, ParallelConfig
+from distriray.arguments import at_least, positive
 from distriray.gang import BlockingHost, open_host
 from distriray.models import ModelSpec
 from distriray.routing.latency import LatencyModel

@@ -20,9 +20,10 @@ from statistics import median
 import httpx
 import psutil
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.report import Report
 from bench.serving import measure_capacity, service
+from distriray.arguments import positive, positive_number
 from distriray.wire import IMAGES
 
 EVENTS = "/v1/fleet/events"
@@ -37,9 +38,14 @@ def main() -> None:
         "--rounds", type=positive, default=3, help="without and with pages, each first in turn"
     )
     parser.add_argument(
-        "--idle-seconds", type=float, default=30.0, help="of each measurement without, or of one picture"
+        "--idle-seconds",
+        type=positive_number,
+        default=30.0,
+        help="of each measurement without, or of one picture",
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="half of it: of images a second, each")
+    parser.add_argument(
+        "--seconds", type=positive_number, default=60.0, help="half of it: of images a second, each"
+    )
     parser.add_argument("--size", type=positive, default=128, help="pixels of a side (default 128)")
     parser.add_argument("--steps", type=positive, default=6)
     parser.add_argument("--max-queue", type=positive, default=16)

@@ -16,10 +16,11 @@ from typing import Any
 
 from diffusers.utils import logging
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.launches import Count, in_gang, standing_in, ways
 from bench.published import PUBLISHED
 from bench.report import Report
+from distriray.arguments import positive
 from distriray.parallel.graphs import Graph
 
 COLUMNS = ("model", "exchange", "attention", "graphs", "exchanges", "host, ms", "least, ms")

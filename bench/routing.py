@@ -11,8 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.arguments import add_json, at_least, positive
+from bench.arguments import add_json
 from bench.routing_optimum import most_deadlines
+from distriray.arguments import at_least, positive
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policies.baselines import Leases
 from distriray.routing.policies.elastic import Elastic

@@ -27,10 +27,11 @@ import torch
 import yaml
 from ray import serve
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.report import Report
 from deployments.app import build_app
 from deployments.config import AppConfig
+from distriray.arguments import positive, positive_number
 from distriray.gang import open_host, reaper
 from distriray.models import load_pipeline
 from distriray.requests import GenerationRequest
@@ -68,8 +69,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=positive, default=128, help="pixels of a side (default 128)")
     parser.add_argument("--steps", type=positive, default=6)
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.9, 2.0], help="of capacity")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals at each load")
+    parser.add_argument(
+        "--loads", type=positive_number, nargs="+", default=[0.5, 0.9, 2.0], help="of capacity"
+    )
+    parser.add_argument("--seconds", type=positive_number, default=30.0, help="of arrivals at each load")
     parser.add_argument("--max-queue", type=positive, default=16, help="requests that may wait at the host")
     parser.add_argument("--rounds", type=positive, default=15, help="of single images")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,8 +20,9 @@ from typing import Any
 
 import psutil
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.report import Report
+from distriray.arguments import positive, positive_number
 from distriray.models import ModelSpec
 from distriray.requests import GenerationRequest
 from distriray.results import Segment
@@ -180,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=positive, default=4)
     parser.add_argument("--requests", type=positive, default=60)
     parser.add_argument("--steps", type=positive, default=10)
-    parser.add_argument("--load", type=float, default=0.7, help="of what its workers can do one by one")
+    parser.add_argument(
+        "--load", type=positive_number, default=0.7, help="of what its workers can do one by one"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="a trace each")
     add_json(parser)
     options = parser.parse_args(arguments)

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.barrier import barrier, finish
 from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, SamplingParams, parallelize
+from distriray.arguments import positive
 from distriray.collective import Communicator, connect, launch
 from distriray.denoise import Denoiser
 from distriray.models import ModelSpec, load_pipeline

@@ -11,8 +11,9 @@ from statistics import median
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.report import Report
+from distriray.arguments import positive
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.landscapes import MODEL_DIR
 from distriray.requests import SamplingParams

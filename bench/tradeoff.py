@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.arguments import measurement, positive
+from bench.arguments import measurement
+from distriray.arguments import positive
 from distriray.config import MIXES
 
 PAPER = "paper"

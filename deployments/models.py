@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from distriray.denoise.pipelines.registry import PIPELINES, Family, family_named
 from distriray.denoise.pipelines.sizes import Configs, Sizes, configs_in
 from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import ModelNotFound
-from distriray.models import BUILTIN, ModelSpec, index_file, locate
+from distriray.models import BUILTIN, ModelSpec, locate, read_index
 
 
 def sizes_of(spec: ModelSpec) -> Sizes | None:
@@ -29,7 +28,7 @@ def _folder(spec: ModelSpec) -> tuple[Family, Configs] | None:
         return None
     try:
         folder = locate(spec)
+        family = family_named(read_index(folder)["_class_name"])
     except ModelNotFound:
         return None
-    family = family_named(json.loads(index_file(folder).read_text())["_class_name"])
     return None if family is None else (PIPELINES[family], configs_in(folder))

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from distriray.arguments import obstacle_to_writing
 from distriray.config import ExchangeMode
 from distriray.errors import DistrirayError, InvalidRequest
 from distriray.gang.admission import check_listed
@@ -216,6 +217,8 @@ def generate(
     """Draw a picture with a gang of workers."""
     with errors_as_messages():
         request = GenerationRequest.parse({**sampling, "gang_size": gang_size}).seeded()
+        for name, picture in request.pictures.items():
+            picture.load(name)
         _check_out(out)
         weights = {"revision": revision, "variant": variant, "dtype": dtype, "quantize": quantize}
         options = {
@@ -276,14 +279,8 @@ def _check_out(out: Path) -> None:
         raise InvalidRequest(
             f"--out {out}: {out.suffix or 'no suffix'!r} is no image format; use .png", "out"
         )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(
-            f"--out {out}: no folder {out.parent} can be made: {error.strerror}", "out"
-        ) from None
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise InvalidRequest(f"--out {out} cannot be written; name a file in a folder that can be", "out")
+    if why := obstacle_to_writing(out):
+        raise InvalidRequest(f"--out {out}: {why}", "out")
 
 
 _TRANSPARENT = "PNG", "TIFF", "WEBP"

@@ -7,6 +7,8 @@ import re
 import socket
 
 import ray
+from ray._private.services import get_ray_address_from_environment
+from ray._private.utils import get_ray_address_file
 
 PATIENCE_S = 5.0
 _PLACE = re.compile(r"(\[[^]\s]+]|[^/\s:]+):(\d+)")
@@ -21,10 +23,22 @@ def join(address: str) -> None:
     Raises:
         ConnectionError: there is none. Ray by itself would ask for minutes.
     """
-    meant = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+    meant, whence = _found() if address == "auto" else (address, "")
     if place := _PLACE.fullmatch(meant):
         try:
             socket.create_connection((place[1].strip("[]"), int(place[2])), PATIENCE_S).close()
         except (OSError, OverflowError, UnicodeError) as error:
-            raise ConnectionError(f"no Ray cluster answers at {meant}: {error}") from error
+            raise ConnectionError(f"no Ray cluster answers at {meant}{whence}: {error}") from error
     ray.init(address, logging_level="ERROR", log_to_driver=False)
+
+
+def _found() -> tuple[str, str]:
+    """The address that Ray takes `auto` for, and what to do about it where a file of Ray's alone says so.
+
+    That file is left behind by a cluster that was killed.
+    """
+    meant = get_ray_address_from_environment("auto", None)
+    if os.environ.get("RAY_ADDRESS"):
+        return meant, ""
+    file = get_ray_address_file(None)
+    return meant, f", which {file} names (if it is of a cluster that is no more, delete that file)"

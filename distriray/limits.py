@@ -74,7 +74,8 @@ class Limits(BaseModel):
         for field, limit in self.LONGEST.items():
             count, most = len(getattr(request, field)), getattr(self, limit)
             if count > most:
-                named = f"{count} {KINDS[field].word if field in KINDS else 'picture'}s"
+                word = KINDS[field].word if field in KINDS else "picture"
+                named = f"{count} {word}{'s' * (count > 1)}"
                 raise InvalidRequest(f"{field} names {named}; the limit is {most}", field)
         self.check_pictures(request.pictures)
         self._check_size(request, sent or request)

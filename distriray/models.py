@@ -122,6 +122,22 @@ def index_file(folder: Path) -> Path:
     return modular if modular.is_file() and not index.is_file() else index
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a folder's index says of its pipeline: its class as `_class_name`, and its components by name.
+
+    Raises:
+        ModelNotFound: the file is damaged, or no pipeline's.
+    """
+    file, mend = index_file(folder), "download the model again, or save it with save_pretrained"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{file} cannot be read: {error}; {mend}") from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ModelNotFound(f"{file} names no pipeline's class as _class_name; {mend}")
+    return index
+
+
 def download(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
     """The folder with those of a Hugging Face id's files, downloaded if not cached.
 
@@ -167,7 +183,8 @@ def load_pipeline(spec: ModelSpec, device: torch.device | str) -> Any:
     """The diffusers pipeline of `spec` on `device`, in evaluation mode and without a progress bar.
 
     Raises:
-        ModelNotFound: no such model, its folder lacks safetensors weights, or its file some that it needs.
+        ModelNotFound: no such model, its folder has a damaged index or lacks safetensors weights, or its file
+            some that it needs.
         UnsupportedModel: it is to be quantized, and torchao is not installed, or it is a single file or a
             modular pipeline; or it does not fit into the device's memory.
     """
@@ -258,7 +275,7 @@ def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
 
 def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
     """The pipeline that a folder names, and the components that it says are missing."""
-    index = json.loads(index_file(folder).read_text(encoding="utf-8"))
+    index = read_index(folder)
     return index, {name: None for name, home in index.items() if home == [None, None]}
 
 

@@ -38,6 +38,7 @@ class Picture:
         size: (width, height) in pixels, as it is shown.
         orientation: as EXIF counts it; 1 is upright.
         path: where it was read, if it was.
+        implied: nobody sent it: a mask that is what is transparent in the image.
     """
 
     data: bytes
@@ -45,6 +46,7 @@ class Picture:
     size: tuple[int, int]
     orientation: int = 1
     path: Path | None = field(default=None, compare=False)
+    implied: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, source: Any, name: str = "image") -> Self:
@@ -99,7 +101,7 @@ class Picture:
         """Its pixels, upright: RGB, or RGBA where it has transparency. 16 bits a channel become 8.
 
         Raises:
-            InvalidRequest: the file is damaged.
+            InvalidRequest: the file is damaged; the message has its path too, if it was read from one.
         """
         try:
             with Image.open(BytesIO(self.data), formats=FORMATS) as image:
@@ -109,7 +111,9 @@ class Picture:
                     eight_bits = image.convert("I").point([level >> 8 for level in range(2**16)], "L")
                 upright = eight_bits.convert("RGBA" if eight_bits.has_transparency_data else "RGB")
         except Exception as error:
-            raise InvalidRequest(f"{name} is damaged or cut short: {_said(error)}", name) from error
+            where = name if self.path is None else f"{name} {str(self.path)!r}"
+            why = f"is damaged or cut short: {_said(error)}"
+            raise InvalidRequest(f"{where} {why}", name, f"{name} {why}") from error
         method = _UPRIGHT.get(self.orientation)
         return upright if method is None else upright.transpose(method)
 

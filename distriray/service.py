@@ -50,11 +50,6 @@ class ModelCard(BaseModel):
     ip_adapters: tuple[str, ...] = ()
     alias_of: str | None = None
 
-    @property
-    def edits(self) -> bool:
-        """Whether it is shown a request's pictures beside what it draws, in place of beginning from one."""
-        return "strength" in self.lacks
-
 
 class PoolReport(BaseModel):
     """The hosts of one pool that are up; `predicted_wait_s` is how long a request that came now would wait

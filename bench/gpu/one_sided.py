@@ -34,10 +34,11 @@ import torch.distributed
 import torch.multiprocessing  # teaches pickle to hand memory of a GPU to another process
 from torch.distributed import Store
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.barrier import finish
 from bench.gpu.sharing import has_switch, sharing_environment
 from bench.report import Report
+from distriray.arguments import positive
 from distriray.collective import Communicator, connect, serve_store
 from distriray.collective.nccl import load_nccl
 from distriray.collective.processes import RankProcesses

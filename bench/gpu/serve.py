@@ -34,6 +34,7 @@ from bench.report import Report
 from deployments.app import build_app
 from deployments.config import AppConfig
 from distriray import Client, GenerationRequest
+from distriray.arguments import positive_number
 from distriray.events import Event, Finished, Repaired, Step
 from distriray.gang import reaper
 from distriray.results import GenerationResult
@@ -57,7 +58,9 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=sorted(SCENES), default="cuda")
     parser.add_argument("--out", type=Path, help="write the table here, pictures and logs beside it")
-    parser.add_argument("--deadline", type=float, default=420.0, help="seconds until all is ended (420)")
+    parser.add_argument(
+        "--deadline", type=positive_number, default=420.0, help="seconds until all is ended (420)"
+    )
     options = parser.parse_args()
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

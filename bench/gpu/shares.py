@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.barrier import finish
 from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
+from distriray.arguments import positive
 from distriray.config import ExchangeMode
 from distriray.parallel import compile_blocks, engine_of, many_shapes
 

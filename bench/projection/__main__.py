@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.projection.links import Link, parse_link
 from bench.projection.rounds import Round, alone, cases, measure, slowest
 from bench.projection.share import Share
 from bench.report import Report
 from distriray import ParallelConfig
+from distriray.arguments import at_least, positive
 from distriray.collective import launch
 from distriray.config import MIXES
 
@@ -90,7 +91,9 @@ def main() -> None:
     )
     parser.add_argument("--image-steps", type=positive, default=50)
     parser.add_argument(
-        "--warmup-steps", type=int, help="synchronous ones of an image; default: as the exchange needs"
+        "--warmup-steps",
+        type=at_least(0),
+        help="synchronous ones of an image; default: as the exchange needs",
     )
     add_json(parser)
     arguments = parser.parse_args()

@@ -21,13 +21,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench.arguments import add_json, positive
+from bench.arguments import add_json
 from bench.quality.design import BASE, Section, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
 from bench.quality.work import Album, Job, Plan, estimate_s, make
+from distriray.arguments import non_negative_number, positive, positive_number
+from distriray.errors import InvalidRequest
 from distriray.models import BUILTIN, ModelSpec
 
 
@@ -42,7 +44,10 @@ def main() -> None:
     chosen = choose(arguments)
     plan, album = Plan(chosen, job.at_once), Album(job.folder)
     if not arguments.report_only:
-        seconds = estimate_s(job, plan, album, arguments.workers)
+        try:
+            seconds = estimate_s(job, plan, album, arguments.workers)
+        except InvalidRequest as error:
+            sys.exit(str(error))
         print(
             f"{len(list(plan))} parts, {sum(album.has(unit) for unit in plan)} of them finished; about "
             f"{seconds / 60:.0f} minutes with {arguments.workers} workers",
@@ -85,7 +90,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rows", nargs="+", metavar="QUESTION", help="only the rows of these questions")
     parser.add_argument("--quick", action="store_true", help="five steps and a row of each kind")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after this")
+    parser.add_argument(
+        "--minutes", type=non_negative_number, default=float("inf"), help="begin nothing new after this"
+    )
     parser.add_argument(
         "--workers", type=positive, help="processes; a thread each (default: 2 on a CPU, else 1)"
     )
@@ -101,7 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="one a line, or COCO's captions (.json)")
     parser.add_argument("--reference", type=Path, help="folder of pictures for the FID (not builtin)")
     parser.add_argument("--size", type=positive, help="pixels of a side (default: 256 built in, 1024 else)")
-    parser.add_argument("--guidance", type=float, help="scale (default: 4 built in, 5 else)")
+    parser.add_argument("--guidance", type=positive_number, help="scale (default: 4 built in, 5 else)")
     parser.add_argument("--batch", type=positive, help="pictures in a call (default: 20 built in, 1 else)")
     arguments = parser.parse_args()
     if arguments.workers is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from bench.quality.prompts import Prompt
 from distriray.collective import LockstepCommunicator, run_in_lockstep
 from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components
 from distriray.denoise.schedulers import make_scheduler
+from distriray.errors import InvalidRequest
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of, parallelize
+from distriray.parallel.networks.registry import network_of
 
 DECODED_AT_ONCE = 4
 
@@ -53,6 +56,19 @@ class Painter:
         self._components = make_components(self.pipeline)
         self._decode = DECODE()
         self._ranks: list[Any] = []
+
+    def check(self, settings: Iterable[Setting]) -> None:
+        """Raise InvalidRequest, with what would do, unless pictures have rows for all patches."""
+        unit = network_of(self.pipeline).row_unit
+        rows, scale = self._size // self.pipeline.vae_scale_factor, self.pipeline.vae_scale_factor
+        most, wanted = -(-rows // unit), max(setting.patches for setting in settings)
+        if wanted > most:
+            least = ((wanted - 1) * unit + 1) * scale
+            raise InvalidRequest(
+                f"--size {self._size} has rows for {most} patches at most, and --rows asks for {wanted}; "
+                f"use --size {least} or more, or other --rows",
+                "size",
+            )
 
     def paint(self, setting: Setting, prompts: list[Prompt]) -> Paint:
         """The latents of `prompts`, each from the noise of its seed."""

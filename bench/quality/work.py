@@ -199,9 +199,14 @@ def _work(job: Job, plan: Plan, album: Album, queue: Any, deadline: float, worke
 
 
 def estimate_s(job: Job, plan: Plan, album: Album, workers: int) -> float:
-    """Seconds that `make` will take, from two steps timed here."""
+    """Seconds that `make` will take, from two steps timed here.
+
+    Raises:
+        InvalidRequest: pictures of this size cannot have all the patches that are planned.
+    """
     torch.set_num_threads(1 if workers > 1 else torch.get_num_threads())
     painter = job.painter()
+    painter.check(unit.setting for unit in plan)
     prompts = list(job.prompts[: job.at_once])
     painter.paint(Setting(patches=1, steps=1), prompts[:1])
     started = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, Self, get_origin
 
@@ -300,7 +301,7 @@ class EditRequest(_WithPictures):
     def generation(self, card: ModelCard, request_id: str) -> GenerationRequest:
         pictures = {name: picture for name in self.FILES if (picture := getattr(self, name)) is not None}
         card.limits.check_pictures(pictures)
-        mask = self._mask(card)
+        mask = self._mask()
         request = super().generation(card, request_id)
         if mask is None:
             return request
@@ -309,24 +310,24 @@ class EditRequest(_WithPictures):
         except InvalidRequest as error:
             raise InvalidRequest(str(error).replace("mask_image", "mask"), "mask") from error
 
-    def _mask(self, card: ModelCard) -> Picture | None:
+    def _mask(self) -> Picture | None:
         """The part to draw again because it is transparent, of `mask` or, without a mask, of the image.
 
-        The image's own says nothing to models that edit.
+        The image's own is none to models that edit, which who has such a model knows (`Terms.settle`).
         """
         image = self.image.load()
         if self.mask_image is not None:
             mask_of(self.mask_image)
             return None
         if self.mask is None:
-            hole = None if card.edits else holes(image)
+            hole = holes(image)
         elif (hole := holes(self.mask.load("mask"))) is None:
             raise InvalidRequest(
                 "mask has no fully transparent part, which is the one to draw anew; give it one, or send "
                 "mask_image, white where to draw anew and black elsewhere",
                 "mask",
             )
-        return None if hole is None else Picture.of(png(hole), "mask")
+        return None if hole is None else replace(Picture.of(png(hole), "mask"), implied=self.mask is None)
 
 
 class VariationRequest(EditRequest):
@@ -346,7 +347,7 @@ class VariationRequest(EditRequest):
             message = f"variations have no mask; leave {name} out, or send all to {EDITS}, with a prompt"
             raise InvalidRequest(message, name)
 
-    def _mask(self, card: ModelCard) -> Picture | None:
+    def _mask(self) -> Picture | None:
         self.image.load()
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, get_args
 
 from fastapi import FastAPI
@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from deployments.http.errors import ErrorResponse
+from deployments.http.form import MANY
 from deployments.http.images import EditRequest, ImageRequest, VariationRequest
 from deployments.http.responses import (
     CompletedEvent,
@@ -38,6 +39,7 @@ _REASONS = {
 _REF = "#/components/schemas/"
 _FILE = {"type": "string", "format": "binary"}
 _PICTURES = {"contentType": "image/png, image/jpeg, image/webp"}
+_SEVERAL = f"{MANY}[]"
 
 
 def _names_of_events() -> list[str]:
@@ -70,7 +72,8 @@ def describe_images(asked: type[ImageRequest]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"{_REF}{asked.__name__}"}}}
     if asked.FILES:
         form = {"$ref": f"{_REF}{_form_of(asked)}"}
-        content["multipart/form-data"] = {"schema": form, "encoding": dict.fromkeys(asked.FILES, _PICTURES)}
+        files = dict.fromkeys((*asked.FILES, _SEVERAL), _PICTURES)
+        content["multipart/form-data"] = {"schema": form, "encoding": files}
     return {
         "requestBody": {"required": True, "content": content},
         "responses": {
@@ -136,8 +139,7 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
             fields = schemas[asked.__name__]["properties"]
             _limit(fields, service.models())
             if asked.FILES:
-                form = {name: _part(name in asked.FILES, field) for name, field in fields.items()}
-                schemas[_form_of(asked)] = {**schemas[asked.__name__], "properties": form}
+                schemas[_form_of(asked)] = _form(schemas[asked.__name__], asked.FILES)
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
@@ -151,6 +153,20 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
 def _form_of(asked: type[ImageRequest]) -> str:
     """The name of the schema of a request as a form."""
     return f"{asked.__name__}Form"
+
+
+def _form(body: dict[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """The schema of a request as a form, whose image may be one of several."""
+    fields = body["properties"]
+    parts = {name: _part(name in files, field) for name, field in fields.items()}
+    said = "Several pictures, or one, in place of `image`: those after the first are `references`."
+    parts[_SEVERAL] = {"type": "array", "items": _FILE, "minItems": 1, "description": said}
+    others = fields["references"]["anyOf"][0]
+    if others["type"] == "null" or "maxItems" in others:
+        parts[_SEVERAL]["maxItems"] = 1 + others.get("maxItems", 0)
+    required = [name for name in body["required"] if name != MANY]
+    either = [{"required": [MANY]}, {"required": [_SEVERAL]}]
+    return {**body, "properties": parts, "required": required, "oneOf": either}
 
 
 def _part(is_file: bool, field: dict[str, Any]) -> dict[str, Any]:

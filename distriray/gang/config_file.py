@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from distriray.errors import InvalidRequest
 from distriray.gang.config import HostConfig, merged
+from distriray.models import ModelSpec
 from distriray.names import KINDS
 from distriray.validation import invalid_request
 
@@ -25,7 +26,8 @@ def read_config(
     """The fields that a file has; those of `options` go before its own, and its own before `defaults`.
 
     That is so at any depth, and what is None counts as left out. Files and folders that are there are named
-    by their whole paths then, as workers may be in other folders than whoever names them.
+    by their whole paths then, as workers may be in other folders than whoever names them. A model of another
+    name than the file's has none of that one's fields, such as its revision.
 
     Args:
         path: of YAML with fields of a HostConfig; None is no file.
@@ -33,8 +35,10 @@ def read_config(
     Raises:
         InvalidRequest: the file cannot be read, or what it says with the options is no configuration.
     """
-    read = {} if path is None else _fields(path)
-    fields = merged(merged(defaults, read), _given(options))
+    read, given = {} if path is None else _fields(path), _given(options)
+    if _names_another_model(given, read):
+        del read["model"]
+    fields = merged(merged(defaults, read), given)
     try:
         return HostConfig.model_validate(_with_whole_paths(fields))
     except ValidationError as error:
@@ -65,6 +69,13 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
             given[name] = value
     return given
+
+
+def _names_another_model(given: dict[str, Any], read: dict[str, Any]) -> bool:
+    """Whether the options name another model than the file does, of which the built-in one needs no name."""
+    own = read.get("model")
+    named = given.get("model", {}).get("name")
+    return isinstance(own, dict) and named not in (None, own.get("name", ModelSpec().name))
 
 
 def _with_whole_paths(fields: dict[str, Any]) -> dict[str, Any]:

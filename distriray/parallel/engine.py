@@ -386,6 +386,7 @@ class Engine:
             if branch.fresh_start or self._outline is None or not self._outline.holds():
                 self._convert()
             if branch.fresh_start:
+                self._guiders.check()
                 self._make_room(call, share, branch)
         except DistrirayError as error:
             refusal = error

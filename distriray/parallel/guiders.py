@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
 from diffusers.guiders import BaseGuidance
+from diffusers.hooks import LayerSkipConfig
+
+from distriray.errors import UnsupportedModel
 
 
 class Guiders:
@@ -30,14 +34,39 @@ class Guiders:
         Of a call that no guider has prepared it is that of the last one which was. Two calls of one branch in
         a step, as some guiders make, are as good as unnamed ones.
         """
+        # Of a guider that does not say; diffusers' tangential one reads an attribute that it lacks.
+        with suppress(NotImplementedError, AttributeError):
+            if self._sole is not None:
+                return "cond" if self._sole.is_conditional else "uncond"
+        return None
+
+    def check(self) -> None:
+        """Raise UnsupportedModel for a guider that makes calls without the attention of some layers.
+
+        It would find ours there once the image has begun, and say that it does not know it.
+        """
+        if self._sole is None or not self._sole._enabled:
+            return
+        lists = (value for value in vars(self._sole).values() if isinstance(value, list))
+        if any(_leaves_attention_out(each) for each in chain.from_iterable(lists)):
+            raise UnsupportedModel(
+                f"{type(self._sole).__name__} leaves attention out of some layers, where the ranks share it; "
+                "use another guider, such as ClassifierFreeGuidance"
+            )
+
+    @property
+    def _sole(self) -> Any:
+        """The guider, if there is just one."""
         guiders = [
             guider
             for pipeline in self._watched
             if isinstance(guider := getattr(pipeline, "guider", None), BaseGuidance)
         ]
-        if len(guiders) != 1:
-            return None
-        # Of a guider that does not say; diffusers' tangential one reads an attribute that it lacks.
-        with suppress(NotImplementedError, AttributeError):
-            return "cond" if guiders[0].is_conditional else "uncond"
-        return None
+        return guiders[0] if len(guiders) == 1 else None
+
+
+def _leaves_attention_out(each: Any) -> bool:
+    """Whether it says so of a layer that is not left out as a whole."""
+    if not isinstance(each, LayerSkipConfig):
+        return False
+    return each.skip_attention_scores or each.skip_attention and not each.skip_ff

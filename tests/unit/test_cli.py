@@ -63,6 +63,33 @@ def test_a_wrong_value_is_named_before_ray_or_a_model_is_loaded(arguments: list[
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--image={}"], "image"),
+        (["--image={whole}", "--mask={}"], "mask_image"),
+        (["--image={whole}", "--reference={whole}", "--reference={}"], "references.1.image"),
+        (["--control=canny={}@0.8"], "control.0.image"),
+    ],
+)
+def test_a_damaged_picture_is_named_as_it_was_given_before_a_host_starts(
+    given: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By its host it would be where the model has it: with those that it edits `image` is a reference."""
+    whole, cut = tmp_path / "whole.png", tmp_path / "cut.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    cut.write_bytes(whole.read_bytes()[:500])
+    monkeypatch.setattr("distriray.gang.open_host", pytest.fail, raising=False)
+    pictures = [each.format(cut, whole=whole) for each in given]
+    out = f"--out={tmp_path / 'x.png'}"
+    assert app(["generate", "a lake", out, *pictures], standalone_mode=False) == 2
+    assert capsys.readouterr().err.startswith(f"distriray: {says} '{cut}' is damaged or cut short: ")
+
+
 def test_defaults_are_those_of_a_request() -> None:
     command, wide = (
         [sys.executable, "-m", "distriray", "generate", "--help"],

@@ -80,6 +80,27 @@ def test_a_folder_without_a_pipeline_is_no_model(tmp_path: Path) -> None:
         locate(ModelSpec(name=str(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "modular_model_index.json"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"_class_name": "Flux', "cannot be read: "),
+        (b"\xff\xfe", "cannot be read: "),
+        (b"version https://git-lfs.github.com/spec/v1", "cannot be read: "),
+        (b"[]", "names no pipeline's class as _class_name"),
+        (b'{"vae": ["diffusers", "AutoencoderKL"]}', "names no pipeline's class as _class_name"),
+    ],
+)
+def test_a_folder_whose_index_is_damaged_is_no_model(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    spec = ModelSpec(name=str(tmp_path))
+    with pytest.raises(ModelNotFound, match=f"{name} {says}.*; download the model again"):
+        load_pipeline(spec, "cpu")
+    assert sizes_of(spec) is None and terms_of(spec) is None
+
+
 def test_weights_are_safetensors_or_nothing(tmp_path: Path) -> None:
     tiny_sdxl().save_pretrained(tmp_path)
     spec = ModelSpec(name=str(tmp_path))

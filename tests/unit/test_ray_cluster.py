@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -35,9 +36,26 @@ def test_a_cluster_that_does_not_answer_is_said_to_be_none_without_asking_ray(
             cluster.join("auto")
 
 
+def test_an_address_that_a_dead_cluster_left_behind_is_named_with_its_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster.ray, "init", pytest.fail)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    monkeypatch.setattr("ray._common.utils.get_default_ray_temp_dir", lambda: str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        left = f"127.0.0.1:{bound.getsockname()[1]}"
+        (file := tmp_path / "ray_current_cluster").write_text(left)
+        with pytest.raises(ConnectionError, match=f"no Ray cluster answers at {left}, which {file} names "):
+            cluster.join("auto")
+
+
 @pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1", "{listens}"])
 def test_what_may_be_one_is_ray_s_to_join(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[str] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "get_ray_address_from_environment", lambda *_: "a.name.of.somebody.s")
     monkeypatch.setattr(cluster.ray, "init", lambda place, **_: joined.append(place))
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = address.format(listens=f"127.0.0.1:{server.getsockname()[1]}")

@@ -96,7 +96,7 @@ class Terms:
     ) -> Params:
         """A copy of a request that leaves no size, seed, steps or guidance open, nor its image's strength.
 
-        For a model that edits, the image is the first of its references.
+        For a model that edits, the image is the first of its references, and has no mask that nobody sent.
 
         Args:
             default_size: (height, width) in pixels of a request that names none and has no picture.
@@ -143,6 +143,8 @@ def _edited(
     for name, picture in params.pictures.items():
         if name.partition(".")[0] in ("image", "references"):
             check_reference(picture, name)
+    if params.mask_image is not None and params.mask_image.implied:
+        params = params.model_copy(update={"mask_image": None})
     if params.image is not None:
         first = Reference(image=params.image)
         params = params.model_copy(update={"image": None, "references": (first, *params.references)})

@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, nan
 from pathlib import Path
 
+from distriray.arguments import non_negative_number, positive, positive_number, writable
 from distriray.routing.latency import LatencyModel
 from distriray.routing.profile import Profile
 from distriray.routing.simulation.comparison import LoadCase, Row, contenders, measure
@@ -83,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(measure(case, name, fleet, options.requests, seeds))
     print(table(rows))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         meta = {"command": "python -m distriray.routing.simulation " + " ".join(arguments or sys.argv[1:])}
         options.json.write_text(json.dumps(meta | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     if options.plot:
@@ -105,43 +104,27 @@ def _case(
     return LoadCase(name, Workload(mix, rate, scale, burst), model, sizes)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = nan
-    if not 0.0 < value < inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m distriray.routing.simulation", description=__doc__)
     add = parser.add_argument
     add("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    add("--rates", nargs="+", type=_positive_number, default=[0.3, 0.6, 0.9], help="requests a second")
-    add("--scales", nargs="+", type=_positive_number, default=[1.0, 1.2, 1.5], help="of the base deadlines")
+    add("--rates", nargs="+", type=positive_number, default=[0.3, 0.6, 0.9], help="requests a second")
+    add("--scales", nargs="+", type=positive_number, default=[1.0, 1.2, 1.5], help="of the base deadlines")
     add("--policies", nargs="+", help="names as in the table; all by default")
-    add("--requests", type=_positive, default=1000, help="of each run")
+    add("--requests", type=positive, default=1000, help="of each run")
     add("--seed", type=int, default=1)
-    add("--seeds", type=_positive, default=3, help="runs of each case, with seeds from --seed on")
-    add("--hosts", type=_positive, default=1)
-    add("--workers", type=_positive, default=8, help="of each host")
-    add("--gang-sizes", nargs="+", type=_positive, default=[1, 2, 4, 8])
-    add("--routers", type=_positive, default=1)
+    add("--seeds", type=positive, default=3, help="runs of each case, with seeds from --seed on")
+    add("--hosts", type=positive, default=1)
+    add("--workers", type=positive, default=8, help="of each host")
+    add("--gang-sizes", nargs="+", type=positive, default=[1, 2, 4, 8])
+    add("--routers", type=positive, default=1)
     add("--refuse", action="store_true", help="refuse what no host can finish in time")
     add("--profile", type=Path, help="measured times; without it, assumed ones")
-    add("--regroup-s", type=float, default=0.02, help="of the assumed times")
-    add("--sync", type=float, default=1.5, help="a synchronous step over a displaced one, assumed")
+    add("--regroup-s", type=non_negative_number, default=0.02, help="of the assumed times")
+    add("--sync", type=positive_number, default=1.5, help="a synchronous step over a displaced one, assumed")
     add("--trace", type=Path, help="JSON lines of requests, in place of workloads")
-    add("--json", type=Path, help="write the rows here")
-    add("--plot", type=Path, help="write deadlines met over the rate here")
+    add("--json", type=writable, help="write the rows here")
+    add("--plot", type=writable, help="write deadlines met over the rate here")
     return parser
 
 

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
-from bench.arguments import add_json, at_least, measurement
+from bench.arguments import add_json, measurement
 from bench.report import Report
 from bench.routing import decision_times
 
 
-@pytest.mark.parametrize(("text", "says"), [("2", "2 is too few; use 3 or more"), ("x", "'x' is no integer")])
-def test_numbers_that_are_too_few_are_refused(text: str, says: str) -> None:
-    assert at_least(3)("3") == 3
-    with pytest.raises(argparse.ArgumentTypeError, match=says):
-        at_least(3)(text)
+@pytest.mark.parametrize(
+    ("bench", "arguments"),
+    [
+        ("bench.quality.__main__", "--minutes nan"),
+        ("bench.quality.__main__", "--guidance 0"),
+        ("bench.serving", "--loads 0.5 -1"),
+        ("bench.serving", "--seconds inf"),
+        ("bench.pages", "--seconds nan"),
+        ("bench.pages", "--idle-seconds 0"),
+        ("bench.simulator_truth", "--load nan"),
+        ("bench.projection.__main__", "--warmup-steps -1"),
+        ("bench.gpu.serve", "--deadline nan"),
+    ],
+)
+def test_a_number_that_nothing_can_be_measured_with_is_refused(
+    bench: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parse_args(*given: Any) -> NoReturn:
+        parse(*given)
+        pytest.fail("it was taken")
+
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [bench, *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(bench).main()
+    assert end.value.code == 2 and f"argument {arguments.split()[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

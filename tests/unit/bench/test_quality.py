@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,9 +28,11 @@ from bench.quality.photos import PhotoJudge
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
 from bench.quality.work import Album, Plan, Unit
+from distriray.errors import InvalidRequest
 from distriray.landscapes.draw import draw
 from distriray.landscapes.scene import sample_scene
 from distriray.models import ModelSpec
+from distriray.parallel.networks.registry import network_of
 from tests.models import tiny_sdxl
 
 DRAWN = np.stack([draw(sample_scene(seed), 64, 64) for seed in range(3)])
@@ -127,6 +130,25 @@ def test_the_table_compares_each_picture_with_the_base_methods(tmp_path: Path) -
     rows = [dict(zip(report.columns, row, strict=True)) for row in report.rows]
     assert [row["against base, dB"] for row in rows] == ["-", "+2.0 ± 0.0"], "what was not made is left out"
     assert rows[1]["PSNR, dB"].startswith("42.0") and rows[1]["count"] == "2"
+
+
+def test_a_size_without_rows_for_as_many_patches_is_refused_before_anything_is_painted() -> None:
+    def refusal(size: int, patches: int) -> str | None:
+        painter = Painter(ModelSpec(), "cpu", size=size, guidance_scale=4.0, at_once=1)
+        setting = replace(BASE, patches=patches, steps=1, exchange="sync")
+        with pytest.raises(InvalidRequest) if size < 8 * least else nullcontext():
+            painter.paint(setting, landscape_prompts(1, 0))
+        try:
+            painter.check([BASE.alone, setting])
+        except InvalidRequest as error:
+            return str(error)
+        return None
+
+    unit = network_of(Painter(ModelSpec(), "cpu", size=64, guidance_scale=4.0, at_once=1).pipeline).row_unit
+    least = 3 * unit + 1
+    assert refusal(8 * least, 4) is None
+    said = f"has rows for 3 patches at most, and --rows asks for 4; use --size {8 * least} or more"
+    assert said in (refusal(8 * least - 8, 4) or "")
 
 
 def test_another_models_gang_paints_what_one_device_paints(tmp_path: Path) -> None:

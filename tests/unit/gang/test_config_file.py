@@ -25,3 +25,25 @@ def test_a_path_that_cannot_be_looked_at_is_left_as_it_is(source: str, tmp_path:
     pool = tmp_path / "pool.yaml"
     pool.write_text(f"loras:\n- {{name: ink, source: {source}}}\n")
     assert read_config(pool, NONE_GIVEN).loras[0].source == source
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "expected"),
+    [
+        ("{name: a/b, revision: v2, quantize: int8}", "a/b", ("v2", "int8", "float16")),
+        ("{name: a/b, revision: v2, quantize: int8}", None, ("v2", "int8", "float16")),
+        ("{name: a/b, revision: v2, quantize: int8, variant: fp16}", "c/d", (None, None, "float16")),
+        ("{quantize: int8}", "builtin:landscapes", (None, "int8", "float16")),
+        ("{quantize: int8}", "c/d", (None, None, "float16")),
+        ("a/b", "c/d", (None, None, "float16")),
+    ],
+)
+def test_another_model_than_the_files_has_none_of_its_fields(
+    own: str, named: str | None, expected: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    pool = tmp_path / "pool.yaml"
+    pool.write_text(f"model: {own}\nworkers: 4\n")
+    config = read_config(pool, {"model": {"name": named, "dtype": "float16"}})
+    model = config.model
+    assert (model.revision, model.quantize, model.dtype) == expected and model.variant is None
+    assert config.workers == 4 and named in (None, model.name)

@@ -92,7 +92,7 @@ def test_an_unknown_name_is_refused_at_once_with_those_that_there_are(named: Nam
             with pytest.raises(InvalidRequest, match=f"{named.field} names 'one' more than once"):
                 host.accept(**named.asked("one", "one"))
         async with FakeHost(1, **named.listed("one"), limits={f"max_{named.option}": 0}) as host:
-            with pytest.raises(InvalidRequest, match=f"{named.field} names 1 {named.word}s; the limit is 0"):
+            with pytest.raises(InvalidRequest, match=f"{named.field} names 1 {named.word}; the limit is 0"):
                 host.accept(**named.asked("one"))
 
     do(scene())

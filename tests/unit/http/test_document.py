@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from distriray.requests import GenerationRequest
 from distriray.wire import CARRIED, PARAMS, Code
 from tests.unit.conftest import serving
 from tests.unit.http.conformance import schemathesis, schemathesis_of_forms
-from tests.unit.http.fake import CARDS, FakeService
+from tests.unit.http.fake import CARDS, LIMITS, FakeService
 
 ROOT = Path(deployments.http.__file__).parents[2]
 DOCS = ROOT / "docs" / "http.md"
@@ -76,7 +77,27 @@ def test_pictures_are_files_in_a_form_and_data_urls_in_json_and_lists_of_a_form_
     assert as_json["properties"]["image"]["pattern"].startswith("^data:")
     assert form["properties"]["loras"]["contentMediaType"] == "application/json"
     assert form["properties"]["loras"]["contentSchema"] == as_json["properties"]["loras"]
-    assert form["required"] == as_json["required"] == ["prompt", "image"]
+    assert as_json["required"] == ["prompt", "image"]
+
+
+@pytest.mark.parametrize(("request_of", "needed"), [("edits", ["prompt"]), ("variations", [])])
+def test_a_form_has_one_image_or_several(request_of: str, needed: list[str]) -> None:
+    def described() -> tuple[dict[str, Any], dict[str, Any]]:
+        document = build_http(service, HttpConfig()).openapi()
+        body = document["paths"][f"/v1/images/{request_of}"]["post"]["requestBody"]["content"]
+        content = body["multipart/form-data"]
+        return content, document["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
+
+    service = FakeService()
+    content, form = described()
+    assert form["properties"]["image[]"]["items"] == {"type": "string", "format": "binary"}
+    assert form["properties"]["image[]"]["maxItems"] == 1 + LIMITS.max_references
+    assert form["required"] == needed
+    assert form["oneOf"] == [{"required": ["image"]}, {"required": ["image[]"]}]
+    assert content["encoding"]["image[]"] == content["encoding"]["image"]
+    cards = service.models()
+    service.models = lambda: [card.model_copy(update={"lacks": {"references": "no"}}) for card in cards]  # type: ignore[method-assign]
+    assert described()[1]["properties"]["image[]"]["maxItems"] == 1
 
 
 def test_what_every_model_lacks_can_only_be_left_out() -> None:

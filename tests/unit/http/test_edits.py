@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,8 @@ from PIL import ExifTags, Image
 
 from deployments.http.images import EditRequest
 from distriray import Client
+from distriray.denoise.pipelines.terms import flux2_terms
+from distriray.errors import InvalidRequest
 from distriray.events import Finished
 from distriray.names import KINDS
 from distriray.picture import Picture, png
@@ -184,12 +187,15 @@ def test_of_several_images_those_after_the_first_are_references(
 
 
 def test_to_models_that_edit_a_transparent_part_of_the_image_is_no_mask() -> None:
-    asked = EditRequest.of_form({"prompt": "a lake", "image": clear_on_the_left()})
-    card = CARDS[0]
-    assert asked.generation(card, "r").mask_image is not None
-    edits = card.model_copy(update={"lacks": {"strength": "it edits"}})
-    request = asked.generation(edits, "r")
-    assert request.mask_image is None and request.image is not None
+    """Also where whoever read the form did not know yet that the model is one."""
+    terms, clear = flux2_terms(lambda _: {}), clear_on_the_left()
+    asked = EditRequest.of_form({"prompt": "a lake", "image": clear}).generation(CARDS[0], "r")
+    assert asked.mask_image is not None
+    settled = terms.settle(pickle.loads(pickle.dumps(asked)), (64, 64), 16)
+    assert settled.mask_image is None and [each.image for each in settled.references] == [asked.image]
+    sent = EditRequest.of_form({"prompt": "a lake", "image": picture(), "mask": clear})
+    with pytest.raises(InvalidRequest, match="mask_image: this model's family fills in no masks here"):
+        terms.settle(sent.generation(CARDS[0], "r"), (64, 64), 16)
 
 
 def test_a_form_without_files_where_none_was_chosen_is_as_without_the_field(

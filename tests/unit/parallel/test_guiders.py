@@ -8,13 +8,17 @@ import pytest
 import torch
 from diffusers import (
     ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
     StableDiffusionXLAutoBlocks,
     TangentialClassifierFreeGuidance,
 )
 from diffusers.guiders import BaseGuidance
+from diffusers.hooks import LayerSkipConfig
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
+from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.guiders import Guiders
 from tests.models import SHALLOW, tiny_flux3, tiny_sdxl
@@ -105,3 +109,49 @@ def test_branches_of_a_modular_pipeline_around_a_u_net_are_displaced_each_by_its
     for pixels, synchronous in run_in_lockstep(2, rank):
         assert synchronous == [True, True, *[later] * 4]
         assert float((pixels - expected).abs().max()) < (1e-4 if exchange == "sync" else 0.4)
+
+
+MIDDLE = "mid_block.attentions.0.transformer_blocks"
+
+
+@pytest.mark.parametrize(
+    ("guider", "says"),
+    [
+        (
+            lambda: PerturbedAttentionGuidance(perturbed_guidance_config=LayerSkipConfig([0], MIDDLE)),
+            "PerturbedAttentionGuidance leaves attention out of some layers",
+        ),
+        (
+            lambda: SkipLayerGuidance(skip_layer_config=LayerSkipConfig([0], MIDDLE, skip_ff=False)),
+            "SkipLayerGuidance leaves attention out of some layers",
+        ),
+        (
+            lambda: SkipLayerGuidance(
+                skip_layer_config=LayerSkipConfig([0], MIDDLE),
+                skip_layer_guidance_start=0.0,
+                skip_layer_guidance_stop=1.0,
+            ),
+            rf"the forward of layer {MIDDLE}\.0 was replaced by .*TransformerBlockSkipHook",
+        ),
+    ],
+)
+def test_a_guider_that_leaves_something_out_of_layers_that_are_cut_is_refused_by_name(
+    guider: Any, says: str
+) -> None:
+    def rank(communicator: Communicator) -> None:
+        pipeline = tiny_modular_sdxl()
+        pipeline.update_components(guider=guider())
+        parallelize(pipeline, communicator, ParallelConfig(exchange="sync", cfg_parallel=False))
+        with pytest.raises(UnsupportedModel, match=says):
+            draw(pipeline)
+
+    run_in_lockstep(2, rank)
+
+
+def test_a_guider_that_is_disabled_leaves_nothing_out() -> None:
+    guiders, guider = Guiders(), PerturbedAttentionGuidance(perturbed_guidance_layers=0)
+    guiders.watch(holder := Holder(guider))
+    with pytest.raises(UnsupportedModel, match="PerturbedAttentionGuidance leaves attention out"):
+        guiders.check()
+    holder.guider.disable()
+    guiders.check()

@@ -277,11 +277,15 @@ def test_the_command_names_the_policies_that_there_are(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--workers 0", "argument --workers: '0' is no positive integer"),
-        ("--requests 0", "argument --requests: '0' is no positive integer"),
-        ("--seeds 0", "argument --seeds: '0' is no positive integer"),
+        ("--workers 0", "argument --workers: 0 is too few; use 1 or more"),
+        ("--requests 0", "argument --requests: 0 is too few; use 1 or more"),
+        ("--seeds 0", "argument --seeds: 0 is too few; use 1 or more"),
         ("--rates 0", "argument --rates: '0' is no positive number"),
         ("--scales nan", "argument --scales: 'nan' is no positive number"),
+        ("--sync 0", "argument --sync: '0' is no positive number"),
+        ("--regroup-s -1", "argument --regroup-s: '-1' is no number of 0 or more"),
+        ("--json bad/x.json", "argument --json: bad/x.json: no folder bad can be made"),
+        ("--plot .", "argument --plot: .: it cannot be written"),
         ("--workers 3 --gang-sizes 2 4", "--gang-sizes 4 exceeds the 3 workers"),
         ("--profile none.json", "No such file or directory: 'none.json'"),
         ("--profile bad", "Invalid JSON"),
