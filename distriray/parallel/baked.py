@@ -118,7 +118,14 @@ class _Values:
 
 
 def _are_the_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
-    return all(map(is_, these, those))
+    return all(map(is_, these, those)) or all(map(_is_the_same, these, those))
+
+
+def _is_the_same(one: Any, other: Any) -> bool:
+    """Whether two are one, or lists of the same: a call of Qwen-Image 2.1 has its positions in a new one."""
+    if type(one) is list and type(other) is list and len(one) == len(other):
+        return all(map(is_, one, other))
+    return one is other
 
 
 def _obstacle(network: nn.Module, forward: Callable[..., Any] | None) -> str | None:

@@ -74,6 +74,7 @@ class QwenImage21(PackedFlowMatching):
             "device": self._transformer.device,
             "num_images_per_prompt": len(commission.generators),
         }
+        rows, columns = (side // self.token_side for side in (commission.height, commission.width))
         values: dict[str, Any] = {}
         for name, prompt in prompts.items():
             # One prompt has no padding: no mask.
@@ -85,7 +86,8 @@ class QwenImage21(PackedFlowMatching):
                 raise InvalidRequest(
                     f"{count}, and this model has positions for {TEXT_TOKENS}; make it shorter", name
                 )
-            values |= {f"{name}_embeds": embeds, f"{name}_slots": slots}
+            drawn = slots.new_ones(len(slots), rows * columns // SLOT**2)  # behind the text
+            values |= {f"{name}_embeds": embeds, f"{name}_image_mask": torch.cat([slots, drawn], 1)}
         return values
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, Any]:
@@ -114,14 +116,15 @@ class QwenImage21(PackedFlowMatching):
         self._kept.clear()
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.pack(state.latents)
+        tokens, values = self.pack(state.latents), state.values
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
-        rows, columns = state.latents.shape[2:]
+        shape = 1, *state.latents.shape[2:]
 
         def call(branch: str) -> torch.Tensor:
             kept = self._kept_of(branch, state)
             output: torch.Tensor = self._transformer(
-                **_inputs(branch, state, tokens, rows, columns),
+                **_inputs(branch, state, tokens, shape),
+                img_mask=values[f"{branch}prompt_image_mask"],
                 timestep=timestep,
                 kv_cache=kept,
                 kv_cache_mode=None if kept is None else "cached",
@@ -152,10 +155,12 @@ class QwenImage21(PackedFlowMatching):
         if branch not in self._kept:
             kept = QwenImage21KVCache(len(self._transformer.transformer_blocks))
             smallest = state.latents.new_zeros(state.batch, SLOT * SLOT, self.latent_channels)
-            inputs = _inputs(branch, state, smallest, SLOT, SLOT)
+            inputs = _inputs(branch, state, smallest, (1, SLOT, SLOT))
+            mask = state.values[f"{branch}prompt_image_mask"]
             type(self._transformer).forward(
                 self._transformer,
                 **inputs,
+                img_mask=mask[:, : inputs["encoder_hidden_states"].shape[1] + 1],
                 timestep=smallest.new_zeros(state.batch),
                 kv_cache=kept,
                 kv_cache_mode="extract",
@@ -171,16 +176,12 @@ def _size(picture: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def _inputs(
-    branch: str, state: DenoiseState, tokens: torch.Tensor, rows: int, columns: int
-) -> dict[str, Any]:
-    """What the network is given of an image's tokens, which stand behind a branch's text and pictures."""
+def _inputs(branch: str, state: DenoiseState, tokens: torch.Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What the network is given of an image's tokens and of a branch's text and pictures, before them."""
     values = state.values
-    slots: torch.Tensor = values[f"{branch}prompt_slots"]
     pictures = [] if "references" not in values else [values["references"]]
     return {
         "hidden_states": torch.cat([*pictures, tokens], 1),
         "encoder_hidden_states": values[f"{branch}prompt_embeds"],
-        "img_shapes": [[*values.get("reference_shapes", ()), (1, rows, columns)]] * len(tokens),
-        "img_mask": torch.cat([slots, slots.new_ones(len(slots), rows * columns // SLOT**2)], 1),
+        "img_shapes": [[*values.get("reference_shapes", ()), shape]] * len(tokens),
     }

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage21 import (
     QwenImage21AdaLayerNormContinuous,
     QwenImage21Attention,
     QwenImage21AttnProcessor,
     QwenImage21FlexAttnProcessor,
     QwenImage21KVCache,
+    QwenImage21KVLayerCache,
     QwenImage21Rope,
     QwenImage21SwiGLUFeedForward,
     QwenImage21TemporalTimesteps,
@@ -28,6 +31,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
     QwenImage21ZeroCenterRMSNorm,
     apply_rotary_emb_qwen,
 )
+from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
 from distriray.errors import InvalidRequest, UnsupportedModel
@@ -42,6 +46,11 @@ from distriray.parallel.share import Share
 
 KEPT = "kept keys and values"
 """What errors call those of the prefix, in a `kv_cache`."""
+TOKENS_PER_SLOT = 4
+"""Tokens of an image that stand in one place of the text."""
+_MASKS = "img_mask", "encoder_hidden_states_mask"
+MOST_COPIED = 2**28
+"""Bytes of kept keys and values that a graph has a copy of, and copies anew in each step."""
 
 
 class PatchQwenImage21Attention(PatchTokenAttention, QwenImage21AttnProcessor):
@@ -119,12 +128,30 @@ def _of_prefix(
     return attended
 
 
+class _Place(NamedTuple):
+    """Where the image stands behind a prefix that is kept: what is the same in every step.
+
+    Attributes:
+        shapes, masks: what the network was told of it: of all images, and of images and text.
+        rotary: what turns the image's queries and keys, (tokens, channels).
+        key_mask: which tokens of prefix and image are not padding, bool (batch, 1, 1, tokens); None if all.
+    """
+
+    shapes: Any
+    masks: tuple[torch.Tensor | None, ...]
+    rotary: torch.Tensor
+    key_mask: torch.Tensor | None
+
+
 class QwenImage21(TokenNetwork):
     """A `QwenImage21Transformer2DModel`: one sequence of text, condition images, and the image to be drawn.
 
     All but the last is a prefix that looks at itself alone, and that all else looks at. Every rank computes
     the whole of it, or has its keys and values in the caller's `kv_cache`, and some tokens of the image. What
     a call returns is of the image's tokens alone, of which pipelines take the last.
+
+    The network's own forward finds out on the host in every call where the images stand. Where the prefix is
+    kept, that is done once, and a call computes what is left: the image's tokens.
     """
 
     kind = QwenImage21Transformer2DModel
@@ -162,6 +189,7 @@ class QwenImage21(TokenNetwork):
 
     def __init__(self, module: Any, local: LocalCode | None = None) -> None:
         self._parts: WeakKeyDictionary[QwenImage21KVCache, slice] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[QwenImage21KVCache, _Place] = WeakKeyDictionary()
         super().__init__(module, local)
 
     def check(self) -> None:
@@ -174,7 +202,11 @@ class QwenImage21(TokenNetwork):
         super().check()
 
     def uncaptured(self, call: Call) -> str | None:
-        return "QwenImage21Transformer2DModel reads on the host where the images are among the text"
+        if not self._computes_what_is_left(call):
+            return "QwenImage21Transformer2DModel reads on the host where the images are among the text"
+        if sum(each.nbytes for each in _kept(call.arguments["kv_cache"])) > MOST_COPIED:
+            return f"a graph would copy the {KEPT} in each step, which are many"
+        return None
 
     def partition(self, call: Call, patches: int) -> TokenPartition:
         *conditions, _ = call.arguments["img_shapes"][0]
@@ -185,7 +217,7 @@ class QwenImage21(TokenNetwork):
         compared, cache = super().compared(call), call.arguments["kv_cache"]
         if cache is None or call.arguments["kv_cache_mode"] != "cached":
             return compared
-        kept = [each for layer in cache.layer_caches for each in layer.get()]
+        kept = _kept(cache)
         # A part of the batch is not what the others have.
         return compared._replace(near={**compared.near, KEPT: kept if len(kept[0]) == call.batch else []})
 
@@ -196,6 +228,8 @@ class QwenImage21(TokenNetwork):
         given = dict(call.arguments)
         if mode == "cached":
             given["kv_cache"] = self._own_part(cache, share)
+            if self._computes_what_is_left(call):
+                return self._compute_what_is_left(call, given["kv_cache"], share, collect)
         output = super().compute(replace(call, arguments=given), share, collect)
         if mode == "extract":
             self._parts[cache] = share.part
@@ -217,7 +251,47 @@ class QwenImage21(TokenNetwork):
             layer.store(*(each[share.part] for each in kept.get()))
         return own
 
+    def _computes_what_is_left(self, call: Call) -> bool:
+        """Whether the prefix is kept, and nothing stands in the place of the class's forward."""
+        own = getattr(self.replaced, "__func__", None) is self.kind.forward
+        return own and call.arguments["kv_cache_mode"] == "cached"
+
+    def _compute_what_is_left(
+        self, call: Call, kept: QwenImage21KVCache, share: Share, collect: Collect
+    ) -> Any:
+        """`compute` of a call whose prefix this rank has kept."""
+        self._shared = share, collect
+        place = self._place_of(call)
+        output = self.forward(
+            hidden_states=share.cut(call.sample),
+            timestep=share.cut(call.timestep),
+            rotary=place.rotary,
+            key_mask=share.cut(place.key_mask),
+            kept=_kept(kept),
+            attention_kwargs=call.text_scale,
+        )
+        return Transformer2DModelOutput(output) if call.arguments["return_dict"] else (output,)
+
+    def _place_of(self, call: Call) -> _Place:
+        """Where a call's image stands: looked up on the host where that was not done for its `kv_cache`."""
+        arguments, cache = call.arguments, call.arguments["kv_cache"]
+        shapes, masks = arguments["img_shapes"][0], tuple(arguments[name] for name in _MASKS)
+        known = self._places.get(cache)
+        if known is None or known.shapes != shapes or not all(map(is_, known.masks, masks)):
+            (among_text, *_), text_mask = masks
+            key_mask = None
+            images = among_text.repeat_interleave(torch.where(among_text, TOKENS_PER_SLOT, 1))
+            rotary = self.module.pos_embed(shapes, images, device=call.sample.device)
+            if text_mask is not None:
+                valid = images.new_ones(call.batch, len(images))
+                valid[:, ~images] = text_mask.bool()[:, ~among_text[: text_mask.shape[1]]]
+                key_mask = valid[:, None, None]
+            known = self._places[cache] = _Place(shapes, masks, rotary[-math.prod(shapes[-1]) :], key_mask)
+        return known
+
     def _compute(self, **arguments: Any) -> Any:
+        if "kept" in arguments:
+            return apply_lora_scale("attention_kwargs")(self._of_image)(self.module, **arguments)
         share, _ = self._shared
         partition = share.partition
         assert isinstance(partition, TokenPartition)
@@ -231,11 +305,60 @@ class QwenImage21(TokenNetwork):
             hooks.enter_context(norm.register_forward_pre_hook(cutter.before_norm))
             return super()._compute(**arguments)
 
+    def _of_image(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        rotary: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        kept: list[torch.Tensor],
+        attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
+        """What the network's forward makes of the image's tokens behind a prefix that is kept: of all ranks.
+
+        Args:
+            hidden_states: of all images, (this rank's part of the batch, tokens, channels).
+            kept: keys and values of each block in turn, (part of the batch, tokens, heads, channels).
+            attention_kwargs: the scale of LoRAs, which is applied already.
+        """
+        share, collect = self._shared
+        partition, rank = share.partition, share.communicator.rank
+        assert isinstance(partition, TokenPartition)
+        start, stop = partition.rows(rank)
+        cutter = _Cutter(partition, rank, self._tokens, share.exchanges)
+        self._tokens.begin(partition, key_mask, share.deals_heads)
+        tokens = module.img_in(hidden_states)[:, -partition.height :][:, start:stop].contiguous()
+        # The last one is of tokens that know no step, of which there are none here.
+        timesteps = torch.cat([timestep.to(tokens.dtype), timestep.new_zeros(1, dtype=tokens.dtype)])
+        embedding = module.time_text_embed(timesteps, tokens)
+        modulation = module.modulation(embedding)
+        drawn = torch.ones(stop - start, dtype=torch.bool, device=tokens.device)
+        for block, key, value in zip(module.transformer_blocks, kept[::2], kept[1::2], strict=True):
+            layer = QwenImage21KVLayerCache()
+            layer.store(key, value)
+            tokens = block(
+                hidden_states=tokens,
+                modulation=modulation,
+                rotary_emb=rotary[start:stop],
+                attention_mask=cutter.cut_mask(key_mask),
+                target_token_mask=drawn,
+                layer_cache=layer,
+                kv_cache_mode="cached",
+            )
+        output = module.proj_out(module.norm_out(tokens, embedding, drawn))
+        return self._gather(collect, share.exchanges, module.proj_out, (), output)
+
     def _gather(
         self, collect: Collect, exchanges: bool, module: nn.Module, inputs: Any, output: torch.Tensor
     ) -> torch.Tensor:
         own = self._tokens.of("image")[self._shared[0].communicator.rank]
         return super()._gather(collect, exchanges, module, inputs, output[:, -own:])
+
+
+def _kept(cache: QwenImage21KVCache) -> list[torch.Tensor]:
+    """Keys and values of each block in turn."""
+    return [each for layer in cache.layer_caches for each in layer.get()]
 
 
 class _Cutter:
@@ -253,7 +376,7 @@ class _Cutter:
         self, first: bool, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Of the arguments of a block, which are given by name; hidden states are those of the `first`."""
-        cut = {"target_token_mask": self._cut_mask(kwargs["target_token_mask"])}
+        cut = {"target_token_mask": self.cut_mask(kwargs["target_token_mask"])}
         if first:
             cut["hidden_states"] = self._cut(kwargs["hidden_states"], 1)
         if self._exchanges:
@@ -261,13 +384,13 @@ class _Cutter:
                 self._tokens.key_mask = self._key_mask(kwargs)
         else:
             masks = "attention_mask", "key_valid"
-            cut |= {name: self._cut_mask(kwargs[name]) for name in masks}
+            cut |= {name: self.cut_mask(kwargs[name]) for name in masks}
         return args, {**kwargs, **cut}
 
     def before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Of the last norm's arguments: hidden states, embedding of the timestep, and mask."""
         hidden_states, embedding, mask = args
-        return hidden_states, embedding, self._cut_mask(mask)
+        return hidden_states, embedding, self.cut_mask(mask)
 
     def _key_mask(self, given: dict[str, Any]) -> torch.Tensor | None:
         """Which tokens the image's attend to, of the prefix and of all ranks, (batch, 1, 1, tokens)."""
@@ -276,7 +399,8 @@ class _Cutter:
             mask = given["key_valid"][:, None, None]
         return mask
 
-    def _cut_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def cut_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Of a mask of tokens, (…, tokens), if there is one."""
         return None if mask is None else self._cut(mask, -1)
 
     def _cut(self, whole: torch.Tensor, dimension: int) -> torch.Tensor:

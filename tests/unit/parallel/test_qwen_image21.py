@@ -14,13 +14,19 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
     QwenImage21FlexAttnProcessor,
     QwenImage21KVCache,
 )
+from peft import LoraConfig
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.collective.absent import AbsentPeers
 from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
+from distriray.parallel.engine import Engine
+from distriray.parallel.networks import qwen_image21
 from tests.models import TEXT_WIDTH, tiny_qwen_image21_transformer
 from tests.parameters import pairwise
+from tests.unit.parallel.recorded import RecordedGraphs
+from tests.unit.parallel.stand_in import DEVICE, StandIn
 from tests.unit.parallel.transformers import error, noise
 
 STEPS = 3
@@ -284,3 +290,134 @@ def test_flex_attention_is_refused_with_what_to_do(change: Callable[[Any], None]
         parallelize(network, connect("local"))
     network.set_attn_processor(QwenImage21AttnProcessor())
     parallelize(network, connect("local"))
+
+
+def captured(communicator: Communicator, **config: Any) -> tuple[Any, Engine, RecordedGraphs]:
+    """A network, in a gang that captures its steps."""
+    network = parallelize(tiny_qwen_image21_transformer(), communicator, ParallelConfig(**config))
+    engine, maker = engine_of(network), RecordedGraphs()
+    assert engine is not None
+    engine.capture_with(maker)
+    return network, engine, maker
+
+
+@pytest.mark.parametrize(
+    ("scene", "ranks", "exchange"),
+    [(PLAIN, 1, "sync"), (PADDED, 2, "sync"), (EDIT, 3, "displaced"), (PADDED_EDIT, 2, "none")],
+)
+def test_steps_whose_prefix_is_kept_are_captured(scene: Scene, ranks: int, exchange: Any) -> None:
+    config = {"exchange": exchange, "warmup_steps": 1, "cfg_parallel": False}
+
+    def rank(communicator: Communicator) -> None:
+        network, engine, maker = captured(communicator, **config)
+        found = [draw(network, scene, True, steps=5) for _ in range(2)]
+        assert engine.graphs.obstacle is None
+        replays = [graph.replays for graph in maker.made]
+        assert sum(replays) > 4 * len(BRANCHES)
+        engine.capture_with(None)
+        for latents in found:
+            assert all(map(torch.equal, latents, draw(network, scene, True, steps=5)))
+
+    run_in_lockstep(ranks, rank)
+
+
+def test_graphs_of_kept_prefixes_outlive_an_image() -> None:
+    """Though positions of the network are in a new list then."""
+    network, engine, maker = captured(connect("local"))
+    made = []
+    for _ in range(3):
+        draw(network, EDIT, True, steps=5)
+        made.append(len(maker.made))
+    assert 0 < made[0] == made[1] == made[2]
+
+
+def test_a_kept_prefix_that_is_large_is_not_copied_into_graphs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(qwen_image21, "MOST_COPIED", 1000)
+    network, _, maker = captured(connect("local"))
+    draw(network, EDIT, True, steps=5)
+    assert not maker.made and "would copy the kept keys and values in each step" in caplog.text
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_step_whose_prefix_is_kept_stops_no_device(scene: Scene) -> None:
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    with StandIn() as device, torch.no_grad():
+        device.take(network)
+        parallelize(network, AbsentPeers(0, 2, DEVICE), ParallelConfig(cfg_parallel=False))
+        given = {
+            name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+            for name, value in scene.inputs(0, 2).items()
+        }
+        tokens = torch.cat([scene.references(2), scene.latents(2)], 1).to(DEVICE)
+        engine, counted = engine_of(network), []
+        assert engine is not None
+        compute = engine.network.compute
+
+        def watched(call: Any, share: Any, collect: Any) -> Any:
+            device.stops.clear()
+            counted.append(device.stops)
+
+            def apart(part: torch.Tensor) -> torch.Tensor:
+                """A gather is between graphs."""
+                counted[-1], whole = list(device.stops), collect(part)
+                return whole
+
+            return compute(call, share, apart)
+
+        engine.network.compute = watched  # type: ignore[method-assign]
+        with engine.image():
+            for step in range(4):
+                timestep = torch.full((2,), 1 - step / 4).to(DEVICE)
+                mode = "cached" if step else "extract"
+                network(tokens, timestep=timestep, kv_cache=cache, kv_cache_mode=mode, **given)
+    assert counted[0] and counted[1] and not any(counted[2:]), counted
+
+
+def test_the_scale_of_adapters_is_of_steps_whose_prefix_is_kept_too() -> None:
+    def drawn(parallel: bool, scale: float) -> torch.Tensor:
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "img_in"], init_lora_weights=False))
+        torch.manual_seed(3)
+        for name, weight in network.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+        if parallel:
+            parallelize(network, connect("local"))
+        given = {"hidden_states": PLAIN.latents(2), "timestep": torch.full((2,), 0.5), **PLAIN.inputs(0, 2)}
+        given |= {"kv_cache": cache, "attention_kwargs": {"scale": scale}, "return_dict": False}
+        network(kv_cache_mode="extract", **given)
+        predicted: torch.Tensor = network(kv_cache_mode="cached", **given)[0]
+        return predicted
+
+    assert torch.equal(drawn(True, 0.5), drawn(False, 0.5))
+    assert error(drawn(True, 0.5), drawn(True, 1.0)) > 1e-3
+
+
+def test_a_mask_that_is_another_is_looked_at_anew() -> None:
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    parallelize(network, connect("local"))
+    given = {"hidden_states": EDIT.latents(2), "timestep": torch.full((2,), 0.5)}
+    given["hidden_states"] = torch.cat([EDIT.references(2), given["hidden_states"]], 1)
+    moved = Scene(conditions=EDIT.conditions, text=((2, 5), (2, 2)))
+    alone = tiny_qwen_image21_transformer()
+    network(kv_cache=cache, kv_cache_mode="extract", **given, **EDIT.inputs(0, 2))
+    for scene in (EDIT, moved, EDIT):
+        call = {**given, **scene.inputs(0, 2), "kv_cache": cache, "kv_cache_mode": "cached"}
+        assert torch.equal(network(**call).sample, alone(**call).sample)
+
+
+def test_what_stands_in_the_place_of_the_forward_is_called_with_a_kept_prefix_too() -> None:
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    own, modes = network.forward, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        modes.append(kwargs["kv_cache_mode"])
+        return own(*args, **kwargs)
+
+    network.forward = watched
+    parallelize(network, connect("local"), local=[watched])
+    for mode in ("extract", "cached"):
+        call(network, mode, cache)
+    assert modes == ["extract", "cached"]
