@@ -138,7 +138,7 @@ class _Place(NamedTuple):
     """
 
     shapes: Any
-    masks: tuple[torch.Tensor | None, ...]
+    masks: tuple[Any, ...]
     rotary: torch.Tensor
     key_mask: torch.Tensor | None
 
@@ -278,8 +278,7 @@ class QwenImage21(TokenNetwork):
         shapes, masks = arguments["img_shapes"][0], tuple(arguments[name] for name in _MASKS)
         known = self._places.get(cache)
         if known is None or known.shapes != shapes or not all(map(is_, known.masks, masks)):
-            (among_text, *_), text_mask = masks
-            key_mask = None
+            among_text, text_mask, key_mask = masks[0][0], masks[1], None
             images = among_text.repeat_interleave(torch.where(among_text, TOKENS_PER_SLOT, 1))
             rotary = self.module.pos_embed(shapes, images, device=call.sample.device)
             if text_mask is not None:
