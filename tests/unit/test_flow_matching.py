@@ -57,7 +57,7 @@ from distriray.parallel.schedules import Schedules, Turn
 from distriray.picture import Picture
 from distriray.references import LOOKED_AT, Editing, Reference
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.megapixels import shrink
+from tests.edits import SHOWN, shown, shrink
 from tests.models import (
     TEXT_WIDTH,
     save,
@@ -133,17 +133,6 @@ def pipeline(model: str) -> Any:
 @pytest.fixture(scope="module")
 def denoiser(pipeline: Any) -> Denoiser:
     return Denoiser(pipeline)
-
-
-SHOWN = Image.radial_gradient("L").resize((120, 88)).convert("RGB")
-"""What models that draw nothing from text alone are shown where a test says nothing."""
-
-
-def shown(denoiser: Denoiser, **fields: Any) -> dict[str, Any]:
-    """Those fields, and a picture if the model needs one and they have none."""
-    editing = denoiser.terms.editing
-    needed = editing is not None and editing.needs_references and "references" not in fields
-    return {**({"image": SHOWN} if needed else {}), **fields}
 
 
 def begin(denoiser: Denoiser, seeds: list[int], **fields: Any) -> DenoiseState:

@@ -469,7 +469,7 @@ def test_hosts_of_a_jobs_own_are_as_a_file_and_then_its_options_say(
     args = (str(prompts), "--out", str(tmp_path / "out"), "--pool", str(pool))
     assert command(*args, "--model", "other/model") == 1
     (config,) = seen
-    assert config.model == ModelSpec(name="other/model", quantize="int8")
+    assert config.model == ModelSpec(name="other/model"), "the file's fields are of its own model"
     assert (config.workers, config.gang_sizes) == (4, (1,))
     assert json.loads(capsys.readouterr().out)["bad_lines"] == 1  # beyond the file's limit
     pool.write_text("workers: 4\ngang_sizes: [2, 4]\n")

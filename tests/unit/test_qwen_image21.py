@@ -16,7 +16,7 @@ from distriray.denoise import Denoiser, DenoiseState
 from distriray.denoise.pipelines import qwen_image21
 from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.picture import opaque, png
-from tests.megapixels import shrink
+from tests.edits import shrink
 from tests.models import tiny_qwen_image21
 from tests.unit.test_denoise import PICTURE, SIZE, begin, finish
 from tests.unit.test_flow_matching import SMALL, plain

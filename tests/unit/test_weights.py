@@ -13,6 +13,7 @@ from distriray.errors import UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline
 from distriray.requests import SamplingParams
 from distriray.weights import check_fit
+from tests.edits import shown, shrink
 from tests.models import save
 from tests.parameters import sweep
 from tests.save_model import MODELS
@@ -28,14 +29,18 @@ REQUEST: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", sweep(sorted(MODELS)))
-def test_text_encoders_that_stay_on_the_host_draw_the_same_pictures(name: str, tmp_path: Path) -> None:
+def test_text_encoders_that_stay_on_the_host_draw_the_same_pictures(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
     save(MODELS[name](), tmp_path)
     latents = []
     for offload_text in (False, True):
         pipeline = load_pipeline(ModelSpec(name=str(tmp_path), offload_text=offload_text), "cpu")
         denoiser = Denoiser(pipeline)
         for prompt in ("a lake", "fog"):  # the weights come more than once
-            state = denoiser.prepare(SamplingParams(**{**REQUEST, "prompt": prompt}))
+            request = shown(denoiser, **{**REQUEST, "prompt": prompt})
+            state = denoiser.prepare(SamplingParams(**request))
             denoiser.step(state)
         latents.append(state.latents)
         for part, network in pipeline.components.items():

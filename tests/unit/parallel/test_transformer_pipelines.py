@@ -12,7 +12,7 @@ from PIL import Image
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
-from tests.megapixels import shrink
+from tests.edits import shrink
 from tests.models import (
     TEXT_WIDTH,
     tiny_chroma,

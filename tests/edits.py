@@ -1,13 +1,27 @@
-"""Megapixels of fewer pixels, so that what a tiny model edits is as tiny."""
+"""What tiny models that edit are shown, and megapixels of fewer pixels for them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
+from PIL import Image
 
+from distriray.denoise import Denoiser
 from distriray.denoise.pipelines import flux, qwen_image, qwen_image21
+
+SHOWN = Image.radial_gradient("L").resize((120, 88)).convert("RGB")
+"""What models that draw nothing from text alone are shown where a test says nothing."""
+
+
+def shown(denoiser: Denoiser, **fields: Any) -> dict[str, Any]:
+    """Those fields, and a picture if the model needs one and they have none."""
+    editing = denoiser.terms.editing
+    needed = editing is not None and editing.needs_references and "references" not in fields
+    return {**({"image": SHOWN} if needed else {}), **fields}
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
