@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ from distriray.gang.messages import WorkerFacts
 from distriray.gang.runner import SegmentRunner
 from distriray.parallel.networks.base import Call
 from distriray.parallel.room import META
+from distriray.requests import GenerationRequest
 
 log = logging.getLogger("ray.serve.distriray.worker")
 
@@ -36,6 +38,7 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
         return
     prompt = ("a lake and its boats " * config.limits.max_prompt_chars)[: config.limits.max_prompt_chars]
     own = settle(example(facts, prompt=prompt, seed=0), config, facts)
+    own = own.model_copy(update={"prompt": _taken(runner, own)})
     assert own.height is not None and own.width is not None
     calls, size = runner.calls(own), (own.height, own.width)
     needed, gang = _most(runner, config, facts, calls, own.height)
@@ -62,6 +65,24 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
         )
     else:
         log.info("%s", told)
+
+
+def _taken(runner: SegmentRunner, request: GenerationRequest) -> str:
+    """As much of a request's prompt, from its beginning, as the model has positions for."""
+
+    def refused(length: int) -> bool:
+        try:
+            runner.calls(request.model_copy(update={"prompt": request.prompt[:length]}))
+        except InvalidRequest as error:
+            if error.param != "prompt":
+                raise
+            return True
+        return False
+
+    whole = len(request.prompt)
+    if not refused(whole):
+        return request.prompt
+    return request.prompt[: bisect_left(range(1, whole), True, key=refused)]
 
 
 def _most(

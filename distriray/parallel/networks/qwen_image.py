@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -22,10 +21,9 @@ from torch import nn
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention
-from distriray.parallel.networks.base import Call, Collect
+from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
-from distriray.parallel.share import Share
 
 
 class PatchQwenImageAttention(PatchJointAttention, QwenDoubleStreamAttnProcessor2_0):
@@ -83,12 +81,6 @@ class QwenImage(TokenNetwork):
             return "QwenImageTransformer2DModel copies the length of masked text from the host"
         return None
 
-    def compute(self, call: Call, share: Share, collect: Collect) -> Any:
-        shapes = call.arguments["img_shapes"]
-        if len(shapes) == share.batch:
-            call = replace(call, arguments={**call.arguments, "img_shapes": shapes[share.part]})
-        return super().compute(call, share, collect)
-
     def _compute(self, **arguments: Any) -> Any:
         if not self.module.zero_cond_t:
             return super()._compute(**arguments)
@@ -104,7 +96,9 @@ class QwenImage(TokenNetwork):
         Yields:
             the arguments for it, with timesteps of 0 for pictures that are edited behind the others.
         """
-        timestep, shapes = arguments["timestep"], arguments["img_shapes"]
+        (share, _), timestep, shapes = self._shared, arguments["timestep"], arguments["img_shapes"]
+        if len(shapes) == share.batch:
+            shapes = shapes[share.part]
         edited = timestep.new_zeros(len(shapes), arguments["hidden_states"].shape[1], dtype=torch.int)
         for image, (drawn, *_) in enumerate(shapes):
             edited[image, prod(drawn) :].fill_(1)

@@ -28,6 +28,7 @@ from distriray.parallel.room import Room
 from distriray.picture import Picture
 from distriray.references import Reference
 from distriray.requests import SamplingParams
+from tests.megapixels import shrink
 from tests.models import tiny_flux2_klein_distilled, tiny_qwen_image21, tiny_qwen_image_edit_plus
 
 from .runners import Gang, endings
@@ -98,6 +99,16 @@ def test_what_a_model_edits_counts_in_the_largest_request(
         started(free, tmp_path, monkeypatch, workers=2)
     levels = [record.levelno for record in caplog.records if "largest request" in record.message]
     assert levels == [logging.INFO, logging.WARNING]
+
+
+def test_a_model_starts_though_limits_allow_prompts_beyond_its_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shrink(monkeypatch)
+    tiny_qwen_image_edit_plus().save_pretrained(tmp_path)
+    caplog.set_level(logging.INFO, "ray.serve.distriray.worker")
+    started(10**10, tmp_path, monkeypatch, workers=2)
+    assert any("largest request" in message for message in caplog.messages)
 
 
 def test_a_call_that_is_enlarged_takes_what_one_of_that_size_takes() -> None:

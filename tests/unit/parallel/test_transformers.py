@@ -172,6 +172,24 @@ def test_the_halves_of_a_gang_compute_halves_of_the_batch(name: str, ranks: int)
     assert (statistics.waits == 1) == (ranks == 2)
 
 
+@pytest.mark.parametrize("name", ["qwen-image", "qwen-image-edit"])
+def test_halves_have_the_positions_of_the_first_images_shapes_too(name: str) -> None:
+    """As one device has them, which goes by the first whatever the others are."""
+    transformer, inputs = TRANSFORMERS[name], TRANSFORMERS[name].inputs(Shape(rows=6, columns=4))
+    first, edited = [(1, 6, 4)], [(1, 3, 4)] if name == "qwen-image-edit" else []
+    last = [*edited, *first] if edited else [(1, 4, 6)]
+    inputs["img_shapes"] = [[*first, *edited], last]
+    config = ParallelConfig(exchange="sync", cfg_parallel=True)
+
+    def rank(communicator: Communicator) -> torch.Tensor:
+        return step(parallelize(transformer.make(), communicator, config), transformer, inputs, 0.5)
+
+    with torch.no_grad():
+        expected = step(transformer.make(), transformer, inputs, 0.5)
+        for output in run_in_lockstep(2, rank):
+            assert error(output, expected) < 1e-5
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_displaced_runs_are_near_and_compressed_ones_nearer(name: str) -> None:
     (displaced, of_displaced), (compressed, of_compressed), (separate, _) = (
