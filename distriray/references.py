@@ -55,8 +55,8 @@ class Editing:
     Attributes:
         max_references: how many pictures at once.
         sole_pixels: what it is shown of a picture that it edits alone.
-        enlarges: it is shown a megapixel of small pictures too, and draws as much where no size is named; its
-            sides are multiples of this. None where small ones stay small.
+        megapixel_unit: it is shown a megapixel of small pictures too, and draws as much where no size is named;
+            sides are multiples of this, in pixels. None where small ones stay small.
         needs_references: it draws nothing from text alone.
         keeps: what it is shown goes through it once, and every step looks at keys and values that are kept.
         sees_transparency: what is transparent is shown so, not white.
@@ -64,24 +64,29 @@ class Editing:
 
     max_references: int
     sole_pixels: int = MOST_PIXELS
-    enlarges: int | None = None
+    megapixel_unit: int | None = None
     needs_references: bool = False
     keeps: bool = False
     sees_transparency: bool = False
 
     def drawn_size(self, size: tuple[int, int], unit: int) -> tuple[int, int]:
         """The (width, height) that is drawn, by default, where the first picture has `size`."""
-        return shown_size(size, unit) if self.enlarges is None else megapixel_size(size, self.enlarges)
+        return (
+            shown_size(size, unit)
+            if self.megapixel_unit is None
+            else megapixel_size(size, self.megapixel_unit)
+        )
 
     def shown_pixels(self, references: Sequence[Reference], unit: int) -> int:
         """Pixels that the model is shown of them in every step; sizes are multiples of `unit`.
 
         Where they are kept, as many as cost what looking at them does.
         """
-        if self.enlarges is not None:
-            return int(len(references) * MOST_PIXELS * (LOOKED_AT if self.keeps else 1.0))
-        most = self.sole_pixels if len(references) == 1 else MOST_PIXELS
         sizes = [each.image.size for each in references if each.image is not None]
+        if self.megapixel_unit is not None:
+            pixels = sum(prod(megapixel_size(size, self.megapixel_unit)) for size in sizes)
+            return int(pixels * LOOKED_AT) if self.keeps else pixels
+        most = self.sole_pixels if len(references) == 1 else MOST_PIXELS
         return sum(prod(shown_size(size, unit, most)) for size in sizes)
 
     def most_exchanged_pixels(self, limit: int) -> int:

@@ -362,7 +362,7 @@ def test_the_pixels_that_a_model_is_shown_are_those_of_its_tokens(
 def test_pictures_that_are_only_looked_at_cost_a_step_little_and_a_gang_no_exchange() -> None:
     kept = editing_of(Denoiser(tiny_qwen_image21()))
     assert kept.keeps and kept.most_exchanged_pixels(3) == 0
-    assert kept.shown_pixels(references([OLD, NEW]), 32) == int(2 * 2**20 * LOOKED_AT)
+    assert kept.shown_pixels(references([OLD, NEW]), 32) == pytest.approx(2 * 2**20 * LOOKED_AT, rel=0.05)
 
 
 def test_of_limits_that_allow_few_references_the_most_pixels_may_be_those_of_a_sole_one() -> None:

@@ -206,7 +206,7 @@ def flux_kontext_terms(config: Configs) -> Terms:
         terms,
         schedulers=("euler",),
         lacks={**lacks, **_EDITS},
-        editing=Editing(1, enlarges=16),
+        editing=Editing(1, megapixel_unit=16),
     )
 
 
@@ -275,14 +275,14 @@ def qwen_image_edit_terms(config: Configs) -> Terms:
     return replace(
         terms,
         lacks={**lacks, **_EDITS},
-        editing=Editing(1, enlarges=32, needs_references=True),
+        editing=Editing(1, megapixel_unit=32, needs_references=True),
     )
 
 
 def qwen_image_edit_plus_terms(config: Configs) -> Terms:
     """Of Qwen-Image-Edit 2509 and later ones, as their makers use them."""
     terms = qwen_image_edit_terms(config)
-    editing = Editing(3, enlarges=32, needs_references=True)
+    editing = Editing(3, megapixel_unit=32, needs_references=True)
     return replace(terms, num_inference_steps=40, editing=editing)
 
 
@@ -294,7 +294,7 @@ def qwen_image21_terms(config: Configs) -> Terms:
         **_ONE_PROMPT,
         **_EDITS,
     }
-    editing = Editing(3, enlarges=32, keeps=True, sees_transparency=True)
+    editing = Editing(3, megapixel_unit=32, keeps=True, sees_transparency=True)
     sigmas = config("").get("sample_sigmas")
     if sigmas is None:
         return Terms(40, 1.0, ("euler",), lacks, editing=editing)

@@ -28,7 +28,7 @@ from distriray.parallel.room import Room
 from distriray.picture import Picture
 from distriray.references import Reference
 from distriray.requests import SamplingParams
-from tests.megapixels import shrink
+from tests.edits import shrink
 from tests.models import tiny_flux2_klein_distilled, tiny_qwen_image21, tiny_qwen_image_edit_plus
 
 from .runners import Gang, endings
