@@ -55,8 +55,8 @@ class Editing:
     Attributes:
         max_references: how many pictures at once.
         sole_pixels: what it is shown of a picture that it edits alone.
-        megapixel_unit: it is shown a megapixel of small pictures too, and draws as much where no size is named;
-            sides are multiples of this, in pixels. None where small ones stay small.
+        megapixel_unit: pixels that sides are multiples of where it is shown a megapixel of small pictures too,
+            and draws as much where no size is named; None where small ones stay small.
         needs_references: it draws nothing from text alone.
         keeps: what it is shown goes through it once, and every step looks at keys and values that are kept.
         sees_transparency: what is transparent is shown so, not white.
@@ -71,11 +71,9 @@ class Editing:
 
     def drawn_size(self, size: tuple[int, int], unit: int) -> tuple[int, int]:
         """The (width, height) that is drawn, by default, where the first picture has `size`."""
-        return (
-            shown_size(size, unit)
-            if self.megapixel_unit is None
-            else megapixel_size(size, self.megapixel_unit)
-        )
+        if self.megapixel_unit is not None:
+            return megapixel_size(size, self.megapixel_unit)
+        return shown_size(size, unit)
 
     def shown_pixels(self, references: Sequence[Reference], unit: int) -> int:
         """Pixels that the model is shown of them in every step; sizes are multiples of `unit`.
