@@ -55,8 +55,8 @@ class Editing:
     Attributes:
         max_references: how many pictures at once.
         sole_pixels: what it is shown of a picture that it edits alone.
-        megapixel_unit: pixels that sides are multiples of, where it is shown a megapixel of small pictures too
-            and draws as much if no size is named; None where small ones stay small.
+        megapixel_unit: pixels that sides are multiples of, where it is shown a megapixel of small ones too
+            and draws as much if no size is named; None where they stay small.
         needs_references: it draws nothing from text alone.
         keeps: what it is shown goes through it once, and every step looks at keys and values that are kept.
         sees_transparency: what is transparent is shown so, not white.
