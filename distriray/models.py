@@ -20,6 +20,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _ONE_FILE = ".safetensors"
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+_MEND = "download the model again, or save it with save_pretrained"
 _UNUSED = ("prompt_upsampler", "prompt_upsampler_processor")  # FLUX.3's: prompts are read as they are
 
 
@@ -128,14 +129,26 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         ModelNotFound: the file is damaged, or no pipeline's.
     """
-    file, mend = index_file(folder), "download the model again, or save it with save_pretrained"
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"{file} cannot be read: {error}; {mend}") from error
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ModelNotFound(f"{file} names no pipeline's class as _class_name; {mend}")
+    file = index_file(folder)
+    index = read_values(file)
+    if not isinstance(index.get("_class_name"), str):
+        raise ModelNotFound(f"{file} names no pipeline's class as _class_name; {_MEND}")
     return index
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """What a file of a model's folder says of a pipeline or a component.
+
+    Raises:
+        ModelNotFound: it is damaged, or not there.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{file} cannot be read: {error}; {_MEND}") from error
+    if not isinstance(config, dict):
+        raise ModelNotFound(f"{file} cannot be read: it has no names and values; {_MEND}")
+    return config
 
 
 def download(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from deployments.models import sizes_of, terms_of
 from distriray.denoise import Denoiser
+from distriray.denoise.pipelines.sizes import configs_in
 from distriray.errors import ModelNotFound, UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
 from tests.models import save, tiny_flux3, tiny_sd15, tiny_sdxl
@@ -87,7 +88,7 @@ def test_a_folder_without_a_pipeline_is_no_model(tmp_path: Path) -> None:
         (b'{"_class_name": "Flux', "cannot be read: "),
         (b"\xff\xfe", "cannot be read: "),
         (b"version https://git-lfs.github.com/spec/v1", "cannot be read: "),
-        (b"[]", "names no pipeline's class as _class_name"),
+        (b"[]", "cannot be read: it has no names and values"),
         (b'{"vae": ["diffusers", "AutoencoderKL"]}', "names no pipeline's class as _class_name"),
     ],
 )
@@ -99,6 +100,23 @@ def test_a_folder_whose_index_is_damaged_is_no_model(
     with pytest.raises(ModelNotFound, match=f"{name} {says}.*; download the model again"):
         load_pipeline(spec, "cpu")
     assert sizes_of(spec) is None and terms_of(spec) is None
+
+
+@pytest.mark.parametrize("content", [None, b'{"sample_size": ', b"[]"])
+def test_of_a_folder_with_a_damaged_part_nothing_is_known_before_a_host_says_so(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    """A router would end with it, and all that it serves."""
+    tiny_sdxl().save_pretrained(tmp_path)
+    spec, config = ModelSpec(name=str(tmp_path)), tmp_path / "unet" / "config.json"
+    assert sizes_of(spec) is not None and terms_of(spec) is not None
+    if content is None:
+        config.unlink()
+    else:
+        config.write_bytes(content)
+    assert sizes_of(spec) is None and terms_of(spec) is None
+    with pytest.raises(ModelNotFound, match="unet/config.json cannot be read: .*; download the model again"):
+        configs_in(tmp_path)("unet")
 
 
 def test_weights_are_safetensors_or_nothing(tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import Any
 
-from distriray.models import index_file
+from distriray.models import index_file, read_values
 from distriray.requests import MULTIPLE_OF
 
 Configs = Callable[[str], Mapping[str, Any]]
@@ -85,7 +84,5 @@ def configs_of(pipeline: Any) -> Configs:
 
 
 def configs_in(folder: Path) -> Configs:
-    """The configurations of the components of a saved pipeline."""
-    return lambda name: json.loads(
-        (folder / name / "config.json" if name else index_file(folder)).read_text()
-    )
+    """The configurations of the components of a saved pipeline; a damaged one raises ModelNotFound."""
+    return lambda name: read_values(folder / name / "config.json" if name else index_file(folder))
