@@ -203,7 +203,7 @@ class QwenImage21(TokenNetwork):
 
     def uncaptured(self, call: Call) -> str | None:
         if not self._computes_what_is_left(call):
-            return "QwenImage21Transformer2DModel reads on the host where the images are among the text"
+            return "QwenImage21Transformer2DModel reads where the images are, in calls without a kept prefix"
         if sum(each.nbytes for each in _kept(call.arguments["kv_cache"])) > MOST_COPIED:
             return f"a graph would copy the {KEPT} in each step, which are many"
         return None
