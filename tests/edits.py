@@ -11,7 +11,7 @@ from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
 from PIL import Image
 
 from distriray.denoise import Denoiser
-from distriray.denoise.pipelines import flux, qwen_image, qwen_image21
+from distriray.denoise.pipelines import flux, megapixels
 
 SHOWN = Image.radial_gradient("L").resize((120, 88)).convert("RGB")
 """What models that draw nothing from text alone are shown where a test says nothing."""
@@ -29,8 +29,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (flux, pipeline_flux_kontext):
         monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", [(144, 96), (112, 112), (96, 144)])
     for module in (
-        qwen_image,
-        qwen_image21,
+        megapixels,
         pipeline_qwenimage_edit,
         pipeline_qwenimage_edit_plus,
         pipeline_qwenimage21,

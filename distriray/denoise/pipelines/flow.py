@@ -31,6 +31,7 @@ class FlowMatching(PipelineSteps):
         latents_per_input: channels of the network's input to one of the latents.
         vae_kind: the class of its VAEs.
         vae_channels: what their configuration calls the number of the latents' channels.
+        unsaid: what guidance is against where a request says nothing.
     """
 
     flow = True
@@ -39,6 +40,7 @@ class FlowMatching(PipelineSteps):
     latents_per_input: ClassVar[int] = 1
     vae_kind: ClassVar[type[Any]] = AutoencoderKL
     vae_channels: ClassVar[str] = "latent_channels"
+    unsaid: ClassVar[str] = ""
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -106,6 +108,13 @@ class FlowMatching(PipelineSteps):
     def sigmas(self, steps: int) -> Any:
         """Noise level of each step's latents, before the shift; None leaves it to the scheduler."""
         return None
+
+    def prompts(self, commission: Commission) -> dict[str, str]:
+        """The prompt of each branch of guidance, by what the names of the branch's values begin with."""
+        prompts = {"": commission.params.prompt}
+        if self.guides and commission.guidance_scale > 1.0:
+            prompts["negative_"] = commission.params.negative_prompt or self.unsaid
+        return prompts
 
     def shift(self, commission: Commission, tokens: int) -> float:
         """By how much the noise of all steps is shifted, for a picture of so many tokens."""

@@ -42,13 +42,6 @@ class TokensInRows(FlowMatching):
         sides = commission.height // self.token_side, commission.width // self.token_side
         return tokens.transpose(1, 2).unflatten(2, sides)
 
-    def prompts(self, commission: Commission) -> dict[str, str]:
-        """The prompt of each branch of guidance, by what the names of the branch's values begin with."""
-        prompts = {"": commission.params.prompt}
-        if self.guides and commission.guidance_scale > 1.0:
-            prompts["negative_"] = commission.params.negative_prompt or ""
-        return prompts
-
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         norm, eps = self._vae.bn, self._vae.config.batch_norm_eps
         mean, variance = (each.view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var))

@@ -16,12 +16,12 @@ from diffusers import (
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     CONDITION_IMAGE_SIZE,
     VAE_IMAGE_SIZE,
-    calculate_dimensions,
 )
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.guidance import guided_calls
+from distriray.denoise.pipelines.megapixels import ShowsMegapixels, size_shown
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
@@ -37,6 +37,7 @@ class QwenImage(PackedFlowMatching):
     vae_kind = AutoencoderKLQwenImage
     vae_channels = "z_dim"
     max_clip_skip = 0
+    unsaid = " "  # as the model's makers say
 
     def check(self) -> None:
         super().check()
@@ -47,17 +48,14 @@ class QwenImage(PackedFlowMatching):
         return [tokens_of(self._plain.tokenizer, text, TEXT_TOKENS)]
 
     def encode(self, commission: Commission) -> dict[str, Any]:
-        # Guidance is against a space where nothing else is given, as the model's makers say.
-        prompts = {"prompt_embeds": commission.params.prompt}
-        if commission.guidance_scale > 1.0:
-            prompts["negative_prompt_embeds"] = commission.params.negative_prompt or " "
         options = {
             "device": self._transformer.device,
             "num_images_per_prompt": len(commission.generators),
             **self.reading(commission),
         }
         return {  # one prompt for all images has no padding, so there is no mask
-            name: self._plain.encode_prompt(prompt=prompt, **options)[0] for name, prompt in prompts.items()
+            f"{branch}prompt_embeds": self._plain.encode_prompt(prompt=prompt, **options)[0]
+            for branch, prompt in self.prompts(commission).items()
         }
 
     def reading(self, commission: Commission) -> dict[str, Any]:
@@ -94,11 +92,11 @@ class QwenImage(PackedFlowMatching):
         return self.pictures(self._vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0])
 
 
-class QwenImageEdit(QwenImage):
-    """Qwen-Image-Edit: language model and network are shown the picture to edit, of about a megapixel.
+class QwenImageEdit(ShowsMegapixels, QwenImage):
+    """Qwen-Image-Edit: its language model is shown the picture to edit too.
 
     Attributes:
-        read_pixels: about how many the language model is shown.
+        read_pixels: about how many it is shown.
     """
 
     kinds: ClassVar[tuple[type, ...]] = (QwenImageEditPipeline,)
@@ -111,7 +109,7 @@ class QwenImageEdit(QwenImage):
     def encode(self, commission: Commission) -> dict[str, Any]:
         values = super().encode(commission)
         drawn = commission.width, commission.height
-        longest = max(chain(drawn, *(_size(picture) for picture in commission.references)))
+        longest = max(chain(drawn, *(size_shown(picture) for picture in commission.references)))
         most = self._positions - longest // self.token_side // 2  # a text's are beyond those of pictures
         for name, embeds in values.items():
             if embeds.shape[1] > most:
@@ -123,25 +121,9 @@ class QwenImageEdit(QwenImage):
         return values
 
     def reading(self, commission: Commission) -> dict[str, Any]:
-        pictures, resize = commission.references, self._plain.image_processor.resize
-        sizes = (_size(picture, self.read_pixels) for picture in pictures)
-        read = [resize(picture, high, wide) for picture, (wide, high) in zip(pictures, sizes, strict=True)]
-        return {"image": self.taken(read)}
-
-    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, Any]:
-        pictures, process = commission.references, self._plain.image_processor.preprocess
-        sizes = [_size(picture) for picture in pictures]
-        shown = [
-            process(picture, high, wide)[:, :, None]
-            for picture, (wide, high) in zip(pictures, sizes, strict=True)
-        ]
-        size = self._size(commission, dtype)
-        tokens, references = self._plain.prepare_latents(self.taken(shown), *size)
-        shapes = [(1, high // self.token_side, wide // self.token_side) for wide, high in sizes]
-        return {**self._prepared(commission, tokens), "references": references, "reference_shapes": shapes}
+        return {"image": self.taken(self.read(commission, self.read_pixels))}
 
     def taken(self, pictures: list[Any]) -> Any:
-        """Pictures, or their pixels, as the pipeline's methods take them."""
         (picture,) = pictures
         return picture
 
@@ -159,12 +141,6 @@ class QwenImageEditPlus(QwenImageEdit):
 
     def taken(self, pictures: list[Any]) -> Any:
         return pictures
-
-
-def _size(picture: Image.Image, pixels: int = VAE_IMAGE_SIZE) -> tuple[int, int]:
-    """Width and height, in a picture's proportions, of about so many pixels."""
-    width, height = calculate_dimensions(pixels, picture.width / picture.height)
-    return width, height
 
 
 def _guided(outputs: list[torch.Tensor], scale: float) -> torch.Tensor:

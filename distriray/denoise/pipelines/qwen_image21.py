@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
-from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimensions
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.guidance import guided_calls
-from distriray.denoise.pipelines.packed import PackedFlowMatching
+from distriray.denoise.pipelines.megapixels import ShowsMegapixels
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
-from distriray.references import MOST_PIXELS
 
 TEXT_TOKENS = 8191
 """Positions that its network has for a text; the last one is the image's."""
@@ -23,7 +21,7 @@ SLOT = 2
 """Rows and columns of the image's tokens that stand in one place of the text."""
 
 
-class QwenImage21(PackedFlowMatching):
+class QwenImage21(ShowsMegapixels):
     """A pipeline that reads prompts with a language model, and draws pictures with transparency.
 
     A branch of guidance has a call and a text of its own, in which pictures to edit have their places. Both
@@ -39,6 +37,8 @@ class QwenImage21(PackedFlowMatching):
     latents_per_input = 1
     patch_size = 1
     max_clip_skip = 0
+    mode = "RGBA"
+    unsaid = " "  # as for Qwen-Image
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -64,53 +64,29 @@ class QwenImage21(PackedFlowMatching):
         return super().sigmas(steps) if own is None else own
 
     def encode(self, commission: Commission) -> dict[str, Any]:
-        # As for Qwen-Image, guidance is against a space where nothing else is given.
-        prompts = {"prompt": commission.params.prompt}
-        if commission.guidance_scale > 1.0:
-            prompts["negative_prompt"] = commission.params.negative_prompt or " "
-        shown = [self._resized(picture) for picture in commission.references]
+        shown = self.read(commission)
         options = {
-            "image": shown or None,
+            "image": self.taken(shown),
             "device": self._transformer.device,
             "num_images_per_prompt": len(commission.generators),
         }
         rows, columns = (side // self.token_side for side in (commission.height, commission.width))
         values: dict[str, Any] = {}
-        for name, prompt in prompts.items():
+        for branch, prompt in self.prompts(commission).items():
             # One prompt has no padding: no mask.
             embeds, _, slots = self._plain.encode_prompt(prompt, **options)
             taken = embeds.shape[1] - int(slots.sum())
             taken += sum(max(picture.size) // self.token_side for picture in shown)
             if taken > TEXT_TOKENS:
-                count = f"{name} comes to {taken} tokens"
+                count = f"{branch}prompt comes to {taken} tokens"
                 raise InvalidRequest(
-                    f"{count}, and this model has positions for {TEXT_TOKENS}; make it shorter", name
+                    f"{count}, and this model has positions for {TEXT_TOKENS}; make it shorter",
+                    f"{branch}prompt",
                 )
             drawn = slots.new_ones(len(slots), rows * columns // SLOT**2)  # behind the text
-            values |= {f"{name}_embeds": embeds, f"{name}_image_mask": torch.cat([slots, drawn], 1)}
+            values[f"{branch}prompt_embeds"] = embeds
+            values[f"{branch}prompt_image_mask"] = torch.cat([slots, drawn], 1)
         return values
-
-    def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, Any]:
-        sizes = [_size(picture) for picture in commission.references]
-        process = self._plain.image_processor.preprocess
-        shown = [
-            process(picture.convert("RGBA"), height=high, width=wide)[:, :, None]
-            for picture, (wide, high) in zip(commission.references, sizes, strict=True)
-        ]
-        tokens, references = self._plain.prepare_latents(shown or None, *self._size(commission, dtype))
-        values = self._prepared(commission, tokens)
-        if references is None:
-            return values
-        shapes = [(1, high // self.token_side, wide // self.token_side) for wide, high in sizes]
-        return {**values, "references": references, "reference_shapes": shapes}
-
-    def _resized(self, picture: Image.Image) -> Image.Image:
-        """A picture to edit as the language model is shown it: of about a megapixel."""
-        width, height = _size(picture)
-        resized: Image.Image = self._plain.image_processor.resize(
-            picture.convert("RGBA"), width=width, height=height
-        )
-        return resized
 
     def begin(self, state: DenoiseState) -> None:
         self._kept.clear()
@@ -168,12 +144,6 @@ class QwenImage21(PackedFlowMatching):
             )
             self._kept[branch] = kept
         return self._kept[branch]
-
-
-def _size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height of what is shown of a picture: about a megapixel, in its proportions."""
-    width, height, _ = calculate_dimensions(MOST_PIXELS, picture.width / picture.height)
-    return width, height
 
 
 def _inputs(branch: str, state: DenoiseState, tokens: torch.Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
