@@ -43,6 +43,17 @@ async def at(job: Job, step: int) -> None:
     await until(lambda: job.workers is not None and job.step >= step)
 
 
+async def begins_again_when_all_who_hold_it_die(host: FakeHost, **asked: Any) -> None:
+    """Hold a host of one worker to drawing a request anew, with its pictures, when its state is lost."""
+    first, job = host.fleet.at(0), host.accept(num_inference_steps=200, **asked)
+    given = job.pictures
+    await at(job, 10)
+    first.die()
+    result = await job.ended
+    assert result.repairs == 1 and result.segments[-1].first_step == 0
+    assert [pictures for _, pictures in host.fleet.at(0).pictures] == [given]
+
+
 def opened(max_steps: int = LONG) -> dict[str, Any]:
     return {"limits": {"max_steps": max_steps}}
 
@@ -664,13 +675,7 @@ def test_a_gang_that_broke_before_anybody_prepared_is_followed_by_one_that_gets_
 def test_when_all_who_hold_a_state_die_its_request_begins_again_with_its_pictures() -> None:
     async def scene() -> None:
         async with FakeHost(1, **opened()) as host:
-            first, job = host.fleet.at(0), host.accept(num_inference_steps=200, **ON_PICTURE)
-            given = job.pictures
-            await at(job, 10)
-            first.die()
-            result = await job.ended
-            assert result.repairs == 1 and result.segments[-1].first_step == 0
-            assert [pictures for _, pictures in host.fleet.at(0).pictures] == [given]
+            await begins_again_when_all_who_hold_it_die(host, **ON_PICTURE)
 
     do(scene())
 

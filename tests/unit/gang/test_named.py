@@ -16,7 +16,7 @@ from distriray.names import MOST_LOADED
 from distriray.picture import png
 
 from .fleet import FakeHost
-from .test_dispatcher import Script, at, do, opened
+from .test_dispatcher import Script, at, begins_again_when_all_who_hold_it_die, do, opened
 
 PICTURE = Image.effect_noise((128, 128), 90)
 LONG = 400
@@ -72,13 +72,7 @@ def test_pictures_are_put_once_and_are_in_no_order(named: Named) -> None:
 def test_when_all_who_hold_a_state_die_its_request_begins_again_with_them(named: Named) -> None:
     async def scene() -> None:
         async with FakeHost(1, **named.listed("one"), **opened()) as host:
-            first, job = host.fleet.at(0), host.accept(num_inference_steps=200, **named.asked("one"))
-            given = job.pictures
-            await at(job, 10)
-            first.die()
-            result = await job.ended
-            assert result.repairs == 1 and result.segments[-1].first_step == 0
-            assert [pictures for _, pictures in host.fleet.at(0).pictures] == [given]
+            await begins_again_when_all_who_hold_it_die(host, **named.asked("one"))
 
     do(scene())
 
