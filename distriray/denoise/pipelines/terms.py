@@ -200,14 +200,7 @@ def flux_terms(config: Configs) -> Terms:
 
 def flux_kontext_terms(config: Configs) -> Terms:
     """Of FLUX.1 Kontext, as diffusers has it."""
-    terms = flux_terms(config)
-    lacks = {name: why for name, why in terms.lacks.items() if name != "references"}
-    return replace(
-        terms,
-        schedulers=("euler",),
-        lacks={**lacks, **_EDITS},
-        editing=Editing(1, megapixel_unit=16),
-    )
+    return replace(_editing(flux_terms(config), Editing(1, megapixel_unit=16)), schedulers=("euler",))
 
 
 def flux2_terms(config: Configs) -> Terms:
@@ -270,20 +263,13 @@ def qwen_image_terms(config: Configs) -> Terms:
 
 def qwen_image_edit_terms(config: Configs) -> Terms:
     """Of Qwen-Image-Edit, as diffusers has it."""
-    terms = qwen_image_terms(config)
-    lacks = {name: why for name, why in terms.lacks.items() if name not in _ON_PICTURES}
-    return replace(
-        terms,
-        lacks={**lacks, **_EDITS},
-        editing=Editing(1, megapixel_unit=32, needs_references=True),
-    )
+    return _editing(qwen_image_terms(config), Editing(1, megapixel_unit=32, needs_references=True))
 
 
 def qwen_image_edit_plus_terms(config: Configs) -> Terms:
     """Of Qwen-Image-Edit 2509 and later ones, as their makers use them."""
-    terms = qwen_image_edit_terms(config)
     editing = Editing(3, megapixel_unit=32, needs_references=True)
-    return replace(terms, num_inference_steps=40, editing=editing)
+    return replace(_editing(qwen_image_terms(config), editing), num_inference_steps=40)
 
 
 def qwen_image21_terms(config: Configs) -> Terms:
@@ -310,6 +296,12 @@ def z_image_terms(config: Configs) -> Terms:
         **_ON_PICTURES,
     }
     return Terms(9, 0.0, ("euler",), lacks, unguided=0.0, rounds_up=True)
+
+
+def _editing(terms: Terms, editing: Editing) -> Terms:
+    """Of a model that edits, where the terms are those of one of its family that begins from pictures."""
+    lacks = {name: why for name, why in terms.lacks.items() if name != "references"}
+    return replace(terms, lacks={**lacks, **_EDITS}, editing=editing)
 
 
 def _has(config: Configs, part: str) -> bool:
