@@ -7,6 +7,7 @@ device. One GPU is enough; nothing here says anything about speed.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,11 +21,14 @@ from distriray.config import PAPER
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.parallel import compile_blocks, engine_of, many_shapes
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, StepGraphs
+from distriray.parallel.networks import qwen_image21
 from distriray.requests import SamplingParams
 from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
 from tests.distributed.ranks import run_processes
-from tests.models import tiny_sdxl
+from tests.models import tiny_qwen_image21_transformer, tiny_sdxl
+from tests.unit.parallel.test_qwen_image21 import EDIT
+from tests.unit.parallel.test_qwen_image21 import draw as draw_kept
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
 
 pytestmark = [
@@ -110,7 +114,7 @@ def test_steps_that_were_captured_draw_what_they_draw_without(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("name", sorted(TRANSFORMERS.keys() - {"qwen-image-2.1"}))  # it reads on the host
+@pytest.mark.parametrize("name", sorted(TRANSFORMERS.keys() - {"qwen-image-2.1"}))  # its prefix is not kept
 def test_captured_steps_of_transformers_draw_what_they_draw_without(name: str, ranks: int) -> None:
     def rank(communicator: Communicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         config = ParallelConfig(exchange="sync", cfg_parallel=False)
@@ -122,6 +126,29 @@ def test_captured_steps_of_transformers_draw_what_they_draw_without(name: str, r
         assert engine.graphs.obstacle is None
         parallelize(network, communicator, config.model_copy(update={"cuda_graphs": False}))
         return captured, draw(network, TRANSFORMERS[name], Shape()) * 3
+
+    for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
+        assert all(map(torch.equal, captured, launched))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("most_copied", [qwen_image21.MOST_COPIED, 0], ids=["copied", "read in place"])
+def test_captured_steps_behind_a_kept_prefix_draw_what_they_draw_without(
+    monkeypatch: pytest.MonkeyPatch, most_copied: int, ranks: int
+) -> None:
+    monkeypatch.setattr(qwen_image21, "MOST_COPIED", most_copied)
+
+    def rank(communicator: Communicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        network = tiny_qwen_image21_transformer().to(communicator.device)
+        parallelize(network, communicator, config)
+        engine, scenes = engine_of(network), [EDIT, replace(EDIT, said=20), EDIT]
+        assert engine is not None
+        captured = [latents for scene in scenes for latents in draw_kept(network, scene, True, steps=5)]
+        assert engine.graphs.obstacle is None
+        parallelize(network, communicator, config.model_copy(update={"cuda_graphs": False}))
+        launched = [latents for scene in scenes for latents in draw_kept(network, scene, True, steps=5)]
+        return captured, launched
 
     for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
         assert all(map(torch.equal, captured, launched))

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from diffusers import QwenImage21Transformer2DModel
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from PIL import Image
 
 from distriray.denoise import Denoiser, DenoiseState
@@ -92,6 +94,24 @@ def test_states_in_turn_keep_their_own(calls: Counter[str | None]) -> None:
         denoiser.step(other)
     assert torch.equal(one.latents, alone[0]) and torch.equal(other.latents, alone[1])
     assert calls == {"extract": 2 + 6, "cached": 12}
+
+
+def test_nothing_is_kept_when_an_image_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: WeakSet[QwenImage21KVCache] = WeakSet()
+
+    def make(layers: int) -> QwenImage21KVCache:
+        cache = QwenImage21KVCache(layers)
+        kept.add(cache)
+        return cache
+
+    monkeypatch.setattr(qwen_image21, "QwenImage21KVCache", make)
+    denoiser = Denoiser(tiny_qwen_image21())
+    state = begin(denoiser, [1], **SMALL, **GUIDED)
+    counts = []
+    while not state.done:
+        denoiser.step(state)
+        counts.append(len(kept))
+    assert counts == [2, 2, 0]
 
 
 def test_a_prefix_that_goes_by_the_timestep_is_not_kept(calls: Counter[str | None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -50,7 +50,8 @@ TOKENS_PER_SLOT = 4
 """Tokens of an image that stand in one place of the text."""
 _MASKS = "img_mask", "encoder_hidden_states_mask"
 MOST_COPIED = 2**28
-"""Bytes of kept keys and values that a graph has a copy of, and copies anew in each step."""
+"""Bytes of kept keys and values that a graph has a copy of, and copies anew in each step, so that it is of
+any image with as many tokens. More are read where they are."""
 
 
 class PatchQwenImage21Attention(PatchTokenAttention, QwenImage21AttnProcessor):
@@ -190,6 +191,7 @@ class QwenImage21(TokenNetwork):
     def __init__(self, module: Any, local: LocalCode | None = None) -> None:
         self._parts: WeakKeyDictionary[QwenImage21KVCache, slice] = WeakKeyDictionary()
         self._places: WeakKeyDictionary[QwenImage21KVCache, _Place] = WeakKeyDictionary()
+        self._read_in_place: list[torch.Tensor] = []
         super().__init__(module, local)
 
     def check(self) -> None:
@@ -204,9 +206,12 @@ class QwenImage21(TokenNetwork):
     def uncaptured(self, call: Call) -> str | None:
         if not self._computes_what_is_left(call):
             return "QwenImage21Transformer2DModel reads where the images are, in calls without a kept prefix"
-        if sum(each.nbytes for each in _kept(call.arguments["kv_cache"])) > MOST_COPIED:
-            return f"a graph would copy the {KEPT} in each step, which are many"
         return None
+
+    def switches(self) -> Hashable:
+        # Whatever lies there in a later call, a graph that reads it there reads what that call was given.
+        places = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in self._read_in_place]
+        return super().switches(), *places
 
     def partition(self, call: Call, patches: int) -> TokenPartition:
         *conditions, _ = call.arguments["img_shapes"][0]
@@ -261,15 +266,20 @@ class QwenImage21(TokenNetwork):
     ) -> Any:
         """`compute` of a call whose prefix this rank has kept."""
         self._shared = share, collect
-        place = self._place_of(call)
-        output = self.forward(
-            hidden_states=share.cut(call.sample),
-            timestep=share.cut(call.timestep),
-            rotary=place.rotary,
-            key_mask=share.cut(place.key_mask),
-            kept=_kept(kept),
-            attention_kwargs=call.text_scale,
-        )
+        place, keys_values = self._place_of(call), _kept(kept)
+        copied = sum(each.nbytes for each in keys_values) <= MOST_COPIED
+        self._read_in_place = [] if copied else keys_values
+        try:
+            output = self.forward(
+                hidden_states=share.cut(call.sample),
+                timestep=share.cut(call.timestep),
+                rotary=place.rotary,
+                key_mask=share.cut(place.key_mask),
+                kept=keys_values if copied else [],
+                attention_kwargs=call.text_scale,
+            )
+        finally:
+            self._read_in_place = []
         return Transformer2DModelOutput(output) if call.arguments["return_dict"] else (output,)
 
     def _place_of(self, call: Call) -> _Place:
@@ -318,11 +328,13 @@ class QwenImage21(TokenNetwork):
 
         Args:
             hidden_states: of all images, (this rank's part of the batch, tokens, channels).
-            kept: keys and values of each block in turn, (part of the batch, tokens, heads, channels).
+            kept: keys and values of each block in turn, (part of the batch, tokens, heads, channels); none if
+                they are read in place.
             attention_kwargs: the scale of LoRAs, which is applied already.
         """
         share, collect = self._shared
         partition, rank = share.partition, share.communicator.rank
+        kept = kept or self._read_in_place
         assert isinstance(partition, TokenPartition)
         start, stop = partition.rows(rank)
         cutter = _Cutter(partition, rank, self._tokens, share.exchanges)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,12 +15,13 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
     QwenImage21KVCache,
 )
 from peft import LoraConfig
+from torch.utils._pytree import tree_map_only
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.collective.absent import AbsentPeers
 from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
-from distriray.parallel import engine_of
+from distriray.parallel import engine_of, graphs
 from distriray.parallel.engine import Engine
 from distriray.parallel.networks import qwen_image21
 from tests.models import TEXT_WIDTH, tiny_qwen_image21_transformer
@@ -30,6 +31,7 @@ from tests.unit.parallel.stand_in import DEVICE, StandIn
 from tests.unit.parallel.transformers import error, noise
 
 STEPS = 3
+LAYERS = 3
 BRANCHES = "cond", "uncond"
 CLOSE = 1e-6
 """Of the largest value, after as many steps: a call of the network differs by less than 3e-7."""
@@ -44,12 +46,14 @@ class Scene:
         conditions: those of condition images, which stand within the text one behind the other.
         padded: tokens at the end of the last image's text that are padding.
         text: tokens of the text before the condition images and behind them, of each branch.
+        said: which text it is.
     """
 
     image: tuple[int, int] = (6, 6)
     conditions: tuple[tuple[int, int], ...] = ()
     padded: int = 0
     text: tuple[tuple[int, int], tuple[int, int]] = field(default=((3, 4), (2, 2)))
+    said: int = 5
 
     def inputs(self, branch: int, batch: int) -> dict[str, Any]:
         """What the network is called with but for latents and timestep."""
@@ -59,7 +63,7 @@ class Scene:
         position = torch.arange(length + self.image[0] * self.image[1] // 4)
         mask = (position >= before) & (position < before + slots) | (position >= length)
         inputs = {
-            "encoder_hidden_states": noise(5 + branch, batch, length, TEXT_WIDTH),
+            "encoder_hidden_states": noise(self.said + branch, batch, length, TEXT_WIDTH),
             "img_shapes": [[*((1, *size) for size in self.conditions), (1, *self.image)]] * batch,
             "img_mask": mask.expand(batch, -1),
         }
@@ -86,8 +90,10 @@ SCENES = [PLAIN, PADDED, EDIT, PADDED_EDIT]
 def draw(network: Any, scene: Scene, keeps: bool, batch: int = 2, steps: int = STEPS) -> list[torch.Tensor]:
     """The latents after each step, with a call for each branch, as the pipeline makes them."""
     latents, references, drawn = scene.latents(batch), scene.references(batch), []
-    caches = [QwenImage21KVCache(3) if keeps else None for _ in BRANCHES]
+    latents, references = latents.to(network.device), references.to(network.device)
+    caches = [QwenImage21KVCache(LAYERS) if keeps else None for _ in BRANCHES]
     inputs = [scene.inputs(index, batch) for index in range(len(BRANCHES))]
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(network.device), inputs)
     engine = engine_of(network)
     with nullcontext() if engine is None else engine.image():
         for step in range(steps):
@@ -96,7 +102,7 @@ def draw(network: Any, scene: Scene, keeps: bool, batch: int = 2, steps: int = S
                 with network.cache_context(name):
                     predicted = network(
                         hidden_states=torch.cat([references, latents], 1),
-                        timestep=torch.full((batch,), 1 - step / steps),
+                        timestep=latents.new_full((batch,), 1 - step / steps),
                         kv_cache=cache,
                         kv_cache_mode=None if cache is None else "cached" if step else "extract",
                         return_dict=False,
@@ -201,12 +207,12 @@ def call(network: Any, mode: str, cache: Any, batch: int = 2) -> torch.Tensor:
 
 
 def test_what_one_gang_kept_another_goes_on_with() -> None:
-    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
     call(network, "extract", cache)
     expected = call(network, "cached", cache)
 
     def rank(communicator: Communicator) -> None:
-        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
         for halves in (False, True, False):
             config = ParallelConfig(exchange="sync", cfg_parallel=halves)
             parallelize(network, communicator, config)
@@ -219,7 +225,7 @@ def test_what_one_gang_kept_another_goes_on_with() -> None:
 
 def test_what_a_half_kept_is_not_taken_for_the_whole() -> None:
     def rank(communicator: Communicator) -> None:
-        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
         parallelize(network, communicator, ParallelConfig(exchange="sync", cfg_parallel=True))
         call(network, "extract", cache)
         parallelize(network, communicator, ParallelConfig(exchange="sync", cfg_parallel=False))
@@ -230,7 +236,10 @@ def test_what_a_half_kept_is_not_taken_for_the_whole() -> None:
 
 
 def test_a_cache_of_other_images_is_refused() -> None:
-    network, cache = parallelize(tiny_qwen_image21_transformer(), connect("local")), QwenImage21KVCache(3)
+    network, cache = (
+        parallelize(tiny_qwen_image21_transformer(), connect("local")),
+        QwenImage21KVCache(LAYERS),
+    )
     call(network, "extract", cache, batch=1)
     with pytest.raises(InvalidRequest, match="kv_cache of 1 images"):
         call(network, "cached", cache)
@@ -238,7 +247,7 @@ def test_a_cache_of_other_images_is_refused() -> None:
 
 def test_ranks_that_kept_something_else_are_told_so() -> None:
     def rank(communicator: Communicator) -> None:
-        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
         call(network, "extract", cache)
         kept = cache.get_layer(1).k
         assert kept is not None
@@ -266,10 +275,10 @@ def test_a_step_sends_nothing_of_the_prefix() -> None:
 
 
 def test_what_is_returned_is_of_the_images_tokens_alone_in_a_gang_of_one_too() -> None:
-    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
     expected = call(network, "extract", cache)
     parallelize(network, connect("local"))
-    ours = call(network, "extract", QwenImage21KVCache(3))
+    ours = call(network, "extract", QwenImage21KVCache(LAYERS))
     assert ours.shape[1] == 36 < expected.shape[1] and torch.equal(ours, expected[:, -36:])
 
 
@@ -331,18 +340,52 @@ def test_graphs_of_kept_prefixes_outlive_an_image() -> None:
     assert 0 < made[0] == made[1] == made[2]
 
 
-def test_a_kept_prefix_that_is_large_is_not_copied_into_graphs(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("scene", "ranks", "split"), [(EDIT, 1, False), (PADDED_EDIT, 2, False), (EDIT, 2, True)]
+)
+def test_a_kept_prefix_that_is_large_is_read_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, scene: Scene, ranks: int, split: bool
 ) -> None:
+    """By graphs of its own: images whose prefixes are of one size, and not in one place, each get theirs."""
     monkeypatch.setattr(qwen_image21, "MOST_COPIED", 1000)
+    other = replace(scene, said=20)
+
+    def rank(communicator: Communicator) -> None:
+        network, engine, maker = captured(communicator, exchange="sync", cfg_parallel=split)
+        found, made = [], []
+        for each in (scene, other, scene):
+            found.append(draw(network, each, True, steps=5))
+            made.append(len(maker.made))
+        assert engine.graphs.obstacle is None
+        assert 0 < made[0] < made[1] < made[2] and all(graph.replays for graph in maker.made)
+        engine.capture_with(None)
+        for each, latents in zip((scene, other, scene), found, strict=True):
+            assert all(map(torch.equal, latents, draw(network, each, True, steps=5)))
+
+    run_in_lockstep(ranks, rank)
+
+
+@pytest.mark.parametrize(("most", "copies"), [(2**20, 2 * len(BRANCHES) * LAYERS), (1000, 0)])
+def test_a_graph_has_no_copy_of_what_it_reads_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, most: int, copies: int
+) -> None:
+    copied, own = [], graphs._copied
+
+    def watched(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tuple(tensor.shape))
+        return own(tensor)
+
+    monkeypatch.setattr(graphs, "_copied", watched)
+    monkeypatch.setattr(qwen_image21, "MOST_COPIED", most)
     network, _, maker = captured(connect("local"))
     draw(network, EDIT, True, steps=5)
-    assert not maker.made and "would copy the kept keys and values in each step" in caplog.text
+    heads = network.config.num_attention_heads, network.config.attention_head_dim
+    assert maker.made and sum(shape[2:] == heads for shape in copied) == copies, copied
 
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_step_whose_prefix_is_kept_stops_no_device(scene: Scene) -> None:
-    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
     with StandIn() as device, torch.no_grad():
         device.take(network)
         parallelize(network, AbsentPeers(0, 2, DEVICE), ParallelConfig(cfg_parallel=False))
@@ -377,7 +420,7 @@ def test_a_step_whose_prefix_is_kept_stops_no_device(scene: Scene) -> None:
 
 def test_the_scale_of_adapters_is_of_steps_whose_prefix_is_kept_too() -> None:
     def drawn(parallel: bool, scale: float) -> torch.Tensor:
-        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+        network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
         network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "img_in"], init_lora_weights=False))
         torch.manual_seed(3)
         for name, weight in network.named_parameters():
@@ -396,7 +439,7 @@ def test_the_scale_of_adapters_is_of_steps_whose_prefix_is_kept_too() -> None:
 
 
 def test_a_mask_that_is_another_is_looked_at_anew() -> None:
-    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
     parallelize(network, connect("local"))
     given = {"hidden_states": PLAIN.latents(2), "timestep": torch.full((2,), 0.5)}
     network(kv_cache=cache, kv_cache_mode="extract", **given, **PLAIN.inputs(0, 2))
@@ -406,7 +449,7 @@ def test_a_mask_that_is_another_is_looked_at_anew() -> None:
 
 
 def test_what_stands_in_the_place_of_the_forward_is_called_with_a_kept_prefix_too() -> None:
-    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(3)
+    network, cache = tiny_qwen_image21_transformer(), QwenImage21KVCache(LAYERS)
     own, modes = network.forward, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
