@@ -140,7 +140,7 @@ class ParallelConfig(BaseModel):
             for the picture then. Otherwise, and where the VAE cannot be cut, every rank decodes all of it.
         cuda_graphs: on a GPU, launch a step that was met before as a few CUDA graphs rather than kernel by
             kernel; elsewhere nothing changes.
-        max_buffer_bytes: bound on exchange buffers kept for shapes not in use.
+        max_buffer_bytes: bound on exchange buffers kept for shapes and gangs not in use.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -146,8 +146,9 @@ def share(
     )
     engine = engine_of(network)
     assert engine is not None
+    engine.give_back()  # what is kept of the gang before
     if network.device.type == "cuda":
-        torch.cuda.empty_cache()  # of the gang before
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     inputs = model.inputs_of(network, size)
     timesteps = iter([_on(network.device, model.timestep(timestep)) for timestep in range(999, 899, -1)])

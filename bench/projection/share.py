@@ -59,6 +59,7 @@ def measure_share(
     mix = config.mix
     persists = mix is None or all(map(mix.is_stale, get_args(Kind)))
     taken = _steps(unet, peers, size, steps + 2, fills_once=persists)
+    peers.close()  # nobody joins them again
     return Share(taken[0], taken[1:])
 
 

@@ -198,7 +198,7 @@ class RankSegment:
         log.error("segment %d of request %s failed", order.serial, order.request.id, exc_info=error)
         if _is_out_of_memory(error):
             self._states.pop(order.job, None)
-            self._engine.graphs.give_back()
+            self._engine.give_back()
             DEVICES[self._device.type].trim()
             request = order.request
             what = f"{request.num_images} of {request.width}x{request.height}"

@@ -154,12 +154,14 @@ class SegmentRunner:
         Raises:
             InvalidRequest: the model, or such a gang, draws no such picture.
         """
-        self._engine.join(AbsentPeers(rank, world_size, self.device), parallel)
+        peers = AbsentPeers(rank, world_size, self.device)
+        self._engine.join(peers, parallel)
         try:
             state = self._denoiser.prepare(params)
             while not state.done:
                 self._denoiser.step(state)
         finally:
+            peers.close()
             self._engine.join(self._communicators["alone"], parallel)
 
     @property

@@ -21,7 +21,7 @@ from distriray.parallel.choice import Choices, TimedStep, agreed
 from distriray.parallel.collector import Collector
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
-from distriray.parallel.exchange.cache import ExchangeCache
+from distriray.parallel.exchange.cache import ExchangeCache, ExchangeKey
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.gather import Place
@@ -108,13 +108,20 @@ class Engine:
             self._guiders.watch(pipeline)
 
     def join(self, communicator: Communicator, config: ParallelConfig) -> None:
-        """Join a gang, dropping pending signals, and the buffers of the gang before if it is another."""
+        """Join a gang, dropping pending signals.
+
+        What was laid out and captured for other gangs is kept, within `max_buffer_bytes`, until they are
+        joined again: gangs that change go back and forth between a few.
+        """
         if not self._is_in(communicator, config):
+            how = communicator.device, config.cuda_graphs
+            if self.generation == 0 or how != (self.communicator.device, self.config.cuda_graphs):
+                captures = config.cuda_graphs and communicator.device.type == "cuda"
+                self.capture_with(CudaGraphs(communicator.device) if captures else None)
+            self._exchanges.abandon()
             self.communicator = communicator
             self.config = config
             self.lags = communicator.device.type == "cuda"
-            captures = config.cuda_graphs and communicator.device.type == "cuda"
-            self.capture_with(CudaGraphs(communicator.device) if captures else None)
             self._choices = self._choices_of.setdefault(communicator, Choices())
         if self.decoder is not None:
             together = config.parallel_vae and communicator.world_size > 1
@@ -237,6 +244,11 @@ class Engine:
             )
             for rank in gang
         )
+
+    def give_back(self) -> None:
+        """Let go of memory that is kept for later: graphs', and that of gangs that were left."""
+        self.graphs.give_back()
+        self._exchanges.drop_left(self.communicator, self.config)
 
     @property
     def decodes_together(self) -> bool:
@@ -470,12 +482,18 @@ class Engine:
         if mix is None:
             branch.exchange = None
             return nullcontext(), None if call.besides else self.graphs.alone
-        # Buffers made in inference mode cannot be written outside it.
-        inference = torch.is_inference_mode_enabled()
-        part = share.part.start, share.part.stop
-        stream = self._image.stream, call.branch
-        layers = call.sample.dtype, call.besides
-        key = branch.exchange = (stream, mix, part, share.partition, *layers, inference)
+        key = branch.exchange = ExchangeKey(
+            self.communicator,
+            config,
+            self._image.stream,
+            call.branch,
+            mix,
+            (share.part.start, share.part.stop),
+            share.partition,
+            call.sample.dtype,
+            call.besides,
+            torch.is_inference_mode_enabled(),
+        )
         follows = not branch.fresh_start and key == before
         exchange = self._exchanges.use(
             key,
@@ -489,7 +507,7 @@ class Engine:
             ),
         )
         if not follows:
-            in_use = {branch.exchange for branch in self._begun}
+            in_use = {branch.exchange for branch in self._begun if branch.exchange is not None}
             self._exchanges.restart(but=in_use - {key})
             self._exchanges.evict(in_use, min(config.max_buffer_bytes, self._most_idle))
         warmup = config.warmup_of(mix)

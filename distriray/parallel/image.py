@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from distriray.config import Mix
+from distriray.parallel.exchange.cache import ExchangeKey
 from distriray.parallel.networks.base import Call
 from distriray.parallel.schedules import Element, Moment, Turn
 
@@ -56,7 +57,7 @@ class Branch:
     step: int
     fresh_start: bool = True
     warm: bool = False
-    exchange: Hashable = None
+    exchange: ExchangeKey | None = None
     mix: Mix | None = None
     needed: int = 0
     element: Element | Turn | None = None

@@ -106,7 +106,8 @@ class NetworkGraphs:
         kind = "alone" if step is None else step.kind
         if graphs is None or kind is None:
             return forward(*args, **kwargs)
-        shared = share.layout, share.partition, share.batch
+        part = share.communicator.rank, share.part.start, share.part.stop
+        shared = share.layout, share.partition, share.batch, part
         modes = self._context.new_text, torch.is_inference_mode_enabled(), self._network.switches()
         key = kind, *shared, *modes, *arithmetic()
         self.obstacle = self._obstacle(call) or graphs.failed.get(key)

@@ -69,6 +69,11 @@ class Exchange:
         buckets = 0 if self._buckets is None else self._buckets.nbytes
         return self._patch.nbytes + self._residuals.nbytes + buckets
 
+    @property
+    def broken(self) -> bool:
+        """Whether its gang is broken or closed, so that no step can follow."""
+        return self._patch.communicator.broken
+
     @contextlib.contextmanager
     def step(self, displaced: bool = False, measure_drift: bool = False) -> Iterator[Step]:
         """One step; if an exception ends it, `restart` must come before the next one.

@@ -66,6 +66,7 @@ def test_gangs_of_what_was_rehearsed_compile_nothing_and_draw_the_same(
     torch.compiler.set_stance("default")
     rehearse(gang.runners[1], config(size), facts_of(gang.runners[1]))
     assert compiler.graphs == of_one > 0, "alike blocks share what is compiled"
+    assert not any(runner._engine.buffer_bytes for runner in gang.runners), "of gangs that were never there"
     for link in ("all", "alone"):
         for side in (COMPILED, OTHER):
             fields = {"link": link, "height": side, "width": side}
