@@ -71,6 +71,10 @@ class Baked:
         Asked in every step, because pipelines change scales in the middle of an image, and hooks move
         weights. So it loops over nothing in Python: that takes a few milliseconds for SDXL.
         """
+        return self.stands() and self.is_set()
+
+    def stands(self) -> bool:
+        """Whether layers and parameters are those that they were, and where they were."""
         return (
             not any(self._empty)
             and list(map(type, self._layers)) == self._types
@@ -78,9 +82,11 @@ class Baked:
             and all(map(is_, chain.from_iterable(map(dict.values, self._held)), self._contents))
             and list(map(torch.Tensor.data_ptr, self._ordinary)) == self._addresses
             and list(map(_sign, self._unusual)) == self._signs
-            and self._plain.hold(eq)
-            and self._others.hold(_are_the_same)
         )
+
+    def is_set(self) -> bool:
+        """Whether what is set on layers that stand is what was set."""
+        return self._plain.hold(eq) and self._others.hold(_are_the_same)
 
     def _look_at(self, attributes: dict[str, Any]) -> None:
         own = {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}

@@ -200,7 +200,7 @@ class StepGraphs:
         self.recorder: Recorder | None = None
         self.failed: dict[Hashable, str] = {}
         self._maker = maker
-        self._graphs: OrderedDict[Hashable, StepGraph | None] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Hashable, ...], StepGraph | None] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
@@ -251,6 +251,13 @@ class StepGraphs:
         elif step is not None:
             step.skip()
         return graph.replay(step, leaves)
+
+    def forget(self, kinds: Callable[[Any], bool]) -> None:
+        """Drop those of some kinds."""
+        for key in [key for key in self._graphs if kinds(key[0])]:
+            del self._graphs[key]
+        for kind in list(filter(kinds, self.failed)):
+            del self.failed[kind]
 
     def clear(self) -> None:
         """Drop all."""

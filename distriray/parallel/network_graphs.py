@@ -18,6 +18,9 @@ from distriray.parallel.layers.bare import is_autocast_on
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.share import Share
 
+MOST_SETTINGS = 8
+"""Settings of a network, such as adapters in use, whose graphs are kept; those used longest ago go first."""
+
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +52,7 @@ class NetworkGraphs:
         self._context = context
         self._maker: GraphMaker | None = None
         self._made: WeakSet[StepGraphs] = WeakSet()
-        self._baked: Baked | None = None
+        self._baked: list[Baked] = []  # of layers that stand, the last one as the network is now
         self._obstacles_told: set[str] = set()
         self._under_way: _UnderWay
 
@@ -80,8 +83,8 @@ class NetworkGraphs:
 
     def begin_image(self) -> None:
         """Look anew for an obstacle: it may be gone."""
-        if self._baked is not None and self._baked.obstacle is not None:
-            self._baked = None
+        if self._baked and self._baked[-1].obstacle is not None:
+            self._baked.clear()
 
     @contextmanager
     def during(
@@ -109,8 +112,9 @@ class NetworkGraphs:
         part = share.communicator.rank, share.part.start, share.part.stop
         shared = share.layout, share.partition, share.batch, part
         modes = self._context.new_text, torch.is_inference_mode_enabled(), self._network.switches()
-        key = kind, *shared, *modes, *arithmetic()
-        self.obstacle = self._obstacle(call) or graphs.failed.get(key)
+        baked = self._as_it_is()
+        key = baked, kind, *shared, *modes, *arithmetic()
+        self.obstacle = self._obstacle(call, baked) or graphs.failed.get(key)
         if self.obstacle is None:
             return graphs.run(key, forward, step, args, kwargs, self._network.cached(call))
         if self.obstacle not in self._obstacles_told:
@@ -131,12 +135,32 @@ class NetworkGraphs:
         graphs.recorder.between(fill)
         return whole
 
-    def _obstacle(self, call: Call) -> str | None:
-        """What keeps graphs from standing for this call; those of a network that was another are dropped."""
-        baked = self._baked
-        if baked is None or (baked.obstacle is None and not baked.holds()):
-            self.drop()
-            baked = self._baked = Baked(self._network.module, self._network.replaced)
+    def _as_it_is(self) -> Baked:
+        """The network as it is now; graphs of layers that stand no more are dropped."""
+        if self._baked:
+            now = self._baked[-1]
+            if now.obstacle is not None or now.holds():
+                return now
+            if now.stands():
+                return self._set_otherwise()
+        self.drop()
+        self._baked = [Baked(self._network.module, self._network.replaced)]
+        return self._baked[-1]
+
+    def _set_otherwise(self) -> Baked:
+        """The network whose layers stand, with other settings: perhaps some that it had before."""
+        before = next((baked for baked in self._baked if baked.is_set()), None)
+        if before is not None:
+            self._baked.remove(before)
+        elif len(self._baked) == MOST_SETTINGS:
+            oldest = self._baked.pop(0)
+            for graphs in self._made:
+                graphs.forget(lambda kind: kind[0] is oldest)
+        self._baked.append(before or Baked(self._network.module, self._network.replaced))
+        return self._baked[-1]
+
+    def _obstacle(self, call: Call, baked: Baked) -> str | None:
+        """What keeps graphs from standing for this call."""
         if is_autocast_on(call.sample.device):
             return "autocast is on, and drops the weights that it has cast when it ends"
         return baked.obstacle or self._network.uncaptured(call)

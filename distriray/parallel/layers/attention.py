@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed, Projected
-from distriray.parallel.layers.bare import is_bare
+from distriray.parallel.layers.bare import is_bare, without_idle_adapters
 from distriray.parallel.layers.opaque import Opaque
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class PatchSelfAttention(_Processor):
         """Keys and values of this rank's tokens; or what they are products of, and both weights."""
         if not self.exchanges:
             return None
-        projections = attn.to_k, attn.to_v
+        projections = [without_idle_adapters(projection) for projection in (attn.to_k, attn.to_v)]
         if all(is_bare(projection, hidden_states) for projection in projections):
             return hidden_states, *(projection.weight for projection in projections)
         return tuple(projection(hidden_states) for projection in projections)

@@ -6,6 +6,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 
@@ -49,6 +50,19 @@ def is_bare(linear: nn.Module, input: torch.Tensor) -> bool:
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and not is_autocast_on(input.device)
     )
+
+
+def without_idle_adapters(linear: Any) -> Any:
+    """The layer that LoRAs are around, if none of them is in use; the layer itself if it is not so.
+
+    So a layer that is given nothing by adapters computes the same bits whether any are held or not.
+    """
+    if type(linear) is not LoraLinear or linear.merged or not has_class_forward(linear):
+        return linear
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return linear
+    in_use = not linear.disable_adapters and any(name in linear.lora_A for name in linear.active_adapters)
+    return linear if in_use else linear.base_layer
 
 
 def is_autocast_on(device: torch.device) -> bool:

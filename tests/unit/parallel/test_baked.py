@@ -16,9 +16,10 @@ from peft import LoraConfig
 from torch import nn
 
 from distriray import ParallelConfig, parallelize
-from distriray.collective import connect
-from distriray.parallel import compile_blocks, engine_of
+from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.parallel import compile_blocks, engine_of, network_graphs
 from distriray.parallel.baked import Baked
+from distriray.parallel.engine import Engine
 from tests.models import tiny_sdxl_unet
 from tests.unit.parallel.recorded import RecordedGraphs
 
@@ -223,17 +224,91 @@ def test_a_comparison_sees_what_is_set_and_what_is_exchanged() -> None:
         assert not baked.holds(), index
 
 
-def test_leaving_a_gang_lets_go_of_its_graphs() -> None:
-    unet = parallelize(tiny_sdxl_unet(), connect("local"), ParallelConfig())
+def with_adapters(
+    communicator: Communicator | None = None,
+) -> tuple[UNet2DConditionModel, RecordedGraphs, Engine]:
+    """A network with two adapters, whose steps are captured."""
+    unet = tiny_sdxl_unet()
+    for name in ("one", "other"):
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), name)
+    for index, (name, parameter) in enumerate(unet.named_parameters()):
+        if "lora" in name:
+            generator = torch.Generator().manual_seed(index)
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+    parallelize(unet, communicator or connect("local"), config)
     maker, engine = RecordedGraphs(), engine_of(unet)
     assert engine is not None
     engine.capture_with(maker)
+    return unet, maker, engine
+
+
+def image(unet: UNet2DConditionModel, engine: Engine, adapter: str, scale: float = 1.0) -> torch.Tensor:
+    unet.set_adapters([adapter], [scale])
     with engine.image():
-        for step in range(4):
-            noise(unet, step)
+        return torch.stack([noise(unet, step) for step in range(4)])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adapters_in_turn_are_captured_once(ranks: int) -> None:
+    settings = [("one", 1.0), ("other", 1.0), ("one", 0.5)]
+
+    def rank(communicator: Communicator) -> None:
+        unet, maker, engine = with_adapters(communicator)
+        found, made = [], []
+        for _ in range(4):
+            found.append([image(unet, engine, *setting) for setting in settings])
+            made.append(len(maker.made))
+        assert 0 < made[2] == made[3] and all(graph.replays for graph in maker.made)
+        engine.capture_with(None)
+        expected = [image(unet, engine, *setting) for setting in settings]
+        assert not any(torch.equal(expected[0], other) for other in expected[1:])
+        assert all(map(torch.equal, found[3], expected)) and all(map(torch.equal, found[0], expected))
+
+    run_in_lockstep(ranks, rank)
+
+
+def test_settings_that_were_used_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_graphs, "MOST_SETTINGS", 2)
+    unet, maker, engine = with_adapters()
+    assert engine.graphs.alone is not None
+
+    def captured(*setting: Any) -> int:
+        """How many graphs three images with this setting made."""
+        before = len(maker.made)
+        for _ in range(3):
+            image(unet, engine, *setting)
+        return len(maker.made) - before
+
+    each = captured("one")
+    assert captured("other") == each > 0
+    assert captured("one") == 0
+    assert captured("one", 0.5) == each
+    assert captured("one") == 0
+    assert captured("other") == each and len(engine.graphs.alone) == 2 * each
+
+
+def test_graphs_of_layers_that_stand_no_more_are_dropped() -> None:
+    unet, _, engine = with_adapters()
+    assert engine.graphs.alone is not None
+    image(unet, engine, "one")
+    image(unet, engine, "other")
+    assert len(engine.graphs.alone) > 0
+    layers = [weakref.ref(layer) for name, layer in unet.named_modules() if name.endswith("lora_A.other")]
+    unet.delete_adapters("other")
+    unet.set_adapters(["one"])
+    noise(unet, 0)
+    gc.collect()
+    assert layers and len(engine.graphs.alone) == 0 and not any(layer() for layer in layers)
+
+
+def test_memory_is_given_back_with_graphs() -> None:
+    unet, maker, engine = with_adapters()
+    image(unet, engine, "one")
     graph = weakref.ref(maker.made.pop())
-    assert graph() is not None
     maker.made.clear()
     parallelize(unet, connect("local"), ParallelConfig())
+    assert graph() is not None, "another gang of one can do the same steps"
+    engine.give_back()
     gc.collect()
     assert graph() is None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.utils import parametrize
 
 from distriray.parallel.exchange.own import Computed, Projected
-from distriray.parallel.layers.bare import is_bare
+from distriray.parallel.layers.bare import is_bare, without_idle_adapters
 from tests.unit.parallel.stand_in import OnDevice, StandIn
 
 TOKENS, INPUT, CHANNELS = 6, 8, 16
@@ -95,3 +98,42 @@ def test_layers_that_only_multiply_are_not_but_under_autocast() -> None:
     assert is_bare(bare(), input)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_bare(bare(), input)
+
+
+def around(linear: nn.Linear) -> LoraLinear:
+    """Two LoRAs around a layer, of which the first is in use."""
+    adapted = LoraLinear(
+        linear, "first", LoraConfig(r=2, init_lora_weights=False), r=2, init_lora_weights=False
+    )
+    adapted.update_layer("second", r=2, lora_alpha=1, config=LoraConfig(r=2))
+    adapted.set_adapter("first")
+    return adapted
+
+
+def test_adapters_that_are_not_in_use_are_passed_by() -> None:
+    linear = bare()
+    adapted = around(linear)
+    input = torch.randn(2, TOKENS, INPUT)
+    assert without_idle_adapters(linear) is linear
+    assert without_idle_adapters(adapted) is adapted and not torch.equal(adapted(input), linear(input))
+    for idle in (lambda: adapted.set_adapter([]), lambda: adapted.enable_adapters(False)):
+        idle()
+        assert without_idle_adapters(adapted) is linear and torch.equal(adapted(input), linear(input))
+    adapted.enable_adapters(True)
+    adapted.set_adapter("second")
+    assert without_idle_adapters(adapted) is adapted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda adapted: adapted.merge(adapter_names=["first"]),
+        lambda adapted: adapted.register_forward_hook(lambda *_: None),
+        lambda adapted: setattr(adapted, "forward", lambda input: 2 * adapted.base_layer(input)),
+    ],
+)
+def test_adapters_with_something_around_them_are_not_passed_by(change: Callable[[LoraLinear], Any]) -> None:
+    adapted = around(bare())
+    change(adapted)
+    adapted.set_adapter([])
+    assert without_idle_adapters(adapted) is adapted
