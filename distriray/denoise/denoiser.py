@@ -292,6 +292,10 @@ class Denoiser:
         finally:
             state.unsettled = None
 
+    def let_go(self, state: DenoiseState) -> None:
+        """Let go of what is kept of `state` from step to step; a further step makes it anew."""
+        self._steps.begin(state)
+
     @torch.no_grad()
     def decode(self, state: DenoiseState) -> list[Image.Image]:
         """The pictures of the latents as they are.

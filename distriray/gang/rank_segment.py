@@ -141,18 +141,21 @@ class RankSegment:
     def _steps(self, state: DenoiseState) -> SegmentEnd:
         """The steps of a segment. On a GPU the host launches one while the device is at the one before."""
         order, engine = self._order, self._engine
-        with self._mailbox.stepping():
-            while not state.done:
-                with Stopwatch(self._device) as watch:
-                    self._denoiser.step(state)
+        try:
+            with self._mailbox.stepping():
+                while not state.done:
+                    with Stopwatch(self._device) as watch:
+                        self._denoiser.step(state)
+                    self._note_launched()
+                    self._launched = watch, engine.statistics.synchronous
+                    if order.rank == 0:
+                        self._mailbox.report(state.step, state.num_steps, self._preview(state))
+                    if engine.yielding and not state.done:
+                        self._denoiser.settle(state)
+                        break
                 self._note_launched()
-                self._launched = watch, engine.statistics.synchronous
-                if order.rank == 0:
-                    self._mailbox.report(state.step, state.num_steps, self._preview(state))
-                if engine.yielding and not state.done:
-                    self._denoiser.settle(state)
-                    break
-            self._note_launched()
+        finally:
+            self._denoiser.let_go(state)  # whatever is prepared or decoded next has its room
         if engine.communicator.world_size > 1 and state.step > order.step:
             # of one step, since to read the marks of a GPU takes its host some time
             self._waited = engine.statistics.wait_s / engine.statistics.seconds
