@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,52 @@ def test_a_stage_runs_dry_and_its_failure_is_told(tmp_path: Path, monkeypatch: p
     slow = stages.Stage("slow", "timeit", "timeit -n 1 -r 1 import(time);time.sleep(9)", limit_s=0.1)
     assert not stages.done(1, bad, tmp_path, dry=True)
     assert not stages.done(2, slow, tmp_path, dry=True)
+
+
+@pytest.mark.distributed  # it starts processes
+def test_a_stage_that_is_cut_off_leaves_no_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "pathlib.Path('child').write_text(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert not stages.done(1, stages.Stage("slow", "parent", "parent", limit_s=2.0), tmp_path, dry=True)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = _runs(child)
+    if left:
+        os.kill(child, signal.SIGKILL)
+    assert not left
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.distributed  # it starts processes
+def test_stages_of_tests_run_what_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_missing.py").write_text("import something_that_is_not_installed\n")
+    (tmp_path / "test_there.py").write_text(
+        "import pathlib, pytest\n@pytest.mark.gpu\ndef test_it(): pathlib.Path('ran').touch()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    ((module, *options),) = {
+        tuple(stage.arguments.split()[:-1]) for stage in stages.STAGES[: len(stages.TESTS)]
+    }
+    arguments = " ".join((module, *options, "."))
+    assert not stages.done(1, stages.Stage("tests", arguments, arguments), tmp_path, dry=False)
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
