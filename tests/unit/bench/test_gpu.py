@@ -8,12 +8,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench.gpu import __main__ as stages
-from bench.gpu import serve
+from bench.gpu import serve, shares
 from bench.gpu.shares import COLUMNS, share, whole_step
 from bench.published import PUBLISHED, random_network
 
@@ -87,6 +88,25 @@ def test_a_rank_of_each_published_network_has_its_share_timed(name: str) -> None
     assert whole_step(model, network, size, steps=1).step_ms > 0
     timing, buffers = share(model, network, 2, size, split=False, graphs=False, steps=1)
     assert timing.step_ms > 0 and buffers > 0
+
+
+def test_a_share_that_fails_keeps_no_other_from_being_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(model: Any, network: Any, ranks: int, *options: Any) -> tuple[shares.Timing, int]:
+        if ranks == 1:
+            raise RuntimeError("not launched as graphs: something")
+        return shares.Timing(1.0, 1.0), 0
+
+    monkeypatch.setattr(shares, "random_network", lambda *options: None)
+    monkeypatch.setattr(shares, "whole_step", lambda *options: shares.Timing(1.0, 1.0))
+    monkeypatch.setattr(shares, "share", measured)
+    out = tmp_path / "shares.json"
+    command = ["shares", "--device", "cpu", "--model", "flux", "--ranks", "1", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="a gang of 1, together, kernel: not launched as graphs: something"):
+        shares.main()
+    assert [row["share of"] for row in json.loads(out.read_text())["rows"]] == ["diffusers", "a gang of 2"]
 
 
 @pytest.mark.parametrize("device", sorted(serve.SCENES))
