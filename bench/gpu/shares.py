@@ -104,6 +104,7 @@ def main() -> None:
             report.write(arguments.json)  # after each row: what was measured is kept if time runs out
 
     alone = {}
+    failed: list[str] = []
     for size in arguments.sizes:
         alone[size] = whole_step(model, network, size, arguments.steps)
         add(size, "diffusers", "together", "kernel", alone[size], 0)
@@ -114,12 +115,19 @@ def main() -> None:
             compile_blocks(network, "inductor" if on_gpu else "eager")
         for split, graphs in product((True, False), (False, True) if on_gpu else (False,)):
             if not split or (ranks % 2 == 0 and model.splits):
-                with many_shapes():
-                    timing, buffers = share(model, network, ranks, size, split, graphs, arguments.steps)
                 guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
                 launched += ", compiled" * compiled
+                try:
+                    with many_shapes():
+                        timing, buffers = share(model, network, ranks, size, split, graphs, arguments.steps)
+                except RuntimeError as error:  # no graph, or no memory: the rows that follow are measured
+                    failed.append(f"{size}x{size}, a gang of {ranks}, {guidance}, {launched}: {error}")
+                    print(failed[-1], flush=True)
+                    continue
                 add(size, f"a gang of {ranks}", guidance, launched, timing, buffers)
     report.print()
+    if failed:
+        raise SystemExit("\n".join(("not measured:", *failed)))
 
 
 def whole_step(model: Published, network: Any, size: int, steps: int) -> Timing:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench.gpu import __main__ as stages
-from bench.gpu import serve
+from bench.gpu import serve, shares
 from bench.gpu.shares import COLUMNS, share, whole_step
 from bench.published import PUBLISHED, random_network
 
@@ -29,6 +33,52 @@ def test_a_stage_runs_dry_and_its_failure_is_told(tmp_path: Path, monkeypatch: p
     assert not stages.done(2, slow, tmp_path, dry=True)
 
 
+@pytest.mark.distributed  # it starts processes
+def test_a_stage_that_is_cut_off_leaves_no_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "pathlib.Path('child').write_text(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert not stages.done(1, stages.Stage("slow", "parent", "parent", limit_s=2.0), tmp_path, dry=True)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 5
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = _runs(child)
+    if left:
+        os.kill(child, signal.SIGKILL)
+    assert not left
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.distributed  # it starts processes
+def test_stages_of_tests_run_what_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_missing.py").write_text("import something_that_is_not_installed\n")
+    (tmp_path / "test_there.py").write_text(
+        "import pathlib, pytest\n@pytest.mark.gpu\ndef test_it(): pathlib.Path('ran').touch()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    ((module, *options),) = {
+        tuple(stage.arguments.split()[:-1]) for stage in stages.STAGES[: len(stages.TESTS)]
+    }
+    arguments = " ".join((module, *options, "."))
+    assert not stages.done(1, stages.Stage("tests", arguments, arguments), tmp_path, dry=False)
+    assert (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_rank_of_each_published_network_has_its_share_timed(name: str) -> None:
     model, size = PUBLISHED[name], 128
@@ -38,6 +88,25 @@ def test_a_rank_of_each_published_network_has_its_share_timed(name: str) -> None
     assert whole_step(model, network, size, steps=1).step_ms > 0
     timing, buffers = share(model, network, 2, size, split=False, graphs=False, steps=1)
     assert timing.step_ms > 0 and buffers > 0
+
+
+def test_a_share_that_fails_keeps_no_other_from_being_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(model: Any, network: Any, ranks: int, *options: Any) -> tuple[shares.Timing, int]:
+        if ranks == 1:
+            raise RuntimeError("not launched as graphs: something")
+        return shares.Timing(1.0, 1.0), 0
+
+    monkeypatch.setattr(shares, "random_network", lambda *options: None)
+    monkeypatch.setattr(shares, "whole_step", lambda *options: shares.Timing(1.0, 1.0))
+    monkeypatch.setattr(shares, "share", measured)
+    out = tmp_path / "shares.json"
+    command = ["shares", "--device", "cpu", "--model", "flux", "--ranks", "1", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="a gang of 1, together, kernel: not launched as graphs: something"):
+        shares.main()
+    assert [row["share of"] for row in json.loads(out.read_text())["rows"]] == ["diffusers", "a gang of 2"]
 
 
 @pytest.mark.parametrize("device", sorted(serve.SCENES))
