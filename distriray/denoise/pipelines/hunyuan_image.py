@@ -76,7 +76,7 @@ class HunyuanImage(FlowMatching):
 
     @property
     def guides(self) -> bool:
-        return self.pipeline.components[OF_ANY] is not None
+        return self._plain.guider is not None
 
     def tokens(self, text: str) -> list[Tokens]:
         """Of the language model alone: what is quoted is a part of what it reads."""
@@ -98,7 +98,7 @@ class HunyuanImage(FlowMatching):
             for name, tensor in zip(_TEXTS, read, strict=True):
                 embeds = tensor.is_floating_point()
                 values[f"{branch}{name}"] = tensor.to(self._transformer.dtype) if embeds else tensor
-        quotes = bool(values["prompt_embeds_2"].any()) and self.pipeline.components[OF_QUOTING] is not None
+        quotes = bool(values["prompt_embeds_2"].any()) and self._plain.ocr_guider is not None
         return {**values, "guider": OF_QUOTING if quotes else OF_ANY}
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ class HunyuanImage(FlowMatching):
         """
         if len(outputs) == 1:
             return outputs[0]
-        guider = self.pipeline.components[state.values["guider"]].new(
+        guider = getattr(self._plain, state.values["guider"]).new(
             guidance_scale=state.guidance_scale, guidance_rescale=state.guidance_rescale
         )
         guider.set_state(state.step, state.num_steps, state.values["timesteps"][state.step])
