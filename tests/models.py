@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import (
+    AdaptiveProjectedMixGuidance,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     ChromaPipeline,
@@ -33,6 +35,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     LongCatImagePipeline,
@@ -60,6 +64,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    ByT5Tokenizer,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -313,6 +318,23 @@ def tiny_ovis_image_transformer(seed: int = 0, **config: Any) -> OvisImageTransf
     return ready(OvisImageTransformer2DModel(**{**settings, **config}), seed)
 
 
+def tiny_hunyuan_image_transformer(seed: int = 0, **config: Any) -> HunyuanImageTransformer2DModel:
+    """HunyuanImage's layout: blocks of two streams, blocks of one, padded text and what of it is quoted."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "text_embed_dim": TEXT_WIDTH,
+        "text_embed_2_dim": TEXT_WIDTH,
+        "rope_axes_dim": (8, 8),
+    }
+    return ready(HunyuanImageTransformer2DModel(**{**settings, **config}), seed)
+
+
 def tiny_krea2_transformer(seed: int = 0, **config: Any) -> Krea2Transformer2DModel:
     """Krea 2's layout: one stream, texts refined before they join it, two query heads for each of keys."""
     settings: dict[str, Any] = {
@@ -560,7 +582,7 @@ def tiny_safety_checker() -> dict[str, Any]:
     return {"safety_checker": checker.eval(), "feature_extractor": extractor}
 
 
-def tiny_t5(seed: int, tokenizer: CLIPTokenizer, width: int) -> T5EncoderModel:
+def tiny_t5(seed: int, tokenizer: Any, width: int) -> T5EncoderModel:
     """T5's encoder for the tokens of another tokenizer, since its own needs a vocabulary."""
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2
@@ -798,6 +820,47 @@ def tiny_ovis_image(seed: int = 0) -> OvisImagePipeline:
     return pipeline
 
 
+def tiny_hunyuan_image(seed: int = 0) -> HunyuanImagePipeline:
+    """A whole HunyuanImage pipeline, with a guider for prompts that quote and one for others."""
+    guider = AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1)
+    return _tiny_hunyuan_image(seed, guider, guider.new(adaptive_projected_guidance_start_step=2))
+
+
+def tiny_hunyuan_image_distilled(seed: int = 0) -> HunyuanImagePipeline:
+    """One whose network takes the scale of guidance, and the timestep that a step goes to."""
+    return _tiny_hunyuan_image(seed, guidance_embeds=True, use_meanflow=True)
+
+
+def _tiny_hunyuan_image(
+    seed: int, guider: Any = None, ocr_guider: Any = None, **transformer: Any
+) -> HunyuanImagePipeline:
+    """With a VAE of 16 pixels to a row of latents, where the published one has 32."""
+    tokenizer, letters = tiny_qwen_tokenizer(), ByT5Tokenizer()
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=16,
+        block_out_channels=(32, 32, 32, 32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=16,
+        sample_size=64,
+        scaling_factor=0.75,
+    )
+    pipeline = HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=ready(vae, seed + 1),
+        text_encoder=tiny_qwen_vl(seed + 2, tokenizer, layers=2),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5(seed + 3, letters, TEXT_WIDTH),
+        tokenizer_2=letters,
+        transformer=tiny_hunyuan_image_transformer(seed, **transformer),
+        guider=guider,
+        ocr_guider=ocr_guider,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_krea2(seed: int = 0) -> Krea2Pipeline:
     """A Krea 2 pipeline without what encodes prompts."""
     pipeline = Krea2Pipeline(
@@ -900,13 +963,13 @@ def tiny_qwen_image21(seed: int = 0, sample_sigmas: list[float] | None = None) -
     return pipeline
 
 
-def tiny_qwen_vl(seed: int, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """The language model that Qwen-Image reads prompts with."""
+def tiny_qwen_vl(seed: int, tokenizer: Qwen2Tokenizer, layers: int = 1) -> Qwen2_5_VLForConditionalGeneration:
+    """The language model that Qwen-Image and HunyuanImage read prompts with."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
         "intermediate_size": 2 * TEXT_WIDTH,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},

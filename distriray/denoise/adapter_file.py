@@ -96,6 +96,8 @@ class AdapterFile:
                 raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, and no float")
             if not bool(torch.isfinite(tensor.float()).all()):
                 raise ValueError(f"{name} holds infinities or NaN")
+        if not hasattr(pipeline, "lora_state_dict"):
+            raise ValueError(f"diffusers' {type(pipeline).__name__} reads no LoRA")
         components = parts_of(pipeline)
         network = components.get("unet")
         options = {} if network is None else {"unet_config": network.config}

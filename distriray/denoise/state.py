@@ -28,7 +28,7 @@ class Snapshot(NamedTuple):
     """All that a step changes of a state."""
 
     step: int
-    latents: torch.Tensor
+    values: dict[str, Any]
     network_output: NetworkOutput | None
     memory: dict[str, Any]
     drawn: list[torch.Tensor]
@@ -180,16 +180,17 @@ class DenoiseState:
     def snapshot(self) -> Snapshot:
         """A snapshot with which `restore` undoes the steps that follow.
 
-        Schedulers replace the tensors they remember, and write into lists; so lists are what is copied.
+        Families and schedulers replace the tensors they remember, and schedulers write into lists; so these
+        are what is copied.
         """
         memory = {k: v.copy() if isinstance(v, list | deque) else v for k, v in vars(self.scheduler).items()}
         drawn = [generator.get_state() for generator in self.generators]
-        return Snapshot(self.step, self.latents, self.network_output, memory, drawn)
+        return Snapshot(self.step, dict(self.values), self.network_output, memory, drawn)
 
     def restore(self, before: Snapshot) -> None:
         """Be as it was when `before` was taken; that can be restored once."""
         self.step, self.network_output, self.unsettled = before.step, before.network_output, None
-        self.values["latents"] = before.latents
+        self.values = before.values
         vars(self.scheduler).clear()
         vars(self.scheduler).update(before.memory)
         for generator, drawn in zip(self.generators, before.drawn, strict=True):

@@ -1,4 +1,4 @@
-"""Guiders of diffusers' modular pipelines, which know of which branch of guidance a call is."""
+"""Guiders of diffusers' pipelines, which know of which branch of guidance a call is."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from diffusers.hooks import LayerSkipConfig
 
 from distriray.errors import UnsupportedModel
 
+_NAMES = "guider", "ocr_guider"
+"""Of the components that are guiders."""
+
 
 class Guiders:
     """The guiders of the pipelines that are watched.
 
     A modular pipeline calls its network once for each branch. It names none to the network, but tells its
-    guider before every call that it prepares the next one.
+    guider before every call that it prepares the next one. HunyuanImage's names them, and may have a second
+    guider, for prompts that quote what is to be read in the picture.
     """
 
     def __init__(self) -> None:
@@ -36,8 +40,8 @@ class Guiders:
         """
         # Of a guider that does not say; diffusers' tangential one reads an attribute that it lacks.
         with suppress(NotImplementedError, AttributeError):
-            if self._sole is not None:
-                return "cond" if self._sole.is_conditional else "uncond"
+            if len(self._guiders) == 1:
+                return "cond" if self._guiders[0].is_conditional else "uncond"
         return None
 
     def check(self) -> None:
@@ -45,24 +49,23 @@ class Guiders:
 
         It would find ours there once the image has begun, and say that it does not know it.
         """
-        if self._sole is None or not self._sole._enabled:
-            return
-        lists = (value for value in vars(self._sole).values() if isinstance(value, list))
-        if any(_leaves_attention_out(each) for each in chain.from_iterable(lists)):
-            raise UnsupportedModel(
-                f"{type(self._sole).__name__} leaves attention out of some layers, where the ranks share it; "
-                "use another guider, such as ClassifierFreeGuidance"
-            )
+        for guider in self._guiders:
+            lists = (value for value in vars(guider).values() if isinstance(value, list))
+            if guider._enabled and any(map(_leaves_attention_out, chain.from_iterable(lists))):
+                raise UnsupportedModel(
+                    f"{type(guider).__name__} leaves attention out of some layers, where the ranks share it; "
+                    "use another guider, such as ClassifierFreeGuidance"
+                )
 
     @property
-    def _sole(self) -> Any:
-        """The guider, if there is just one."""
-        guiders = [
-            guider
+    def _guiders(self) -> list[Any]:
+        """Those of the one pipeline that has any; none where there are several such pipelines."""
+        of_each = [
+            [guider for name in _NAMES if isinstance(guider := getattr(pipeline, name, None), BaseGuidance)]
             for pipeline in self._watched
-            if isinstance(guider := getattr(pipeline, "guider", None), BaseGuidance)
         ]
-        return guiders[0] if len(guiders) == 1 else None
+        guiding = [guiders for guiders in of_each if guiders]
+        return guiding[0] if len(guiding) == 1 else []
 
 
 def _leaves_attention_out(each: Any) -> bool:

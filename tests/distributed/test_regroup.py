@@ -96,7 +96,19 @@ def bereaved(rank: int, world_size: int, address: str, model: str) -> Iterator[A
 
 
 @pytest.mark.parametrize(
-    "model", sweep(["flux-dev", "chroma", "flux2-klein", "qwen-image", "qwen-image-2.1", "sd3", "z-image"])
+    "model",
+    sweep(
+        [
+            "flux-dev",
+            "chroma",
+            "flux2-klein",
+            "hunyuan-image",
+            "qwen-image",
+            "qwen-image-2.1",
+            "sd3",
+            "z-image",
+        ]
+    ),
 )
 def test_a_picture_of_a_transformer_is_whole_though_a_rank_is_killed(model: str) -> None:
     with Ranks(2, bereaved, free_address(), model) as ranks:

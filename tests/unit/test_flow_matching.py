@@ -28,6 +28,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    HunyuanImagePipeline,
     ModularPipeline,
     QwenImage21Pipeline,
     QwenImageEditPipeline,
@@ -70,6 +71,8 @@ from tests.models import (
     tiny_flux3_distilled,
     tiny_flux3_transformer,
     tiny_flux_schnell,
+    tiny_hunyuan_image,
+    tiny_hunyuan_image_distilled,
     tiny_kontext,
     tiny_qwen_image,
     tiny_qwen_image21,
@@ -107,6 +110,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux2-klein-distilled": tiny_flux2_klein_distilled,
     "flux3": tiny_flux3,
     "flux3-distilled": tiny_flux3_distilled,
+    "hunyuan-image": tiny_hunyuan_image,
+    "hunyuan-image-distilled": tiny_hunyuan_image_distilled,
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
     "qwen-image-edit": tiny_qwen_image_edit,
@@ -160,6 +165,14 @@ def plain(
         call.setdefault("negative_prompt", " ")
     if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline):
         call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
+    guiders: dict[str, Any] = {}
+    if isinstance(pipeline, HunyuanImagePipeline):
+        if pipeline.guider is None:
+            call["distilled_guidance_scale"] = call.pop("guidance_scale", 3.25)
+        else:
+            guidance = {name: call.pop(name) for name in list(call) if name.startswith("guidance_")}
+            guiders = {name: getattr(pipeline, name) for name in ("guider", "ocr_guider")}
+            pipeline.register_modules(**{name: each.new(**guidance) for name, each in guiders.items()})
     tokens: dict[str, torch.Tensor] = {}
     by_flux2 = isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline)
     if by_flux2:  # klein gives latents out as its VAE takes them
@@ -179,6 +192,7 @@ def plain(
         images = result.latents if modular and output_type == "latent" else result.images
     finally:
         pipeline.scheduler = before
+        pipeline.register_modules(**guiders)
     if output_type == "latent" and by_flux2:
         return tokens["latents"].transpose(1, 2).unflatten(2, (call["height"] // 16, call["width"] // 16))
     if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):
@@ -841,7 +855,9 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
     one, other = in_sync.draw((2, 4, 1, 2), **TALL, scheduler=scheduler)
     assert apart(one.picture, picture) <= 1 and apart(other.picture, picture) <= 1
     assert one.preview == other.preview
-    of_sixteen = isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline | QwenImage21Pipeline) or modular
+    of_sixteen = modular or isinstance(
+        pipeline, Flux2Pipeline | Flux2KleinPipeline | HunyuanImagePipeline | QwenImage21Pipeline
+    )
     assert one.preview.size == ((16, 32) if of_sixteen else (16, 40))
 
 
@@ -934,7 +950,15 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
     monkeypatch.setattr(Schedules, "read", watch)
     denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
     skip_unless_taken(denoiser, scheduler)
-    two = ("chroma", "flux2-klein", "flux3", "qwen-image", "qwen-image-edit", "qwen-image-edit-plus")
+    two = (
+        "chroma",
+        "flux2-klein",
+        "flux3",
+        "hunyuan-image",
+        "qwen-image",
+        "qwen-image-edit",
+        "qwen-image-edit-plus",
+    )
     calls = 2 if model in two else 1  # of the network, a step
     states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
     denoiser.step(states[0])
@@ -961,7 +985,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
     assert runner.terms == terms_of(ModelSpec(name=str(folder))) == denoiser.terms
     assert runner.row_unit == 16
-    assert runner.cuts_vae == (not folder.name.startswith("qwen-image"))
+    assert runner.cuts_vae == (not folder.name.startswith(("qwen-image", "hunyuan-image")))
     call = {"num_inference_steps": 3}
     asked = shown(denoiser, **call)
     outcome, _ = gang.run(seed=3, **asked)
@@ -980,7 +1004,16 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
         "flux-dev",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("chroma", "flux2-klein", "flux3", "qwen-image", "qwen-image-2.1", "sd3", "z-image")
+            for name in (
+                "chroma",
+                "flux2-klein",
+                "flux3",
+                "hunyuan-image",
+                "qwen-image",
+                "qwen-image-2.1",
+                "sd3",
+                "z-image",
+            )
         ),
     ],
 )
@@ -1174,7 +1207,9 @@ def test_guidance_of_qwen_image_is_the_pipelines(call: dict[str, Any]) -> None:
     assert torch.equal(finish(denoiser, state), expected)
 
 
-@pytest.mark.parametrize("make", [tiny_chroma, tiny_qwen_image, tiny_qwen_image21, tiny_flux3])
+@pytest.mark.parametrize(
+    "make", [tiny_chroma, tiny_qwen_image, tiny_qwen_image21, tiny_flux3, tiny_hunyuan_image]
+)
 def test_each_branch_that_has_calls_of_its_own_is_displaced_by_itself(make: Callable[[], Any]) -> None:
     def rank(communicator: Communicator) -> list[bool]:
         pipeline = parallelize(
@@ -1227,6 +1262,7 @@ def test_what_qwen_image_does_not_read_of_a_prompt_is_said() -> None:
         (tiny_flux_schnell, 254),
         (tiny_chroma, 510),
         (tiny_z_image, 464),  # 48 letters of a template are around it
+        (tiny_hunyuan_image, 854),  # 180 of one are before it
     ],
 )
 def test_a_prompt_is_said_to_be_cut_where_no_encoder_takes_all_of_it(

@@ -22,6 +22,7 @@ from distriray.routing.profile import Entry, Profile
 from tests.models import (
     tiny_chroma,
     tiny_flux2_klein,
+    tiny_hunyuan_image,
     tiny_qwen_image,
     tiny_qwen_image21,
     tiny_sd3,
@@ -38,6 +39,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd15": tiny_sd15,
     "sd3": tiny_sd3,
     "chroma": tiny_chroma,
+    "hunyuan-image": tiny_hunyuan_image,
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
     "flux2-klein": tiny_flux2_klein,
@@ -88,6 +90,13 @@ def ended(pipeline: Any, **call: Any) -> Any:
         plain(pipeline, [1], callback_on_step_end=lambda _p, _s, t, v: levels.append(float(t)) or v, **call)
         end = 1 - (levels[GUIDED - 1] + levels[GUIDED]) / 2000
         return plain(pipeline, [1], cfg_truncation=end, **call)
+    if name == "HunyuanImagePipeline":  # whose guider has a memory, too
+        guider = pipeline.guider
+        pipeline.register_modules(guider=guider.new(stop=END))
+        try:
+            return plain(pipeline, [1], **call)
+        finally:
+            pipeline.register_modules(guider=guider)
     if name in ("ChromaPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "Flux2KleinPipeline"):
         hook = pipeline.transformer.register_forward_hook(WithoutSecondCalls())
         try:

@@ -15,6 +15,7 @@ from distriray.denoise.pipelines.sizes import (
     Sizes,
     flux2_sizes,
     flux_sizes,
+    hunyuan_image_sizes,
     qwen_image21_sizes,
     qwen_image_sizes,
     sd3_sizes,
@@ -28,6 +29,7 @@ from distriray.denoise.pipelines.terms import (
     flux3_terms,
     flux_kontext_terms,
     flux_terms,
+    hunyuan_image_terms,
     qwen_image21_terms,
     qwen_image_edit_plus_terms,
     qwen_image_edit_terms,
@@ -106,6 +108,13 @@ PIPELINES: dict[str, Family] = {
     ),
     "QwenImage21": Family(
         ".qwen_image21:QwenImage21", "Qwen-Image 2.1", qwen_image21_sizes, qwen_image21_terms, _ON_NOISE
+    ),
+    "HunyuanImage": Family(
+        ".hunyuan_image:HunyuanImage",
+        "HunyuanImage 2.1",
+        hunyuan_image_sizes,
+        hunyuan_image_terms,
+        _ON_NOISE,
     ),
     "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms, _ON_NOISE_OR_PICTURE),
 }

@@ -16,6 +16,8 @@ Configs = Callable[[str], Mapping[str, Any]]
 
 That of the pipeline itself has the name `""`.
 """
+_CONFIG_FILES = {"guider": "guider_config.json"}
+"""Of components that diffusers saves with a file of another name."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ def qwen_image21_sizes(config: Configs) -> Sizes:
     return Sizes((1024, 1024), unit=32, latent_row=16)
 
 
+def hunyuan_image_sizes(config: Configs) -> Sizes:
+    """Of a transformer over patches of the latents of a VAE that says how much smaller these are."""
+    scale, patch = config("vae")["spatial_compression_ratio"], config("transformer")["patch_size"]
+    side = 64 * scale  # as diffusers has it
+    return Sizes((side, side), unit=lcm(scale * lcm(*patch), MULTIPLE_OF), latent_row=scale)
+
+
 def _packed_sizes(scale: int) -> Sizes:
     """Of a transformer that has no size of its own: diffusers takes 128 rows of latents, 1024 pixels."""
     return Sizes((128 * scale, 128 * scale), unit=lcm(2 * scale, MULTIPLE_OF), latent_row=scale)
@@ -85,4 +94,9 @@ def configs_of(pipeline: Any) -> Configs:
 
 def configs_in(folder: Path) -> Configs:
     """The configurations of the components of a saved pipeline; a damaged one raises ModelNotFound."""
-    return lambda name: read_values(folder / name / "config.json" if name else index_file(folder))
+
+    def config(name: str) -> Mapping[str, Any]:
+        file = _CONFIG_FILES.get(name, "config.json")
+        return read_values(folder / name / file if name else index_file(folder))
+
+    return config

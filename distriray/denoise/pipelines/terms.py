@@ -60,6 +60,7 @@ _NO_GUIDANCE = dict.fromkeys(
 )
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _ON_PICTURES = {**_NO_MASKS, **_NO_REFERENCES}
+_ON_TEXT_ALONE = {**_ON_PICTURES, **dict.fromkeys(("image", "strength"), "this model draws from text alone")}
 _EDITS = {
     **_NO_MASKS,
     "strength": "this model edits: it begins from noise, and is shown the image beside it in every step",
@@ -285,6 +286,27 @@ def qwen_image21_terms(config: Configs) -> Terms:
     if sigmas is None:
         return Terms(40, 1.0, ("euler",), lacks, editing=editing)
     return Terms(len(sigmas), 1.0, ("euler",), lacks, editing=editing, fixes_steps=True)
+
+
+def hunyuan_image_terms(config: Configs) -> Terms:
+    """Of HunyuanImage, as diffusers has it; of the one that was distilled as its makers use it."""
+    lacks = {
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **dict.fromkeys(
+            ("prompt_2", "negative_prompt_2"),
+            "this model's second text encoder reads what the prompt quotes",
+        ),
+        **_ON_TEXT_ALONE,
+    }
+    network = config("transformer")
+    steps = 8 if network["use_meanflow"] else 50
+    if network["guidance_embeds"]:
+        without = {name: why for name, why in _NO_GUIDANCE.items() if name != "guidance_scale"}
+        return Terms(steps, 3.25, ("euler",), {**lacks, **without}, rounds_up=True)
+    if not _has(config, "guider"):
+        return Terms(steps, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE}, rounds_up=True)
+    return Terms(steps, config("guider")["guidance_scale"], ("euler",), lacks, rounds_up=True)
 
 
 def z_image_terms(config: Configs) -> Terms:

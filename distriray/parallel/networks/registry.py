@@ -44,6 +44,7 @@ NETWORKS: dict[str, Family] = {
     "QwenImage21Transformer2DModel": Family(".qwen_image21:QwenImage21", "Qwen-Image 2.1"),
     "LongCatImageTransformer2DModel": Family(".longcat_image:LongCatImage", "LongCat-Image"),
     "OvisImageTransformer2DModel": Family(".ovis_image:OvisImage", "Ovis-Image"),
+    "HunyuanImageTransformer2DModel": Family(".hunyuan_image:HunyuanImage", "HunyuanImage 2.1"),
     "Krea2Transformer2DModel": Family(".krea2:Krea2", "Krea 2"),
     "ZImageTransformer2DModel": Family(".z_image:ZImage", "Z-Image"),
 }

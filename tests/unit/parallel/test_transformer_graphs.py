@@ -94,6 +94,7 @@ COMPILED = [
     "qwen-image",
     "flux2",
     "krea2",
+    "hunyuan-image",
     "flux3-references",
     "qwen-image-edit",
 ]

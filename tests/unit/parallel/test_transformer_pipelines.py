@@ -20,6 +20,8 @@ from tests.models import (
     tiny_flux2,
     tiny_flux3,
     tiny_flux3_distilled,
+    tiny_hunyuan_image,
+    tiny_hunyuan_image_distilled,
     tiny_kontext,
     tiny_krea2,
     tiny_longcat_image,
@@ -93,6 +95,12 @@ CASES = [
         {"prompt": "a lake", "guidance_scale": 3.0, "enable_prompt_rewrite": False, "output_type": "pt"},
         calls=2,
     ),
+    Case(
+        tiny_hunyuan_image,
+        {"prompt": "a sign that says 'lake'", "negative_prompt": "fog", "output_type": "pt"},
+        calls=2,
+    ),
+    Case(tiny_hunyuan_image_distilled, {"prompt": "a lake at dusk", "output_type": "pt"}),
     Case(tiny_ovis_image, {**EMBEDDED, **NEGATIVE, **BARE}, calls=2),
     Case(tiny_krea2, {**STACKED, "guidance_scale": 0.0, "output_type": "latent"}),
     Case(

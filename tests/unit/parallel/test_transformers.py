@@ -42,8 +42,24 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
-MASKED = ("chroma", "krea2", "pixart", "qwen-image", "qwen-image-2.1", "qwen-image-edit", "z-image")
-HALF = ("hidden_states", "encoder_hidden_states", "pooled_projections", "image_cond_hidden_states")
+MASKED = (
+    "chroma",
+    "hunyuan-image",
+    "hunyuan-image-distilled",
+    "krea2",
+    "pixart",
+    "qwen-image",
+    "qwen-image-2.1",
+    "qwen-image-edit",
+    "z-image",
+)
+HALF = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "encoder_hidden_states_2",
+    "pooled_projections",
+    "image_cond_hidden_states",
+)
 RANKS = [2, 3, 4]
 LONG = 6
 """Steps where a gang is exact to the end."""
@@ -248,6 +264,8 @@ def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(nam
         width, final = module.dim, module.all_final_layer["2-1"].linear
     elif name == "krea2":  # whose keys have half of the heads
         width, final = module.config.num_attention_heads * 16 // 2, module.final_layer.linear
+    elif name.startswith("hunyuan-image"):
+        width, final = module.config.num_attention_heads * 16, module.proj_out
     else:
         width, final = module.inner_dim, module.proj_out
     keys_values = sum(own[sequence] * 2 * width * 4 for sequence in attending)

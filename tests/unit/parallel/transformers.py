@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.models import (
     tiny_flux2_transformer,
     tiny_flux3_transformer,
     tiny_flux_transformer,
+    tiny_hunyuan_image_transformer,
     tiny_krea2_transformer,
     tiny_longcat_image_transformer,
     tiny_ovis_image_transformer,
@@ -131,6 +132,25 @@ def ovis_image(shape: Shape) -> dict[str, Any]:
     return {**packed(shape), "img_ids": positions(shape, 3), "txt_ids": torch.zeros(shape.text, 3)}
 
 
+def hunyuan_image(shape: Shape) -> dict[str, Any]:
+    """Half of the text is what the other quotes; of each the last image's end may be padding."""
+    quoted = shape.text // 2
+    texts = [replace(shape, text=tokens) for tokens in (shape.text - quoted, quoted)]
+    masks = [text_mask(each) if shape.masked else torch.ones(each.batch, each.text) for each in texts]
+    masks[0][:, 0] = 1  # a prompt is never all padding
+    return {
+        "hidden_states": noise(1, shape.batch, 16, shape.rows, shape.columns),
+        "encoder_hidden_states": noise(2, shape.batch, texts[0].text, TEXT_WIDTH),
+        "encoder_attention_mask": masks[0],
+        "encoder_hidden_states_2": noise(3, shape.batch, quoted, TEXT_WIDTH),
+        "encoder_attention_mask_2": masks[1],
+    }
+
+
+def hunyuan_image_distilled(shape: Shape) -> dict[str, Any]:
+    return {**hunyuan_image(shape), "guidance": torch.linspace(3000.0, 4000.0, shape.batch)}
+
+
 def krea2(shape: Shape) -> dict[str, Any]:
     inputs = {
         "hidden_states": noise(1, shape.batch, shape.rows * shape.columns, 16),
@@ -230,6 +250,16 @@ def _by_lists(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> t
     return -torch.stack(predicted)[:, :, 0]
 
 
+def _in_precision(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """With a timestep of the latents' precision, in which the network embeds it."""
+    return _by_name(network, timestep.to(inputs["hidden_states"].dtype), inputs)
+
+
+def _by_means(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    following = (timestep - 1000.0 / STEPS).to(inputs["hidden_states"].dtype)
+    return _in_precision(network, timestep, {**inputs, "timestep_r": following})
+
+
 def _by_steps(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
     return _by_name(network, timestep, {**inputs, "target_timestep": timestep - 1 / STEPS})
 
@@ -240,6 +270,16 @@ TRANSFORMERS = {
     "chroma": Transformer(tiny_chroma_transformer, chroma, HEADS),
     "longcat-image": Transformer(tiny_longcat_image_transformer, longcat_image, HEADS),
     "ovis-image": Transformer(tiny_ovis_image_transformer, ovis_image, HEADS),
+    "hunyuan-image": Transformer(
+        tiny_hunyuan_image_transformer, hunyuan_image, HEADS, scale=1000.0, predict=_in_precision
+    ),
+    "hunyuan-image-distilled": Transformer(
+        partial(tiny_hunyuan_image_transformer, guidance_embeds=True, use_meanflow=True),
+        hunyuan_image_distilled,
+        HEADS,
+        scale=1000.0,
+        predict=_by_means,
+    ),
     "krea2": Transformer(tiny_krea2_transformer, krea2, {**HEADS, "num_key_value_heads": 12}),
     "flux2": Transformer(tiny_flux2_transformer, flux2, HEADS),
     "flux3": Transformer(tiny_flux3_transformer, flux3, HEADS),
