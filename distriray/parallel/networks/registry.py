@@ -45,6 +45,7 @@ NETWORKS: dict[str, Family] = {
     "LongCatImageTransformer2DModel": Family(".longcat_image:LongCatImage", "LongCat-Image"),
     "OvisImageTransformer2DModel": Family(".ovis_image:OvisImage", "Ovis-Image"),
     "Krea2Transformer2DModel": Family(".krea2:Krea2", "Krea 2"),
+    "ErnieImageTransformer2DModel": Family(".ernie_image:ErnieImage", "ERNIE-Image"),
     "ZImageTransformer2DModel": Family(".z_image:ZImage", "Z-Image"),
 }
 """Every family, by the name of its networks' class."""

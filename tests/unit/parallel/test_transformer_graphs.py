@@ -93,6 +93,7 @@ COMPILED = [
     "pixart",
     "qwen-image",
     "flux2",
+    "ernie-image",
     "krea2",
     "flux3-references",
     "qwen-image-edit",
