@@ -23,6 +23,7 @@ from distriray.denoise.pipelines.sizes import (
 from distriray.denoise.pipelines.terms import (
     Terms,
     chroma_terms,
+    ernie_image_terms,
     flux2_klein_terms,
     flux2_terms,
     flux3_terms,
@@ -107,6 +108,7 @@ PIPELINES: dict[str, Family] = {
     "QwenImage21": Family(
         ".qwen_image21:QwenImage21", "Qwen-Image 2.1", qwen_image21_sizes, qwen_image21_terms, _ON_NOISE
     ),
+    "ErnieImage": Family(".ernie_image:ErnieImage", "ERNIE-Image", flux2_sizes, ernie_image_terms, _ON_NOISE),
     "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms, _ON_NOISE_OR_PICTURE),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""

@@ -287,6 +287,19 @@ def qwen_image21_terms(config: Configs) -> Terms:
     return Terms(len(sigmas), 1.0, ("euler",), lacks, editing=editing, fixes_steps=True)
 
 
+def ernie_image_terms(config: Configs) -> Terms:
+    """Of ERNIE-Image, as diffusers has it."""
+    lacks = {
+        "guidance_rescale": "ERNIE-Image's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        "strength": "this model draws from text alone",
+        **_ONE_PROMPT,
+        **_ON_PICTURES,
+        "image": "this model draws from text alone",
+    }
+    return Terms(50, 4.0, ("euler",), lacks)
+
+
 def z_image_terms(config: Configs) -> Terms:
     """Of Z-Image-Turbo, as its makers use it; nothing in a folder tells the one that was not distilled."""
     lacks = {
