@@ -21,7 +21,8 @@ _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _ONE_FILE = ".safetensors"
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 _MEND = "download the model again, or save it with save_pretrained"
-_UNUSED = ("prompt_upsampler", "prompt_upsampler_processor")  # FLUX.3's: prompts are read as they are
+_UNUSED = ("prompt_upsampler", "prompt_upsampler_processor", "pe", "pe_tokenizer")
+"""What writes prompts anew for FLUX.3 and ERNIE-Image: here they are read as they are."""
 
 
 class ModelSpec(BaseModel):
@@ -268,6 +269,8 @@ def _placed(pipeline: Any, spec: ModelSpec, device: torch.device) -> Any:
     from distriray.weights import place
 
     pipeline.set_progress_bar_config(disable=True)
+    for name in pipeline.components.keys() & set(_UNUSED):
+        setattr(pipeline, name, None)  # diffusers loads optional components whatever it is told
     return place(pipeline, device, offload_text=spec.offload_text)
 
 

@@ -22,6 +22,8 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    ErnieImagePipeline,
+    ErnieImageTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -355,6 +357,21 @@ def tiny_krea2_transformer(seed: int = 0, **config: Any) -> Krea2Transformer2DMo
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(Krea2Transformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_ernie_image_transformer(seed: int = 0, **config: Any) -> ErnieImageTransformer2DModel:
+    """ERNIE-Image's layout: one stream, tokens along the first dimension, one modulation for all blocks."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_layers": 3,
+        "ffn_hidden_size": 64,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_in_dim": TEXT_WIDTH,
+        "rope_axes_dim": (4, 6, 6),
+    }
+    return ready(ErnieImageTransformer2DModel(**{**settings, **config}), seed)
 
 
 def tiny_chroma_transformer(seed: int = 0, **config: Any) -> ChromaTransformer2DModel:
@@ -870,6 +887,20 @@ def tiny_krea2(seed: int = 0) -> Krea2Pipeline:
         tokenizer=None,
         transformer=tiny_krea2_transformer(seed),
         text_encoder_select_layers=(1, 2, 3),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_ernie_image(seed: int = 0) -> ErnieImagePipeline:
+    """A whole ERNIE-Image pipeline, without what writes prompts anew."""
+    tokenizer = tiny_qwen_tokenizer()
+    pipeline = ErnieImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_flux2_vae(seed + 1),
+        text_encoder=tiny_mistral(seed + 2, tokenizer).model,
+        tokenizer=tokenizer,
+        transformer=tiny_ernie_image_transformer(seed),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.models import (
     save,
     tiny_chroma,
+    tiny_ernie_image,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
@@ -34,6 +35,7 @@ from tests.models import (
 
 MODELS = {
     "chroma": tiny_chroma,
+    "ernie-image": tiny_ernie_image,
     "flux-dev": tiny_flux,
     "flux-kontext": tiny_kontext,
     "flux2-dev": tiny_flux2,

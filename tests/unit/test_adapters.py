@@ -34,6 +34,7 @@ from tests.adapters import Weights, random_weights, write
 from tests.models import (
     SHALLOW,
     tiny_chroma,
+    tiny_ernie_image,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
@@ -55,6 +56,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
     "chroma": tiny_chroma,
+    "ernie-image": tiny_ernie_image,
     "flux2": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
     "flux3": tiny_flux3,

@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    ErnieImagePipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -63,6 +64,8 @@ from tests.models import (
     TEXT_WIDTH,
     save,
     tiny_chroma,
+    tiny_ernie_image,
+    tiny_ernie_image_transformer,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
@@ -105,6 +108,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux-schnell": tiny_flux_schnell,
     "flux-kontext": tiny_kontext,
     "chroma": tiny_chroma,
+    "ernie-image": tiny_ernie_image,
     "flux2-dev": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
     "flux2-klein-distilled": tiny_flux2_klein_distilled,
@@ -855,9 +859,10 @@ def test_gangs_that_change_in_the_middle_draw_what_the_pipeline_draws(
     one, other = in_sync.draw((2, 4, 1, 2), **TALL, scheduler=scheduler)
     assert apart(one.picture, picture) <= 1 and apart(other.picture, picture) <= 1
     assert one.preview == other.preview
-    of_sixteen = modular or isinstance(
-        pipeline, Flux2Pipeline | Flux2KleinPipeline | HunyuanImagePipeline | QwenImage21Pipeline
+    kinds = (
+        ErnieImagePipeline | Flux2Pipeline | Flux2KleinPipeline | HunyuanImagePipeline | QwenImage21Pipeline
     )
+    of_sixteen = isinstance(pipeline, kinds) or modular
     assert one.preview.size == ((16, 32) if of_sixteen else (16, 40))
 
 
@@ -1006,6 +1011,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "chroma",
+                "ernie-image",
                 "flux2-klein",
                 "flux3",
                 "hunyuan-image",
@@ -1400,4 +1406,21 @@ def test_a_flux3_of_another_recipe_is_refused(change: Callable[[Any], None], say
     pipeline = tiny_flux3()
     change(pipeline)
     with pytest.raises(UnsupportedModel, match=f"Flux3ModularPipeline .*{says}"):
+        Denoiser(pipeline)
+
+
+def test_what_writes_prompts_of_ernie_image_anew_is_not_asked() -> None:
+    pipeline, call = tiny_ernie_image(), {"num_inference_steps": 2, **SIZE}
+    expected = plain(pipeline, [1], **call)
+    pipeline.pe, pipeline.pe_tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    with pytest.raises(ValueError, match="chat_template"):
+        plain(pipeline, [1], **call)
+    denoiser = Denoiser(pipeline)
+    assert torch.equal(finish(denoiser, begin(denoiser, [1], prompt="a lake", **call)), expected)
+
+
+def test_ernie_images_of_larger_patches_are_refused_by_name() -> None:
+    pipeline = tiny_ernie_image()
+    pipeline.transformer = tiny_ernie_image_transformer(patch_size=2)
+    with pytest.raises(UnsupportedModel, match="ErnieImageTransformer2DModel with patch_size 2"):
         Denoiser(pipeline)

@@ -21,6 +21,7 @@ from distriray.routing.latency import LatencyModel
 from distriray.routing.profile import Entry, Profile
 from tests.models import (
     tiny_chroma,
+    tiny_ernie_image,
     tiny_flux2_klein,
     tiny_hunyuan_image,
     tiny_qwen_image,
@@ -39,6 +40,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd15": tiny_sd15,
     "sd3": tiny_sd3,
     "chroma": tiny_chroma,
+    "ernie-image": tiny_ernie_image,
     "hunyuan-image": tiny_hunyuan_image,
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
@@ -82,6 +84,20 @@ class WithoutSecondCalls:
         return output
 
 
+class WithoutFirstHalves:
+    """Gives the unguided half of a network's outputs, from some step on, as it did the other.
+
+    Where both branches are one batch of which nothing can be taken out, guidance adds nothing then.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, _: Any, __: Any, output: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        self.calls += 1
+        return output if self.calls <= GUIDED else (output[0].chunk(2)[1].repeat(2, 1, 1, 1),)
+
+
 def ended(pipeline: Any, **call: Any) -> Any:
     """diffusers' own picture, with guidance in the first steps alone."""
     name = type(pipeline).__name__
@@ -97,8 +113,10 @@ def ended(pipeline: Any, **call: Any) -> Any:
             return plain(pipeline, [1], **call)
         finally:
             pipeline.register_modules(guider=guider)
-    if name in ("ChromaPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "Flux2KleinPipeline"):
-        hook = pipeline.transformer.register_forward_hook(WithoutSecondCalls())
+    by_calls = ("ChromaPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "Flux2KleinPipeline")
+    if name in (*by_calls, "ErnieImagePipeline"):
+        leaving = WithoutSecondCalls() if name in by_calls else WithoutFirstHalves()
+        hook = pipeline.transformer.register_forward_hook(leaving)
         try:
             return plain(pipeline, [1], **call)
         finally:

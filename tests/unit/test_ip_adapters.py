@@ -33,6 +33,7 @@ from tests.models import (
     SHALLOW_SD,
     save_ip_adapter,
     tiny_controlnet,
+    tiny_ernie_image,
     tiny_flux,
     tiny_flux2,
     tiny_flux2_klein,
@@ -357,7 +358,16 @@ def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [tiny_flux, tiny_flux2, tiny_flux2_klein, tiny_qwen_image, tiny_qwen_image21, tiny_sd3, tiny_z_image],
+    [
+        tiny_ernie_image,
+        tiny_flux,
+        tiny_flux2,
+        tiny_flux2_klein,
+        tiny_qwen_image,
+        tiny_qwen_image21,
+        tiny_sd3,
+        tiny_z_image,
+    ],
 )
 def test_families_that_have_none_refuse_it_by_name(make: Callable[[], Any], folder: Path) -> None:
     denoiser = Denoiser(make())

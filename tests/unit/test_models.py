@@ -19,7 +19,7 @@ from distriray.denoise import Denoiser
 from distriray.denoise.pipelines.sizes import configs_in
 from distriray.errors import ModelNotFound, UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
-from tests.models import save, tiny_flux3, tiny_sd15, tiny_sdxl
+from tests.models import save, tiny_ernie_image, tiny_flux3, tiny_sd15, tiny_sdxl
 from tests.unit.single_file import single_file
 
 
@@ -129,6 +129,16 @@ def test_weights_are_safetensors_or_nothing(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ModelNotFound, match="safetensors"):
         load_pipeline(spec, "cpu")
+
+
+def test_what_writes_prompts_anew_is_not_kept(tmp_path: Path) -> None:
+    pipeline = tiny_ernie_image()
+    pipeline.register_modules(pe=pipeline.text_encoder, pe_tokenizer=pipeline.tokenizer)
+    save(pipeline, tmp_path)
+    spec = ModelSpec(name=str(tmp_path))
+    loaded = load_pipeline(spec, "cpu")
+    assert loaded.pe is None and loaded.pe_tokenizer is None and loaded.text_encoder is not None
+    assert sizes_of(spec) == Denoiser(loaded).sizes and terms_of(spec) == Denoiser(loaded).terms
 
 
 @pytest.fixture

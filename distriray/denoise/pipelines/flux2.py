@@ -22,7 +22,7 @@ TEXT_TOKENS = 512
 
 
 class TokensInRows(FlowMatching):
-    """Common parts of FLUX.2 and 3.
+    """Common parts of FLUX.2 and 3, and of ERNIE-Image.
 
     A state's latents are tokens of 2x2 latents of the VAE, normalized, in rows. Padding of the text is
     attended to, as in the pipelines.
@@ -34,6 +34,12 @@ class TokensInRows(FlowMatching):
     vae_kind = AutoencoderKLFlux2
     max_clip_skip = 0
 
+    @property
+    def batch_norm_eps(self) -> float:
+        """What is added to the variance of the VAE's latents."""
+        eps: float = self._vae.config.batch_norm_eps
+        return eps
+
     def sigmas(self, steps: int) -> Any:
         return np.linspace(1.0, 1 / steps, steps)
 
@@ -43,9 +49,9 @@ class TokensInRows(FlowMatching):
         return tokens.transpose(1, 2).unflatten(2, sides)
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        norm, eps = self._vae.bn, self._vae.config.batch_norm_eps
+        norm = self._vae.bn
         mean, variance = (each.view(1, -1, 1, 1) for each in (norm.running_mean, norm.running_var))
-        deviation = torch.sqrt(variance + eps).to(latents)
+        deviation = torch.sqrt(variance + self.batch_norm_eps).to(latents)
         latents = Flux2Pipeline._unpatchify_latents(latents * deviation + mean.to(latents))
         return self.pictures(self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0])
 

@@ -24,6 +24,7 @@ from distriray.denoise.pipelines.sizes import (
 from distriray.denoise.pipelines.terms import (
     Terms,
     chroma_terms,
+    ernie_image_terms,
     flux2_klein_terms,
     flux2_terms,
     flux3_terms,
@@ -116,6 +117,7 @@ PIPELINES: dict[str, Family] = {
         hunyuan_image_terms,
         _ON_NOISE,
     ),
+    "ErnieImage": Family(".ernie_image:ErnieImage", "ERNIE-Image", flux2_sizes, ernie_image_terms, _ON_NOISE),
     "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms, _ON_NOISE_OR_PICTURE),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""

@@ -60,7 +60,7 @@ _NO_GUIDANCE = dict.fromkeys(
 )
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
 _ON_PICTURES = {**_NO_MASKS, **_NO_REFERENCES}
-_ON_TEXT_ALONE = {**_ON_PICTURES, **dict.fromkeys(("image", "strength"), "this model draws from text alone")}
+_ON_TEXT_ALONE = {**_ON_PICTURES, **dict.fromkeys(("strength", "image"), "this model draws from text alone")}
 _EDITS = {
     **_NO_MASKS,
     "strength": "this model edits: it begins from noise, and is shown the image beside it in every step",
@@ -307,6 +307,17 @@ def hunyuan_image_terms(config: Configs) -> Terms:
     if not _has(config, "guider"):
         return Terms(steps, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE}, rounds_up=True)
     return Terms(steps, config("guider")["guidance_scale"], ("euler",), lacks, rounds_up=True)
+
+
+def ernie_image_terms(config: Configs) -> Terms:
+    """Of ERNIE-Image, as diffusers has it."""
+    lacks = {
+        "guidance_rescale": "ERNIE-Image's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **_ON_TEXT_ALONE,
+    }
+    return Terms(50, 4.0, ("euler",), lacks)
 
 
 def z_image_terms(config: Configs) -> Terms:

@@ -128,16 +128,20 @@ def key_mask(mask: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
     return of_all_ranks(mask.bool(), image, partition)
 
 
-def of_all_ranks(text: torch.Tensor, image: torch.Tensor, partition: TokenPartition) -> torch.Tensor:
-    """Values of the text's and of the image's tokens, in the order of the ranks, each one's text first.
+def of_all_ranks(
+    text: torch.Tensor, image: torch.Tensor, partition: TokenPartition, text_first: bool = True
+) -> torch.Tensor:
+    """Values of the text's and of the image's tokens, in the order of the ranks.
 
     Args:
         text, image: (batch, tokens).
+        text_first: whether each rank's text comes before its part of the image.
 
     Returns:
         (batch, 1, 1, tokens of all ranks).
     """
     parts = []
     for rank in range(partition.world_size):
-        parts += [text[:, slice(*partition.tokens("text", rank))], image[:, slice(*partition.rows(rank))]]
+        own = [text[:, slice(*partition.tokens("text", rank))], image[:, slice(*partition.rows(rank))]]
+        parts += own if text_first else own[::-1]
     return torch.cat(parts, 1)[:, None, None]

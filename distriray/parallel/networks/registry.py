@@ -46,6 +46,7 @@ NETWORKS: dict[str, Family] = {
     "OvisImageTransformer2DModel": Family(".ovis_image:OvisImage", "Ovis-Image"),
     "HunyuanImageTransformer2DModel": Family(".hunyuan_image:HunyuanImage", "HunyuanImage 2.1"),
     "Krea2Transformer2DModel": Family(".krea2:Krea2", "Krea 2"),
+    "ErnieImageTransformer2DModel": Family(".ernie_image:ErnieImage", "ERNIE-Image"),
     "ZImageTransformer2DModel": Family(".z_image:ZImage", "Z-Image"),
 }
 """Every family, by the name of its networks' class."""

@@ -28,7 +28,7 @@ from distriray.parallel.agreement import Compared
 from distriray.parallel.layers.tokens import PatchTokenAttention, Tokens, output_of, projections_of
 from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.networks.plan import Attention, Plan
+from distriray.parallel.networks.plan import Attention, Plan, of_all_ranks
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
@@ -211,11 +211,8 @@ class _Cutter:
         """Mask of the keys of all ranks that are attended to, where each rank's come image first."""
         missing = self._partition.text - mask.shape[1]
         of_text = torch.cat((mask, mask.new_zeros(len(mask), missing)), 1)
-        parts = []
-        for rank, image in enumerate(self._partition.counts(0)):
-            own = slice(*self._partition.tokens("text", rank))
-            parts += [mask.new_ones(len(mask), image), of_text[:, own]]
-        return torch.cat(parts, 1)[:, None, None]
+        image = mask.new_ones(len(mask), self._partition.height)
+        return of_all_ranks(of_text, image, self._partition, text_first=False)
 
 
 def _cut_before(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -62,6 +63,13 @@ class OnDevice(torch.Tensor):
         return StandIn().perform(operation, args, kwargs or {})
 
 
+class _Autocast(torch.autocast):
+    """torch's own, which knows the CPU where the stand-in is meant."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == DEVICE.type else device_type, *args, **kwargs)
+
+
 class StandIn(TorchDispatchMode):
     """While it is active, tensors that are made on `DEVICE` are its own.
 
@@ -73,13 +81,16 @@ class StandIn(TorchDispatchMode):
         super().__init__()
         self.stops: list[str] = []
         self._made_on_host = _MadeOnHost()
+        self._autocast = mock.patch.object(torch, "autocast", _Autocast)
 
     def __enter__(self) -> StandIn:
         super().__enter__()
         self._made_on_host.__enter__()
+        self._autocast.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._autocast.stop()
         self._made_on_host.__exit__(*error)
         super().__exit__(*error)
 

@@ -93,6 +93,7 @@ COMPILED = [
     "pixart",
     "qwen-image",
     "flux2",
+    "ernie-image",
     "krea2",
     "hunyuan-image",
     "flux3-references",

@@ -16,6 +16,7 @@ from tests.edits import shrink
 from tests.models import (
     TEXT_WIDTH,
     tiny_chroma,
+    tiny_ernie_image,
     tiny_flux,
     tiny_flux2,
     tiny_flux3,
@@ -103,6 +104,10 @@ CASES = [
     Case(tiny_hunyuan_image_distilled, {"prompt": "a lake at dusk", "output_type": "pt"}),
     Case(tiny_ovis_image, {**EMBEDDED, **NEGATIVE, **BARE}, calls=2),
     Case(tiny_krea2, {**STACKED, "guidance_scale": 0.0, "output_type": "latent"}),
+    Case(
+        tiny_ernie_image,
+        {"prompt": "a lake at dusk", "negative_prompt": "fog", "guidance_scale": 3.0, "output_type": "pt"},
+    ),
     Case(
         tiny_qwen_image,
         {

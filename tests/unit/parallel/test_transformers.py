@@ -44,6 +44,7 @@ from tests.unit.parallel.transformers import (
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
 MASKED = (
     "chroma",
+    "ernie-image",
     "hunyuan-image",
     "hunyuan-image-distilled",
     "krea2",
@@ -57,6 +58,7 @@ HALF = (
     "hidden_states",
     "encoder_hidden_states",
     "encoder_hidden_states_2",
+    "text_bth",
     "pooled_projections",
     "image_cond_hidden_states",
 )
@@ -266,6 +268,8 @@ def test_a_step_sends_keys_and_values_of_every_layer_and_waits_once_for_each(nam
         width, final = module.config.num_attention_heads * 16 // 2, module.final_layer.linear
     elif name.startswith("hunyuan-image"):
         width, final = module.config.num_attention_heads * 16, module.proj_out
+    elif name == "ernie-image":
+        width, final = module.hidden_size, module.final_linear
     else:
         width, final = module.inner_dim, module.proj_out
     keys_values = sum(own[sequence] * 2 * width * 4 for sequence in attending)
@@ -776,3 +780,57 @@ def test_calls_of_z_image_that_are_not_cut_are_refused(fields: dict[str, Any], s
 def test_z_images_of_other_shapes_are_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedModel, match=said):
         parallelize(TRANSFORMERS["z-image"].make(**config), connect("local"))
+
+
+@pytest.mark.parametrize(
+    "config", [{"hidden_size": TEXT_WIDTH, "num_attention_heads": 1}, {"patch_size": 2}], ids=str
+)
+@pytest.mark.parametrize("cfg_parallel", [False, True])
+def test_ernie_images_without_a_projection_of_text_or_of_larger_patches_equal_one_device(
+    config: dict[str, int], cfg_parallel: bool
+) -> None:
+    transformer, shape = TRANSFORMERS["ernie-image"], Shape(6, 4, masked=True)
+    expected = draw(transformer.make(**config), transformer, shape)
+
+    def rank(communicator: Communicator) -> list[torch.Tensor]:
+        how = ParallelConfig(exchange="sync", cfg_parallel=cfg_parallel)
+        return draw(parallelize(transformer.make(**config), communicator, how), transformer, shape)
+
+    for latents in run_in_lockstep(4, rank):
+        assert max(map(error, latents, expected)) < 1e-5
+
+
+def test_ernie_image_predicts_in_the_form_that_it_is_asked_for() -> None:
+    inputs = {**TRANSFORMERS["ernie-image"].inputs(WIDE), "timestep": torch.full((2,), 500.0)}
+    network = parallelize(TRANSFORMERS["ernie-image"].make(), connect("local"))
+    ordinary = TRANSFORMERS["ernie-image"].make()
+    named, (first,) = network(**inputs), network(**inputs, return_dict=False)
+    assert torch.equal(named.sample, first)
+    assert type(named) is type(ordinary(**inputs)) and torch.equal(first, ordinary(**inputs).sample)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"text_lens": torch.tensor([7])}, r"text_lens of shape \(1,\), where there are 2 images"),
+        ({"text_bth": noise(2, 1, 7, TEXT_WIDTH)}, "text_bth of 1 texts"),
+        ({"hidden_states": noise(1, 2, 16, 5, 4)}, r"latents of \(5, 4\), which are no multiples"),
+    ],
+)
+def test_calls_of_ernie_image_whose_parts_do_not_fit_are_refused(fields: dict[str, Any], said: str) -> None:
+    transformer = TRANSFORMERS["ernie-image"]
+    network = parallelize(transformer.make(patch_size=2), connect("local"))
+    with pytest.raises(InvalidRequest, match=said):
+        step(network, transformer, {**transformer.inputs(Shape(6, 4)), **fields}, 0.5)
+
+
+def test_ranks_of_ernie_image_with_texts_of_other_lengths_are_told_so() -> None:
+    transformer = TRANSFORMERS["ernie-image"]
+
+    def rank(communicator: Communicator) -> None:
+        inputs = transformer.inputs(WIDE)
+        inputs["text_lens"] = inputs["text_lens"] - communicator.rank
+        step(parallelize(transformer.make(), communicator), transformer, inputs, 0.5)
+
+    with pytest.raises(GangMismatch, match="tokens of each text"):
+        run_in_lockstep(2, rank)

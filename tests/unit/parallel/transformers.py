@@ -16,6 +16,7 @@ from distriray.parallel import StepStatistics, engine_of
 from tests.models import (
     TEXT_WIDTH,
     tiny_chroma_transformer,
+    tiny_ernie_image_transformer,
     tiny_flux2_transformer,
     tiny_flux3_transformer,
     tiny_flux_transformer,
@@ -160,6 +161,15 @@ def krea2(shape: Shape) -> dict[str, Any]:
     return {**inputs, "encoder_attention_mask": text_mask(shape).bool()} if shape.masked else inputs
 
 
+def ernie_image(shape: Shape) -> dict[str, Any]:
+    mask = text_mask(shape) if shape.masked else torch.ones(shape.batch, shape.text, dtype=torch.long)
+    return {
+        "hidden_states": noise(1, shape.batch, 16, shape.rows, shape.columns),
+        "text_bth": noise(2, shape.batch, shape.text, TEXT_WIDTH),
+        "text_lens": mask.sum(1),
+    }
+
+
 def flux2(shape: Shape) -> dict[str, Any]:
     return {
         **packed(shape),
@@ -281,6 +291,9 @@ TRANSFORMERS = {
         predict=_by_means,
     ),
     "krea2": Transformer(tiny_krea2_transformer, krea2, {**HEADS, "num_key_value_heads": 12}),
+    "ernie-image": Transformer(
+        tiny_ernie_image_transformer, ernie_image, {**HEADS, "hidden_size": 192}, scale=1000.0
+    ),
     "flux2": Transformer(tiny_flux2_transformer, flux2, HEADS),
     "flux3": Transformer(tiny_flux3_transformer, flux3, HEADS),
     "flux3-references": Transformer(
