@@ -27,6 +27,7 @@ from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
 from tests.distributed.ranks import run_processes
 from tests.models import tiny_qwen_image21_transformer, tiny_sdxl
+from tests.regroup import DISPLACED, REQUEST
 from tests.unit.parallel.test_qwen_image21 import EDIT
 from tests.unit.parallel.test_qwen_image21 import draw as draw_kept
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
@@ -151,6 +152,30 @@ def test_captured_steps_behind_a_kept_prefix_draw_what_they_draw_without(
         return captured, launched
 
     for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
+        assert all(map(torch.equal, captured, launched))
+
+
+def test_gangs_that_are_joined_in_turn_draw_with_graphs_what_they_draw_without() -> None:
+    def rank(communicator: Communicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        gangs = communicator, connect("local", device=communicator.device)
+
+        def tours(graphs: bool) -> list[torch.Tensor]:
+            config = DISPLACED.model_copy(update={"cuda_graphs": graphs})
+            pipeline = parallelize(tiny_sdxl().to(communicator.device), gangs[1], config)
+            denoiser, drawn = Denoiser(pipeline), []
+            for _ in range(4):
+                state = denoiser.prepare(SamplingParams(**REQUEST))
+                for gang in gangs * 2:
+                    parallelize(pipeline, gang, config)
+                    for _ in range(state.num_steps // 4):
+                        denoiser.step(state)
+                    denoiser.settle(state)
+                drawn.append(state.latents)
+            return drawn
+
+        return tours(True), tours(False)
+
+    for captured, launched in run_in_lockstep(2, rank, "cuda"):
         assert all(map(torch.equal, captured, launched))
 
 
