@@ -71,7 +71,7 @@ class Baked:
         Asked in every step, because pipelines change scales in the middle of an image, and hooks move
         weights. So it loops over nothing in Python: that takes a few milliseconds for SDXL.
         """
-        return self.stands() and self.is_set()
+        return self.stands() and self._plain.hold(eq) and self._others.hold(_are_the_same)
 
     def stands(self) -> bool:
         """Whether layers and parameters are those that they were, and where they were."""
@@ -83,10 +83,6 @@ class Baked:
             and list(map(torch.Tensor.data_ptr, self._ordinary)) == self._addresses
             and list(map(_sign, self._unusual)) == self._signs
         )
-
-    def is_set(self) -> bool:
-        """Whether what is set on layers that stand is what was set."""
-        return self._plain.hold(eq) and self._others.hold(_are_the_same)
 
     def _look_at(self, attributes: dict[str, Any]) -> None:
         own = {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}

@@ -149,7 +149,7 @@ class NetworkGraphs:
 
     def _set_otherwise(self) -> Baked:
         """The network whose layers stand, with other settings: perhaps some that it had before."""
-        before = next((baked for baked in self._baked if baked.is_set()), None)
+        before = next((baked for baked in self._baked if baked.holds()), None)
         if before is not None:
             self._baked.remove(before)
         elif len(self._baked) == MOST_SETTINGS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import weakref
@@ -300,6 +301,27 @@ def test_graphs_of_layers_that_stand_no_more_are_dropped() -> None:
     noise(unet, 0)
     gc.collect()
     assert layers and len(engine.graphs.alone) == 0 and not any(layer() for layer in layers)
+
+
+def test_a_setting_that_comes_back_with_something_more_is_another() -> None:
+    def steps(graphs: bool) -> list[torch.Tensor]:
+        unet, _, engine = with_adapters()
+        if not graphs:
+            engine.capture_with(None)
+        image(unet, engine, "one")
+        attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        first, second = attention.processor, copy.copy(attention.processor)
+        found = []
+        for processor in (first, second):
+            attention.processor = processor
+            found += [image(unet, engine, "one") for _ in range(3)]
+        own, first.attend = first.attend, lambda *args: 2 * own(*args)
+        attention.processor = first
+        return [*found, image(unet, engine, "one")]
+
+    with_graphs, without = steps(True), steps(False)
+    assert not torch.equal(without[0], without[-1])
+    assert all(map(torch.equal, with_graphs, without))
 
 
 def test_memory_is_given_back_with_graphs() -> None:
