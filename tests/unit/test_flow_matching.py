@@ -196,7 +196,8 @@ def plain(
         images = result.latents if modular and output_type == "latent" else result.images
     finally:
         pipeline.scheduler = before
-        pipeline.register_modules(**guiders)
+        if guiders:  # modular pipelines have no such method
+            pipeline.register_modules(**guiders)
     if output_type == "latent" and by_flux2:
         return tokens["latents"].transpose(1, 2).unflatten(2, (call["height"] // 16, call["width"] // 16))
     if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):
