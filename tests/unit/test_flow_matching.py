@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ from distriray.picture import Picture
 from distriray.references import LOOKED_AT, Editing, Reference
 from distriray.requests import GenerationRequest, SamplingParams
 from tests.edits import SHOWN, shown, shrink
+from tests.guiding import guiders_with
 from tests.models import (
     TEXT_WIDTH,
     save,
@@ -169,14 +171,13 @@ def plain(
         call.setdefault("negative_prompt", " ")
     if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline):
         call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
-    guiders: dict[str, Any] = {}
+    guiding: AbstractContextManager[None] = nullcontext()
     if isinstance(pipeline, HunyuanImagePipeline):
         if pipeline.guider is None:
             call["distilled_guidance_scale"] = call.pop("guidance_scale", 3.25)
         else:
             guidance = {name: call.pop(name) for name in list(call) if name.startswith("guidance_")}
-            guiders = {name: getattr(pipeline, name) for name in ("guider", "ocr_guider")}
-            pipeline.register_modules(**{name: each.new(**guidance) for name, each in guiders.items()})
+            guiding = guiders_with(pipeline, **guidance)
     tokens: dict[str, torch.Tensor] = {}
     by_flux2 = isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline)
     if by_flux2:  # klein gives latents out as its VAE takes them
@@ -186,18 +187,17 @@ def plain(
     modular = isinstance(pipeline, ModularPipeline)
     try:
         given = by_guider(pipeline, **call) if modular else call
-        result = pipeline(
-            prompt="a lake",
-            num_images_per_prompt=len(seeds),
-            generator=generators(seeds),
-            output_type="pt" if modular and output_type == "latent" else output_type,
-            **given,
-        )
+        with guiding:
+            result = pipeline(
+                prompt="a lake",
+                num_images_per_prompt=len(seeds),
+                generator=generators(seeds),
+                output_type="pt" if modular and output_type == "latent" else output_type,
+                **given,
+            )
         images = result.latents if modular and output_type == "latent" else result.images
     finally:
         pipeline.scheduler = before
-        if guiders:  # modular pipelines have no such method
-            pipeline.register_modules(**guiders)
     if output_type == "latent" and by_flux2:
         return tokens["latents"].transpose(1, 2).unflatten(2, (call["height"] // 16, call["width"] // 16))
     if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):

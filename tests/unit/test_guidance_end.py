@@ -19,6 +19,7 @@ from distriray.gang.config import HostConfig
 from distriray.requests import GenerationRequest
 from distriray.routing.latency import LatencyModel
 from distriray.routing.profile import Entry, Profile
+from tests.guiding import guiders_with
 from tests.models import (
     tiny_chroma,
     tiny_ernie_image,
@@ -107,12 +108,8 @@ def ended(pipeline: Any, **call: Any) -> Any:
         end = 1 - (levels[GUIDED - 1] + levels[GUIDED]) / 2000
         return plain(pipeline, [1], cfg_truncation=end, **call)
     if name == "HunyuanImagePipeline":  # whose guider has a memory, too
-        guider = pipeline.guider
-        pipeline.register_modules(guider=guider.new(stop=END))
-        try:
+        with guiders_with(pipeline, stop=END):
             return plain(pipeline, [1], **call)
-        finally:
-            pipeline.register_modules(guider=guider)
     by_calls = ("ChromaPipeline", "QwenImagePipeline", "QwenImage21Pipeline", "Flux2KleinPipeline")
     if name in (*by_calls, "ErnieImagePipeline"):
         leaving = WithoutSecondCalls() if name in by_calls else WithoutFirstHalves()

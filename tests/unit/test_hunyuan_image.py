@@ -16,6 +16,7 @@ from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel, UnusableAdapter
 from distriray.models import ModelSpec
 from tests.adapters import write
+from tests.guiding import guiders_with
 from tests.models import save, tiny_hunyuan_image, tiny_hunyuan_image_distilled
 from tests.unit.test_denoise import SIZE, begin, failing_at_the_end, finish, generators
 
@@ -31,11 +32,8 @@ def pipeline() -> Any:
 
 def drawn_by_diffusers(pipeline: Any, prompt: str, **call: Any) -> torch.Tensor:
     """Of two images, by guiders with what is said of guidance, which the pipeline has again afterwards."""
-    names = [name for name in ("guider", "ocr_guider") if getattr(pipeline, name) is not None]
     guidance = {name: call.pop(name) for name in list(call) if name.startswith("guidance_")}
-    guiders = {name: getattr(pipeline, name) for name in names}
-    pipeline.register_modules(**{name: each.new(**guidance) for name, each in guiders.items()})
-    try:
+    with guiders_with(pipeline, **guidance):
         latents: torch.Tensor = pipeline(
             prompt,
             num_inference_steps=STEPS,
@@ -45,8 +43,6 @@ def drawn_by_diffusers(pipeline: Any, prompt: str, **call: Any) -> torch.Tensor:
             **SIZE,
             **call,
         ).images
-    finally:
-        pipeline.register_modules(**guiders)
     return latents
 
 
