@@ -273,6 +273,8 @@ class Denoiser:
         state.step += 1
         state.unsettled = None if engine is None or engine.settled else snapshot
         self._last, self._last_at = weakref.ref(state), (state.step, self._gang)
+        if state.done:
+            self.let_go(state)  # decoding has the room
 
     def settle(self, state: DenoiseState) -> None:
         """Wait until the last step of `state` is known to have gone well. All ranks alike.

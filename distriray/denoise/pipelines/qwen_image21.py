@@ -109,8 +109,6 @@ class QwenImage21(ShowsMegapixels):
             return output[:, -tokens.shape[1] :]
 
         output = guided_calls(self.branches(state, call), state.guidance_scale)
-        if state.step + 1 == state.num_steps:
-            self._kept.clear()  # decoding has their room
         output = self.unpack(output, state.height, state.width)
         return self.advanced(state, output), output
 
