@@ -14,6 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PipelineSteps, check_pixels
+from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
 
@@ -233,3 +234,36 @@ class FlowMatching(PipelineSteps):
         timesteps, _ = self._img2img.get_timesteps(steps, commission.strength, device)
         commission.check_timesteps(timesteps)
         return timesteps
+
+
+class GuidedInOneCall(FlowMatching):
+    """A family whose network has both branches of guidance in one call.
+
+    A state keeps their texts as one batch [unconditional, conditional].
+
+    Attributes:
+        texts: names of the values that are texts, by the network's name for each.
+    """
+
+    texts: ClassVar[dict[str, str]]
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self._conditional = ConditionalHalf()
+
+    def begin(self, state: DenoiseState) -> None:
+        self._conditional.forget()
+
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        has_branches = state.guidance_scale > 1.0
+        is_guided = has_branches and not state.guidance_over
+        texts = {argument: state.values[name] for argument, name in self.texts.items()}
+        if has_branches and not is_guided:
+            texts = {argument: self._conditional.of(state, name) for argument, name in self.texts.items()}
+        sample = torch.cat([state.latents] * 2) if is_guided else state.latents
+        output = self._transformer(
+            hidden_states=sample, timestep=self.timestep(state, len(sample)), return_dict=False, **texts
+        )[0]
+        if is_guided:
+            output = guided(output, state)
+        return self.advanced(state, output), output

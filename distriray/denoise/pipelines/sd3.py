@@ -8,28 +8,19 @@ import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
-from distriray.denoise.pipelines.flow import FlowMatching
-from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
-from distriray.denoise.state import DenoiseState
+from distriray.denoise.pipelines.flow import GuidedInOneCall
 from distriray.errors import InvalidRequest
 
 T5_TOKENS = 256
 
 
-class StableDiffusion3(FlowMatching):
-    """A pipeline with two CLIP encoders, and T5 or none.
-
-    A state keeps the embeddings of both guidance branches as one batch [unconditional, conditional], which
-    goes through the network in one call.
-    """
+class StableDiffusion3(GuidedInOneCall):
+    """A pipeline with two CLIP encoders, and T5 or none."""
 
     kinds = (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional_parts = ("text_encoder_3", "tokenizer_3")
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        self._conditional = ConditionalHalf()
+    texts = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
 
     @property
     def max_clip_skip(self) -> int:
@@ -88,24 +79,3 @@ class StableDiffusion3(FlowMatching):
             pictures, timesteps, len(pictures), 1, dtype, device, generators
         )
         return {"latents": latents}
-
-    def begin(self, state: DenoiseState) -> None:
-        self._conditional.forget()
-
-    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        has_branches = state.guidance_scale > 1.0
-        is_guided = has_branches and not state.guidance_over
-        texts = {name: state.values[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
-        if has_branches and not is_guided:
-            texts = {name: self._conditional.of(state, name) for name in texts}
-        sample = torch.cat([state.latents] * 2) if is_guided else state.latents
-        output = self._transformer(
-            hidden_states=sample,
-            timestep=self.timestep(state, len(sample)),
-            encoder_hidden_states=texts["prompt_embeds"],
-            pooled_projections=texts["pooled_prompt_embeds"],
-            return_dict=False,
-        )[0]
-        if is_guided:
-            output = guided(output, state)
-        return self.advanced(state, output), output
