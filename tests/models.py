@@ -1065,3 +1065,16 @@ def _without_text_encoder(kind: Any, vae: Any, transformer: Any, scheduler: Any)
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+WITHOUT_UNET = (
+    tiny_ernie_image,
+    tiny_flux,
+    tiny_flux2,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_qwen_image21,
+    tiny_sd3,
+    tiny_z_image,
+)
+"""Pipelines of families that ControlNets and IP-Adapters are not for here."""

@@ -31,17 +31,10 @@ from distriray.requests import SamplingParams
 from tests.models import (
     SHALLOW,
     SHALLOW_SD,
+    WITHOUT_UNET,
     tiny_controlnet,
-    tiny_ernie_image,
-    tiny_flux,
-    tiny_flux2,
-    tiny_flux2_klein,
-    tiny_qwen_image,
-    tiny_qwen_image21,
-    tiny_sd3,
     tiny_sd15,
     tiny_sdxl,
-    tiny_z_image,
 )
 from tests.parameters import pairwise, sweep
 from tests.regroup import drawn, drawn_in_turn
@@ -257,19 +250,7 @@ def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:
         Denoiser(MODELS["sdxl"][0]()).prepare(params(*ONE))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        tiny_ernie_image,
-        tiny_flux,
-        tiny_flux2,
-        tiny_flux2_klein,
-        tiny_qwen_image,
-        tiny_qwen_image21,
-        tiny_sd3,
-        tiny_z_image,
-    ],
-)
+@pytest.mark.parametrize("make", WITHOUT_UNET)
 def test_families_that_have_none_refuse_it_by_name(make: Callable[[], Any], folder: Path) -> None:
     denoiser = Denoiser(make())
     with pytest.raises(UnusableControlNet, match="which draws with none here"):

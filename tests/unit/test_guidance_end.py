@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from distriray import ParallelConfig
-from distriray.denoise import Denoiser, DenoiseState
+from distriray.denoise import Denoiser
 from distriray.errors import InvalidRequest
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
@@ -33,7 +33,7 @@ from tests.models import (
     tiny_z_image,
 )
 from tests.unit.deployments.test_pool_state import FACTS
-from tests.unit.test_denoise import begin, finish
+from tests.unit.test_denoise import begin, finish, finish_through_bytes
 from tests.unit.test_flow_matching import LIKENESS, TALL, Gangs, apart, differs, plain
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -143,14 +143,11 @@ def test_guidance_that_ends_is_the_pipelines_also_through_bytes(
 ) -> None:
     denoiser = Denoiser(pipeline)
     state = begin(denoiser, [1], prompt="a lake", guidance_end=END, **CALL)
-    carried = DenoiseState.from_bytes(state.to_bytes())
+    carried = finish_through_bytes(denoiser, state)
     latents = finish(denoiser, state)
     assert differs(latents, expected[0]) <= LIKENESS
     assert differs(plain(pipeline, [1], **CALL), latents) > 1e-3, "and is another picture"
-    while not carried.done:
-        carried = DenoiseState.from_bytes(carried.to_bytes())
-        denoiser.step(carried)
-    assert torch.equal(carried.latents, latents)
+    assert torch.equal(carried, latents)
 
 
 def test_the_branch_that_guidance_goes_by_is_not_computed_after_it(pipeline: Any) -> None:
