@@ -3,9 +3,9 @@
 A step of a published network, in the dtype that it is used in, runs on torch's meta device, which knows
 shapes and computes nothing. Counted are the operations that launch something on a GPU, and the bytes that
 they read and write: for diffusers alone, and for one rank of a gang in each mode of the exchange, kernel by
-kernel; and what that rank sends. Attention counts as one launch, and group norm as its kernels
-(`distriray.parallel.kernels.fused`). Beside them stands one rank of diffusers' own context parallelism, by
-Ulysses, where the network has a plan for it.
+kernel; and what that rank sends. Attention counts as one launch, group norm and changes in few bits as their
+kernels (`distriray.parallel.kernels.fused`). Beside them stands one rank of diffusers' own context
+parallelism, by Ulysses, where the network has a plan for it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from distriray.config import AttentionMode, ExchangeMode
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
 from distriray.parallel.engine import Engine
+from distriray.parallel.exchange import residuals
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
 from distriray.parallel.schedules import Moment, Schedules
@@ -168,10 +169,13 @@ def standing_in(count: Count) -> Iterator[None]:
             (gather, "HeaderOnItsWay", Unread),
             (engines, "check_same_image", lambda *_: None),
             (Schedules, "read", lambda *_: Moment(0.0)),
-            (group_norm, "group_norm_kernels", lambda device_type: fused),
-            (fused, "_part_moments", Kernel(count, lambda args: args[:2])),
-            (fused, "_merge_parts", Kernel(count, lambda args: args[:2])),
-            (fused, "_normalize", Kernel(count, lambda args: args[:6])),
+            (group_norm, "kernels_of", lambda device_type: fused),
+            (residuals, "kernels_of", lambda device_type: fused),
+            (fused.group_norm, "_part_moments", Kernel(count, lambda args: args[:2])),
+            (fused.group_norm, "_merge_parts", Kernel(count, lambda args: args[:2])),
+            (fused.group_norm, "_normalize", Kernel(count, lambda args: args[:6])),
+            (fused.few_bits, "_encode", Kernel(count, lambda args: (*args[:3], args[1]))),
+            (fused.few_bits, "_decode", Kernel(count, lambda args: (*args[:3], args[1]))),
         ):
             patches.enter_context(patch.object(owner, name, stand_in))
         yield

@@ -51,8 +51,8 @@ class NotedPeers(AbsentPeers):
     """Peers that are absent, and every transfer with them, noted with its bytes and its time within the step.
 
     Unless it `fills`, what was received stays as it is, as if the peers' activations did not change, but for
-    the headers of gathers, which are always this rank's own. A transfer costs the rank no time, that is for a
-    model of the link to add, and what filling takes is left out.
+    the headers of gathers, which are always this rank's own where there are values. A transfer costs the rank
+    no time, that is for a model of the link to add, and what filling takes is left out.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
@@ -96,7 +96,7 @@ class NotedPeers(AbsentPeers):
             since = mark(self.device)
             super()._receive(sends, receives)
             self._filling.append((since, mark(self.device)))
-        elif len({id(flat) for flat in sends.values()}) == 1:
+        elif self.device.type != "meta" and len({id(flat) for flat in sends.values()}) == 1:
             for peer, message in receives.items():
                 if message.dtype == torch.uint8:
                     message[:HEADER].copy_(sends[peer][:HEADER])

@@ -32,7 +32,7 @@ class Carrier:
         return dict(into)
 
     def unpack(self, slot: Slot, arrived: Values) -> Values:
-        """The values of each peer in what has arrived."""
+        """The values of each peer in what has arrived, where they were to be."""
         return arrived
 
     def skip(self) -> None:
@@ -77,10 +77,13 @@ class AsResiduals(_Reconstructing):
         return {peer: messages[residual] for peer, residual in sent.items()}
 
     def room(self, slot: Slot, into: Values) -> dict[int, torch.Tensor]:
+        self._into = into
         return {
             peer: tensor.new_empty(self._received[peer].message_bytes, dtype=torch.uint8)
             for peer, tensor in into.items()
         }
 
     def unpack(self, slot: Slot, arrived: Values) -> Values:
-        return {peer: self._received[peer].decode(message) for peer, message in arrived.items()}
+        for peer, message in arrived.items():
+            self._received[peer].decode(message, self._into[peer])
+        return self._into

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 
 from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
-
-GROUP = 32
-"""Consecutive numbers that share a scale."""
+from distriray.parallel.kernels.choice import kernels_of
+from distriray.parallel.kernels.few_bits import message_bytes
 
 
 class Residual:
@@ -29,45 +27,24 @@ class Residual:
     def __init__(self, values: torch.Tensor, bits: int) -> None:
         self.values = values
         self._bits = bits
-        self._levels = 2**bits - 1
-        self._groups = -(-values.numel() // GROUP)
+        self._kernels = kernels_of(values.device.type)
 
     @property
     def message_bytes(self) -> int:
-        """Of a message: a bfloat16 scale a group, and the quantized numbers."""
-        return self._groups * (2 + GROUP * self._bits // 8)
+        """Of a message."""
+        return message_bytes(self.values.numel(), self._bits)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """The message, uint8, that brings this reconstruction nearer to `values`, at both ends."""
-        change = (values.float() - self.values.float()).flatten()
-        change = F.pad(change, (0, self._groups * GROUP - len(change))).view(self._groups, GROUP)
-        scales = (change.abs().amax(1, keepdim=True) * (2 / self._levels)).bfloat16()
-        inverse = torch.where(scales > 0, scales.float().reciprocal(), 0.0)
-        numbers = change.mul_(inverse).add_(self._levels / 2).round_().clamp_(0, self._levels).byte()
-        message = torch.cat([scales.view(torch.uint8).flatten(), self._packed(numbers).flatten()])
-        self._add(scales, numbers)
-        return message
+        return self._kernels.encode(values, self.values, self._bits)
 
-    def decode(self, message: torch.Tensor) -> torch.Tensor:
-        """The reconstruction that the sender has after it has sent `message`."""
-        scales, packed = message.split([2 * self._groups, len(message) - 2 * self._groups])
-        self._add(scales.view(torch.bfloat16).view(-1, 1), self._unpacked(packed.view(self._groups, -1)))
-        return self.values
+    def decode(self, message: torch.Tensor, into: torch.Tensor | None = None) -> None:
+        """Have the reconstruction that the sender has after it has sent `message`.
 
-    def _add(self, scales: torch.Tensor, numbers: torch.Tensor) -> None:
-        change = (numbers.float() - self._levels / 2).mul_(scales.float())
-        self.values.add_(change.view(-1)[: self.values.numel()].view(self.values.shape).to(self.values.dtype))
-
-    def _packed(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Several numbers a byte: a group's parts above each other."""
-        packed, *parts = numbers.split(GROUP * self._bits // 8, 1)
-        for index, part in enumerate(parts, 1):
-            packed = packed | (part << (index * self._bits))
-        return packed
-
-    def _unpacked(self, packed: torch.Tensor) -> torch.Tensor:
-        shifts = range(0, 8, self._bits)
-        return torch.cat([(packed >> shift) & self._levels for shift in shifts], 1)
+        Args:
+            into: where it goes too.
+        """
+        self._kernels.decode(message, self.values, self._bits, into)
 
 
 class Residuals:

@@ -257,9 +257,7 @@ class Step(ABC):
         sends = carrier.pack(slot, dict.fromkeys(peers, parts[self.rank]))
         receives = carrier.room(slot, {peer: parts[peer] for peer in peers})
         self._swap("keys_values", sends, receives)
-        for peer, values in carrier.unpack(slot, receives).items():
-            if values is not parts[peer]:
-                parts[peer].copy_(values)
+        carrier.unpack(slot, receives)
         return parts
 
     def _swap_parts(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from distriray.parallel.context import PatchContext
-from distriray.parallel.kernels.group_norm import group_norm_kernels
+from distriray.parallel.kernels.choice import kernels_of
 from distriray.parallel.layers.opaque import Opaque
 from distriray.parallel.moments import correct
 from distriray.parallel.partition import Window
 
 if TYPE_CHECKING:
     from distriray.parallel.exchange.step import Step
-    from distriray.parallel.kernels.group_norm import GroupNormKernels
+    from distriray.parallel.kernels.choice import Kernels
 
 
 class PatchGroupNorm(nn.GroupNorm, Opaque):
@@ -48,7 +48,7 @@ class PatchGroupNorm(nn.GroupNorm, Opaque):
         (input,) = inputs
         assert self.context is not None and self.context.step is not None
         step = self.context.step
-        kernels = group_norm_kernels(input.device.type)
+        kernels = kernels_of(input.device.type)
         affine = self.weight, self.bias, self.eps
         if self.window is None or not step.fuses:
             statistics, shares = self._statistics(input, step, kernels)
@@ -60,9 +60,9 @@ class PatchGroupNorm(nn.GroupNorm, Opaque):
         return output
 
     def _statistics(
-        self, input: torch.Tensor, step: Step, kernels: GroupNormKernels
+        self, input: torch.Tensor, step: Step, kernels: Kernels
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Statistics to normalize with, and the share of each of them, as `GroupNormKernels.normalize`."""
+        """Statistics to normalize with, and the share of each of them, as `Kernels.normalize`."""
         if step.statistics == "local":
             return kernels.group_statistics(input, self.num_groups)[None], None
         shares = step.shares(input)

@@ -30,6 +30,18 @@ def test_a_displaced_step_launches_and_moves_little_more_than_without_an_exchang
     assert len(sent) == 11 and buffers > 4e8
 
 
+@pytest.mark.sweep
+def test_changes_in_few_bits_take_a_launch_to_encode_and_one_a_peer_to_decode() -> None:
+    (exact, *_), (compressed, peers, _) = (
+        share(SDXL, 1024, 8, True, mode) for mode in ("sync", "compressed")
+    )
+    attentions, others = 70, 3  # guidance is split: four patches
+    assert compressed.launches == exact.launches + attentions * (1 + others)
+    assert compressed.nbytes <= 1.2 * exact.nbytes
+    sent = sum(sum(moment.sent.values()) for moment, _ in peers.marks if moment.kind == "launch")
+    assert sent < 1e8
+
+
 DEPTHS = {"flux": {"num_layers": 19, "num_single_layers": 38}, "qwen-image": {"num_layers": 60}}
 
 

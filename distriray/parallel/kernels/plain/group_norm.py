@@ -1,4 +1,4 @@
-"""Group norm by torch's operations, for every device."""
+"""Group norm by torch's operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def normalize(
     bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """`GroupNormKernels.normalize`."""
+    """`Kernels.normalize`."""
     whole = statistics[0] if shares is None else merge(statistics, shares)
     mean, variance = whole.split(1, -1)
     channels, groups = input.shape[1], whole.shape[1]

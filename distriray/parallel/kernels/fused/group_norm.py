@@ -76,7 +76,7 @@ def normalize(
     bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """`GroupNormKernels.normalize`.
+    """`Kernels.normalize`.
 
     Raises:
         ValueError: no elements.

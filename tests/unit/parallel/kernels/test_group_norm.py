@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
-from multiprocessing import get_context
 from unittest.mock import patch
 
 import pytest
@@ -18,42 +13,16 @@ from torch import nn
 from distriray.config import StatisticsMode
 from distriray.parallel.context import PatchContext
 from distriray.parallel.kernels import plain
-from distriray.parallel.kernels.group_norm import group_norm_kernels
+from distriray.parallel.kernels.choice import kernels_of
 from distriray.parallel.layers import group_norm
 from distriray.parallel.layers.group_norm import patch_group_norm
 from tests.parameters import pairwise
+from tests.unit.parallel.kernels.conftest import CUDA, Run
 from tests.unit.parallel.test_group_norm import TwoRanks
 
-Run = Callable[..., None]
-
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 # One rounding of the output; the interpreter cuts bfloat16 off instead of rounding it.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(ROUNDING)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Run]:
-    """Runs a check in a process of its own: whether Triton interprets is settled when it is imported."""
-    if find_spec("triton") is None:
-        pytest.skip("needs triton")
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        with patch.dict(os.environ, TRITON_INTERPRET="1"):
-            pool.submit(torch.set_num_threads, 1).result()  # starts the process
-        yield lambda check, *case: pool.submit(check, "cpu", *case).result()
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("interpreter", marks=pytest.mark.distributed),
-        pytest.param("cuda", marks=[pytest.mark.gpu, CUDA]),
-    ]
-)
-def run(request: pytest.FixtureRequest) -> Run:
-    """Runs a check: a function of a device and of its case."""
-    if request.param == "cuda":
-        return lambda check, *case: check("cuda", *case)
-    return request.getfixturevalue("interpreter")
 
 
 def feature_map(device: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -201,7 +170,7 @@ def check_layer(device: str, mode: StatisticsMode) -> None:
             return norm(image.to(where)).cpu(), step.everyone.cpu()
 
     expected = displaced("cpu")
-    with patch.object(group_norm, "group_norm_kernels", lambda device_type: fused):
+    with patch.object(group_norm, "kernels_of", lambda device_type: fused):
         torch.testing.assert_close(displaced(device), expected)
 
 
@@ -227,20 +196,20 @@ def test_what_has_no_statistics_is_refused(run: Run) -> None:
 
 
 def test_a_cpu_has_the_plain_kernels() -> None:
-    assert group_norm_kernels("cpu") is plain
+    assert kernels_of("cpu") is plain
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines where Triton does not work")
 def test_without_triton_the_plain_kernels_say_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert group_norm_kernels.__wrapped__("cuda") is plain
+        assert kernels_of.__wrapped__("cuda") is plain
     assert "Triton does not work here: " in caplog.text
 
 
 @CUDA
 @pytest.mark.gpu
 def test_a_gpu_has_the_fused_kernels() -> None:
-    assert group_norm_kernels("cuda").__name__.endswith("fused")  # type: ignore[attr-defined]
+    assert kernels_of("cuda").__name__.endswith("fused")  # type: ignore[attr-defined]
 
 
 @CUDA

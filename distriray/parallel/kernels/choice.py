@@ -1,4 +1,4 @@
-"""Group norm of one rank's rows, by the kernels of its device."""
+"""The kernels of a device, of what torch has no fast way for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from distriray.parallel.kernels import plain
 log = logging.getLogger(__name__)
 
 
-class GroupNormKernels(Protocol):
-    """The two halves of a group norm: between them, ranks swap statistics."""
+class Kernels(Protocol):
+    """A group norm in two halves, between which ranks swap statistics; and changes in few bits."""
 
     def group_statistics(
         self, input: torch.Tensor, groups: int, out: torch.Tensor | None = None
@@ -49,9 +49,36 @@ class GroupNormKernels(Protocol):
             weight, bias: (channels,).
         """
 
+    def encode(self, values: torch.Tensor, known: torch.Tensor, bits: int) -> torch.Tensor:
+        """The change from `known` to `values` in few bits, which is added to `known`.
+
+        Runs of `few_bits.GROUP` numbers share a scale. Whoever decodes the message into the same `known` has
+        the same bits afterwards, whichever device's kernels do it.
+
+        Args:
+            values: any shape and floating dtype.
+            known: of the same shape and dtype, contiguous.
+            bits: of a number, 2, 4 or 8.
+
+        Returns:
+            The message, uint8 of `few_bits.message_bytes`: of each group its scale, a bfloat16, and its
+            numbers, several a byte.
+        """
+
+    def decode(
+        self, message: torch.Tensor, known: torch.Tensor, bits: int, into: torch.Tensor | None = None
+    ) -> None:
+        """Add the change that `encode` has made a message of.
+
+        Args:
+            message, bits: as there.
+            known: written.
+            into: where the sum goes too, of the same shape and dtype.
+        """
+
 
 @cache
-def group_norm_kernels(device_type: str) -> GroupNormKernels:
+def kernels_of(device_type: str) -> Kernels:
     """The kernels for tensors of a type of device: Triton's on GPUs that it can serve, torch's elsewhere."""
     if device_type != "cuda":
         return plain
@@ -61,7 +88,8 @@ def group_norm_kernels(device_type: str) -> GroupNormKernels:
         fused.group_statistics(torch.zeros((1, 1, 1), device=device_type), 1)
     except Exception as error:  # no triton, no C compiler for its launchers, a GPU that is too old
         log.warning(
-            "group norms launch some 20 kernels each instead of 3, because Triton does not work here: %s: %s",
+            "group norms, and changes in few bits, launch some 20 kernels each instead of 3, because Triton "
+            "does not work here: %s: %s",
             type(error).__name__,
             error,
         )
