@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
-from distriray.config import PAPER
+from distriray.config import PAPER, ExchangeMode
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.parallel import compile_blocks, engine_of, many_shapes
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, StepGraphs
@@ -114,11 +114,13 @@ def test_steps_that_were_captured_draw_what_they_draw_without(dtype: torch.dtype
             assert torch.equal(here, there), (index, distance(here, there))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("ranks", "exchange"), [(1, "sync"), (2, "sync"), (3, "sync"), (3, "compressed")])
 @pytest.mark.parametrize("name", sorted(TRANSFORMERS.keys() - {"qwen-image-2.1"}))  # its prefix is not kept
-def test_captured_steps_of_transformers_draw_what_they_draw_without(name: str, ranks: int) -> None:
+def test_captured_steps_of_transformers_draw_what_they_draw_without(
+    name: str, ranks: int, exchange: ExchangeMode
+) -> None:
     def rank(communicator: Communicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        config = ParallelConfig(exchange="sync", cfg_parallel=False)
+        config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
         network = TRANSFORMERS[name].make(**TRANSFORMERS[name].twelve_heads).to(communicator.device)
         parallelize(network, communicator, config)
         engine = engine_of(network)

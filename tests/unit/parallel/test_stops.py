@@ -46,7 +46,7 @@ class LateHeader(HeaderOnItsWay):
         return super().read()
 
 
-@pytest.mark.parametrize("exchange", sweep(["displaced_attention", "sync", PAPER], first=2))
+@pytest.mark.parametrize("exchange", sweep(["displaced_attention", "sync", PAPER, "compressed"], first=2))
 def test_a_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, exchange: Any) -> None:
     assert _stops(monkeypatch, ParallelConfig(warmup_steps=1, exchange=exchange)) == 0
 
@@ -70,7 +70,11 @@ def test_no_scheduler_stops_the_device(monkeypatch: pytest.MonkeyPatch, schedule
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(
     ("scheduler", "exchange"),
-    [*((scheduler, "displaced") for scheduler in sorted(set(SCHEDULERS) - set(LEFT))), ("euler", "sync")],
+    [
+        *((scheduler, "displaced") for scheduler in sorted(set(SCHEDULERS) - set(LEFT))),
+        ("euler", "sync"),
+        ("euler", "compressed"),
+    ],
 )
 def test_a_gpu_is_not_stopped(scheduler: Any, exchange: Any) -> None:
     device = torch.device("cuda", 0)
