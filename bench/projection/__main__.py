@@ -105,18 +105,21 @@ def main() -> None:
 
     processes = min(2, os.cpu_count() or 1) if arguments.device == "cpu" else 1
     backend = "gloo" if arguments.device == "cpu" and processes > 1 else None  # a link, and not memory
-    found = launch(processes, measure, arguments, device=arguments.device, backend=backend)
-    rounds = [slowest(taken) for taken in zip(*found, strict=True)]
-    settings = {**vars(arguments), "links": [link.name for link in links_of(rounds, arguments)]}
+    links = ["loopback"] if processes > 1 else [link.name for link in arguments.links]
     report = Report(
         f"bench.projection: {arguments.model} in {arguments.dtype} on {device_name(arguments.device)}, one "
         f"step with guidance, and an image of {arguments.image_steps} steps",
         COLUMNS,
         seed=0,
-        settings=settings,
+        settings={**vars(arguments), "links": links},
     )
-    tabulate(report, rounds, arguments)
-    report.publish(arguments.json)
+    for size in arguments.sizes:
+        of_size = argparse.Namespace(**{**vars(arguments), "sizes": [size]})
+        found = launch(processes, measure, of_size, device=arguments.device, backend=backend)
+        tabulate(report, [slowest(taken) for taken in zip(*found, strict=True)], of_size)
+        if arguments.json:  # what is cut off has lost one size
+            report.write(arguments.json)
+    report.print()
 
 
 def links_of(rounds: list[Round], arguments: argparse.Namespace) -> list[Link]:
