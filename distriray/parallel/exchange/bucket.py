@@ -73,6 +73,7 @@ class Bucket:
     def launch(self) -> None:
         """Send this step's values, and receive the peers' for the next one, in the background."""
         self.statistics.pack()
+        self.remember()
         exchange = self._communicator.exchange
         sends = {peer: self._outbox[peer, : self._sent[peer]] for peer in self._peers if self._sent[peer]}
         receives = {

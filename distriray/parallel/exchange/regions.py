@@ -17,8 +17,8 @@ from distriray.parallel.exchange.slots import Shapes, Slot
 class Region(ABC):
     """One kind of value of a bucket's slots.
 
-    Three buffers of one layout: what arrives, what layers read, and what had arrived the step before. Without
-    prediction layers read what arrives, and nothing is kept of the step before.
+    Two buffers of one layout: what arrives, and what had arrived the step before, of which what layers read is
+    made in place. Without prediction layers read what arrives, and nothing is kept of the step before.
 
     Args:
         received: where values arrive.
@@ -31,12 +31,11 @@ class Region(ABC):
         self._weight = weight
         self._received = received
         self._readable = torch.zeros_like(received) if weight else received
-        self._previous = torch.zeros_like(received) if weight else None
 
     @property
     def prediction_bytes(self) -> int:
         """Memory for prediction, which comes on top of what is received."""
-        return 0 if self._previous is None else self._readable.nbytes + self._previous.nbytes
+        return self._readable.nbytes if self._weight else 0
 
     @abstractmethod
     def stored(self, index: int) -> dict[int, torch.Tensor]:
@@ -48,19 +47,18 @@ class Region(ABC):
             kept.copy_(everyone[rank])
 
     def remember(self) -> None:
-        """Before new values arrive, make the received ones those of the step before."""
-        if self._previous is not None:
-            self._previous.copy_(self._received)
+        """Before new values arrive, make the received ones those of the step before; layers have read theirs."""
+        if self._weight:
+            self._readable.copy_(self._received)
 
     def predict(self, extrapolates: bool) -> None:
-        """Make what layers read from what was received, and remember that."""
-        if self._previous is None:
+        """Make what layers read from what was received, and of that of the step before if it `extrapolates`."""
+        if not self._weight:
             return
         if extrapolates:
-            torch.lerp(self._previous, self._received, 1.0 + self._weight, out=self._readable)
+            self._readable.lerp_(self._received, 1.0 + self._weight)
         else:
             self._readable.copy_(self._received)
-        self.remember()
 
 
 class StatisticsRegion(Region):
@@ -90,7 +88,10 @@ class StatisticsRegion(Region):
 
     def pack(self) -> None:
         """Put this rank's row into the message to every peer."""
-        self._outbox.copy_(self._readable[self.rank].expand_as(self._outbox))
+        own = self._readable[self.rank]
+        self._outbox.copy_(own.expand_as(self._outbox))
+        if self._weight:  # nothing arrives in this row: what was last sent stays there
+            self._received[self.rank].copy_(own)
 
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         return dict(enumerate(self._arrived[index]))
@@ -98,14 +99,6 @@ class StatisticsRegion(Region):
     def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
         super().store(index, everyone)
         self._statistics[index][self.rank].copy_(everyone[self.rank])
-
-    def predict(self, extrapolates: bool) -> None:
-        if self._previous is None:
-            return
-        # Nothing arrives in this rank's row, so nothing follows from it: what was last sent stays there.
-        own = self._readable[self.rank].clone()
-        super().predict(extrapolates)
-        self._readable[self.rank].copy_(own)
 
     @staticmethod
     def _views(slots: Mapping[int, Slot], rows: torch.Tensor) -> dict[int, torch.Tensor]:
