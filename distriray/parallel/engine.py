@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -89,6 +90,7 @@ class Engine:
         self._choices = Choices()
         self._outline: Outline | None = None
         self._sums: Sums | None = None
+        self._calling = Lock()
 
     # What a user or a worker calls
 
@@ -293,7 +295,20 @@ class Engine:
                 the one before, whose output is garbage then.
             GangBroken: a peer died or hung.
             GenerationCancelled: a rank asked for it.
+            RuntimeError: another thread is calling the network.
         """
+        if not self._calling.acquire(blocking=False):
+            raise RuntimeError(
+                f"two threads call one {type(self.network.module).__name__} at a time, whose layers know one "
+                "step; take turns, or give each thread a network of its own"
+            )
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._calling.release()
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` of the one call that is under way."""
         sent = self.communicator.bytes_sent
         call = self.network.read(*args, **kwargs)
         if call.branch is None:

@@ -17,8 +17,9 @@ from distriray.parallel.exchange.slots import Shapes, Slot
 class Region(ABC):
     """One kind of value of a bucket's slots.
 
-    Two buffers of one layout: what arrives, and what had arrived the step before, of which what layers read is
-    made in place. Without prediction layers read what arrives, and nothing is kept of the step before.
+    Two buffers of one layout: what arrives, and what had arrived the step before, in whose place there is what
+    layers read, from `predict` until `remember`. Without prediction layers read what arrives, and nothing is
+    kept of the step before.
 
     Args:
         received: where values arrive.
@@ -47,12 +48,12 @@ class Region(ABC):
             kept.copy_(everyone[rank])
 
     def remember(self) -> None:
-        """Before new values arrive, make the received ones those of the step before; layers have read theirs."""
+        """Make the received values those of the step before: layers have read, and new ones arrive."""
         if self._weight:
             self._readable.copy_(self._received)
 
     def predict(self, extrapolates: bool) -> None:
-        """Make what layers read from what was received, and of that of the step before if it `extrapolates`."""
+        """Make what layers read: what was received, or what follows from that and the step before."""
         if not self._weight:
             return
         if extrapolates:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -375,3 +376,23 @@ def test_one_rank_asks_and_all_leave_after_the_same_step() -> None:
     for ranks in (1, 3):
         for outcome in run_in_lockstep(ranks, _flags):
             assert outcome == ([False, True, True], 2, True)
+
+
+def test_a_second_thread_is_refused_while_a_call_is_under_way_and_leaves_that_alone() -> None:
+    pipeline = parallelize(tiny_sdxl(), connect("local"), SYNC)
+    engine = engine_of(pipeline)
+    assert engine is not None
+    expected, compute = call(pipeline, CASE), engine.network.compute
+    refused: list[BaseException | None] = []
+
+    def another_thread_calls(*args: Any) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            refused.append(thread.submit(pipeline.unet, *[None] * 3).exception())
+        return compute(*args)
+
+    engine.network.compute = another_thread_calls  # type: ignore[method-assign]
+    assert torch.equal(call(pipeline, CASE), expected)
+    engine.network.compute = compute  # type: ignore[method-assign]
+    assert len(refused) == CASE.steps
+    assert all("two threads call one UNet2DConditionModel at a time" in str(error) for error in refused)
+    assert torch.equal(call(pipeline, CASE), expected)
