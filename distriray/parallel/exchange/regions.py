@@ -17,9 +17,9 @@ from distriray.parallel.exchange.slots import Shapes, Slot
 class Region(ABC):
     """One kind of value of a bucket's slots.
 
-    Two buffers of one layout: what arrives, and what had arrived the step before, in whose place there is what
-    layers read, from `predict` until `remember`. Without prediction layers read what arrives, and nothing is
-    kept of the step before.
+    Two buffers of one layout: what arrives, and what had arrived the step before. In the latter's place
+    is what layers read, from `predict` until `remember`. Without prediction layers read what arrives, and
+    nothing is kept of the step before.
 
     Args:
         received: where values arrive.
