@@ -507,6 +507,7 @@ class Engine:
             share.partition,
             call.sample.dtype,
             call.besides,
+            self.network.adapters_that_exchange(),
             torch.is_inference_mode_enabled(),
         )
         follows = not branch.fresh_start and key == before

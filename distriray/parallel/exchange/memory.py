@@ -102,8 +102,8 @@ class Recording(Memory):
 class Refilling(Memory):
     """Puts the values into buckets that were laid out before.
 
-    Where the layers are no longer those that the buckets were made for (a LoRA on a convolution, say, was
-    loaded or disabled since the last image), a recording takes over.
+    Where the layers that ask are no longer those that the buckets were made for (what a user brought asks in
+    some images only, say), a recording takes over.
 
     Args:
         record: drops the buckets and returns a recording that begins with these slots and values.

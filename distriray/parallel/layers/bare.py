@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 
@@ -61,8 +62,14 @@ def without_idle_adapters(linear: Any) -> Any:
         return linear
     if linear._forward_hooks or linear._forward_pre_hooks:
         return linear
-    in_use = not linear.disable_adapters and any(name in linear.lora_A for name in linear.active_adapters)
-    return linear if in_use else linear.base_layer
+    return linear if adapters_in_use(linear) else linear.base_layer
+
+
+def adapters_in_use(layer: LoraLayer) -> tuple[str, ...]:
+    """Names of the LoRAs that a layer adds to what it is around, by layers of their own."""
+    if layer.disable_adapters or layer.merged:
+        return ()
+    return tuple(name for name in layer.active_adapters if name in layer.lora_A)
 
 
 def is_autocast_on(device: torch.device) -> bool:

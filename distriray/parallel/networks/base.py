@@ -145,6 +145,10 @@ class Network(ABC):
         """A mark that changes with the weights that make text keys and values; asked in every step."""
         return None
 
+    def adapters_that_exchange(self) -> Hashable:
+        """The adapters in use of which some layers ask their peers for rows; asked in every step."""
+        return None
+
     def switches(self) -> Hashable:
         """All that layers go by that is neither theirs nor torch's, such as a process's way to attend."""
         return None

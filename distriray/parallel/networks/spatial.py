@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from distriray.parallel.context import PatchContext
@@ -78,6 +79,12 @@ def convert_conv_or_norm(module: nn.Module, context: PatchContext) -> bool:
     else:
         patch_group_norm(module, context)
     return True
+
+
+def adapted_convolutions(network: nn.Module) -> list[LoraLayer]:
+    """The convolutions of a network that have LoRAs around them."""
+    layers = (layer for layer in network.modules() if isinstance(layer, LoraLayer))
+    return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Conv2d)]
 
 
 def spare_messages(network: Any) -> None:

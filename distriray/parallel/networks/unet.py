@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_2d_blocks import (
     UpBlock2D,
 )
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -29,6 +30,7 @@ from distriray.parallel.layers.attention import (
     PatchSelfAttention,
     check_plain_attention,
 )
+from distriray.parallel.layers.bare import adapters_in_use
 from distriray.parallel.layers.conv import pads_by_hand, patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.controlnet import Control, residuals_of
@@ -36,6 +38,7 @@ from distriray.parallel.networks.likeness import adapters_of, processors_of, sig
 from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
+    adapted_convolutions,
     adapter_of,
     convert_conv_or_norm,
     dry_run_layers,
@@ -71,6 +74,7 @@ class UNet(Network):
     kind = UNet2DConditionModel
     displacement_measured = True
     _text_layers: Sequence[nn.Module] = ()
+    _adapted: Sequence[LoraLayer] = ()
 
     @property
     def row_unit(self) -> int:
@@ -117,6 +121,7 @@ class UNet(Network):
                 patch_downsample(module)
         for network in self._networks().values():
             spare_messages(network)
+        self._adapted = adapted_convolutions(self.module)
         self._text_layers = [
             layer
             for _, module in self._image_layers()
@@ -128,6 +133,9 @@ class UNet(Network):
 
     def text_weights(self) -> Hashable:
         return signs_of(self._text_layers)
+
+    def adapters_that_exchange(self) -> Hashable:
+        return tuple(map(adapters_in_use, self._adapted))
 
     def read(
         self,

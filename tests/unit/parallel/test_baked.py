@@ -226,12 +226,12 @@ def test_a_comparison_sees_what_is_set_and_what_is_exchanged() -> None:
 
 
 def with_adapters(
-    communicator: Communicator | None = None,
+    communicator: Communicator | None = None, one: str = "to_q", other: str = "to_q"
 ) -> tuple[UNet2DConditionModel, RecordedGraphs, Engine]:
-    """A network with two adapters, whose steps are captured."""
+    """A network with two adapters, each on layers of a name, whose steps are captured."""
     unet = tiny_sdxl_unet()
-    for name in ("one", "other"):
-        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), name)
+    for name, target in {"one": one, "other": other}.items():
+        unet.add_adapter(LoraConfig(r=2, target_modules=[target], init_lora_weights=False), name)
     for index, (name, parameter) in enumerate(unet.named_parameters()):
         if "lora" in name:
             generator = torch.Generator().manual_seed(index)
@@ -250,12 +250,14 @@ def image(unet: UNet2DConditionModel, engine: Engine, adapter: str, scale: float
         return torch.stack([noise(unet, step) for step in range(4)])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_adapters_in_turn_are_captured_once(ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "layers"), [(1, ("to_q", "to_q")), (2, ("to_q", "conv2")), (2, ("conv1", "conv2"))]
+)
+def test_adapters_in_turn_are_captured_once(ranks: int, layers: tuple[str, str]) -> None:
     settings = [("one", 1.0), ("other", 1.0), ("one", 0.5)]
 
     def rank(communicator: Communicator) -> None:
-        unet, maker, engine = with_adapters(communicator)
+        unet, maker, engine = with_adapters(communicator, *layers)
         found, made = [], []
         for _ in range(4):
             found.append([image(unet, engine, *setting) for setting in settings])

@@ -73,11 +73,14 @@ def test_lora_loaded_later_works_as_on_one_device() -> None:
     assert close(disabled, before)
 
 
-def _lora_displaced(communicator: Communicator) -> torch.Tensor:
+def _lora_displaced(known: bool, communicator: Communicator) -> torch.Tensor:
     """The same shape with other layers, in a mode that keeps buffers between images."""
     from peft import LoraConfig
 
     pipeline = parallelize(tiny_sdxl(), communicator, DISPLACED)
+    engine = engine_of(pipeline)
+    if not known:
+        engine.network.adapters_that_exchange = lambda: None  # type: ignore[method-assign, union-attr]
     call(pipeline, CASE)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # of what multiplies the zeros that make it change nothing
@@ -88,8 +91,9 @@ def _lora_displaced(communicator: Communicator) -> torch.Tensor:
     return with_lora
 
 
-def test_layers_may_come_and_go_between_images() -> None:
-    assert run_in_lockstep(2, _lora_displaced)[0].isfinite().all()
+@pytest.mark.parametrize("known", [True, False])
+def test_layers_may_come_and_go_between_images(known: bool) -> None:
+    assert run_in_lockstep(2, functools.partial(_lora_displaced, known))[0].isfinite().all()
 
 
 # Other inputs of the U-Net
