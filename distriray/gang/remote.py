@@ -134,9 +134,8 @@ class _Actor:
         """What the worker answers. Nobody need wait for it: then its error is no fault of the program."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
-        told: Future[Any] = self._submit(method, *args).future()
 
-        def settle() -> None:
+        def settle(told: Future[Any]) -> None:
             if answer.done():
                 return
             if told.cancelled():
@@ -147,11 +146,11 @@ class _Actor:
                 answer.set_exception(_own_error(error))
                 answer.exception()  # it has been seen
 
-        def hear(_: Future[Any]) -> None:
+        def hear(told: Future[Any]) -> None:  # `told` keeps this: if this kept it, its pictures would stay
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(settle, context=Context())
+                loop.call_soon_threadsafe(settle, told, context=Context())
 
-        told.add_done_callback(hear)
+        self._submit(method, *args).future().add_done_callback(hear)
         return answer
 
 

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import gc
 import inspect
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -202,3 +203,20 @@ def test_an_answer_that_comes_after_the_end_of_the_loop_is_nobody_s() -> None:
     answer = asyncio.run(ask())
     told.set_result("said")
     assert not answer.done()
+
+
+def test_an_answer_is_gone_as_soon_as_nobody_has_it() -> None:
+    """Not when Python next looks for garbage: it may have megabytes of pictures."""
+
+    async def ask() -> weakref.ref[Any]:
+        told: Future[Any] = Future()
+        actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: told)))
+        answer = _Actor(actor).ping()
+        told.set_result({"pictures"})
+        return weakref.ref(await answer)
+
+    gc.disable()
+    try:
+        assert asyncio.run(ask())() is None
+    finally:
+        gc.enable()
