@@ -268,9 +268,13 @@ class StepGraphs:
         for kind in list(filter(kinds, self.failed)):
             del self.failed[kind]
 
+    def drop(self) -> None:
+        """Drop what was captured, to be captured anew; what cannot be is not tried again."""
+        self._graphs.clear()
+
     def clear(self) -> None:
         """Drop all."""
-        self._graphs.clear()
+        self.drop()
         self.failed.clear()
 
 

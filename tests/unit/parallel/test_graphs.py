@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -150,6 +152,53 @@ def test_a_step_that_cannot_be_captured_is_launched(
         assert all(torch.equal(latents, wanted) for latents in found)
     (warning,) = caplog.messages  # of rank 1, once
     assert "not as CUDA graphs: a step cannot be captured: no third graph" in warning
+
+
+class SmallPool(RecordedGraphs):
+    """Has memory for one graph.
+
+    Attributes:
+        living: graphs that somebody has.
+        taken: graphs that have taken memory, which only the end of the pool gives back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living: WeakSet[RecordedGraph] = WeakSet()
+        self.taken = 0
+
+    def new(self) -> tuple[RecordedGraph, dict[str, Any]]:
+        pool = self
+
+        class Graph(RecordedGraph):
+            def capture_end(self) -> None:
+                super().capture_end()
+                if pool.taken > 1:
+                    raise torch.OutOfMemoryError("no memory for a second graph")
+
+        self.taken += 1
+        self.living.add(graph := Graph(self.tape))
+        return graph, {}
+
+    def let_go(self) -> None:
+        self.taken = 0
+
+
+def test_a_step_that_is_launched_has_the_memory_that_its_capture_took() -> None:
+    unet = parallelize(tiny_sdxl_unet(), connect("local"), ParallelConfig())
+    engine, pool, kept = engine_of(unet), SmallPool(), []
+    assert engine is not None
+    wanted = {images: noise(unet, 0, images=images) for images in (1, 2)}
+    engine.capture_with(pool)
+    gc.disable()  # what is not free at once is none of the step's
+    try:
+        for images in (1, 1, 2, 2, 2, 1, 1, 2):
+            assert torch.equal(noise(unet, 0, images=images), wanted[images])
+            kept.append((pool.taken, len(pool.living)))
+    finally:
+        gc.enable()
+    none, captured = (0, 0), (1, 1)  # what was not captured once is not tried again
+    assert kept == [none, captured, captured, none, none, none, captured, captured]
 
 
 class NoGraphs(RecordedGraphs):
