@@ -105,8 +105,10 @@ class CudaGraphs:
         That is under way for its allocator, which gives no memory back meanwhile, and its graph never lets go
         of the pool. And the device's default generator draws nothing until another capture has ended.
         """
+        end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # since torch 2.8
+        end = end or getattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", None)
         with suppress(Exception):  # it was ended
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            end(self._device.index, self._pool)
             torch._C._cuda_releasePool(self._device.index, self._pool)
         with suppress(Exception):  # of a device that does nothing any more, or a pool that has ended
             self._keeper = self._keep()

@@ -153,6 +153,14 @@ def test_a_capture_that_failed_keeps_no_pool(monkeypatch: pytest.MonkeyPatch) ->
     assert not allocator.reserved
 
 
+def test_torch_before_2_8_is_told_by_the_name_that_it_has_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch, ends=False)
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", allocator.end, raising=False)
+    spoil(allocator, StepGraphs(CudaGraphs(CPU)))
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize("ends", [False, True])
 def test_random_numbers_are_drawn_after_a_capture_that_failed(
     monkeypatch: pytest.MonkeyPatch, ends: bool
