@@ -8,6 +8,7 @@ and holds no communicator: a step is a few graphs in a row, with what is said to
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -129,7 +130,10 @@ class Recorder:
         self._begin()
 
     def end(self) -> None:
-        self._graph.capture_end()
+        with warnings.catch_warnings():
+            # Many networks have nothing to compute behind the last message. Torch takes that for a mistake.
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+            self._graph.capture_end()
         self.pieces.append((self._graph, None))
 
     def _begin(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from typing import Any
 from weakref import WeakSet
 
@@ -272,6 +273,30 @@ def test_why_a_capture_failed_is_what_failed_first() -> None:
     graphs.run("reads", lambda x: x, None, (x,), {})
     with pytest.raises(CaptureFailed, match="reads a value"):
         graphs.run("reads", lambda x: x * float(x.sum()), None, (x,), {})
+
+
+def test_nothing_to_compute_behind_the_last_message_is_no_mistake() -> None:
+    class Suspicious(RecordedGraph):
+        def capture_end(self) -> None:
+            super().capture_end()
+            if not self.operations:
+                warnings.warn("The CUDA Graph is empty. This usually means that it was", stacklevel=2)
+
+    def doubles(x: torch.Tensor) -> torch.Tensor:
+        doubled = 2 * x
+        if graphs.recorder is not None:
+            graphs.recorder.between(lambda step: None)
+        return doubled
+
+    maker = RecordedGraphs()
+    maker.new = lambda: (Suspicious(maker.tape), {})  # type: ignore[method-assign]
+    graphs = StepGraphs(maker)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for factor in range(3):
+            doubled = graphs.run("doubles", doubles, None, (factor * torch.ones(2),), {})
+            assert doubled.tolist() == [2.0 * factor] * 2
+    assert len(graphs) == 1
 
 
 def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:
