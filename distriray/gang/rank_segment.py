@@ -18,6 +18,7 @@ from distriray.gang.devices import DEVICES
 from distriray.gang.mailbox import Mailbox
 from distriray.gang.messages import RankResult, SegmentEnd, SegmentOrder
 from distriray.parallel.engine import Engine
+from distriray.parallel.room import is_out_of_memory
 from distriray.parallel.stopwatch import Stopwatch
 from distriray.picture import Picture
 from distriray.status import AdapterStatus
@@ -199,7 +200,7 @@ class RankSegment:
             case DistrirayError():
                 return SegmentEnd.REFUSED, error, ""
         log.error("segment %d of request %s failed", order.serial, order.request.id, exc_info=error)
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             self._states.pop(order.job, None)
             self._engine.give_back()
             DEVICES[self._device.type].trim()
@@ -238,7 +239,3 @@ def told(error: Exception) -> str:
 def _alike(error: Exception) -> bool:
     """Whether all ranks of a gang raise it after the same transfers."""
     return isinstance(error, DistrirayError) and not isinstance(error, GangBroken)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
@@ -42,9 +42,10 @@ class TimedStep(NamedTuple):
 
 @dataclass
 class _Known:
-    """Of a shape: the steps that were timed, and the place of what they led to."""
+    """Of a shape: how many steps were timed, the seconds of those that were read, and what they led to."""
 
-    timed: list[TimedStep] = field(default_factory=list)
+    steps: int = 0
+    seconds: list[tuple[float, ...]] = field(default_factory=list)
     place: int | None = None
 
 
@@ -53,25 +54,30 @@ class Choices:
 
     def __init__(self) -> None:
         self._shapes: OrderedDict[Hashable, _Known] = OrderedDict()
+        self._unread: list[tuple[_Known, TimedStep]] = []  # a step has hundreds of marks of a GPU
 
     def note(self, shape: Hashable, step: TimedStep) -> None:
         """Remember a synchronous step of a shape, unless the choice is made."""
         known = self._of(shape)
-        if known.place is None and len(known.timed) <= MEASURED_STEPS:
-            known.timed.append(step)
+        if known.place is None and known.steps <= MEASURED_STEPS:
+            known.steps += 1
+            self._unread.append((known, step))
 
     def place(self, shape: Hashable, max_wait: float) -> int:
         """The place of this rank's choice in `CANDIDATES`; -1 if too little was measured.
 
-        On a GPU this waits for the steps that were timed.
+        On a GPU this waits for all steps that were timed.
 
         Args:
             max_wait: largest share of a step that messages may cost.
         """
+        for timed, step in self._unread:
+            timed.seconds.append(tuple(watch.seconds for watch in step))
+        self._unread.clear()
         known = self._of(shape)
-        timed = known.timed[1:]  # the first prepares layers and makes buffers
-        if known.place is None and len(timed) >= LEAST_STEPS:
-            known.place, known.timed = _freshest(timed, max_wait), []
+        seconds = known.seconds[1:]  # the first prepares layers and makes buffers
+        if known.place is None and len(seconds) >= LEAST_STEPS:
+            known.place, known.seconds = _freshest(seconds, max_wait), []
         return -1 if known.place is None else known.place
 
     def _of(self, shape: Hashable) -> _Known:
@@ -104,9 +110,8 @@ def agreed(communicator: Communicator, place: int) -> ExchangeMode:
     return CANDIDATES[max(places) if min(places) >= 0 else 0]
 
 
-def _freshest(timed: list[TimedStep], max_wait: float) -> int:
-    seconds = [[watch.seconds for watch in watches] for watches in zip(*timed, strict=True)]
-    whole, rows, keys_values = map(median, seconds)
+def _freshest(seconds: Sequence[Sequence[float]], max_wait: float) -> int:
+    whole, rows, keys_values = map(median, zip(*seconds, strict=True))
     costs = rows + keys_values, rows, 0.0
     steps = expected_step_s(whole, rows, keys_values)
     return next(

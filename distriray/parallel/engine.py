@@ -315,7 +315,7 @@ class Engine:
             call = replace(call, branch=self._guiders.branch)
         with Stopwatch(call.sample.device) as whole:
             output, step, share = self._run(call)
-        if self.config.exchange == "auto" and step is not None and not step.displaced:
+        if self._chooses and step is not None and not step.displaced:
             timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
             self._choices.note(_shape(call, share), timed)
         waiting, gathering = () if step is None else tuple(step.waiting), self._collector.waiting
@@ -448,6 +448,11 @@ class Engine:
             raise OutOfMemory(self.room.refusal(needed, f"a batch of {call.batch} like this", self.config))
         self._most_idle = self.room.nbytes - needed
 
+    @property
+    def _chooses(self) -> bool:
+        """Whether mixes are chosen by measurement."""
+        return self.config.exchange == "auto" and self.network.displacement_measured
+
     def _choose(self, call: Call, share: Share) -> Mix | None:
         """The mix of an image that begins, for all ranks alike."""
         exchange, mix = self.config.exchange, self.config.mix
@@ -455,7 +460,7 @@ class Engine:
             exchange, mix = "none" if share.partition.world_size > 1 else "sync", None
         elif exchange == "auto":
             exchange = "sync"
-            if self.network.displacement_measured:
+            if self._chooses:
                 place = self._choices.place(_shape(call, share), self.config.max_wait)
                 exchange = agreed(self.communicator, place)
             mix = MIXES[exchange]

@@ -8,6 +8,7 @@ and holds no communicator: a step is a few graphs in a row, with what is said to
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -70,17 +71,13 @@ class CudaGraphs:
         torch.cuda.empty_cache()  # graphs have memory of their own, and cannot take what is merely kept
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
+            if self._keeper is None:
+                self._pool = torch.cuda.graph_pool_handle()
             try:
-                if self._keeper is None:
-                    # Torch before 2.11 captures nothing outside inference mode once it has captured in it.
-                    with torch.inference_mode(False):
-                        self._keeper = self._begin_pool()
+                self._keeper = self._keeper or self._keep()
                 yield
             except BaseException:
-                # A capture that could not be ended is under way for the allocator of torch before 2.13, which
-                # gives no memory back meanwhile.
-                with suppress(Exception):  # it was ended
-                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                self._recover()
                 raise
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
@@ -91,16 +88,31 @@ class CudaGraphs:
     def let_go(self) -> None:
         self._keeper = None
 
-    def _begin_pool(self) -> Graph:
-        """A graph that keeps a new pool: it ends with the last of its graphs, even where its tensors live on,
+    def _keep(self) -> Graph:
+        """A graph that keeps the pool: it ends with the last of its graphs, even where its tensors live on,
         and no more can be captured into it then.
         """
-        self._pool = torch.cuda.graph_pool_handle()
-        keeper, arguments = self.new()
-        keeper.capture_begin(**arguments)
-        torch.zeros(1, device=self._device)
-        keeper.capture_end()
+        # Torch before 2.11 captures nothing outside inference mode once it has captured in it.
+        with torch.inference_mode(False):
+            keeper, arguments = self.new()
+            keeper.capture_begin(**arguments)
+            torch.zeros(1, device=self._device)
+            keeper.capture_end()
         return keeper
+
+    def _recover(self) -> None:
+        """Do what torch before 2.13 leaves out where CUDA refuses to end a capture.
+
+        That is under way for its allocator, which gives no memory back meanwhile, and its graph never lets go
+        of the pool. And the device's default generator draws nothing until another capture has ended.
+        """
+        end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # since torch 2.8
+        end = end or getattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", None)
+        with suppress(Exception):  # it was ended
+            end(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
+        with suppress(Exception):  # of a device that does nothing any more, or a pool that has ended
+            self._keeper = self._keep()
 
 
 class Recorder:
@@ -118,7 +130,10 @@ class Recorder:
         self._begin()
 
     def end(self) -> None:
-        self._graph.capture_end()
+        with warnings.catch_warnings():
+            # Many networks have nothing to compute behind the last message. Torch takes that for a mistake.
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+            self._graph.capture_end()
         self.pieces.append((self._graph, None))
 
     def _begin(self) -> None:
@@ -259,9 +274,13 @@ class StepGraphs:
         for kind in list(filter(kinds, self.failed)):
             del self.failed[kind]
 
+    def drop(self) -> None:
+        """Drop what was captured, to be captured anew; what cannot be is not tried again."""
+        self._graphs.clear()
+
     def clear(self) -> None:
         """Drop all."""
-        self._graphs.clear()
+        self.drop()
         self.failed.clear()
 
 

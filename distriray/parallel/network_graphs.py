@@ -13,9 +13,10 @@ import torch
 from distriray.parallel.baked import Baked
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
-from distriray.parallel.graphs import GraphMaker, StepGraphs, arithmetic
+from distriray.parallel.graphs import CaptureFailed, GraphMaker, StepGraphs, arithmetic
 from distriray.parallel.layers.bare import is_autocast_on
 from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.room import is_out_of_memory
 from distriray.parallel.share import Share
 
 MOST_SETTINGS = 8
@@ -70,14 +71,10 @@ class NetworkGraphs:
         self._made.add(graphs)
         return graphs
 
-    def drop(self) -> None:
-        """Drop what was captured; later steps are captured anew, into the same memory."""
-        for graphs in self._made:
-            graphs.clear()
-
     def give_back(self) -> None:
         """Drop what was captured, and let go of its memory, which nothing else could have."""
-        self.drop()
+        for graphs in self._made:
+            graphs.drop()
         if self._maker is not None:
             self._maker.let_go()
 
@@ -116,7 +113,12 @@ class NetworkGraphs:
         key = baked, kind, *shared, *modes, *arithmetic()
         self.obstacle = self._obstacle(call, baked) or graphs.failed.get(key)
         if self.obstacle is None:
-            return graphs.run(key, forward, step, args, kwargs, self._network.cached(call))
+            try:
+                return graphs.run(key, forward, step, args, kwargs, self._network.cached(call))
+            except CaptureFailed as failure:
+                if is_out_of_memory(failure.__cause__):
+                    self.give_back()  # launched, the step needs what its capture has taken
+                raise
         if self.obstacle not in self._obstacles_told:
             self._obstacles_told.add(self.obstacle)
             log.warning("steps are launched kernel by kernel, not as CUDA graphs: %s", self.obstacle)
@@ -143,7 +145,8 @@ class NetworkGraphs:
                 return now
             if now.stands():
                 return self._set_otherwise()
-        self.drop()
+        for graphs in self._made:
+            graphs.clear()
         self._baked = [Baked(self._network.module, self._network.replaced)]
         return self._baked[-1]
 

@@ -1,4 +1,4 @@
-"""Memory for the buffers of exchanges: what an image needs, and whether a device has it."""
+"""Memory of a device: what the buffers of exchanges need, whether it has that, and whether it has run out."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def buffer_bytes(network: Network, call: Call, share: Share, config: ParallelCon
                 network.dry_run(call, share, step)
         held.append(exchange.buffer_bytes)
     return max(held)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether there was too little memory, of a device or of the host.
+
+    CUDA says so in its own words where it takes memory that torch's allocator does not give, as for a graph.
+    """
+    words = "can't allocate memory", "out of memory"
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(said in str(error) for said in words)
 
 
 def _mixes(network: Network, config: ParallelConfig) -> list[Mix]:

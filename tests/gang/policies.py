@@ -16,7 +16,6 @@ class Changeable:
 
     def __init__(self) -> None:
         self.inner: HostPolicy = EarliestDeadlineFirst()
-        self.leases: list[tuple[str, Workers]] = []
 
     def change(self, inner: HostPolicy) -> None:
         self.inner = inner

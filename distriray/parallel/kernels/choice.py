@@ -86,6 +86,8 @@ def kernels_of(device_type: str) -> Kernels:
         from distriray.parallel.kernels import fused
 
         fused.group_statistics(torch.zeros((1, 1, 1), device=device_type), 1)
+    except torch.OutOfMemoryError:  # which says nothing of Triton, and may be over when this is asked again
+        raise
     except Exception as error:  # no triton, no C compiler for its launchers, a GPU that is too old
         log.warning(
             "group norms, and changes in few bits, launch some 20 kernels each instead of 3, because Triton "

@@ -19,7 +19,6 @@ from tests.models import save_ip_adapter, tiny_ip_adapter, tiny_sd15, tiny_sdxl
 
 from .runners import Gang, endings
 
-STYLE = IPAdapterSpec(name="style", source="some/style")
 LIKE = Image.effect_noise((128, 128), 90)
 ASKED: dict[str, Any] = {"ip_adapters": [{"name": "style", "image": LIKE, "scale": 0.8}]}
 

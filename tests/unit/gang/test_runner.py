@@ -57,7 +57,7 @@ def test_memory_is_given_back_before_gangs_are_formed_and_when_it_has_run_out(
     dropped: list[str] = []
     for runner in gang.runners:
         monkeypatch.setattr(runner._denoiser, "prepare", raises(MemoryError()))
-        monkeypatch.setattr(runner._engine.graphs, "drop", lambda: dropped.append("now"))
+        monkeypatch.setattr(runner._engine.graphs, "give_back", lambda: dropped.append("now"))
     gang.run()
     assert len(trimmed) == 3 and len(dropped) == 2
 
@@ -130,6 +130,7 @@ def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
     ],
 )
 def test_memory_that_runs_out_while_preparing_is_the_requests_own(

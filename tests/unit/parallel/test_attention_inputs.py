@@ -21,7 +21,6 @@ from tests.unit.parallel.test_agreement import outcomes
 from tests.unit.parallel.test_local import noise, transformer
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
-Layer = Callable[[Any], Any]
 
 
 class Handing(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,19 @@ def test_shapes_without_end_are_not_remembered_for_ever() -> None:
         choices.place("used", 0.1)
     assert choices.place("used", 0.1) == 0
     assert choices.place("old", 0.1) == -1
+
+
+def test_marks_of_a_device_are_kept_until_the_next_image_of_any_shape() -> None:
+    choices, clock = Choices(), Clock(0.0)
+    kept = weakref.ref(clock)
+    for shape in ("once", "often"):
+        for _ in range(1 + LEAST_STEPS):
+            choices.note(shape, TimedStep(Clock(1.0), clock, clock))
+    del clock
+    assert kept() is not None
+    assert choices.place("often", 0.1) == 0
+    assert kept() is None
+    assert choices.place("once", 0.1) == 0
 
 
 @pytest.mark.parametrize(
@@ -197,7 +211,7 @@ def test_a_family_whose_displaced_pictures_nobody_has_measured_keeps_to_fresh_va
             with engine.image():
                 draw(network, transformer, Shape())
             assert engine.exchange == "sync"
-        assert synchronous
+        assert synchronous and not engine._choices._shapes, "nobody would ask how long its steps took"
         return "fresh" if all(synchronous) else "stale"
 
     assert run_in_lockstep(2, rank) == ["fresh", "fresh"]

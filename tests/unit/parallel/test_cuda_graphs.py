@@ -16,27 +16,30 @@ CPU = torch.device("cpu", 0)
 
 
 class Allocator:
-    """Of a GPU's memory, what pools of graphs have to do with it (c10/cuda/CUDACachingAllocator.cpp).
+    """Of a GPU's memory, what pools of graphs have to do with it (c10/cuda/CUDACachingAllocator.cpp), and of
+    its default generator whether it answers (ATen/cuda/CUDAGeneratorImpl.cpp).
 
     Args:
-        ends: whether a capture that fails is over for it, as since torch 2.13.
+        ends: whether a capture that fails is over for both, as since torch 2.13.
 
     Attributes:
         uses: graphs of each pool.
         reserved: pools that have memory.
         under_way: the pools that captures are under way in.
         seed: of the device's generator, in memory that every capture writes to, and the first one makes.
+        asked: whether the generator takes itself to be in a capture.
         spoilt: whether the next capture cannot be ended.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, ends: bool = True) -> None:
-        self.ends, self.spoilt = ends, False
+        self.ends, self.spoilt, self.asked = ends, False, False
         self.uses: Counter[int] = Counter()
         self.reserved: set[int] = set()
         self.under_way: list[int] = []
         self.seed: torch.Tensor | None = None
         pools = count(1)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release)
         for name, stand_in in {
             "graph_pool_handle": lambda: next(pools),
             "CUDAGraph": lambda: FakeGraph(self),
@@ -54,11 +57,18 @@ class Allocator:
         self.under_way.append(pool)
         self.seed = torch.zeros(1) if self.seed is None else self.seed
         self.seed.fill_(7)
+        self.asked = True
 
     def end(self, device: int, pool: int) -> None:
         if pool not in self.under_way:
             raise RuntimeError("not currently recording to this pool")
         self.under_way.remove(pool)
+
+    def release(self, device: int, pool: int) -> None:
+        self.uses[pool] -= 1
+
+    def draw(self) -> None:
+        assert not self.asked, "Offset increment outside graph capture encountered unexpectedly."
 
     def empty_cache(self) -> None:
         assert not self.under_way, "nothing is given back while a capture is under way"
@@ -77,6 +87,7 @@ class FakeGraph:
         spoilt, self._allocator.spoilt = self._allocator.spoilt, False
         if not spoilt or self._allocator.ends:
             self._allocator.end(0, self._began)
+            self._allocator.asked = False
         if spoilt:
             raise RuntimeError("operation failed due to a previous error during capture")
         self._pool = self._began
@@ -86,7 +97,7 @@ class FakeGraph:
 
     def __del__(self) -> None:
         if self._pool:
-            self._allocator.uses[self._pool] -= 1
+            self._allocator.release(0, self._pool)
 
 
 class Stream:
@@ -103,12 +114,8 @@ def doubles(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_a_capture_that_failed_keeps_no_memory_from_being_given_back(
-    monkeypatch: pytest.MonkeyPatch, ends: bool
-) -> None:
-    allocator = Allocator(monkeypatch, ends)
-    graphs = StepGraphs(CudaGraphs(CPU))
+def spoil(allocator: Allocator, graphs: StepGraphs) -> None:
+    """Meet a step twice that cannot be captured."""
 
     def reads(x: torch.Tensor) -> torch.Tensor:
         if allocator.under_way:
@@ -118,9 +125,49 @@ def test_a_capture_that_failed_keeps_no_memory_from_being_given_back(
 
     with pytest.raises(CaptureFailed, match="when stream is capturing"):
         met_twice(graphs, reads)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_capture_that_failed_keeps_no_memory_from_being_given_back(
+    monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    allocator = Allocator(monkeypatch, ends)
+    graphs = StepGraphs(CudaGraphs(CPU))
+    spoil(allocator, graphs)
     torch.cuda.empty_cache()
     met_twice(graphs, doubles)
     assert graphs._graphs and not allocator.under_way
+
+
+def test_a_capture_that_failed_keeps_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch, ends=False)
+    maker = CudaGraphs(CPU)
+    graphs = StepGraphs(maker)
+    met_twice(graphs, doubles)
+    spoil(allocator, graphs)
+    torch.cuda.empty_cache()
+    assert allocator.reserved == {1} and len(graphs) == 1
+    graphs.clear()
+    maker.let_go()
+    torch.cuda.empty_cache()
+    assert not allocator.reserved
+
+
+def test_torch_before_2_8_is_told_by_the_name_that_it_has_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch, ends=False)
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateCurrentStreamToPool", allocator.end, raising=False)
+    spoil(allocator, StepGraphs(CudaGraphs(CPU)))
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_random_numbers_are_drawn_after_a_capture_that_failed(
+    monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    allocator = Allocator(monkeypatch, ends)
+    spoil(allocator, StepGraphs(CudaGraphs(CPU)))
+    allocator.draw()
 
 
 def test_memory_of_graphs_is_kept_for_later_ones_until_it_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

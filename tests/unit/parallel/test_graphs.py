@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -152,6 +155,53 @@ def test_a_step_that_cannot_be_captured_is_launched(
     assert "not as CUDA graphs: a step cannot be captured: no third graph" in warning
 
 
+class SmallPool(RecordedGraphs):
+    """Has memory for one graph.
+
+    Attributes:
+        living: graphs that somebody has.
+        taken: graphs that have taken memory, which only the end of the pool gives back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living: WeakSet[RecordedGraph] = WeakSet()
+        self.taken = 0
+
+    def new(self) -> tuple[RecordedGraph, dict[str, Any]]:
+        pool = self
+
+        class Graph(RecordedGraph):
+            def capture_end(self) -> None:
+                super().capture_end()
+                if pool.taken > 1:
+                    raise torch.OutOfMemoryError("no memory for a second graph")
+
+        self.taken += 1
+        self.living.add(graph := Graph(self.tape))
+        return graph, {}
+
+    def let_go(self) -> None:
+        self.taken = 0
+
+
+def test_a_step_that_is_launched_has_the_memory_that_its_capture_took() -> None:
+    unet = parallelize(tiny_sdxl_unet(), connect("local"), ParallelConfig())
+    engine, pool, kept = engine_of(unet), SmallPool(), []
+    assert engine is not None
+    wanted = {images: noise(unet, 0, images=images) for images in (1, 2)}
+    engine.capture_with(pool)
+    gc.disable()  # what is not free at once is none of the step's
+    try:
+        for images in (1, 1, 2, 2, 2, 1, 1, 2):
+            assert torch.equal(noise(unet, 0, images=images), wanted[images])
+            kept.append((pool.taken, len(pool.living)))
+    finally:
+        gc.enable()
+    none, captured = (0, 0), (1, 1)  # what was not captured once is not tried again
+    assert kept == [none, captured, captured, none, none, none, captured, captured]
+
+
 class NoGraphs(RecordedGraphs):
     """Has no memory for any."""
 
@@ -223,6 +273,30 @@ def test_why_a_capture_failed_is_what_failed_first() -> None:
     graphs.run("reads", lambda x: x, None, (x,), {})
     with pytest.raises(CaptureFailed, match="reads a value"):
         graphs.run("reads", lambda x: x * float(x.sum()), None, (x,), {})
+
+
+def test_nothing_to_compute_behind_the_last_message_is_no_mistake() -> None:
+    class Suspicious(RecordedGraph):
+        def capture_end(self) -> None:
+            super().capture_end()
+            if not self.operations:
+                warnings.warn("The CUDA Graph is empty. This usually means that it was", stacklevel=2)
+
+    def doubles(x: torch.Tensor) -> torch.Tensor:
+        doubled = 2 * x
+        if graphs.recorder is not None:
+            graphs.recorder.between(lambda step: None)
+        return doubled
+
+    maker = RecordedGraphs()
+    maker.new = lambda: (Suspicious(maker.tape), {})  # type: ignore[method-assign]
+    graphs = StepGraphs(maker)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for factor in range(3):
+            doubled = graphs.run("doubles", doubles, None, (factor * torch.ones(2),), {})
+            assert doubled.tolist() == [2.0 * factor] * 2
+    assert len(graphs) == 1
 
 
 def test_a_gang_that_breaks_in_a_replay_leaves_nothing_behind() -> None:

@@ -206,6 +206,17 @@ def test_without_triton_the_plain_kernels_say_so(caplog: pytest.LogCaptureFixtur
     assert "Triton does not work here: " in caplog.text
 
 
+def test_a_gpu_that_is_full_when_it_is_asked_has_its_kernels_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def zeros(*shape: object, **kwargs: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels_of.__wrapped__("cuda")
+
+
 @CUDA
 @pytest.mark.gpu
 def test_a_gpu_has_the_fused_kernels() -> None:
