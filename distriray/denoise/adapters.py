@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers.loaders.lora_base import _load_lora_into_text_encoder
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from distriray.denoise.adapter_file import AdapterFile, mark_of, parts_of
 from distriray.denoise.weight_files import first_lines
 from distriray.errors import InvalidRequest, UnusableAdapter
 from distriray.names import check_names
+from distriray.parallel.room import is_out_of_memory
 
 MOST_HELD = 64
 """Adapters that are held at once, however small they are: every layer has its part of each."""
@@ -250,7 +250,7 @@ class Adapters:
             self._drop(file.digest)
             self._look_for_layers()
             self._switch(())
-            if isinstance(error, UnusableAdapter | MemoryError | torch.OutOfMemoryError):
+            if isinstance(error, UnusableAdapter) or is_out_of_memory(error):
                 raise
             raise UnusableAdapter(f"adapter {name!r} cannot be loaded: {first_lines(error, 1)}") from error
         self._held[file.digest] = sum(w.nbytes for weights in found.values() for w in weights.values())

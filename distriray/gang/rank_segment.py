@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -202,6 +203,7 @@ class RankSegment:
         log.error("segment %d of request %s failed", order.serial, order.request.id, exc_info=error)
         if is_out_of_memory(error):
             self._states.pop(order.job, None)
+            _let_go_of_locals(error)
             self._engine.give_back()
             DEVICES[self._device.type].trim()
             request = order.request
@@ -234,6 +236,13 @@ class RankSegment:
 def told(error: Exception) -> str:
     """An error's type and words, for `RankResult.cause`."""
     return f"{type(error).__name__}: {error}"
+
+
+def _let_go_of_locals(error: BaseException | None) -> None:
+    """Let what an error has ended hold nothing, such as activations: its traceback keeps the frames."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _alike(error: Exception) -> bool:

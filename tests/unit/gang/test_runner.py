@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,27 @@ def test_memory_that_runs_out_while_preparing_is_the_requests_own(
     outcomes = gang.run()
     assert endings(outcomes) == [SegmentEnd.REFUSED, SegmentEnd.NOT_BEGUN]
     assert isinstance(outcomes[0].error, OutOfMemory) and "128x128" in str(outcomes[0].error)
+
+
+def test_what_was_computed_when_memory_ran_out_is_gone_when_memory_is_given_back(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang = Gang(tiny_model, 1)
+    computed: list[weakref.ref[torch.Tensor]] = []
+    kept: list[bool] = []
+
+    def decode(state: Any) -> Any:
+        activations = torch.zeros(9)
+        computed.append(weakref.ref(activations))
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("out of memory in a tile") from error
+
+    monkeypatch.setattr(gang.runners[0]._denoiser, "decode", decode)
+    monkeypatch.setattr(DEVICES["cpu"], "trim", lambda: kept.append(computed[-1]() is not None))
+    assert endings(gang.run(link="alone")) == [SegmentEnd.REFUSED]
+    assert kept == [False]
 
 
 def test_memory_of_graphs_is_let_go_where_memory_runs_out(
