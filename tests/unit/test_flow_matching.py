@@ -892,7 +892,7 @@ def test_buffers_are_as_large_as_the_page_of_models_says(
     tokens, channels, number = SIZE["height"] * SIZE["width"] // 16**2, 32, 4
     layer = 2 * channels * number * branches
     joint, image = layer * (tokens + text), layer * tokens * (make is tiny_sd3)  # the first block's second
-    held = {"sync": 0, "displaced": 1, "displaced_attention": 3}[exchange]
+    held = {"sync": 0, "displaced": 1, "displaced_attention": 2}[exchange]
     most = held * (layers * joint + image) + joint + image
     for size in (2, 3):
         for buffers in run_in_lockstep(size, rank):
