@@ -32,7 +32,7 @@ class Carrier:
         return dict(into)
 
     def unpack(self, slot: Slot, arrived: Values) -> Values:
-        """The values of each peer in what has arrived, where they were to be."""
+        """The values of each peer in what has arrived: there, or where they were to be."""
         return arrived
 
     def skip(self) -> None:
