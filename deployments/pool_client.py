@@ -221,7 +221,8 @@ class PoolClient:
         """Let `host` make the images. Cancelling cancels the request.
 
         Raises:
-            HostSilent: the host does not say that it has the request, which is cancelled there.
+            HostSilent: the host does not say that it has the request, which is cancelled there, or ends it
+                without a result.
             RayActorError: the host died.
             NotEnoughDevices: Serve cannot run the pool.
             DistrirayError: as `Host.generate`.
@@ -230,7 +231,7 @@ class PoolClient:
             async for event in events:
                 if isinstance(event, Finished):
                     return event.result
-        raise HostSilent(f"host {host} ended request {request.id} without a result")
+        raise AssertionError("events end with the result or an error")
 
     async def stream(self, host: str, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Events of `request` on `host`; closing the generator cancels it. Raises as `generate`."""
@@ -241,13 +242,16 @@ class PoolClient:
     async def _events(
         self, method: str, host: str, request: GenerationRequest
     ) -> AsyncGenerator[Event, None]:
-        """Events that `method` of a host yields: first, and at once, that the host has the request."""
+        """Events that `method` of a host yields: first, and at once, that the host has the request.
+
+        They end with `Finished` or an error.
+        """
         response = getattr(self._streaming, method).remote(host, request, self._router)
         events, over = aiter(response), False
         try:
             try:
                 async with asyncio.timeout(self._accept_s):
-                    first = await anext(events)
+                    event = await anext(events, None)
             except TimeoutError:
                 message = f"host {host} did not accept request {request.id} within {self._accept_s:g} s"
                 log.warning("%s; the request is cancelled there", message)
@@ -256,10 +260,12 @@ class PoolClient:
             except asyncio.CancelledError:  # the client left before the host has begun, if it ever does
                 self._background.spawn(self._call_off(host, request.id))
                 raise
-            yield first
-            async for event in events:
+            while event is not None:
                 over = isinstance(event, Finished)
                 yield event
+                event = await anext(events, None)
+            if not over:
+                raise HostSilent(f"host {host} ended request {request.id} without a result")
         except RayTaskError as error:
             over = True
             raise own_error(error) from None

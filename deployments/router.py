@@ -79,7 +79,6 @@ class Router:
                                 yield event
                             if isinstance(event, Finished):  # what happens to the host is nobody's trouble
                                 return
-                return
             except (QueueFull, RayActorError, HostSilent) as error:
                 self._again(attempts, client, host, error)
 

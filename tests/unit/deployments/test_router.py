@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +67,8 @@ class FakeHandle:
     """A Serve handle of a pool: its hosts answer as told, and `calls` says what they were asked.
 
     Without hosts, a call to any of them waits `wakes_s`, and then there is one, which `woken` counts. Hosts
-    that are `hung` take calls and never answer; `cancelled` are those that were told to stop.
+    that are `hung` take calls and never answer; those in `cuts` end one, after so many events, with neither a
+    result nor an error; `cancelled` are those that were told to stop.
     """
 
     def __init__(self, *hosts: str, waiting: int = 0) -> None:
@@ -82,6 +84,7 @@ class FakeHandle:
         self.workers, self.takes_s = 1, 0.0
         self.wakes_s, self.woken = 0.0, 0
         self.hung: set[str] = set()
+        self.cuts: dict[str, int] = {}
         self.cancelled: list[str] = []
         self.called_off: list[str] = []
         self.undeployed = self.lost_at_start = False
@@ -152,7 +155,7 @@ class FakeHandle:
             await asyncio.sleep(self.takes_s)
             yield Finished(request.id, made)
 
-        return Stream(events(), lambda: self.cancelled.append(host))
+        return Stream(self._cut(host, events()), lambda: self.cancelled.append(host))
 
     def _stream(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
         async def events() -> AsyncGenerator[Event, None]:
@@ -167,7 +170,14 @@ class FakeHandle:
                 yield Preview(request.id, step, step - 1, Image.new("RGB", (8, 8)))
             yield Finished(request.id, made)
 
-        return Stream(events(), lambda: self.cancelled.append(host))
+        return Stream(self._cut(host, events()), lambda: self.cancelled.append(host))
+
+    async def _cut(self, host: str, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        left = self.cuts.pop(host, -1)
+        async with aclosing(events):
+            while left and (event := await anext(events, None)):
+                left -= 1
+                yield event
 
 
 class Answer:
@@ -440,6 +450,21 @@ def test_a_router_that_starts_while_a_host_hangs_finds_the_others() -> None:
     handle.silent = handle.hung = {"a"}
     generate(front(refresh_s=0.0, accept_s=0.05, pool=handle))
     assert [host for host, _ in handle.calls] == ["b"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_host_that_ends_a_request_with_neither_a_result_nor_an_error_is_not_believed(count: int) -> None:
+    async def scene() -> None:
+        handle.cuts = {"a": count}
+        await service.generate(request())
+        handle.cuts = {"a": count}
+        events = [event async for event in service.stream(request())]
+        assert [type(event) for event in events].count(Finished) == 1 and isinstance(events[-1], Finished)
+
+    handle = FakeHandle("a")
+    service = front(pool=handle, refresh_s=0.0)
+    asyncio.run(scene())
+    assert set(handle.cancelled) == {"a"}
 
 
 @pytest.mark.parametrize("trouble", ["silent", "fails"])
