@@ -60,6 +60,19 @@ def _places(count, PARTS: tl.constexpr, PACKED: tl.constexpr, GROUPS: tl.constex
 
 
 @triton.jit
+def _bytes(message, group, count, PARTS: tl.constexpr, PACKED: tl.constexpr, HEAD: tl.constexpr):
+    """Where a message has the scales of some groups and their numbers, and whether there are such groups."""
+    head = message + group * (HEAD + PACKED)
+    return head, head[:, None] + HEAD + tl.arange(0, PACKED)[None, :], group * (PARTS * PACKED) < count
+
+
+@triton.jit
+def _sum(before, numbers, scale, LEVELS: tl.constexpr):
+    """What both ends know once they have added these numbers: rounded once, as the product is exact."""
+    return before + (numbers.to(tl.float32) - LEVELS / 2) * scale[:, None, None]
+
+
+@triton.jit
 def _encode(
     values,
     known,
@@ -87,16 +100,13 @@ def _encode(
     inverse = tl.where(scale > 0, 1.0 / scale, 0.0)[:, None, None]
     numbers = tl.minimum(tl.maximum(change * inverse + (LEVELS + 1) / 2, 0.0), LEVELS).to(tl.int32)
 
-    after = before + (numbers.to(tl.float32) - LEVELS / 2) * scale[:, None, None]
+    after = _sum(before, numbers, scale, LEVELS)
     tl.store(known + place, after.to(known.dtype.element_ty), mask=inside)
-    known_group = group * (PARTS * PACKED) < count
-    head = message + group * (HEAD + PACKED)
-    tl.store(head, (rounded & 0xFF).to(tl.uint8), mask=known_group)
-    tl.store(head + 1, (rounded >> 8).to(tl.uint8), mask=known_group)
-    part = tl.arange(0, PARTS)[None, :, None]
-    packed = tl.sum(numbers << (part * BITS), 1)
-    byte = head[:, None] + HEAD + tl.arange(0, PACKED)[None, :]
-    tl.store(byte, packed.to(tl.uint8), mask=known_group[:, None])
+    head, byte, there = _bytes(message, group, count, PARTS, PACKED, HEAD)
+    tl.store(head, (rounded & 0xFF).to(tl.uint8), mask=there)
+    tl.store(head + 1, (rounded >> 8).to(tl.uint8), mask=there)
+    packed = tl.sum(numbers << (tl.arange(0, PARTS)[None, :, None] * BITS), 1)
+    tl.store(byte, packed.to(tl.uint8), mask=there[:, None])
 
 
 @triton.jit
@@ -115,19 +125,15 @@ def _decode(
 ):
     """What is known of some groups once their bytes of a message have arrived."""
     group, place, inside = _places(count, PARTS, PACKED, GROUPS)
-    known_group = group * (PARTS * PACKED) < count
-    head = message + group * (HEAD + PACKED)
-    low = tl.load(head, mask=known_group, other=0).to(tl.int32)
-    high = tl.load(head + 1, mask=known_group, other=0).to(tl.int32)
+    head, byte, there = _bytes(message, group, count, PARTS, PACKED, HEAD)
+    low = tl.load(head, mask=there, other=0).to(tl.int32)
+    high = tl.load(head + 1, mask=there, other=0).to(tl.int32)
     scale = ((high << 24) | (low << 16)).to(tl.float32, bitcast=True)
-    byte = head[:, None] + HEAD + tl.arange(0, PACKED)[None, :]
-    packed = tl.load(byte, mask=known_group[:, None], other=0).to(tl.int32)
-    part = tl.arange(0, PARTS)[None, :, None]
-    numbers = (packed[:, None, :] >> (part * BITS)) & LEVELS
+    packed = tl.load(byte, mask=there[:, None], other=0).to(tl.int32)
+    numbers = (packed[:, None, :] >> (tl.arange(0, PARTS)[None, :, None] * BITS)) & LEVELS
 
     before = tl.load(known + place, mask=inside, other=0.0).to(tl.float32)
-    after = before + (numbers.to(tl.float32) - LEVELS / 2) * scale[:, None, None]
-    after = after.to(known.dtype.element_ty)
+    after = _sum(before, numbers, scale, LEVELS).to(known.dtype.element_ty)
     tl.store(known + place, after, mask=inside)
     if FILLS:
         tl.store(into + place, after, mask=inside)
