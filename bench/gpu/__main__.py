@@ -60,6 +60,12 @@ STAGES = (
         "bench.gpu.shares --compiled --sizes 1024 --json {out}/shares-compiled.json",
         "bench.gpu.shares --compiled --device cpu --steps 1 --ranks 1 2 --json {out}/shares-compiled.json",
     ),
+    Stage(
+        "shares of a step of SDXL in mixes that wait for fresh values",
+        "bench.gpu.shares --sizes 1024 2048 --ranks 8 --exchange displaced_attention compressed sync "
+        "--json {out}/mixes.json",
+        "bench.gpu.shares --device cpu --steps 1 --ranks 2 --exchange compressed --json {out}/mixes.json",
+    ),
     *(
         Stage(
             f"shares of a step of {name}, compiled too",

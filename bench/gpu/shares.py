@@ -2,20 +2,21 @@
 
 A published network with random weights does a step for diffusers alone, and one rank's share of it in a gang
 of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel and as CUDA graphs; with
---compiled once more, with the blocks compiled that it repeats. Each row has the time until the host has given
-everything to the device, and until the device is done. What a link between GPUs costs is not in it;
-`bench.projection` adds that.
+--compiled once more, with the blocks compiled that it repeats; with --exchange in other modes of it. Each row
+has the time until the host has given everything to the device, and until the device is done. What is waited
+for is copied from what the rank sends, one launch a transfer, and that is in it; what a link between GPUs
+costs is not: `bench.projection` adds that.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -27,13 +28,14 @@ from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.arguments import positive
-from distriray.config import ExchangeMode
+from distriray.config import MIXES, ExchangeMode, Kind
 from distriray.parallel import compile_blocks, engine_of, many_shapes
 
 COLUMNS = (
     "size",
     "share of",
     "guidance",
+    "exchange",
     "launched by",
     "kernels",
     "kernels take, ms",
@@ -63,6 +65,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run, small")
     parser.add_argument("--sizes", type=positive, nargs="+", help="pixels of a side; default 1024 2048 3840")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--exchange", choices=MIXES, nargs="+", help="default: displaced of a U-Net, sync of a transformer"
+    )
     parser.add_argument("--steps", type=positive, default=8, help="steps that are timed")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
     parser.add_argument("--compiled", action="store_true", help="also with compiled blocks")
@@ -71,6 +76,7 @@ def main() -> None:
     on_gpu = arguments.device == "cuda"
     arguments.sizes = arguments.sizes or ([1024, 2048, 3840] if on_gpu else [128])
     model = PUBLISHED[arguments.model]
+    arguments.exchange = arguments.exchange or ["sync" if model.heads else "displaced"]
     usual = str(model.dtype).removeprefix("torch.") if on_gpu else "float32"
     arguments.dtype = arguments.dtype or usual
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -84,12 +90,15 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     network = random_network(model.make if on_gpu else model.small, device, dtype)
 
-    def add(size: int, of: str, guidance: str, launched: str, timing: Timing, buffers: int) -> None:
+    def add(
+        size: int, of: str, guidance: str, exchange: str, launched: str, timing: Timing, buffers: int
+    ) -> None:
         memory = torch.cuda.max_memory_reserved() if on_gpu else 0
         report.add(
             f"{size}x{size}",
             of,
             "-" if model.heads else guidance,
+            exchange,
             launched,
             str(timing.kernels),
             f"{timing.kernels_ms:.1f}",
@@ -103,28 +112,35 @@ def main() -> None:
         if arguments.json:
             report.write(arguments.json)  # after each row: what was measured is kept if time runs out
 
+    modes: Sequence[ExchangeMode] = arguments.exchange
     alone = {}
     failed: list[str] = []
     for size in arguments.sizes:
         alone[size] = whole_step(model, network, size, arguments.steps)
-        add(size, "diffusers", "together", "kernel", alone[size], 0)
+        add(size, "diffusers", "together", "-", "kernel", alone[size], 0)
     for compiled, size, ranks in product(
         (False, True) if arguments.compiled else (False,), arguments.sizes, arguments.ranks
     ):
         if compiled and (size, ranks) == (arguments.sizes[0], arguments.ranks[0]):
             compile_blocks(network, "inductor" if on_gpu else "eager")
         for split, graphs in product((True, False), (False, True) if on_gpu else (False,)):
-            if not split or (ranks % 2 == 0 and model.splits):
-                guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
-                launched += ", compiled" * compiled
+            if split and (ranks % 2 or not model.splits):
+                continue
+            guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
+            launched += ", compiled" * compiled
+            exchanged = ranks > (2 if split else 1)
+            for exchange in modes if exchanged else modes[:1]:
+                row = size, f"a gang of {ranks}", guidance, exchange if exchanged else "-", launched
                 try:
                     with many_shapes():
-                        timing, buffers = share(model, network, ranks, size, split, graphs, arguments.steps)
+                        measured = share(
+                            model, network, ranks, size, split, exchange, graphs, arguments.steps
+                        )
                 except RuntimeError as error:  # no graph, or no memory: the rows that follow are measured
-                    failed.append(f"{size}x{size}, a gang of {ranks}, {guidance}, {launched}: {error}")
+                    failed.append(f"{size}x{size}, {', '.join(row[1:])}: {error}")
                     print(failed[-1], flush=True)
                     continue
-                add(size, f"a gang of {ranks}", guidance, launched, timing, buffers)
+                add(*row, *measured)
     report.print()
     if failed:
         raise SystemExit("\n".join(("not measured:", *failed)))
@@ -138,14 +154,19 @@ def whole_step(model: Published, network: Any, size: int, steps: int) -> Timing:
 
 
 def share(
-    model: Published, network: Any, ranks: int, size: int, split: bool, graphs: bool, steps: int
+    model: Published,
+    network: Any,
+    ranks: int,
+    size: int,
+    split: bool,
+    exchange: ExchangeMode,
+    graphs: bool,
+    steps: int,
 ) -> tuple[Timing, int]:
     """Timing of one rank's share of a step, and the bytes of its buffers.
 
-    The rank has a neighbour on each side, where one of the gang does. The step is a displaced one of a U-Net,
-    and an exact one of a transformer.
+    The rank has a neighbour on each side, where one of the gang does.
     """
-    exchange: ExchangeMode = "sync" if model.heads else "displaced"
     peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, network.device)
     parallelize(
         network,
@@ -167,7 +188,7 @@ def share(
 
     with engine.image():
         step()
-        peers.fills = False
+        peers.fills = not all(map(MIXES[exchange].is_stale, get_args(Kind)))
         for _ in range(3):
             step()
         timing = timed(step, steps, network.device)

@@ -30,14 +30,23 @@ class AbsentPeers(BackendCommunicator):
         return NothingInFlight()
 
     def _receive(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> None:
-        for tensor in receives.values():
-            _fill(tensor, list(sends.values()))
+        targets, sources = [], []
+        for target in receives.values():
+            source = _like(target, list(sends.values()))
+            if source is not None:
+                targets.append(target)
+                sources.append(source)
+            elif target.is_floating_point():
+                target.zero_()  # bytes without a counterpart are a random state, which stays the own one
+        if targets:
+            torch._foreach_copy_(targets, sources)  # on a GPU one launch for all, as a real transfer is
 
 
-def _fill(tensor: torch.Tensor, sends: list[torch.Tensor]) -> None:
+def _like(tensor: torch.Tensor, sends: list[torch.Tensor]) -> torch.Tensor | None:
+    """Values for all of `tensor` from the first that is sent in its dtype; None if nothing is."""
     like = next((sent for sent in sends if sent.dtype == tensor.dtype and sent.numel()), None)
-    if like is not None and tensor.numel():
-        times = -(-tensor.numel() // like.numel())
-        tensor.copy_(like.flatten().repeat(times)[: tensor.numel()].view_as(tensor))
-    elif tensor.is_floating_point():
-        tensor.zero_()  # bytes without a counterpart are a random state, which stays the own one
+    if like is None or not tensor.numel():
+        return None
+    times = -(-tensor.numel() // like.numel())
+    values = like.flatten()
+    return (values if times == 1 else values.repeat(times))[: tensor.numel()].view_as(tensor)

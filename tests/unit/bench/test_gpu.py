@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bench.gpu import __main__ as stages
 from bench.gpu import serve, shares
 from bench.gpu.shares import COLUMNS, share, whole_step
 from bench.published import PUBLISHED, random_network
+from distriray.config import MIXES, ExchangeMode
 
 
 @pytest.mark.distributed  # it starts processes
@@ -79,14 +81,14 @@ def test_stages_of_tests_run_what_can_be_imported(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_rank_of_each_published_network_has_its_share_timed(name: str) -> None:
+@pytest.mark.parametrize(("name", "exchange"), [*product(PUBLISHED, ["sync"]), *product(["sdxl"], MIXES)])
+def test_a_rank_of_each_published_network_has_its_share_timed(name: str, exchange: ExchangeMode) -> None:
     model, size = PUBLISHED[name], 128
     network = random_network(model.small, torch.device("cpu"), torch.float32)
     with torch.device("meta"):
         assert type(network) is type(model.make())
     assert whole_step(model, network, size, steps=1).step_ms > 0
-    timing, buffers = share(model, network, 2, size, split=False, graphs=False, steps=1)
+    timing, buffers = share(model, network, 2, size, split=False, exchange=exchange, graphs=False, steps=1)
     assert timing.step_ms > 0 and buffers > 0
 
 
@@ -104,7 +106,9 @@ def test_a_share_that_fails_keeps_no_other_from_being_measured(
     out = tmp_path / "shares.json"
     command = ["shares", "--device", "cpu", "--model", "flux", "--ranks", "1", "2", "--json", str(out)]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="a gang of 1, together, kernel: not launched as graphs: something"):
+    with pytest.raises(
+        SystemExit, match="a gang of 1, together, -, kernel: not launched as graphs: something"
+    ):
         shares.main()
     assert [row["share of"] for row in json.loads(out.read_text())["rows"]] == ["diffusers", "a gang of 2"]
 
