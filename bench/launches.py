@@ -236,7 +236,7 @@ def ways(model: Published, ranks: int) -> Sequence[tuple[ExchangeMode, Attention
     # Without group norms and convolutions, `displaced_attention` is `displaced`.
     names = [name for name in NAMES if not model.heads or name != "displaced_attention"]
     gathered: list[tuple[ExchangeMode, AttentionMode]] = [(name, "gather") for name in ("none", *names)]
-    return [*gathered, ("sync", "ulysses")] if model.heads and model.heads % ranks == 0 else gathered
+    return [*gathered, ("sync", "ulysses")] if model.heads >= ranks else gathered
 
 
 def cells(

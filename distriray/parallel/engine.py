@@ -235,7 +235,7 @@ class Engine:
         """
         if self._outline is None or not self._outline.holds():
             self._convert()
-        # The first has most rows and tokens, the second halos on both sides.
+        # The first has most rows, tokens and heads, the second halos on both sides.
         ranks = {0, min(1, world_size - 1)}
         gang = [AbsentPeers(rank, world_size, META) for rank in ranks]
         calls = list(calls)

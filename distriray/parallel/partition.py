@@ -78,7 +78,7 @@ class Partition:
 
     @cached_property
     def _unit_bounds(self) -> tuple[int, ...]:
-        return _dealt(self.units, self.world_size)
+        return _boundaries(self.units, self.world_size)
 
     def shape(self, level: int) -> tuple[int, int]:
         """Rows and columns of the whole feature map at `level`."""
@@ -185,7 +185,7 @@ class TokenPartition(Partition):
         streams: dict[Stream, int] = {"image": self.height, "references": self.references, "text": self.text}
         for stream, count in streams.items():
             tokens += count
-            together = _dealt(tokens, self.world_size)
+            together = _boundaries(tokens, self.world_size)
             bounds[stream] = tuple(of_all - rest for of_all, rest in zip(together, before, strict=True))
             before = together
         return bounds
@@ -201,7 +201,12 @@ class TokenPartition(Partition):
         return {**counts, "joint": tuple(map(sum, joint))}
 
 
-def _dealt(count: int, ranks: int) -> tuple[int, ...]:
+def dealt(count: int, ranks: int) -> tuple[int, ...]:
+    """How many of so many each rank gets; the first get one more."""
+    return tuple(stop - start for start, stop in pairwise(_boundaries(count, ranks)))
+
+
+def _boundaries(count: int, ranks: int) -> tuple[int, ...]:
     """Where each rank's part of so many begins, and the last one's ends; the first get one more."""
     each, extra = divmod(count, ranks)
     return tuple(rank * each + min(rank, extra) for rank in range(ranks + 1))

@@ -7,6 +7,7 @@ slot k.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -175,51 +176,68 @@ class Step(ABC):
         """
 
     def deal_heads(
-        self, projections: Sequence[torch.Tensor], tokens: tuple[int, ...]
+        self, projections: Sequence[torch.Tensor], tokens: tuple[int, ...], heads: tuple[int, ...]
     ) -> tuple[torch.Tensor, ...]:
         """This rank's share of the heads, of all ranks' tokens, from all heads of its own tokens.
 
         Nothing of it lasts: only where keys and values are fresh and whole.
 
         Args:
-            projections: (batch, this rank's tokens, heads, channels of a head) each, the heads a multiple of
-                the ranks.
+            projections: (batch, this rank's tokens, heads, channels of a head) each, the heads as many as
+                all `heads` are, or a multiple.
             tokens: of every rank.
+            heads: that every rank gets of the projection with fewest, as `dealt` has them.
 
         Returns:
             (batch, tokens of all ranks, heads of this rank, channels of a head) each, in the order of the
             ranks, in a buffer that the next layer of this shape overwrites.
         """
         assert self.mix.fresh_keys_values
-        ranks, first = len(tokens), projections[0]
-        heads = [projection.shape[2] // ranks for projection in projections]
-        rest = len(first), sum(heads), first.shape[3]
-        outbox = self._patch.scratch((ranks, tokens[self.rank], *rest), first)
-        by_rank = [each.unflatten(2, (ranks, -1)).flatten(3).permute(2, 1, 0, 3) for each in projections]
-        torch.cat(by_rank, 3, out=outbox.flatten(3))  # one launch, where copies are one each
-        inbox = self._patch.scratch((sum(tokens), *rest), first)
+        first, multiples = projections[0], [whole.shape[2] // sum(heads) for whole in projections]
+        outbox: list[torch.Tensor] = []
+        start = 0
+        # Messages to ranks that get as many are one launch, where copies would be one each.
+        for each, ranks in Counter(heads).items():
+            stop = start + each * ranks
+            by_rank = [
+                whole[:, :, start * n : stop * n].unflatten(2, (ranks, -1)).flatten(3).permute(2, 1, 0, 3)
+                for whole, n in zip(projections, multiples, strict=True)
+            ]
+            shape = ranks, tokens[self.rank], len(first), each * sum(multiples), first.shape[3]
+            messages = self._patch.scratch(shape, first)
+            torch.cat(by_rank, 3, out=messages.flatten(3))
+            outbox += messages.unbind()
+            start = stop
+        inbox = self._patch.scratch((sum(tokens), *outbox[self.rank].shape[1:]), first)
         parts = inbox.split(tokens)
         parts[self.rank].copy_(outbox[self.rank])
-        self._swap_parts(outbox.unbind(), parts)
-        return tuple(part.transpose(0, 1) for part in inbox.split(heads, 2))
+        self._swap_parts(outbox, parts)
+        own = [heads[self.rank] * n for n in multiples]
+        return tuple(part.transpose(0, 1) for part in inbox.split(own, 2))
 
-    def deal_tokens(self, attended: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
+    def deal_tokens(
+        self, attended: torch.Tensor, tokens: tuple[int, ...], heads: tuple[int, ...]
+    ) -> torch.Tensor:
         """All heads of this rank's tokens, from its share of the heads of all tokens: undoes `deal_heads`.
 
         Args:
             attended: (batch, tokens of all ranks, heads of this rank, channels of a head).
-            tokens: of every rank.
+            tokens, heads: as `deal_heads` takes them.
 
         Returns:
             (batch, this rank's tokens, heads, channels of a head).
         """
         outbox = attended.transpose(0, 1).contiguous()  # a batch of one is that already
-        inbox = self._patch.scratch((len(tokens) - 1, tokens[self.rank], *outbox.shape[1:]), attended)
-        parts, received = outbox.split(tokens), list(inbox.unbind())
-        received.insert(self.rank, parts[self.rank])
+        parts = outbox.split(tokens)
+        own = parts[self.rank]
+        of_a_head = own.numel() // heads[self.rank]
+        of_peers = [each * of_a_head for rank, each in enumerate(heads) if rank != self.rank]
+        inbox = self._patch.scratch((sum(of_peers),), attended).split(of_peers)
+        received = [part.view(*own.shape[:2], -1, own.shape[3]) for part in inbox]
+        received.insert(self.rank, own)
         self._swap_parts(parts, received)
-        own = torch.cat([part.flatten(2).transpose(0, 1) for part in received], 2)
-        return own.unflatten(2, (-1, attended.shape[3]))
+        whole = torch.cat([part.flatten(2).transpose(0, 1) for part in received], 2)
+        return whole.unflatten(2, (-1, attended.shape[3]))
 
     @property
     @abstractmethod

@@ -13,7 +13,7 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed
 from distriray.parallel.layers.opaque import Opaque
-from distriray.parallel.partition import Sequence, TokenPartition
+from distriray.parallel.partition import Sequence, TokenPartition, dealt
 
 
 class Tokens:
@@ -95,13 +95,13 @@ class PatchTokenAttention(Opaque):
         assert step is not None
         self.tokens.entered[self] += 1
         if self.tokens.deals_heads and step.mix.fresh_keys_values:
-            query, *of_all = step.deal_heads((query, key, value), tokens)
-            prefix = [each.chunk(len(tokens), 2)[step.rank] for each in prefix]
-            attended = step.deal_tokens(self._attend(query, *_behind(prefix, of_all)), tokens)
+            heads = dealt(key.shape[2], len(tokens))
+            query, *of_all = step.deal_heads((query, key, value), tokens, heads)
+            prefix = [each.split(heads, 2)[step.rank] for each in prefix]
+            attended = step.deal_tokens(self._attend(query, *_behind(prefix, of_all)), tokens, heads)
         else:
-            heads = key.shape[2:]
             keys, values = step.keys_values(Computed(key.flatten(2), value.flatten(2)), tokens)
-            of_all = [keys.unflatten(2, heads), values.unflatten(2, heads)]
+            of_all = [each.unflatten(2, key.shape[2:]) for each in (keys, values)]
             attended = self._attend(query, *_behind(prefix, of_all))
         return attended.to(query.dtype)
 

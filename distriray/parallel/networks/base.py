@@ -203,7 +203,7 @@ class Network(ABC):
         """Whether heads of attention are dealt to that many ranks, where it may be.
 
         Raises:
-            InvalidRequest: they do not divide, and are to be dealt.
+            InvalidRequest: they are fewer, and are to be dealt.
         """
         return False
 

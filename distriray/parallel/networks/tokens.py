@@ -36,7 +36,7 @@ from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
 from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
 from distriray.parallel.networks.plan import Attention, Cut, Cutter, Plan, key_mask
-from distriray.parallel.partition import TokenPartition
+from distriray.parallel.partition import TokenPartition, dealt
 from distriray.parallel.share import Share
 
 LAYERS = TOKENWISE | {
@@ -58,6 +58,10 @@ BACKENDS = {
     AttentionBackendName._NATIVE_MATH,
 }
 """Ways to attend that are known to take more keys than queries."""
+
+MOST_HEADS = 1.25
+"""Times its share of the heads that a rank may get where that is not asked for: it attends for as many, and
+its peers wait for it."""
 
 PACKED = ("batch", "tokens", "channels")
 """Dimensions of latents that the pipeline has made tokens of."""
@@ -238,15 +242,17 @@ class TokenNetwork(Network):
         if self._key_heads is None:
             attending = (layer for _, layer, planned in self._attentions() if planned.sequence is not None)
             self._key_heads = {self.heads(layer).keys for layer in attending}
-        divides = not any(heads % patches for heads in self._key_heads)
-        if attention == "ulysses" and not divides:
+        fewest = min(self._key_heads)
+        if attention == "ulysses" and fewest < patches:
             raise InvalidRequest(
-                f"attention='ulysses' cannot deal {max(self._key_heads)} heads evenly to {patches} ranks; "
-                "use 'auto'",
-                "gang_size",
+                f"attention='ulysses' cannot deal {fewest} heads to {patches} ranks; use 'auto'", "gang_size"
             )
         # Two ranks send as much either way, and one message is better than two.
-        return attention == "ulysses" or (attention == "auto" and divides and patches > 2)
+        return attention == "ulysses" or (
+            attention == "auto"
+            and 2 < patches <= fewest
+            and all(max(dealt(heads, patches)) * patches <= MOST_HEADS * heads for heads in self._key_heads)
+        )
 
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
         partition, rank = share.partition, share.communicator.rank
@@ -257,9 +263,10 @@ class TokenNetwork(Network):
             tokens = partition.of_sequence(planned.sequence)
             queries, keys, channels = self.heads(layer)
             own = torch.empty(share.images, tokens[rank], dtype=call.sample.dtype, device="meta")
-            query, key = (own[..., None, None].expand(-1, -1, heads, channels) for heads in (queries, keys))
+            query, key = (own[..., None, None].expand(-1, -1, n, channels) for n in (queries, keys))
             if share.deals_heads and step.mix.fresh_keys_values:
-                step.deal_tokens(step.deal_heads((query, key, key), tokens)[0], tokens)
+                heads = dealt(keys, len(tokens))
+                step.deal_tokens(step.deal_heads((query, key, key), tokens, heads)[0], tokens, heads)
             else:
                 step.keys_values(Computed(key.flatten(2), key.flatten(2)), tokens)
 

@@ -71,6 +71,21 @@ def test_a_transformer_sends_what_arithmetic_says(name: str, tokens: int, width:
     assert sent == {"gather": keys_values * (ranks - 1), "ulysses": keys_values * (ranks - 1) * 2 // ranks}
 
 
+def test_heads_that_ranks_do_not_divide_are_sent_once_too_and_cost_three_launches_a_layer() -> None:
+    model, ranks, heads, channels = PUBLISHED["z-image"], 8, 30, 128
+    (gathered, *_), (dealt, peers, _) = (
+        share(model, 1024, ranks, False, "sync", attention) for attention in ("gather", "ulysses")
+    )
+    messages = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
+    *of_layers, _ = (sum(bytes_.values()) for bytes_ in messages)
+    joint, image, own = 30, 2, 4  # layers over text and image, and over the image; heads of this rank
+    tokens = (joint * (4096 + 128) + image * 4096) // ranks
+    projections, attended = 3 * tokens * (heads - own), (ranks - 1) * tokens * own
+    assert sum(of_layers) == 2 * channels * (projections + attended)  # bfloat16
+    assert len(of_layers) == 2 * (joint + image)
+    assert dealt.launches - gathered.launches == 3 * (joint + image)
+
+
 @pytest.mark.parametrize("name", sweep(DEPTHS))
 def test_a_block_asks_less_of_a_gpu_than_by_diffusers_own_parallelism_in_half_the_messages(name: str) -> None:
     (three, blocks), (two, fewer) = shallow(name, 3), shallow(name, 2)

@@ -42,6 +42,7 @@ from tests.unit.parallel.transformers import (
 )
 
 WIDE, SQUARE, PADDED = Shape(), Shape(4, 4, 8, 1), Shape(masked=True)
+TALL = Shape(8, 3, 7, 1)
 MASKED = (
     "chroma",
     "ernie-image",
@@ -63,6 +64,8 @@ HALF = (
     "image_cond_hidden_states",
 )
 RANKS = [2, 3, 4]
+DEALT_TO = [2, 3, 4, 5]
+"""Ranks that twelve heads are dealt to, the last of them unevenly."""
 LONG = 6
 """Steps where a gang is exact to the end."""
 
@@ -119,7 +122,7 @@ def sequences(name: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "shape", "ranks"),
-    [*pairwise(list(TRANSFORMERS), [WIDE, SQUARE], RANKS), *pairwise(MASKED, [PADDED], RANKS)],
+    [*pairwise(list(TRANSFORMERS), [WIDE, TALL], DEALT_TO), *pairwise(MASKED, [PADDED], DEALT_TO)],
 )
 def test_heads_dealt_to_the_ranks_equal_one_device_and_send_their_share(
     name: str, shape: Shape, ranks: int
@@ -137,6 +140,20 @@ def test_heads_dealt_to_the_ranks_equal_one_device_and_send_their_share(
     assert ulysses.bytes_sent == pytest.approx(2 / ranks * gathered.bytes_sent, rel=0.25)
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_queries_go_where_the_keys_go_that_they_share(ranks: int) -> None:
+    heads, transformer = {"num_attention_heads": 12, "num_key_value_heads": 4}, TRANSFORMERS["krea2"]
+
+    def rank(communicator: Communicator) -> list[torch.Tensor]:
+        config = ParallelConfig(exchange="sync", attention="ulysses", cfg_parallel=False)
+        network = parallelize(transformer.make(**heads), communicator, config)
+        return draw(network, transformer, WIDE, LONG)
+
+    expected = draw(transformer.make(**heads), transformer, WIDE, LONG)
+    for latents in run_in_lockstep(ranks, rank):
+        assert max(map(error, latents, expected)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sd3", "pixart", "z-image"])
 def test_the_halves_of_a_gang_deal_their_heads(name: str) -> None:
     shape = Shape(masked=name != "sd3")
@@ -146,18 +163,21 @@ def test_the_halves_of_a_gang_deal_their_heads(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "heads", "dealt"), [(2, 12, False), (3, 12, True), (4, 12, True), (3, 2, False)]
+    ("ranks", "heads", "dealt"),
+    [(2, 12, False), (3, 12, True), (4, 12, True), (5, 12, True), (8, 12, False), (3, 2, False)],
 )
-def test_auto_deals_heads_where_that_sends_less(ranks: int, heads: int, dealt: bool) -> None:
+def test_auto_deals_heads_where_that_sends_less_and_no_rank_gets_much_more_than_its_share(
+    ranks: int, heads: int, dealt: bool
+) -> None:
     sent = {
-        attention: gang(ranks, "flux", heads=heads, exchange="sync", attention=attention)[1].waits
+        attention: gang(ranks, "flux", TALL, heads, 1, exchange="sync", attention=attention)[1].waits
         for attention in ("auto", "gather")
     }
     assert (sent["auto"] > sent["gather"]) == dealt
 
 
-def test_heads_that_do_not_divide_are_refused_by_all_ranks() -> None:
-    with pytest.raises(InvalidRequest, match="2 heads evenly to 3 ranks"):
+def test_fewer_heads_than_ranks_are_refused_by_all_of_them() -> None:
+    with pytest.raises(InvalidRequest, match="2 heads to 3 ranks"):
         gang(3, "flux", exchange="sync", attention="ulysses")
 
 
