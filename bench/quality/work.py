@@ -165,8 +165,11 @@ def make(job: Job, plan: Plan, album: Album, workers: int, deadline: float) -> N
             process.start()
         for process in crew:
             process.join()
-        if any(process.exitcode for process in crew):
-            raise RuntimeError("a worker failed; its traceback is above, and finished parts are kept")
+        if codes := [process.exitcode for process in crew if process.exitcode]:
+            raise RuntimeError(
+                f"workers ended with {codes}: tracebacks are above, but for those that a signal ended (-9: "
+                "memory ran out); finished parts are kept"
+            )
 
 
 def _work(job: Job, plan: Plan, album: Album, queue: Any, deadline: float, workers: int) -> None:

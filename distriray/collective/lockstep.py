@@ -155,7 +155,7 @@ def run_in_lockstep(
         device: of the tensors, one for all ranks.
 
     Returns:
-        What each rank returned, in the order of ranks.
+        What each rank returned, in the order of ranks; their communicators are closed.
 
     Raises:
         BaseException: what the first rank to fail raised. The others end with `GangBroken`, and so do ranks
@@ -186,6 +186,8 @@ def run_in_lockstep(
         thread.start()
     for thread in ranks:
         thread.join()
+    with gang.turn:
+        gang.fail("the gang is over: its ranks have returned")  # who keeps buffers for it lets go of them
     if failures:
         raise failures[0]
     return results

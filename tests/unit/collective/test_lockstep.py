@@ -29,6 +29,14 @@ def test_messages_keep_their_order_whoever_comes_first() -> None:
     assert run_in_lockstep(2, rank) == [[10, 11, 12], [0, 1, 2]]
 
 
+def test_a_gang_is_over_when_its_ranks_have_returned() -> None:
+    communicators = run_in_lockstep(2, lambda communicator: communicator)
+    for communicator in communicators:
+        assert communicator.broken
+        with pytest.raises(GangBroken, match="its ranks have returned"):
+            communicator.check()
+
+
 def test_ranks_that_wait_for_each_other_in_vain_are_told_so() -> None:
     def rank(communicator: LockstepCommunicator) -> None:
         if communicator.rank == 2:

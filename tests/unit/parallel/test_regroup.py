@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from bench.exchange import unet_inputs
 from distriray import ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.collective.subgroup import Subgroup
 from distriray.denoise import Denoiser
 from distriray.parallel import engine_of
-from tests.models import tiny_sdxl
+from tests.models import tiny_sdxl, tiny_sdxl_unet
 from tests.parameters import sweep
 from tests.regroup import DISPLACED, REQUEST, SYNC, changing_gangs
 from tests.unit.parallel.recorded import RecordedGraphs
@@ -140,3 +141,19 @@ def test_what_is_kept_of_other_gangs_is_bounded_and_ends_with_them() -> None:
         assert draw(pair) == both - whole
 
     run_in_lockstep(4, rank)
+
+
+def test_networks_that_one_gang_in_lockstep_after_the_other_has_keep_the_last_ones_buffers() -> None:
+    networks = [tiny_sdxl_unet() for _ in range(2)]
+
+    def rank(communicator: Communicator) -> int:
+        network = parallelize(networks[communicator.rank], communicator, DISPLACED)
+        engine = engine_of(network)
+        assert engine is not None
+        with engine.image():
+            for step in range(2):
+                network(timestep=900 - step, **unet_inputs(network, 256))
+        return engine.buffer_bytes
+
+    first, *later = (run_in_lockstep(2, rank) for _ in range(3))
+    assert min(first) > 0 and later == [first, first]
