@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from deployments.http import HttpConfig, build_http, health
+from deployments.http.routes import images
 from distriray.errors import NotEnoughDevices, TooLong
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
@@ -190,3 +191,13 @@ def test_a_picture_with_transparency_is_answered_in_every_format(
     assert told["background"] == background
     picture = Image.open(BytesIO(base64.b64decode(drawn["b64_json"])))
     assert shown is None or picture.getpixel((0, 0)) == shown
+
+
+def test_a_stream_in_which_nothing_happens_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "KEEP_ALIVE_S", 0.05)
+    service = FakeService(pace_s=0.18)
+    answer = draw(service, stream=True, num_inference_steps=2)
+    *silence, told = [frame for frame in answer.text.split("\n\n") if frame]
+    assert len(silence) >= 4 and set(silence) == {":"}
+    assert told.startswith("event: image_generation.completed")
+    assert service.ended == ["finished"]
