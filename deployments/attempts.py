@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from deployments.pool_client import PoolClient
 from distriray.errors import GenerationCancelled
 from distriray.events import Event, Preview, Queued, Step
 from distriray.requests import GenerationRequest
@@ -22,7 +23,9 @@ class Attempts:
         began_s: when the client asked, on the monotonic clock.
         count: hosts that it was sent to in vain.
         wakes: pools that it waited for.
+        host: the host that was sent it last, unless that was in vain.
         sent: hosts that were sent it in vain, and may have it yet.
+        unwanted: somebody has cancelled it: no further host gets it.
         queued, step, previews: what a stream has shown, so that another attempt does not show it again.
     """
 
@@ -31,7 +34,9 @@ class Attempts:
     began_s: float = field(default_factory=time.monotonic)
     count: int = 0
     wakes: int = 0
+    host: tuple[PoolClient, str] | None = None
     sent: set[str] = field(default_factory=set)
+    unwanted: bool = False
     queued: bool = False
     step: int = 0
     previews: int = 0
@@ -77,7 +82,11 @@ class Attempts:
         finally:
             self._limit = None
         if self._called_off:  # maybe too late to end the block
-            raise GenerationCancelled(f"request {self.request.id} was cancelled")
+            raise self.cancelled()
+
+    def cancelled(self) -> GenerationCancelled:
+        """The error of a request that was cancelled."""
+        return GenerationCancelled(f"request {self.request.id} was cancelled")
 
     def call_off(self) -> None:
         """End it: now, or as soon as anybody goes on with it."""

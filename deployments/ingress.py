@@ -62,7 +62,7 @@ class Ingress:
         Hosts are asked for what no router has that can be asked: it may drain with its last requests.
         """
         return (
-            self._front.call_off(request_id)
+            await self._front.call_off(request_id)
             or await self._called_off_elsewhere(request_id)
             or await self._front.cancel(request_id)
         )
@@ -72,7 +72,7 @@ class Ingress:
         routers = serve.get_deployment_handle(context.deployment, context.app_name)
         try:
             answers = await routers.broadcast("call_off", request_id).results_async(
-                timeout_s=ANSWER_S, return_exceptions=True
+                timeout_s=2 * ANSWER_S, return_exceptions=True
             )
         except UNANSWERED:
             return False
@@ -80,7 +80,7 @@ class Ingress:
 
     async def call_off(self, request_id: str) -> bool:
         """Stop a request of this replica's; whether there was one."""
-        return self._front.call_off(request_id)
+        return await self._front.call_off(request_id)
 
     async def models(self) -> list[ModelCard]:
         """The models on offer."""

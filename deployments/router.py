@@ -102,17 +102,27 @@ class Router:
 
     async def cancel(self, request_id: str) -> bool:
         """Stop a request; whether there was one. Only for one that is not this router's are hosts asked."""
-        if self.call_off(request_id):
+        if await self.call_off(request_id):
             return True
         answers = [await client.everyone("cancel", request_id) for client in self._clients]
         return any(any(answer) for answer in answers)
 
-    def call_off(self, request_id: str) -> bool:
-        """Stop a request of this router's, wherever it is; whether there was one."""
+    async def call_off(self, request_id: str) -> bool:
+        """Stop a request of this router's, wherever it is; whether there was one.
+
+        Its host ends it after the step that it is in; where that has nothing of it, or drains, the call to it
+        is ended.
+        """
         attempts = self._under_way.get(request_id)
-        if attempts is not None:
-            attempts.call_off()
-        return attempts is not None
+        if attempts is None:
+            return False
+        attempts.unwanted = True
+        if attempts.host is not None:
+            client, host = attempts.host
+            if any(await client.answers([host], "cancel", request_id)):
+                return True
+        attempts.call_off()
+        return self._under_way.get(request_id) is attempts
 
     def models(self) -> list[ModelCard]:
         """Every model, and then their other names.
@@ -208,6 +218,7 @@ class Router:
         while True:
             client, host, asked = await self._find(attempts, clients)
             if host is not None:
+                attempts.host = client, host
                 return client, host, asked
             await self._wait_for_host(attempts, client)
 
@@ -345,6 +356,9 @@ class Router:
         error: QueueFull | RayActorError | HostSilent,
     ) -> None:
         """A host refused a request, did not accept it or died: try another, unless that was tried enough."""
+        attempts.host = None
+        if attempts.unwanted:
+            raise attempts.cancelled() from error
         if isinstance(error, QueueFull):
             client.state.refused(host)
         else:
