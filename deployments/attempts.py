@@ -1,4 +1,4 @@
-"""One request on its way through a router: hosts that were tried, and the search for one."""
+"""One request on its way through a router: hosts that were tried, and whether anybody still wants it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from deployments.pool_client import PoolClient
 from distriray.errors import GenerationCancelled
 from distriray.events import Event, Preview, Queued, Step
 from distriray.requests import GenerationRequest
@@ -22,6 +23,9 @@ class Attempts:
         began_s: when the client asked, on the monotonic clock.
         count: hosts that it was sent to in vain.
         wakes: pools that it waited for.
+        host: the host that was sent it last, unless that was in vain.
+        sent: hosts that were sent it in vain, and may have it yet.
+        unwanted: somebody has cancelled it: no further host gets it.
         queued, step, previews: what a stream has shown, so that another attempt does not show it again.
     """
 
@@ -30,9 +34,14 @@ class Attempts:
     began_s: float = field(default_factory=time.monotonic)
     count: int = 0
     wakes: int = 0
+    host: tuple[PoolClient, str] | None = None
+    sent: set[str] = field(default_factory=set)
+    unwanted: bool = False
     queued: bool = False
     step: int = 0
     previews: int = 0
+    _called_off: bool = field(default=False, init=False)
+    _limit: asyncio.Timeout | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.request = self.request.seeded()
@@ -57,33 +66,31 @@ class Attempts:
             case _:
                 return True
 
-
-class Search:
-    """The search for a host of one request, until there is one or somebody calls it off."""
-
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
-        self._limit = asyncio.timeout(None)
-        self._called_off = False
-
     @asynccontextmanager
     async def going_on(self) -> AsyncGenerator[None, None]:
-        """Search while the block runs.
+        """Work on it while the block runs.
 
         Raises:
             GenerationCancelled: it was called off, which ends the block.
         """
         try:
-            async with self._limit:
+            async with asyncio.timeout(0 if self._called_off else None) as self._limit:
                 yield
         except TimeoutError:
             if not self._called_off:
                 raise
+        finally:
+            self._limit = None
         if self._called_off:  # maybe too late to end the block
-            raise GenerationCancelled(f"request {self._request_id} was cancelled while it had no host")
+            raise self.cancelled()
+
+    def cancelled(self) -> GenerationCancelled:
+        """The error of a request that was cancelled."""
+        return GenerationCancelled(f"request {self.request.id} was cancelled")
 
     def call_off(self) -> None:
-        """End it now."""
+        """End it: now, or as soon as anybody goes on with it."""
         if not self._called_off:
             self._called_off = True
-            self._limit.reschedule(asyncio.get_running_loop().time())
+            if self._limit is not None:
+                self._limit.reschedule(asyncio.get_running_loop().time())

@@ -14,7 +14,7 @@ from deployments.callers import Callers, dead_drivers
 from deployments.config import AppConfig
 from deployments.http import build_http
 from deployments.logs import shorten_refusals
-from deployments.pool_client import ANSWER_S
+from deployments.pool_client import ANSWER_S, UNANSWERED
 from deployments.router import Router
 from distriray.events import Event
 from distriray.requests import GenerationRequest
@@ -57,19 +57,30 @@ class Ingress:
                     yield event
 
     async def cancel(self, request_id: str) -> bool:
-        """Stop a request, wherever it is; whether there was one."""
-        if await self._front.cancel(request_id):
-            return True
+        """Stop a request, whichever router has it; whether there was one.
+
+        Hosts are asked for what no router has that can be asked: it may drain with its last requests.
+        """
+        return (
+            await self._front.call_off(request_id)
+            or await self._called_off_elsewhere(request_id)
+            or await self._front.cancel(request_id)
+        )
+
+    async def _called_off_elsewhere(self, request_id: str) -> bool:
         context = serve.get_replica_context()
         routers = serve.get_deployment_handle(context.deployment, context.app_name)
-        answers = await routers.broadcast("call_off", request_id).results_async(
-            timeout_s=ANSWER_S, return_exceptions=True
-        )
+        try:
+            answers = await routers.broadcast("call_off", request_id).results_async(
+                timeout_s=2 * ANSWER_S, return_exceptions=True
+            )
+        except UNANSWERED:
+            return False
         return True in answers
 
     async def call_off(self, request_id: str) -> bool:
-        """Stop a request that has no host at this replica, or none any more; whether there was one."""
-        return self._front.call_off(request_id)
+        """Stop a request of this replica's; whether there was one."""
+        return await self._front.call_off(request_id)
 
     async def models(self) -> list[ModelCard]:
         """The models on offer."""

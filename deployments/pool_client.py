@@ -8,17 +8,18 @@ import random
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
+from contextvars import Context
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.callers import this_actor
 from deployments.config import PoolConfig, RouterConfig
 from deployments.members import members_of
 from deployments.pool_state import PoolState
-from distriray.errors import NotEnoughDevices
+from distriray.errors import NotEnoughDevices, QueueFull
 from distriray.events import Event, Finished
 from distriray.gang.background import Background
 from distriray.handle import own_error
@@ -35,9 +36,12 @@ MEET_AGAIN_S = 0.01  # between two looks at whether Serve has said who is there
 CALL_OFF_S, CALL_OFF_TRIES = 0.1, 20  # between two looks whether a host that woke has begun, and how many
 ASK_AGAIN_S = 10.0  # wait for the report of a first host before any host is asked once more
 
+UNANSWERED = (TimeoutError, RayError, RayServeException)
+"""Errors of a call that is left unanswered, by Ray's fault, by Serve's or by a host's."""
+
 
 class HostSilent(Exception):
-    """A host was sent a request and did not say that it has it. Nothing was drawn as far as anybody knows."""
+    """A host was sent a request and did not say that it has it, or never said what came of it."""
 
 
 class PoolClient:
@@ -60,6 +64,7 @@ class PoolClient:
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._router = this_actor()
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._calling_off: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._background = Background(self._log)
 
     async def look(self, choices: int, news: bool = False, adapters: Collection[str] = ()) -> list[str]:
@@ -120,7 +125,7 @@ class PoolClient:
         try:
             report = await self._call(host, "report", REPORT_S, self.state.edition(host))
             self.state.learn(report, asked_s)
-        except (TimeoutError, RayError, DeploymentUnavailableError):
+        except UNANSWERED:
             self.state.silent.add(host)  # that it does not answer does not mean that it is gone
         finally:
             del self._asking[host]
@@ -157,10 +162,13 @@ class PoolClient:
                     former.cancel()  # not before: while nobody waits, Serve starts no host
         except asyncio.CancelledError:
             answer.cancel()
-            raise
+            if _is_cancelled():
+                raise
+            log.warning("a call to wake pool %s was cancelled", self.config.name)
+            return
         except DeploymentUnavailableError as error:
             raise self._unavailable() from error
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             log.warning("a host of pool %s was lost as it came up: %s", self.config.name, error)
             return
         self.state.learn(report, time.monotonic())
@@ -181,7 +189,7 @@ class PoolClient:
     async def _answer(self, host: str, method: str, *args: Any) -> list[Any]:
         try:
             return [await self._call(host, method, ANSWER_S, *args)]
-        except (TimeoutError, RayError, DeploymentUnavailableError):
+        except UNANSWERED:
             return []
 
     async def members(self) -> tuple[str, ...]:
@@ -196,7 +204,7 @@ class PoolClient:
     async def _news(self, host: str, since: int) -> tuple[HostNews, float] | None:
         try:
             return await self._call(host, "news", REPORT_S, since)
-        except (TimeoutError, RayError, DeploymentUnavailableError):
+        except UNANSWERED:
             return None
 
     async def _call(self, host: str, method: str, timeout_s: float, *args: Any) -> Any:
@@ -207,84 +215,137 @@ class PoolClient:
 
         Raises:
             TimeoutError: it is silent.
-            RayError, DeploymentUnavailableError
+            RayError, RayServeException
         """
         response = getattr(self._handle, method).remote(host, *args)
         try:
             async with asyncio.timeout(timeout_s):
                 return await response
-        except (TimeoutError, asyncio.CancelledError):
+        except (TimeoutError, asyncio.CancelledError) as error:
             response.cancel()
-            raise
+            if isinstance(error, TimeoutError) or _is_cancelled():
+                raise
+            raise TaskCancelledError from None
 
-    async def generate(self, host: str, request: GenerationRequest) -> GenerationResult:
+    async def generate(self, host: str, request: GenerationRequest, again: bool = False) -> GenerationResult:
         """Let `host` make the images. Cancelling cancels the request.
 
+        Args:
+            again: the host was sent it before, in vain.
+
         Raises:
-            HostSilent: the host does not say that it has the request, which is cancelled there, or ends it
-                without a result.
-            RayActorError: the host died.
+            HostSilent: the host does not say that it has the request, which is cancelled there, or what came
+                of it is lost.
+            RayActorError: the host died, or cannot be reached.
+            QueueFull: as `Host.generate`, or Serve has a bound of its own.
             NotEnoughDevices: Serve cannot run the pool.
             DistrirayError: as `Host.generate`.
         """
-        async with aclosing(self._events("generate", host, request)) as events:
+        async with aclosing(self._events("generate", host, request, again)) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     return event.result
         raise AssertionError("events end with the result or an error")
 
-    async def stream(self, host: str, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Events of `request` on `host`; closing the generator cancels it. Raises as `generate`."""
-        async with aclosing(self._events("stream", host, request)) as events:
+    async def stream(
+        self, host: str, request: GenerationRequest, again: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """Events of `request` on `host`; closing the generator cancels it. As `generate`."""
+        async with aclosing(self._events("stream", host, request, again)) as events:
             async for event in events:
                 yield event
 
     async def _events(
-        self, method: str, host: str, request: GenerationRequest
+        self, method: str, host: str, request: GenerationRequest, again: bool
     ) -> AsyncGenerator[Event, None]:
         """Events that `method` of a host yields: first, and at once, that the host has the request.
 
         They end with `Finished` or an error.
         """
+        if again:
+            await self._cleared(host, request)
         response = getattr(self._streaming, method).remote(host, request, self._router)
-        events, over = aiter(response), False
+        events, leaves, over = aiter(response), True, False
         try:
-            try:
-                async with asyncio.timeout(self._accept_s):
-                    event = await anext(events, None)
-            except TimeoutError:
-                message = f"host {host} did not accept request {request.id} within {self._accept_s:g} s"
-                log.warning("%s; the request is cancelled there", message)
-                self._background.spawn(self._call_off(host, request.id))
-                raise HostSilent(message) from None
-            except asyncio.CancelledError:  # the client left before the host has begun, if it ever does
-                self._background.spawn(self._call_off(host, request.id))
-                raise
+            async with asyncio.timeout(self._accept_s):
+                event = await anext(events, None)
             while event is not None:
-                over = isinstance(event, Finished)
+                leaves, over = False, isinstance(event, Finished)
                 yield event
                 event = await anext(events, None)
             if not over:
-                raise HostSilent(f"host {host} ended request {request.id} without a result")
+                raise self._silent(host, request, "ended it without a result")
         except RayTaskError as error:
             over = True
             raise own_error(error) from None
         except DeploymentUnavailableError as error:
             over = True
             raise self._unavailable() from error
+        except BackPressureError as error:
+            over = True
+            raise QueueFull(f"pool {self.config.name}: {error}", error.retry_after_s or 1.0) from error
+        except RayActorError as error:
+            leaves = not isinstance(error, ActorDiedError)
+            raise
+        except (RayError, RayServeException) as error:
+            leaves = True
+            raise self._silent(host, request, f"lost it: {error!r}") from error
+        except TimeoutError:
+            leaves = True
+            raise self._silent(host, request, f"did not accept it within {self._accept_s:g} s") from None
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            leaves = True
+            raise self._silent(host, request, "was told by somebody else to stop it") from None
         finally:
             if not over:
                 response.cancel()
+                if leaves:  # the host may not have begun, and begin yet
+                    self._call_off(host, request.id)
 
-    async def _call_off(self, host: str, request_id: str) -> None:
-        """Cancel what a silent host was sent, when it wakes: Ray asks again only when it has long begun."""
+    def _silent(self, host: str, request: GenerationRequest, what: str) -> HostSilent:
+        message = f"host {host} was sent request {request.id} and {what}"
+        log.warning("%s; the request is cancelled there", message)
+        return HostSilent(message)
+
+    def _call_off(self, host: str, request_id: str) -> None:
+        """Cancel what a host was sent that may not know of it yet, or is not known to have ended it."""
+        place = host, request_id
+        if place not in self._calling_off:
+            task = self._calling_off[place] = self._background.spawn(self._called_off(host, request_id))
+            task.add_done_callback(lambda _: self._calling_off.pop(place), context=Context())
+
+    async def _called_off(self, host: str, request_id: str) -> None:
+        """Cancel it when the host wakes: Ray asks again only when it has long begun."""
         try:
             for _ in range(CALL_OFF_TRIES):
+                if host not in (members_of(self._handle) or ()):
+                    return  # others know nothing of it, and none is to be started to say so
                 if await self._handle.cancel.remote(host, request_id):
                     return
                 await asyncio.sleep(CALL_OFF_S)
-        except (RayError, DeploymentUnavailableError):
+        except (RayError, RayServeException):
             return  # it is gone, and what it had with it
+
+    async def _cleared(self, host: str, request: GenerationRequest) -> None:
+        """Wait until a host has nothing more of a request that was called off there.
+
+        It would refuse the same again, or have it cancelled too. Raises HostSilent if it does not answer.
+        """
+        if (calling_off := self._calling_off.get((host, request.id))) is not None:
+            patience_s = self._accept_s + CALL_OFF_S * CALL_OFF_TRIES
+            _, hung = await asyncio.wait([calling_off], timeout=patience_s)
+            if hung:
+                raise self._silent(host, request, f"did not stop it within {patience_s:g} s")
+        while any(await self.answers([host], "cancel", request.id)):  # after the step that it is in
+            await asyncio.sleep(CALL_OFF_S)
 
     def _unavailable(self) -> NotEnoughDevices:
         return NotEnoughDevices(f"pool {self.config.name} cannot be run; `serve status` says why")
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is being cancelled: Serve raises the same for a call that was."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

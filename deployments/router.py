@@ -11,7 +11,7 @@ from contextlib import aclosing, contextmanager, suppress
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.attempts import Attempts, Search
+from deployments.attempts import Attempts
 from deployments.config import AppConfig
 from deployments.fitting import fitting, offer
 from deployments.models import sizes_of, terms_of
@@ -47,72 +47,82 @@ class Router:
     ) -> None:
         self._config, self._draw = config, draw
         self._clients = [PoolClient(pool, config.router, pools[pool.name], draw) for pool in config.pools]
-        self._searches: dict[str, Search] = {}
-        self._sent: dict[str, tuple[PoolClient, str]] = {}
+        self._under_way: dict[str, Attempts] = {}
         self._sizes = {pool.model.name: sizes_of(pool.model) for pool in config.pools}
         self._terms = {pool.model.name: terms_of(pool.model) for pool in config.pools}
         self._created = created
 
     async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
         """The images of `request`. Cancelling this coroutine cancels the request."""
-        attempts = Attempts(self._by_its_name(request), give_up_s)
-        while True:
-            client, host, asked = await self._place(attempts)
-            try:
-                with self._at(client, host, asked.id):
-                    return await client.generate(host, asked)
-            except (QueueFull, RayActorError, HostSilent) as error:
-                self._again(attempts, client, host, error)
+        with self._taken(request, give_up_s) as attempts:
+            async with attempts.going_on():
+                while True:
+                    client, host, asked = await self._place(attempts)
+                    try:
+                        return await client.generate(host, asked, host in attempts.sent)
+                    except (QueueFull, RayActorError, HostSilent) as error:
+                        self._again(attempts, client, host, error)
 
     async def stream(
         self, request: GenerationRequest, give_up_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
         """Events of `request`, ending with `Finished`. Closing the generator cancels it."""
-        attempts = Attempts(self._by_its_name(request), give_up_s)
-        while True:
-            client, host, asked = await self._place(attempts)
-            try:
-                with self._at(client, host, asked.id):
-                    async with aclosing(client.stream(host, asked)) as events:
-                        async for event in events:
-                            if attempts.shows(event):
+        finished: Finished | None = None
+        with self._taken(request, give_up_s) as attempts:
+            while finished is None:
+                async with attempts.going_on():
+                    client, host, asked = await self._place(attempts)
+                try:
+                    async with aclosing(client.stream(host, asked, host in attempts.sent)) as events:
+                        while finished is None:
+                            async with attempts.going_on():  # by itself: the next one may be another task's
+                                event = await anext(events)
+                            if isinstance(event, Finished):
+                                finished = event
+                            elif attempts.shows(event):
                                 yield event
-                            if isinstance(event, Finished):  # what happens to the host is nobody's trouble
-                                return
-            except (QueueFull, RayActorError, HostSilent) as error:
-                self._again(attempts, client, host, error)
+                except (QueueFull, RayActorError, HostSilent) as error:
+                    self._again(attempts, client, host, error)
+        yield finished  # what happens to the host from now on is nobody's trouble, and the id is free
 
     @contextmanager
-    def _at(self, client: PoolClient, host: str, request_id: str) -> Iterator[None]:
-        """While the block runs, the request is at that host."""
-        there = (client, host)
-        self._sent.setdefault(request_id, there)
+    def _taken(self, request: GenerationRequest, give_up_s: float | None) -> Iterator[Attempts]:
+        """The attempts at a request, which is under way while the block runs.
+
+        Raises:
+            InvalidRequest: one of that id is under way already.
+        """
+        if request.id in self._under_way:
+            raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
+        attempts = self._under_way[request.id] = Attempts(self._by_its_name(request), give_up_s)
         try:
-            yield
+            yield attempts
         finally:
-            if self._sent.get(request_id) is there:
-                del self._sent[request_id]
+            del self._under_way[request.id]
 
     async def cancel(self, request_id: str) -> bool:
-        """Stop a request, at its host or while it has none; whether there was one.
-
-        Only of a request that another router sent are all hosts asked.
-        """
-        if self.call_off(request_id):
+        """Stop a request; whether there was one. Only for one that is not this router's are hosts asked."""
+        if await self.call_off(request_id):
             return True
-        if request_id in self._sent:
-            client, host = self._sent[request_id]
-            if any(await client.answers([host], "cancel", request_id)) or self.call_off(request_id):
-                return True
         answers = [await client.everyone("cancel", request_id) for client in self._clients]
         return any(any(answer) for answer in answers)
 
-    def call_off(self, request_id: str) -> bool:
-        """Stop a request that has no host here, or none any more; whether there was one."""
-        search = self._searches.get(request_id)
-        if search is not None:
-            search.call_off()
-        return search is not None
+    async def call_off(self, request_id: str) -> bool:
+        """Stop a request of this router's, wherever it is; whether there was one.
+
+        Its host ends it after the step that it is in; where that has nothing of it, or drains, the call to it
+        is ended.
+        """
+        attempts = self._under_way.get(request_id)
+        if attempts is None:
+            return False
+        attempts.unwanted = True
+        if attempts.host is not None:
+            client, host = attempts.host
+            if any(await client.answers([host], "cancel", request_id)):
+                return True
+        attempts.call_off()
+        return self._under_way.get(request_id) is attempts
 
     def models(self) -> list[ModelCard]:
         """Every model, and then their other names.
@@ -203,23 +213,14 @@ class Router:
         Raises:
             ModelNotFound, AdapterNotFound, InvalidRequest, QueueFull, DeadlineUnmet, NotEnoughDevices:
                 nowhere.
-            GenerationCancelled: somebody called it off meanwhile.
         """
         clients = self._clients_of(attempts.request.model)
-        request_id, search = attempts.request.id, Search(attempts.request.id)
-        first = self._searches.setdefault(request_id, search) is search
-        try:
-            async with search.going_on():
-                while True:
-                    client, host, asked = await self._find(attempts, clients)
-                    if host is not None:
-                        return client, host, asked
-                    if not first:
-                        raise InvalidRequest(f"request {request_id!r} is already being worked on", "id")
-                    await self._wait_for_host(attempts, client)
-        finally:
-            if first:
-                del self._searches[request_id]
+        while True:
+            client, host, asked = await self._find(attempts, clients)
+            if host is not None:
+                attempts.host = client, host
+                return client, host, asked
+            await self._wait_for_host(attempts, client)
 
     async def _find(
         self, attempts: Attempts, clients: list[PoolClient]
@@ -355,10 +356,14 @@ class Router:
         error: QueueFull | RayActorError | HostSilent,
     ) -> None:
         """A host refused a request, did not accept it or died: try another, unless that was tried enough."""
+        attempts.host = None
+        if attempts.unwanted:
+            raise attempts.cancelled() from error
         if isinstance(error, QueueFull):
             client.state.refused(host)
         else:
             client.state.lost(host, time.monotonic())
+            attempts.sent.add(host)
         attempts.count += 1
         if attempts.count >= self._config.router.max_attempts:
             if isinstance(error, QueueFull):

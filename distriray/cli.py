@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -279,6 +280,11 @@ def _check_out(out: Path) -> None:
         raise InvalidRequest(
             f"--out {out}: {out.suffix or 'no suffix'!r} is no image format; use .png", "out"
         )
+    try:  # some only write what they read, or need a plugin
+        Image.new("RGB", (8, 8)).save(BytesIO(), Image.EXTENSION[out.suffix.lower()])
+    except (OSError, ValueError) as error:
+        message = f"--out {out}: a picture cannot be written as {out.suffix!r} ({error}); use .png"
+        raise InvalidRequest(message, "out") from error
     if why := obstacle_to_writing(out):
         raise InvalidRequest(f"--out {out}: {why}", "out")
 

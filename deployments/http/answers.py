@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from deployments.http.encode import data_url, encode
+from deployments.http.encode import background, data_url, encode
 from deployments.http.errors import Refusal
 from deployments.http.images import ImageRequest
 from deployments.http.responses import (
@@ -50,6 +50,7 @@ def event_frame(asked: ImageRequest, event: Event) -> bytes:
                     partial_image_index=event.index,
                     b64_json=encode(event.image, asked.format, asked.compression),
                     created_at=_now(),
+                    background=background(event.image, asked.format),
                     output_format=asked.format,
                     size=f"{width}x{height}",
                     step=event.step,
@@ -104,9 +105,11 @@ def error_frame(refusal: Refusal) -> bytes:
 
 
 def _about(asked: ImageRequest, result: GenerationResult) -> dict[str, Any]:
+    backgrounds = {background(image, asked.format) for image in result.images}
     return {
         "id": result.id,
         "model": result.model,
+        "background": max(backgrounds),  # transparent, if any of them is
         "output_format": asked.format,
         "size": f"{result.width}x{result.height}",
         "gang_size": result.gang_size,

@@ -12,6 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+KEEP_ALIVE_S = 15.0
+"""Seconds of silence, in which proxies may take a connection for dead."""
+KEEP_ALIVE = b":\n\n"
+"""A server-sent event that is none."""
+
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled and awaited if the client leaves first, or this is cancelled.

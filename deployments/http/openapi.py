@@ -121,9 +121,20 @@ def describe_watch() -> dict[str, Any]:
 
 
 def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
-    """The function `app.openapi`, whose document always describes the models that are served now."""
+    """The function `app.openapi`, whose document always describes the models that are served now.
+
+    It is made anew only when these have changed: it takes a while, for which others wait, and needs no key.
+    """
+    known: tuple[list[ModelCard], dict[str, Any]] | None = None
 
     def openapi() -> dict[str, Any]:
+        nonlocal known
+        cards = service.models()
+        if known is None or known[0] != cards:
+            known = list(cards), describe(cards)
+        return known[1]
+
+    def describe(cards: list[ModelCard]) -> dict[str, Any]:
         document = get_openapi(
             title="distriray",
             version=__version__,
@@ -137,7 +148,7 @@ def document(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
             schemas[body.__name__] = own
         for asked in _REQUESTS:
             fields = schemas[asked.__name__]["properties"]
-            _limit(fields, service.models())
+            _limit(fields, cards)
             if asked.FILES:
                 schemas[_form_of(asked)] = _form(schemas[asked.__name__], asked.FILES)
         for path in document["paths"].values():

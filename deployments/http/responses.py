@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from deployments.http.encode import OutputFormat
+from deployments.http.encode import Background, OutputFormat
 from deployments.http.errors import ErrorResponse
 from distriray.config import ExchangeMode, Mix
 from distriray.results import Segment, Timings
@@ -23,7 +23,7 @@ class DrawnImage(BaseModel):
 class _Answer(BaseModel):
     id: str
     model: str
-    background: Literal["opaque"] = "opaque"
+    background: Background
     output_format: OutputFormat
     size: str
     gang_size: int
@@ -62,7 +62,7 @@ class PartialImageEvent(BaseModel):
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
     b64_json: str
-    background: Literal["opaque"] = "opaque"
+    background: Background
     created_at: int
     output_format: OutputFormat
     quality: Literal["auto"] = "auto"

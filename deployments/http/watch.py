@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from deployments.http.disconnect import cancel_on_disconnect
+from deployments.http.disconnect import KEEP_ALIVE, KEEP_ALIVE_S, cancel_on_disconnect
 from deployments.http.errors import Refusal, log
 from distriray.gang.background import Background
 from distriray.service import FleetNews, Service
@@ -18,7 +18,6 @@ from distriray.wire import Code
 
 MAX_WATCHERS = 64  # of one router; each holds a connection, and Serve counts it among the router's requests
 STREAM_S = 60.0  # after which a watcher asks anew, so that a router that is to stop need not wait for long
-KEEP_ALIVE_S = 15.0  # of silence, in which proxies may take a connection for dead
 EACH_S = 0.3  # for each who watches, until the next look: so many events a second are told to all together
 BEHIND = 16  # frames that a watcher may be behind before it is sent away
 REMEMBERED_S = 90.0  # what ended before is not told to those who come
@@ -108,7 +107,7 @@ class Watcher:
             async with asyncio.timeout(min(KEEP_ALIVE_S, left_s)):
                 return await self._queue.get()
         except TimeoutError:  # a timer may fire a little early: silence until the end is the end
-            return b":\n\n" if left_s > KEEP_ALIVE_S else None
+            return KEEP_ALIVE if left_s > KEEP_ALIVE_S else None
 
 
 def merged(known: FleetNews, news: FleetNews) -> FleetNews:

@@ -102,7 +102,12 @@ def test_defaults_are_those_of_a_request() -> None:
 
 @pytest.mark.parametrize(
     ("out", "says"),
-    [("file/lake.png", "no folder"), ("folder.png", "cannot be written"), ("lake", "is no image format")],
+    [
+        ("file/lake.png", "no folder"),
+        ("folder.png", "cannot be written"),
+        ("lake", "is no image format"),
+        ("lake.xbm", "cannot be written as '.xbm'"),
+    ],
 )
 def test_a_picture_that_cannot_be_written_is_not_begun(
     out: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

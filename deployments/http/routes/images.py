@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from deployments.http.answers import error_frame, event_frame, images_response
 from deployments.http.body import content_type, read_body
 from deployments.http.config import HttpConfig
-from deployments.http.disconnect import EventStream, cancel_on_disconnect
+from deployments.http.disconnect import KEEP_ALIVE, KEEP_ALIVE_S, EventStream, cancel_on_disconnect
 from deployments.http.errors import Refusal, log, refusal_of
 from deployments.http.form import read_form
 from deployments.http.ids import is_of, new_id
@@ -149,8 +149,19 @@ async def _frames(
             if frame := await asyncio.to_thread(event_frame, asked, event):
                 yield frame
             coming = _until(ends_at, anext(events, None))
-            # After the last event there is nothing to cancel, and a client need not wait for the end.
-            event = await (coming if isinstance(event, Finished) else cancel_on_disconnect(request, coming))
+            if isinstance(event, Finished):  # nothing to cancel, and a client need not wait for the end
+                event = await coming
+                continue
+            working = asyncio.ensure_future(coming)
+            try:
+                while not working.done():
+                    await cancel_on_disconnect(request, _wait(working))
+                    if not working.done():
+                        yield KEEP_ALIVE
+            finally:
+                working.cancel()
+                await asyncio.gather(working, return_exceptions=True)
+            event = working.result()
     except ClientDisconnect:
         request.state.noted["code"] = "client_left"
     except Exception as error:
@@ -159,6 +170,11 @@ async def _frames(
         if refusal.code == DistrirayError.code:
             log.exception("request %s failed", request.state.request_id)
         yield error_frame(refusal)
+
+
+async def _wait(working: asyncio.Future[Any]) -> None:
+    """Wait for `working`, but not in silence for too long."""
+    await asyncio.wait([working], timeout=KEEP_ALIVE_S)
 
 
 async def _until(ends_at: float | None, work: Awaitable[T]) -> T:

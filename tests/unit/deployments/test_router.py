@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +15,21 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ray.exceptions import ActorDiedError, TaskCancelledError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    OwnerDiedError,
+    RaySystemError,
+    TaskCancelledError,
+)
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    RequestCancelledError,
+)
 
 from deployments import pool_client, pool_state
 from deployments.config import AppConfig
@@ -87,6 +99,7 @@ class FakeHandle:
         self.cuts: dict[str, int] = {}
         self.cancelled: list[str] = []
         self.called_off: list[str] = []
+        self.over: set[tuple[str, str]] = set()
         self.undeployed = self.lost_at_start = False
         self.asked: Counter[str] = Counter()
         self.report = SimpleNamespace(remote=lambda *asked: Answer(self._tell(*asked)))
@@ -119,7 +132,12 @@ class FakeHandle:
         while host in self.hung:
             await asyncio.sleep(0.001)
         self.called_off.append(host)
-        return (host, request_id) in {(at, request.id) for at, request in self.calls}
+        if host not in self.hosts:
+            return False
+        has = {(at, request.id) for at, request in self.calls} - self.over
+        if there := (host, request_id) in has:
+            self.over.add((host, request_id))
+        return there
 
     async def _tell(self, host: str | None, known: str | None) -> HostReport:
         self.asked["report"] += 1
@@ -144,6 +162,7 @@ class FakeHandle:
 
     def _do(self, host: str, request: GenerationRequest) -> Any:
         self.calls.append((host, request))
+        self.over.discard((host, request.id))
         return self.deeds.pop(0)(host, request) if self.deeds else result_of(request)
 
     def _generate(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
@@ -153,6 +172,7 @@ class FakeHandle:
                 await asyncio.sleep(0.001)
             yield Queued(request.id, 0, 0.0)
             await asyncio.sleep(self.takes_s)
+            self._check(host, request)
             yield Finished(request.id, made)
 
         return Stream(self._cut(host, events()), lambda: self.cancelled.append(host))
@@ -161,16 +181,22 @@ class FakeHandle:
         async def events() -> AsyncGenerator[Event, None]:
             while host in self.hung:
                 await asyncio.sleep(0.001)
+            self.over.discard((host, request.id))
             for step in range(1, 4):
                 if step == 1:
                     yield Queued(request.id, 0, 0.0)
                 if step == 3:
                     made = self._do(host, request)
+                self._check(host, request)
                 yield Step(request.id, step, 3, 1, 0.0)
                 yield Preview(request.id, step, step - 1, Image.new("RGB", (8, 8)))
             yield Finished(request.id, made)
 
         return Stream(self._cut(host, events()), lambda: self.cancelled.append(host))
+
+    def _check(self, host: str, request: GenerationRequest) -> None:
+        if (host, request.id) in self.over:
+            raise GenerationCancelled(f"request {request.id} was cancelled at step 1")
 
     async def _cut(self, host: str, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         left = self.cuts.pop(host, -1)
@@ -178,6 +204,8 @@ class FakeHandle:
             while left and (event := await anext(events, None)):
                 left -= 1
                 yield event
+            if not left:
+                self.over.update((at, request.id) for at, request in self.calls if at == host)
 
 
 class Answer:
@@ -555,15 +583,21 @@ def test_a_request_that_comes_soon_after_another_asks_nobody_again() -> None:
     assert handle.asked["report"] == 4 and len({host for host, _ in handle.calls}) == 4
 
 
-def test_a_request_is_cancelled_where_its_router_sent_it_and_else_everywhere() -> None:
+def test_a_request_is_cancelled_by_its_router_and_else_at_every_host() -> None:
     async def scene() -> None:
         asked = asyncio.ensure_future(service.generate(request(id="mine")))
         while not handle.calls:
             await asyncio.sleep(0)
         assert await service.cancel("mine") and handle.asked["cancel"] == 1
-        await asked
+        with pytest.raises(GenerationCancelled, match="mine.* at step 1"):
+            await asked
         handle.asked.clear()
+        asked = asyncio.ensure_future(service.generate(request(id="mine")))
+        while len(handle.calls) < 2:
+            await asyncio.sleep(0)
         assert await other.cancel("mine"), "sent by another router"
+        with pytest.raises(GenerationCancelled, match="mine"):
+            await asked
         assert not await service.cancel("nobody's")
         assert handle.asked["cancel"] == 2 * 300
 
@@ -649,7 +683,7 @@ def test_what_waits_for_its_first_host_can_be_cancelled_by_id(streams: bool) -> 
             await one
         assert not await service.cancel("one") and not await service.cancel("nobody's")
         assert (await other).id == "other"
-        assert not service.call_off("other")
+        assert not await service.call_off("other")
 
     handle = FakeHandle()
     handle.wakes_s = 0.1
@@ -664,14 +698,14 @@ def test_what_has_lost_its_host_can_be_cancelled_by_id_before_it_has_another() -
         while not handle.calls:
             await asyncio.sleep(0)
         handle.deaf = {"a", "b"}  # so that the next host takes a while to be found
-        while "mine" in service._sent:
+        while not handle.cancelled:
             await asyncio.sleep(0)
         assert await service.cancel("mine")
         await asyncio.sleep(0)
-        assert service.call_off("mine"), "it is being ended already, and may be called off twice"
+        assert await service.call_off("mine"), "it is being ended already, and may be called off twice"
         with pytest.raises(GenerationCancelled):
             await asked
-        assert len(handle.calls) == 1 and not service.call_off("mine")
+        assert len(handle.calls) == 1 and not await service.call_off("mine")
 
     handle = FakeHandle("a", "b")
     handle.deeds = [dies]
@@ -944,3 +978,275 @@ def test_models_follow_the_limits_that_hosts_have_now() -> None:
     handle = FakeHandle("a")
     handle.config = HostConfig(limits=Limits(max_steps=3))
     assert asyncio.run(scene()) == [200, 3]
+
+
+LOST: list[BaseException] = [
+    ObjectLostError("00", "address", "site"),
+    OwnerDiedError("00", "address", "site"),
+    RaySystemError("the object store is gone"),
+    ActorUnavailableError("the network is gone", None),
+    TaskCancelledError(),
+    RequestCancelledError("r"),
+    RayServeException("a replica is gone"),
+    asyncio.CancelledError(),  # as Serve says of a call that somebody else has cancelled
+]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+def test_what_ray_or_serve_loses_on_the_way_is_done_by_another_host(
+    error: BaseException, streams: bool
+) -> None:
+    def loses(host: str, request: GenerationRequest) -> Any:
+        raise error
+
+    async def scene() -> None:
+        if streams:
+            events = [event async for event in service.stream(request())]
+            assert isinstance(events[-1], Finished)
+        else:
+            assert (await service.generate(request())).images
+
+    handle = FakeHandle("a", "b")
+    handle.deeds = [loses]
+    service = front(pool=handle)
+    asyncio.run(scene())
+    assert {host for host, _ in handle.calls} == {"a", "b"} and len(
+        {sent.seed for _, sent in handle.calls}
+    ) == 1
+    assert len(handle.cancelled) == 1, "what the first host may still draw is for nobody"
+
+
+def test_what_is_lost_on_the_way_from_every_host_is_unavailable() -> None:
+    def loses(host: str, request: GenerationRequest) -> Any:
+        raise ObjectLostError("00", "address", "site")
+
+    handle = FakeHandle("a", "b")
+    handle.deeds = [loses] * 9
+    with pytest.raises(NotEnoughDevices, match="3 hosts failed.*ObjectLostError"):
+        generate(front(pool=handle, refresh_s=0.0))
+
+
+def test_a_bound_of_serves_own_is_a_full_queue() -> None:
+    def is_too_much(host: str, request: GenerationRequest) -> Any:
+        raise BackPressureError(5, 5, retry_after_s=7.0)
+
+    handle = FakeHandle("a")
+    handle.deeds = [is_too_much] * 9
+    with pytest.raises(QueueFull) as refused:
+        generate(front(pool=handle))
+    assert refused.value.retry_after_s > 0
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), BackPressureError(5, 5)])
+def test_a_question_that_serve_loses_ends_nothing_but_itself(error: BaseException) -> None:
+    async def lost(*_: Any) -> Any:
+        raise error
+
+    async def scene() -> None:
+        await service.generate(request())
+        handle.report = handle.cancel = handle.ping = SimpleNamespace(remote=lambda *_: Answer(lost()))
+        assert (await service.generate(request())).images
+        assert not await service.cancel("nobody's")
+        with pytest.raises(GangBroken, match="no worker"):
+            await service.check_health()
+
+    handle = FakeHandle("a")
+    service = front(pool=handle, refresh_s=0.0)
+    asyncio.run(scene())
+
+
+def test_a_call_to_wake_a_pool_that_serve_loses_is_made_again() -> None:
+    async def lost() -> Any:
+        raise asyncio.CancelledError
+
+    async def scene() -> None:
+        tell, calls = handle.report.remote, 0
+
+        def remote(*asked: Any) -> Answer:
+            nonlocal calls
+            calls += 1
+            return Answer(lost()) if calls == 1 else tell(*asked)
+
+        handle.report = SimpleNamespace(remote=remote)
+        assert (await service.generate(request())).images
+
+    handle = FakeHandle()
+    service = front(pool=handle)
+    asyncio.run(scene())
+
+
+class Deaf(FakeHandle):
+    """One host, `a`, that does not hear the first request for it: that is lost, or heard late.
+
+    It refuses an id that it has, and stops a request after its step, of `step_s`.
+    """
+
+    def __init__(self, heard_late: bool, step_s: float = 0.0) -> None:
+        super().__init__("a")
+        self.heard_late, self.step_s = heard_late, step_s
+        self.jobs: dict[str, asyncio.Event] = {}
+        self.hears = asyncio.Event()
+        self.came = 0
+
+    def _generate(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
+        self.came += 1
+        first = self.came == 1
+
+        async def draw() -> None:
+            stop = self.jobs[request.id]
+            try:
+                async with asyncio.timeout(self.takes_s):
+                    await stop.wait()
+                await asyncio.sleep(self.step_s)
+            except TimeoutError:
+                return
+            finally:
+                del self.jobs[request.id]
+            raise GenerationCancelled(f"request {request.id} was cancelled")
+
+        async def begin_late() -> None:
+            await self.hears.wait()
+            self.jobs[request.id] = asyncio.Event()
+            with suppress(GenerationCancelled):
+                await draw()
+
+        async def events() -> AsyncGenerator[Event, None]:
+            if first:
+                if self.heard_late:
+                    self.late = asyncio.create_task(begin_late())
+                await asyncio.Event().wait()
+            if request.id in self.jobs:
+                raise InvalidRequest(f"request {request.id!r} is already being worked on", "id")
+            self.jobs[request.id] = asyncio.Event()
+            yield Queued(request.id, 0, 0.0)
+            await draw()
+            yield Finished(request.id, result_of(request))
+
+        return Stream(events(), lambda: None)
+
+    async def _cancel(self, host: str, request_id: str) -> bool:
+        await self.hears.wait()
+        if request_id in self.jobs:
+            self.jobs[request_id].set()
+        return request_id in self.jobs
+
+
+@pytest.mark.parametrize(("heard_late", "step_s"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_the_only_host_gets_it_again_when_it_wakes_and_nothing_of_before_is_in_the_way(
+    heard_late: bool, step_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was sent first is called off for a while: by the same name as what is sent then."""
+
+    async def scene() -> None:
+        monkeypatch.setattr(pool_client, "CALL_OFF_S", 0.02)
+        handle = Deaf(heard_late, step_s)
+        handle.takes_s = 1.0
+        service = front(refresh_s=0.0, accept_s=0.3, pool=handle)
+        asyncio.get_running_loop().call_later(0.35, handle.hears.set)
+        assert (await service.generate(request(id="mine"))).images
+        assert not handle.jobs
+
+    asyncio.run(scene())
+
+
+def test_nobody_is_started_to_hear_that_a_request_is_called_off() -> None:
+    async def scene() -> None:
+        leaving = asyncio.create_task(service.generate(request()))
+        while not handle.calls:
+            await asyncio.sleep(0)
+        handle.hosts.clear()  # before it began: Serve has the request wait for another
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        await asyncio.sleep(0.05)
+        assert not handle.asked["cancel"]
+
+    handle = FakeHandle("a")
+    handle.hung = {"a"}
+    service = front(accept_s=60.0, pool=handle)
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_id_is_taken_until_its_request_is_over(streams: bool) -> None:
+    async def ask() -> bool:
+        if streams:
+            return [isinstance(event, Finished) async for event in service.stream(request(id="twin"))][-1]
+        return bool((await service.generate(request(id="twin"))).images)
+
+    async def scene() -> None:
+        first = asyncio.create_task(ask())
+        while not handle.asked["report"]:
+            await asyncio.sleep(0)
+        with pytest.raises(InvalidRequest, match="'twin' is already being worked on") as refused:
+            await ask()
+        assert refused.value.param == "id"
+        assert await first and await ask(), "and free again"
+
+    handle = FakeHandle("a", "b")
+    handle.takes_s = 0.05
+    service = front(pool=handle, refresh_s=0.0)
+    asyncio.run(scene())
+    assert len(handle.calls) == 2
+
+
+@pytest.mark.parametrize("when", ["on its way", "with a host that drains", "with a host that dies then"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_request_that_was_cancelled_is_cancelled(streams: bool, when: str) -> None:
+    async def ask() -> None:
+        if streams:
+            async for _ in service.stream(request(id="mine")):
+                pass
+        else:
+            await service.generate(request(id="mine"))
+
+    async def scene() -> None:
+        asked = asyncio.create_task(ask())
+        while "mine" not in service._under_way or not handle.asked["report"]:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.02)
+        if when == "with a host that drains":
+            handle.hosts.clear()  # Serve sends it nothing more, and lets it finish
+        assert await service.cancel("mine")
+        if when == "with a host that dies then":
+            dying.set()
+        with pytest.raises(GenerationCancelled, match="mine"):
+            await asked
+        assert len(handle.cancelled) == 1 and len(sent) == 1
+        handle.hosts.clear()
+        assert not await service.cancel("mine")
+
+    class Slow(FakeHandle):
+        def _stream(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
+            return self._generate(host, request, router)
+
+        def _generate(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
+            async def events() -> AsyncGenerator[Event, None]:
+                sent.append(host)
+                if when == "on its way":
+                    await asyncio.sleep(0.05)
+                self.calls.append((host, request))
+                yield Queued(request.id, 0, 0.0)
+                await dying.wait()
+                if when == "with a host that dies then":
+                    raise ActorDiedError
+                yield Finished(request.id, result_of(request))
+
+            return Stream(events(), lambda: self.cancelled.append(host))
+
+    handle, dying, sent = Slow("a"), asyncio.Event(), list[str]()
+    service = front(pool=handle)
+    asyncio.run(scene())
+
+
+def test_a_stream_that_nobody_reads_is_cancelled_all_the_same() -> None:
+    async def scene() -> None:
+        events = service.stream(request(id="mine"))
+        await anext(events)
+        assert await service.cancel("mine")
+        with pytest.raises(GenerationCancelled):
+            await anext(events)
+
+    handle = FakeHandle("a")
+    service = front(pool=handle)
+    asyncio.run(scene())

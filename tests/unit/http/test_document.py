@@ -20,6 +20,7 @@ from deployments.http.images import EditRequest
 from deployments.http.openapi import sides_pattern
 from distriray.errors import QueueFull
 from distriray.requests import GenerationRequest
+from distriray.service import ModelCard
 from distriray.wire import CARRIED, PARAMS, Code
 from tests.unit.conftest import serving
 from tests.unit.http.conformance import schemathesis, schemathesis_of_forms
@@ -51,6 +52,20 @@ def test_the_document_has_the_limits_of_the_models() -> None:
     size = re.compile(fields["size"]["anyOf"][0]["pattern"])
     assert size.match("256x64") and size.match("auto")
     assert not size.match("264x64") and not size.match("100x64")
+
+
+def test_the_document_is_made_anew_when_the_models_have_changed_and_only_then() -> None:
+    class Changing(FakeService):
+        def models(self) -> list[ModelCard]:
+            return list(cards)
+
+    cards = [*CARDS]
+    app = build_http(Changing(), HttpConfig())
+    first = app.openapi()
+    assert app.openapi() is first
+    cards.append(CARDS[0].model_copy(update={"id": "third"}))
+    fields = app.openapi()["components"]["schemas"]["ImageRequest"]["properties"]
+    assert fields["model"]["anyOf"][0]["enum"] == [card.id for card in cards]
 
 
 def test_the_document_has_no_validation_error_of_the_framework(http: httpx.Client) -> None:

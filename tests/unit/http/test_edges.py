@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import logging
+from io import BytesIO
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from deployments.http import HttpConfig, build_http, health
+from deployments.http.routes import images
 from distriray.errors import NotEnoughDevices, TooLong
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from tests.unit.conftest import LOG, serving
-from tests.unit.http.fake import FakeService
+from tests.unit.http import fake
+from tests.unit.http.fake import FakeService, result_of
 from tests.unit.http.malformed import IMAGES
 
 OPEN = HttpConfig(keys_env="NO_SUCH_VARIABLE")
@@ -153,3 +161,43 @@ def test_what_is_no_size_is_said_in_words(size: str) -> None:
     error = draw(size=size).json()["error"]
     assert error["param"] == "size" and "WIDTHxHEIGHT" in error["message"] and size[:20] in error["message"]
     assert not set("^$[]{}\\") & set(error["message"]) and len(error["message"]) < 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("output_format", "shown", "background"),
+    [
+        ("jpeg", (255, 255, 255), "opaque"),
+        ("png", (0, 0, 0, 0), "transparent"),
+        ("webp", None, "transparent"),
+    ],
+)
+def test_a_picture_with_transparency_is_answered_in_every_format(
+    output_format: str,
+    shown: tuple[int, ...] | None,
+    background: str,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def transparent(request: GenerationRequest) -> GenerationResult:
+        image = Image.new("RGBA", (request.width or 0, request.height or 0))
+        return result_of(request).model_copy(update={"images": [image]})
+
+    monkeypatch.setattr(fake, "result_of", transparent)
+    answer = draw(output_format=output_format, stream=stream, size="64x64")
+    assert answer.status_code == 200, answer.text
+    told = json.loads(answer.text.split("data: ")[-1]) if stream else answer.json()
+    drawn = told if stream else told["data"][0]
+    assert told["background"] == background
+    picture = Image.open(BytesIO(base64.b64decode(drawn["b64_json"])))
+    assert shown is None or picture.getpixel((0, 0)) == shown
+
+
+def test_a_stream_in_which_nothing_happens_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "KEEP_ALIVE_S", 0.05)
+    service = FakeService(pace_s=0.18)
+    answer = draw(service, stream=True, num_inference_steps=2)
+    *silence, told = [frame for frame in answer.text.split("\n\n") if frame]
+    assert len(silence) >= 4 and set(silence) == {":"}
+    assert told.startswith("event: image_generation.completed")
+    assert service.ended == ["finished"]
