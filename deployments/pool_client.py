@@ -22,7 +22,7 @@ from deployments.pool_state import PoolState
 from distriray.errors import NotEnoughDevices, QueueFull
 from distriray.events import Event, Finished
 from distriray.gang.background import Background
-from distriray.handle import own_error
+from distriray.handle import is_cancelled, own_error
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.status import HostNews
@@ -162,7 +162,7 @@ class PoolClient:
                     former.cancel()  # not before: while nobody waits, Serve starts no host
         except asyncio.CancelledError:
             answer.cancel()
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             log.warning("a call to wake pool %s was cancelled", self.config.name)
             return
@@ -223,7 +223,7 @@ class PoolClient:
                 return await response
         except (TimeoutError, asyncio.CancelledError) as error:
             response.cancel()
-            if isinstance(error, TimeoutError) or _is_cancelled():
+            if isinstance(error, TimeoutError) or is_cancelled():
                 raise
             raise TaskCancelledError from None
 
@@ -294,7 +294,7 @@ class PoolClient:
             leaves = True
             raise self._silent(host, request, f"did not accept it within {self._accept_s:g} s") from None
         except asyncio.CancelledError:
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             leaves = True
             raise self._silent(host, request, "was told by somebody else to stop it") from None
@@ -343,9 +343,3 @@ class PoolClient:
 
     def _unavailable(self) -> NotEnoughDevices:
         return NotEnoughDevices(f"pool {self.config.name} cannot be run; `serve status` says why")
-
-
-def _is_cancelled() -> bool:
-    """Whether this task is being cancelled: Serve raises the same for a call that was."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

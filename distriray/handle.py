@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,12 @@ def own_error(error: RayTaskError) -> BaseException:
     return error.cause if isinstance(error.cause, DistrirayError) else error
 
 
+def is_cancelled() -> bool:
+    """Whether this task is being cancelled: awaiting a call that was cancelled elsewhere raises the same."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def _driver() -> str | None:
     """The id of this program's Ray job, if the job ends with this process; the service cancels for the dead.
 
@@ -147,6 +154,8 @@ def _cancelled_unless_over(response: Any) -> Iterator[None]:
         raise GenerationCancelled("the request was cancelled") from None
     except (RayError, RayServeException) as error:
         raise ConnectionError(f"the service cannot be reached, or broke off: {error}") from error
-    except BaseException:
+    except BaseException as error:
         response.cancel()
+        if isinstance(error, asyncio.CancelledError) and not is_cancelled():
+            raise GenerationCancelled("the request was cancelled") from None
         raise

@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from distriray.errors import QueueFull
+from distriray.errors import GenerationCancelled, QueueFull
 from distriray.events import Event, Finished, Queued
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
@@ -29,7 +29,7 @@ class Response:
         self.answer, self.cancelled = answer, False
 
     def result(self) -> Any:
-        if isinstance(self.answer, Exception):
+        if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
 
@@ -115,6 +115,15 @@ def test_errors_are_themselves_either_way(
     with pytest.raises(raised):
         blocks(HandleClient(handle))
     with pytest.raises(raised):
+        asyncio.run(awaits(HandleClient(handle)))
+
+
+@every_call
+def test_a_call_that_somebody_else_cancelled_is_no_cancellation_of_who_awaits_it(
+    blocks: Call, awaits: Call
+) -> None:
+    handle = Handle(dict.fromkeys(CALLS, asyncio.CancelledError()))
+    with pytest.raises(GenerationCancelled):
         asyncio.run(awaits(HandleClient(handle)))
 
 
