@@ -20,7 +20,7 @@ from distriray.errors import (
     UnsupportedModel,
 )
 from distriray.events import Queued, Repaired
-from distriray.gang.admission import Admitted, admit, check_listed, example, settle
+from distriray.gang.admission import Admitted, admit, check_heads, check_listed, example, settle
 from distriray.gang.background import Background
 from distriray.gang.config import HostConfig
 from distriray.gang.job import Job, JobState
@@ -88,7 +88,8 @@ class Dispatcher:
         """Bring the workers up; raises as `WorkerGroup.start`.
 
         Raises:
-            UnsupportedModel: the model has nothing for a default of the configuration.
+            UnsupportedModel: the model has nothing for a default of the configuration, or gangs cannot share
+                its steps as that says.
         """
         await self.group.start()
         self.facts = self.group.facts[0]
@@ -96,6 +97,10 @@ class Dispatcher:
             settle(example(self.facts), self.config, self.facts)
         except InvalidRequest as error:
             raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
+        try:
+            check_heads(self.config.parallel, self.config.sizes, self.facts)
+        except InvalidRequest as error:
+            raise UnsupportedModel(f"parallel: {error}") from error
         try:
             admit(example(self.facts), self.config, self.facts)
         except InvalidRequest as error:

@@ -198,6 +198,11 @@ class SegmentRunner:
         return self._engine.network.row_unit * self.sizes.latent_row
 
     @property
+    def key_heads(self) -> int | None:
+        """The most ranks that heads of attention are dealt to; None where they are never dealt."""
+        return min(self._engine.network.key_heads, default=None)
+
+    @property
     def cuts_vae(self) -> bool:
         """Whether the VAE's decoder can be cut into patches."""
         return self._engine.decoder is not None

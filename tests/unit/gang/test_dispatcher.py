@@ -7,6 +7,7 @@ import logging
 import pickle
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from distriray.events import Repaired
 from distriray.gang import segments
 from distriray.gang.admission import admit
 from distriray.gang.calibrate import calibrate
+from distriray.gang.host import Host
 from distriray.gang.job import Job
 from distriray.gang.messages import Progress, SegmentOrder, StopSignal, WorkerId
 from distriray.gang.patience import Patience
@@ -28,6 +30,7 @@ from distriray.picture import png
 from distriray.references import Editing
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.profile import Entry
 from distriray.steps import StepCount
 from tests.gang.policies import NewestFirst, Script
@@ -496,6 +499,83 @@ def test_a_default_that_the_model_has_nothing_for_is_found_when_the_host_starts(
         with pytest.raises(UnsupportedModel, match="scheduler ddim is not for this model"):
             await host.dispatcher.start()
         await host.dispatcher.close()
+
+    do(scene())
+
+
+DEALT: dict[str, Any] = {"attention": "ulysses"}
+
+
+def test_heads_that_cannot_be_dealt_to_a_gang_are_found_when_the_host_starts() -> None:
+    async def scene() -> None:
+        host = FakeHost(8, parallel=DEALT)
+        host.fleet.key_heads = 2
+        said = r"cannot deal 2 heads of m to gangs of 4 or 8; use 'auto', .* gangs of \[1, 2\] only"
+        with pytest.raises(UnsupportedModel, match=said):
+            await host.dispatcher.start()
+        await host.dispatcher.close()
+
+    do(scene())
+
+
+@pytest.mark.parametrize(
+    ("heads", "parallel"),
+    [
+        (8, DEALT),
+        (30, DEALT),
+        (2, {"attention": "auto"}),
+        (2, {**DEALT, "exchange": "none"}),
+        (4, {**DEALT, "cfg_parallel": True}),  # halves of eight are cut among four
+        (None, DEALT),  # a U-Net's are never dealt
+    ],
+    ids=str,
+)
+def test_a_host_starts_where_heads_can_be_dealt_or_need_not_be(
+    heads: int | None, parallel: dict[str, Any]
+) -> None:
+    async def scene() -> None:
+        host = FakeHost(8, parallel=parallel)
+        host.fleet.key_heads = heads
+        async with host:
+            assert (await host.accept(gang_size=8).ended).images
+
+    do(scene())
+
+
+def test_a_request_that_has_heads_dealt_is_refused_before_a_gang_may_grow_to_what_they_are_not_dealt_to() -> (
+    None
+):
+    async def scene() -> None:
+        host = FakeHost(4, limits={"min_side": 8})
+        host.fleet.key_heads = 2
+        async with host:
+            with pytest.raises(InvalidRequest, match="2 heads of m to gangs of 4") as refused:
+                host.accept(parallel=ParallelConfig(**DEALT))
+            assert refused.value.param == "parallel"
+            for chosen in ({"gang_size": 2}, {"height": 32}):  # which is cut in two at most
+                await host.accept(parallel=ParallelConfig(**DEALT), **chosen).ended
+
+    do(scene())
+
+
+def test_a_host_that_runs_takes_no_configuration_that_its_gangs_cannot_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene() -> None:
+        fake = FakeHost(4)
+        fake.fleet.key_heads = 2
+        monkeypatch.setattr("distriray.gang.host.Launcher", lambda *_: fake.fleet)
+        group = SimpleNamespace(id=b"a host")
+        placement: Any = SimpleNamespace(group=group, device="cpu", release=lambda: None)
+        host = Host(fake.config, placement, EarliestDeadlineFirst())
+        await host._dispatcher.start()
+        changed = fake.config.model_copy(update={"parallel": ParallelConfig(**DEALT), "max_queue": 1})
+        with pytest.raises(ValueError, match="2 heads of m to gangs of 4"):
+            host.configure(changed)
+        assert host.config == fake.config == host._dispatcher.config
+        host.configure(fake.config.model_copy(update={"max_queue": 1}))
+        assert host._dispatcher.config.max_queue == 1
+        await host.close()
 
     do(scene())
 

@@ -19,7 +19,7 @@ from distriray.gang.devices import DEVICES
 from distriray.gang.messages import RankResult, SegmentEnd
 from distriray.gang.runner import SegmentRunner
 from distriray.picture import png
-from tests.models import tiny_sdxl
+from tests.models import tiny_flux2_klein_distilled, tiny_sdxl
 from tests.unit.parallel.recorded import RecordedGraphs
 
 from .fleet import ask
@@ -69,6 +69,13 @@ def test_ranks_say_what_share_of_a_step_they_waited_and_a_lone_worker_has_nobody
     together = gang.run()
     assert all(rank.waited is not None and 0.0 < rank.waited < 1.0 for rank in together)
     assert all(rank.waited is None for rank in gang.run(link="alone"))
+
+
+def test_a_worker_says_how_many_heads_it_could_deal(gang: Gang, tmp_path: Path) -> None:
+    """As a network of tokens, which alone deals them."""
+    assert gang.runners[0].key_heads is None
+    tiny_flux2_klein_distilled().save_pretrained(tmp_path)
+    assert Gang(tmp_path, 1).runners[0].key_heads == 2
 
 
 def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> None:
