@@ -158,6 +158,14 @@ def admit(
     guided = facts.guides and request.guidance_scale > facts.terms.unguided and with_guidance > 0
     unguided_steps = num_steps - with_guidance if guided else 0
     shared = request.shared(config.parallel)
+    auto = request.gang_size == "auto"
+    most = max(size for size in config.sizes if (size <= max_gang if auto else size == request.gang_size))
+    if shared.cfg_parallel is True and most > 1 and not guided and request.num_images % 2:
+        raise InvalidRequest(
+            f"cfg_parallel=True splits the batch into halves, and {request.num_images} without guidance has "
+            f"none for a gang of {most}; use 'auto', or gangs of 1",
+            "guidance_scale",
+        )
     if unguided_steps and shared.cfg_parallel is True and request.num_images % 2:
         raise InvalidRequest(
             f"guidance_end {request.guidance_end:g} leaves steps with one branch, which cfg_parallel=True "
