@@ -19,7 +19,7 @@ WATCH_S = 0.05
 """Least time between two questions to rank 0 of a gang how far it is."""
 
 GRACE_S = 5.0
-"""How much longer than a gang's timeout a rank may take to leave once the others left."""
+"""How much longer than a gang's timeout a rank may take to leave once the others left and it could know."""
 
 
 class RunningSegment:
@@ -101,9 +101,11 @@ class RunningSegment:
             lost.append(worker)
 
         while pending:
+            # a rank hears of it when it next exchanges: it may compute for as long as anything takes before
+            grace_s = self._grace_s + self._patience.longest_s
             done, pending = await asyncio.wait(
                 pending,
-                timeout=self._grace_s if trouble else self._patience.left_s(time.monotonic()),
+                timeout=grace_s if trouble else self._patience.left_s(time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if done:
@@ -130,7 +132,7 @@ class RunningSegment:
                 trouble = True
             if done or not (trouble or self._patience.left_s(time.monotonic()) == 0.0):
                 continue
-            cause = f"did not leave its broken gang within {self._grace_s:g} s"
+            cause = f"did not leave its broken gang within {grace_s:g} s"
             if not trouble:
                 cause = f"neither made a step nor came back for {self._patience.bound_s:g} s (`stall_s`)"
                 failures.append(cause)

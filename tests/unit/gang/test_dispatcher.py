@@ -453,6 +453,27 @@ def test_compute_that_hangs_while_its_worker_answers_is_given_up_and_the_picture
     do(scene())
 
 
+def test_a_rank_that_computes_for_long_before_it_hears_of_a_death_keeps_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step takes a second here, as far as is known."""
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            slow = host.fleet.at(0)
+            job = host.accept(gang_size=2, num_inference_steps=60)
+            await at(job, 10)
+            slow.stuck = "step"
+            host.fleet.at(1).die()
+            await asyncio.sleep(5 * (host.fleet.timeout_s + segments.GRACE_S))
+            slow.stuck = ""
+            result = await job.ended
+            assert slow.alive and result.segments[-1].first_step >= 10
+
+    do(scene())
+
+
 def test_a_request_that_hangs_wherever_it_goes_ends_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with impatient(1, monkeypatch) as host:
