@@ -112,7 +112,7 @@ class SegmentRunner:
         blob: bytes | None,
         pictures: Mapping[str, Picture] = MappingProxyType({}),
     ) -> RankResult:
-        """One segment. `blob` is the request's state where this worker does not hold it at `order.step`.
+        """One segment. `blob` is the request's state where the host does not know that this worker holds it.
 
         `pictures` are the request's, by field, where it is to be prepared.
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory
 from distriray.gang.devices import DEVICES
@@ -231,6 +232,35 @@ def test_a_rank_that_leaves_alone_breaks_its_gang_and_the_others_keep_their_step
     assert survivor.end is SegmentEnd.BROKEN and survivor.step == 0
     assert alone.end is ending
     assert survivor.broken and alone.broken
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"), [(STICKY, SegmentEnd.FAILED), (torch.OutOfMemoryError("CUDA"), SegmentEnd.REFUSED)]
+)
+def test_a_rank_that_fails_while_it_decodes_alone_leaves_its_gang_whole(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch, error: Exception, ending: SegmentEnd
+) -> None:
+    """The others have come back, and wait for nothing of it."""
+    monkeypatch.setattr(gang.runners[0]._denoiser, "decode", raises(error))
+    alone = ParallelConfig(exchange="displaced", parallel_vae=False)
+    assert endings(gang.run(parallel=alone, num_inference_steps=6)) == [ending, SegmentEnd.DONE]
+
+
+def test_a_rank_that_fails_while_all_decode_lets_the_others_go(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang = Gang(tiny_model, 2)
+    monkeypatch.setattr(gang.runners[0]._denoiser, "decode", raises(torch.OutOfMemoryError("CUDA")))
+    outcomes = gang.run()
+    assert [outcome.end for outcome in outcomes] == [SegmentEnd.REFUSED, SegmentEnd.BROKEN]
+
+
+def test_a_state_that_is_sent_goes_before_one_that_is_here_and_at_the_same_step(gang: Gang) -> None:
+    """As a worker has it that could not send its own, after others have drawn those steps anew."""
+    own, sent = gang.run(job=21, seed=7), gang.run(job=22, seed=8)
+    blob = gang.runners[0].export(22)
+    taken = gang.run(job=21, step=2, blob=blob)
+    assert difference(sent, taken) == 0 and difference(own, taken) > 1
 
 
 def test_a_state_is_never_taken_for_that_of_another_request_with_the_same_id(gang: Gang) -> None:
