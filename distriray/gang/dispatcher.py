@@ -116,6 +116,7 @@ class Dispatcher:
         for job in list(self.jobs.values()):
             self._end(job, GenerationCancelled(f"request {job.request.id}: the host was closed"))
         await self.group.close()
+        self.metrics.closed()
 
     @property
     def healthy(self) -> bool:
@@ -426,6 +427,7 @@ class Dispatcher:
 
     def _fail(self, error: BaseException) -> None:
         """The policy or the host itself has a bug: nobody waits for ever, and no health check passes."""
-        self.fault = error
+        self.fault = self.fault or error  # what follows from the first one is not what went wrong
         for job in list(self.jobs.values()):
+            self._stop(job, StopSignal.CANCEL)  # nobody wants what its gang draws
             self._end(job, error)

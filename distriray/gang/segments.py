@@ -51,6 +51,7 @@ class RunningSegment:
             sender = group.remote(self._sender)
             assert sender is not None, "a job loses its holders when they die"
             state = sender.export(job.number)
+        self._stepped = False
         self.workers = [member.id for member in gang]
         self._first: RemoteWorker = gang[0].remote
         begins = job.step == 0 and not holders
@@ -77,6 +78,7 @@ class RunningSegment:
 
         def heard(progress: Progress) -> None:
             self._patience.heard(time.monotonic())
+            self._stepped = True
             on_progress(progress)
 
         following = asyncio.ensure_future(self._follow(heard))
@@ -101,8 +103,7 @@ class RunningSegment:
             lost.append(worker)
 
         while pending:
-            # a rank hears of it when it next exchanges: it may compute for as long as anything takes before
-            grace_s = self._grace_s + self._patience.longest_s
+            grace_s = self._may_leave_s()
             done, pending = await asyncio.wait(
                 pending,
                 timeout=grace_s if trouble else self._patience.left_s(time.monotonic()),
@@ -140,6 +141,15 @@ class RunningSegment:
                 self._group.replace(self._running[future], cause)
         in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
         return SegmentResult(in_order, tuple(lost), tuple(failures), mute)
+
+    def _may_leave_s(self) -> float:
+        """Seconds that a rank may take to leave once others left: it hears of it when it next exchanges.
+
+        It may compute for as long as anything takes before, and before the first step nobody knows how long
+        that is: one rank may be loading an adapter that the others, who gave it up, had.
+        """
+        grace_s = self._grace_s + self._patience.longest_s
+        return grace_s if self._stepped else max(grace_s, self._patience.bound_s)
 
     async def _follow(self, on_progress: Callable[[Progress], None]) -> None:
         seen = self._job.step

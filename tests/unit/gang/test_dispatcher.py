@@ -22,7 +22,8 @@ from distriray.gang.admission import admit
 from distriray.gang.calibrate import calibrate
 from distriray.gang.host import Host
 from distriray.gang.job import Job
-from distriray.gang.messages import Progress, SegmentOrder, StopSignal, WorkerId
+from distriray.gang.messages import Progress, RankResult, SegmentEnd, SegmentOrder, StopSignal, WorkerId
+from distriray.gang.metrics import Name
 from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
 from distriray.gang.speed import Speed
@@ -30,6 +31,7 @@ from distriray.picture import png
 from distriray.references import Editing
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
+from distriray.routing.buddy import WorkersUnavailable
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.profile import Entry
 from distriray.steps import StepCount
@@ -371,6 +373,44 @@ def test_a_policy_that_lends_what_is_lent_fails_the_host_and_nobody_waits_for_ev
     do(scene())
 
 
+def test_the_first_fault_of_a_host_is_the_one_that_is_told_and_its_gangs_leave() -> None:
+    class Fails(NewestFirst):
+        def plan(self, view: Any, model: Any) -> Any:
+            if len(view.requests) > 1:
+                raise ZeroDivisionError("the policy's own")
+            return super().plan(view, model)
+
+    async def scene() -> None:
+        async with FakeHost(2, Fails(), **opened()) as host:
+            running = host.accept(num_inference_steps=LONG)
+            await at(running, 3)
+            with pytest.raises(ZeroDivisionError):
+                await host.accept().ended
+            with pytest.raises(WorkersUnavailable):  # whose gang has not left yet
+                await host.accept().ended
+            assert str(host.dispatcher.fault) == "the policy's own"
+            await host.whole()
+
+    do(scene())
+
+
+def test_a_host_that_is_closed_shows_no_worker_and_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[tuple[str, ...], float] = {}
+
+    def note(name: str, value: float, **tags: str) -> None:
+        shown[name, *tags.values()] = value
+
+    async def scene() -> None:
+        async with FakeHost(2, **opened()) as host:
+            monkeypatch.setattr(host.dispatcher.metrics, "_set", note)
+            await at(host.accept(gang_size=2, num_inference_steps=LONG), 3)
+            host.accept()
+            await until(lambda: shown.get((Name.WAITING,)) and shown.get((Name.WORKERS, "busy")))
+        assert len(shown) == 6 and not any(shown.values())
+
+    do(scene())
+
+
 def test_workers_forget_what_is_over_though_nobody_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distriray.gang.worker_group.HEARTBEAT_S", 0.01)
 
@@ -470,6 +510,30 @@ def test_a_rank_that_computes_for_long_before_it_hears_of_a_death_keeps_what_it_
             slow.stuck = ""
             result = await job.ended
             assert slow.alive and result.segments[-1].first_step >= 10
+
+    do(scene())
+
+
+def test_a_rank_that_prepares_for_long_after_others_gave_it_up_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that loads an adapter which the others have."""
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+
+    async def scene() -> None:
+        async with FakeHost(2, stall_s=5.0) as host:
+            entry = Entry(gang=1, height=128, width=128, step_s=0.001)
+            host.dispatcher.speed = Speed(make_profile(host.config, host.dispatcher.facts, (entry,)))
+            slow = host.fleet.at(1)
+
+            async def loads(order: SegmentOrder, state: Any) -> RankResult:
+                monkeypatch.undo()
+                await asyncio.sleep(10 * host.fleet.timeout_s)
+                return RankResult(SegmentEnd.BROKEN, order.step, cause="the peers have left", broken=True)
+
+            monkeypatch.setattr(slow, "_run", loads)
+            result = await host.accept(gang_size=2, num_inference_steps=60).ended
+            assert result.repairs == 1 and len(host.fleet.launched) == 2
 
     do(scene())
 
