@@ -6,7 +6,6 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -105,8 +104,12 @@ class RankSegment:
             self._denoiser.adapt(state)
             self._state = state
         except Exception:
-            with suppress(GangBroken):
+            try:
                 numbers_of_all(communicator, False)
+            except GangBroken:
+                pass
+            except Exception:  # without memory for a byte, say
+                communicator.abort()
             raise
         self._adapters_s = adapters.seconds - switching_s
         self._prepare_s = time.perf_counter() - began - self._adapters_s if order.step == 0 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from distriray.collective import Communicator
+from distriray.collective.all_gather import numbers_of_all
 from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory
@@ -131,6 +134,23 @@ def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(
     outcomes = gang.run()
     assert endings(outcomes) == [SegmentEnd.NOT_BEGUN, SegmentEnd.REFUSED]
     assert isinstance(outcomes[1].error, InvalidRequest)
+
+
+def test_one_rank_that_can_neither_prepare_nor_say_so_lets_the_others_go_at_once(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang, began = Gang(tiny_model, 2), time.monotonic()
+    monkeypatch.setattr(gang.runners[1]._denoiser, "prepare", raises(torch.OutOfMemoryError("CUDA")))
+
+    def tell(communicator: Communicator, ready: int) -> list[int]:
+        if not ready:
+            raise torch.OutOfMemoryError("CUDA")
+        return numbers_of_all(communicator, ready)
+
+    monkeypatch.setattr("distriray.gang.rank_segment.numbers_of_all", tell)
+    outcomes = gang.run()
+    assert [outcome.end for outcome in outcomes] == [SegmentEnd.BROKEN, SegmentEnd.REFUSED]
+    assert isinstance(outcomes[1].error, OutOfMemory) and time.monotonic() - began < 8.0
 
 
 @pytest.mark.parametrize(
