@@ -96,20 +96,21 @@ class RunningSegment:
         lost: list[WorkerId] = []
         failures: list[str] = []
         mute: WorkerId | None = None
-        pending, trouble = set(self._running), False
+        pending, trouble, grace_s = set(self._running), False, 0.0
 
         def give_up(worker: WorkerId, cause: str) -> None:
             self._group.replace(worker, cause)
             lost.append(worker)
 
         while pending:
-            grace_s = self._may_leave_s()
             done, pending = await asyncio.wait(
                 pending,
                 timeout=grace_s if trouble else self._patience.left_s(time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if done:
+                if not trouble:  # since the last step they may have waited for whoever hangs
+                    grace_s = self._may_leave_s()
                 self._patience.heard(time.monotonic())
             for future in done:
                 worker = self._running[future]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import re
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -510,6 +511,29 @@ def test_a_rank_that_computes_for_long_before_it_hears_of_a_death_keeps_what_it_
             slow.stuck = ""
             result = await job.ended
             assert slow.alive and result.segments[-1].first_step >= 10
+
+    do(scene())
+
+
+def test_time_that_ranks_waited_for_one_that_hangs_is_not_given_to_it_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+
+    async def scene() -> None:
+        host = FakeHost(2, timeout_s=0.5)
+        host.fleet.timeout_s = 0.5
+        async with host:
+            entry = Entry(gang=1, height=128, width=128, step_s=0.001)
+            host.dispatcher.speed = Speed(make_profile(host.config, host.dispatcher.facts, (entry,)))
+            job = host.accept(gang_size=2, num_inference_steps=200)
+            await at(job, 10)
+            host.fleet.at(1).hangs = True
+            await job.ended
+            await host.whole()
+            cause = host.dispatcher.group.repairs[0].cause
+            found = re.fullmatch(r"did not leave its broken gang within (.*) s", cause)
+            assert found and 0.55 <= float(found[1]) < 0.9
 
     do(scene())
 
