@@ -95,7 +95,7 @@ class RankProcesses:
             rank = pending[connection]
             try:
                 content = pickle.loads(connection.recv_bytes())
-            except EOFError:
+            except (EOFError, OSError):  # it ended before it had sent anything, or in the midst of it
                 self._processes[rank].join()
                 content = Outcome(error=f"it ended with exit code {self._processes[rank].exitcode}")
             if isinstance(content, Outcome):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
@@ -27,6 +28,26 @@ def check_gang_size(request: GenerationRequest, sizes: Collection[int]) -> None:
         raise InvalidRequest(
             f"gang_size {request.gang_size} is not lent here; use one of {sorted(sizes)}", "gang_size"
         )
+
+
+def check_heads(parallel: ParallelConfig, sizes: Collection[int], facts: WorkerFacts) -> None:
+    """Raise InvalidRequest unless heads can be dealt to the gangs of all `sizes`, if they are to be.
+
+    Whatever the request: one without guidance is cut by all ranks of a gang that shares others by halves.
+    """
+    heads, halves = facts.key_heads, 2 if parallel.cfg_parallel is True else 1
+    if heads is None or parallel.attention != "ulysses" or parallel.exchange == "none":
+        return
+    refused = sorted(size for size in sizes if size // halves > heads)
+    if not refused:
+        return
+    dealt = sorted(set(sizes).difference(refused))
+    instead = f", or gangs of {dealt} only" if dealt else ""
+    raise InvalidRequest(
+        f"attention='ulysses' cannot deal {heads} heads of {facts.model} to gangs of "
+        f"{' or '.join(map(str, refused))}; use 'auto', which deals them where that sends less{instead}",
+        "parallel",
+    )
 
 
 def check_listed(request: GenerationRequest, config: HostConfig) -> None:
@@ -129,12 +150,22 @@ def admit(
             f"height {request.height} is too small for the gangs lent here, of {min(config.sizes)} or more",
             "height",
         )
+    if request.parallel is not None and request.gang_size == "auto":  # else its gang says so at once
+        check_heads(request.parallel, [size for size in config.sizes if size <= max_gang], facts)
     assert request.guidance_scale is not None
     num_steps = request.num_steps(facts.own_steps, rounds_up=facts.terms.rounds_up)
     with_guidance = guided_steps(request.guidance_end, num_steps)
     guided = facts.guides and request.guidance_scale > facts.terms.unguided and with_guidance > 0
     unguided_steps = num_steps - with_guidance if guided else 0
     shared = request.shared(config.parallel)
+    auto = request.gang_size == "auto"
+    most = max(size for size in config.sizes if (size <= max_gang if auto else size == request.gang_size))
+    if shared.cfg_parallel is True and most > 1 and not guided and request.num_images % 2:
+        raise InvalidRequest(
+            f"cfg_parallel=True splits the batch into halves, and {request.num_images} without guidance has "
+            f"none for a gang of {most}; use 'auto', or gangs of 1",
+            "guidance_scale",
+        )
     if unguided_steps and shared.cfg_parallel is True and request.num_images % 2:
         raise InvalidRequest(
             f"guidance_end {request.guidance_end:g} leaves steps with one branch, which cfg_parallel=True "

@@ -105,6 +105,16 @@ class HostConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_halves(self) -> Self:
+        odd = [size for size in self.sizes if size > 1 and size % 2]
+        if self.parallel.cfg_parallel is True and odd:
+            raise ValueError(
+                f"parallel.cfg_parallel true splits gangs into halves, and of gang_sizes {list(self.sizes)} "
+                f"{odd} are odd; use 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_names(self) -> Self:
         for kind in KINDS.values():
             check_unique(kind.option, getattr(self, kind.option), kind.word)

@@ -20,7 +20,7 @@ from distriray.errors import (
     UnsupportedModel,
 )
 from distriray.events import Queued, Repaired
-from distriray.gang.admission import Admitted, admit, check_listed, example, settle
+from distriray.gang.admission import Admitted, admit, check_heads, check_listed, example, settle
 from distriray.gang.background import Background
 from distriray.gang.config import HostConfig
 from distriray.gang.job import Job, JobState
@@ -88,7 +88,8 @@ class Dispatcher:
         """Bring the workers up; raises as `WorkerGroup.start`.
 
         Raises:
-            UnsupportedModel: the model has nothing for a default of the configuration.
+            UnsupportedModel: the model has nothing for a default of the configuration, or gangs cannot share
+                its steps as that says.
         """
         await self.group.start()
         self.facts = self.group.facts[0]
@@ -96,6 +97,10 @@ class Dispatcher:
             settle(example(self.facts), self.config, self.facts)
         except InvalidRequest as error:
             raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
+        try:
+            check_heads(self.config.parallel, self.config.sizes, self.facts)
+        except InvalidRequest as error:
+            raise UnsupportedModel(f"parallel: {error}") from error
         try:
             admit(example(self.facts), self.config, self.facts)
         except InvalidRequest as error:
@@ -111,6 +116,7 @@ class Dispatcher:
         for job in list(self.jobs.values()):
             self._end(job, GenerationCancelled(f"request {job.request.id}: the host was closed"))
         await self.group.close()
+        self.metrics.closed()
 
     @property
     def healthy(self) -> bool:
@@ -421,6 +427,7 @@ class Dispatcher:
 
     def _fail(self, error: BaseException) -> None:
         """The policy or the host itself has a bug: nobody waits for ever, and no health check passes."""
-        self.fault = error
+        self.fault = self.fault or error  # what follows from the first one is not what went wrong
         for job in list(self.jobs.values()):
+            self._stop(job, StopSignal.CANCEL)  # nobody wants what its gang draws
             self._end(job, error)

@@ -10,6 +10,7 @@ from typing import Any
 from distriray.adapters import Catalogue
 from distriray.errors import GangBroken
 from distriray.events import Event, Finished
+from distriray.gang.admission import check_heads
 from distriray.gang.calibrate import keep_profile
 from distriray.gang.config import LIVE_FIELDS, HostConfig
 from distriray.gang.dispatcher import Dispatcher
@@ -161,7 +162,8 @@ class Host:
         """Go on with another configuration: from the next request, segment and decision on it counts.
 
         Raises:
-            ValueError: it differs in a field that cannot change while the host runs.
+            ValueError: it differs in a field that cannot change while the host runs, or gangs cannot share
+                the model's steps as it says; nothing has changed then.
         """
         fixed = [
             field
@@ -170,6 +172,7 @@ class Host:
         ]
         if fixed:
             raise ValueError(f"{fixed} cannot change while a host runs; {sorted(LIVE_FIELDS)} can")
+        check_heads(config.parallel, config.sizes, self.facts)
         if config.policy != self.config.policy:
             self._dispatcher.policy = make_policy(config.policy)
         self.config = self._dispatcher.config = config

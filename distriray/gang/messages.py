@@ -140,6 +140,7 @@ class WorkerFacts:
         size_unit: pixels; heights and widths are multiples of it.
         row_unit: pixel rows of the smallest patch.
         cuts_vae: the VAE's decoder can be cut into patches.
+        key_heads: the most ranks that `attention: ulysses` deals heads to; None where it deals none.
         load_s: seconds that loading took, and compiling.
         memory: in bytes.
         terms: what the model says of a request's fields besides its size.
@@ -160,6 +161,7 @@ class WorkerFacts:
     own_steps: StepCount
     guides: bool
     terms: Terms = Terms()
+    key_heads: int | None = None
 
     def max_gang(self, height: int) -> int:
         """The largest gang among which an image of `height` pixels can be cut: one unit of rows each."""

@@ -178,6 +178,10 @@ class HostMetrics:
         self._repairs = repairs
         self._set(Name.BACKLOG_SECONDS, backlog_s)
 
+    def closed(self) -> None:
+        """The host is over: a program that goes on shows nothing of it as running, or as free."""
+        self.level(waiting=0, running=0, free=0, busy=0, down=0, repairs=self._repairs, backlog_s=0.0)
+
     def predictions(self) -> PredictionStatus:
         """Record how good predictions have been."""
         ratios = self._ratios

@@ -21,6 +21,11 @@ class Patience:
         self._heard_s = now_s
 
     @property
+    def longest_s(self) -> float:
+        """Seconds that anything took so far, or should take."""
+        return self._longest_s
+
+    @property
     def bound_s(self) -> float:
         """The longest wait for a sign of life, in seconds."""
         return max(self._floor_s, STALL_FACTOR * self._longest_s)

@@ -6,7 +6,6 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -52,6 +51,7 @@ class RankSegment:
         self._states, self._mailbox = states, mailbox
         self._state: DenoiseState | None = None  # once this rank was ready
         self._begun = False  # once all were
+        self._awaited = False  # from then on, until no other rank needs this one any more
         self._adapters_s = self._prepare_s = self._decode_s = 0.0
         self._fresh_s: list[float] = []
         self._stale_s: list[float] = []
@@ -68,7 +68,7 @@ class RankSegment:
             end = self._work(blob, pictures)
         except Exception as raised:
             end, error, cause = self._judge(raised)
-            if self._begun and not _alike(raised) and communicator.world_size > 1:
+            if self._awaited and not _alike(raised) and communicator.world_size > 1:
                 communicator.abort()  # else the others wait for this rank until their time is up
         state = self._state
         return RankResult(
@@ -104,20 +104,25 @@ class RankSegment:
             self._denoiser.adapt(state)
             self._state = state
         except Exception:
-            with suppress(GangBroken):
+            try:
                 numbers_of_all(communicator, False)
+            except GangBroken:
+                pass
+            except Exception:  # without memory for a byte, say
+                communicator.abort()
             raise
         self._adapters_s = adapters.seconds - switching_s
         self._prepare_s = time.perf_counter() - began - self._adapters_s if order.step == 0 else 0.0
         self._formed_at = self._left_at = time.time() - self._prepare_s - self._adapters_s
         if not all(numbers_of_all(communicator, True)):
             return SegmentEnd.NOT_BEGUN
-        self._begun = True
+        self._begun = self._awaited = True
         try:
             end = self._steps(state)
         finally:
             self._left_at = time.time()
         if end is SegmentEnd.DONE:
+            self._awaited = self._engine.decodes_together  # what precedes the last gather has arrived with it
             began = time.perf_counter()
             self._images = self._decode(state)
             self._decode_s = time.perf_counter() - began
@@ -127,10 +132,10 @@ class RankSegment:
         """The state that this segment goes on with, or begins with: from now on this worker holds it."""
         order = self._order
         state = self._states.get(order.job)
-        if state is not None and state.step == order.step:
-            return state
-        if blob is not None:
+        if blob is not None:  # whatever is here: it may have come to this step another way than the others'
             state = DenoiseState.from_bytes(blob).to(self._device)
+        elif state is not None and state.step == order.step:
+            return state
         elif order.step == 0:
             state = self._denoiser.prepare(order.request.with_pictures(pictures))
         else:

@@ -112,7 +112,7 @@ class SegmentRunner:
         blob: bytes | None,
         pictures: Mapping[str, Picture] = MappingProxyType({}),
     ) -> RankResult:
-        """One segment. `blob` is the request's state where this worker does not hold it at `order.step`.
+        """One segment. `blob` is the request's state where the host does not know that this worker holds it.
 
         `pictures` are the request's, by field, where it is to be prepared.
 
@@ -196,6 +196,11 @@ class SegmentRunner:
     def row_unit(self) -> int:
         """Pixel rows of the smallest patch."""
         return self._engine.network.row_unit * self.sizes.latent_row
+
+    @property
+    def key_heads(self) -> int | None:
+        """The most ranks that heads of attention are dealt to; None where they are never dealt."""
+        return min(self._engine.network.key_heads, default=None)
 
     @property
     def cuts_vae(self) -> bool:

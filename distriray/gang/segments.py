@@ -19,7 +19,7 @@ WATCH_S = 0.05
 """Least time between two questions to rank 0 of a gang how far it is."""
 
 GRACE_S = 5.0
-"""How much longer than a gang's timeout a rank may take to leave once the others left."""
+"""How much longer than a gang's timeout a rank may take to leave once the others left and it could know."""
 
 
 class RunningSegment:
@@ -51,6 +51,7 @@ class RunningSegment:
             sender = group.remote(self._sender)
             assert sender is not None, "a job loses its holders when they die"
             state = sender.export(job.number)
+        self._stepped = False
         self.workers = [member.id for member in gang]
         self._first: RemoteWorker = gang[0].remote
         begins = job.step == 0 and not holders
@@ -77,6 +78,7 @@ class RunningSegment:
 
         def heard(progress: Progress) -> None:
             self._patience.heard(time.monotonic())
+            self._stepped = True
             on_progress(progress)
 
         following = asyncio.ensure_future(self._follow(heard))
@@ -94,7 +96,7 @@ class RunningSegment:
         lost: list[WorkerId] = []
         failures: list[str] = []
         mute: WorkerId | None = None
-        pending, trouble = set(self._running), False
+        pending, trouble, grace_s = set(self._running), False, 0.0
 
         def give_up(worker: WorkerId, cause: str) -> None:
             self._group.replace(worker, cause)
@@ -103,10 +105,12 @@ class RunningSegment:
         while pending:
             done, pending = await asyncio.wait(
                 pending,
-                timeout=self._grace_s if trouble else self._patience.left_s(time.monotonic()),
+                timeout=grace_s if trouble else self._patience.left_s(time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if done:
+                if not trouble:  # since the last step they may have waited for whoever hangs
+                    grace_s = self._may_leave_s()
                 self._patience.heard(time.monotonic())
             for future in done:
                 worker = self._running[future]
@@ -130,7 +134,7 @@ class RunningSegment:
                 trouble = True
             if done or not (trouble or self._patience.left_s(time.monotonic()) == 0.0):
                 continue
-            cause = f"did not leave its broken gang within {self._grace_s:g} s"
+            cause = f"did not leave its broken gang within {grace_s:g} s"
             if not trouble:
                 cause = f"neither made a step nor came back for {self._patience.bound_s:g} s (`stall_s`)"
                 failures.append(cause)
@@ -138,6 +142,15 @@ class RunningSegment:
                 self._group.replace(self._running[future], cause)
         in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
         return SegmentResult(in_order, tuple(lost), tuple(failures), mute)
+
+    def _may_leave_s(self) -> float:
+        """Seconds that a rank may take to leave once others left: it hears of it when it next exchanges.
+
+        It may compute for as long as anything takes before, and before the first step nobody knows how long
+        that is: one rank may be loading an adapter that the others, who gave it up, had.
+        """
+        grace_s = self._grace_s + self._patience.longest_s
+        return grace_s if self._stepped else max(grace_s, self._patience.bound_s)
 
     async def _follow(self, on_progress: Callable[[Progress], None]) -> None:
         seen = self._job.step

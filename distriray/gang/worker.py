@@ -88,6 +88,7 @@ class Worker:
             size_unit=sizes.unit,
             row_unit=runner.row_unit,
             cuts_vae=runner.cuts_vae,
+            key_heads=runner.key_heads,
             load_s=runner.load_s,
             memory=self._kind.memory(),
             terms=runner.terms,

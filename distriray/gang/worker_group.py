@@ -110,7 +110,10 @@ class WorkerGroup:
         members = await _together(self._bring_up(index) for index in range(self.config.workers))
         for member in members:
             self._background.spawn(self._watch(member))
-        for error in (await self._link()).values():
+        failed = await self._link()
+        for worker, error in sorted(failed.items(), key=lambda each: isinstance(each[1], GangBroken)):
+            if isinstance(error, WorkerDied | TimeoutError):
+                raise GangBroken(f"worker {worker.index} could not join a gang: {error}") from error
             raise error
         self.healthy.update(member.id.index for member in members if self.alive(member.id))
 
@@ -177,13 +180,18 @@ class WorkerGroup:
         await self._background.close()
 
     async def _bring_up(self, index: int) -> Member:
-        """Start a worker and load its weights; only then is it a member."""
-        remote = self._launch(index)
+        """Start a worker and load its weights; only then is it a member. Raises as `start`."""
+        remote, longest_s = self._launch(index), self.config.start_timeout_s
         try:
-            async with asyncio.timeout(self.config.start_timeout_s):
+            async with asyncio.timeout(longest_s) as limit:
                 facts = await remote.load()
-        except BaseException:
+        except BaseException as error:
             remote.kill()
+            if isinstance(error, WorkerDied):
+                raise GangBroken(f"worker {index} died while it loaded its model: {error}") from error
+            if limit.expired():
+                late = f"worker {index} did not load its model within {longest_s:g} s (`start_timeout_s`)"
+                raise GangBroken(late) from error
             raise
         member = Member(WorkerId(index, next(self._incarnations)), remote, facts, facts.memory)
         self._members[index], self.facts[index] = member, facts

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from multiprocessing.connection import wait
 
 import pytest
 import torch
 
 from distriray.collective import Communicator, all_gather, launch
+from distriray.collective.processes import RankProcesses
 from distriray.errors import NotEnoughDevices, RankFailed
 from tests.distributed.ranks import run_processes
 
@@ -40,6 +42,19 @@ def _rank(communicator: Communicator) -> int:
 
 def test_results_are_in_the_order_of_ranks() -> None:
     assert launch(4, _rank) == [0, 1, 2, 3]
+
+
+def _much(rank: int, world_size: int) -> bytes:
+    return bytes(2**24)  # more than a pipe holds
+
+
+def test_a_rank_that_dies_while_it_returns_its_result_is_named() -> None:
+    with RankProcesses(1, _much) as ranks:
+        wait(ranks._connections.values())
+        os.kill(ranks.pid(0), signal.SIGKILL)
+        ranks._processes[0].join()
+        assert ranks.listen(10.0)
+        assert ranks.outcomes[0].error == "it ended with exit code -9"
 
 
 def _one_fails(communicator: Communicator, how: str) -> None:

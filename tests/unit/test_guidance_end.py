@@ -241,3 +241,8 @@ def test_halves_that_must_have_a_branch_each_are_refused_with_what_would_do() ->
         ask(guidance_end=0.5)
     assert error.value.param == "guidance_end"
     assert ask().unguided_steps == 0 and ask(guidance_end=0.5, num_images=2).unguided_steps > 0
+    with pytest.raises(InvalidRequest, match="1 without guidance has none for a gang of 2") as error:
+        ask(guidance_scale=1.0)
+    assert error.value.param == "guidance_scale"
+    for chosen in ({"num_images": 2}, {"gang_size": 1}):
+        assert not ask(guidance_scale=1.0, **chosen).guided

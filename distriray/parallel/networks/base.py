@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -198,6 +198,11 @@ class Network(ABC):
             exchanges,
             exchanges and self.deals_heads(config.attention, layout.patches),
         )
+
+    @property
+    def key_heads(self) -> Set[int]:
+        """Numbers of heads of keys that its layers of attention have; none where heads are never dealt."""
+        return frozenset()
 
     def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
         """Whether heads of attention are dealt to that many ranks, where it may be.

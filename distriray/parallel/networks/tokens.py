@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -238,11 +238,15 @@ class TokenNetwork(Network):
         """The heads of a layer of attention."""
         return Heads(attention.heads, attention.heads, attention.inner_dim // attention.heads)
 
-    def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
+    @property
+    def key_heads(self) -> Set[int]:
         if self._key_heads is None:
             attending = (layer for _, layer, planned in self._attentions() if planned.sequence is not None)
             self._key_heads = {self.heads(layer).keys for layer in attending}
-        fewest = min(self._key_heads)
+        return self._key_heads
+
+    def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
+        fewest = min(self.key_heads)
         if attention == "ulysses" and fewest < patches:
             raise InvalidRequest(
                 f"attention='ulysses' cannot deal {fewest} heads to {patches} ranks; use 'auto'", "gang_size"
@@ -251,7 +255,7 @@ class TokenNetwork(Network):
         return attention == "ulysses" or (
             attention == "auto"
             and 2 < patches <= fewest
-            and all(max(dealt(heads, patches)) * patches <= MOST_HEADS * heads for heads in self._key_heads)
+            and all(max(dealt(heads, patches)) * patches <= MOST_HEADS * heads for heads in self.key_heads)
         )
 
     def dry_run(self, call: Call, share: Share, step: Step) -> None:

@@ -22,6 +22,9 @@ def config_of(path: str) -> AppConfig:
     return AppConfig.model_validate(applications[0]["args"])
 
 
+HALVES = {"parallel": {"cfg_parallel": True}}
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -29,6 +32,10 @@ def config_of(path: str) -> AppConfig:
         ({"pools": [{"name": "a"}, {"name": "a"}]}, "more than once"),
         ({"pools": [{"name": "a", "min_hosts": 3, "max_hosts": 2}]}, "use at least 3"),
         ({"pools": [{"name": "a", "workers": 2, "gang_sizes": [1, 4]}]}, "exceed the 2 workers"),
+        (
+            {"pools": [{"name": "a", **HALVES, "workers": 6, "gang_sizes": [1, 3]}]},
+            r"\[3\] are odd; use 'auto'",
+        ),
         ({"pools": [{"name": "a", "wokers": 2}]}, "wokers"),
         ({"pools": [{"name": "a/b"}]}, "pattern"),
         ({"pools": [{"name": "a"}], "router": {"min_replicas": 5}}, "use at least 5"),

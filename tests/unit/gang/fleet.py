@@ -89,7 +89,7 @@ class FakeWorker:
                 pid=id(self), device=self.fleet.device, device_name="cpu", model="m",
                 default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
                 load_s=0.0, memory=1, own_steps=self.fleet.own_steps, guides=self.fleet.guides,
-                terms=self.fleet.terms,
+                terms=self.fleet.terms, key_heads=self.fleet.key_heads,
             )  # fmt: skip
 
         return self._call(load())
@@ -265,6 +265,7 @@ class FakeFleet:
         self.stuck: dict[int, str] = {}
         self.warnings: tuple[str, ...] = ()
         self.own_steps, self.guides, self.terms = StepCount(), True, Terms()
+        self.key_heads: int | None = None
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}
         self.launched: list[FakeWorker] = []

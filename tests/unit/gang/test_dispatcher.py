@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import re
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,10 @@ from distriray.events import Repaired
 from distriray.gang import segments
 from distriray.gang.admission import admit
 from distriray.gang.calibrate import calibrate
+from distriray.gang.host import Host
 from distriray.gang.job import Job
-from distriray.gang.messages import Progress, SegmentOrder, StopSignal, WorkerId
+from distriray.gang.messages import Progress, RankResult, SegmentEnd, SegmentOrder, StopSignal, WorkerId
+from distriray.gang.metrics import Name
 from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
 from distriray.gang.speed import Speed
@@ -28,6 +32,8 @@ from distriray.picture import png
 from distriray.references import Editing
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
+from distriray.routing.buddy import WorkersUnavailable
+from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
 from distriray.routing.profile import Entry
 from distriray.steps import StepCount
 from tests.gang.policies import NewestFirst, Script
@@ -368,6 +374,44 @@ def test_a_policy_that_lends_what_is_lent_fails_the_host_and_nobody_waits_for_ev
     do(scene())
 
 
+def test_the_first_fault_of_a_host_is_the_one_that_is_told_and_its_gangs_leave() -> None:
+    class Fails(NewestFirst):
+        def plan(self, view: Any, model: Any) -> Any:
+            if len(view.requests) > 1:
+                raise ZeroDivisionError("the policy's own")
+            return super().plan(view, model)
+
+    async def scene() -> None:
+        async with FakeHost(2, Fails(), **opened()) as host:
+            running = host.accept(num_inference_steps=LONG)
+            await at(running, 3)
+            with pytest.raises(ZeroDivisionError):
+                await host.accept().ended
+            with pytest.raises(WorkersUnavailable):  # whose gang has not left yet
+                await host.accept().ended
+            assert str(host.dispatcher.fault) == "the policy's own"
+            await host.whole()
+
+    do(scene())
+
+
+def test_a_host_that_is_closed_shows_no_worker_and_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[tuple[str, ...], float] = {}
+
+    def note(name: str, value: float, **tags: str) -> None:
+        shown[name, *tags.values()] = value
+
+    async def scene() -> None:
+        async with FakeHost(2, **opened()) as host:
+            monkeypatch.setattr(host.dispatcher.metrics, "_set", note)
+            await at(host.accept(gang_size=2, num_inference_steps=LONG), 3)
+            host.accept()
+            await until(lambda: shown.get((Name.WAITING,)) and shown.get((Name.WORKERS, "busy")))
+        assert len(shown) == 6 and not any(shown.values())
+
+    do(scene())
+
+
 def test_workers_forget_what_is_over_though_nobody_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distriray.gang.worker_group.HEARTBEAT_S", 0.01)
 
@@ -450,6 +494,74 @@ def test_compute_that_hangs_while_its_worker_answers_is_given_up_and_the_picture
     do(scene())
 
 
+def test_a_rank_that_computes_for_long_before_it_hears_of_a_death_keeps_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step takes a second here, as far as is known."""
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+
+    async def scene() -> None:
+        async with FakeHost(2) as host:
+            slow = host.fleet.at(0)
+            job = host.accept(gang_size=2, num_inference_steps=60)
+            await at(job, 10)
+            slow.stuck = "step"
+            host.fleet.at(1).die()
+            await asyncio.sleep(5 * (host.fleet.timeout_s + segments.GRACE_S))
+            slow.stuck = ""
+            result = await job.ended
+            assert slow.alive and result.segments[-1].first_step >= 10
+
+    do(scene())
+
+
+def test_time_that_ranks_waited_for_one_that_hangs_is_not_given_to_it_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+
+    async def scene() -> None:
+        host = FakeHost(2, timeout_s=0.5)
+        host.fleet.timeout_s = 0.5
+        async with host:
+            entry = Entry(gang=1, height=128, width=128, step_s=0.001)
+            host.dispatcher.speed = Speed(make_profile(host.config, host.dispatcher.facts, (entry,)))
+            job = host.accept(gang_size=2, num_inference_steps=200)
+            await at(job, 10)
+            host.fleet.at(1).hangs = True
+            await job.ended
+            await host.whole()
+            cause = host.dispatcher.group.repairs[0].cause
+            found = re.fullmatch(r"did not leave its broken gang within (.*) s", cause)
+            assert found and 0.55 <= float(found[1]) < 0.9
+
+    do(scene())
+
+
+def test_a_rank_that_prepares_for_long_after_others_gave_it_up_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that loads an adapter which the others have."""
+    monkeypatch.setattr(segments, "GRACE_S", 0.05)
+
+    async def scene() -> None:
+        async with FakeHost(2, stall_s=5.0) as host:
+            entry = Entry(gang=1, height=128, width=128, step_s=0.001)
+            host.dispatcher.speed = Speed(make_profile(host.config, host.dispatcher.facts, (entry,)))
+            slow = host.fleet.at(1)
+
+            async def loads(order: SegmentOrder, state: Any) -> RankResult:
+                monkeypatch.undo()
+                await asyncio.sleep(10 * host.fleet.timeout_s)
+                return RankResult(SegmentEnd.BROKEN, order.step, cause="the peers have left", broken=True)
+
+            monkeypatch.setattr(slow, "_run", loads)
+            result = await host.accept(gang_size=2, num_inference_steps=60).ended
+            assert result.repairs == 1 and len(host.fleet.launched) == 2
+
+    do(scene())
+
+
 def test_a_request_that_hangs_wherever_it_goes_ends_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with impatient(1, monkeypatch) as host:
@@ -496,6 +608,83 @@ def test_a_default_that_the_model_has_nothing_for_is_found_when_the_host_starts(
         with pytest.raises(UnsupportedModel, match="scheduler ddim is not for this model"):
             await host.dispatcher.start()
         await host.dispatcher.close()
+
+    do(scene())
+
+
+DEALT: dict[str, Any] = {"attention": "ulysses"}
+
+
+def test_heads_that_cannot_be_dealt_to_a_gang_are_found_when_the_host_starts() -> None:
+    async def scene() -> None:
+        host = FakeHost(8, parallel=DEALT)
+        host.fleet.key_heads = 2
+        said = r"cannot deal 2 heads of m to gangs of 4 or 8; use 'auto', .* gangs of \[1, 2\] only"
+        with pytest.raises(UnsupportedModel, match=said):
+            await host.dispatcher.start()
+        await host.dispatcher.close()
+
+    do(scene())
+
+
+@pytest.mark.parametrize(
+    ("heads", "parallel"),
+    [
+        (8, DEALT),
+        (30, DEALT),
+        (2, {"attention": "auto"}),
+        (2, {**DEALT, "exchange": "none"}),
+        (4, {**DEALT, "cfg_parallel": True}),  # halves of eight are cut among four
+        (None, DEALT),  # a U-Net's are never dealt
+    ],
+    ids=str,
+)
+def test_a_host_starts_where_heads_can_be_dealt_or_need_not_be(
+    heads: int | None, parallel: dict[str, Any]
+) -> None:
+    async def scene() -> None:
+        host = FakeHost(8, parallel=parallel)
+        host.fleet.key_heads = heads
+        async with host:
+            assert (await host.accept(gang_size=8).ended).images
+
+    do(scene())
+
+
+def test_a_request_that_has_heads_dealt_is_refused_before_a_gang_may_grow_to_what_they_are_not_dealt_to() -> (
+    None
+):
+    async def scene() -> None:
+        host = FakeHost(4, limits={"min_side": 8})
+        host.fleet.key_heads = 2
+        async with host:
+            with pytest.raises(InvalidRequest, match="2 heads of m to gangs of 4") as refused:
+                host.accept(parallel=ParallelConfig(**DEALT))
+            assert refused.value.param == "parallel"
+            for chosen in ({"gang_size": 2}, {"height": 32}):  # which is cut in two at most
+                await host.accept(parallel=ParallelConfig(**DEALT), **chosen).ended
+
+    do(scene())
+
+
+def test_a_host_that_runs_takes_no_configuration_that_its_gangs_cannot_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene() -> None:
+        fake = FakeHost(4)
+        fake.fleet.key_heads = 2
+        monkeypatch.setattr("distriray.gang.host.Launcher", lambda *_: fake.fleet)
+        group = SimpleNamespace(id=b"a host")
+        placement: Any = SimpleNamespace(group=group, device="cpu", release=lambda: None)
+        host = Host(fake.config, placement, EarliestDeadlineFirst())
+        await host._dispatcher.start()
+        changed = fake.config.model_copy(update={"parallel": ParallelConfig(**DEALT), "max_queue": 1})
+        with pytest.raises(ValueError, match="2 heads of m to gangs of 4"):
+            host.configure(changed)
+        assert host.config == fake.config == host._dispatcher.config
+        host.configure(fake.config.model_copy(update={"max_queue": 1}))
+        assert host._dispatcher.config.max_queue == 1
+        await host.close()
 
     do(scene())
 

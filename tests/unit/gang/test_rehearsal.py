@@ -37,6 +37,7 @@ def facts_of(runner: SegmentRunner) -> WorkerFacts:
         size_unit=runner.sizes.unit,
         row_unit=runner.row_unit,
         cuts_vae=runner.cuts_vae,
+        key_heads=runner.key_heads,
         load_s=0.0,
         memory=0,
         own_steps=runner.own_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,13 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
+from distriray.collective import Communicator
+from distriray.collective.all_gather import numbers_of_all
+from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import RankResult, SegmentEnd
 from distriray.gang.runner import SegmentRunner
 from distriray.picture import png
-from tests.models import tiny_sdxl
+from tests.models import tiny_flux2_klein_distilled, tiny_sdxl
 from tests.unit.parallel.recorded import RecordedGraphs
 
 from .fleet import ask
@@ -69,6 +73,13 @@ def test_ranks_say_what_share_of_a_step_they_waited_and_a_lone_worker_has_nobody
     together = gang.run()
     assert all(rank.waited is not None and 0.0 < rank.waited < 1.0 for rank in together)
     assert all(rank.waited is None for rank in gang.run(link="alone"))
+
+
+def test_a_worker_says_how_many_heads_it_could_deal(gang: Gang, tmp_path: Path) -> None:
+    """As a network of tokens, which alone deals them."""
+    assert gang.runners[0].key_heads is None
+    tiny_flux2_klein_distilled().save_pretrained(tmp_path)
+    assert Gang(tmp_path, 1).runners[0].key_heads == 2
 
 
 def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> None:
@@ -123,6 +134,23 @@ def test_one_rank_that_cannot_prepare_lets_the_others_go_at_once(
     outcomes = gang.run()
     assert endings(outcomes) == [SegmentEnd.NOT_BEGUN, SegmentEnd.REFUSED]
     assert isinstance(outcomes[1].error, InvalidRequest)
+
+
+def test_one_rank_that_can_neither_prepare_nor_say_so_lets_the_others_go_at_once(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang, began = Gang(tiny_model, 2), time.monotonic()
+    monkeypatch.setattr(gang.runners[1]._denoiser, "prepare", raises(torch.OutOfMemoryError("CUDA")))
+
+    def tell(communicator: Communicator, ready: int) -> list[int]:
+        if not ready:
+            raise torch.OutOfMemoryError("CUDA")
+        return numbers_of_all(communicator, ready)
+
+    monkeypatch.setattr("distriray.gang.rank_segment.numbers_of_all", tell)
+    outcomes = gang.run()
+    assert [outcome.end for outcome in outcomes] == [SegmentEnd.BROKEN, SegmentEnd.REFUSED]
+    assert isinstance(outcomes[1].error, OutOfMemory) and time.monotonic() - began < 8.0
 
 
 @pytest.mark.parametrize(
@@ -224,6 +252,35 @@ def test_a_rank_that_leaves_alone_breaks_its_gang_and_the_others_keep_their_step
     assert survivor.end is SegmentEnd.BROKEN and survivor.step == 0
     assert alone.end is ending
     assert survivor.broken and alone.broken
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"), [(STICKY, SegmentEnd.FAILED), (torch.OutOfMemoryError("CUDA"), SegmentEnd.REFUSED)]
+)
+def test_a_rank_that_fails_while_it_decodes_alone_leaves_its_gang_whole(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch, error: Exception, ending: SegmentEnd
+) -> None:
+    """The others have come back, and wait for nothing of it."""
+    monkeypatch.setattr(gang.runners[0]._denoiser, "decode", raises(error))
+    alone = ParallelConfig(exchange="displaced", parallel_vae=False)
+    assert endings(gang.run(parallel=alone, num_inference_steps=6)) == [ending, SegmentEnd.DONE]
+
+
+def test_a_rank_that_fails_while_all_decode_lets_the_others_go(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang = Gang(tiny_model, 2)
+    monkeypatch.setattr(gang.runners[0]._denoiser, "decode", raises(torch.OutOfMemoryError("CUDA")))
+    outcomes = gang.run()
+    assert [outcome.end for outcome in outcomes] == [SegmentEnd.REFUSED, SegmentEnd.BROKEN]
+
+
+def test_a_state_that_is_sent_goes_before_one_that_is_here_and_at_the_same_step(gang: Gang) -> None:
+    """As a worker has it that could not send its own, after others have drawn those steps anew."""
+    own, sent = gang.run(job=21, seed=7), gang.run(job=22, seed=8)
+    blob = gang.runners[0].export(22)
+    taken = gang.run(job=21, step=2, blob=blob)
+    assert difference(sent, taken) == 0 and difference(own, taken) > 1
 
 
 def test_a_state_is_never_taken_for_that_of_another_request_with_the_same_id(gang: Gang) -> None:

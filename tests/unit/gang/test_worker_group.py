@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from distriray.errors import GangBroken
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerId
+from distriray.gang.remote import WorkerDied
 from distriray.gang.worker_group import REPAIR_ATTEMPTS, WorkerGroup
 
-from .fleet import FakeFleet, until
+from .fleet import FakeFleet, FakeWorker, until
 
 
 class Told:
@@ -86,6 +88,50 @@ def test_a_worker_that_cannot_join_is_replaced_and_the_others_come_back() -> Non
             assert s.told.dead == [before[1]] and s.group.failure is None
             assert "CUDA error" in s.group.repairs[0].cause
             assert all(group in s.group.communicators for group in [(0, 1, 2, 3), (0, 1), (1,)])
+
+    do(scene())
+
+
+@pytest.mark.parametrize(
+    ("load_s", "raised", "said"),
+    [
+        (9.0, None, r"worker 0 did not load its model within 0.05 s \(`start_timeout_s`\)"),
+        (0.0, WorkerDied("out of memory"), "worker 1 died while it loaded its model: out of memory"),
+        (0.0, TimeoutError("the hub"), "^the hub$"),
+    ],
+    ids=str,
+)
+def test_a_host_that_does_not_start_says_which_worker_kept_it(
+    load_s: float, raised: Exception | None, said: str
+) -> None:
+    async def scene() -> None:
+        s = Scene(start_timeout_s=0.05)
+        s.fleet.load_s = load_s
+        if raised is not None:
+            s.fleet.load_raises[1] = raised
+        with pytest.raises(TimeoutError if said == "^the hub$" else GangBroken, match=said):
+            await s.group.start()
+        await s.group.close()
+        assert not any(worker.alive for worker in s.fleet.launched)
+
+    do(scene())
+
+
+def test_a_worker_that_dies_while_the_first_gangs_form_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    join = FakeWorker.link
+
+    def link(worker: FakeWorker, links: Any) -> asyncio.Future[None]:
+        if worker.index == 1:
+            worker.die()
+        return join(worker, links)
+
+    monkeypatch.setattr(FakeWorker, "link", link)
+
+    async def scene() -> None:
+        s = Scene()
+        with pytest.raises(GangBroken, match="worker 1 could not join a gang: worker 1"):
+            await s.group.start()
+        await s.group.close()
 
     do(scene())
 
