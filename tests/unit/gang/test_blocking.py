@@ -5,11 +5,20 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from distriray.gang import HostConfig, blocking, open_host
+
+
+@pytest.fixture(autouse=True)
+def interrupts_interrupt() -> Iterator[None]:
+    """Whoever runs the tests in a shell's background hands an ignored SIGINT down."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_while_a_host_starts_waits_for_what_it_gives_back(
