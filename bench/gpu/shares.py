@@ -16,19 +16,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.arguments import add_json
 from bench.barrier import finish
-from bench.projection.peers import NotedPeers
+from bench.projection.peers import NotedPeers, filled_once
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.arguments import positive
-from distriray.config import MIXES, ExchangeMode, Kind
+from distriray.config import MIXES, ExchangeMode
 from distriray.parallel import compile_blocks, engine_of, many_shapes
 
 COLUMNS = (
@@ -188,7 +188,7 @@ def share(
 
     with engine.image():
         step()
-        peers.fills = not all(map(MIXES[exchange].is_stale, get_args(Kind)))
+        peers.fills = not filled_once(MIXES[exchange])
         for _ in range(3):
             step()
         timing = timed(step, steps, network.device)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from bench.barrier import finish
 from distriray.collective.absent import AbsentPeers
+from distriray.config import Kind, Mix
 from distriray.parallel.gather import HEADER
 from distriray.parallel.stopwatch import Mark, mark, seconds_between
 
@@ -100,6 +101,11 @@ class NotedPeers(AbsentPeers):
             for peer, message in receives.items():
                 if message.dtype == torch.uint8:
                     message[:HEADER].copy_(sends[peer][:HEADER])
+
+
+def filled_once(mix: Mix | None) -> bool:
+    """Whether peers that fill what is received in one step need not in later ones: only stale values last."""
+    return mix is None or all(map(mix.is_stale, get_args(Kind)))
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 
 from bench.exchange import unet_inputs
 from bench.projection.links import Link, exposed_s
-from bench.projection.peers import NotedPeers, Step
+from bench.projection.peers import NotedPeers, Step, filled_once
 from bench.published import placed
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator
-from distriray.config import Kind
 from distriray.parallel import engine_of
 
 
@@ -56,9 +55,7 @@ def measure_share(
     """
     peers = NotedPeers(rank, world_size, unet.device)
     parallelize(unet, peers, config)
-    mix = config.mix
-    persists = mix is None or all(map(mix.is_stale, get_args(Kind)))
-    taken = _steps(unet, peers, size, steps + 2, fills_once=persists)
+    taken = _steps(unet, peers, size, steps + 2, fills_once=filled_once(config.mix))
     peers.close()  # nobody joins them again
     return Share(taken[0], taken[1:])
 
@@ -82,7 +79,7 @@ def measure_gang(
 def _steps(
     unet: UNet2DConditionModel, peers: NotedPeers, size: int, count: int, fills_once: bool
 ) -> list[Step]:
-    """Consecutive steps. Only buffers of stale values last, so that filling them once will do."""
+    """Consecutive steps."""
     inputs, engine = step_inputs(unet, size), engine_of(unet)
     assert engine is not None
     taken = []

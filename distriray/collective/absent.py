@@ -30,9 +30,9 @@ class AbsentPeers(BackendCommunicator):
         return NothingInFlight()
 
     def _receive(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> None:
-        targets, sources = [], []
+        targets, sources, sent = [], [], list(sends.values())
         for target in receives.values():
-            source = _like(target, list(sends.values()))
+            source = _like(target, sent)
             if source is not None:
                 targets.append(target)
                 sources.append(source)
