@@ -177,12 +177,20 @@ def decode_cards(answer: dict[str, Any]) -> list[ModelCard]:
 
 
 def decode_error(answer: httpx.Response) -> Exception:
-    """The error in an answer that is no success."""
+    """The error in an answer that is no success.
+
+    For a service that is not there, or that died over the request, a proxy answers, with a status of 5xx.
+    """
     try:
         error = answer.json()["error"]
         return _error(error, _seconds(answer.headers.get("Retry-After")))
     except (ValueError, KeyError, TypeError):
-        return not_the_service(answer)
+        other = not_the_service(answer)
+    return (
+        ConnectionError(f"{other}; the service cannot be reached, or broke off")
+        if answer.is_server_error
+        else other
+    )
 
 
 def not_the_service(answer: httpx.Response) -> DistrirayError:

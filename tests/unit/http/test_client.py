@@ -350,15 +350,21 @@ def test_a_service_that_is_not_there_or_breaks_off_is_a_connection_error() -> No
         list(events)
 
 
-def test_an_answer_that_is_not_the_services_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for status in (502, 200):
-        proxy = httpx.MockTransport(lambda request, status=status: httpx.Response(status, text="<h1>Log in"))
-        client = Client("http://service")
-        monkeypatch.setattr(client, "_http", httpx.Client(base_url="http://service", transport=proxy))
-        with client:
-            for ask in (client.models, client.fleet, lambda client=client: client.generate("a lake")):
-                with pytest.raises(DistrirayError, match=rf"{status}.*Log in"):
-                    ask()  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(200, DistrirayError), (404, DistrirayError), (500, ConnectionError), (502, ConnectionError)],
+)
+def test_an_answer_that_is_not_the_services_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, status: int, error: type[Exception]
+) -> None:
+    """Serve's proxy answers 500 for a router that died over a request, others before it 502 to 504."""
+    proxy = httpx.MockTransport(lambda _: httpx.Response(status, text="<h1>Log in"))
+    client = Client("http://service")
+    monkeypatch.setattr(client, "_http", httpx.Client(base_url="http://service", transport=proxy))
+    with client:
+        for ask in (client.models, client.fleet, lambda: client.generate("a lake")):
+            with pytest.raises(error, match=rf"{status}.*Log in"):
+                ask()  # type: ignore[operator]
 
 
 def test_a_url_with_a_path_is_suspected(url: str) -> None:
