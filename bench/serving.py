@@ -92,6 +92,13 @@ def service(max_queue: int) -> Iterator[tuple[str, AppConfig]]:
     args = application["args"]
     args["pools"] = [{**pool, "max_queue": max_queue} for pool in args["pools"]]
     config = AppConfig.model_validate(args)
+    with serving(config) as url:
+        yield url, config
+
+
+@contextmanager
+def serving(config: AppConfig) -> Iterator[str]:
+    """The URL of a service on a Ray of its own; both end with the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -99,8 +106,8 @@ def service(max_queue: int) -> Iterator[tuple[str, AppConfig]]:
     watcher = reaper.start()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(config), name=application["name"], route_prefix=application["route_prefix"])
-        yield f"http://127.0.0.1:{port}", config
+        serve.run(build_app(config), name="distriray")
+        yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -1,0 +1,222 @@
+"""Clients that ask without pause, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from PIL import Image
+
+from bench.endurance.scenes import Scene, scenes
+from bench.report import Report
+from distriray import AsyncClient, GenerationRequest, HandleClient
+from distriray.errors import DeadlineUnmet, DistrirayError, GenerationCancelled, QueueFull
+from distriray.events import Event, Finished
+from distriray.results import GenerationResult
+
+BY_HANDLE = 0.25
+"""Share of the requests that go by handle; the others go over HTTP."""
+LEAVES_AFTER_S = (0.0, 3.0)
+DEADLINE_S = (1.0, 15.0)
+PAUSE_S = 0.5
+TRIES = 20
+"""How often a client asks the same again, where the service broke off or its queue was full."""
+
+
+class Lost(Exception):
+    """A stream had an end, and no result."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """A way into the service; `fields` of a request are what it alone carries."""
+
+    name: str
+    generate: Callable[[GenerationRequest], Awaitable[GenerationResult]]
+    stream: Callable[[GenerationRequest], AsyncGenerator[Event, None]]
+    cancel: Callable[[str], Awaitable[bool]]
+
+    @classmethod
+    def over_http(cls, client: AsyncClient) -> Door:
+        return cls("over HTTP", client.generate, client.stream, client.cancel)
+
+    @classmethod
+    def by_handle(cls, client: HandleClient) -> Door:
+        return cls("by handle", client.agenerate, client.astream, client.acancel)
+
+
+class Clients:
+    """All clients of one run.
+
+    Args:
+        url: of the service.
+        references: the pictures of each scene by a single worker.
+        seed: of what is asked for.
+
+    Attributes:
+        faults: each request that was lost, and each picture that was another one.
+    """
+
+    def __init__(self, url: str, references: dict[str, list[Image.Image]], seed: int) -> None:
+        self._url = url
+        self._references = references
+        self._seed = seed
+        self._scenes = scenes()
+        self._ends: Counter[str] = Counter()
+        self._gangs: Counter[str] = Counter()
+        self._seconds: dict[str, list[float]] = {}
+        self.faults: list[str] = []
+
+    async def ask_on(self, number: int, seconds: float) -> None:
+        """One client's requests, until the time is up."""
+        draw = random.Random(f"{self._seed} {number}")
+        end = time.monotonic() + seconds
+        async with AsyncClient(self._url) as http:
+            doors = Door.over_http(http), Door.by_handle(HandleClient.connect())
+            while time.monotonic() < end:
+                await self.ask(draw.choices(doors, (1 - BY_HANDLE, BY_HANDLE))[0], draw)
+
+    async def ask(self, door: Door, draw: random.Random) -> None:
+        """One request, asked again where the service broke off or has no room."""
+        scene = draw.choice(self._scenes)
+        manner = draw.choices(list(MANNERS), list(MANNERS.values()))[0]
+        began, last = time.monotonic(), ""
+        for _ in range(TRIES):
+            try:
+                end = await manner(self, door, scene, draw)
+                break
+            except QueueFull as error:
+                self._ends["asked again, as the queue was full"] += 1
+                last = str(error)
+                await asyncio.sleep(error.retry_after_s)
+            except ConnectionError as error:
+                self._ends["asked again, as the service broke off"] += 1
+                last = str(error)
+                await asyncio.sleep(PAUSE_S)
+            except (DistrirayError, Lost, TimeoutError) as error:
+                end = self._lose(f"{type(error).__name__}: {error}", door, scene)
+                break
+        else:
+            end = self._lose(f"{TRIES} times, the last {last}", door, scene)
+        self._ends[end] += 1
+        self._seconds.setdefault(f"{end}, {door.name}", []).append(time.monotonic() - began)
+
+    async def _generate(self, door: Door, scene: Scene, draw: random.Random) -> str:
+        return self._take(scene, await door.generate(_request(door, scene, draw)))
+
+    async def _stream(self, door: Door, scene: Scene, draw: random.Random) -> str:
+        if scene.images > 1:  # a stream is of one
+            return await self._generate(door, scene, draw)
+        result = None
+        async for event in door.stream(_request(door, scene, draw, previews=2)):
+            if isinstance(event, Finished):
+                result = event.result
+        if result is None:
+            raise Lost("a stream ended without its result")
+        return self._take(scene, result)
+
+    async def _leave(self, door: Door, scene: Scene, draw: random.Random) -> str:
+        task = asyncio.ensure_future(door.generate(_request(door, scene, draw)))
+        done, _ = await asyncio.wait([task], timeout=draw.uniform(*LEAVES_AFTER_S))
+        if done:
+            return self._take(scene, task.result())
+        task.cancel()
+        with suppress(asyncio.CancelledError, ConnectionError):
+            await task
+        return "left"
+
+    async def _leave_a_stream(self, door: Door, scene: Scene, draw: random.Random) -> str:
+        if scene.images > 1:
+            return await self._leave(door, scene, draw)
+        end = time.monotonic() + draw.uniform(*LEAVES_AFTER_S)
+        events = door.stream(_request(door, scene, draw))
+        async for event in events:
+            if isinstance(event, Finished):
+                return self._take(scene, event.result)
+            if time.monotonic() > end:
+                break
+        await events.aclose()
+        return "left"
+
+    async def _cancel(self, door: Door, scene: Scene, draw: random.Random) -> str:
+        request = _request(door, scene, draw)
+        task = asyncio.ensure_future(door.generate(request))
+        done, _ = await asyncio.wait([task], timeout=draw.uniform(*LEAVES_AFTER_S))
+        if not done:
+            with suppress(ConnectionError):
+                await door.cancel(request.id)
+        try:
+            return self._take(scene, await task)
+        except GenerationCancelled:
+            return "cancelled by id"
+
+    async def _in_time(self, door: Door, scene: Scene, draw: random.Random) -> str:
+        request = _request(door, scene, draw, deadline_s=draw.uniform(*DEADLINE_S))
+        try:
+            return self._take(scene, await door.generate(request))
+        except DeadlineUnmet:
+            return "refused, as its deadline cannot be met"
+
+    def _take(self, scene: Scene, result: GenerationResult) -> str:
+        """Hold a result's pictures against the references'; how the request ended."""
+        faults = scene.faults(result.images, self._references[scene.name])
+        self.faults += [f"{scene.name}, {result.summary()}: {fault}" for fault in faults]
+        for fault in faults:
+            print(f"another picture: {scene.name}: {fault}: {result.summary()}", flush=True)
+        self._gangs[", then ".join(str(len(segment.workers)) for segment in result.segments[:4])] += 1
+        return "finished after a gang broke" if result.repairs else "finished"
+
+    def _lose(self, why: str, door: Door, scene: Scene) -> str:
+        self.faults.append(f"{scene.name}, {door.name}: {why}")
+        print(f"{time.strftime('%H:%M:%S')} lost: {self.faults[-1]}", flush=True)
+        return "lost"
+
+    def tell(self, report: Report) -> None:
+        """Add what came of all requests."""
+        for end, count in sorted(self._ends.items()):
+            report.add(end, str(count), "")
+        for end, seconds in sorted(self._seconds.items()):
+            if len(seconds) > 1:
+                p95 = quantiles(seconds, n=20, method="inclusive")[-1]
+                figure = f"p50 {median(seconds):.2f}, p95 {p95:.2f}, most {max(seconds):.2f}"
+                report.add(f"seconds until {end}", str(len(seconds)), figure)
+        for gangs, count in self._gangs.most_common(8):
+            report.add(f"pictures by {gangs}", str(count), "")
+        report.add("lost, or another picture", str(len(self.faults)), "; ".join(self.faults[:3]))
+
+    def compare(self, again: dict[str, list[Image.Image]], report: Report) -> None:
+        """Hold what single workers draw at the end against what they drew before."""
+        pairs = [
+            (name, one, other)
+            for name, pictures in again.items()
+            for one, other in zip(pictures, self._references[name], strict=True)
+        ]
+        others = [name for name, one, other in pairs if one.tobytes() != other.tobytes()]
+        self.faults += [
+            f"{name}, drawn again at the end by a single worker: another picture" for name in others
+        ]
+        report.add(
+            "by single workers at the end, the same bytes", str(len(pairs)), str(len(pairs) - len(others))
+        )
+
+
+def _request(door: Door, scene: Scene, draw: random.Random, **others: object) -> GenerationRequest:
+    priority = draw.choice((-2, 0, 0, 3))
+    return scene.request(**others, **({"priority": priority} if door.name == "by handle" else {}))
+
+
+MANNERS = {
+    Clients._generate: 8,
+    Clients._stream: 5,
+    Clients._leave: 3,
+    Clients._leave_a_stream: 2,
+    Clients._cancel: 2,
+    Clients._in_time: 2,
+}
+"""How a client asks, and how often in proportion."""

@@ -1,0 +1,114 @@
+"""Memory, threads and open files of the service's processes over time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+
+from bench.report import Report
+
+ROLES = {
+    "ProxyActor": "proxy",
+    "ServeController": "controller",
+    ":Ingress": "router",
+    "ServeReplica": "host",
+    "Worker": "worker",
+    "raylet": "raylet",
+    "gcs_server": "gcs",
+}
+"""Whose process it is, by the first that its command line has."""
+SETTLED_S = 120.0
+"""A process' first seconds, in which it loads and meets each request for the first time, are no growth."""
+SHARED = Path("/dev/shm")
+
+
+class Look(NamedTuple):
+    """What a process holds at one moment; `memory` is what it shares with nobody, in MB."""
+
+    at: float
+    memory: float
+    files: int
+    threads: int
+
+
+@dataclass
+class Life:
+    """One process over time."""
+
+    role: str
+    began: float
+    looks: list[Look] = field(default_factory=list)
+
+    @property
+    def settled(self) -> list[Look]:
+        return [look for look in self.looks if look.at - self.began > SETTLED_S]
+
+    def figure(self) -> str:
+        """Its memory at the start, in the middle and at the end, and how it grew in the second half."""
+        looks = self.settled
+        first, middle, last = looks[0], looks[len(looks) // 2], looks[-1]
+        late = looks[len(looks) // 2 :]
+        growth = np.polyfit([look.at / 3600 for look in late], [look.memory for look in late], 1)[0]
+        return (
+            f"{(last.at - first.at) / 60:.0f} min: {first.memory:.0f}, {middle.memory:.0f}, "
+            f"{last.memory:.0f} MB ({growth:+.0f} MB/h in the second half), "
+            f"{first.files} to {last.files} files, {first.threads} to {last.threads} threads"
+        )
+
+
+class Resources:
+    """All processes that this one started, and itself."""
+
+    def __init__(self) -> None:
+        self._lives: dict[tuple[int, float], Life] = {}
+        self._shared = [_shared_files()]
+
+    async def look_on(self, every_s: float) -> None:
+        """Look until this is cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(every_s)
+
+    def look(self) -> None:
+        """Note what every process holds now."""
+        now = time.time()
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with suppress(psutil.Error, OSError):  # it may end meanwhile
+                key = process.pid, process.create_time()
+                if key not in self._lives:
+                    self._lives[key] = Life(role_of(process), process.create_time())
+                memory = process.memory_full_info().uss / 1e6
+                self._lives[key].looks.append(Look(now, memory, process.num_fds(), process.num_threads()))
+        self._shared.append(_shared_files())
+
+    def tell(self, report: Report) -> None:
+        """Add, for each role, how many processes there were, and the life of the oldest."""
+        for role in sorted({life.role for life in self._lives.values()}):
+            lives = [life for life in self._lives.values() if life.role == role and life.looks]
+            oldest = max(lives, key=lambda life: life.looks[-1].at - life.began)
+            if len(oldest.settled) > 5:
+                figure = f"the oldest, {oldest.figure()}"
+            else:
+                figure = f"{max(look.memory for life in lives for look in life.looks):.0f} MB at most"
+            report.add(f"processes: {role}", str(len(lives)), figure)
+        report.add(f"files in {SHARED}", "", f"{self._shared[0]} at first, {self._shared[-1]} at last")
+
+
+def role_of(process: psutil.Process) -> str:
+    """Whose process it is."""
+    if process.pid == os.getpid():
+        return "clients"
+    title = " ".join(process.cmdline())
+    return next((role for part, role in ROLES.items() if part in title), "others of Ray")
+
+
+def _shared_files() -> int:
+    return sum(1 for _ in SHARED.iterdir())
