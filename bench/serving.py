@@ -92,13 +92,14 @@ def service(max_queue: int) -> Iterator[tuple[str, AppConfig]]:
     args = application["args"]
     args["pools"] = [{**pool, "max_queue": max_queue} for pool in args["pools"]]
     config = AppConfig.model_validate(args)
-    with serving(config) as url:
+    with local_serve() as url:
+        serve.run(build_app(config), name=application["name"], route_prefix=application["route_prefix"])
         yield url, config
 
 
 @contextmanager
-def serving(config: AppConfig) -> Iterator[str]:
-    """The URL of a service on a Ray of its own; both end with the block."""
+def local_serve() -> Iterator[str]:
+    """The URL of Serve on a Ray of its own; both end with the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -106,7 +107,6 @@ def serving(config: AppConfig) -> Iterator[str]:
     watcher = reaper.start()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(config), name="distriray")
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()

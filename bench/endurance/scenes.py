@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from bench.adapters import write_adapter
 from bench.likeness import psnr
-from distriray import AsyncClient, GenerationRequest, ParallelConfig
-from distriray.models import ModelSpec, load_pipeline
+from distriray import AsyncClient, GenerationRequest
 
-POOL = "elastic"
 MODEL = "builtin:landscapes"
 ADAPTERS = ("ink", "neon", "rain")
 ALIKE_DB = 25.0
@@ -88,32 +84,6 @@ def scenes() -> list[Scene]:
         of("old keys", (256, 256), 14, exact=False, exchange="displaced_attention", gang_size=4),
         of("displaced", (256, 256), 14, exact=False, exchange="displaced"),
     ]
-
-
-def pool(hosts: int, workers: int, adapters: Path) -> dict[str, Any]:
-    """The configuration of hosts that find a hung worker within seconds."""
-    return {
-        "name": POOL,
-        "model": MODEL,
-        "device": "cpu",
-        "workers": workers,
-        "cpus_per_worker": 0.1,
-        "min_hosts": hosts,
-        "max_hosts": hosts,
-        "parallel": ParallelConfig(exchange="sync").model_dump(),
-        "lora_dir": str(adapters),
-        "lora_cache_bytes": 4 * 2**20,
-        "timeout_s": 5.0,
-        "silence_s": 10.0,
-        "stall_s": 60.0,
-    }
-
-
-def write_adapters(folder: Path) -> None:
-    """Adapters for the model, more than workers hold at once."""
-    unet = load_pipeline(ModelSpec(name=MODEL), "cpu").unet
-    for seed, name in enumerate(ADAPTERS):
-        write_adapter(folder / f"{name}.safetensors", unet, seed)
 
 
 async def draw_references(client: AsyncClient) -> dict[str, list[Image.Image]]:

@@ -1,4 +1,4 @@
-"""Processes that are killed or stopped while the service works."""
+"""What strikes the service while it works: processes are killed and stopped, and it is described anew."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import psutil
 
-from bench.endurance.scenes import POOL
+from bench.endurance.service import APPLICATION, POOL, Service
 from bench.report import Report
 from distriray import AsyncClient
 from distriray.errors import DistrirayError
@@ -22,15 +22,16 @@ STOPPED_S = (0.5, 12.0)
 """Shorter and longer than after what a worker counts as hung."""
 
 
-class Deaths:
-    """What strikes the service.
+class Strikes:
+    """What strikes a service.
 
     Args:
-        client: of the service.
-        draw: chooses victims and times.
+        service: the one that is struck, and `client` one of its clients.
+        draw: chooses what strikes whom, and when.
     """
 
-    def __init__(self, client: AsyncClient, draw: random.Random) -> None:
+    def __init__(self, service: Service, client: AsyncClient, draw: random.Random) -> None:
+        self._service = service
         self._client = client
         self._draw = draw
         self._struck: Counter[str] = Counter()
@@ -39,8 +40,8 @@ class Deaths:
         """Strike at random times, until this is cancelled."""
         while kinds:
             await asyncio.sleep(self._draw.expovariate(1 / every_s))
-            kind = self._draw.choice(kinds)
-            if await DEATHS[kind](self):
+            (kind,) = self._draw.choices(kinds, [0.2 if kind == "redeploy" else 1.0 for kind in kinds])
+            if await STRIKES[kind](self):
                 self._struck[kind] += 1
 
     async def kill_worker(self) -> bool:
@@ -61,6 +62,17 @@ class Deaths:
     async def stop_router(self) -> bool:
         return await self._stop(self._replica("Ingress"), "stop a router")
 
+    async def reconfigure(self) -> bool:
+        return await self._describe(self._service.reconfigure, "reconfigure the hosts")
+
+    async def redeploy(self) -> bool:
+        return await self._describe(self._service.redeploy, "replace all hosts and routers")
+
+    async def _describe(self, change: Callable[[], None], what: str) -> bool:
+        _say(what)
+        await asyncio.to_thread(change)
+        return True
+
     async def _worker(self) -> int | None:
         with suppress(ConnectionError, DistrirayError):
             hosts = (await self._client.fleet()).pools[POOL].hosts.values()
@@ -72,7 +84,7 @@ class Deaths:
         pids = []
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                if f"ServeReplica:distriray:{deployment}" in " ".join(process.cmdline()):
+                if f"ServeReplica:{APPLICATION}:{deployment}" in " ".join(process.cmdline()):
                     pids.append(process.pid)
         return self._draw.choice(pids) if pids else None
 
@@ -95,7 +107,7 @@ class Deaths:
         except ProcessLookupError:
             return False
         if what:
-            print(f"{time.strftime('%H:%M:%S')} {what}: process {pid}", flush=True)
+            _say(f"{what}, process {pid}")
         return True
 
     def tell(self, report: Report) -> None:
@@ -104,11 +116,17 @@ class Deaths:
             report.add(f"struck: {kind}", str(count), "")
 
 
-DEATHS: dict[str, Callable[[Deaths], Awaitable[bool]]] = {
-    "kill-worker": Deaths.kill_worker,
-    "stop-worker": Deaths.stop_worker,
-    "kill-host": Deaths.kill_host,
-    "stop-host": Deaths.stop_host,
-    "kill-router": Deaths.kill_router,
-    "stop-router": Deaths.stop_router,
+def _say(what: str) -> None:
+    print(time.strftime("%H:%M:%S"), what, flush=True)
+
+
+STRIKES: dict[str, Callable[[Strikes], Awaitable[bool]]] = {
+    "kill-worker": Strikes.kill_worker,
+    "stop-worker": Strikes.stop_worker,
+    "kill-host": Strikes.kill_host,
+    "stop-host": Strikes.stop_host,
+    "kill-router": Strikes.kill_router,
+    "stop-router": Strikes.stop_router,
+    "reconfigure": Strikes.reconfigure,
+    "redeploy": Strikes.redeploy,
 }
