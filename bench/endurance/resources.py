@@ -43,8 +43,8 @@ class Look(NamedTuple):
 class Life:
     """One process over time."""
 
-    role: str
     began: float
+    role: str = ""
     looks: list[Look] = field(default_factory=list)
 
     @property
@@ -83,16 +83,17 @@ class Resources:
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
             with suppress(psutil.Error, OSError):  # it may end meanwhile
                 key = process.pid, process.create_time()
-                if key not in self._lives:
-                    self._lives[key] = Life(role_of(process), process.create_time())
+                life = self._lives.setdefault(key, Life(process.create_time()))
+                life.role = role_of(process)  # Ray starts processes before it knows what for
                 memory = process.memory_full_info().uss / 1e6
-                self._lives[key].looks.append(Look(now, memory, process.num_fds(), process.num_threads()))
+                life.looks.append(Look(now, memory, process.num_fds(), process.num_threads()))
         self._shared.append(_shared_files())
 
     def tell(self, report: Report) -> None:
         """Add, for each role, how many processes there were, and the life of the oldest."""
-        for role in sorted({life.role for life in self._lives.values()}):
-            lives = [life for life in self._lives.values() if life.role == role and life.looks]
+        seen = [life for life in self._lives.values() if life.looks]
+        for role in sorted({life.role for life in seen}):
+            lives = [life for life in seen if life.role == role]
             oldest = max(lives, key=lambda life: life.looks[-1].at - life.began)
             if len(oldest.settled) > 5:
                 figure = f"the oldest, {oldest.figure()}"

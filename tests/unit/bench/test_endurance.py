@@ -151,7 +151,7 @@ def test_growth_is_that_of_the_second_half() -> None:
     def memory(hour: float) -> float:
         return 500 + 100 * max(0.0, hour - 1)
 
-    life = Life("worker", 0.0, [Look(60.0 * i, memory(i / 60), 10, 5) for i in range(2 * 60)])
+    life = Life(0.0, "worker", [Look(60.0 * i, memory(i / 60), 10, 5) for i in range(2 * 60)])
     assert "(+100 MB/h in the second half)" in life.figure() and "500, 50" in life.figure()
     assert life.settled[0].at > 120
 
