@@ -33,22 +33,27 @@ class Lost(Exception):
     """A stream had an end, and no result."""
 
 
+End = GenerationResult | str
+"""What a request came to: its result, or the end that its client wanted."""
+
+
 @dataclass(frozen=True)
 class Door:
-    """A way into the service; `fields` of a request are what it alone carries."""
+    """A way into the service, and whether it carries priorities."""
 
     name: str
+    carries_priority: bool
     generate: Callable[[GenerationRequest], Awaitable[GenerationResult]]
     stream: Callable[[GenerationRequest], AsyncGenerator[Event, None]]
     cancel: Callable[[str], Awaitable[bool]]
 
     @classmethod
     def over_http(cls, client: AsyncClient) -> Door:
-        return cls("over HTTP", client.generate, client.stream, client.cancel)
+        return cls("over HTTP", False, client.generate, client.stream, client.cancel)
 
     @classmethod
     def by_handle(cls, client: HandleClient) -> Door:
-        return cls("by handle", client.agenerate, client.astream, client.acancel)
+        return cls("by handle", True, client.agenerate, client.astream, client.acancel)
 
 
 class Clients:
@@ -71,6 +76,7 @@ class Clients:
         self._ends: Counter[str] = Counter()
         self._gangs: Counter[str] = Counter()
         self._seconds: dict[str, list[float]] = {}
+        self._slowest = 0.0, ""
         self.faults: list[str] = []
 
     async def ask_on(self, number: int, seconds: float) -> None:
@@ -89,7 +95,7 @@ class Clients:
         began, last = time.monotonic(), ""
         for _ in range(TRIES):
             try:
-                end = await manner(self, door, scene, draw)
+                end = await manner(door, scene, draw)
                 break
             except QueueFull as error:
                 self._ends["asked again, as the queue was full"] += 1
@@ -104,78 +110,28 @@ class Clients:
                 break
         else:
             end = self._lose(f"{TRIES} times, the last {last}", door, scene)
+        seconds = time.monotonic() - began
+        if isinstance(end, GenerationResult):
+            end = self._take(scene, end, seconds)
         self._ends[end] += 1
-        self._seconds.setdefault(f"{end}, {door.name}", []).append(time.monotonic() - began)
+        self._seconds.setdefault(f"{end}, {door.name}", []).append(seconds)
 
-    async def _generate(self, door: Door, scene: Scene, draw: random.Random) -> str:
-        return self._take(scene, await door.generate(_request(door, scene, draw)))
-
-    async def _stream(self, door: Door, scene: Scene, draw: random.Random) -> str:
-        if scene.images > 1:  # a stream is of one
-            return await self._generate(door, scene, draw)
-        result = None
-        async for event in door.stream(_request(door, scene, draw, previews=2)):
-            if isinstance(event, Finished):
-                result = event.result
-        if result is None:
-            raise Lost("a stream ended without its result")
-        return self._take(scene, result)
-
-    async def _leave(self, door: Door, scene: Scene, draw: random.Random) -> str:
-        task = asyncio.ensure_future(door.generate(_request(door, scene, draw)))
-        done, _ = await asyncio.wait([task], timeout=draw.uniform(*LEAVES_AFTER_S))
-        if done:
-            return self._take(scene, task.result())
-        task.cancel()
-        with suppress(asyncio.CancelledError, ConnectionError):
-            await task
-        return "left"
-
-    async def _leave_a_stream(self, door: Door, scene: Scene, draw: random.Random) -> str:
-        if scene.images > 1:
-            return await self._leave(door, scene, draw)
-        end = time.monotonic() + draw.uniform(*LEAVES_AFTER_S)
-        events = door.stream(_request(door, scene, draw))
-        async for event in events:
-            if isinstance(event, Finished):
-                return self._take(scene, event.result)
-            if time.monotonic() > end:
-                break
-        await events.aclose()
-        return "left"
-
-    async def _cancel(self, door: Door, scene: Scene, draw: random.Random) -> str:
-        request = _request(door, scene, draw)
-        task = asyncio.ensure_future(door.generate(request))
-        done, _ = await asyncio.wait([task], timeout=draw.uniform(*LEAVES_AFTER_S))
-        if not done:
-            with suppress(ConnectionError):
-                await door.cancel(request.id)
-        try:
-            return self._take(scene, await task)
-        except GenerationCancelled:
-            return "cancelled by id"
-
-    async def _in_time(self, door: Door, scene: Scene, draw: random.Random) -> str:
-        request = _request(door, scene, draw, deadline_s=draw.uniform(*DEADLINE_S))
-        try:
-            return self._take(scene, await door.generate(request))
-        except DeadlineUnmet:
-            return "refused, as its deadline cannot be met"
-
-    def _take(self, scene: Scene, result: GenerationResult) -> str:
+    def _take(self, scene: Scene, result: GenerationResult, seconds: float) -> str:
         """Hold a result's pictures against the references'; how the request ended."""
-        faults = scene.faults(result.images, self._references[scene.name])
-        self.faults += [f"{scene.name}, {result.summary()}: {fault}" for fault in faults]
-        for fault in faults:
-            print(f"another picture: {scene.name}: {fault}: {result.summary()}", flush=True)
+        told = f"{scene.name}, after {seconds:.1f} s: {result.summary()}"
+        for fault in scene.faults(result.images, self._references[scene.name]):
+            self._fail(f"{fault}: {told}")
+        self._slowest = max(self._slowest, (seconds, told))
         self._gangs[", then ".join(str(len(segment.workers)) for segment in result.segments[:4])] += 1
         return "finished after a gang broke" if result.repairs else "finished"
 
     def _lose(self, why: str, door: Door, scene: Scene) -> str:
-        self.faults.append(f"{scene.name}, {door.name}: {why}")
-        print(f"{time.strftime('%H:%M:%S')} lost: {self.faults[-1]}", flush=True)
+        self._fail(f"lost: {scene.name}, {door.name}: {why}")
         return "lost"
+
+    def _fail(self, fault: str) -> None:
+        self.faults.append(fault)
+        print(time.strftime("%H:%M:%S"), fault, flush=True)
 
     def tell(self, report: Report) -> None:
         """Add what came of all requests."""
@@ -186,6 +142,7 @@ class Clients:
                 p95 = quantiles(seconds, n=20, method="inclusive")[-1]
                 figure = f"p50 {median(seconds):.2f}, p95 {p95:.2f}, most {max(seconds):.2f}"
                 report.add(f"seconds until {end}", str(len(seconds)), figure)
+        report.add("the slowest picture", "", self._slowest[1])
         for gangs, count in self._gangs.most_common(8):
             report.add(f"pictures by {gangs}", str(count), "")
         report.add("lost, or another picture", str(len(self.faults)), "; ".join(self.faults[:3]))
@@ -198,25 +155,80 @@ class Clients:
             for one, other in zip(pictures, self._references[name], strict=True)
         ]
         others = [name for name, one, other in pairs if one.tobytes() != other.tobytes()]
-        self.faults += [
-            f"{name}, drawn again at the end by a single worker: another picture" for name in others
-        ]
+        for name in others:
+            self._fail(f"{name}, drawn again at the end by a single worker, is another picture")
         report.add(
             "by single workers at the end, the same bytes", str(len(pairs)), str(len(pairs) - len(others))
         )
 
 
+async def generate(door: Door, scene: Scene, draw: random.Random) -> End:
+    return await door.generate(_request(door, scene, draw))
+
+
+async def stream(door: Door, scene: Scene, draw: random.Random) -> End:
+    if scene.images > 1:  # a stream is of one
+        return await generate(door, scene, draw)
+    result = None
+    async for event in door.stream(_request(door, scene, draw, previews=2)):
+        if isinstance(event, Finished):
+            result = event.result
+    if result is None:
+        raise Lost("a stream ended without its result")
+    return result
+
+
+async def leave(door: Door, scene: Scene, draw: random.Random) -> End:
+    task = asyncio.ensure_future(door.generate(_request(door, scene, draw)))
+    done, _ = await asyncio.wait([task], timeout=draw.uniform(*LEAVES_AFTER_S))
+    if done:
+        return task.result()
+    task.cancel()
+    with suppress(asyncio.CancelledError, ConnectionError):
+        await task
+    return "left"
+
+
+async def leave_a_stream(door: Door, scene: Scene, draw: random.Random) -> End:
+    if scene.images > 1:
+        return await leave(door, scene, draw)
+    end = time.monotonic() + draw.uniform(*LEAVES_AFTER_S)
+    events = door.stream(_request(door, scene, draw))
+    async for event in events:
+        if isinstance(event, Finished):
+            return event.result
+        if time.monotonic() > end:
+            break
+    await events.aclose()
+    return "left"
+
+
+async def cancel(door: Door, scene: Scene, draw: random.Random) -> End:
+    request = _request(door, scene, draw)
+    task = asyncio.ensure_future(door.generate(request))
+    done, _ = await asyncio.wait([task], timeout=draw.uniform(*LEAVES_AFTER_S))
+    if not done:
+        with suppress(ConnectionError):
+            await door.cancel(request.id)
+    try:
+        return await task
+    except GenerationCancelled:
+        return "cancelled by id"
+
+
+async def in_time(door: Door, scene: Scene, draw: random.Random) -> End:
+    request = _request(door, scene, draw, deadline_s=draw.uniform(*DEADLINE_S))
+    try:
+        return await door.generate(request)
+    except DeadlineUnmet:
+        return "refused, as its deadline cannot be met"
+
+
 def _request(door: Door, scene: Scene, draw: random.Random, **others: object) -> GenerationRequest:
-    priority = draw.choice((-2, 0, 0, 3))
-    return scene.request(**others, **({"priority": priority} if door.name == "by handle" else {}))
+    if door.carries_priority:
+        others["priority"] = draw.choice((-2, 0, 0, 3))
+    return scene.request(**others)
 
 
-MANNERS = {
-    Clients._generate: 8,
-    Clients._stream: 5,
-    Clients._leave: 3,
-    Clients._leave_a_stream: 2,
-    Clients._cancel: 2,
-    Clients._in_time: 2,
-}
+MANNERS = {generate: 8, stream: 5, leave: 3, leave_a_stream: 2, cancel: 2, in_time: 2}
 """How a client asks, and how often in proportion."""

@@ -44,7 +44,7 @@ def result(request: GenerationRequest, picture: Image.Image) -> GenerationResult
     )
 
 
-def door(answer: Callable[[GenerationRequest], Image.Image], name: str = "over HTTP") -> Door:
+def door(answer: Callable[[GenerationRequest], Image.Image]) -> Door:
     """A service that answers so."""
 
     async def generate(request: GenerationRequest) -> GenerationResult:
@@ -56,7 +56,7 @@ def door(answer: Callable[[GenerationRequest], Image.Image], name: str = "over H
     async def cancel(request_id: str) -> bool:
         return False
 
-    return Door(name, generate, stream, cancel)
+    return Door("by the test", True, generate, stream, cancel)
 
 
 def asked(answer: Callable[[GenerationRequest], Image.Image], times: int = 40) -> Clients:
@@ -107,9 +107,9 @@ def test_missing_pictures_and_other_sizes_are_faults() -> None:
 
 
 def test_a_service_without_a_fault_has_none() -> None:
-    clients = asked(lambda request: GREY)
-    assert not clients.faults and rows(clients.tell)["lost, or another picture"] == ("0", "")
-    assert int(rows(clients.tell)["finished"][0]) > 30
+    asking = asked(lambda request: GREY)
+    assert not asking.faults and rows(asking.tell)["lost, or another picture"] == ("0", "")
+    assert int(rows(asking.tell)["finished"][0]) > 30
 
 
 def test_every_other_picture_is_found_in_every_manner() -> None:
@@ -120,7 +120,7 @@ def test_every_other_picture_is_found_in_every_manner() -> None:
     "error", [GangBroken("x"), TimeoutError("x"), GenerationCancelled("x"), DeadlineUnmet("x")]
 )
 def test_errors_that_nobody_asked_for_are_losses(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "MANNERS", {Clients._generate: 1})
+    monkeypatch.setattr(clients, "MANNERS", {clients.generate: 1})
     asking = asked(raising(error), times=2)
     (fault,) = asking.faults
     assert type(error).__name__ in fault
