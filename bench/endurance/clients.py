@@ -204,16 +204,27 @@ async def leave_a_stream(door: Door, scene: Scene, draw: random.Random) -> End:
 
 
 async def cancel(door: Door, scene: Scene, draw: random.Random) -> End:
-    request = _request(door, scene, draw)
-    task = asyncio.ensure_future(door.generate(request))
-    done, _ = await asyncio.wait([task], timeout=draw.uniform(*LEAVES_AFTER_S))
-    if not done:
-        with suppress(ConnectionError):
-            await door.cancel(request.id)
+    if scene.images > 1:
+        return await leave(door, scene, draw)
+    after, cancelling = draw.uniform(*LEAVES_AFTER_S), None
     try:
-        return await task
+        async for event in door.stream(_request(door, scene, draw)):
+            if isinstance(event, Finished):
+                return event.result
+            cancelling = cancelling or asyncio.create_task(_cancel(door, event.request_id, after))
     except GenerationCancelled:
         return "cancelled by id"
+    finally:
+        if cancelling is not None:
+            cancelling.cancel()
+            await asyncio.gather(cancelling, return_exceptions=True)
+    raise Lost("a stream ended without its result")
+
+
+async def _cancel(door: Door, request_id: str, after: float) -> None:
+    await asyncio.sleep(after)
+    with suppress(ConnectionError):
+        await door.cancel(request_id)
 
 
 async def in_time(door: Door, scene: Scene, draw: random.Random) -> End:

@@ -20,8 +20,8 @@ ROLES = {
     "ServeController": "controller",
     ":Ingress": "router",
     "ServeReplica": "host",
-    "Worker": "worker",
-    "raylet": "raylet",
+    "ray::Worker": "worker",
+    "/raylet/raylet": "raylet",
     "gcs_server": "gcs",
 }
 """Whose process it is, by the first that its command line has."""
