@@ -16,7 +16,13 @@ from PIL import Image
 
 from distriray.config import PAPER, ParallelConfig
 from distriray.denoise.pipelines.terms import Terms
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
+from distriray.errors import (
+    GangBroken,
+    GenerationCancelled,
+    InvalidRequest,
+    NotEnoughDevices,
+    UnsupportedModel,
+)
 from distriray.events import Repaired
 from distriray.gang import segments
 from distriray.gang.admission import admit
@@ -762,11 +768,12 @@ def test_requests_that_wait_for_a_gang_that_will_never_be_end_and_others_are_don
             small = host.accept(id="small", gang_size=1)
             await at(running, 10)
             host.fleet.at(1).die()
-            for hopeless in (running, waiting):
-                with pytest.raises(GangBroken, match="no device"):
-                    await hopeless.ended
-            assert (await small.ended).gang_size == 1
             with pytest.raises(GangBroken, match="no device"):
+                await running.ended
+            with pytest.raises(NotEnoughDevices, match="no device"):  # it broke none
+                await waiting.ended
+            assert (await small.ended).gang_size == 1
+            with pytest.raises(NotEnoughDevices, match="no device"):
                 host.accept(gang_size=2)
             assert not host.dispatcher.jobs and not host.dispatcher.healthy
 
