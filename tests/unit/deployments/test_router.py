@@ -620,6 +620,21 @@ def test_a_host_that_hangs_is_waited_for_once_by_the_requests_that_draw_it() -> 
     assert all(host != "host-0" for host, _ in handle.calls[1:])
 
 
+def test_a_host_that_answers_when_it_has_left_is_not_taken_back() -> None:
+    async def scene() -> set[str]:
+        await service.generate(request())
+        handle.hosts = ["a"]
+        await service.generate(request())
+        handle.deaf.clear()
+        await asyncio.sleep(0.05)
+        return service._clients[0].state.hosts.keys() | service._clients[0].state.silent
+
+    handle = FakeHandle("a", "b")
+    handle.deaf = {"b"}
+    service = front(pool=handle)
+    assert asyncio.run(scene()) == {"a"}
+
+
 def test_a_pool_without_hosts_is_woken_when_there_is_no_other() -> None:
     handle = FakeHandle()
     generate(front(pool=handle))
