@@ -1223,6 +1223,7 @@ def test_a_request_that_was_cancelled_is_cancelled(streams: bool, when: str) -> 
         if when == "with a host that drains":
             handle.hosts.clear()  # Serve sends it nothing more, and lets it finish
         assert await service.cancel("mine")
+        arrived.set()
         if when == "with a host that dies then":
             dying.set()
         with pytest.raises(GenerationCancelled, match="mine"):
@@ -1239,7 +1240,7 @@ def test_a_request_that_was_cancelled_is_cancelled(streams: bool, when: str) -> 
             async def events() -> AsyncGenerator[Event, None]:
                 sent.append(host)
                 if when == "on its way":
-                    await asyncio.sleep(0.05)
+                    await arrived.wait()
                 self.calls.append((host, request))
                 yield Queued(request.id, 0, 0.0)
                 await dying.wait()
@@ -1249,7 +1250,7 @@ def test_a_request_that_was_cancelled_is_cancelled(streams: bool, when: str) -> 
 
             return Stream(events(), lambda: self.cancelled.append(host))
 
-    handle, dying, sent = Slow("a"), asyncio.Event(), list[str]()
+    handle, sent, arrived, dying = Slow("a"), list[str](), asyncio.Event(), asyncio.Event()
     service = front(pool=handle)
     asyncio.run(scene())
 
