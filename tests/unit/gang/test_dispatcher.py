@@ -500,6 +500,22 @@ def test_compute_that_hangs_while_its_worker_answers_is_given_up_and_the_picture
     do(scene())
 
 
+def test_compute_that_hangs_is_given_up_once_however_long_its_process_takes_to_die(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two that hang alike would be the request's own fault."""
+
+    async def scene() -> None:
+        async with impatient(1, monkeypatch) as host:
+            stuck = host.fleet.at(0)
+            stuck.stuck = "prepare"
+            later = asyncio.get_running_loop().call_later
+            monkeypatch.setattr(stuck, "kill", lambda: later(0.1, stuck.die))
+            assert (await host.accept().ended).repairs == 1
+
+    do(scene())
+
+
 def test_a_rank_that_computes_for_long_before_it_hears_of_a_death_keeps_what_it_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
