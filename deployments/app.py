@@ -22,26 +22,24 @@ def build_app(args: AppConfig) -> Application:
     """The service that `args` describe: one deployment a pool, and the router in front of them."""
     pools = [pool.model_copy(update={"device": resolve_device(pool.host)}) for pool in args.pools]
     args = args.model_copy(update={"pools": tuple(pools)})
+    hosts = {pool.name: serve.deployment(Pool).options(**pool_options(pool)).bind(pool) for pool in pools}
+    return serve.deployment(Ingress).options(**ingress_options(args)).bind(args, hosts, int(time.time()))
+
+
+def ingress_options(args: AppConfig) -> dict[str, Any]:
+    """Serve's options for the deployment of the routers."""
     router = args.router
-    return (
-        serve.deployment(Ingress)
-        .options(
-            name="Ingress",
-            autoscaling_config=AutoscalingConfig(
-                min_replicas=router.min_replicas,
-                max_replicas=router.max_replicas,
-                target_ongoing_requests=router.target_requests,
-            ),
-            max_ongoing_requests=REQUESTS_PER_REPLICA,
-            ray_actor_options={"num_cpus": router.cpus},
-            graceful_shutdown_timeout_s=router.drain_s,
-        )
-        .bind(
-            args,
-            {pool.name: serve.deployment(Pool).options(**pool_options(pool)).bind(pool) for pool in pools},
-            int(time.time()),
-        )
-    )
+    return {
+        "name": "Ingress",
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=router.min_replicas,
+            max_replicas=router.max_replicas,
+            target_ongoing_requests=router.target_requests,
+        ),
+        "max_ongoing_requests": REQUESTS_PER_REPLICA,
+        "ray_actor_options": {"num_cpus": router.cpus},
+        "graceful_shutdown_timeout_s": args.drain_s,
+    }
 
 
 def pool_options(pool: PoolConfig) -> dict[str, Any]:

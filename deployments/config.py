@@ -7,13 +7,16 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from deployments.http.config import HttpConfig
+from deployments.http.config import TIMEOUT_S, HttpConfig
 from distriray.gang.config import LIVE_FIELDS, HostConfig, merged
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.names import check_unique
 from distriray.quantities import Count, NonNegative, PositiveSeconds, Seconds
 from distriray.routing.router import CHOICES
+
+ANSWERED_S = 10.0
+"""Seconds in which the pictures of a request that has just been drawn are encoded and sent."""
 
 
 class PoolConfig(HostConfig):
@@ -89,7 +92,8 @@ class RouterConfig(BaseModel):
             equal, and by how many a deadline must be missed to be refused.
         max_attempts: hosts that may die, refuse or say nothing under one request before it fails.
         accept_s: within which a host must say that it has a request, else another gets it.
-        drain_s: a replica that is stopped may go on this long with the requests it has.
+        drain_s: a replica that is stopped may go on this long with the requests it has; None is
+            `AppConfig.drain_s`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,7 +107,7 @@ class RouterConfig(BaseModel):
     error_margin: NonNegative = 1.0
     max_attempts: Count = 3
     accept_s: PositiveSeconds = 5.0
-    drain_s: PositiveSeconds = 300.0
+    drain_s: PositiveSeconds | None = None
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:
@@ -177,6 +181,15 @@ class AppConfig(BaseModel):
                     "pictures would depend on which pool is free; give both the same"
                 )
         return self
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds that a stopped router may go on: unless set, as long as a request over HTTP may take
+        (`TIMEOUT_S` where that is for ever), and is answered.
+        """
+        if self.router.drain_s is not None:
+            return self.router.drain_s
+        return (self.http.timeout_s or TIMEOUT_S) + ANSWERED_S
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -124,7 +124,8 @@ class PoolClient:
         asked_s = time.monotonic()
         try:
             report = await self._call(host, "report", REPORT_S, self.state.edition(host))
-            self.state.learn(report, asked_s)
+            if report.state.host in self.state.members:  # else it has left meanwhile
+                self.state.learn(report, asked_s)
         except UNANSWERED:
             self.state.silent.add(host)  # that it does not answer does not mean that it is gone
         finally:

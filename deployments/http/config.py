@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from distriray.quantities import Count, PositiveSeconds
 
+TIMEOUT_S = 600.0
+"""Seconds that a request may take, unless it is said otherwise."""
+
 
 class HttpConfig(BaseModel):
     """Keys, bounds and what is written down.
@@ -34,7 +37,7 @@ class HttpConfig(BaseModel):
     keys_file: Path | None = None
     max_body_bytes: Count = 256 * 1024
     max_upload_bytes: Count = 33 * 2**20
-    timeout_s: PositiveSeconds | None = 600.0
+    timeout_s: PositiveSeconds | None = TIMEOUT_S
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = ()
     log_prompts: bool = False
     page: bool = True

@@ -26,7 +26,8 @@ CLIENT_LEFT = 499
 log = logging.getLogger("ray.serve.distriray.http")
 
 _CODES = {"missing": Code.MISSING_PARAMETER, "extra_forbidden": Code.UNKNOWN_PARAMETER}
-# Clients that repeat a 429 or 503 by themselves are told not to: it was meant, or would fail again.
+# Clients that repeat a 429 or a 5xx by themselves are told not to: it was meant, would fail again, or
+# broke as much as it may.
 _NO_RETRY = {"X-Should-Retry": "false"}
 _LONGEST_PARAM, _LONGEST_MESSAGE = 100, 500
 
@@ -56,7 +57,7 @@ ANSWERS: dict[type, Answer] = {
     errors.TooLong: Answer(429, retry=False),
     errors.GenerationCancelled: Answer(503, retry=False),
     errors.NotEnoughDevices: Answer(503),
-    errors.GangBroken: Answer(500),
+    errors.GangBroken: Answer(500, retry=False),
     errors.OutOfMemory: Answer(500, retry=False),
     errors.NotFinite: Answer(500, retry=False),
 }

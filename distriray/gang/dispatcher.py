@@ -16,6 +16,7 @@ from distriray.errors import (
     GenerationCancelled,
     InvalidRequest,
     ModelNotFound,
+    NotEnoughDevices,
     QueueFull,
     UnsupportedModel,
 )
@@ -169,7 +170,8 @@ class Dispatcher:
 
         Raises:
             InvalidRequest, ModelNotFound, AdapterNotFound, ControlNetNotFound, IPAdapterNotFound, QueueFull;
-                GenerationCancelled once the host is closed.
+                NotEnoughDevices once the workers for it are beyond repair, GenerationCancelled once the host
+                is closed.
         """
         if self._closed:
             raise GenerationCancelled("the host is closed")
@@ -190,7 +192,7 @@ class Dispatcher:
         """Queue a request of the host's own, which neither limits nor the queue's bound hold for.
 
         Raises:
-            InvalidRequest: no gang here can serve it.
+            InvalidRequest, NotEnoughDevices: no gang here can serve it, or none any more.
         """
         return self._queue(admit(request, self.config, self.facts, limited=False))
 
@@ -201,7 +203,7 @@ class Dispatcher:
         self._accepted += 1
         job = Job(admitted, self._accepted, adapters)
         if not self._can_serve(job):
-            raise GangBroken(f"no gang here can serve this any more: {self.group.failure}")
+            raise NotEnoughDevices(f"no gang here can serve this any more: {self.group.failure}")
         job.predicted_s = predicted_s(self.view(), job.view(), self.speed.model)
         job.tell(Queued(request.id, self.waiting, self.backlog_s() if self.waiting else 0.0))
         self.jobs[request.id] = job
@@ -407,7 +409,8 @@ class Dispatcher:
     def _end_if_hopeless(self, job: Job) -> None:
         """End a request that waits for a gang that will never be there again."""
         if job.state is JobState.WAITING and not self._can_serve(job):
-            self._end(job, GangBroken(f"request {job.request.id}: {self.group.failure}"))
+            kind = GangBroken if job.breaks else NotEnoughDevices  # who broke none may be drawn elsewhere
+            self._end(job, kind(f"request {job.request.id}: {self.group.failure}"))
 
     def _heard(self, job: Job, progress: Progress) -> None:
         job.progress(progress)

@@ -77,6 +77,7 @@ class Host:
 
         Raises:
             InvalidRequest, AdapterNotFound, QueueFull: at once.
+            NotEnoughDevices: the workers for it are beyond repair.
             UnusableAdapter: the file of an adapter that it names does not fit the model.
             GenerationCancelled: somebody called `cancel`, or the host is closed.
             GangBroken: its gang broke more often than the configuration allows.

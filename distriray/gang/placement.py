@@ -110,15 +110,14 @@ def resolve_device(config: HostConfig) -> str:
 
 
 def _check_room(config: HostConfig, bundle: dict[str, float]) -> None:
+    """Raise NotEnoughDevices for more workers than the nodes would hold if nothing else ran on them."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if config.strategy != "STRICT_PACK":
-        nodes = [{kind: sum(node.get(kind, 0.0) for node in nodes) for kind in bundle}]
-    for kind, each in bundle.items():
-        most, needed = max(node.get(kind, 0.0) for node in nodes), each * config.workers
-        if most < needed:
-            fits = int(most // each)
-            instead = f"use at most {fits} workers" if fits else f"not one worker fits, of {each:g} {kind}s"
-            raise NotEnoughDevices(
-                f"{config.workers} workers need {needed:g} {kind}s {_where(config)}, and there are {most:g}; "
-                + instead
-            )
+    # a quotient such as 0.7 / 0.1 is a little too small
+    held = [min(int(node.get(kind, 0.0) / each + 1e-6) for kind, each in bundle.items()) for node in nodes]
+    fit = max(held) if config.strategy == "STRICT_PACK" else sum(held)
+    if fit < config.workers:
+        each = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items())
+        instead = f"use at most {fit} workers" if fit else "not one does"
+        raise NotEnoughDevices(
+            f"{config.workers} workers of {each} each do not fit {_where(config)}; {instead}"
+        )

@@ -139,7 +139,8 @@ class RunningSegment:
                 cause = f"neither made a step nor came back for {self._patience.bound_s:g} s (`stall_s`)"
                 failures.append(cause)
             for future in pending:
-                self._group.replace(self._running[future], cause)
+                give_up(self._running[future], cause)
+            break  # whatever they say yet, and however long they take to die
         in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
         return SegmentResult(in_order, tuple(lost), tuple(failures), mute)
 

@@ -237,20 +237,23 @@ class WorkerGroup:
         return self._owner.at_rest() if at_rest else nullcontext()
 
     async def _link_all(self) -> str | None:
-        """`_link` until nobody fails, or why somebody does. Who fails alone is given up.
+        """`_link` until nobody fails, or why somebody does. Who fails alone is given up, and fails no others.
 
         Nobody is to blame for a peer that is silent: it answers again, or `_watch` replaces it.
         """
-        for _ in range(REPAIR_ATTEMPTS):
+        attempts = 0
+        while True:
             if answers := [member.remote.ping() for member in self.members]:
                 await asyncio.wait(answers, timeout=HEARTBEAT_S + self.config.silence_s)
             failed = await self._link()
             if not failed:
                 return None
-            for worker, error in failed.items():
-                if not isinstance(error, GangBroken):
-                    self.replace(worker, f"could not join a gang: {error!r}")
-        return "; ".join({str(error) for error in failed.values()})
+            alone = {worker: error for worker, error in failed.items() if not isinstance(error, GangBroken)}
+            for worker, error in alone.items():
+                self.replace(worker, f"could not join a gang: {error!r}")
+            attempts += not alone
+            if attempts == REPAIR_ATTEMPTS:
+                return "; ".join({str(error) for error in failed.values()})
 
     async def _refill(self, index: int, cause: str, died: float) -> None:
         for attempt in range(REPAIR_ATTEMPTS):

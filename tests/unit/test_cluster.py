@@ -85,8 +85,16 @@ def test_every_pod_has_the_keys_and_every_volume_it_mounts(name: str) -> None:
 
 def test_pods_outlast_the_requests_they_serve() -> None:
     app, (group,) = app_of(service("sdxl")["spec"]["serveConfigV2"]), groups_of("sdxl")
-    longest = max(app.router.drain_s, *(pool.drain_s for pool in app.pools))
+    longest = max(app.drain_s, *(pool.drain_s for pool in app.pools))
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > longest
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_request_is_given_up_by_the_service_and_not_by_serve_whose_answer_clients_send_again(
+    name: str,
+) -> None:
+    options = yaml.safe_load(service(name)["spec"]["serveConfigV2"])["http_options"]
+    assert "request_timeout_s" not in options
 
 
 @pytest.mark.parametrize(

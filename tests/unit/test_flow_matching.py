@@ -1293,6 +1293,7 @@ def test_a_second_branch_is_taken_by_guidance_alone(denoiser: Denoiser, pipeline
         batches.clear()
         denoiser.step(begin(denoiser, [1], **SMALL, guidance_scale=guidance_scale))
         assert sum(batches) == 1 + (guidance_scale > scale)
+        assert len(batches) == 1 + (guidance_scale > scale and denoiser.terms.guides_apart)
     hook.remove()
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from distriray import ParallelConfig
 from distriray.denoise import Denoiser
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import InvalidRequest
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
@@ -208,9 +209,9 @@ def test_an_end_of_no_guidance_is_said_to_be_none() -> None:
 # What a host makes of it
 
 
-def admitted(config: HostConfig | None = None, **fields: Any) -> Any:
-    config = config or HostConfig(workers=2)
-    return admit(GenerationRequest(prompt="x", **fields), config, replace(FACTS, guides=True))
+def admitted(config: HostConfig | None = None, terms: Terms | None = None, **fields: Any) -> Any:
+    config, terms = config or HostConfig(workers=2), terms or Terms()
+    return admit(GenerationRequest(prompt="x", **fields), config, replace(FACTS, guides=True, terms=terms))
 
 
 def test_a_prediction_knows_which_steps_take_half_the_work() -> None:
@@ -246,3 +247,7 @@ def test_halves_that_must_have_a_branch_each_are_refused_with_what_would_do() ->
     assert error.value.param == "guidance_scale"
     for chosen in ({"num_images": 2}, {"gang_size": 1}):
         assert not ask(guidance_scale=1.0, **chosen).guided
+        assert ask(terms=Terms(guides_apart=True), **chosen).guided
+    with pytest.raises(InvalidRequest, match="1 of a model whose branches .* have a call each") as error:
+        ask(terms=Terms(guides_apart=True))
+    assert error.value.param == "num_images"

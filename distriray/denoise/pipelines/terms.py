@@ -80,6 +80,7 @@ class Terms:
         needs_mask: it draws nothing but what a mask leaves open of an image.
         editing: what it edits; None is of a model that begins from pictures instead.
         fixes_steps: it takes `num_inference_steps` and no other number.
+        guides_apart: each branch of guidance has a call of its own, whose batch are the images alone.
     """
 
     num_inference_steps: int = 25
@@ -91,6 +92,7 @@ class Terms:
     needs_mask: bool = False
     editing: Editing | None = None
     fixes_steps: bool = False
+    guides_apart: bool = False
 
     def settle(
         self, params: Params, default_size: tuple[int, int], unit: int, defaults: Defaults | None = None
@@ -226,7 +228,7 @@ def flux2_klein_terms(config: Configs) -> Terms:
         **_EDITS,
     }
     if not config("").get("is_distilled", False):
-        return Terms(50, 4.0, ("euler",), lacks, editing=FLUX2_EDITING)
+        return Terms(50, 4.0, ("euler",), lacks, editing=FLUX2_EDITING, guides_apart=True)
     return Terms(4, 1.0, ("euler",), {**_NO_GUIDANCE, **lacks}, editing=FLUX2_EDITING)
 
 
@@ -234,7 +236,7 @@ def flux3_terms(config: Configs) -> Terms:
     """Of FLUX.3: of the base, and of the one that was distilled, whose network takes where a step goes to."""
     lacks = {"clip_skip": _NO_CLIP, **_ONE_PROMPT, **_EDITS}
     if not config("transformer")["flow_map"]:
-        terms = Terms(50, 3.5, ("euler",), lacks)
+        terms = Terms(50, 3.5, ("euler",), lacks, guides_apart=True)
     else:
         terms = Terms(16, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE})
     return replace(terms, editing=Editing(10, sole_pixels=4 * MOST_PIXELS))
@@ -248,7 +250,7 @@ def chroma_terms(config: Configs) -> Terms:
         **_ONE_PROMPT,
         **_ON_PICTURES,
     }
-    return Terms(35, 5.0, ("euler",), lacks, rounds_up=True)
+    return Terms(35, 5.0, ("euler",), lacks, rounds_up=True, guides_apart=True)
 
 
 def qwen_image_terms(config: Configs) -> Terms:
@@ -259,7 +261,7 @@ def qwen_image_terms(config: Configs) -> Terms:
         **_ONE_PROMPT,
         **_ON_PICTURES,
     }
-    return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
+    return Terms(50, 4.0, ("euler",), lacks, rounds_up=True, guides_apart=True)
 
 
 def qwen_image_edit_terms(config: Configs) -> Terms:
@@ -283,9 +285,8 @@ def qwen_image21_terms(config: Configs) -> Terms:
     }
     editing = Editing(3, megapixel_unit=32, keeps=True, sees_transparency=True)
     sigmas = config("").get("sample_sigmas")
-    if sigmas is None:
-        return Terms(40, 1.0, ("euler",), lacks, editing=editing)
-    return Terms(len(sigmas), 1.0, ("euler",), lacks, editing=editing, fixes_steps=True)
+    terms = Terms(40, 1.0, ("euler",), lacks, editing=editing, guides_apart=True)
+    return terms if sigmas is None else replace(terms, num_inference_steps=len(sigmas), fixes_steps=True)
 
 
 def hunyuan_image_terms(config: Configs) -> Terms:
@@ -306,7 +307,8 @@ def hunyuan_image_terms(config: Configs) -> Terms:
         return Terms(steps, 3.25, ("euler",), {**lacks, **without}, rounds_up=True)
     if not _has(config, "guider"):
         return Terms(steps, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE}, rounds_up=True)
-    return Terms(steps, config("guider")["guidance_scale"], ("euler",), lacks, rounds_up=True)
+    scale = config("guider")["guidance_scale"]
+    return Terms(steps, scale, ("euler",), lacks, rounds_up=True, guides_apart=True)
 
 
 def ernie_image_terms(config: Configs) -> Terms:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.app import pool_options
+from deployments.app import ingress_options, pool_options
 from deployments.config import AppConfig, PoolConfig
 from distriray.limits import Limits
 
@@ -102,6 +102,22 @@ def test_a_pool_reserves_a_bundle_for_the_host_and_one_for_each_worker() -> None
     assert options["num_replicas"] == 1
     scaled = pool_options(PoolConfig(name="a", device="cpu", min_hosts=0, max_hosts=3))
     assert scaled["autoscaling_config"].max_replicas == 3 and "num_replicas" not in scaled
+
+
+@pytest.mark.parametrize(
+    ("http", "router", "drain_s"),
+    [
+        ({}, {}, 610.0),
+        ({"timeout_s": 1800}, {}, 1810.0),
+        ({"timeout_s": None}, {}, 610.0),
+        ({"timeout_s": 1800}, {"drain_s": 30}, 30.0),
+    ],
+)
+def test_a_router_that_is_stopped_may_go_on_for_as_long_as_a_request_may_take(
+    http: dict[str, Any], router: dict[str, Any], drain_s: float
+) -> None:
+    config = AppConfig.model_validate({"pools": [{"name": "a"}], "http": http, "router": router})
+    assert ingress_options(config)["graceful_shutdown_timeout_s"] == drain_s
 
 
 def test_the_service_of_the_readme_needs_two_cores() -> None:

@@ -620,6 +620,21 @@ def test_a_host_that_hangs_is_waited_for_once_by_the_requests_that_draw_it() -> 
     assert all(host != "host-0" for host, _ in handle.calls[1:])
 
 
+def test_a_host_that_answers_when_it_has_left_is_not_taken_back() -> None:
+    async def scene() -> set[str]:
+        await service.generate(request())
+        handle.hosts = ["a"]
+        await service.generate(request())
+        handle.deaf.clear()
+        await asyncio.sleep(0.05)
+        return service._clients[0].state.hosts.keys() | service._clients[0].state.silent
+
+    handle = FakeHandle("a", "b")
+    handle.deaf = {"b"}
+    service = front(pool=handle)
+    assert asyncio.run(scene()) == {"a"}
+
+
 def test_a_pool_without_hosts_is_woken_when_there_is_no_other() -> None:
     handle = FakeHandle()
     generate(front(pool=handle))
@@ -1208,6 +1223,7 @@ def test_a_request_that_was_cancelled_is_cancelled(streams: bool, when: str) -> 
         if when == "with a host that drains":
             handle.hosts.clear()  # Serve sends it nothing more, and lets it finish
         assert await service.cancel("mine")
+        arrived.set()
         if when == "with a host that dies then":
             dying.set()
         with pytest.raises(GenerationCancelled, match="mine"):
@@ -1224,7 +1240,7 @@ def test_a_request_that_was_cancelled_is_cancelled(streams: bool, when: str) -> 
             async def events() -> AsyncGenerator[Event, None]:
                 sent.append(host)
                 if when == "on its way":
-                    await asyncio.sleep(0.05)
+                    await arrived.wait()
                 self.calls.append((host, request))
                 yield Queued(request.id, 0, 0.0)
                 await dying.wait()
@@ -1234,7 +1250,7 @@ def test_a_request_that_was_cancelled_is_cancelled(streams: bool, when: str) -> 
 
             return Stream(events(), lambda: self.cancelled.append(host))
 
-    handle, dying, sent = Slow("a"), asyncio.Event(), list[str]()
+    handle, sent, arrived, dying = Slow("a"), list[str](), asyncio.Event(), asyncio.Event()
     service = front(pool=handle)
     asyncio.run(scene())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,16 +60,35 @@ def test_a_bound_that_nccl_would_change_without_a_word_is_refused(most: int) -> 
         HostConfig(nccl_max_ctas=most)
 
 
+GPUS, CPUS = {"CPU": 2.0, "GPU": 8.0}, {"CPU": 64.0}
+HALVES = {"CPU": 1.5, "GPU": 8.0}
+
+
 @pytest.mark.parametrize(
-    ("gpus", "says"), [(2.0, "use at most 2 workers"), (0.0, "not one worker fits, of 1 GPUs")]
+    ("strategy", "nodes", "says"),
+    [
+        ("STRICT_PACK", [{"CPU": 64.0, "GPU": 2.0}], "on one node.* use at most 2 workers"),
+        ("STRICT_PACK", [CPUS], "not one does"),
+        ("STRICT_PACK", [GPUS, CPUS], "use at most 2 workers"),
+        ("PACK", [HALVES, HALVES, CPUS], "on the cluster.* use at most 2 workers"),
+        ("PACK", [GPUS, GPUS, CPUS], None),
+        ("STRICT_PACK", [{"CPU": 4.0, "GPU": 4.0}, CPUS], None),
+    ],
 )
 def test_a_host_that_is_too_large_is_told_what_would_fit(
-    gpus: float, says: str, monkeypatch: pytest.MonkeyPatch
+    strategy: str, nodes: list[dict[str, float]], says: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": gpus}}
-    monkeypatch.setattr(placement.ray, "nodes", lambda: [node])
-    with pytest.raises(NotEnoughDevices, match=says):
-        placement._check_room(HostConfig(workers=4, device="cuda"), {"CPU": 1.0, "GPU": 1.0})
+    """No worker has its CPU on one node and its GPU on another."""
+    alive = [{"Alive": True, "Resources": resources} for resources in nodes]
+    monkeypatch.setattr(placement.ray, "nodes", lambda: alive)
+    config = HostConfig(workers=4, device="cuda", strategy=strategy)
+    with nullcontext() if says is None else pytest.raises(NotEnoughDevices, match=says):
+        placement._check_room(config, {"CPU": 1.0, "GPU": 1.0})
+
+
+def test_parts_of_a_cpu_are_counted_as_ray_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.7}}])
+    placement._check_room(HostConfig(workers=7, device="cpu"), {"CPU": 0.1})
 
 
 def test_a_host_says_that_it_waits_for_room(

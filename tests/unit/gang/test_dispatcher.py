@@ -16,7 +16,13 @@ from PIL import Image
 
 from distriray.config import PAPER, ParallelConfig
 from distriray.denoise.pipelines.terms import Terms
-from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, UnsupportedModel
+from distriray.errors import (
+    GangBroken,
+    GenerationCancelled,
+    InvalidRequest,
+    NotEnoughDevices,
+    UnsupportedModel,
+)
 from distriray.events import Repaired
 from distriray.gang import segments
 from distriray.gang.admission import admit
@@ -494,6 +500,22 @@ def test_compute_that_hangs_while_its_worker_answers_is_given_up_and_the_picture
     do(scene())
 
 
+def test_compute_that_hangs_is_given_up_once_however_long_its_process_takes_to_die(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two that hang alike would be the request's own fault."""
+
+    async def scene() -> None:
+        async with impatient(1, monkeypatch) as host:
+            stuck = host.fleet.at(0)
+            stuck.stuck = "prepare"
+            later = asyncio.get_running_loop().call_later
+            monkeypatch.setattr(stuck, "kill", lambda: later(0.1, stuck.die))
+            assert (await host.accept().ended).repairs == 1
+
+    do(scene())
+
+
 def test_a_rank_that_computes_for_long_before_it_hears_of_a_death_keeps_what_it_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -762,11 +784,12 @@ def test_requests_that_wait_for_a_gang_that_will_never_be_end_and_others_are_don
             small = host.accept(id="small", gang_size=1)
             await at(running, 10)
             host.fleet.at(1).die()
-            for hopeless in (running, waiting):
-                with pytest.raises(GangBroken, match="no device"):
-                    await hopeless.ended
-            assert (await small.ended).gang_size == 1
             with pytest.raises(GangBroken, match="no device"):
+                await running.ended
+            with pytest.raises(NotEnoughDevices, match="no device"):  # it broke none
+                await waiting.ended
+            assert (await small.ended).gang_size == 1
+            with pytest.raises(NotEnoughDevices, match="no device"):
                 host.accept(gang_size=2)
             assert not host.dispatcher.jobs and not host.dispatcher.healthy
 

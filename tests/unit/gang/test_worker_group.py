@@ -92,6 +92,29 @@ def test_a_worker_that_cannot_join_is_replaced_and_the_others_come_back() -> Non
     do(scene())
 
 
+def test_a_worker_whose_peers_are_lost_one_after_another_while_it_joins_them_is_not_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    join = FakeWorker.link
+
+    async def scene() -> None:
+        async with Scene(8) as s:
+            doomed = [7, 3, 1]  # one of each gang that worker 0 is to join, the largest first
+
+            def link(worker: FakeWorker, links: Any) -> asyncio.Future[None]:
+                if doomed and worker.index == doomed[0]:
+                    worker.raises = RuntimeError(f"CUDA error {doomed.pop(0)}")
+                    s.fleet.load_s = 0.5  # so that nobody is back before the next one is lost
+                return join(worker, links)
+
+            monkeypatch.setattr(FakeWorker, "link", link)
+            s.fleet.at(0).die()
+            await until(lambda: s.group.failure or (not doomed and s.group.healthy == set(range(8))))
+            assert s.group.failure is None and len(s.group.repairs) == 4
+
+    do(scene())
+
+
 @pytest.mark.parametrize(
     ("load_s", "raised", "said"),
     [

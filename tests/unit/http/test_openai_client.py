@@ -12,7 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
-from distriray.errors import DeadlineUnmet, GangBroken, QueueFull
+from distriray.errors import DeadlineUnmet, DistrirayError, GangBroken, NotEnoughDevices, QueueFull
 from distriray.picture import Picture
 from distriray.wire import OF_PICTURES
 from tests.unit.conftest import serving
@@ -240,6 +240,21 @@ def test_an_unmet_deadline_says_what_can_be_met_and_is_not_retried() -> None:
     assert isinstance(refused.value.body, dict)
     assert (refused.value.code, refused.value.body["possible_s"]) == ("deadline_unmet", 12.5)
     assert len(service.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "times"),
+    [(GangBroken("3 hosts died under it"), 1), (NotEnoughDevices("too many workers are down"), 2)],
+)
+def test_what_hosts_died_of_is_not_asked_for_again_and_what_none_took_is(
+    failure: DistrirayError, times: int
+) -> None:
+    service = FakeService(refusal=failure)
+    with serving(service) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=1)
+        with pytest.raises(openai.InternalServerError, match=str(failure)):
+            client.images.generate(prompt="a lake")
+    assert len(service.asked) == times
 
 
 def test_a_failure_in_the_middle_ends_the_stream_with_an_error() -> None:
