@@ -1,9 +1,10 @@
-"""A synchronous step of a transformer by `gather`, `ulysses` and diffusers: `python -m bench.attention`.
+"""A synchronous step by `gather`, `ulysses` and diffusers: `python -m bench.attention [--network unet]`.
 
-A slice of FLUX.1, fewer and narrower heads and blocks, so that a CPU does a step in about a second; one torch
-thread a rank. All ways are timed in turn within each round, over each backend, so that a machine whose speed
-drifts shifts them alike; ratios are medians of the rounds' ratios. diffusers' own way is its context
-parallelism by Ulysses, over gloo, where heads divide.
+A slice of FLUX.1, or of SDXL's U-Net with both branches of guidance, fewer and narrower heads and blocks, so
+that a CPU does a step in about a second; one torch thread a rank. All ways are timed in turn within each
+round, over each backend, so that a machine whose speed drifts shifts them alike; ratios are medians of the
+rounds' ratios. diffusers' own way is its context parallelism by Ulysses, over gloo, where it has a plan for
+the network and heads divide.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import argparse
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch.distributed import PrefixStore
 
 from bench.arguments import add_json
 from bench.launches import Collectives, spread_by_diffusers
-from bench.published import PUBLISHED
+from bench.published import PUBLISHED, SDXL, Published
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.arguments import positive
@@ -34,6 +35,7 @@ from distriray.config import AttentionMode
 from distriray.parallel import engine_of
 
 WAYS = ("gather", "ulysses")
+NETWORKS = {"flux": "1 + 2 blocks of FLUX.1", "unet": "two levels of SDXL"}
 
 
 Key = tuple[str, str]
@@ -58,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--network", choices=NETWORKS, default="flux")
     parser.add_argument("--size", type=positive, default=512, help="pixels of a side (default 512)")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4])
     parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
@@ -67,13 +70,13 @@ def main() -> None:
     add_json(parser)
     arguments = parser.parse_args()
     report = Report(
-        f"bench.attention: a synchronous step of 1 + 2 blocks of FLUX.1, {arguments.heads} heads of 64, at "
-        f"{arguments.size}x{arguments.size} with 512 tokens of text, one thread a rank",
+        f"bench.attention: a synchronous step of {NETWORKS[arguments.network]}, {arguments.heads} heads of "
+        f"64, at {arguments.size}x{arguments.size}, one thread a rank",
         ("ranks", "backend", "attention", "s/step", "waiting", "waits", "sent/step", "of gather"),
         seed=0,
         settings=vars(arguments),
     )
-    shape = arguments.size, arguments.heads, arguments.rounds, arguments.steps
+    shape = arguments.network, arguments.size, arguments.heads, arguments.rounds, arguments.steps
     for ranks in arguments.ranks:
         served = serve_store("127.0.0.1")
         rounds = launch(ranks, measure, served.address, arguments.backends, *shape)[0]
@@ -98,6 +101,7 @@ def measure(
     communicator: Communicator,
     address: str,
     backends: list[str],
+    name: str,
     size: int,
     heads: int,
     rounds: int,
@@ -109,24 +113,18 @@ def measure(
         name: connect(name, rank=rank, world_size=ranks, address=address, name=name) for name in backends
     }
     torch.manual_seed(0)
-    network = FluxTransformer2DModel(
-        guidance_embeds=True,
-        num_layers=1,
-        num_single_layers=2,
-        num_attention_heads=heads,
-        attention_head_dim=64,
-        axes_dims_rope=(8, 28, 28),
-    ).eval()
-    inputs = PUBLISHED["flux"].inputs(network, size)
+    model = slice_of(name, heads)
+    network: Any = model.make().eval()
+    inputs = model.inputs_of(network, size)
     ways: dict[Key, Callable[[], Timing]] = {}
     for backend, gang in gangs.items():
         for way in WAYS:
-            ways[backend, way] = partial(_time, network, gang, way, inputs, steps)
-    if "gloo" in backends and heads % ranks == 0:
+            ways[backend, way] = partial(_time, model, network, gang, way, inputs, steps)
+    if "gloo" in backends and network._cp_plan is not None and heads % ranks == 0:
         store = PrefixStore("diffusers", open_store(address))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         theirs = spread_by_diffusers(deepcopy(network), ranks)
-        ways["gloo", "diffusers"] = partial(_time_theirs, theirs, ranks, inputs, steps)
+        ways["gloo", "diffusers"] = partial(_time_theirs, model, theirs, ranks, inputs, steps)
     try:
         return [{key: measure_one() for key, measure_one in ways.items()} for _ in range(rounds)]
     finally:
@@ -134,16 +132,41 @@ def measure(
             dist.destroy_process_group()
 
 
+def slice_of(name: str, heads: int) -> Published:
+    """A part of a published network whose attention has so many heads of 64 channels."""
+    if name == "flux":
+        transformer = partial(
+            FluxTransformer2DModel,
+            guidance_embeds=True,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=heads,
+            attention_head_dim=64,
+            axes_dims_rope=(8, 28, 28),
+        )
+        return replace(PUBLISHED[name], make=transformer)
+    config = SDXL | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (64, 64 * heads),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (1, heads),
+        "cross_attention_dim": 128,
+    }
+    return replace(PUBLISHED["sdxl"], make=partial(UNet2DConditionModel, **config))
+
+
 def _time(
-    network: FluxTransformer2DModel, gang: Communicator, way: str, inputs: dict[str, Any], steps: int
+    model: Published, network: Any, gang: Communicator, way: str, inputs: dict[str, Any], steps: int
 ) -> Timing:
-    config = ParallelConfig(exchange="sync", attention=cast(AttentionMode, way))
+    config = ParallelConfig(exchange="sync", attention=cast(AttentionMode, way), cfg_parallel=False)
     engine = engine_of(parallelize(network, gang, config))
     assert engine is not None
     statistics = []
     with engine.image():
         for step in range(steps + 1):
-            network(timestep=_timestep(step), **inputs)
+            _call(model, network, step, inputs)
             statistics.append(engine.statistics)
     kept = statistics[1:]  # the first makes buffers
     return Timing(
@@ -154,21 +177,22 @@ def _time(
     )
 
 
-def _time_theirs(network: FluxTransformer2DModel, ranks: int, inputs: dict[str, Any], steps: int) -> Timing:
+def _time_theirs(model: Published, network: Any, ranks: int, inputs: dict[str, Any], steps: int) -> Timing:
+    inputs = {**inputs, "return_dict": False}
     with torch.no_grad():
         with Collectives(ranks) as collectives:
-            network(timestep=_timestep(0), return_dict=False, **inputs)
+            _call(model, network, 0, inputs)
         seconds = []
         for step in range(steps):
             began = time.perf_counter()
-            network(timestep=_timestep(step + 1), return_dict=False, **inputs)
+            _call(model, network, step + 1, inputs)
             seconds.append(time.perf_counter() - began)
     sent = sum(collectives.sent) * (ranks - 1)
     return Timing(median(seconds), None, len(collectives.sent), sent)
 
 
-def _timestep(step: int) -> torch.Tensor:
-    return torch.tensor([0.9 - 0.01 * step])
+def _call(model: Published, network: Any, step: int, inputs: dict[str, Any]) -> None:
+    model.call(network, model.timestep_on("cpu", 900.0 - 10 * step), inputs)
 
 
 if __name__ == "__main__":

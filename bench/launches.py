@@ -42,6 +42,7 @@ from distriray.parallel.engine import Engine
 from distriray.parallel.exchange import residuals
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
+from distriray.parallel.partition import dealt_heads
 from distriray.parallel.schedules import Moment, Schedules
 
 COLUMNS = (
@@ -206,7 +207,7 @@ def main() -> None:
         report.add(*cells(size, "diffusers", "together", "-", "-", alone, alone, None), "-", "-", "-", "-")
         for ranks, split in product(arguments.ranks, (True, False) if model.splits else (False,)):
             least: Count | None = None
-            for exchange, attention in ways(model, ranks):
+            for exchange, attention in ways(model, ranks // 2 if split else ranks):
                 count, peers, buffers = share(model, size, ranks, split, exchange, attention)
                 least = least or count
                 sent = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
@@ -231,12 +232,19 @@ def main() -> None:
     report.publish(arguments.json)
 
 
-def ways(model: Published, ranks: int) -> Sequence[tuple[ExchangeMode, AttentionMode]]:
-    """What is compared: every mix, and both ways to attend where heads can be dealt to that many ranks."""
+def ways(model: Published, patches: int) -> Sequence[tuple[ExchangeMode, AttentionMode]]:
+    """What is compared among that many patches.
+
+    Every mix, and heads dealt where they can be; and as by default, where that deals them in some layers.
+    """
     # Without group norms and convolutions, `displaced_attention` is `displaced`.
-    names = [name for name in NAMES if not model.heads or name != "displaced_attention"]
-    gathered: list[tuple[ExchangeMode, AttentionMode]] = [(name, "gather") for name in ("none", *names)]
-    return [*gathered, ("sync", "ulysses")] if model.heads >= ranks else gathered
+    names = [name for name in NAMES if model.spatial or name != "displaced_attention"]
+    compared: list[tuple[ExchangeMode, AttentionMode]] = [(name, "gather") for name in ("none", *names)]
+    if 1 < patches <= min(model.heads):
+        compared.append(("sync", "ulysses"))
+    if len({dealt_heads("auto", heads, patches) is None for heads in model.heads}) > 1:
+        compared.append(("sync", "auto"))
+    return compared
 
 
 def cells(
@@ -284,7 +292,7 @@ def by_diffusers(model: Published, size: int, ranks: int) -> tuple[Count, list[i
         Its launches, but for collectives, and the bytes that each of these sends to each peer.
     """
     network, inputs = on_meta(model, size)
-    if network._cp_plan is None or model.heads % ranks:
+    if network._cp_plan is None or any(heads % ranks for heads in model.heads):
         return None
     dist.init_process_group("fake", rank=ranks // 2, world_size=ranks, store=FakeStore())
     try:

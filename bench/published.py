@@ -61,7 +61,8 @@ class Published:
         timestep: of such a step.
         dtype: that it is used in.
         splits: whether halves of a gang may take halves of its batch.
-        heads: of attention, where a gang may deal them.
+        heads: of attention, each number that layers have.
+        spatial: whether it is over feature maps, with group norms and convolutions.
         clock: what the network calls its timestep.
     """
 
@@ -72,7 +73,8 @@ class Published:
     timestep: Callable[[float], torch.Tensor | float]
     dtype: torch.dtype
     splits: bool
-    heads: int = 0
+    heads: tuple[int, ...]
+    spatial: bool = False
     clock: str = "timestep"
 
     def inputs_of(self, network: Any, size: int) -> dict[str, Any]:
@@ -187,7 +189,7 @@ FLUX3 = Published(
     _as_batch,
     torch.bfloat16,
     splits=False,
-    heads=24,
+    heads=(24,),
 )
 
 QWEN_IMAGE = Published(
@@ -198,7 +200,7 @@ QWEN_IMAGE = Published(
     _as_batch,
     torch.bfloat16,
     splits=False,
-    heads=24,
+    heads=(24,),
 )
 
 PUBLISHED = {
@@ -218,6 +220,8 @@ PUBLISHED = {
         float,
         torch.float16,
         splits=True,
+        heads=(10, 20),
+        spatial=True,
     ),
     "flux": Published(
         "a step of FLUX.1-dev",
@@ -229,7 +233,7 @@ PUBLISHED = {
         _as_batch,
         torch.bfloat16,
         splits=False,
-        heads=24,
+        heads=(24,),
     ),
     "flux3": FLUX3,
     "flux3-edit": replace(
@@ -261,7 +265,7 @@ PUBLISHED = {
         _as_batch,
         torch.bfloat16,
         splits=False,
-        heads=30,
+        heads=(30,),
         clock="t",
     ),
 }

@@ -76,7 +76,7 @@ def main() -> None:
     )
     for name in arguments.models:
         model = PUBLISHED[name]
-        for exchange, attention in ways(model, arguments.ranks):
+        for exchange, attention in ways(model, arguments.ranks // (2 if model.splits else 1)):
             network, inputs, engine, peers = in_gang(
                 model, arguments.size, arguments.ranks, model.splits, exchange, attention
             )

@@ -123,12 +123,13 @@ class ParallelConfig(BaseModel):
             2024); `displaced_attention` does so for self-attention's keys and values alone; `compressed`
             waits for those too, as changes of 4 bits; `sync` exchanges fresh ones at every layer and gives
             one device's numbers; `none` exchanges nothing but the output, the naive baseline. Or a `Mix`.
-        attention: how a transformer's ranks attend to one another's tokens where keys and values are fresh
-            and whole: `gather` sends those of all heads to everybody; `ulysses` deals the heads to the ranks,
-            which sends 2/n of that among n ranks, in two messages a layer, and needs as many heads as ranks
-            (Jacobs et al. 2023, arXiv 2309.14509). Where n does not divide them the first ranks get one more.
-            `auto` deals them wherever that sends less and no rank gets more than 1.25 times its share. Both
-            are exact. U-Nets, which have few heads, gather.
+        attention: how ranks attend to one another's tokens where keys and values are fresh and whole in every
+            step: `gather` sends those of all heads to everybody; `ulysses` deals the heads to the ranks that
+            share an image, which sends 2/n of that among n ranks, in two messages a layer, and needs as many
+            heads as ranks (Jacobs et al. 2023, arXiv 2309.14509). Where n does not divide them the first
+            ranks get one more. `auto` deals those of each layer where that sends less and no rank gets more
+            than 1.25 times its share. Both are exact. Where keys and values are old in some steps, or come in
+            few bits, they are gathered in all.
         max_wait: largest share of a step that sending fresh values and waiting for them may take, for `auto`.
         warmup_steps: synchronous steps at the start of every image (the first one always is), or `auto`:
             until the drift of what is sent falls below `auto_warmup_drift`. None is as many as the mix needs:

@@ -76,7 +76,7 @@ def main() -> None:
     on_gpu = arguments.device == "cuda"
     arguments.sizes = arguments.sizes or ([1024, 2048, 3840] if on_gpu else [128])
     model = PUBLISHED[arguments.model]
-    arguments.exchange = arguments.exchange or ["sync" if model.heads else "displaced"]
+    arguments.exchange = arguments.exchange or ["displaced" if model.spatial else "sync"]
     usual = str(model.dtype).removeprefix("torch.") if on_gpu else "float32"
     arguments.dtype = arguments.dtype or usual
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -97,7 +97,7 @@ def main() -> None:
         report.add(
             f"{size}x{size}",
             of,
-            "-" if model.heads else guidance,
+            guidance if model.splits else "-",
             exchange,
             launched,
             str(timing.kernels),

@@ -523,6 +523,7 @@ class Engine:
                 share.partition,
                 mix,
                 config.prediction.weights(mix, share.partition.world_size),
+                config.attention,
                 self.bucket_count,
                 None if call.besides else self.graphs.new(),
             ),

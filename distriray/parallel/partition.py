@@ -7,12 +7,17 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal, get_args
 
+from distriray.config import AttentionMode
 from distriray.errors import InvalidRequest, UnsupportedModel
 
 Stream = Literal["image", "text", "references"]
 """Tokens of one kind: of the image, of its text, or of the pictures that it refers to."""
 Sequence = Literal["joint", Stream]
 """Tokens that an attention is over: those of all streams, or of one alone."""
+
+MOST_HEADS = 1.25
+"""Times its share of the heads that a rank may get where that is not asked for: it attends for as many, and
+its peers wait for it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,12 @@ class Partition:
         """Numbers of rows that each rank owns at `level`."""
         bounds = (self.rows(rank, level) for rank in range(self.world_size))
         return tuple(stop - start for start, stop in bounds)
+
+    def tokens_like(self, rank: int, count: int) -> tuple[int, ...]:
+        """Numbers of tokens that each rank has of the feature map of which `rank` has `count`."""
+        level = self.level_of(rank, (count,))
+        columns = self.shape(level)[1]
+        return tuple(rows * columns for rows in self.counts(level))
 
     def level_of(self, rank: int, size: tuple[int, ...]) -> int:
         """The level at which `rank`'s patch has `size`: (rows, columns), or (tokens,)."""
@@ -204,6 +215,25 @@ class TokenPartition(Partition):
 def dealt(count: int, ranks: int) -> tuple[int, ...]:
     """How many of so many each rank gets; the first get one more."""
     return tuple(stop - start for start, stop in pairwise(_boundaries(count, ranks)))
+
+
+def dealt_heads(attention: AttentionMode, heads: int, ranks: int) -> tuple[int, ...] | None:
+    """How many heads of a layer of attention each rank gets; None where keys and values are gathered.
+
+    Args:
+        heads: of keys and values.
+
+    Raises:
+        InvalidRequest: they are fewer than the ranks, and are to be dealt.
+    """
+    if attention == "ulysses" and heads < ranks:
+        raise InvalidRequest(
+            f"attention='ulysses' cannot deal {heads} heads to {ranks} ranks; use 'auto'", "gang_size"
+        )
+    each = dealt(heads, ranks)
+    # Two ranks send as much either way, and one message is better than two.
+    sends_less = 2 < ranks <= heads and each[0] * ranks <= MOST_HEADS * heads
+    return each if attention == "ulysses" or (attention == "auto" and sends_less) else None
 
 
 def _boundaries(count: int, ranks: int) -> tuple[int, ...]:

@@ -36,7 +36,8 @@ def buffer_bytes(network: Network, call: Call, share: Share, config: ParallelCon
     peers = AbsentPeers(share.communicator.rank, patches, META)
     held = []
     for mix in _mixes(network, config):
-        exchange = Exchange(peers, share.partition, mix, config.prediction.weights(mix, patches))
+        weights = config.prediction.weights(mix, patches)
+        exchange = Exchange(peers, share.partition, mix, weights, config.attention)
         for _ in range(2):
             with exchange.step() as step:
                 network.dry_run(call, share, step)
@@ -78,7 +79,7 @@ class Room:
 
     def needed(self, network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
         """`buffer_bytes`, worked out once for a shape and a rank's part of it."""
-        part = share.communicator.rank, share.partition, share.images, share.exchanges, share.deals_heads
+        part = share.communicator.rank, share.partition, share.images, share.exchanges
         shape = part, call.sample.dtype, call.besides, config
         needed = self._known.pop(shape, None)
         if needed is None:

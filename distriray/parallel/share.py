@@ -25,7 +25,6 @@ class Share:
         batch: images of the whole call, both guidance branches counted.
         part: those that this rank computes.
         exchanges: whether layers exchange anything.
-        deals_heads: whether attention deals its heads to the ranks where keys and values are fresh and whole.
     """
 
     layout: GangLayout
@@ -34,7 +33,6 @@ class Share:
     batch: int
     part: slice
     exchanges: bool
-    deals_heads: bool
 
     @property
     def images(self) -> int:

@@ -172,6 +172,13 @@ def test_sync_mode_equals_one_device(
             assert np.abs(image - expected).max() <= 1
 
 
+@pytest.mark.parametrize("model", sweep(MODELS))
+def test_heads_of_controlnets_are_dealt_with_those_of_their_network(model: str, folder: Path) -> None:
+    config = {"exchange": "sync", "attention": "ulysses", "cfg_parallel": False}
+    for image in by_gangs(model, folder, (2,), BOTH, config):
+        assert np.abs(image - alone(model, folder, *BOTH)).max() <= 1
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_displaced_steps_stay_near_one_device_and_need_the_control(model: str, folder: Path) -> None:
     """Also where a ControlNet begins or ends on the way, with which the layers of a step change."""

@@ -68,9 +68,7 @@ class DisplacedStep(Step):
         self._leave(bucket)
         return whole
 
-    def keys_values(
-        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, own: OwnKeysValues, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(own, tokens)
         if not self.mix.is_stale("keys_values"):
             everyone = self._patch.scratch(slot.whole, own.like)

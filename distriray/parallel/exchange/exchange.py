@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 from distriray.collective.base import Communicator
-from distriray.config import Kind, Mix, Weights
+from distriray.config import AttentionMode, Kind, Mix, Weights
 from distriray.errors import GangBroken
 from distriray.parallel.exchange.bucket import Buckets
 from distriray.parallel.exchange.carriers import AsResiduals, Carrier, WholeAndKept
@@ -37,6 +37,7 @@ class Exchange:
         partition: who owns which rows.
         mix: which values displaced steps read from the step before.
         weights: of their extrapolation.
+        attention: how heads are dealt, where keys and values are fresh and whole.
         bucket_count: buckets a step; fewer where there are fewer slots.
         graphs: where its steps are captured, if they are.
     """
@@ -47,11 +48,12 @@ class Exchange:
         partition: Partition,
         mix: Mix,
         weights: Weights,
+        attention: AttentionMode = "gather",
         bucket_count: int = BUCKETS,
         graphs: StepGraphs | None = None,
     ) -> None:
         self.graphs = graphs
-        self._patch = Patch(communicator, partition)
+        self._patch = Patch(communicator, partition, attention)
         self._mix = mix
         self._weights = weights
         self._bucket_count = bucket_count

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 class OwnKeysValues(ABC):
@@ -20,6 +21,10 @@ class OwnKeysValues(ABC):
     @abstractmethod
     def like(self) -> torch.Tensor:
         """A tensor of their dtype and device."""
+
+    @abstractmethod
+    def computed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both, wherever they come to be."""
 
     @abstractmethod
     def put(self, place: torch.Tensor) -> None:
@@ -40,6 +45,9 @@ class Computed(OwnKeysValues):
     @property
     def like(self) -> torch.Tensor:
         return self.key
+
+    def computed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.key, self.value
 
     def put(self, place: torch.Tensor) -> None:
         torch.stack((self.key.transpose(0, 1), self.value.transpose(0, 1)), 1, out=place)
@@ -65,6 +73,9 @@ class Projected(OwnKeysValues):
     @property
     def like(self) -> torch.Tensor:
         return self.input
+
+    def computed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(self.input, self.to_key), F.linear(self.input, self.to_value)
 
     def put(self, place: torch.Tensor) -> None:
         batch = len(self.input)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from distriray.collective.base import Communicator
+from distriray.config import AttentionMode
 from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.slots import Slot, keys_values_slot, statistics_slot
-from distriray.parallel.partition import Partition, Window
+from distriray.parallel.partition import Partition, Window, dealt_heads
 
 
 class Patch:
@@ -18,11 +19,15 @@ class Patch:
     Args:
         communicator: the ranks among which one image's rows are spread.
         partition: who owns which rows.
+        attention: how heads are dealt, where they are.
     """
 
-    def __init__(self, communicator: Communicator, partition: Partition) -> None:
+    def __init__(
+        self, communicator: Communicator, partition: Partition, attention: AttentionMode = "gather"
+    ) -> None:
         self.communicator = communicator
         self.partition = partition
+        self.attention = attention
         self.rank = communicator.rank
         self._padded: dict[tuple[object, ...], PaddedPatch] = {}
         self._of_shape: dict[tuple[object, ...], PaddedPatch] = {}
@@ -93,6 +98,10 @@ class Patch:
         """The slot of a group norm of `input`."""
         return statistics_slot(self.partition, self.rank, input.shape, groups)
 
-    def keys_values_slot(self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None) -> Slot:
+    def dealt_heads(self, heads: int) -> tuple[int, ...] | None:
+        """How many of so many heads each rank gets; None where keys and values are gathered."""
+        return dealt_heads(self.attention, heads, self.partition.world_size)
+
+    def keys_values_slot(self, own: OwnKeysValues, tokens: tuple[int, ...]) -> Slot:
         """The slot of self-attention with such keys and values of this rank, over `tokens` of every rank."""
         return keys_values_slot(self.partition, self.rank, own.shape, own.like.dtype, tokens)

@@ -58,21 +58,17 @@ def keys_values_slot(
     rank: int,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    tokens: tuple[int, ...] | None = None,
+    tokens: tuple[int, ...],
 ) -> Slot:
     """The slot of self-attention whose keys have `shape`, (batch, this rank's tokens, channels).
 
     Args:
-        tokens: of every rank; None are those at the level at which a patch has as many as this rank.
+        tokens: of every rank.
 
     Raises:
         UnsupportedModel: this rank has another number of tokens.
     """
     batch, own_tokens, channels = shape
-    if tokens is None:
-        level = partition.level_of(rank, (own_tokens,))
-        columns = partition.shape(level)[1]
-        tokens = tuple(count * columns for count in partition.counts(level))
     if own_tokens != tokens[rank]:
         raise UnsupportedModel(f"attention over {own_tokens} tokens, where this rank has {tokens[rank]}")
     peers = peers_of(rank, partition.world_size)

@@ -158,15 +158,24 @@ class Step(ABC):
         padded = self._patch.padded(input, window)
         return padded.fill(input, self._swap_halos(padded, input))
 
+    def tokens_like(self, own: int) -> tuple[int, ...]:
+        """Numbers of tokens that every rank has of the feature map of which this one has `own`."""
+        return self._patch.partition.tokens_like(self.rank, own)
+
+    def dealt_heads(self, heads: int) -> tuple[int, ...] | None:
+        """How many of a layer's heads of keys every rank gets; None where its keys and values are gathered.
+
+        What is dealt lasts no longer than the layer, so that is where they are fresh and whole in every step.
+        """
+        return self._patch.dealt_heads(heads) if self.mix.fresh_keys_values else None
+
     @abstractmethod
-    def keys_values(
-        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, own: OwnKeysValues, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the whole image from those of this rank's tokens.
 
         Args:
             own: this rank's, as they are or as products that are computed where they are sent from.
-            tokens: of every rank; None are those of the feature map in which this rank has as many.
+            tokens: of every rank.
 
         Returns:
             Both, (batch, tokens of all ranks, channels), in the order of the ranks.
@@ -180,19 +189,18 @@ class Step(ABC):
     ) -> tuple[torch.Tensor, ...]:
         """This rank's share of the heads, of all ranks' tokens, from all heads of its own tokens.
 
-        Nothing of it lasts: only where keys and values are fresh and whole.
+        Only where `dealt_heads` says so.
 
         Args:
             projections: (batch, this rank's tokens, heads, channels of a head) each, the heads as many as
                 all `heads` are, or a multiple.
             tokens: of every rank.
-            heads: that every rank gets of the projection with fewest, as `dealt` has them.
+            heads: that every rank gets of the projection with fewest, as `dealt_heads` has them.
 
         Returns:
             (batch, tokens of all ranks, heads of this rank, channels of a head) each, in the order of the
             ranks, in a buffer that the next layer of this shape overwrites.
         """
-        assert self.mix.fresh_keys_values
         first, multiples = projections[0], [whole.shape[2] // sum(heads) for whole in projections]
         outbox: list[torch.Tensor] = []
         start = 0

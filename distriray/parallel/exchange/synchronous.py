@@ -66,9 +66,7 @@ class SynchronousStep(Step):
         self._keep("halos", received)
         return padded.fill(input, received)
 
-    def keys_values(
-        self, own: OwnKeysValues, tokens: tuple[int, ...] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, own: OwnKeysValues, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(own, tokens)
         self._expect(slot)
         lasts = self.mix.is_stale("keys_values") and not self._memory.borrows

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed, Projected
+from distriray.parallel.layers.attending import attend_to_all
 from distriray.parallel.layers.bare import is_bare, without_idle_adapters
 from distriray.parallel.layers.opaque import Opaque
 
@@ -44,15 +45,15 @@ class _Processor(AttnProcessor2_0, Opaque):
     def sources(
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...] | None:
-        """The sources that `keys_values` makes keys and values of; None for those that diffusers computes.
+        """The sources that `exchanged` makes keys and values of; None for those that diffusers computes.
 
         Returns:
             (batch, tokens, channels) each.
         """
 
     @abstractmethod
-    def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, (batch, tokens, channels) each."""
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
+        """Attention of queries, (batch, tokens, heads, channels of a head), under a mask, given sources."""
 
     def check(
         self,
@@ -105,16 +106,6 @@ class _Processor(AttnProcessor2_0, Opaque):
         output = self.exchange(query, attention_mask, *sources).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
-    def exchanged(self, *inputs: Any) -> torch.Tensor:
-        """Attention of queries, (batch, tokens, heads, channels of a head), under a mask, given sources."""
-        query, attention_mask, *sources = inputs
-        key, value = self.keys_values(*sources)
-        query, key, value = (
-            x.transpose(1, 2) for x in (query, *(x.unflatten(-1, query.shape[2:]) for x in (key, value)))
-        )
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        return output.transpose(1, 2).to(query.dtype)
-
 
 class PatchSelfAttention(_Processor):
     """Queries of this rank's tokens against the keys and values of all ranks' (Li et al. 2024, section 4.2).
@@ -150,9 +141,12 @@ class PatchSelfAttention(_Processor):
             return hidden_states, *(projection.weight for projection in projections)
         return tuple(projection(hidden_states) for projection in projections)
 
-    def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
+        query, _, *sources = inputs
         assert self.step is not None
-        return self.step.keys_values(Computed(*sources) if len(sources) == 2 else Projected(*sources))
+        own = Computed(*sources) if len(sources) == 2 else Projected(*sources)
+        attended = attend_to_all(self.step, query, own, self.step.tokens_like(query.shape[1]), _attended)
+        return attended.to(query.dtype)
 
 
 class PatchSpatialAttention(PatchSelfAttention):
@@ -209,7 +203,13 @@ class CachedCrossAttention(_Processor):
             return None
         return (attn.to_k(text), attn.to_v(text)) if self.context.new_text else (text,)
 
-    def keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def exchanged(self, *inputs: Any) -> torch.Tensor:
+        query, attention_mask, *sources = inputs
+        key, value = (each.unflatten(-1, query.shape[2:]) for each in self._keys_values(*sources))
+        return _attended(query, key, value, attention_mask).to(query.dtype)
+
+    def _keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, (batch, tokens, channels) each."""
         inference, first = torch.is_inference_mode_enabled(), sources[0]
         is_new = len(sources) == 2
         if is_new:
@@ -225,6 +225,14 @@ class CachedCrossAttention(_Processor):
             for kept, now in zip((key, value), sources, strict=True):
                 kept.copy_(now)
         return key, value
+
+
+def _attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of queries to keys and values, (batch, tokens, heads, channels of a head) each."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def check_plain_attention(name: str, attn: Attention) -> None:

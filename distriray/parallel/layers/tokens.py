@@ -12,8 +12,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed
+from distriray.parallel.layers.attending import attend_to_all
 from distriray.parallel.layers.opaque import Opaque
-from distriray.parallel.partition import Sequence, TokenPartition, dealt
+from distriray.parallel.partition import Sequence, TokenPartition
 
 
 class Tokens:
@@ -23,19 +24,17 @@ class Tokens:
         partition: who owns which.
         key_mask: which keys of all ranks, in the order in which `Step.keys_values` gives them, are attended
             to; bool (batch, 1, 1, tokens of all ranks), or what a family makes `mask` of. None where all are.
-        deals_heads: whether heads are dealt to the ranks where keys and values are fresh and whole.
         entered: how often each processor exchanged.
     """
 
     def __init__(self) -> None:
         self.partition: TokenPartition
         self.key_mask: torch.Tensor | None = None
-        self.deals_heads = False
         self.entered: Counter[object] = Counter()
 
-    def begin(self, partition: TokenPartition, key_mask: torch.Tensor | None, deals_heads: bool) -> None:
+    def begin(self, partition: TokenPartition, key_mask: torch.Tensor | None) -> None:
         """Begin a call."""
-        self.partition, self.key_mask, self.deals_heads = partition, key_mask, deals_heads
+        self.partition, self.key_mask = partition, key_mask
         self.entered.clear()
 
     def of(self, sequence: Sequence) -> tuple[int, ...]:
@@ -94,16 +93,8 @@ class PatchTokenAttention(Opaque):
         step, tokens = self.context.step, self.tokens.of(self.sequence)
         assert step is not None
         self.tokens.entered[self] += 1
-        if self.tokens.deals_heads and step.mix.fresh_keys_values:
-            heads = dealt(key.shape[2], len(tokens))
-            query, *of_all = step.deal_heads((query, key, value), tokens, heads)
-            prefix = [each.split(heads, 2)[step.rank] for each in prefix]
-            attended = step.deal_tokens(self._attend(query, *_behind(prefix, of_all)), tokens, heads)
-        else:
-            keys, values = step.keys_values(Computed(key.flatten(2), value.flatten(2)), tokens)
-            of_all = [each.unflatten(2, key.shape[2:]) for each in (keys, values)]
-            attended = self._attend(query, *_behind(prefix, of_all))
-        return attended.to(query.dtype)
+        own = Computed(key.flatten(2), value.flatten(2))
+        return attend_to_all(step, query, own, tokens, self._attend, prefix).to(query.dtype)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, heads, channels of a head) each; keys and values are of all tokens."""
@@ -119,11 +110,6 @@ class PatchTokenAttention(Opaque):
             (batch, 1, 1 or `queries`, tokens of all ranks).
         """
         return self.tokens.key_mask
-
-
-def _behind(prefix: list[torch.Tensor], of_all: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Keys and values of all ranks' tokens, behind those of a prefix if there is one."""
-    return [torch.cat(parts, 1) for parts in zip(prefix, of_all, strict=True)] if prefix else of_all
 
 
 class PatchJointAttention(PatchTokenAttention):

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from distriray.collective.base import Communicator
-from distriray.config import AttentionMode, ParallelConfig
+from distriray.config import ParallelConfig
 from distriray.parallel.agreement import Compared
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.partition import Partition
+from distriray.parallel.partition import Partition, dealt_heads
 from distriray.parallel.share import Share
 
 Collect = Callable[[torch.Tensor], torch.Tensor]
@@ -184,11 +184,14 @@ class Network(ABC):
         """The part of a call that one rank of a gang computes.
 
         Raises:
-            InvalidRequest: the gang cannot share such a call.
+            InvalidRequest: the gang cannot share such a call, or its ranks outnumber the heads that they are
+                to deal.
         """
         rank = communicator.rank
         layout = GangLayout.of(communicator.world_size, call.batch, config.cfg_parallel)
         exchanges = layout.patches > 1 and config.exchange != "none"
+        for heads in sorted(self.key_heads) if exchanges else ():
+            dealt_heads(config.attention, heads, layout.patches)  # refused before a layer asks
         return Share(
             layout,
             communicator.subgroup(layout.ranks(layout.half(rank))),
@@ -196,21 +199,12 @@ class Network(ABC):
             call.batch,
             layout.batch_slice(rank, call.batch),
             exchanges,
-            exchanges and self.deals_heads(config.attention, layout.patches),
         )
 
     @property
     def key_heads(self) -> Set[int]:
-        """Numbers of heads of keys that its layers of attention have; none where heads are never dealt."""
+        """Numbers of heads of keys that its layers of attention to the whole image have."""
         return frozenset()
-
-    def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
-        """Whether heads of attention are dealt to that many ranks, where it may be.
-
-        Raises:
-            InvalidRequest: they are fewer, and are to be dealt.
-        """
-        return False
 
     @abstractmethod
     def dry_run(self, call: Call, share: Share, step: Step) -> None:

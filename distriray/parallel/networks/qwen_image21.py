@@ -338,7 +338,7 @@ class QwenImage21(TokenNetwork):
         assert isinstance(partition, TokenPartition)
         start, stop = partition.rows(rank)
         cutter = _Cutter(partition, rank, self._tokens, share.exchanges)
-        self._tokens.begin(partition, key_mask, share.deals_heads)
+        self._tokens.begin(partition, key_mask)
         tokens = module.img_in(hidden_states)[:, -partition.height :][:, start:stop].contiguous()
         # The last one is of tokens that know no step, of which there are none here.
         timesteps = torch.cat([timestep.to(tokens.dtype), timestep.new_zeros(1, dtype=tokens.dtype)])

@@ -14,6 +14,7 @@ from torch import nn
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed
 from distriray.parallel.exchange.step import Step
+from distriray.parallel.layers.attending import attend_to_all, of_queries
 from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
 from distriray.parallel.layers.bare import has_class_forward
 from distriray.parallel.layers.conv import PatchConv2d, pads_by_hand, patch_conv
@@ -130,7 +131,8 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
                 step.padded(own(layer.in_channels, level), layer.window)
         elif isinstance(getattr(layer, "processor", None), PatchSelfAttention):
             key = own(layer.to_k.out_features, level).flatten(2).transpose(1, 2)
-            step.keys_values(Computed(key, key))
+            query = key.unflatten(2, (layer.heads, -1))
+            attend_to_all(step, query, Computed(key, key), step.tokens_like(key.shape[1]), of_queries)
 
 
 def _level_of(name: str, levels: int) -> int:

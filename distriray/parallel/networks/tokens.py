@@ -25,18 +25,18 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from distriray.config import AttentionMode
-from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed
 from distriray.parallel.exchange.step import Step
+from distriray.parallel.layers.attending import attend_to_all, of_queries
 from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
 from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
 from distriray.parallel.networks.plan import Attention, Cut, Cutter, Plan, key_mask
-from distriray.parallel.partition import TokenPartition, dealt
+from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
 
 LAYERS = TOKENWISE | {
@@ -58,10 +58,6 @@ BACKENDS = {
     AttentionBackendName._NATIVE_MATH,
 }
 """Ways to attend that are known to take more keys than queries."""
-
-MOST_HEADS = 1.25
-"""Times its share of the heads that a rank may get where that is not asked for: it attends for as many, and
-its peers wait for it."""
 
 PACKED = ("batch", "tokens", "channels")
 """Dimensions of latents that the pipeline has made tokens of."""
@@ -245,19 +241,6 @@ class TokenNetwork(Network):
             self._key_heads = {self.heads(layer).keys for layer in attending}
         return self._key_heads
 
-    def deals_heads(self, attention: AttentionMode, patches: int) -> bool:
-        fewest = min(self.key_heads)
-        if attention == "ulysses" and fewest < patches:
-            raise InvalidRequest(
-                f"attention='ulysses' cannot deal {fewest} heads to {patches} ranks; use 'auto'", "gang_size"
-            )
-        # Two ranks send as much either way, and one message is better than two.
-        return attention == "ulysses" or (
-            attention == "auto"
-            and 2 < patches <= fewest
-            and all(max(dealt(heads, patches)) * patches <= MOST_HEADS * heads for heads in self.key_heads)
-        )
-
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
         partition, rank = share.partition, share.communicator.rank
         assert isinstance(partition, TokenPartition)
@@ -268,11 +251,7 @@ class TokenNetwork(Network):
             queries, keys, channels = self.heads(layer)
             own = torch.empty(share.images, tokens[rank], dtype=call.sample.dtype, device="meta")
             query, key = (own[..., None, None].expand(-1, -1, n, channels) for n in (queries, keys))
-            if share.deals_heads and step.mix.fresh_keys_values:
-                heads = dealt(keys, len(tokens))
-                step.deal_tokens(step.deal_heads((query, key, key), tokens, heads)[0], tokens, heads)
-            else:
-                step.keys_values(Computed(key.flatten(2), key.flatten(2)), tokens)
+            attend_to_all(step, query, Computed(key.flatten(2), key.flatten(2)), tokens, of_queries)
 
     def switches(self) -> Hashable:
         return _AttentionBackendRegistry.get_active_backend()[0]
@@ -322,7 +301,7 @@ class TokenNetwork(Network):
         share, collect = self._shared
         partition = share.partition
         assert isinstance(partition, TokenPartition) and self.replaced is not None
-        self._tokens.begin(partition, self.take_mask(arguments, partition), share.deals_heads)
+        self._tokens.begin(partition, self.take_mask(arguments, partition))
         cutter = Cutter(partition, share.communicator.rank)
         with ExitStack() as hooks:
             for module, cuts in self._cuts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class UNet(Network):
     displacement_measured = True
     _text_layers: Sequence[nn.Module] = ()
     _adapted: Sequence[LoraLayer] = ()
+    _key_heads: Set[int] | None = None
 
     @property
     def row_unit(self) -> int:
@@ -107,7 +108,7 @@ class UNet(Network):
     def convert(self, context: PatchContext) -> bool:
         self._check_layers()
         context.caches_text = not self.local  # what a user brings may hand other texts to some layers
-        converted = False
+        converted, self._key_heads = False, None
         for name, module in self._image_layers():
             if self.local.says(module):
                 continue
@@ -195,6 +196,17 @@ class UNet(Network):
     def partition(self, call: Call, patches: int) -> Partition:
         _, _, height, width = call.sample.shape
         return Partition(height, width, self._levels, patches)
+
+    @property
+    def key_heads(self) -> Set[int]:
+        if self._key_heads is None:
+            self._key_heads = {
+                module.heads
+                for _, module in self._image_layers()
+                if isinstance(module, Attention) and not module.is_cross_attention
+                if not (self.local.says(module) or self.local.says(module.processor))
+            }
+        return self._key_heads
 
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
         used = {"", *(f"{control.name}." for control in call.arguments["controls"])}

@@ -148,7 +148,7 @@ class ZImage(TokenNetwork):
         share, collect = self._shared
         partition = share.partition
         assert isinstance(partition, TokenPartition) and self.replaced is not None
-        self._tokens.begin(partition, None, share.deals_heads)
+        self._tokens.begin(partition, None)
         cutter = _Cutter(partition, share.communicator.rank, self._tokens)
         final, whole = self.module.all_final_layer[f"{PATCH}-1"], []
 

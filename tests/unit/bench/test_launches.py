@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 
 from bench.launches import alone_of, by_diffusers, on_meta, share
 from bench.published import PUBLISHED, Published
+from distriray.config import AttentionMode
+from distriray.parallel.partition import dealt_heads
 from tests.parameters import sweep
 
 SDXL = PUBLISHED["sdxl"]
@@ -40,6 +42,43 @@ def test_changes_in_few_bits_take_a_launch_to_encode_and_one_a_peer_to_decode() 
     assert compressed.nbytes <= 1.2 * exact.nbytes
     sent = sum(sum(moment.sent.values()) for moment, _ in peers.marks if moment.kind == "launch")
     assert sent < 1e8
+
+
+LAYERS = ((10, 64**2, 640, 10), (60, 32**2, 1280, 20))
+"""Of SDXL's attention to the whole image, at 1024x1024: layers, tokens, channels and heads."""
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("split", "attention", "most"), [(True, "ulysses", 0.51), (False, "ulysses", 0.27), (False, "auto", 0.45)]
+)
+def test_a_step_of_sdxl_that_deals_heads_sends_what_arithmetic_says(
+    split: bool, attention: AttentionMode, most: float
+) -> None:
+    ranks, patches, batch = 8, 4 if split else 8, 1 if split else 2
+    rank = ranks // 2 % patches
+    (gathered, of_gathered, _), (dealing, of_dealing, _) = (
+        share(SDXL, 1024, ranks, split, "sync", way) for way in ("gather", attention)
+    )
+    saved = messages = 0
+    for layers, tokens, channels, heads in LAYERS:
+        deals = dealt_heads(attention, heads, patches)
+        if deals is None:
+            continue
+        own = tokens // patches * batch * 2  # float16
+        gather = (patches - 1) * own * 2 * channels
+        of_others = heads - deals[rank]
+        there, back = 3 * own * of_others, (patches - 1) * own * deals[rank]
+        saved += layers * (gather - (there + back) * channels // heads)
+        messages += layers
+    sent, less = (
+        [sum(moment.sent.values()) for moment, _ in peers.marks if moment.kind == "launch"]
+        for peers in (of_gathered, of_dealing)
+    )
+    assert (sum(sent) - sum(less), len(less) - len(sent)) == (saved, messages)
+    assert sum(less) < most * sum(sent)
+    assert dealing.launches <= gathered.launches + 4 * messages
+    assert dealing.nbytes <= 1.03 * gathered.nbytes
 
 
 DEPTHS = {"flux": {"num_layers": 19, "num_single_layers": 38}, "qwen-image": {"num_layers": 60}}

@@ -657,7 +657,7 @@ def test_heads_that_cannot_be_dealt_to_a_gang_are_found_when_the_host_starts() -
         (2, {"attention": "auto"}),
         (2, {**DEALT, "exchange": "none"}),
         (4, {**DEALT, "cfg_parallel": True}),  # halves of eight are cut among four
-        (None, DEALT),  # a U-Net's are never dealt
+        (None, DEALT),  # of a network that attends to nothing
     ],
     ids=str,
 )

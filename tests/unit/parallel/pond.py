@@ -15,7 +15,9 @@ from torch import nn
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.own import Computed
 from distriray.parallel.exchange.step import Step
+from distriray.parallel.layers.attending import attend_to_all, of_queries
 from distriray.parallel.layers.attention import PatchSelfAttention
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.networks.spatial import convert_conv_or_norm, is_foreign
@@ -91,7 +93,8 @@ class PondNetwork(Network):
         step.padded(rows, self.module.inlet.window)
         step.send_statistics(step.read_statistics(waves, self.module.norm.num_groups))
         tokens = waves.flatten(2).transpose(1, 2)
-        step.keys_values(tokens, tokens)
+        query, own = tokens.unflatten(2, (self.module.attention.heads, -1)), Computed(tokens, tokens)
+        attend_to_all(step, query, own, step.tokens_like(tokens.shape[1]), of_queries)
         step.padded(waves, self.module.outlet.window)
 
     def compared(self, call: Call) -> Compared:

@@ -41,6 +41,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"exchange": COMPRESSED, "warmup_steps": 1, "cfg_parallel": False}),
     (2, {"exchange": "displaced", "warmup_steps": "auto", "auto_warmup_drift": 5.0, "cfg_parallel": False}),
     (2, {"exchange": "sync", "cfg_parallel": False}),
+    (2, {"exchange": "sync", "attention": "ulysses", "cfg_parallel": False}),
     (2, {"exchange": "none"}),
 ]
 IMAGES = [  # the second is of another size, the third as the first, the fourth is a batch

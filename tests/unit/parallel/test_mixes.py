@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from distriray import ParallelConfig, parallelize
 from distriray.collective import LockstepCommunicator, run_in_lockstep
 from distriray.config import MIXES, PAPER, Mix
+from distriray.errors import InvalidRequest
 from distriray.parallel import StepStatistics, engine_of
 from distriray.parallel.layers.conv import PatchConv2d
 from distriray.parallel.layers.group_norm import PatchGroupNorm
@@ -42,7 +43,7 @@ def steps(
     unet: UNet2DConditionModel, communicator: Any, count: int = 3, rows: int = 20, **config: Any
 ) -> tuple[list[torch.Tensor], StepStatistics]:
     """The outputs of some steps of one image, and the figures of the last."""
-    parallelize(unet, communicator, ParallelConfig(cfg_parallel=False, **config))
+    parallelize(unet, communicator, ParallelConfig(**{"cfg_parallel": False, **config}))
     engine = engine_of(unet)
     assert engine is not None
     with engine.image():
@@ -102,6 +103,96 @@ def test_a_mix_of_every_kind_by_hand_is_the_one_with_the_name() -> None:
     for name, mix in MIXES.items():
         (by_name, _), (by_hand, _) = (gang(2, exchange)[0] for exchange in (name, mix))
         assert all(map(torch.equal, by_name, by_hand))
+
+
+def many_heads() -> UNet2DConditionModel:
+    """Layers of 5 heads and of 10, half as many as SDXL's."""
+    return tiny_sdxl_unet(block_out_channels=(16, 40, 40), attention_head_dim=(1, 5, 10))
+
+
+def by_heads(ranks: int, **config: Any) -> list[tuple[list[torch.Tensor], StepStatistics]]:
+    """What each rank has of three steps of a U-Net with many heads."""
+
+    def rank(communicator: LockstepCommunicator) -> tuple[list[torch.Tensor], StepStatistics]:
+        return steps(many_heads(), communicator, **{"exchange": "sync", "warmup_steps": 1, **config})
+
+    return run_in_lockstep(ranks, rank)
+
+
+@pytest.fixture(scope="module")
+def alone_with_many_heads() -> list[torch.Tensor]:
+    unet = many_heads()
+    return [unet(sample(step), 900.0 - step, **INPUTS).sample for step in range(3)]
+
+
+LAYERS_OF_HEADS = {5: 3, 10: 8}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "attention", "dealt"),
+    sweep(
+        [
+            (4, "auto", [10]),  # of 5 heads, a rank would get two
+            (3, "auto", [5, 10]),
+            (5, "ulysses", [5, 10]),
+            (4, "ulysses", [5, 10]),
+            (2, "ulysses", [5, 10]),
+            (2, "auto", []),  # it sends as much, in more messages
+        ],
+        first=2,
+    ),
+)
+def test_heads_are_dealt_by_layers_and_give_one_devices_numbers(
+    ranks: int, attention: Any, dealt: list[int], alone_with_many_heads: list[torch.Tensor]
+) -> None:
+    dealing = by_heads(ranks, attention=attention)
+    for outputs, _ in dealing:
+        assert all(error(outputs, alone_with_many_heads, step) < 1e-5 for step in range(3))
+    (_, gathered), *_ = by_heads(ranks, attention="gather")
+    more = dealing[0][1].waits - gathered.waits
+    assert more == sum(LAYERS_OF_HEADS[heads] for heads in dealt)
+    if ranks > 2:
+        assert (dealing[0][1].bytes_sent < 0.9 * gathered.bytes_sent) == bool(dealt)
+
+
+def test_each_half_of_a_gang_deals_the_heads_of_its_branch(alone_with_many_heads: list[torch.Tensor]) -> None:
+    split, together = (by_heads(6, attention="ulysses", cfg_parallel=True), by_heads(3, attention="ulysses"))
+    for outputs, statistics in split:
+        assert all(error(outputs, alone_with_many_heads, step) < 1e-5 for step in range(3))
+        assert statistics.waits == together[0][1].waits
+
+
+@pytest.mark.parametrize(
+    ("mix", "most"),
+    sweep(
+        [
+            (Mix(statistics="stale", halos="stale"), 1e-5),
+            (Mix(halos="stale"), 1e-5),
+            (Mix(halos_width="int8"), 1e-3),  # numbers that hardly differ may be rounded apart
+        ]
+    ),
+    ids=str,
+)
+def test_heads_are_dealt_wherever_keys_and_values_are_fresh_and_whole(mix: Mix, most: float) -> None:
+    dealing, gathering = (by_heads(3, exchange=mix, attention=way)[0] for way in ("ulysses", "gather"))
+    assert not dealing[1].synchronous
+    assert dealing[1].waits - gathering[1].waits == sum(LAYERS_OF_HEADS.values())
+    assert all(error(dealing[0], gathering[0], step) < most for step in range(3))
+
+
+@pytest.mark.parametrize("mix", sweep(["displaced_attention", "displaced", "compressed", PAPER, STALE_INT4]))
+def test_what_lasts_of_keys_and_values_is_gathered_in_every_step(mix: Any) -> None:
+    dealing, gathering = (by_heads(3, exchange=mix, attention=way)[0] for way in ("ulysses", "gather"))
+    assert all(map(torch.equal, dealing[0], gathering[0])) and dealing[1].waits == gathering[1].waits
+
+
+def test_fewer_heads_than_ranks_are_refused_unless_nothing_is_exchanged() -> None:
+    def rank(communicator: LockstepCommunicator, exchange: Any) -> None:
+        steps(tiny_sdxl_unet(), communicator, count=1, exchange=exchange, attention="ulysses")
+
+    with pytest.raises(InvalidRequest, match="2 heads to 3 ranks; use 'auto'"):
+        run_in_lockstep(3, partial(rank, exchange="sync"))
+    run_in_lockstep(3, partial(rank, exchange="none"))
 
 
 def test_residuals_are_counted_and_begin_anew_with_every_image() -> None:

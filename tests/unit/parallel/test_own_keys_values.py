@@ -41,6 +41,8 @@ def test_products_are_put_where_they_are_to_be_and_nowhere_else(
         own = Projected(*(OnDevice(tensor) if on_device else tensor for tensor in (input, *weights)))
         own.put(place_in(OnDevice(found) if on_device else found, batch))
     assert own.shape == (batch, TOKENS, CHANNELS) and own.like.dtype == dtype
+    computed = Projected(input, *weights).computed()
+    Computed(*computed).put(place_in(wanted, batch))
     assert found.any() and torch.equal(found != 0, wanted != 0)
     torch.testing.assert_close(found, wanted)
 
