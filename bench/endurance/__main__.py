@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.arguments import add_json
+from bench.endurance import clients, resources
 from bench.endurance.clients import Clients
 from bench.endurance.resources import Resources
 from bench.endurance.scenes import draw_references
@@ -28,8 +29,6 @@ from bench.report import Report
 from bench.serving import local_serve
 from distriray import AsyncClient
 from distriray.arguments import positive, positive_number
-
-COLUMNS = ("what", "count", "figure")
 
 
 def main() -> None:
@@ -51,35 +50,43 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_json(parser)
     options = parser.parse_args()
-    report = Report(
-        f"bench.endurance: {options.minutes:g} minutes, {options.clients} clients, {options.hosts} hosts of "
-        f"{options.workers} workers, {options.routers} routers, a strike every {options.every:g} s",
-        COLUMNS,
-        seed=options.seed,
-        settings={name: value for name, value in vars(options).items() if name != "json"},
+    under = (
+        f"{options.minutes:g} minutes, {options.clients} clients, {options.hosts} hosts of {options.workers} "
+        f"workers, {options.routers} routers, a strike every {options.every:g} s"
+    )
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    told, held = (
+        Report(f"bench.endurance: {what} in {under}", columns, seed=options.seed, settings=settings)
+        for what, columns in (("requests", clients.COLUMNS), ("processes", resources.COLUMNS))
     )
     with TemporaryDirectory() as folder, local_serve() as url:
         service = Service(url, options.hosts, options.workers, options.routers, Path(folder))
-        good = asyncio.run(endure(service, options, report))
-    report.publish(options.json)
+        good = asyncio.run(endure(service, options, told, held))
+    told.publish(options.json)
+    held.publish(options.json and options.json.with_stem(f"{options.json.stem}-processes"))
     sys.exit(not good)
 
 
-async def endure(service: Service, options: argparse.Namespace, report: Report) -> bool:
-    """Load and strikes for as long as asked; whether nothing was lost and all is whole."""
+async def endure(service: Service, options: argparse.Namespace, told: Report, held: Report) -> bool:
+    """Load and strikes for as long as asked; whether nothing was lost and all is whole.
+
+    Args:
+        told: gets what came of the requests, and what struck.
+        held: gets what processes held.
+    """
     async with AsyncClient(service.url) as client:
         await service.start(client)
         references = await draw_references(client)
-        clients = Clients(service.url, references, options.seed)
+        askers = Clients(service.url, references, options.seed)
         strikes = Strikes(service, client, random.Random(f"{options.seed} strikes"))
-        resources = Resources()
+        processes = Resources()
         async with asyncio.TaskGroup() as group:
             meanwhile = (
-                group.create_task(resources.look_on(options.look)),
+                group.create_task(processes.look_on(options.look)),
                 group.create_task(strikes.strike_on(options.strikes, options.every)),
             )
             asking = [
-                group.create_task(clients.ask_on(number, 60 * options.minutes))
+                group.create_task(askers.ask_on(number, 60 * options.minutes))
                 for number in range(options.clients)
             ]
             await asyncio.wait(asking)
@@ -87,14 +94,14 @@ async def endure(service: Service, options: argparse.Namespace, report: Report) 
                 task.cancel()
         began = time.monotonic()
         is_whole = await service.whole(client)
-        clients.tell(report)
-        strikes.tell(report)
-        report.add("whole and idle again", "", f"{time.monotonic() - began:.1f} s" if is_whole else "no")
+        askers.tell(told)
+        strikes.tell(told)
         if is_whole:
-            clients.compare(await draw_references(client), report)
-        resources.look()
-        resources.tell(report)
-        return is_whole and not clients.faults
+            told.add("whole and idle again", "", "", "", f"{time.monotonic() - began:.2f}")
+            askers.compare(await draw_references(client), told)
+        processes.look()
+        processes.tell(held)
+        return is_whole and not askers.faults
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ TRIES = 20
 """How often a client asks the same again, where the service broke off or its queue was full."""
 
 
+COLUMNS = ("what", "count", "p50 s", "p95 s", "most s")
+NO_SECONDS = ("", "", "")
+
+
 class Lost(Exception):
     """A stream had an end, and no result."""
 
@@ -136,16 +140,14 @@ class Clients:
     def tell(self, report: Report) -> None:
         """Add what came of all requests."""
         for end, count in sorted(self._ends.items()):
-            report.add(end, str(count), "")
+            report.add(end, str(count), *NO_SECONDS)
         for end, seconds in sorted(self._seconds.items()):
-            if len(seconds) > 1:
-                p95 = quantiles(seconds, n=20, method="inclusive")[-1]
-                figure = f"p50 {median(seconds):.2f}, p95 {p95:.2f}, most {max(seconds):.2f}"
-                report.add(f"seconds until {end}", str(len(seconds)), figure)
-        report.add("the slowest picture", "", self._slowest[1])
+            figures = median(seconds), quantiles(2 * seconds, n=20, method="inclusive")[-1], max(seconds)
+            report.add(end, str(len(seconds)), *(f"{figure:.2f}" for figure in figures))
         for gangs, count in self._gangs.most_common(8):
-            report.add(f"pictures by {gangs}", str(count), "")
-        report.add("lost, or another picture", str(len(self.faults)), "; ".join(self.faults[:3]))
+            report.add(f"pictures by gangs of {gangs}", str(count), *NO_SECONDS)
+        report.add("lost, or another picture", str(len(self.faults)), *NO_SECONDS)
+        print("the slowest picture:", self._slowest[1])
 
     def compare(self, again: dict[str, list[Image.Image]], report: Report) -> None:
         """Hold what single workers draw at the end against what they drew before."""
@@ -157,9 +159,9 @@ class Clients:
         others = [name for name, one, other in pairs if one.tobytes() != other.tobytes()]
         for name in others:
             self._fail(f"{name}, drawn again at the end by a single worker, is another picture")
-        report.add(
-            "by single workers at the end, the same bytes", str(len(pairs)), str(len(pairs) - len(others))
-        )
+        same = str(len(pairs) - len(others))
+        report.add("drawn again at the end by single workers", str(len(pairs)), *NO_SECONDS)
+        report.add("drawn again, the same bytes", same, *NO_SECONDS)
 
 
 async def generate(door: Door, scene: Scene, draw: random.Random) -> End:

@@ -28,6 +28,17 @@ ROLES = {
 SETTLED_S = 120.0
 """A process' first seconds, in which it loads and meets each request for the first time, are no growth."""
 SHARED = Path("/dev/shm")
+COLUMNS = (
+    "the oldest",
+    "of",
+    "minutes",
+    "MB",
+    "MB half-way",
+    "MB at last",
+    "MB/h since half-way",
+    "files",
+    "threads",
+)
 
 
 class Look(NamedTuple):
@@ -51,16 +62,21 @@ class Life:
     def settled(self) -> list[Look]:
         return [look for look in self.looks if look.at - self.began > SETTLED_S]
 
-    def figure(self) -> str:
-        """Its memory at the start, in the middle and at the end, and how it grew in the second half."""
+    def figures(self) -> tuple[str, ...]:
+        """Its cells under `COLUMNS` but for the first two; growth if it was seen for long."""
         looks = self.settled
-        first, middle, last = looks[0], looks[len(looks) // 2], looks[-1]
+        if len(looks) <= 5:
+            last = self.looks[-1]
+            return "", "", "", f"{last.memory:.0f}", "", str(last.files), str(last.threads)
         late = looks[len(looks) // 2 :]
         growth = np.polyfit([look.at / 3600 for look in late], [look.memory for look in late], 1)[0]
+        last = looks[-1]
         return (
-            f"{(last.at - first.at) / 60:.0f} min: {first.memory:.0f}, {middle.memory:.0f}, "
-            f"{last.memory:.0f} MB ({growth:+.0f} MB/h in the second half), "
-            f"{first.files} to {last.files} files, {first.threads} to {last.threads} threads"
+            f"{(last.at - looks[0].at) / 60:.0f}",
+            *(f"{look.memory:.0f}" for look in (looks[0], late[0], last)),
+            f"{growth:+.0f}",
+            str(last.files),
+            str(last.threads),
         )
 
 
@@ -95,12 +111,8 @@ class Resources:
         for role in sorted({life.role for life in seen}):
             lives = [life for life in seen if life.role == role]
             oldest = max(lives, key=lambda life: life.looks[-1].at - life.began)
-            if len(oldest.settled) > 5:
-                figure = f"the oldest, {oldest.figure()}"
-            else:
-                figure = f"{max(look.memory for life in lives for look in life.looks):.0f} MB at most"
-            report.add(f"processes: {role}", str(len(lives)), figure)
-        report.add(f"files in {SHARED}", "", f"{self._shared[0]} at first, {self._shared[-1]} at last")
+            report.add(role, str(len(lives)), *oldest.figures())
+        print(f"files in {SHARED}: {self._shared[0]} at first, {self._shared[-1]} at last")
 
 
 def role_of(process: psutil.Process) -> str:

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 import psutil
 
+from bench.endurance.clients import NO_SECONDS
 from bench.endurance.service import APPLICATION, POOL, Service
 from bench.report import Report
 from distriray import AsyncClient
@@ -113,7 +114,7 @@ class Strikes:
     def tell(self, report: Report) -> None:
         """Add how often what struck."""
         for kind, count in sorted(self._struck.items()):
-            report.add(f"struck: {kind}", str(count), "")
+            report.add(f"struck: {kind}", str(count), *NO_SECONDS)
 
 
 def _say(what: str) -> None:
