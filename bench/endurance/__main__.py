@@ -22,7 +22,7 @@ from bench.arguments import add_json
 from bench.endurance import clients, resources
 from bench.endurance.clients import Clients
 from bench.endurance.resources import Resources
-from bench.endurance.scenes import draw_references
+from bench.endurance.scenes import draw_references, scenes
 from bench.endurance.service import Service
 from bench.endurance.strikes import STRIKES, Strikes
 from bench.report import Report
@@ -76,8 +76,8 @@ async def endure(service: Service, options: argparse.Namespace, told: Report, he
     """
     async with AsyncClient(service.url) as client:
         await service.start(client)
-        references = await draw_references(client)
-        askers = Clients(service.url, references, options.seed)
+        asked = scenes(options.workers)
+        askers = Clients(service.url, asked, await draw_references(client, asked), options.seed)
         strikes = Strikes(service, client, random.Random(f"{options.seed} strikes"))
         processes = Resources()
         async with asyncio.TaskGroup() as group:
@@ -98,7 +98,7 @@ async def endure(service: Service, options: argparse.Namespace, told: Report, he
         strikes.tell(told)
         if is_whole:
             told.add("whole and idle again", "", "", "", f"{time.monotonic() - began:.2f}")
-            askers.compare(await draw_references(client), told)
+            askers.compare(await draw_references(client, asked), told)
         processes.look()
         processes.tell(held)
         return is_whole and not askers.faults

@@ -13,7 +13,7 @@ from statistics import median, quantiles
 
 from PIL import Image
 
-from bench.endurance.scenes import Scene, scenes
+from bench.endurance.scenes import Scene
 from bench.report import Report
 from distriray import AsyncClient, GenerationRequest, HandleClient
 from distriray.errors import DeadlineUnmet, DistrirayError, GenerationCancelled, QueueFull
@@ -65,6 +65,7 @@ class Clients:
 
     Args:
         url: of the service.
+        asked: the scenes of which they choose.
         references: the pictures of each scene by a single worker.
         seed: of what is asked for.
 
@@ -72,11 +73,13 @@ class Clients:
         faults: each request that was lost, and each picture that was another one.
     """
 
-    def __init__(self, url: str, references: dict[str, list[Image.Image]], seed: int) -> None:
+    def __init__(
+        self, url: str, asked: list[Scene], references: dict[str, list[Image.Image]], seed: int
+    ) -> None:
         self._url = url
         self._references = references
         self._seed = seed
-        self._scenes = scenes()
+        self._scenes = asked
         self._ends: Counter[str] = Counter()
         self._gangs: Counter[str] = Counter()
         self._seconds: dict[str, list[float]] = {}

@@ -51,8 +51,9 @@ class Scene:
         return f"colours are off by {off}" if off > ALIKE_COLOURS else None
 
 
-def scenes() -> list[Scene]:
-    """The requests of which clients choose."""
+def scenes(workers: int) -> list[Scene]:
+    """The requests of which clients choose, for gangs of at most so many workers."""
+    largest = max(size for size in (1, 2, 4) if size <= workers)
     slope = Image.linear_gradient("L").resize((128, 128))
     drawn = Image.merge("RGB", (slope, slope.rotate(90), slope))
 
@@ -73,22 +74,22 @@ def scenes() -> list[Scene]:
         of("tall", (128, 320), 10, guidance_scale=1.0),
         of("large", (256, 256), 20),
         of("two", (128, 128), 6, num_images=2),
-        of("by four", (256, 256), 16, gang_size=4),
-        of("by two, euler", (192, 256), 12, gang_size=2, scheduler="euler"),
+        of("by a large gang", (256, 256), 16, gang_size=largest),
+        of("by two, euler", (192, 256), 12, gang_size=min(2, largest), scheduler="euler"),
         of("ancestral", (128, 128), 12, scheduler="euler-ancestral"),
         of("edit", (128, 128), 12, image=drawn, strength=0.6),
         of("ink", (128, 128), 8, loras=[{"name": "ink"}]),
         of("neon and rain", (128, 256), 10, loras=[{"name": "neon", "scale": 0.5}, {"name": "rain"}]),
         of("without guidance at the end", (192, 192), 12, guidance_end=0.5),
         of("compressed", (256, 256), 12, exact=False, exchange="compressed"),
-        of("old keys", (256, 256), 14, exact=False, exchange="displaced_attention", gang_size=4),
+        of("old keys", (256, 256), 14, exact=False, exchange="displaced_attention", gang_size=largest),
         of("displaced", (256, 256), 14, exact=False, exchange="displaced"),
     ]
 
 
-async def draw_references(client: AsyncClient) -> dict[str, list[Image.Image]]:
+async def draw_references(client: AsyncClient, asked: list[Scene]) -> dict[str, list[Image.Image]]:
     """The pictures of each scene by a single worker."""
     return {
         scene.name: (await client.generate(scene.request(gang_size=1, exchange="sync"))).images
-        for scene in scenes()
+        for scene in asked
     }

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
-import psutil
+from ray._private.state import actors
 
 from bench.endurance.clients import NO_SECONDS
 from bench.endurance.service import APPLICATION, POOL, Service
@@ -82,11 +82,10 @@ class Strikes:
         return None
 
     def _replica(self, deployment: str) -> int | None:
-        pids = []
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                if f"ServeReplica:{APPLICATION}:{deployment}" in " ".join(process.cmdline()):
-                    pids.append(process.pid)
+        """The process of any replica of a deployment."""
+        alive = actors(actor_state_name="ALIVE").values()
+        name = f"SERVE_REPLICA::{APPLICATION}#{deployment}#"
+        pids = [actor["Pid"] for actor in alive if actor["Name"].startswith(name)]
         return self._draw.choice(pids) if pids else None
 
     async def _stop(self, pid: int | None, what: str) -> bool:

@@ -61,8 +61,8 @@ def door(answer: Callable[[GenerationRequest], Image.Image]) -> Door:
 
 def asked(answer: Callable[[GenerationRequest], Image.Image], times: int = 40) -> Clients:
     """Clients that have asked a service which answers so, in every manner."""
-    references = {scene.name: [GREY] * scene.images for scene in scenes()}
-    asking, draw = Clients("http://nobody", references, seed=0), random.Random(0)
+    references = {scene.name: [GREY] * scene.images for scene in scenes(4)}
+    asking, draw = Clients("http://nobody", scenes(4), references, seed=0), random.Random(0)
 
     async def ask() -> None:
         for _ in range(times):
@@ -142,7 +142,7 @@ def test_what_breaks_off_or_is_full_is_asked_again_and_counted(monkeypatch: pyte
 
 def test_what_a_single_worker_draws_otherwise_at_the_end_is_a_fault() -> None:
     asking = asked(lambda request: GREY, times=0)
-    again = {scene.name: [GREY] * scene.images for scene in scenes()}
+    again = {scene.name: [GREY] * scene.images for scene in scenes(4)}
     assert rows(lambda report: asking.compare(again, report)) and not asking.faults
     again["small"] = [brighter(1)]
     rows(lambda report: asking.compare(again, report))
@@ -165,8 +165,11 @@ def test_this_process_is_looked_at_and_told() -> None:
     assert held["of"] == "1" and int(held["MB at last"]) > 10 and int(held["threads"]) > 0
 
 
-def test_scenes_are_requests_that_are_told_apart() -> None:
-    all_scenes = scenes()
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 8])
+def test_scenes_are_requests_that_are_told_apart_and_fit_the_hosts(workers: int) -> None:
+    all_scenes = scenes(workers)
     assert len({scene.name for scene in all_scenes}) == len(all_scenes)
     requests: list[Any] = [scene.request() for scene in all_scenes]
     assert len({request.model_dump_json(exclude={"id", "image"}) for request in requests}) == len(requests)
+    sizes = {request.gang_size for request in requests} - {"auto"}
+    assert max(sizes) == min(4, 2 ** (workers.bit_length() - 1))
