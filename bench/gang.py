@@ -15,10 +15,8 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
-
 from bench.arguments import add_json
-from bench.likeness import psnr
+from bench.likeness import largest_difference, psnr
 from bench.report import Report
 from distriray import GenerationRequest, GenerationResult, HostConfig, ParallelConfig
 from distriray.arguments import at_least, positive
@@ -162,8 +160,7 @@ def _gaps(result: GenerationResult) -> list[float]:
 
 
 def _difference(one: GenerationResult, other: GenerationResult) -> int:
-    pair = [np.asarray(result.images[0], dtype=int) for result in (one, other)]
-    return int(np.abs(pair[0] - pair[1]).max())
+    return largest_difference(one.images[0], other.images[0])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,12 @@ import numpy as np
 from PIL import Image
 
 
+def largest_difference(ours: Image.Image, theirs: Image.Image) -> int:
+    """The largest difference of a colour of two 8-bit pictures, of 255."""
+    one, other = (np.asarray(picture, dtype=int) for picture in (ours, theirs))
+    return int(np.abs(one - other).max())
+
+
 def psnr(ours: Image.Image, theirs: Image.Image) -> float:
     """Peak signal-to-noise ratio of two 8-bit pictures, in dB; infinite where they are equal."""
     one, other = (np.asarray(picture, dtype=float) for picture in (ours, theirs))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from bench.likeness import psnr
+from bench.likeness import largest_difference, psnr
 from distriray import AsyncClient, GenerationRequest
 
 MODEL = "builtin:landscapes"
@@ -46,8 +45,7 @@ class Scene:
         if not self.exact:
             near = psnr(picture, reference)
             return f"{near:.1f} dB" if near < ALIKE_DB else None
-        ours, theirs = (np.asarray(each, dtype=int) for each in (picture, reference))
-        off = int(np.abs(ours - theirs).max())
+        off = largest_difference(picture, reference)
         return f"colours are off by {off}" if off > ALIKE_COLOURS else None
 
 

@@ -38,7 +38,7 @@ class Service:
         self.url = url
         self._hosts, self._workers, self._routers = hosts, workers, routers
         self._adapters = adapters
-        self._changes = 0
+        self._reconfigured = self._redeployed = 0
         unet = load_pipeline(ModelSpec(name=MODEL), "cpu").unet
         for seed, name in enumerate(ADAPTERS):
             write_adapter(adapters / f"{name}.safetensors", unet, seed)
@@ -56,16 +56,15 @@ class Service:
 
     def reconfigure(self) -> None:
         """Change a field that hosts take while they work."""
-        self._changes += 1
+        self._reconfigured += 1
         self._deploy()
 
     def redeploy(self) -> None:
         """Change one that they do not: every host and router is replaced."""
-        self._changes += 100
+        self._redeployed += 1
         self._deploy()
 
     def _deploy(self) -> None:
-        live, replaced = self._changes % 100, self._changes // 100
         pool = {
             "name": POOL,
             "model": MODEL,
@@ -78,7 +77,7 @@ class Service:
             "lora_dir": str(self._adapters),
             "lora_cache_bytes": 4 * 2**20,  # two adapters, of three
             "timeout_s": 5.0,
-            "silence_s": SILENCE_S + replaced / 1000,
+            "silence_s": SILENCE_S + self._redeployed / 1000,
             "stall_s": 60.0,
         }
         router = {"min_replicas": self._routers, "max_replicas": self._routers, "cpus": 0.1}
@@ -87,7 +86,7 @@ class Service:
             "route_prefix": "/",
             "import_path": "deployments.app:build_app",
             "args": {"pools": [pool], "router": router},
-            "deployments": [{"name": POOL, "user_config": {"max_queue": 64 - live % 2}}],
+            "deployments": [{"name": POOL, "user_config": {"max_queue": 64 - self._reconfigured % 2}}],
         }
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
 

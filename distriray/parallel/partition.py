@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -217,6 +217,7 @@ def dealt(count: int, ranks: int) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in pairwise(_boundaries(count, ranks)))
 
 
+@cache  # layers ask in every step
 def dealt_heads(attention: AttentionMode, heads: int, ranks: int) -> tuple[int, ...] | None:
     """How many heads of a layer of attention each rank gets; None where keys and values are gathered.
 
