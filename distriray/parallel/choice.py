@@ -7,10 +7,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from distriray.collective.all_gather import numbers_of_all
 from distriray.collective.base import Communicator
-from distriray.config import ExchangeMode
+from distriray.config import MIXES, ExchangeMode, Mix, ParallelConfig
+from distriray.parallel.networks.base import Call
+from distriray.parallel.share import Share
 from distriray.parallel.stopwatch import Stopwatch
 
 CANDIDATES: tuple[ExchangeMode, ...] = ("sync", "displaced_attention", "displaced")
@@ -88,6 +91,56 @@ class Choices:
         return known
 
 
+class Chooser:
+    """Chooser of the mix of each image that a network's gang begins, the same on all ranks.
+
+    Args:
+        measures: whether it is measured where a gang's configuration says `auto`; without it that is `sync`.
+
+    Attributes:
+        exchange: of the image that was begun last, what `auto` came to for one; `sync` where there is nothing
+            to exchange.
+    """
+
+    def __init__(self, measures: bool) -> None:
+        self.exchange: ExchangeMode | Mix = "sync"
+        self._measures = measures
+        self._communicator: Communicator
+        self._config: ParallelConfig
+        self._choices_of: WeakKeyDictionary[Communicator, Choices] = WeakKeyDictionary()
+
+    def join(self, communicator: Communicator, config: ParallelConfig) -> None:
+        """Choose for this gang; what was measured in others is kept as long as they live."""
+        self._communicator, self._config = communicator, config
+
+    def mix(self, call: Call, share: Share) -> Mix | None:
+        """The mix of an image that begins with a call; None where nothing is exchanged. All ranks call it.
+
+        Raises:
+            GangBroken: a peer died or hung.
+        """
+        exchange, mix = self._config.exchange, self._config.mix
+        if not share.exchanges:
+            exchange, mix = "none" if share.partition.world_size > 1 else "sync", None
+        elif exchange == "auto":
+            exchange = "sync"
+            if self._measures:
+                place = self._choices.place(_shape(call, share), self._config.max_wait)
+                exchange = agreed(self._communicator, place)
+            mix = MIXES[exchange]
+        self.exchange = exchange
+        return mix
+
+    def note(self, call: Call, share: Share, step: TimedStep) -> None:
+        """Remember how long a call's synchronous step took, if choices depend on it."""
+        if self._measures and self._config.exchange == "auto":
+            self._choices.note(_shape(call, share), step)
+
+    @property
+    def _choices(self) -> Choices:
+        return self._choices_of.setdefault(self._communicator, Choices())
+
+
 def expected_step_s(whole: float, rows: float, keys_values: float) -> tuple[float, ...]:
     """Seconds of a step in each of `CANDIDATES` if stale values cost nothing, by those of a synchronous one.
 
@@ -117,3 +170,8 @@ def _freshest(seconds: Sequence[Sequence[float]], max_wait: float) -> int:
     return next(
         place for place, (cost, step) in enumerate(zip(costs, steps, strict=True)) if cost <= max_wait * step
     )
+
+
+def _shape(call: Call, share: Share) -> Hashable:
+    """The facts that decide how much a rank computes and sends."""
+    return share.layout, share.partition, share.batch, call.sample.dtype, call.besides

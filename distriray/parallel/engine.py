@@ -6,19 +6,16 @@ from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
-from distriray.collective.absent import AbsentPeers
 from distriray.collective.base import Communicator
-from distriray.config import MIXES, ExchangeMode, Mix, ParallelConfig
+from distriray.config import ExchangeMode, Mix, ParallelConfig
 from distriray.errors import DistrirayError, GangMismatch, OutOfMemory
 from distriray.parallel.agreement import check_same_image
-from distriray.parallel.choice import Choices, TimedStep, agreed
+from distriray.parallel.choice import Chooser, TimedStep
 from distriray.parallel.collector import Collector
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
@@ -29,10 +26,11 @@ from distriray.parallel.gather import Place
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs
 from distriray.parallel.guiders import Guiders
 from distriray.parallel.image import Branch, Image
+from distriray.parallel.images import Images
 from distriray.parallel.network_graphs import NetworkGraphs
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.networks.outline import Outline
-from distriray.parallel.room import META, Room, buffer_bytes
+from distriray.parallel.room import Room, most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.statistics import StepStatistics
@@ -49,8 +47,6 @@ class Engine:
     Attributes:
         network: what is particular to its family.
         communicator, config: the gang, and how it shares a step; set by `join`.
-        exchange: how the image under way is shared, or the last one: what `auto` has chosen, for one. `sync`
-            where there is nothing to exchange.
         context: what the network's layers look up during a call.
         graphs: its steps as CUDA graphs, and what keeps them from being that.
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
@@ -67,7 +63,6 @@ class Engine:
         self.network = network
         self.communicator: Communicator
         self.config: ParallelConfig
-        self.exchange: ExchangeMode | Mix = "sync"
         self.context = PatchContext()
         self.graphs = NetworkGraphs(network, self.context)
         self.decoder: PatchDecoder | None = None
@@ -82,12 +77,9 @@ class Engine:
         self._exchanges = ExchangeCache()
         self._collector = Collector()
         self._more_follow = False
-        self._images: WeakSet[Image] = WeakSet()
-        self._entered: list[Image] = []
-        self._unannounced = self.image()
+        self._images = Images(self._entering)
         self._cached_text: Hashable = None
-        self._choices_of: WeakKeyDictionary[Communicator, Choices] = WeakKeyDictionary()
-        self._choices = Choices()
+        self._chooser = Chooser(network.displacement_measured)
         self._outline: Outline | None = None
         self._sums: Sums | None = None
         self._calling = Lock()
@@ -124,16 +116,15 @@ class Engine:
             self.communicator = communicator
             self.config = config
             self.lags = communicator.device.type == "cuda"
-            self._choices = self._choices_of.setdefault(communicator, Choices())
+            self._chooser.join(communicator, config)
         if self.decoder is not None:
             together = config.parallel_vae and communicator.world_size > 1
             self.decoder.communicator = communicator if together else None
         self.generation += 1
         self._collector.join(communicator)
         self._more_follow = False
-        for image in self._images:
-            image.interrupt()
-        self._unannounced.begin(0)
+        self._images.interrupt()
+        self._images.forget_unannounced()
 
     def _is_in(self, communicator: Communicator, config: ParallelConfig) -> bool:
         """Whether this gang, so configured, is the one that was joined last."""
@@ -142,8 +133,7 @@ class Engine:
     def capture_with(self, maker: GraphMaker | None) -> None:
         """Let later steps be graphs that `maker` makes, none if it is None; exchanges begin anew."""
         self._exchanges.clear()
-        for image in self._images:
-            image.interrupt()
+        self._images.interrupt()
         self.graphs.make_with(maker)
 
     def image(self, at_step: int = 0, num_steps: int | None = None) -> Image:
@@ -157,13 +147,11 @@ class Engine:
             at_step: number of the step that it begins with, where it was begun elsewhere.
             num_steps: of the whole image; ranks compare it.
         """
-        image = Image(self._enter, self._leave, at_step, num_steps)
-        self._images.add(image)
-        return image
+        return self._images.new(at_step, num_steps)
 
     def start_image(self, at_step: int = 0) -> None:
         """Let the next call start an image, or resume one at `at_step`: that step is synchronous."""
-        self._image.begin(at_step)
+        self._images.current.begin(at_step)
         self._collector.forget()
         self._more_follow = False
 
@@ -174,6 +162,14 @@ class Engine:
         as its last, a call returns when its output is known to be whole: a GPU has nothing to do then.
         """
         self._more_follow = True
+
+    @property
+    def exchange(self) -> ExchangeMode | Mix:
+        """How the image that was begun last is shared: what `auto` has chosen, for one.
+
+        `sync` where there is nothing to exchange.
+        """
+        return self._chooser.exchange
 
     @property
     def settled(self) -> bool:
@@ -235,17 +231,7 @@ class Engine:
         """
         if self._outline is None or not self._outline.holds():
             self._convert()
-        # The first has most rows, tokens and heads, the second halos on both sides.
-        ranks = {0, min(1, world_size - 1)}
-        gang = [AbsentPeers(rank, world_size, META) for rank in ranks]
-        calls = list(calls)
-        return max(
-            sum(
-                buffer_bytes(self.network, call, self.network.share(call, rank, config), config)
-                for call in calls
-            )
-            for rank in gang
-        )
+        return most_buffer_bytes(self.network, calls, world_size, config)
 
     def give_back(self) -> None:
         """Let go of memory that is kept for later: graphs', and that of gangs that were left."""
@@ -257,24 +243,11 @@ class Engine:
         """Whether all ranks take part in decoding, so that all must call it."""
         return self.decoder is not None and self.decoder.communicator is not None
 
-    # Which image a call belongs to
-
-    @property
-    def _image(self) -> Image:
-        return self._entered[-1] if self._entered else self._unannounced
-
-    def _enter(self, image: Image) -> None:
-        if image in self._entered:
-            raise RuntimeError("the image was entered before, and not left")
-        self._unannounced.begin(0)
+    def _entering(self, image: Image) -> None:
         if not image.branches:
             self._collector.yielding = self._more_follow = False
-        if not self._begun:
+        if not self._images.begun:
             self._collector.forget_output()
-        self._entered.append(image)
-
-    def _leave(self, image: Image) -> None:
-        self._entered.remove(image)
 
     # The network's forward pass
 
@@ -315,9 +288,9 @@ class Engine:
             call = replace(call, branch=self._guiders.branch)
         with Stopwatch(call.sample.device) as whole:
             output, step, share = self._run(call)
-        if self._chooses and step is not None and not step.displaced:
+        if step is not None and not step.displaced:
             timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
-            self._choices.note(_shape(call, share), timed)
+            self._chooser.note(call, share, timed)
         waiting, gathering = () if step is None else tuple(step.waiting), self._collector.waiting
         self.statistics = StepStatistics(
             whole,
@@ -387,13 +360,8 @@ class Engine:
 
     def _branch(self, call: Call, moment: Moment) -> Branch:
         """The branch that a call goes on with, or begins."""
-        image, said = self._image, bool(self._entered)
-        if not image.branches:
-            others = {other.stream for other in self._images if other.branches}
-            image.stream = next(stream for stream in count() if stream not in others)
-        before = image.branches.get(call.branch)
-        branch = image.branch(call, moment, said)
-        if before not in (None, branch):  # it begins anew, though it may be of the step under way
+        branch, replaces = self._images.branch(call, moment)
+        if replaces:  # it may be of the step under way
             self._more_follow = self._collector.yielding = False
             self.settle()
         return branch
@@ -420,7 +388,7 @@ class Engine:
         if branch.fresh_start:
             if self.communicator.world_size > 1:
                 compared, refused = self.network.compared(call), refusal is not None
-                num_steps = self._image.num_steps or moment.num_steps
+                num_steps = self._images.current.num_steps or moment.num_steps
                 with suppress(GangMismatch) if refused else nullcontext():
                     check_same_image(
                         self.communicator,
@@ -435,7 +403,7 @@ class Engine:
         if refusal is not None:
             raise refusal
         if branch.fresh_start:
-            branch.mix = self._choose(call, share)
+            branch.mix = self._chooser.mix(call, share)
         return share
 
     def _make_room(self, call: Call, share: Share, branch: Branch) -> None:
@@ -443,29 +411,10 @@ class Engine:
         if self.room is None:
             return
         branch.needed = self.room.needed(self.network, call, share, self.config)
-        needed = sum(each.needed for each in self._begun)
+        needed = sum(each.needed for each in self._images.begun)
         if needed > self.room.nbytes:
             raise OutOfMemory(self.room.refusal(needed, f"a batch of {call.batch} like this", self.config))
         self._most_idle = self.room.nbytes - needed
-
-    @property
-    def _chooses(self) -> bool:
-        """Whether mixes are chosen by measurement."""
-        return self.config.exchange == "auto" and self.network.displacement_measured
-
-    def _choose(self, call: Call, share: Share) -> Mix | None:
-        """The mix of an image that begins, for all ranks alike."""
-        exchange, mix = self.config.exchange, self.config.mix
-        if not share.exchanges:
-            exchange, mix = "none" if share.partition.world_size > 1 else "sync", None
-        elif exchange == "auto":
-            exchange = "sync"
-            if self._chooses:
-                place = self._choices.place(_shape(call, share), self.config.max_wait)
-                exchange = agreed(self.communicator, place)
-            mix = MIXES[exchange]
-        self.exchange = exchange
-        return mix
 
     def _place(self, call: Call, moment: Moment, branch: Branch) -> Place | None:
         """Position of this rank, for the others to compare; None without others."""
@@ -476,18 +425,13 @@ class Engine:
             self._sums = Sums(sample.numel(), sample.device)
         return Place(branch.step, moment.timestep, self._sums(sample)[:3])
 
-    @property
-    def _begun(self) -> list[Branch]:
-        """The branches of all images that live."""
-        return [branch for image in self._images for branch in image.branches.values()]
-
     def _convert(self) -> None:
         """Convert what has joined the network's layers since the last time; what cannot be cut is refused."""
         self._outline = None
         if self.network.convert(self.context):
             self._exchanges.clear()
             self._cached_text = None
-            for branch in self._begun:
+            for branch in self._images.begun:
                 branch.exchange = None
         self._outline = Outline(self.network.module)
 
@@ -505,7 +449,7 @@ class Engine:
         key = branch.exchange = ExchangeKey(
             self.communicator,
             config,
-            self._image.stream,
+            self._images.current.stream,
             call.branch,
             mix,
             (share.part.start, share.part.stop),
@@ -529,7 +473,7 @@ class Engine:
             ),
         )
         if not follows:
-            in_use = {branch.exchange for branch in self._begun if branch.exchange is not None}
+            in_use = {branch.exchange for branch in self._images.begun if branch.exchange is not None}
             self._exchanges.restart(but=in_use - {key})
             self._exchanges.evict(in_use, min(config.max_buffer_bytes, self._most_idle))
         warmup = config.warmup_of(mix)
@@ -537,8 +481,3 @@ class Engine:
         displaced = not mix.exact and warm and follows
         measure_drift = not mix.exact and warmup == "auto" and not branch.warm
         return exchange.step(displaced, measure_drift), exchange.graphs
-
-
-def _shape(call: Call, share: Share) -> Hashable:
-    """The facts that decide how much a rank computes and sends."""
-    return share.layout, share.partition, share.batch, call.sample.dtype, call.besides

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 
@@ -43,6 +43,23 @@ def buffer_bytes(network: Network, call: Call, share: Share, config: ParallelCon
                 network.dry_run(call, share, step)
         held.append(exchange.buffer_bytes)
     return max(held)
+
+
+def most_buffer_bytes(
+    network: Network, calls: Iterable[Call], world_size: int, config: ParallelConfig
+) -> int:
+    """`buffer_bytes` of all these calls on the rank of a gang that needs most.
+
+    Raises:
+        InvalidRequest: such a gang cannot share such a call.
+    """
+    # The first has most rows, tokens and heads, the second halos on both sides.
+    gang = [AbsentPeers(rank, world_size, META) for rank in {0, min(1, world_size - 1)}]
+    calls = list(calls)
+    return max(
+        sum(buffer_bytes(network, call, network.share(call, rank, config), config) for call in calls)
+        for rank in gang
+    )
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

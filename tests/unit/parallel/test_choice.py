@@ -211,7 +211,9 @@ def test_a_family_whose_displaced_pictures_nobody_has_measured_keeps_to_fresh_va
             with engine.image():
                 draw(network, transformer, Shape())
             assert engine.exchange == "sync"
-        assert synchronous and not engine._choices._shapes, "nobody would ask how long its steps took"
+        assert synchronous and not engine._chooser._choices._shapes, (
+            "nobody would ask how long its steps took"
+        )
         return "fresh" if all(synchronous) else "stale"
 
     assert run_in_lockstep(2, rank) == ["fresh", "fresh"]
