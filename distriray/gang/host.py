@@ -128,6 +128,11 @@ class Host:
         return news_of(self._dispatcher, self._placement.device, since)
 
     @property
+    def sizes(self) -> set[int]:
+        """Sizes of the gangs that can be formed, now or when repairs are done."""
+        return self._dispatcher.group.sizes
+
+    @property
     def facts(self) -> WorkerFacts:
         """Facts that the first worker reported of its model and device."""
         return self._dispatcher.facts

@@ -6,10 +6,34 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from distriray.jobs.run import Maker
+from distriray.errors import NotEnoughDevices
+from distriray.jobs.run import Maker, MakerLost
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 
 if TYPE_CHECKING:
     from distriray.gang import HostConfig
+    from distriray.gang.blocking import BlockingHost
+
+
+class OwnHost:
+    """A host of the job's own, which nobody replaces when its workers are beyond repair."""
+
+    def __init__(self, host: BlockingHost) -> None:
+        self._host = host
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        """As `Host.generate`; raises MakerLost once the host can form no gang any more."""
+        try:
+            return self._host.generate(request)
+        except NotEnoughDevices as error:
+            if self._host.host.sizes:
+                raise
+            raise MakerLost(str(error)) from error
+
+    def cancel(self, request_id: str) -> bool:
+        """As `Host.cancel`."""
+        return self._host.cancel(request_id)
 
 
 @contextmanager
@@ -28,7 +52,9 @@ def own_hosts(
     from distriray.gang import open_host
 
     with ExitStack() as stack:
-        yield [stack.enter_context(open_host(config, address=address, cpus=cpus)) for _ in range(count)]
+        yield [
+            OwnHost(stack.enter_context(open_host(config, address=address, cpus=cpus))) for _ in range(count)
+        ]
 
 
 @contextmanager

@@ -20,6 +20,10 @@ LONGEST_WAIT_S = 10.0
 """How long a job waits for a full queue before it asks again, whatever was predicted."""
 
 
+class MakerLost(Exception):
+    """A maker that will make nothing any more; what it was asked for is another's to make."""
+
+
 class Maker(Protocol):
     """Makes images, from any thread: a host in this process, or a running service."""
 
@@ -60,24 +64,35 @@ class Run:
         self._under_way: dict[str, Maker] = {}
         self._fault: BaseException | None = None
         self.completed = self.failed = 0
-        self._threads = [
-            threading.Thread(target=self._work, args=(maker,), name=f"prompt {i}", daemon=True)
-            for maker in makers
-            for i in range(in_flight)
-        ]
+        self._in_flight = in_flight
+        self._makers = list(makers)
+        self._returned: list[Prompt] = []  # by makers that were lost
 
     def finish(self) -> None:
         """Work until no prompt is left, or until `stop`, and then until none is under way.
 
         Raises:
+            NotEnoughDevices: every maker was lost before all was made.
             Exception: what made it impossible to go on; what was under way then has been finished.
         """
-        for thread in self._threads:
-            thread.start()
-        for thread in self._threads:
-            thread.join()
-        if self._fault is not None:
-            raise self._fault
+        while self._makers:
+            threads = [
+                threading.Thread(target=self._work, args=(maker,), name=f"prompt {i}", daemon=True)
+                for maker in self._makers
+                for i in range(self._in_flight)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            if self._fault is not None:
+                raise self._fault
+            if self.stopped or not self._returned:
+                return
+        left = len(self._returned) + sum(1 for _ in self._prompts)
+        raise NotEnoughDevices(
+            f"{self._lost}; with no host left, prompts not made: {left}; run the same command again for them"
+        )
 
     def stop(self) -> None:
         """Begin no further prompt. Called again, cancel those under way. For signal handlers, too."""
@@ -94,13 +109,20 @@ class Run:
     def _work(self, maker: Maker) -> None:
         while not self._stopping.is_set():
             with self._turn:
-                prompt = next(self._prompts, None)
+                prompt = self._returned.pop() if self._returned else next(self._prompts, None)
             if prompt is None:
                 return
             try:
                 end = self._make(maker, prompt)
                 if end is not None:
                     self._tell(prompt, end)
+            except MakerLost as lost:
+                with self._turn:
+                    self._lost = lost
+                    self._returned.append(prompt)
+                    if maker in self._makers:
+                        self._makers.remove(maker)
+                return
             except BaseException as fault:  # not the prompt's own: nobody could go on
                 self._fault = fault
                 self._stopping.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from errno import ENOSPC
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -19,8 +21,9 @@ from distriray.gang import HostConfig
 from distriray.jobs import generate
 from distriray.jobs.folder import Folder
 from distriray.jobs.generate import main
+from distriray.jobs.makers import OwnHost
 from distriray.jobs.prompts import read_prompts
-from distriray.jobs.run import MAX_TRIES, Run
+from distriray.jobs.run import MAX_TRIES, MakerLost, Run
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.picture import Picture, png
@@ -339,6 +342,76 @@ def test_what_passes_is_tried_again_and_not_for_ever(file: Path, tmp_path: Path)
     work = run(file, tmp_path / "other", painter, in_flight=1)
     assert (work.completed, work.failed) == (0, 4)
     assert len(painter.asked) == 4 * MAX_TRIES == len(set(painter.attempts))
+
+
+def lost_after(count: int) -> Callable[[GenerationRequest], None]:
+    asked = itertools.count()
+
+    def trouble(_: GenerationRequest) -> None:
+        if next(asked) >= count:
+            raise MakerLost("no gang here can serve this any more: worker 0 died")
+
+    return trouble
+
+
+def test_what_a_lost_host_was_asked_for_is_made_by_the_others(file: Path, tmp_path: Path) -> None:
+    good, _ = read_prompts(file)
+    waits, lost = threading.Event(), Painter(lost_after(1))
+
+    def wait(_: GenerationRequest) -> None:
+        waits.wait(60)
+
+    others = Painter(wait)
+    with Folder(tmp_path / "out") as folder:
+        work = Run(good, folder, [lost, others], in_flight=1, tell=lambda *_: waits.set())
+        work.finish()
+    assert (work.completed, work.failed) == (4, 0)
+    assert len(lost.asked) == 2, "asked for nothing more once it was lost"
+    assert lost.asked[1] in others.asked
+
+
+def test_what_is_lost_last_is_made_by_hosts_that_had_nothing_left_to_do(file: Path, tmp_path: Path) -> None:
+    good, _ = read_prompts(file)
+    others, alone = Painter(), threading.Event()
+
+    def be_lost(_: GenerationRequest) -> None:
+        alone.wait(60)
+        raise MakerLost("worker 0 died")
+
+    def tell(*_: object) -> None:
+        if len(others.asked) == 3:
+            alone.set()
+
+    with Folder(tmp_path / "out") as folder:
+        work = Run(good, folder, [Painter(be_lost), others], in_flight=1, tell=tell)
+        work.finish()
+    assert (work.completed, work.failed, len(others.asked)) == (4, 0, 4)
+
+
+def test_a_run_whose_hosts_are_all_lost_ends_and_leaves_the_rest_to_the_next(
+    file: Path, tmp_path: Path
+) -> None:
+    painter = Painter(lost_after(1))
+    with pytest.raises(NotEnoughDevices, match="worker 0 died; with no host left, prompts not made: 3"):
+        run(file, tmp_path / "out", painter, in_flight=1)
+    assert len(painter.asked) == 2
+    work = run(file, tmp_path / "out", Painter())
+    assert (work.completed, work.failed) == (3, 0)
+
+
+def test_a_host_of_a_jobs_own_is_lost_once_it_can_form_no_gang() -> None:
+    class Broken:
+        def __init__(self, sizes: set[int]) -> None:
+            self.host = SimpleNamespace(sizes=sizes)
+
+        def generate(self, _: GenerationRequest) -> GenerationResult:
+            raise NotEnoughDevices("no gang here can serve this any more: worker 0 died")
+
+    request = GenerationRequest(prompt="a lake")
+    with pytest.raises(NotEnoughDevices):
+        OwnHost(Broken({1})).generate(request)  # type: ignore[arg-type]
+    with pytest.raises(MakerLost, match="worker 0 died"):
+        OwnHost(Broken(set())).generate(request)  # type: ignore[arg-type]
 
 
 def test_what_no_prompt_is_to_blame_for_ends_the_run(file: Path, tmp_path: Path) -> None:
