@@ -645,12 +645,12 @@ def tiny_chroma(seed: int = 0) -> ChromaPipeline:
     return pipeline
 
 
-def tiny_sd3(seed: int = 0, t5: bool = False) -> StableDiffusion3Pipeline:
+def tiny_sd3(seed: int = 0, t5: bool = False, channels: int = 16) -> StableDiffusion3Pipeline:
     """A whole Stable Diffusion 3.5 pipeline, without T5 unless asked for.
 
-    Of 16 latent channels, since diffusers' own pipeline fills in masks with those alone.
+    diffusers' own pipeline fills in masks with latents of 16 channels alone.
     """
-    width, channels = 3 * TEXT_WIDTH, 16
+    width = 3 * TEXT_WIDTH
     tokenizers = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
     encoders = (
         ready(CLIPTextModelWithProjection(text_config(tokenizer)), seed + 2 + index)

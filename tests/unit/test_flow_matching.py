@@ -1192,6 +1192,15 @@ def test_a_size_beyond_the_models_positions_is_refused_before_a_step_fails(sd3: 
         assert error.value.param == side
 
 
+def test_a_mask_keeps_the_rest_with_latents_of_any_width() -> None:
+    """Which the ordinary pipeline refuses."""
+    denoiser = Denoiser(tiny_sd3(channels=4))
+    state = begin(denoiser, [1, 2], **SMALL, image=PICTURE, mask_image=MASK)
+    latents, picture = finish(denoiser, state), state.values["image_latents"]
+    assert torch.equal(latents[..., 6:], picture[..., 6:])
+    assert not torch.allclose(latents[..., :6], picture[..., :6], atol=0.5)
+
+
 def test_pipelines_of_other_classes_are_refused_with_a_list_of_what_is_served(sd3: Any) -> None:
     listed = (
         r"Stable Diffusion 3 and 3.5 \(StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, "

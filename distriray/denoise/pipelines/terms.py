@@ -207,13 +207,8 @@ def flux_terms(config: Configs) -> Terms:
 
 def flux_fill_terms(config: Configs) -> Terms:
     """Of FLUX.1 Fill, as its makers use it."""
-    return replace(
-        flux_terms(config),
-        num_inference_steps=50,
-        guidance_scale=30.0,
-        schedulers=("euler",),
-        needs_mask=True,
-    )
+    terms = replace(flux_terms(config), num_inference_steps=50, guidance_scale=30.0)
+    return replace(terms, schedulers=("euler",), needs_mask=True)
 
 
 def flux_kontext_terms(config: Configs) -> Terms:
