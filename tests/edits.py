@@ -15,12 +15,17 @@ from distriray.denoise.pipelines import flux, megapixels
 
 SHOWN = Image.radial_gradient("L").resize((120, 88)).convert("RGB")
 """What models that draw nothing from text alone are shown where a test says nothing."""
+TO_FILL, FILLED = SHOWN.resize((96, 64)), Image.new("L", (96, 64))
+"""What models that were made to fill in masks are given, and the mask."""
+FILLED.paste(255, (32, 16, 80, 64))
 
 
 def shown(denoiser: Denoiser, **fields: Any) -> dict[str, Any]:
-    """Those fields, and a picture if the model needs one and they have none."""
-    editing = denoiser.terms.editing
-    needed = editing is not None and editing.needs_references and "references" not in fields
+    """Those fields, and a picture if the model needs one and they have none, and a mask likewise."""
+    terms = denoiser.terms
+    if terms.needs_mask:
+        return {"image": TO_FILL, "mask_image": FILLED, **fields}
+    needed = terms.editing is not None and terms.editing.needs_references and "references" not in fields
     return {**({"image": SHOWN} if needed else {}), **fields}
 
 

@@ -34,6 +34,7 @@ from diffusers import (
     Flux3DistilledModularPipeline,
     Flux3ModularPipeline,
     Flux3Transformer2DModel,
+    FluxFillPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -644,8 +645,11 @@ def tiny_chroma(seed: int = 0) -> ChromaPipeline:
     return pipeline
 
 
-def tiny_sd3(seed: int = 0, t5: bool = False) -> StableDiffusion3Pipeline:
-    """A whole Stable Diffusion 3.5 pipeline, without T5 unless asked for."""
+def tiny_sd3(seed: int = 0, t5: bool = False, channels: int = 16) -> StableDiffusion3Pipeline:
+    """A whole Stable Diffusion 3.5 pipeline, without T5 unless asked for.
+
+    diffusers' own pipeline fills in masks with latents of 16 channels alone.
+    """
     width = 3 * TEXT_WIDTH
     tokenizers = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
     encoders = (
@@ -653,9 +657,11 @@ def tiny_sd3(seed: int = 0, t5: bool = False) -> StableDiffusion3Pipeline:
         for index, tokenizer in enumerate(tokenizers)
     )
     pipeline = StableDiffusion3Pipeline(
-        transformer=tiny_sd3_transformer(seed, joint_attention_dim=width),
+        transformer=tiny_sd3_transformer(
+            seed, joint_attention_dim=width, in_channels=channels, out_channels=channels
+        ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_vae(seed + 1, shift_factor=0.0),
+        vae=tiny_vae(seed + 1, shift_factor=0.0, latent_channels=channels),
         text_encoder=next(encoders),
         tokenizer=tokenizers[0],
         text_encoder_2=next(encoders),
@@ -663,6 +669,14 @@ def tiny_sd3(seed: int = 0, t5: bool = False) -> StableDiffusion3Pipeline:
         text_encoder_3=tiny_t5(seed + 4, tokenizers[0], width) if t5 else None,
         tokenizer_3=tokenizers[0] if t5 else None,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux_fill(seed: int = 0) -> FluxFillPipeline:
+    """A whole FLUX.1 Fill pipeline: each token has the latents of a picture beside its own, and a mask."""
+    mask = (2 * 8) ** 2  # the pixels of a token
+    pipeline = FluxFillPipeline.from_pipe(tiny_flux(seed, in_channels=2 * 16 + mask, out_channels=16))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -31,6 +31,7 @@ from distriray.models import ModelSpec
 from distriray.requests import SamplingParams
 from distriray.weights import place
 from tests.adapters import Weights, random_weights, write
+from tests.edits import shown
 from tests.models import (
     SHALLOW,
     tiny_chroma,
@@ -39,6 +40,7 @@ from tests.models import (
     tiny_flux2,
     tiny_flux2_klein,
     tiny_flux3,
+    tiny_flux_fill,
     tiny_qwen_image,
     tiny_qwen_image21,
     tiny_sd3,
@@ -53,6 +55,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd15": tiny_sd15,
     "sd3": tiny_sd3,
     "flux": tiny_flux,
+    "flux-fill": tiny_flux_fill,
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
     "chroma": tiny_chroma,
@@ -85,7 +88,7 @@ def denoiser_of(pipeline: Any, folder: Path, **options: Any) -> Denoiser:
 
 def begin(denoiser: Denoiser, *named: tuple[str, float], **fields: Any) -> DenoiseState:
     loras = [Lora(name=name, scale=scale) for name, scale in named]
-    return denoiser.prepare(SamplingParams(**{**SMALL, **fields, "loras": loras}))
+    return denoiser.prepare(SamplingParams(**shown(denoiser, **{**SMALL, **fields, "loras": loras})))
 
 
 def draw(denoiser: Denoiser, *named: tuple[str, float], **fields: Any) -> torch.Tensor:

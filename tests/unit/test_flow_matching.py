@@ -17,6 +17,7 @@ import torch
 from diffusers import (
     AdaptiveProjectedGuidance,
     AutoencoderTiny,
+    ChromaInpaintPipeline,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     ErnieImagePipeline,
@@ -26,6 +27,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
@@ -36,10 +38,12 @@ from diffusers import (
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
     QwenImagePipeline,
-    StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGPipeline,
     UniPCMultistepScheduler,
     ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
     ZImagePipeline,
 )
 from PIL import Image
@@ -60,7 +64,7 @@ from distriray.parallel.schedules import Schedules, Turn
 from distriray.picture import Picture
 from distriray.references import LOOKED_AT, Editing, Reference
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.edits import SHOWN, shown, shrink
+from tests.edits import FILLED, SHOWN, TO_FILL, shown, shrink
 from tests.guiding import guiders_with
 from tests.models import (
     TEXT_WIDTH,
@@ -75,6 +79,7 @@ from tests.models import (
     tiny_flux3,
     tiny_flux3_distilled,
     tiny_flux3_transformer,
+    tiny_flux_fill,
     tiny_flux_schnell,
     tiny_hunyuan_image,
     tiny_hunyuan_image_distilled,
@@ -109,6 +114,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "sd3": tiny_sd3,
     "flux-dev": tiny_flux,
     "flux-schnell": tiny_flux_schnell,
+    "flux-fill": tiny_flux_fill,
     "flux-kontext": tiny_kontext,
     "chroma": tiny_chroma,
     "ernie-image": tiny_ernie_image,
@@ -148,7 +154,7 @@ def denoiser(pipeline: Any) -> Denoiser:
 
 
 def begin(denoiser: Denoiser, seeds: list[int], **fields: Any) -> DenoiseState:
-    """Those fields prepared, with consecutive seeds, and with a picture where the model needs one."""
+    """Those fields prepared, with consecutive seeds, and with the pictures that the model needs."""
     return begin_as_asked(denoiser, seeds, **shown(denoiser, **fields))
 
 
@@ -156,21 +162,27 @@ def plain(
     pipeline: Any, seeds: list[int], scheduler: Any = None, output_type: str = "latent", **call: Any
 ) -> Any:
     """What diffusers' own pipeline gives for the same call: unpacked latents, or pictures."""
-    by_flux = isinstance(pipeline, FluxPipeline | FluxImg2ImgPipeline)
+    by_flux = isinstance(pipeline, FluxPipeline | FluxImg2ImgPipeline | FluxInpaintPipeline)
     if by_flux and not pipeline.transformer.config.guidance_embeds:
         call["max_sequence_length"] = 256  # what the makers of FLUX.1-schnell say
+    if isinstance(pipeline, ChromaInpaintPipeline):
+        call["max_sequence_length"] = 512  # as for its other tasks
+    if isinstance(pipeline, FluxFillPipeline):
+        call = {"image": TO_FILL, "mask_image": FILLED, **call}
+    for name in ("image", "mask_image") if "mask_image" in call else ():
+        call[name] = [call[name]] * len(seeds)  # or one is encoded for all, with the first one's generator
     if isinstance(pipeline, FluxKontextPipeline):
         call["max_area"] = call["height"] * call["width"]  # or it draws a megapixel, whatever it is asked
     edits = isinstance(pipeline, QwenImageEditPipeline | QwenImageEditPlusPipeline)
     if edits:
         call.setdefault("image", SHOWN)
-    if edits or isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline):
+    if edits or isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline | QwenImageInpaintPipeline):
         call["true_cfg_scale"] = call.pop("guidance_scale", 4.0)
         call.setdefault("negative_prompt", " ")  # what the makers of Qwen-Image say
     if isinstance(pipeline, QwenImage21Pipeline):
         call["true_cfg_scale"] = call.pop("guidance_scale", 1.0)
         call.setdefault("negative_prompt", " ")
-    if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline):
+    if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline | ZImageInpaintPipeline):
         call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
     guiding: AbstractContextManager[None] = nullcontext()
     if isinstance(pipeline, HunyuanImagePipeline):
@@ -218,14 +230,16 @@ def by_guider(pipeline: ModularPipeline, **call: Any) -> dict[str, Any]:
 
 def skip_unless_it_begins_from_pictures(pipeline: Any) -> None:
     if "image-to-image" not in PIPELINES[family_of(pipeline)].tasks:
-        pytest.skip("the family draws from text alone")
+        pytest.skip("the family has one pipeline, for other tasks")
 
 
-def image_to_image(pipeline: Any) -> Any:
-    """diffusers' pipeline for it around the same models."""
+def on_pictures(pipeline: Any, task: str) -> Any:
+    """diffusers' pipeline for that task around the same models."""
     skip_unless_it_begins_from_pictures(pipeline)
-    _, kind = PIPELINES[family_of(pipeline)].steps.kinds
-    other = kind.from_pipe(pipeline)
+    family = PIPELINES[family_of(pipeline)]
+    other = family.steps.kinds[family.tasks.index(task)].from_pipe(pipeline)
+    if isinstance(other, ChromaInpaintPipeline):  # which asks for what no network of Chroma has
+        other.transformer.register_to_config(guidance_embeds=False)
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -481,7 +495,7 @@ def test_image_to_image_is_the_ordinary_pipelines_bit_for_bit(
     pipeline: Any, denoiser: Denoiser, scheduler: str | None
 ) -> None:
     skip_unless_taken(denoiser, scheduler)
-    other = image_to_image(pipeline)
+    other = on_pictures(pipeline, "image-to-image")
     call = {"image": PICTURE, "strength": 0.7, "num_inference_steps": 6, **SIZE}
     call["guidance_scale"] = denoiser.terms.guidance_scale  # as for text to image, where diffusers has two
     pictures = {"image": [PICTURE] * 2}
@@ -491,12 +505,58 @@ def test_image_to_image_is_the_ordinary_pipelines_bit_for_bit(
     assert torch.equal(finish(denoiser, state), expected)
 
 
+@pytest.mark.parametrize(
+    ("strength", "scheduler", "guided", "seeds"),
+    [
+        (1.0, None, True, [1, 2]),
+        (0.7, None, False, [1]),
+        (0.7, "euler", True, [1, 2]),
+        (1.0, "heun", False, [1]),
+        (0.7, "heun", True, [1, 2]),
+    ],
+)
+def test_inpainting_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes(
+    pipeline: Any,
+    denoiser: Denoiser,
+    strength: float,
+    scheduler: str | None,
+    guided: bool,
+    seeds: list[int],
+) -> None:
+    skip_unless_taken(denoiser, scheduler)
+    other = pipeline if denoiser.terms.needs_mask else on_pictures(pipeline, "inpainting")
+    terms = denoiser.terms
+    scale = (
+        max(terms.guidance_scale, 3.0) if guided and "guidance_scale" not in terms.lacks else terms.unguided
+    )
+    call = {"image": PICTURE, "mask_image": MASK, "strength": strength, "num_inference_steps": 6, **SIZE}
+    call["guidance_scale"] = scale
+    expected = plain(other, seeds, named(scheduler, pipeline), **call)
+    state = begin(denoiser, seeds, prompt="a lake", scheduler=scheduler, **call)
+    assert state.task == "inpainting"
+    carried = finish_through_bytes(denoiser, state)
+    assert torch.equal(finish(denoiser, state), expected)
+    assert torch.equal(carried, expected)
+    pictures = plain(other, seeds, named(scheduler, pipeline), "pil", **call)
+    for drawn, picture in zip(denoiser.decode(state), pictures, strict=True):
+        assert apart(drawn, picture) <= 1, "the VAE is given the same numbers, in another order in memory"
+
+
 def test_a_request_that_names_nothing_is_drawn_as_the_family_draws(pipeline: Any, denoiser: Denoiser) -> None:
     terms = denoiser.terms
     state = begin(denoiser, [1], prompt="a lake", **SIZE)
     assert state.num_steps == terms.num_inference_steps and state.guidance_scale == terms.guidance_scale
     own = plain(pipeline, [1], num_inference_steps=terms.num_inference_steps, **SIZE)
     assert torch.equal(finish(denoiser, state), own)
+
+
+def test_in_half_precision_too_a_mask_is_filled_in_as_the_ordinary_pipeline_does(model: str) -> None:
+    pipeline = MODELS[model]().to(torch.bfloat16)
+    other, denoiser = on_pictures(pipeline, "inpainting"), Denoiser(pipeline)
+    call = {"image": PICTURE, "mask_image": MASK, "strength": 0.7, "num_inference_steps": 3, **SIZE}
+    call["guidance_scale"] = denoiser.terms.guidance_scale
+    state = begin(denoiser, [1], prompt="a lake", **call)
+    assert torch.equal(finish(denoiser, state), plain(other, [1], **call))
 
 
 def test_in_half_precision_too_it_is_the_ordinary_pipelines_bit_for_bit(model: str) -> None:
@@ -510,7 +570,7 @@ def test_in_half_precision_too_it_is_the_ordinary_pipelines_bit_for_bit(model: s
     denoiser.preview(state)
 
 
-@pytest.mark.parametrize("call", [{}, {"image": PICTURE}])
+@pytest.mark.parametrize("call", [{}, {"image": PICTURE}, {"image": PICTURE, "mask_image": MASK}])
 def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, call: dict[str, Any]) -> None:
     if "image" in call:
         skip_unless_it_begins_from_pictures(denoiser._pipeline)
@@ -697,7 +757,11 @@ def test_any_number_of_steps_can_be_stepped_and_is_what_the_request_says(
         ({"height": 72}, "height", "height 72 is not a multiple of (16; use 64 or 80|32; use 64 or 96)"),
         ({"scheduler": "ddim"}, "scheduler", r"scheduler ddim is not for this model; use .*euler"),
         ({"scheduler": "lcm"}, "scheduler", "scheduler lcm is not for this model"),
-        ({"image": PICTURE, "mask_image": MASK}, "mask_image", "fills in no masks here"),
+        (
+            {"image": PICTURE, "mask_image": MASK, "scheduler": "unipc"},
+            "scheduler",
+            "unipc (cannot begin from an im|is not for)",
+        ),
         ({"image": PICTURE, "scheduler": "unipc"}, "scheduler", "unipc (cannot begin from an im|is not for)"),
         ({"image": PICTURE, "strength": 1e-20}, "strength", "leaves none to do"),
         ({"seed": None}, "seed", "there is no seed yet"),
@@ -827,22 +891,26 @@ def in_sync(model: str) -> Gangs:
     return Gangs(MODELS[model], **SYNC)
 
 
-@pytest.mark.parametrize("task", ["text-to-image", "image-to-image"])
+@pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "inpainting"])
 def test_a_gang_in_sync_draws_what_the_pipeline_draws(
     pipeline: Any, denoiser: Denoiser, in_sync: Gangs, task: str
 ) -> None:
     call = {**TALL, "num_inference_steps": 4, "guidance_scale": denoiser.terms.guidance_scale}
     own = pipeline
-    if task == "image-to-image":
-        own = image_to_image(pipeline)
+    if task != "text-to-image":
+        own = on_pictures(pipeline, task)
+        size = call["width"], call["height"]
         # Z-Image's pipeline does not scale pictures.
-        call |= {"image": PICTURE.resize((call["width"], call["height"])), "strength": 0.8}
+        call |= {"image": PICTURE.resize(size), "strength": 0.8}
+        if task == "inpainting":
+            call["mask_image"] = MASK.resize(size)
     latents = plain(own, [1], **call)
     (picture,) = plain(own, [1], output_type="pil", **call)
-    for size in (1, 2, 3):
-        for drawn in in_sync.draw((size,), **call):
-            assert differs(drawn.latents, latents) <= LIKENESS, size
-            assert apart(drawn.picture, picture) <= 1, size
+    changing = [(2, 4, 1)] if task == "inpainting" else []  # what keeps the rest goes along
+    for sizes in ((1,), (2,), (3,), *changing):
+        for drawn in in_sync.draw(sizes, **call):
+            assert differs(drawn.latents, latents) <= LIKENESS, sizes
+            assert apart(drawn.picture, picture) <= 1, sizes
 
 
 @pytest.mark.parametrize("scheduler", [None, "unipc"])
@@ -1124,10 +1192,22 @@ def test_a_size_beyond_the_models_positions_is_refused_before_a_step_fails(sd3: 
         assert error.value.param == side
 
 
-def test_inpainting_pipelines_are_refused_with_a_list_of_what_is_served(sd3: Any) -> None:
-    listed = r"Stable Diffusion 3 and 3.5 \(StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline\)"
-    with pytest.raises(UnsupportedModel, match=f"StableDiffusion3InpaintPipeline cannot .*{listed}"):
-        Denoiser(StableDiffusion3InpaintPipeline(**sd3.components))
+def test_a_mask_keeps_the_rest_with_latents_of_any_width() -> None:
+    """Which the ordinary pipeline refuses."""
+    denoiser = Denoiser(tiny_sd3(channels=4))
+    state = begin(denoiser, [1, 2], **SMALL, image=PICTURE, mask_image=MASK)
+    latents, picture = finish(denoiser, state), state.values["image_latents"]
+    assert torch.equal(latents[..., 6:], picture[..., 6:])
+    assert not torch.allclose(latents[..., :6], picture[..., :6], atol=0.5)
+
+
+def test_pipelines_of_other_classes_are_refused_with_a_list_of_what_is_served(sd3: Any) -> None:
+    listed = (
+        r"Stable Diffusion 3 and 3.5 \(StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, "
+        r"StableDiffusion3InpaintPipeline\)"
+    )
+    with pytest.raises(UnsupportedModel, match=f"StableDiffusion3PAGPipeline cannot .*{listed}"):
+        Denoiser(StableDiffusion3PAGPipeline.from_pipe(sd3))
 
 
 def test_a_folder_without_t5_is_loaded_and_its_dtype_on_a_gpu_is_bfloat16(
@@ -1183,10 +1263,17 @@ def test_flux_schnell_is_known_by_its_network_and_reads_as_many_tokens_as_it_was
     assert tokens == [512, 256]
 
 
-def test_flux_for_masks_and_edits_is_refused_with_a_list_of_what_is_served() -> None:
-    listed = r"FLUX.1 \(FluxPipeline, FluxImg2ImgPipeline\)"
-    with pytest.raises(UnsupportedModel, match=f"FluxInpaintPipeline cannot .*{listed}"):
-        Denoiser(FluxInpaintPipeline(**tiny_flux().components))
+def test_flux_fill_fills_in_masks_and_is_refused_as_another_flux() -> None:
+    denoiser = Denoiser(tiny_flux_fill())
+    assert (denoiser.terms.num_inference_steps, denoiser.terms.guidance_scale) == (50, 30.0)
+    for fields, param in (({}, "image"), ({"image": PICTURE}, "mask_image")):
+        with pytest.raises(InvalidRequest, match="needs an image and a mask_image") as error:
+            begin_as_asked(denoiser, [1], **SMALL, **fields)
+        assert error.value.param == param
+    with pytest.raises(UnsupportedModel, match="a transformer of 288 channels; .* there are those of 16"):
+        Denoiser(FluxPipeline.from_pipe(tiny_flux_fill()))
+    with pytest.raises(UnsupportedModel, match="a transformer of 16 channels; .* there are those of 288"):
+        Denoiser(FluxFillPipeline.from_pipe(tiny_flux()))
 
 
 # Qwen-Image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ChromaImg2ImgPipeline, ChromaPipeline
+from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.guidance import guided_calls
@@ -18,7 +18,7 @@ TEXT_TOKENS = 512
 class Chroma(PackedFlowMatching):
     """A pipeline with T5's tokens, of whose padding the first is seen; a branch has a call of its own."""
 
-    kinds = (ChromaPipeline, ChromaImg2ImgPipeline)
+    kinds = (ChromaPipeline, ChromaImg2ImgPipeline, ChromaInpaintPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
     max_clip_skip = 0
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PipelineSteps, check_pixels
 from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
+from distriray.denoise.pipelines.masks import keep_outside
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
 
@@ -26,7 +27,8 @@ class FlowMatching(PipelineSteps):
     """A transformer on the latents of a VAE, by the methods of diffusers' ordinary pipelines.
 
     Attributes:
-        kinds: the pipelines for text to image and for image to image, if there is one.
+        kinds: the pipelines for text to image, image to image and inpainting; or one that does all that its
+            model can.
         parts: the components that no request can be drawn without.
         optional_parts: those that a model may lack.
         latents_per_input: channels of the network's input to one of the latents.
@@ -48,7 +50,7 @@ class FlowMatching(PipelineSteps):
         # Around the same models, but for each request's scheduler, which the user's pipeline never sees.
         parts = {name: pipeline.components[name] for name in (*self.parts, *self.optional_parts)}
         self._plain, *others = (self.around(kind, parts) for kind in self.kinds)
-        self._img2img: Any = others[0] if others else None
+        self._on_pictures = dict(zip(("image-to-image", "inpainting"), others, strict=False))
         self._transformer, self._vae = pipeline.transformer, pipeline.vae
 
     def around(self, kind: type, parts: dict[str, Any]) -> Any:
@@ -65,11 +67,10 @@ class FlowMatching(PipelineSteps):
             raise UnsupportedModel(f"{what} with {type(vae).__name__}; known is {self.vae_kind.__name__}")
         if vae.config.get("shift_factor", 0.0) is None:
             raise UnsupportedModel(f"{what} whose VAE has no shift_factor; 0.0 is none")
-        latents = self.latent_channels
-        if takes != latents * self.latents_per_input:
+        if takes != self.input_channels:
             raise UnsupportedModel(
-                f"a transformer of {takes} channels; with latents of {latents} there are those of "
-                f"{latents * self.latents_per_input}"
+                f"a transformer of {takes} channels; with latents of {self.latent_channels} there are those "
+                f"of {self.input_channels}"
             )
 
     @property
@@ -77,6 +78,11 @@ class FlowMatching(PipelineSteps):
         """Channels of the VAE's latents."""
         channels: int = self.pipeline.vae.config[self.vae_channels]
         return channels
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input."""
+        return self.latent_channels * self.latents_per_input
 
     @property
     @abstractmethod
@@ -105,6 +111,21 @@ class FlowMatching(PipelineSteps):
         Only families have it that begin from pictures.
         """
         raise NotImplementedError
+
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The same of pictures of which a mask is filled in, with what `outside` gives or the network takes.
+
+        Only families have it that fill in masks.
+        """
+        raise NotImplementedError
+
+    def pipeline_for(self, commission: Commission) -> Any:
+        """The family's pipeline for its task, with its scheduler."""
+        pipeline = self._on_pictures.get(commission.task, self._plain)
+        pipeline.scheduler = commission.scheduler
+        return pipeline
 
     def sigmas(self, steps: int) -> Any:
         """Noise level of each step's latents, before the shift; None leaves it to the scheduler."""
@@ -135,16 +156,16 @@ class FlowMatching(PipelineSteps):
         timesteps, dtype = self._schedule(commission), values["prompt_embeds"].dtype
         if commission.image is None:
             return {**values, **self.noise(commission, dtype), "timesteps": timesteps}
-        self._img2img.scheduler = commission.scheduler
         timesteps = self._last_of(timesteps, commission)
         # One each, so that every image is drawn with its own generator.
-        pictures = self._img2img.image_processor.preprocess(
+        pictures = self.pipeline_for(commission).image_processor.preprocess(
             [commission.image] * len(commission.generators),
             commission.height,
             commission.width,
         )
         first = timesteps[:1].repeat(len(pictures))
-        return {**values, **self.noised(commission, dtype, pictures, first), "timesteps": timesteps}
+        begin = self.noised if commission.mask_image is None else self.masked
+        return {**values, **begin(commission, dtype, pictures, first), "timesteps": timesteps}
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         config = self._vae.config
@@ -181,13 +202,13 @@ class FlowMatching(PipelineSteps):
         return outputs
 
     def advanced(self, state: DenoiseState, output: torch.Tensor) -> torch.Tensor:
-        """The latents after a step with that output."""
+        """The latents after a step with that output; where a mask is filled in, inside it alone."""
         scheduler, timestep = state.scheduler, state.values["timesteps"][state.step]
         draws = "generator" in signature(scheduler.step).parameters
         options = {"generator": state.generators} if draws else {}
         latents: torch.Tensor
         (latents,) = scheduler.step(output, timestep, state.latents, **options, return_dict=False)
-        return latents
+        return keep_outside(state, latents)
 
     def _size(self, commission: Commission, dtype: torch.dtype) -> tuple[Any, ...]:
         """The size as diffusers' methods that prepare latents take it, in their order."""
@@ -231,7 +252,7 @@ class FlowMatching(PipelineSteps):
                 "scheduler",
             )
         steps, device = commission.num_inference_steps, self._transformer.device
-        timesteps, _ = self._img2img.get_timesteps(steps, commission.strength, device)
+        timesteps, _ = self.pipeline_for(commission).get_timesteps(steps, commission.strength, device)
         commission.check_timesteps(timesteps)
         return timesteps
 

@@ -1,11 +1,17 @@
-"""FLUX.1, dev, schnell and Kontext."""
+"""FLUX.1, dev, schnell, Fill and Kontext."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers import (
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
 
@@ -20,7 +26,7 @@ class Flux(PackedFlowMatching):
     Where the network was distilled from guidance it takes the scale as an input.
     """
 
-    kinds: ClassVar[tuple[type, ...]] = (FluxPipeline, FluxImg2ImgPipeline)
+    kinds: ClassVar[tuple[type, ...]] = (FluxPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     max_clip_skip = 0
     guides = False
@@ -49,11 +55,15 @@ class Flux(PackedFlowMatching):
         scale = torch.full((images,), commission.guidance_scale, device=device) if takes_scale else None
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "txt_ids": ids, "guidance": scale}
 
+    def beside(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
+        """A picture's tokens with what the network is shown beside them."""
+        return self.with_references(state, tokens)
+
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         values, latents = state.values, state.latents
         own = self.pack(latents)
         output = self._transformer(
-            hidden_states=self.with_references(state, own),
+            hidden_states=self.beside(state, own),
             timestep=self.timestep(state, state.batch).to(latents.dtype) / 1000,
             guidance=values.get("guidance"),
             encoder_hidden_states=values["prompt_embeds"],
@@ -64,6 +74,34 @@ class Flux(PackedFlowMatching):
         )[0]
         output = self.unpack(output[:, : own.shape[1]], state.height, state.width)
         return self.advanced(state, output), output
+
+
+class FluxFill(Flux):
+    """FLUX.1 Fill: dev, whose network takes the mask and what it leaves of the picture in each token."""
+
+    kinds = (FluxFillPipeline,)
+
+    @property
+    def input_channels(self) -> int:
+        """Latents, as many of the picture, and the pixels of the mask in a token."""
+        side: int = self.patch_size * self.pipeline.vae_scale_factor
+        return 2 * super().input_channels + side**2
+
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        pipeline, size = self.pipeline_for(commission), (commission.height, commission.width)
+        values = self.noised(commission, dtype, pictures, timesteps)
+        mask = pipeline.mask_processor.preprocess(commission.mask_image, *size)
+        images, channels, *_, device, generators = self._size(commission, dtype)
+        rest = (pictures * (1 - mask)).to(device, dtype)
+        mask, rest = pipeline.prepare_mask_latents(
+            mask, rest, images, channels, 1, *size, dtype, device, generators
+        )
+        return {**values, "masked_image": torch.cat([rest, mask], 2)}
+
+    def beside(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tokens, state.values["masked_image"]], 2)
 
 
 class FluxKontext(Flux):

@@ -9,6 +9,7 @@ import torch
 
 from distriray.denoise.pipelines.base import Commission
 from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.pipelines.masks import outside
 
 
 class PackedFlowMatching(FlowMatching):
@@ -27,7 +28,17 @@ class PackedFlowMatching(FlowMatching):
         self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         size = self._size(commission, dtype)
-        return self._prepared(commission, self._img2img.prepare_latents(pictures, timesteps, *size))
+        prepared = self.pipeline_for(commission).prepare_latents(pictures, timesteps, *size)
+        return self._prepared(commission, prepared)
+
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        pipeline, size = self.pipeline_for(commission), self._size(commission, dtype)
+        tokens, *apart = pipeline.prepare_latents(pictures, timesteps, *size)
+        noise, image_latents = (self.unpack(each, commission.height, commission.width) for each in apart[:2])
+        values = self._prepared(commission, (tokens, *apart[2:]))
+        return {**values, **outside(pipeline, commission, noise, image_latents)}
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """(batch, channels, rows, columns) as (batch, tokens, channels)."""

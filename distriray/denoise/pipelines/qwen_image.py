@@ -11,6 +11,7 @@ from diffusers import (
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
     QwenImagePipeline,
 )
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
@@ -32,7 +33,11 @@ TEXT_TOKENS = 512
 class QwenImage(PackedFlowMatching):
     """A pipeline that reads prompts with a language model; a branch has a call and a length of its own."""
 
-    kinds: ClassVar[tuple[type, ...]] = (QwenImagePipeline, QwenImageImg2ImgPipeline)
+    kinds: ClassVar[tuple[type, ...]] = (
+        QwenImagePipeline,
+        QwenImageImg2ImgPipeline,
+        QwenImageInpaintPipeline,
+    )
     parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "tokenizer")
     vae_kind = AutoencoderKLQwenImage
     vae_channels = "z_dim"

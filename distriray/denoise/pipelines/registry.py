@@ -28,6 +28,7 @@ from distriray.denoise.pipelines.terms import (
     flux2_klein_terms,
     flux2_terms,
     flux3_terms,
+    flux_fill_terms,
     flux_kontext_terms,
     flux_terms,
     hunyuan_image_terms,
@@ -59,7 +60,7 @@ class Family:
         models: those that it stands for, in the words of the message that lists what there is.
         sizes: finds the sizes of its pictures in the configurations of a model's components.
         terms: finds there what it says of a request's other fields.
-        tasks: those that it does.
+        tasks: those that it has a pipeline each for; one that does all is text-to-image's by its name.
     """
 
     home: str
@@ -76,49 +77,46 @@ class Family:
         return steps
 
 
-_ON_NOISE = ("text-to-image",)
-_ON_NOISE_OR_PICTURE = ("text-to-image", "image-to-image")
+_BY_ONE = ("text-to-image",)
+"""Of families whose one pipeline does all that their models can."""
 
 PIPELINES: dict[str, Family] = {
     "StableDiffusion": Family(".sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", unet_sizes),
     "StableDiffusionXL": Family(".sdxl:StableDiffusionXL", "Stable Diffusion XL", unet_sizes),
-    "StableDiffusion3": Family(
-        ".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms, _ON_NOISE_OR_PICTURE
-    ),
-    "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms, _ON_NOISE_OR_PICTURE),
-    "FluxKontext": Family(".flux:FluxKontext", "FLUX.1 Kontext", flux_sizes, flux_kontext_terms, _ON_NOISE),
-    "Chroma": Family(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms, _ON_NOISE_OR_PICTURE),
-    "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _ON_NOISE),
-    "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _ON_NOISE),
-    "Flux3Modular": Family(".flux3:Flux3", "FLUX.3", flux2_sizes, flux3_terms, _ON_NOISE),
+    "StableDiffusion3": Family(".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms),
+    "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms),
+    "FluxFill": Family(".flux:FluxFill", "FLUX.1 Fill", flux_sizes, flux_fill_terms, _BY_ONE),
+    "FluxKontext": Family(".flux:FluxKontext", "FLUX.1 Kontext", flux_sizes, flux_kontext_terms, _BY_ONE),
+    "Chroma": Family(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms),
+    "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _BY_ONE),
+    "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _BY_ONE),
+    "Flux3Modular": Family(".flux3:Flux3", "FLUX.3", flux2_sizes, flux3_terms, _BY_ONE),
     "Flux3DistilledModular": Family(
-        ".flux3:Flux3Distilled", "FLUX.3 distilled", flux2_sizes, flux3_terms, _ON_NOISE
+        ".flux3:Flux3Distilled", "FLUX.3 distilled", flux2_sizes, flux3_terms, _BY_ONE
     ),
-    "QwenImage": Family(
-        ".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms, _ON_NOISE_OR_PICTURE
-    ),
+    "QwenImage": Family(".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms),
     "QwenImageEdit": Family(
-        ".qwen_image:QwenImageEdit", "Qwen-Image-Edit", qwen_image_sizes, qwen_image_edit_terms, _ON_NOISE
+        ".qwen_image:QwenImageEdit", "Qwen-Image-Edit", qwen_image_sizes, qwen_image_edit_terms, _BY_ONE
     ),
     "QwenImageEditPlus": Family(
         ".qwen_image:QwenImageEditPlus",
         "Qwen-Image-Edit 2509 and 2511",
         qwen_image_sizes,
         qwen_image_edit_plus_terms,
-        _ON_NOISE,
+        _BY_ONE,
     ),
     "QwenImage21": Family(
-        ".qwen_image21:QwenImage21", "Qwen-Image 2.1", qwen_image21_sizes, qwen_image21_terms, _ON_NOISE
+        ".qwen_image21:QwenImage21", "Qwen-Image 2.1", qwen_image21_sizes, qwen_image21_terms, _BY_ONE
     ),
     "HunyuanImage": Family(
         ".hunyuan_image:HunyuanImage",
         "HunyuanImage 2.1",
         hunyuan_image_sizes,
         hunyuan_image_terms,
-        _ON_NOISE,
+        _BY_ONE,
     ),
-    "ErnieImage": Family(".ernie_image:ErnieImage", "ERNIE-Image", flux2_sizes, ernie_image_terms, _ON_NOISE),
-    "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms, _ON_NOISE_OR_PICTURE),
+    "ErnieImage": Family(".ernie_image:ErnieImage", "ERNIE-Image", flux2_sizes, ernie_image_terms, _BY_ONE),
+    "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""
 

@@ -16,6 +16,7 @@ from PIL import Image
 from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
 from distriray.denoise.pipelines.control import controlled
 from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
+from distriray.denoise.pipelines.masks import keep_outside
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
@@ -136,9 +137,7 @@ class StableDiffusion(PipelineSteps):
             output = guided(output, state)
         options = pipeline.prepare_extra_step_kwargs(state.generators, 0.0)
         latents = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
-        if "image_latents" in values:
-            latents = self._keep_outside(state, latents)
-        return latents, output
+        return keep_outside(state, latents), output
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Where the pipeline has a safety checker, pictures that it finds offensive come out black."""
@@ -239,11 +238,3 @@ class StableDiffusion(PipelineSteps):
         timesteps, _ = pipeline.get_timesteps(steps, commission.strength, self._unet.device)
         commission.check_timesteps(timesteps)
         return timesteps
-
-    def _keep_outside(self, state: DenoiseState, latents: torch.Tensor) -> torch.Tensor:
-        """Latents inside the mask; outside it those of the picture, as noisy as the next step wants them."""
-        values, kept = state.values, state.values["image_latents"]
-        if state.step + 1 < state.num_steps:
-            following = values["timesteps"][state.step + 1 : state.step + 2]
-            kept = state.scheduler.add_noise(kept, values["noise"], following)
-        return (1 - values["mask"]) * kept + values["mask"] * latents

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+)
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
 from distriray.denoise.pipelines.flow import GuidedInOneCall
+from distriray.denoise.pipelines.masks import outside
 from distriray.errors import InvalidRequest
 
 T5_TOKENS = 256
@@ -17,7 +22,7 @@ T5_TOKENS = 256
 class StableDiffusion3(GuidedInOneCall):
     """A pipeline with two CLIP encoders, and T5 or none."""
 
-    kinds = (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline)
+    kinds = (StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional_parts = ("text_encoder_3", "tokenizer_3")
     texts = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
@@ -75,7 +80,21 @@ class StableDiffusion3(GuidedInOneCall):
         self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         device, generators = self._transformer.device, commission.generators
-        latents = self._img2img.prepare_latents(
+        latents = self.pipeline_for(commission).prepare_latents(
             pictures, timesteps, len(pictures), 1, dtype, device, generators
         )
         return {"latents": latents}
+
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        pipeline = self.pipeline_for(commission)
+        latents, noise, image_latents = pipeline.prepare_latents(
+            *self._size(commission, dtype),
+            image=pictures,
+            timestep=timesteps,
+            is_strength_max=commission.strength == 1.0,
+            return_noise=True,
+            return_image_latents=True,
+        )
+        return {"latents": latents, **outside(pipeline, commission, noise, image_latents)}

@@ -59,8 +59,12 @@ _NO_GUIDANCE = dict.fromkeys(
     "this model was distilled to do without guidance",
 )
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
-_ON_PICTURES = {**_NO_MASKS, **_NO_REFERENCES}
-_ON_TEXT_ALONE = {**_ON_PICTURES, **dict.fromkeys(("strength", "image"), "this model draws from text alone")}
+_ON_PICTURES = {**_NO_CONTROL, **_NO_REFERENCES}
+_ON_TEXT_ALONE = {
+    **_NO_MASKS,
+    **_NO_REFERENCES,
+    **dict.fromkeys(("strength", "image"), "this model draws from text alone"),
+}
 _EDITS = {
     **_NO_MASKS,
     "strength": "this model edits: it begins from noise, and is shown the image beside it in every step",
@@ -199,6 +203,12 @@ def flux_terms(config: Configs) -> Terms:
         return Terms(28, 3.5, schedulers, lacks, rounds_up=True)
     without = {"guidance_scale": "this model, like FLUX.1-schnell, was distilled to do without guidance"}
     return Terms(4, 0.0, schedulers, {**lacks, **without}, rounds_up=True)
+
+
+def flux_fill_terms(config: Configs) -> Terms:
+    """Of FLUX.1 Fill, as its makers use it."""
+    terms = replace(flux_terms(config), num_inference_steps=50, guidance_scale=30.0)
+    return replace(terms, schedulers=("euler",), needs_mask=True)
 
 
 def flux_kontext_terms(config: Configs) -> Terms:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
+from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.state import DenoiseState
 
 TEXT_TOKENS = 512
@@ -22,7 +23,7 @@ class ZImage(FlowMatching):
     diffusers' for it: what the prompt adds is added once more so many times, so 0 is none.
     """
 
-    kinds = (ZImagePipeline, ZImageImg2ImgPipeline)
+    kinds = (ZImagePipeline, ZImageImg2ImgPipeline, ZImageInpaintPipeline)
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
     max_clip_skip = 0
     patch_size = 2
@@ -59,7 +60,14 @@ class ZImage(FlowMatching):
         self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         size = self._size(commission, dtype)
-        return {"latents": self._img2img.prepare_latents(pictures, timesteps, *size)}
+        return {"latents": self.pipeline_for(commission).prepare_latents(pictures, timesteps, *size)}
+
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        pipeline, size = self.pipeline_for(commission), self._size(commission, dtype)
+        latents, noise, image_latents = pipeline.prepare_latents(pictures, timesteps, *size)
+        return {"latents": latents, **outside(pipeline, commission, noise, image_latents)}
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         branches = [name for name in ("prompt_embeds", "negative_prompt_embeds") if name in state.values]

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 
 from deployments.http.images import EditRequest
 from distriray import Client
-from distriray.denoise.pipelines.terms import flux2_terms
+from distriray.denoise.pipelines.terms import chroma_terms, flux2_terms
 from distriray.errors import InvalidRequest
 from distriray.events import Finished
 from distriray.names import KINDS
@@ -184,6 +184,15 @@ def test_of_several_images_those_after_the_first_are_references(
     broken = [("image[]", images[0]), ("image[]", images[1][:60])]
     param, message = refused(http.post(EDITS, data={"prompt": "a lake"}, files=broken))
     assert param == "references.0.image" and "damaged" in message
+
+
+def test_models_of_flow_matching_that_begin_from_pictures_fill_in_what_is_transparent() -> None:
+    terms, clear = chroma_terms(lambda _: {}), clear_on_the_left()
+    for sent in ({"image": clear}, {"image": picture(), "mask": clear}):
+        asked = EditRequest.of_form({"prompt": "a lake", **sent}).generation(CARDS[0], "r")
+        settled = terms.settle(asked, (64, 64), 16)
+        assert settled.mask_image is not None and settled.strength == 1.0
+        assert np.array_equal(np.array(settled.mask_image.load().convert("L")), LEFT)
 
 
 def test_to_models_that_edit_a_transparent_part_of_the_image_is_no_mask() -> None:

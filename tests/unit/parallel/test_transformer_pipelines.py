@@ -8,6 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    ChromaInpaintPipeline,
+    FluxInpaintPipeline,
+    QwenImageInpaintPipeline,
+    StableDiffusion3InpaintPipeline,
+    ZImageInpaintPipeline,
+)
 from PIL import Image
 
 from distriray import ParallelConfig, parallelize
@@ -21,6 +28,7 @@ from tests.models import (
     tiny_flux2,
     tiny_flux3,
     tiny_flux3_distilled,
+    tiny_flux_fill,
     tiny_hunyuan_image,
     tiny_hunyuan_image_distilled,
     tiny_kontext,
@@ -49,6 +57,22 @@ STACKED = {
     "prompt_embeds_mask": torch.tensor([[True] * 5 + [False] * 2]),
 }
 PADDED = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+MASKED = {"image": Image.linear_gradient("L").resize((64, 96)).convert("RGB"), "strength": 1.0}
+MASKED["mask_image"] = Image.radial_gradient("L").resize((64, 96))
+
+
+def filling(kind: Any, make: Callable[[], Any]) -> Callable[[], Any]:
+    """diffusers' pipeline that fills in masks, around the models of the one that is made."""
+
+    def filled() -> Any:
+        pipeline = kind.from_pipe(make())
+        if kind is ChromaInpaintPipeline:  # which asks for what no network of Chroma has
+            pipeline.transformer.register_to_config(guidance_embeds=False)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    filled.__name__ = kind.__name__
+    return filled
 
 
 @dataclass(frozen=True)
@@ -160,6 +184,16 @@ CASES = [
             "output_type": "pt",
         },
     ),
+    Case(filling(StableDiffusion3InpaintPipeline, tiny_sd3), {**PROMPT, **MASKED}),
+    Case(filling(FluxInpaintPipeline, tiny_flux), {**PROMPT, **MASKED}),
+    Case(filling(ChromaInpaintPipeline, tiny_chroma), {**PROMPT, **MASKED, "guidance_scale": 1.0}),
+    Case(
+        filling(QwenImageInpaintPipeline, tiny_qwen_image),
+        {**PROMPT, **MASKED, "negative_prompt": "fog", "true_cfg_scale": 3.0},
+        calls=2,
+    ),
+    Case(filling(ZImageInpaintPipeline, tiny_z_image), {**PROMPT, **MASKED, "guidance_scale": 3.0}),
+    Case(tiny_flux_fill, {**PROMPT, **MASKED}),
 ]
 
 
