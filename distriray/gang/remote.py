@@ -27,6 +27,9 @@ from distriray.gang.placement import Placement
 from distriray.gang.worker import Worker
 from distriray.picture import Picture
 
+FREQUENT = "watch", "retain", "ping"
+"""Calls that Ray is to keep no events of: there are many a second, and its GCS holds the last 100,000."""
+
 
 class WorkerDied(Exception):
     """The process is gone, or nothing can be sent to it."""
@@ -128,7 +131,10 @@ class _Actor:
         Context().run(ray.kill, self._actor)
 
     def _submit(self, method: str, *args: Any) -> Any:
-        return Context().run(getattr(self._actor, method).remote, *args)
+        call = getattr(self._actor, method)
+        if method in FREQUENT:
+            call = call.options(enable_task_events=False)
+        return Context().run(call.remote, *args)
 
     def _answer(self, method: str, *args: Any) -> asyncio.Future[Any]:
         """What the worker answers. Nobody need wait for it: then its error is no fault of the program."""

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ import distriray.gang
 from distriray.gang.background import Background
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import StateLost
-from distriray.gang.remote import RemoteWorker, WorkerDied, _Actor
+from distriray.gang.remote import FREQUENT, RemoteWorker, WorkerDied, _Actor
 from distriray.gang.worker import Worker
 
 from .fleet import CALLER, until
@@ -80,6 +80,18 @@ def calls_of(worker: type) -> list[str]:
     return [name for name, _ in inspect.getmembers(worker, inspect.isfunction) if not name.startswith("_")]
 
 
+class Call:
+    """An actor's method that does what `remote` does; `options` are what it was submitted with."""
+
+    def __init__(self, remote: Callable[..., Any]) -> None:
+        self.remote = remote
+        self.given: dict[str, Any] = {}
+
+    def options(self, **given: Any) -> Call:
+        self.given = given
+        return self
+
+
 @pytest.mark.parametrize("method", [n for n in calls_of(RemoteWorker) if n not in {"kill", "share"}])
 def test_a_call_to_a_worker_is_submitted_for_nobody(method: str) -> None:
     seen: list[str | None] = []
@@ -90,9 +102,11 @@ def test_a_call_to_a_worker_is_submitted_for_nobody(method: str) -> None:
 
     async def scene() -> None:
         CALLER.set("somebody")
-        remote = _Actor(SimpleNamespace(**{method: SimpleNamespace(remote=submit)}))
+        call = Call(submit)
+        remote = _Actor(SimpleNamespace(**{method: call}))
         arguments = len(inspect.signature(getattr(_Actor, method)).parameters) - 1
         getattr(remote, method)(*range(arguments))
+        assert call.given == ({"enable_task_events": False} if method in FREQUENT else {})
 
     asyncio.run(scene())
     assert seen == [None]
@@ -105,7 +119,7 @@ def test_what_a_worker_is_called_with_and_raises_arrives_as_it_is() -> None:
         return SimpleNamespace(future=lambda: future)
 
     async def answer(error: Exception | None = None) -> Any:
-        actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: ref(error)))
+        actor = SimpleNamespace(ping=Call(lambda: ref(error)))
         return await _Actor(actor).ping()
 
     def task_error(cause: Exception) -> RayTaskError:
@@ -176,7 +190,7 @@ def test_an_error_that_comes_as_the_host_ends_is_no_fault_of_the_program(
 ) -> None:
     def scene() -> None:
         told: Future[str] = Future()
-        actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: told)))
+        actor = SimpleNamespace(ping=Call(lambda: SimpleNamespace(future=lambda: told)))
         loop = asyncio.new_event_loop()
 
         async def ask() -> None:
@@ -195,7 +209,7 @@ def test_an_error_that_comes_as_the_host_ends_is_no_fault_of_the_program(
 
 def test_an_answer_that_comes_after_the_end_of_the_loop_is_nobody_s() -> None:
     told: Future[str] = Future()
-    actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: told)))
+    actor = SimpleNamespace(ping=Call(lambda: SimpleNamespace(future=lambda: told)))
 
     async def ask() -> asyncio.Future[Any]:
         return _Actor(actor).ping()
@@ -210,7 +224,7 @@ def test_an_answer_is_gone_as_soon_as_nobody_has_it() -> None:
 
     async def ask() -> weakref.ref[Any]:
         told: Future[Any] = Future()
-        actor = SimpleNamespace(ping=SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: told)))
+        actor = SimpleNamespace(ping=Call(lambda: SimpleNamespace(future=lambda: told)))
         answer = _Actor(actor).ping()
         told.set_result({"pictures"})
         return weakref.ref(await answer)
