@@ -50,9 +50,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_json(parser)
     options = parser.parse_args()
+    strikes = f"a strike every {options.every:g} s" if options.strikes else "no strikes"
     under = (
         f"{options.minutes:g} minutes, {options.clients} clients, {options.hosts} hosts of {options.workers} "
-        f"workers, {options.routers} routers, a strike every {options.every:g} s"
+        f"workers, {options.routers} routers, {strikes}"
     )
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     told, held = (

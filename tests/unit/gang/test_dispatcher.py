@@ -770,7 +770,7 @@ def test_a_host_that_cannot_be_repaired_does_not_say_that_it_will_be() -> None:
             host.fleet.load_raises[0] = RuntimeError("the device is gone")
             host.fleet.at(0).die()
             await until(lambda: host.dispatcher.group.failure is not None)
-            assert host.dispatcher.repair_s() is None
+            assert host.dispatcher.repair_s() is None and host.dispatcher.group.sizes == set()
 
     do(scene())
 
