@@ -10,19 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from distriray.denoise.pipelines.sizes import (
-    Configs,
-    Sizes,
-    flux2_sizes,
-    flux_sizes,
-    hunyuan_image_sizes,
-    qwen_image21_sizes,
-    qwen_image_sizes,
-    sd3_sizes,
-    unet_sizes,
-)
-from distriray.denoise.pipelines.terms import (
-    Terms,
+from distriray.denoise.pipelines.family_terms import (
     chroma_terms,
     ernie_image_terms,
     flux2_klein_terms,
@@ -40,6 +28,18 @@ from distriray.denoise.pipelines.terms import (
     unet_terms,
     z_image_terms,
 )
+from distriray.denoise.pipelines.sizes import (
+    Configs,
+    Sizes,
+    flux2_sizes,
+    flux_sizes,
+    hunyuan_image_sizes,
+    qwen_image21_sizes,
+    qwen_image_sizes,
+    sd3_sizes,
+    unet_sizes,
+)
+from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import UnsupportedModel
 
 if TYPE_CHECKING:

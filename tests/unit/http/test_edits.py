@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 
 from deployments.http.images import EditRequest
 from distriray import Client
-from distriray.denoise.pipelines.terms import chroma_terms, flux2_terms
+from distriray.denoise.pipelines.family_terms import chroma_terms, flux2_terms
 from distriray.errors import InvalidRequest
 from distriray.events import Finished
 from distriray.names import KINDS
