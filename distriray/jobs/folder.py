@@ -128,7 +128,11 @@ class Folder:
             self.made.add(prompt.id)
 
     def begin_errors(self, bad: Iterable[BadLine]) -> None:
-        """Start the list of what went wrong in this run, with the lines that cannot be made."""
+        """Start the list of what went wrong in this run, with the lines that cannot be made.
+
+        How the run before ended is no longer said.
+        """
+        self.summary.unlink(missing_ok=True)
         _replace(self.errors, b"".join(_line(_error(b.line, b.message, b.param)) for b in bad))
 
     def fail(self, prompt: Prompt, error: Exception) -> None:

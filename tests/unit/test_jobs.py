@@ -392,9 +392,12 @@ def test_a_run_whose_hosts_are_all_lost_ends_and_leaves_the_rest_to_the_next(
     file: Path, tmp_path: Path
 ) -> None:
     painter = Painter(lost_after(1))
+    with Folder(tmp_path / "out") as folder:
+        folder.write_summary({"made": 4})  # of another run
     with pytest.raises(NotEnoughDevices, match="worker 0 died; with no host left, prompts not made: 3"):
         run(file, tmp_path / "out", painter, in_flight=1)
     assert len(painter.asked) == 2
+    assert not (tmp_path / "out" / "summary.json").exists()
     work = run(file, tmp_path / "out", Painter())
     assert (work.completed, work.failed) == (3, 0)
 
