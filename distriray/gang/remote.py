@@ -28,7 +28,7 @@ from distriray.gang.worker import Worker
 from distriray.picture import Picture
 
 FREQUENT = "watch", "retain", "ping"
-"""Calls that Ray is to keep no events of: there are many a second, and its GCS holds the last 100,000."""
+"""Calls that Ray is to keep no events of: there are many a second, and its GCS holds those of 100,000."""
 
 
 class WorkerDied(Exception):
