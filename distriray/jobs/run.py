@@ -67,6 +67,7 @@ class Run:
         self._in_flight = in_flight
         self._makers = list(makers)
         self._returned: list[Prompt] = []  # by makers that were lost
+        self._lost: MakerLost | None = None  # the last one
 
     def finish(self) -> None:
         """Work until no prompt is left, or until `stop`, and then until none is under way.
