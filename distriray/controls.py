@@ -49,6 +49,8 @@ class ControlNetSpec(BaseModel):
         file: of a folder or a Hugging Face id: which of its files.
         revision: branch, tag or commit of a Hugging Face id.
         families: of pipelines that it is for, such as `StableDiffusionXL`; empty leaves it to its weights.
+        mode: of a union of several ControlNets in one, which needs it: the number of the kind of picture.
+            Specs of other modes with the same weights share them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +60,7 @@ class ControlNetSpec(BaseModel):
     file: Annotated[str, Field(pattern=r"\.safetensors$")] = "diffusion_pytorch_model.safetensors"
     revision: str | None = None
     families: tuple[str, ...] = ()
+    mode: Annotated[int, Field(ge=0)] | None = None
 
     def locate(self) -> Path:
         """The local file of its weights; from the Hugging Face Hub it is downloaded, if not cached.

@@ -34,6 +34,7 @@ from diffusers import (
     Flux3DistilledModularPipeline,
     Flux3ModularPipeline,
     Flux3Transformer2DModel,
+    FluxControlNetModel,
     FluxFillPipeline,
     FluxKontextPipeline,
     FluxPipeline,
@@ -51,10 +52,12 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
+    QwenImageControlNetModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -198,6 +201,47 @@ def tiny_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetMode
     """One for that U-Net, whose weights are its own, none of them zero; its picture counts."""
     network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
     return ready(network, seed)
+
+
+def tiny_flux_controlnet(seed: int = 0, **config: Any) -> FluxControlNetModel:
+    """One for `tiny_flux`, with a block of each kind for three of its own."""
+    settings: dict[str, Any] = {
+        **STREAMS,
+        "num_layers": 2,
+        "num_single_layers": 1,
+        "pooled_projection_dim": TEXT_WIDTH,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return ready(FluxControlNetModel(**{**settings, **config}), seed)
+
+
+def tiny_sd3_controlnet(seed: int = 0, **config: Any) -> SD3ControlNetModel:
+    """One for `tiny_sd3`, as those of SD 3 are: its text is the model's, and its summary is zero."""
+    settings: dict[str, Any] = {
+        "sample_size": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 3 * TEXT_WIDTH,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 2 * TEXT_WIDTH,
+        "pos_embed_max_size": 24,
+    }
+    return ready(SD3ControlNetModel(**{**settings, **config}), seed)
+
+
+def tiny_qwen_image_controlnet(seed: int = 0, **config: Any) -> QwenImageControlNetModel:
+    """One for `tiny_qwen_image`."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return ready(QwenImageControlNetModel(**{**settings, **config}), seed)
 
 
 def tiny_image_encoder(seed: int = 0) -> CLIPVisionModelWithProjection:

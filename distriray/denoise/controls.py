@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ControlNetModel
-from diffusers.image_processor import VaeImageProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from distriray.controls import Control as Asked
 from distriray.controls import ControlNetSpec
+from distriray.denoise.pipelines.base import Commission, PictureOf, PipelineSteps
 from distriray.denoise.state import DenoiseState
 from distriray.denoise.weight_files import digest_of, first_lines
-from distriray.errors import DistrirayError, UnusableControlNet
+from distriray.errors import DistrirayError, UnsupportedModel, UnusableControlNet
 from distriray.names import check_names
-from distriray.parallel.networks.controlnet import Control, Embedder, check_fits, split
+from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.registry import denoising_module
 from distriray.picture import Picture, opaque
 from distriray.requests import image_of
 
@@ -29,11 +29,18 @@ _PICTURE = "control_picture_{}"
 
 
 class _Loaded(NamedTuple):
-    """A ControlNet in memory; `digest` tells its file from others."""
+    """A ControlNet in memory."""
 
-    network: ControlNetModel
-    embedder: Embedder
-    digest: str
+    network: nn.Module
+    picture_of: PictureOf
+    path: Path
+    file: str
+    mode: int | None
+
+    @property
+    def digest(self) -> str:
+        """Tells its file, and the mode of a union, from others."""
+        return self.file if self.mode is None else f"{self.file} as {self.mode}"
 
 
 class Controls:
@@ -42,35 +49,41 @@ class Controls:
     Args:
         pipeline: of diffusers.
         family: its name in `pipelines.registry.PIPELINES`.
+        steps: of the pipeline.
     """
 
-    def __init__(self, pipeline: Any, family: str) -> None:
-        self._pipeline, self._family = pipeline, family
+    def __init__(self, pipeline: Any, family: str, steps: PipelineSteps) -> None:
+        self._family, self._steps = family, steps
+        self._denoises = denoising_module(pipeline)
         self._loaded: dict[str, _Loaded] = {}
 
     @property
-    def networks(self) -> Mapping[str, ControlNetModel]:
+    def networks(self) -> Mapping[str, nn.Module]:
         """By name; what sees their pictures alone is not in them."""
         return {name: loaded.network for name, loaded in self._loaded.items()}
 
     def load(self, spec: ControlNetSpec) -> None:
         """Read a ControlNet, and keep it; raises UnusableControlNet unless it fits the pipeline."""
-        what = f"ControlNet {spec.name!r}"
-        if getattr(self._pipeline, "unet", None) is None:
+        what, kind = f"ControlNet {spec.name!r}", self._steps.control_kind
+        if kind is None:
             raise UnusableControlNet(f"{what}: the model is {self._family}, which draws with none here")
         if spec.families and self._family not in spec.families:
             raise UnusableControlNet(f"{what} is for {', '.join(spec.families)}; the model is {self._family}")
-        unet, path = self._pipeline.unet, spec.locate()
+        path = spec.locate()
+        known = next((loaded for loaded in self._loaded.values() if loaded.path == path), None)
         try:
-            network = _read(path)
-            check_fits(network, unet)
+            if known is None:
+                network = _read(path, kind)
+                # diffusers' own `to` warns of nothing in particular
+                nn.Module.to(network, self._denoises.device, self._denoises.dtype)
+                known = _Loaded(network, self._steps.take_control(network), path, digest_of(path), None)
+            _check_mode(known.network, spec.mode)
         except (DistrirayError, OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
             raise UnusableControlNet(f"{what} cannot be used: {path}: {first_lines(error)}") from error
-        nn.Module.to(network, unet.device, unet.dtype)  # diffusers' own warns of nothing in particular
-        self._loaded[spec.name] = _Loaded(network, split(network), digest_of(path))
+        self._loaded[spec.name] = known._replace(mode=spec.mode)
 
     @torch.no_grad()
-    def prepare(self, asked: Iterable[Asked], height: int, width: int) -> dict[str, Any]:
+    def prepare(self, asked: Iterable[Asked], commission: Commission) -> dict[str, Any]:
         """The values that a state keeps of a request's ControlNets; those with scale 0 are none.
 
         Raises:
@@ -79,7 +92,6 @@ class Controls:
         """
         asked = list(asked)
         check_names("control", asked, self._loaded)
-        processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []
         for index, control in enumerate(asked):
@@ -87,9 +99,8 @@ class Controls:
             image = opaque(Picture.of(control.image, name).load(name))
             if not control.scale:
                 continue
-            loaded, unet = self._loaded[control.name], self._pipeline.unet
-            pixels = processor.preprocess(image, height=height, width=width).to(unet.device, unet.dtype)
-            values[_PICTURE.format(len(entries))] = loaded.embedder(pixels)
+            loaded = self._loaded[control.name]
+            values[_PICTURE.format(len(entries))] = loaded.picture_of(image, commission)
             entries.append([control.name, loaded.digest, control.scale, control.start, control.end])
         return {**values, _VALUE: entries} if entries else {}
 
@@ -112,16 +123,26 @@ class Controls:
             first, last = state.step / state.num_steps, (state.step + 1) / state.num_steps
             if first >= start and last <= end:
                 picture = state.values[_PICTURE.format(index)]
-                controls.append(Control(name, self._loaded[name].network, picture, scale))
+                loaded = self._loaded[name]
+                controls.append(Control(name, loaded.network, picture, scale, loaded.mode))
         return tuple(controls)
 
 
-def _read(path: Path) -> ControlNetModel:
+def _check_mode(network: Any, mode: int | None) -> None:
+    """Raise UnsupportedModel unless a union has a mode, one that it knows, and what is none has none."""
+    modes = network.config.get("num_mode")
+    if modes is None and mode is not None:
+        raise UnsupportedModel(f"it is no union, and has no mode {mode}; leave it out")
+    if modes is not None and (mode is None or mode >= modes):
+        raise UnsupportedModel(f"it is a union of {modes} kinds; name one by its mode, from 0 to {modes - 1}")
+
+
+def _read(path: Path, kind: Any) -> nn.Module:
     """The network of a safetensors file, by the configuration beside it."""
     config = json.loads((path.parent / "config.json").read_text())
-    if not isinstance(config, dict) or config.get("_class_name", "ControlNetModel") != "ControlNetModel":
-        kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"it is a {kind}; known is ControlNetModel")
-    network = ControlNetModel.from_config(config)
+    if not isinstance(config, dict) or config.get("_class_name", kind.__name__) != kind.__name__:
+        own = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"it is a {own}; those of this model are {kind.__name__}")
+    network: nn.Module = kind.from_config(config)
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)

@@ -66,10 +66,10 @@ class Denoiser:
     def __init__(self, pipeline: Any, most_adapter_bytes: int = CACHE_BYTES) -> None:
         self.family = family_of(pipeline)
         self.adapters = Adapters(pipeline, self.family, most_adapter_bytes)
-        self.controls = Controls(pipeline, self.family)
-        self.ip_adapters = IPAdapters(pipeline, self.family)
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
+        self.controls = Controls(pipeline, self.family, self._steps)
+        self.ip_adapters = IPAdapters(pipeline, self.family)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
         self.terms = PIPELINES[self.family].terms(configs_of(pipeline))
         self.guides = self._steps.guides
@@ -102,7 +102,7 @@ class Denoiser:
                 f"clip_skip {params.clip_skip} skips all of a text encoder; use at most {most}", "clip_skip"
             )
         commission = self._commission(params, seeds)
-        control = self.controls.prepare(params.control, commission.height, commission.width)
+        control = self.controls.prepare(params.control, commission)
         image_prompts = self.ip_adapters.prepare(params.ip_adapters)
         adapters = self.adapters.choose(params.loras)
         try:
@@ -172,9 +172,13 @@ class Denoiser:
             calls.append(network.read(*args, **kwargs))
             if calls[-1].branch is None:
                 raise _Noted
+            if "residuals" in kwargs:
+                kwargs["residuals"].made_by(lambda controls: {})  # as if this call had run the ControlNets
             return (torch.zeros_like(calls[-1].sample),)
 
         network.module.forward = note
+        network.controls = self.controls.networks
+        self._steps.controls = self.controls.of_step(state)
         try:
             self._steps.begin(state)
             with suppress(_Noted):
@@ -353,8 +357,7 @@ class Denoiser:
         self._image = None  # so that its buffers are the next one's
         if engine is not None:
             engine.watch(self)
-            if self.controls.networks:
-                engine.network.controls = self.controls.networks
+            engine.network.controls = self.controls.networks
             self._image = engine.image(at_step=state.step, num_steps=state.num_steps)
         self._steps.begin(state)
 

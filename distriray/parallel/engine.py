@@ -229,8 +229,7 @@ class Engine:
         Raises:
             InvalidRequest: such a gang cannot share such a call.
         """
-        if self._outline is None or not self._outline.holds():
-            self._convert()
+        self._convert()
         return most_buffer_bytes(self.network, calls, world_size, config)
 
     def give_back(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,13 @@ from tests.models import (
     SHALLOW,
     SHALLOW_SD,
     WITHOUT_UNET,
+    tiny_chroma,
     tiny_controlnet,
+    tiny_flux,
+    tiny_flux_fill,
+    tiny_kontext,
+    tiny_qwen_image,
+    tiny_sd3,
     tiny_sd15,
     tiny_sdxl,
 )
@@ -44,6 +51,12 @@ MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
     "sd15": (partial(tiny_sd15, **SHALLOW_SD), StableDiffusionControlNetPipeline),
 }
 NAMES = "canny", "depth"
+WITHOUT_CONTROL = [
+    *(make for make in WITHOUT_UNET if make not in (tiny_flux, tiny_qwen_image, tiny_sd3)),
+    tiny_chroma,
+    tiny_flux_fill,
+    tiny_kontext,
+]
 Named = tuple[str, dict[str, Any]]
 ONE: list[Named] = [("canny", {"scale": 0.7})]
 BOTH: list[Named] = [("canny", {"scale": 0.7, "start": 0.25}), ("depth", {"scale": -0.4, "end": 0.5})]
@@ -257,12 +270,14 @@ def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:
         Denoiser(MODELS["sdxl"][0]()).prepare(params(*ONE))
 
 
-@pytest.mark.parametrize("make", WITHOUT_UNET)
+@pytest.mark.parametrize("make", WITHOUT_CONTROL)
 def test_families_that_have_none_refuse_it_by_name(make: Callable[[], Any], folder: Path) -> None:
     denoiser = Denoiser(make())
     with pytest.raises(UnusableControlNet, match="which draws with none here"):
         denoiser.controls.load(ControlNetSpec(name="canny", source=str(folder / "sdxl" / "canny")))
-    with pytest.raises(InvalidRequest, match="control: ControlNets are for Stable Diffusion") as refused:
+    with pytest.raises(
+        InvalidRequest, match="control: ControlNets are for Stable Diffusion, .*FLUX.1"
+    ) as refused:
         denoiser.prepare(params(*ONE))
     assert refused.value.param == "control"
 
@@ -288,6 +303,18 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(folder: Path, tm
     network.register_to_config(global_pool_conditions=True)
     network.save_pretrained(pooled)
     assert "global_pool_conditions" in refused(pooled)
+
+
+def test_names_of_one_file_share_its_weights(folder: Path) -> None:
+    """Each with its picture, as two of the same weights would."""
+    twins, source = Denoiser(MODELS["sdxl"][0]()), str(folder / "sdxl" / "canny")
+    for name in NAMES:
+        twins.controls.load(ControlNetSpec(name=name, source=source))
+    assert len(set(twins.controls.networks.values())) == 1
+    state = twins.prepare(params(*BOTH))
+    apart = denoiser_of(MODELS["sdxl"][0](), folder / "sdxl")
+    apart.controls.load(ControlNetSpec(name="depth", source=str(shutil.copytree(source, folder / "copy"))))
+    assert (drawn(twins, state) == drawn(apart, apart.prepare(params(*BOTH)))).all()
 
 
 def test_a_state_goes_on_only_where_its_controlnets_are(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +14,7 @@ from distriray.denoise.pipelines.image_prompts import ImagePrompt
 from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, NotFinite
-from distriray.parallel.networks.controlnet import Control
+from distriray.parallel.networks.controls import Control
 from distriray.requests import SamplingParams
 
 
@@ -115,6 +115,10 @@ class Commission:
             )
 
 
+PictureOf = Callable[[Image.Image, Commission], torch.Tensor]
+"""Makes of a picture what its ControlNet takes in every step (`Control.picture`), for a commission."""
+
+
 class PipelineSteps(ABC):
     """One pipeline of a family, as a denoiser drives it.
 
@@ -153,6 +157,11 @@ class PipelineSteps(ABC):
         return True
 
     @property
+    def control_kind(self) -> type[Any] | None:
+        """The class of its ControlNets; None where none are drawn with."""
+        return None
+
+    @property
     @abstractmethod
     def max_clip_skip(self) -> int:
         """The largest `clip_skip` that leaves a layer of every text encoder."""
@@ -176,6 +185,15 @@ class PipelineSteps(ABC):
             InvalidRequest: a value is out of range; `param` names it.
             ValueError: the pipeline does not take these arguments together.
         """
+
+    def take_control(self, network: Any) -> PictureOf:
+        """Make a ControlNet of `control_kind` one of this pipeline's; what random there is about its pictures
+        is drawn as in `prepare`, before it.
+
+        Raises:
+            UnsupportedModel: it does not fit, with what is wrong.
+        """
+        raise NotImplementedError
 
     def begin(self, state: DenoiseState) -> None:
         """Forget what was kept of the last step: the next one is of another state, or from elsewhere."""

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import ControlNetModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
+from distriray.denoise.pipelines.base import Commission, PictureOf, PipelineSteps
 from distriray.denoise.pipelines.image_prompts import ImagePrompt, embeds_of
 from distriray.parallel import engine_of
-from distriray.parallel.networks.controlnet import Control, residuals_of
+from distriray.parallel.networks.controlnet import Embedder, check_fits, residuals_of, split
+from distriray.parallel.networks.controls import Control
+
+
+class UNetSteps(PipelineSteps):
+    """A pipeline around a U-Net."""
+
+    @property
+    def control_kind(self) -> type[Any]:
+        return ControlNetModel
+
+    def take_control(self, network: Any) -> PictureOf:
+        check_fits(network, self.pipeline.unet)
+        return partial(self._embedded, split(network))
+
+    def _embedded(self, embedder: Embedder, image: Image.Image, commission: Commission) -> torch.Tensor:
+        unet, processor = self.pipeline.unet, VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+        pixels = processor.preprocess(image, height=commission.height, width=commission.width)
+        embedded: torch.Tensor = embedder(pixels.to(unet.device, unet.dtype))
+        return embedded
 
 
 def controlled(

@@ -12,9 +12,10 @@ from distriray.steps import SchedulerName
 FLUX2_EDITING = Editing(10)
 """As its makers say."""
 
+_NO_IP_ADAPTERS = {"ip_adapters": "IP-Adapters are for Stable Diffusion and Stable Diffusion XL here"}
 _NO_CONTROL = {
-    "control": "ControlNets are for Stable Diffusion and Stable Diffusion XL here",
-    "ip_adapters": "IP-Adapters are for Stable Diffusion and Stable Diffusion XL here",
+    "control": "ControlNets are for Stable Diffusion, XL and 3 too, FLUX.1 dev and schnell, and Qwen-Image",
+    **_NO_IP_ADAPTERS,
 }
 _NO_CLIP = "this model reads prompts with a language model, not with CLIP"
 _NO_SIZES = dict.fromkeys(
@@ -35,7 +36,7 @@ _NO_GUIDANCE = dict.fromkeys(
     "this model was distilled to do without guidance",
 )
 _NO_MASKS = {**_NO_CONTROL, "mask_image": "this model's family fills in no masks here"}
-_ON_PICTURES = {**_NO_CONTROL, **_NO_REFERENCES}
+_ON_PICTURES = {**_NO_IP_ADAPTERS, **_NO_REFERENCES}
 _ON_TEXT_ALONE = {
     **_NO_MASKS,
     **_NO_REFERENCES,
@@ -88,7 +89,8 @@ def flux_terms(config: Configs) -> Terms:
 def flux_fill_terms(config: Configs) -> Terms:
     """Of FLUX.1 Fill, as its makers use it."""
     terms = replace(flux_terms(config), num_inference_steps=50, guidance_scale=30.0)
-    return replace(terms, schedulers=("euler",), needs_mask=True)
+    lacks = {**terms.lacks, **_NO_CONTROL}
+    return replace(terms, schedulers=("euler",), lacks=lacks, needs_mask=True)
 
 
 def flux_kontext_terms(config: Configs) -> Terms:
@@ -139,6 +141,7 @@ def chroma_terms(config: Configs) -> Terms:
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
         **_ON_PICTURES,
+        **_NO_CONTROL,
     }
     return Terms(35, 5.0, ("euler",), lacks, rounds_up=True, guides_apart=True)
 
@@ -219,6 +222,7 @@ def z_image_terms(config: Configs) -> Terms:
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
         **_ON_PICTURES,
+        **_NO_CONTROL,
     }
     return Terms(9, 0.0, ("euler",), lacks, unguided=0.0, rounds_up=True)
 

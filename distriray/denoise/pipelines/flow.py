@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -13,11 +14,14 @@ from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps, check_pixels
+from distriray.denoise.pipelines.base import Commission, PictureOf, PipelineSteps, check_pixels
 from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
 from distriray.denoise.pipelines.masks import keep_outside
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.parallel import engine_of
+from distriray.parallel.networks.controls import Residuals
+from distriray.parallel.networks.token_control import TokenControl, controlled
 
 BRANCHES = {"cond": "", "uncond": "negative_"}
 """What the names of the values of each guidance branch begin with, by its name to `cache_context`."""
@@ -35,9 +39,11 @@ class FlowMatching(PipelineSteps):
         vae_kind: the class of its VAEs.
         vae_channels: what their configuration calls the number of the latents' channels.
         unsaid: what guidance is against where a request says nothing.
+        control: the ControlNets that its family draws with; None where there are none.
     """
 
     flow = True
+    control: ClassVar[type[TokenControl] | None] = None
     parts: ClassVar[tuple[str, ...]]
     optional_parts: ClassVar[tuple[str, ...]] = ()
     latents_per_input: ClassVar[int] = 1
@@ -167,6 +173,41 @@ class FlowMatching(PipelineSteps):
         begin = self.noised if commission.mask_image is None else self.masked
         return {**values, **begin(commission, dtype, pictures, first), "timesteps": timesteps}
 
+    @property
+    def control_kind(self) -> type[Any] | None:
+        return None if self.control is None else self.control.kind
+
+    def take_control(self, network: Any) -> PictureOf:
+        assert self.control is not None
+        self.control.check_fits(network, self._transformer)
+        return partial(self.control_picture, network)
+
+    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+        """What a ControlNet takes of a picture (`PictureOf`); only families with `control` have it."""
+        raise NotImplementedError
+
+    def pixels_of(self, image: Image.Image, commission: Commission) -> torch.Tensor:
+        """(1, 3, height, width), from -1 to 1, of the commission's size and the VAE's dtype."""
+        processor, size = self._plain.image_processor, (commission.height, commission.width)
+        pixels: torch.Tensor = processor.preprocess(image, *size)
+        return pixels.to(self._vae.device, self._vae.dtype).contiguous()  # other layouts round differently
+
+    def output_of(self, residuals: Residuals | None = None, **arguments: Any) -> torch.Tensor:
+        """The output of the network for these arguments, with the ControlNets of the step.
+
+        Args:
+            residuals: of the step, where it has further calls.
+        """
+        residuals = residuals or Residuals(self.controls)
+        if residuals.controls and engine_of(self._transformer) is not None:
+            arguments["residuals"] = residuals
+        elif residuals.controls:
+            assert self.control is not None
+            whole = partial(controlled, self.control, self._transformer, given=arguments)
+            arguments = {**arguments, **residuals.made_by(whole)}
+        output: torch.Tensor = self._transformer(**arguments, return_dict=False)[0]
+        return output
+
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         config = self._vae.config
         latents = latents.to(self._vae.dtype) / config.scaling_factor + config.shift_factor
@@ -282,9 +323,8 @@ class GuidedInOneCall(FlowMatching):
         if has_branches and not is_guided:
             texts = {argument: self._conditional.of(state, name) for argument, name in self.texts.items()}
         sample = torch.cat([state.latents] * 2) if is_guided else state.latents
-        output = self._transformer(
-            hidden_states=sample, timestep=self.timestep(state, len(sample)), return_dict=False, **texts
-        )[0]
+        timestep = self.timestep(state, len(sample))
+        output = self.output_of(hidden_states=sample, timestep=timestep, **texts)
         if is_guided:
             output = guided(output, state)
         return self.advanced(state, output), output

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     FluxFillPipeline,
     FluxImg2ImgPipeline,
@@ -14,10 +16,13 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
+from torch import nn
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_of
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
+from distriray.parallel.networks.flux import FluxControl
+from distriray.parallel.networks.token_control import TokenControl
 
 
 class Flux(PackedFlowMatching):
@@ -30,6 +35,7 @@ class Flux(PackedFlowMatching):
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     max_clip_skip = 0
     guides = False
+    control: ClassVar[type[TokenControl] | None] = FluxControl
 
     def tokens(self, text: str) -> list[Tokens]:
         return [
@@ -55,6 +61,25 @@ class Flux(PackedFlowMatching):
         scale = torch.full((images,), commission.guidance_scale, device=device) if takes_scale else None
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "txt_ids": ids, "guidance": scale}
 
+    def take_control(self, network: Any) -> PictureOf:
+        hint, side = network.input_hint_block, network.config.patch_size
+        picture_of = super().take_control(network)
+        if hint is None:
+            return picture_of
+        network.input_hint_block = None  # it sees the picture alone, and is the same in every step
+        return partial(self._hinted, hint, side)
+
+    def _hinted(self, hint: nn.Module, side: int, image: Image.Image, commission: Commission) -> torch.Tensor:
+        """A picture's tokens by layers of the ControlNet's own, of `side` by `side` of their output."""
+        features = F.pixel_unshuffle(hint(self.pixels_of(image, commission)), side)
+        return features.flatten(2).transpose(1, 2)
+
+    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+        config, posterior = self._vae.config, self._vae.encode(self.pixels_of(image, commission)).latent_dist
+        latents = torch.cat([posterior.sample(generator) for generator in commission.generators])
+        latents = (latents - config.shift_factor) * config.scaling_factor
+        return self.pack(latents).to(self._transformer.dtype)
+
     def beside(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
         """A picture's tokens with what the network is shown beside them."""
         return self.with_references(state, tokens)
@@ -62,7 +87,7 @@ class Flux(PackedFlowMatching):
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         values, latents = state.values, state.latents
         own = self.pack(latents)
-        output = self._transformer(
+        output = self.output_of(
             hidden_states=self.beside(state, own),
             timestep=self.timestep(state, state.batch).to(latents.dtype) / 1000,
             guidance=values.get("guidance"),
@@ -70,8 +95,7 @@ class Flux(PackedFlowMatching):
             pooled_projections=values["pooled_prompt_embeds"],
             txt_ids=values["txt_ids"],
             img_ids=values["img_ids"],
-            return_dict=False,
-        )[0]
+        )
         output = self.unpack(output[:, : own.shape[1]], state.height, state.width)
         return self.advanced(state, output), output
 
@@ -80,6 +104,7 @@ class FluxFill(Flux):
     """FLUX.1 Fill: dev, whose network takes the mask and what it leaves of the picture in each token."""
 
     kinds = (FluxFillPipeline,)
+    control = None
 
     @property
     def input_channels(self) -> int:
@@ -108,6 +133,7 @@ class FluxKontext(Flux):
     """FLUX.1 Kontext: dev, that is shown a picture to edit beside the one that it draws."""
 
     kinds = (FluxKontextPipeline,)
+    control = None
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         shown = self._shown(commission.references[0]) if commission.references else None

@@ -26,6 +26,9 @@ from distriray.denoise.pipelines.megapixels import ShowsMegapixels, size_shown
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.parallel.networks.controls import Residuals
+from distriray.parallel.networks.qwen_image import QwenImageControl
+from distriray.parallel.networks.token_control import TokenControl
 
 TEXT_TOKENS = 512
 
@@ -43,6 +46,7 @@ class QwenImage(PackedFlowMatching):
     vae_channels = "z_dim"
     max_clip_skip = 0
     unsaid = " "  # as the model's makers say
+    control: ClassVar[type[TokenControl] | None] = QwenImageControl
 
     def check(self) -> None:
         super().check()
@@ -73,27 +77,37 @@ class QwenImage(PackedFlowMatching):
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
         shape = (1, *(side // self.patch_size for side in state.latents.shape[2:]))
         shapes = [shape, *values.get("reference_shapes", ())]
+        residuals = Residuals(self.controls)  # the prompt's are those of both branches
 
         def call(branch: str) -> torch.Tensor:
-            output: torch.Tensor = self._transformer(
+            output = self.output_of(
+                residuals,
                 hidden_states=tokens,
                 timestep=timestep,
                 encoder_hidden_states=values[f"{branch}prompt_embeds"],
                 img_shapes=[shapes] * state.batch,
-                return_dict=False,
-            )[0]
+            )
             return output[:, : own.shape[1]]
 
         outputs = self.branches(state, call)
         output = self.unpack(_guided(outputs, state.guidance_scale), state.height, state.width)
         return self.advanced(state, output), output
 
+    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+        posterior = self._vae.encode(self.pixels_of(image, commission)[:, :, None]).latent_dist
+        latents = torch.cat([posterior.sample(generator) for generator in commission.generators])
+        mean, std = self._of_latents(latents)
+        return self.pack(((latents - mean) * (1.0 / std))[:, :, 0]).to(self._transformer.dtype)
+
+    def _of_latents(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """Mean and deviation of the VAE's latents, (1, channels, 1, 1, 1) each."""
+        config = self._vae.config
+        known = config.latents_mean, config.latents_std
+        return [torch.tensor(numbers).view(1, -1, 1, 1, 1).to(latents) for numbers in known]
+
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        config, latents = self._vae.config, latents.to(self._vae.dtype)[:, :, None]
-        mean, std = (
-            torch.tensor(numbers).view(1, -1, 1, 1, 1).to(latents)
-            for numbers in (config.latents_mean, config.latents_std)
-        )
+        latents = latents.to(self._vae.dtype)[:, :, None]
+        mean, std = self._of_latents(latents)
         return self.pictures(self._vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0])
 
 
@@ -105,6 +119,7 @@ class QwenImageEdit(ShowsMegapixels, QwenImage):
     """
 
     kinds: ClassVar[tuple[type, ...]] = (QwenImageEditPipeline,)
+    control = None
     parts = (*QwenImage.parts, "processor")
     read_pixels: ClassVar[int] = VAE_IMAGE_SIZE
 

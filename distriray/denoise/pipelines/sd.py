@@ -13,8 +13,8 @@ from diffusers import (
 )
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
-from distriray.denoise.pipelines.control import controlled
+from distriray.denoise.pipelines.base import Commission, Tokens, check_pixels, tokens_of
+from distriray.denoise.pipelines.control import UNetSteps, controlled
 from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
 from distriray.denoise.pipelines.masks import keep_outside
 from distriray.denoise.state import DenoiseState
@@ -24,7 +24,7 @@ PARTS = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extracto
 FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 
 
-class StableDiffusion(PipelineSteps):
+class StableDiffusion(UNetSteps):
     """A pipeline with one text encoder; what it predicts, noise or velocity, is the scheduler's to know.
 
     A state keeps `prompt_embeds` of both guidance branches as one batch [unconditional, conditional], which

@@ -10,11 +10,13 @@ from diffusers import (
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
 )
+from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_of
 from distriray.denoise.pipelines.flow import GuidedInOneCall
 from distriray.denoise.pipelines.masks import outside
 from distriray.errors import InvalidRequest
+from distriray.parallel.networks.sd3 import SD3Control
 
 T5_TOKENS = 256
 
@@ -26,6 +28,7 @@ class StableDiffusion3(GuidedInOneCall):
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional_parts = ("text_encoder_3", "tokenizer_3")
     texts = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
+    control = SD3Control
 
     @property
     def max_clip_skip(self) -> int:
@@ -70,6 +73,23 @@ class StableDiffusion3(GuidedInOneCall):
             "prompt_embeds": torch.cat([negative_embeds, embeds]) if is_guided else embeds,
             "pooled_prompt_embeds": torch.cat([negative_pooled, pooled]) if is_guided else pooled,
         }
+
+    def take_control(self, network: Any) -> PictureOf:
+        picture_of = super().take_control(network)
+        if network.pos_embed is None:  # it was trained on what the model's first layer gives
+            positions = network._get_pos_embed_from_transformer(self._transformer)
+            network.pos_embed = positions.to(self._transformer.device, self._transformer.dtype)
+        return picture_of
+
+    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+        """The most likely latents of a picture.
+
+        diffusers draws them by torch's default generator, so that a seed would not decide the picture.
+        """
+        config = self._vae.config
+        latents: torch.Tensor = self._vae.encode(self.pixels_of(image, commission)).latent_dist.mode()
+        shift = 0.0 if network.config.force_zeros_for_pooled_projection else config.shift_factor
+        return ((latents - shift) * config.scaling_factor).to(self._transformer.dtype)
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         config, device, generators = self._transformer.config, self._transformer.device, commission.generators

@@ -13,13 +13,14 @@ from diffusers import (
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, PipelineSteps, Tokens, check_pixels, tokens_of
+from distriray.denoise.pipelines.base import Commission, Tokens, check_pixels, tokens_of
+from distriray.denoise.pipelines.control import UNetSteps
 from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
 
-class StableDiffusionXL(PipelineSteps):
+class StableDiffusionXL(UNetSteps):
     """A pipeline with SDXL's two text encoders.
 
     A state keeps what its blocks hand on, and the names of the conditional inputs in `conditioning`.

@@ -33,7 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from distriray.denoise.pipelines.control import controlled
 from distriray.denoise.pipelines.image_prompts import ImagePrompt
-from distriray.parallel.networks.controlnet import Control
+from distriray.parallel.networks.controls import Control
 
 
 class BatchedDenoiser(StableDiffusionXLLoopDenoiser):

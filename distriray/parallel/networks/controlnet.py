@@ -1,33 +1,18 @@
-"""ControlNets beside a U-Net: what they take, and what they add to it."""
+"""ControlNets of a U-Net: what they take, and what they add to it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel
 from torch import nn
 
 from distriray.errors import UnsupportedModel
+from distriray.parallel.networks.controls import Control, check_same
 
 _REFUSED = ("encoder_hid_dim", "class_embed_type", "num_class_embeds", "global_pool_conditions")
-
-
-class Control(NamedTuple):
-    """A ControlNet in one call of its U-Net.
-
-    Attributes:
-        name: of the ControlNet.
-        network: without the layers that `split` takes out of it.
-        picture: what `Embedder` made, (1, channels, rows, columns) like the network's first feature map.
-        scale: of what it adds.
-    """
-
-    name: str
-    network: Any
-    picture: torch.Tensor
-    scale: float
 
 
 def residuals_of(
@@ -102,17 +87,10 @@ def check_fits(network: ControlNetModel, unet: Any) -> None:
         if own.get(name):
             raise UnsupportedModel(f"its {name} is {own[name]!r}, and ControlNets with one are not read")
     for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
-        if _plain(own.get(name)) != _plain(its.get(name)):
-            raise UnsupportedModel(
-                f"its {name} is {own.get(name)!r}, and that of the model {its.get(name)!r}"
-            )
+        check_same(name, own.get(name), its.get(name))
     if own.get("projection_class_embeddings_input_dim") != its.get("projection_class_embeddings_input_dim"):
         raise UnsupportedModel("its size conditions and pooled text are of another width than the model's")
     if own.conditioning_channels != 3:
         raise UnsupportedModel(f"its pictures have {own.conditioning_channels} channels, and not three")
     if (network.mid_block is None) != (unet.mid_block is None):
         raise UnsupportedModel("it has no middle block like that of the model")
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else value

@@ -12,8 +12,8 @@ from torch import nn
 from distriray.errors import InvalidRequest
 from distriray.parallel.partition import Sequence, Stream, TokenPartition
 
-Cut = tuple[Stream, int]
-"""The stream whose tokens lie along a dimension, and that dimension."""
+Cut = tuple[Stream | Literal["joint"], int]
+"""The stream whose tokens lie along a dimension, and that dimension; `joint` is text, then image."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Plan:
             none.
         whole: the modules that see all tokens, and are not cut.
         mask: the argument that says which tokens of the text are attended to, bool (batch, tokens).
+        residuals: the arguments that are lists of what ControlNets add to the image's tokens after blocks,
+            (batch, tokens, channels) each.
     """
 
     cuts: Mapping[str, Mapping[str | int, Cut]]
@@ -71,6 +73,7 @@ class Plan:
     kwargs: str | None = "joint_attention_kwargs"
     whole: tuple[str, ...] = ()
     mask: str | None = None
+    residuals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Cutter:
             key: value if key not in cuts or value is None else self._cut(key, value, *cuts[key])
             for key, value in values.items()
         }
+
+    def image(self, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Of the image's tokens, (batch, tokens, channels), this rank's; raises InvalidRequest."""
+        return self._cut(name, tokens, "image", 1)
 
     def hooks(self, module: nn.Module, cuts: Mapping[str | int, Cut]) -> Iterator[Any]:
         """Hooks on a module that cut its arguments, which are given by name, and its outputs."""
@@ -107,7 +114,12 @@ class Cutter:
         if outputs:
             yield module.register_forward_hook(after)
 
-    def _cut(self, name: Any, tensor: torch.Tensor, stream: Stream, dimension: int) -> torch.Tensor:
+    def _cut(self, name: Any, tensor: torch.Tensor, stream: Sequence, dimension: int) -> torch.Tensor:
+        if stream == "joint":
+            text = self.partition.whole("text")
+            of_text, of_image = tensor.split([text, tensor.shape[dimension] - text], dimension)
+            own = self._cut(name, of_text, "text", dimension), self._cut(name, of_image, "image", dimension)
+            return torch.cat(own, dimension)
         start, stop = self.partition.tokens(stream, self.rank)
         tokens, given = self.partition.whole(stream), tensor.shape[dimension]
         if given != tokens:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from diffusers.models.attention_processor import Attention as AttentionLayer
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
@@ -22,7 +22,9 @@ from torch import nn
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
+from distriray.parallel.networks.token_control import TokenControl, repeated
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
@@ -35,6 +37,50 @@ class PatchQwenImageAttention(PatchJointAttention, QwenDoubleStreamAttnProcessor
         return turned
 
 
+CUTS: Mapping[str, Mapping[str | int, Cut]] = {
+    "transformer_blocks.0": {"hidden_states": ("image", 1), "encoder_hidden_states": ("text", 1)},
+    "transformer_blocks.*": {"encoder_hidden_states_mask": ("text", 1)},
+    "pos_embed": {0: ("image", 0), 1: ("text", 0)},
+}
+ATTENTION = {
+    "transformer_blocks.*.attn": Attention(QwenDoubleStreamAttnProcessor2_0, PatchQwenImageAttention)
+}
+LAYERS = frozenset[type](
+    {AttentionLayer, QwenEmbedRope, QwenImageTransformerBlock, QwenTimestepProjEmbeddings}
+)
+MASK = "encoder_hidden_states_mask"
+
+
+class QwenImageControl(TokenControl):
+    """A `QwenImageControlNetModel`, whose picture is given as packed latents."""
+
+    kind = QwenImageControlNetModel
+    plan = Plan(cuts=CUTS, attention=ATTENTION, inputs={}, whole=("pos_embed",), mask=MASK)
+    layers = LAYERS
+    like = (
+        "in_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "axes_dims_rope",
+    )
+
+    @classmethod
+    def check_fits(cls, network: Any, transformer: Any) -> None:
+        super().check_fits(network, transformer)
+        if network.config.extra_condition_channels:
+            raise UnsupportedModel("it takes a mask beside its picture, by extra_condition_channels")
+
+    @staticmethod
+    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+        names = "hidden_states", "timestep", "encoder_hidden_states", "img_shapes"
+        return {**{name: given[name] for name in names}, MASK: given.get(MASK)}
+
+    @staticmethod
+    def spread(network: Any, transformer: Any, output: Any) -> dict[str, list[torch.Tensor] | None]:
+        return {"controlnet_block_samples": repeated(output, transformer.transformer_blocks)}
+
+
 class QwenImage(TokenNetwork):
     """A `QwenImageTransformer2DModel`: its pipeline packs 2x2 latents into a token and masks padded text.
 
@@ -45,30 +91,24 @@ class QwenImage(TokenNetwork):
     kind = QwenImageTransformer2DModel
     pads_text = False
     row_unit = 2
+    control = QwenImageControl
     plan = Plan(
         cuts={
-            "transformer_blocks.0": {"hidden_states": ("image", 1), "encoder_hidden_states": ("text", 1)},
-            "transformer_blocks.*": {
-                "encoder_hidden_states_mask": ("text", 1),
-                "modulate_index": ("image", 1),
-            },
-            "pos_embed": {0: ("image", 0), 1: ("text", 0)},
+            **CUTS,
+            "transformer_blocks.*": {**CUTS["transformer_blocks.*"], "modulate_index": ("image", 1)},
         },
-        attention={
-            "transformer_blocks.*.attn": Attention(QwenDoubleStreamAttnProcessor2_0, PatchQwenImageAttention)
-        },
+        attention=ATTENTION,
         inputs={
-            "encoder_hidden_states_mask": Input("text mask"),
+            MASK: Input("text mask"),
             "img_shapes": Input("shapes of the images", "plain", batched=False),
             "guidance": Input("embedded guidance scale"),
         },
         kwargs="attention_kwargs",
         whole=("pos_embed",),
-        mask="encoder_hidden_states_mask",
+        mask=MASK,
+        residuals=("controlnet_block_samples",),
     )
-    layers = frozenset[type](
-        {AttentionLayer, QwenEmbedRope, QwenImageTransformerBlock, QwenTimestepProjEmbeddings}
-    )
+    layers = LAYERS
 
     def check(self) -> None:
         super().check()

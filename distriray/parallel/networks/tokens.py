@@ -33,6 +33,8 @@ from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.attending import attend_to_all, of_queries
 from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.beside import Beside, CutControl
+from distriray.parallel.networks.controls import Residuals
 from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
 from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
 from distriray.parallel.networks.plan import Attention, Cut, Cutter, Plan, key_mask
@@ -80,13 +82,16 @@ class TokenNetwork(Network):
         plan: of the family.
         layers: the classes of layers that the family has, besides `LAYERS`.
         names: the arguments that are latents, timestep and prompt embeddings.
+        control: the family's ControlNets; None where it has none that are cut into patches with it.
     """
 
-    plan: ClassVar[Plan]
+    plan: Plan
     layers: ClassVar[frozenset[type]]
     names: ClassVar[tuple[str, str, str]] = ("hidden_states", "timestep", "encoder_hidden_states")
+    control: ClassVar[type[CutControl] | None] = None
 
     def __init__(self, module: Any, local: LocalCode | None = None) -> None:
+        self._beside = Beside(self.control)
         self._tokens = Tokens()
         self._branch: str | None = None
         self._shared: tuple[Share, Collect]
@@ -175,13 +180,14 @@ class TokenNetwork(Network):
                 converted = True
             if planned.sequence is not None:
                 self._attending[name] = attention.processor
-        return converted
+        return self._beside.convert(self.controls, self.local, context) | converted
 
-    def read(self, *args: Any, **kwargs: Any) -> Call:
-        """A call of the network's own forward.
+    def read(self, *args: Any, residuals: Residuals | None = None, **kwargs: Any) -> Call:
+        """A call of the network's own forward, and of ControlNets on the same tokens before it.
 
         Args:
             args, kwargs: as its class has them.
+            residuals: of ControlNets among `controls`.
 
         Raises:
             UnsupportedModel: an input that the plan does not know, or a way to attend that is not known.
@@ -189,7 +195,8 @@ class TokenNetwork(Network):
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        for name in arguments.keys() - {*self.names, "return_dict", *self.plan.inputs, self.plan.kwargs}:
+        known = {*self.names, "return_dict", *self.plan.inputs, *self.plan.residuals, self.plan.kwargs}
+        for name in arguments.keys() - known:
             default, given = self._signature.parameters[name].default, arguments[name]
             if given is not None and (default is None or given != default):
                 raise UnsupportedModel(f"{name}, which is not cut into patches")
@@ -206,7 +213,13 @@ class TokenNetwork(Network):
         for processor in self._attending.values():
             _check_backend(processor)
         sample, embeddings = self.sample_of(latents), self.text_of(text)
-        return Call(sample, timestep, embeddings, scale, self._branch, arguments)
+        call = Call(sample, timestep, embeddings, scale, self._branch, arguments)
+        if residuals is None:
+            return call
+        given = [name for name in self.plan.residuals if arguments[name] is not None]
+        if given:
+            raise UnsupportedModel(f"{given[0]} beside ControlNets that are cut into patches")
+        return self._beside.read(call, residuals, self.controls)
 
     def sample_of(self, latents: Any) -> torch.Tensor:
         """Latents as they were given as one tensor: (batch, tokens, channels), or with rows and columns."""
@@ -239,9 +252,10 @@ class TokenNetwork(Network):
         if self._key_heads is None:
             attending = (layer for _, layer, planned in self._attentions() if planned.sequence is not None)
             self._key_heads = {self.heads(layer).keys for layer in attending}
-        return self._key_heads
+        return self._key_heads | self._beside.key_heads
 
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
+        self._beside.dry_run(call, share, step)
         partition, rank = share.partition, share.communicator.rank
         assert isinstance(partition, TokenPartition)
         for _, layer, planned in self._attentions():
@@ -259,25 +273,34 @@ class TokenNetwork(Network):
     def compared(self, call: Call) -> Compared:
         given, inputs = call.arguments, self.plan.inputs
         timestep, packed = call.timestep, call.sample.ndim == 3
+        added = [tensor for name in self.plan.residuals for tensor in _tensors(given[name])]
+        controls = self._beside.of(call)
         return Compared(
             {
                 **(described(call.sample, PACKED) if packed else described(call.sample)),
                 "text batch": call.text.shape[0],
                 "text tokens": call.text.shape[1],
                 "scale of adapters": (call.text_scale or {}).get("scale"),
+                "number of ControlNet residuals": len(added),
             },
             near={
                 "latents": call.sample,
                 "prompt embeddings": call.text,
+                "ControlNet residuals": added,
+                "pictures of ControlNets": [control.picture for control in controls],
                 **{i.name: _tensors(given[key]) for key, i in inputs.items() if i.compared == "near"},
             },
             equal={
                 "timesteps": timestep if isinstance(timestep, torch.Tensor) and timestep.ndim else None,
                 **{i.name: _tensors(given[key]) for key, i in inputs.items() if i.compared == "equal"},
                 "weights": weights_of(self.module),
+                "weights of ControlNets": self._beside.weights(call),
             },
             texts={
                 "guidance branch": str(call.branch),
+                "ControlNets, or their scales": repr(
+                    [(each.name, each.scale, each.mode) for each in controls]
+                ),
                 **{i.name: repr(given[key]) for key, i in inputs.items() if i.compared == "plain"},
                 "adapters, their scales, or which are active": adapters_of(self.module),
                 "attention processors, or their scales": processors_of(self.module),
@@ -299,10 +322,30 @@ class TokenNetwork(Network):
             arguments: of this rank's part of the batch.
         """
         share, collect = self._shared
+        assert self.replaced is not None
+        added = self._beside.added(self.module, arguments, share)
+        with self.cutting(share, arguments) as cut, ExitStack() as hooks:
+            last = self.module.get_submodule(self.plan.gather)
+            hooks.enter_context(last.register_forward_hook(partial(self._gather, collect, share.exchanges)))
+            return self.replaced(**{**cut, **added})
+
+    @contextmanager
+    def cutting(self, share: Share, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Let the module's own forward see this rank's tokens, as the plan has it.
+
+        Args:
+            arguments: of it, of this rank's part of the batch.
+
+        Yields:
+            Those that it is to be given.
+        """
         partition = share.partition
-        assert isinstance(partition, TokenPartition) and self.replaced is not None
+        assert isinstance(partition, TokenPartition)
         self._tokens.begin(partition, self.take_mask(arguments, partition))
         cutter = Cutter(partition, share.communicator.rank)
+        for name in self.plan.residuals:
+            whole = arguments[name]
+            arguments[name] = None if whole is None else [cutter.image(name, each) for each in whole]
         with ExitStack() as hooks:
             for module, cuts in self._cuts:
                 if module is self.module:
@@ -310,19 +353,21 @@ class TokenNetwork(Network):
                     continue
                 for hook in cutter.hooks(module, cuts):
                     hooks.enter_context(hook)
-            last = self.module.get_submodule(self.plan.gather)
-            hooks.enter_context(last.register_forward_hook(partial(self._gather, collect, share.exchanges)))
-            return self.replaced(**arguments)
+            yield arguments
 
     def _gather(
         self, collect: Collect, exchanges: bool, module: nn.Module, inputs: Any, output: torch.Tensor
     ) -> torch.Tensor:
         """The tokens of all ranks and of the whole batch, where `output` are this rank's."""
+        self.check_entered(exchanges)
+        return collect(output[:, None])[:, 0]
+
+    def check_entered(self, exchanges: bool) -> None:
+        """Raise `UnsupportedModel` unless each layer of attention has exchanged once in this step."""
         for name, processor in self._attending.items():
             times = self._tokens.entered[processor]
             if times != 1 and exchanges and any(self._tokens.of(processor.sequence)):
                 raise UnsupportedModel(f"{name} was called {times} times in a step, not once")
-        return collect(output[:, None])[:, 0]
 
     def _check_layers(self) -> None:
         """Raise `UnsupportedModel` where something is not known to look at one token at a time."""

@@ -33,7 +33,8 @@ from distriray.parallel.layers.attention import (
 from distriray.parallel.layers.bare import adapters_in_use
 from distriray.parallel.layers.conv import pads_by_hand, patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network
-from distriray.parallel.networks.controlnet import Control, residuals_of
+from distriray.parallel.networks.controlnet import residuals_of
+from distriray.parallel.networks.controls import Control
 from distriray.parallel.networks.likeness import adapters_of, processors_of, signs_of, weights_of
 from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (

@@ -18,7 +18,8 @@ from distriray.denoise import Denoiser
 from distriray.errors import OutOfMemory
 from distriray.parallel import engine_of
 from distriray.parallel.networks.base import Network
-from distriray.parallel.networks.controlnet import Control, split
+from distriray.parallel.networks.controlnet import split
+from distriray.parallel.networks.controls import Control
 from distriray.parallel.room import Room, buffer_bytes
 from distriray.requests import SamplingParams
 from tests.models import (

@@ -1,0 +1,135 @@
+"""ControlNets beside a transformer, which are cut to the same tokens and exchange in the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from distriray.errors import UnsupportedModel
+from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.step import Step
+from distriray.parallel.networks.base import Call
+from distriray.parallel.networks.controls import Control, Residuals
+from distriray.parallel.networks.likeness import weights_of
+from distriray.parallel.networks.local import LocalCode
+from distriray.parallel.share import Share
+
+ARGUMENT = "residuals"
+"""What a call's arguments call its `Asked`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The ControlNets of a call.
+
+    Attributes:
+        residuals: of its step.
+        due: those that the call runs.
+    """
+
+    residuals: Residuals
+    due: Sequence[Control]
+
+
+class CutControl(Protocol):
+    """A ControlNet that is cut into patches, as `token_control.TokenControl` is."""
+
+    module: Any
+
+    def __init__(self, module: Any, local: LocalCode | None = None) -> None: ...
+
+    @property
+    def key_heads(self) -> Set[int]: ...
+
+    def convert(self, context: PatchContext) -> bool: ...
+
+    def dry_run(self, call: Call, share: Share, step: Step) -> None: ...
+
+    def output(self, share: Share, given: dict[str, Any]) -> Any: ...
+
+    @classmethod
+    def residuals_of(
+        cls,
+        transformer: Any,
+        controls: Sequence[Control],
+        given: Mapping[str, Any],
+        run: Callable[[str, dict[str, Any]], Any],
+    ) -> dict[str, list[torch.Tensor]]: ...
+
+
+class Beside:
+    """The ControlNets of one transformer.
+
+    Args:
+        kind: those of its family; None where it has none that are cut into patches with it.
+    """
+
+    def __init__(self, kind: type[CutControl] | None) -> None:
+        self._kind = kind
+        self._controls: dict[str, CutControl] = {}
+
+    @property
+    def key_heads(self) -> Set[int]:
+        """`Network.key_heads` of all."""
+        return frozenset[int]().union(*(control.key_heads for control in self._controls.values()))
+
+    def convert(self, controls: Mapping[str, nn.Module], local: LocalCode, context: PatchContext) -> bool:
+        """`Network.convert` of those that calls may name, by name."""
+        before, self._controls, converted = self._controls, {}, False
+        for name, module in controls.items():
+            if self._kind is None:
+                raise UnsupportedModel(f"the ControlNet {name!r}, of a family that has none cut into patches")
+            known = next((each for each in before.values() if each.module is module), None)
+            self._controls[name] = before[name] = known or self._kind(module, local)
+            converted |= self._controls[name].convert(context)
+        return converted
+
+    @staticmethod
+    def read(call: Call, residuals: Residuals, controls: Mapping[str, nn.Module]) -> Call:
+        """A call of the transformer, as one with some of `controls`; raises UnsupportedModel."""
+        for control in residuals.controls:
+            if controls.get(control.name) is not control.network:
+                raise UnsupportedModel(f"the ControlNet {control.name!r} is not one that is cut into patches")
+        asked = Asked(residuals, residuals.due)
+        what = "{}" if asked.due else "residuals of {}"
+        names = tuple(what.format(control.name) for control in residuals.controls)
+        return replace(call, arguments={**call.arguments, ARGUMENT: asked}, besides=names or None)
+
+    def of(self, call: Call) -> Sequence[Control]:
+        """Those that a call names."""
+        asked: Asked | None = call.arguments.get(ARGUMENT)
+        return () if asked is None else asked.residuals.controls
+
+    def weights(self, call: Call) -> list[Any]:
+        """Numbers of the weights of those that a call names, which ranks compare."""
+        return [numbers for control in self.of(call) for numbers in weights_of(control.network)]
+
+    def dry_run(self, call: Call, share: Share, step: Step) -> None:
+        """`Network.dry_run` of those that a call runs."""
+        asked: Asked | None = call.arguments.get(ARGUMENT)
+        for control in () if asked is None else asked.due:
+            self._controls[control.name].dry_run(replace(call, arguments={}), share, step)
+
+    def added(self, transformer: Any, arguments: dict[str, Any], share: Share) -> Mapping[str, Any]:
+        """Arguments for what those of a call add to this rank's tokens.
+
+        Args:
+            arguments: of the transformer, of this rank's part of the batch; `ARGUMENT` is taken out.
+        """
+        asked: Asked | None = arguments.pop(ARGUMENT, None)
+        kind = self._kind
+        if asked is None or kind is None:
+            return {}
+
+        def run(name: str, given: dict[str, Any]) -> Any:
+            return self._controls[name].output(share, given)
+
+        def make(controls: Sequence[Control]) -> Mapping[str, Any]:
+            own = [each.for_batch(share.batch, share.cut) for each in controls]
+            return kind.residuals_of(transformer, own, arguments, run)
+
+        return asked.residuals.made_by(make)

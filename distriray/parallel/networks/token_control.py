@@ -1,0 +1,119 @@
+"""Common part of the ControlNets of transformers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from distriray.parallel.exchange.step import Step
+from distriray.parallel.networks.base import Call
+from distriray.parallel.networks.controls import Control, check_same
+from distriray.parallel.networks.tokens import TokenNetwork
+from distriray.parallel.share import Share
+
+Run = Callable[[str, dict[str, Any]], Any]
+"""Computes the ControlNet of that name with those arguments, and returns what its forward does."""
+
+
+class TokenControl(TokenNetwork):
+    """A ControlNet of a transformer, with blocks like its own; it looks at the same tokens.
+
+    Its plan has no `gather`: what it adds to a rank's tokens stays there.
+
+    Attributes:
+        like: entries of its configuration that are those of the transformer's.
+    """
+
+    like: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def check_fits(cls, network: Any, transformer: Any) -> None:
+        """Raise UnsupportedModel, with what is wrong, unless a ControlNet is one for this transformer."""
+        own, its = network.config, transformer.config
+        for name in cls.like:
+            check_same(name, own.get(name), its.get(name))
+
+    @staticmethod
+    @abstractmethod
+    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The ControlNet's arguments, its picture and scale aside, for those of the transformer."""
+
+    @staticmethod
+    @abstractmethod
+    def spread(network: Any, transformer: Any, output: Any) -> dict[str, list[torch.Tensor] | None]:
+        """What each block of the transformer is to add, by its argument for it.
+
+        Args:
+            network: the ControlNet.
+            output: of its forward.
+        """
+
+    @classmethod
+    def residuals_of(
+        cls, transformer: Any, controls: Sequence[Control], given: Mapping[str, Any], run: Run
+    ) -> dict[str, list[torch.Tensor]]:
+        """Arguments of the transformer for what ControlNets add; that of several is added up.
+
+        Args:
+            given: the others.
+
+        Source: Zhang et al., ICCV 2023 (arXiv 2302.05543).
+        """
+        added: dict[str, list[torch.Tensor]] = {}
+        for control in controls:
+            output = run(
+                control.name,
+                {
+                    **cls.arguments(control, given),
+                    "controlnet_cond": control.picture,
+                    "conditioning_scale": control.scale,
+                    "return_dict": False,
+                },
+            )
+            for name, parts in cls.spread(control.network, transformer, output).items():
+                if parts is None:
+                    continue
+                before = added.get(name)
+                added[name] = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
+        return added
+
+    def of_share(self, share: Share) -> Share:
+        """A rank's share of a call of the transformer, as it is of one of the ControlNet."""
+        return share
+
+    def dry_run(self, call: Call, share: Share, step: Step) -> None:
+        super().dry_run(call, self.of_share(share), step)
+
+    def output(self, share: Share, given: dict[str, Any]) -> Any:
+        """Of its forward, for this rank's tokens, of whole arguments of this rank's part of the batch."""
+        with self.cutting(self.of_share(share), given) as cut:
+            output = self.module(**cut)
+        self.check_entered(share.exchanges)
+        return output
+
+
+def controlled(
+    kind: type[TokenControl], transformer: Any, controls: Sequence[Control], *, given: Mapping[str, Any]
+) -> dict[str, list[torch.Tensor]]:
+    """`TokenControl.residuals_of` a transformer that is not cut into patches."""
+    sample: torch.Tensor = given["hidden_states"]
+    networks = {control.name: control.network for control in controls}
+    whole = [control.for_batch(len(sample)) for control in controls]
+    return kind.residuals_of(transformer, whole, given, lambda name, given: networks[name](**given))
+
+
+def repeated(
+    samples: Sequence[torch.Tensor] | None, blocks: nn.ModuleList, in_turn: bool = False
+) -> list[torch.Tensor] | None:
+    """What each of `blocks` adds, where a ControlNet has fewer: each for some in a row, or all in turn."""
+    if not samples:
+        return None
+    if in_turn:
+        return [samples[index % len(samples)] for index in range(len(blocks))]
+    each = ceil(len(blocks) / len(samples))
+    return [samples[index // each] for index in range(len(blocks))]

@@ -1,0 +1,379 @@
+"""ControlNets of FLUX.1, Stable Diffusion 3 and Qwen-Image: as diffusers draws with them, and in gangs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    FluxControlNetImg2ImgPipeline,
+    FluxControlNetInpaintPipeline,
+    FluxControlNetPipeline,
+    FluxMultiControlNetModel,
+    QwenImageControlNetPipeline,
+    QwenImageMultiControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+)
+from PIL import Image
+
+from distriray import ParallelConfig, parallelize
+from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.controls import Control, ControlNetSpec
+from distriray.denoise import Denoiser, DenoiseState
+from distriray.errors import GangMismatch, UnusableControlNet
+from distriray.parallel import engine_of
+from distriray.parallel.networks.token_control import TokenControl
+from distriray.requests import SamplingParams
+from tests.models import (
+    tiny_flux,
+    tiny_flux_controlnet,
+    tiny_flux_schnell,
+    tiny_qwen_image,
+    tiny_qwen_image_controlnet,
+    tiny_sd3,
+    tiny_sd3_controlnet,
+)
+from tests.parameters import pairwise, sweep
+from tests.regroup import drawn, drawn_in_turn
+
+NAMES = "canny", "depth"
+HINT = {"conditioning_embedding_channels": 4, "patch_size": 2, "num_single_layers": 0}
+WITHOUT_TEXT = {
+    "joint_attention_dim": None,
+    "use_pos_embed": False,
+    "force_zeros_for_pooled_projection": False,
+}
+UNION = {"num_mode": 3}
+MODES = {"canny": 0, "depth": 2}
+Named = tuple[str, dict[str, Any]]
+ONE: list[Named] = [("canny", {"scale": 0.7})]
+BOTH: list[Named] = [("canny", {"scale": 0.7, "start": 0.25}), ("depth", {"scale": -0.4, "end": 0.5})]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, a maker of ControlNets for it, and diffusers' pipeline of both.
+
+    Attributes:
+        guidance: what that pipeline calls the scale of guidance, and others of its arguments.
+        union: whether it is one ControlNet for all kinds of pictures.
+    """
+
+    make: Callable[[], Any]
+    control: Callable[[int], Any]
+    kind: Any
+    guidance: dict[str, Any]
+    union: bool = False
+
+    def theirs(self, *named: Named, images: int = 1, **given: Any) -> torch.Tensor:
+        """Latents by diffusers, as its pipeline has them."""
+        networks = [self.control(1 + NAMES.index(name)) for name, _ in named]
+        options = [options for _, options in named]
+        pipeline = self.kind(
+            **self.make().components, controlnet=networks if len(networks) > 1 else networks[0]
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        listed = {
+            "control_image": [picture(name) for name, _ in named],
+            "controlnet_conditioning_scale": [each.get("scale", 1.0) for each in options],
+            "control_guidance_start": [each.get("start", 0.0) for each in options],
+            "control_guidance_end": [each.get("end", 1.0) for each in options],
+        }
+        if self.union:
+            listed["control_mode"] = [MODES[name] for name, _ in named]
+        of_one = listed if len(networks) > 1 else {name: values[0] for name, values in listed.items()}
+        defaults = {"num_inference_steps": 4, "height": 128, "width": 64, **self.guidance}
+        with certain(pipeline):
+            latents: torch.Tensor = pipeline(
+                prompt="a lake", num_images_per_prompt=images, output_type="latent", **of_one,
+                generator=[torch.Generator().manual_seed(3 + index) for index in range(images)],
+                **{**defaults, **given},
+            ).images  # fmt: skip
+        return latents
+
+
+@contextmanager
+def certain(pipeline: Any) -> Iterator[None]:
+    """Stable Diffusion 3 alone: let the VAE have no doubt about a picture.
+
+    diffusers draws it by torch's default generator there, so that no seed would make it the same.
+    """
+    encode = pipeline.vae.encode
+    if isinstance(pipeline, StableDiffusion3ControlNetPipeline):
+
+        def encoded(pixels: torch.Tensor) -> Any:
+            mode = encode(pixels).latent_dist.mode
+            return SimpleNamespace(latent_dist=SimpleNamespace(sample=mode))
+
+        pipeline.vae.encode = encoded
+    yield
+    pipeline.vae.encode = encode
+
+
+def _of_one(pipeline: Any, multi: Any, **parts: Any) -> Any:
+    """One network, which is given several pictures; of Qwen-Image diffusers adds up no others."""
+    networks = parts.pop("controlnet")
+    return pipeline(**parts, controlnet=multi(networks[:1]) if isinstance(networks, list) else networks)
+
+
+MODELS: dict[str, Model] = {
+    "flux": Model(tiny_flux, tiny_flux_controlnet, FluxControlNetPipeline, {"guidance_scale": 3.5}),
+    "flux-hint": Model(
+        tiny_flux, partial(tiny_flux_controlnet, **HINT), FluxControlNetPipeline, {"guidance_scale": 3.5}
+    ),
+    "flux-union": Model(
+        tiny_flux,
+        lambda seed: tiny_flux_controlnet(**UNION),
+        partial(_of_one, FluxControlNetPipeline, FluxMultiControlNetModel),
+        {"guidance_scale": 3.5},
+        union=True,
+    ),
+    "sd3": Model(tiny_sd3, tiny_sd3_controlnet, StableDiffusion3ControlNetPipeline, {"guidance_scale": 3.5}),
+    "sd35": Model(
+        tiny_sd3,
+        partial(tiny_sd3_controlnet, **WITHOUT_TEXT),
+        StableDiffusion3ControlNetPipeline,
+        {"guidance_scale": 3.5},
+    ),
+    "qwen": Model(
+        tiny_qwen_image,
+        lambda seed: tiny_qwen_image_controlnet(),
+        partial(_of_one, QwenImageControlNetPipeline, QwenImageMultiControlNetModel),
+        {"true_cfg_scale": 3.5, "negative_prompt": " "},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controls")
+    for model, each in MODELS.items():
+        for seed, name in enumerate(NAMES):
+            each.control(seed + 1).save_pretrained(folder / model / name)
+    return folder
+
+
+def picture(name: str) -> Image.Image:
+    """Another for each name, with edges."""
+    noise = np.random.default_rng(NAMES.index(name)).integers(0, 2, (9, 7, 3)) * 255
+    return Image.fromarray(noise.astype(np.uint8)).resize((96, 128), Image.Resampling.NEAREST)
+
+
+def params(*named: Named, **fields: Any) -> SamplingParams:
+    control = tuple(Control(name=name, image=picture(name), **options) for name, options in named)
+    given = {"height": 128, "width": 64, "num_inference_steps": 4, "guidance_scale": 3.5, "seed": 3, **fields}
+    return SamplingParams(prompt="a lake", control=control, **given)
+
+
+def denoiser_of(pipeline: Any, folder: Path) -> Denoiser:
+    """Of the models, `folder` has the ControlNets of one; those of a union are one in memory."""
+    denoiser, union = Denoiser(pipeline), MODELS[folder.name].union
+    for name in NAMES:
+        source = folder / (NAMES[0] if union else name)
+        mode = MODES[name] if union else None
+        denoiser.controls.load(ControlNetSpec(name=name, source=str(source), mode=mode))
+    assert len(set(denoiser.controls.networks.values())) == (1 if union else 2)
+    return denoiser
+
+
+def ours(model: str, folder: Path, *named: Named, **fields: Any) -> tuple[torch.Tensor, np.ndarray]:
+    """Latents as diffusers' pipeline has them, and the first picture."""
+    pipeline = MODELS[model].make()
+    denoiser = denoiser_of(pipeline, folder / model)
+    state = denoiser.prepare(params(*named, **fields))
+    image = drawn(denoiser, state)
+    if hasattr(pipeline, "_pack_latents"):
+        return pipeline._pack_latents(state.latents, *state.latents.shape), image
+    return state.latents, image
+
+
+@pytest.mark.parametrize("named", [ONE, BOTH], ids=["one", "both"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_request_is_drawn_as_diffusers_draws_it(model: str, named: list[Named], folder: Path) -> None:
+    """Stable Diffusion 3's encodes a picture for each branch of guidance at once, which rounds otherwise."""
+    latents, image = ours(model, folder, *named)
+    torch.testing.assert_close(
+        latents, MODELS[model].theirs(*named), rtol=0, atol=1e-4 if model.startswith("sd3") else 0
+    )
+    assert np.abs(image - ours(model, folder)[1]).max() > 10
+
+
+def test_each_picture_of_a_request_is_its_seeds_alone(folder: Path) -> None:
+    for model in ("flux", "qwen"):
+        both = MODELS[model].theirs(*ONE, images=2)
+        latents, _ = ours(model, folder, *ONE, num_images=2)
+        torch.testing.assert_close(latents, both, rtol=0, atol=1e-5)
+        torch.testing.assert_close(latents[:1], ours(model, folder, *ONE)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_picture_is_drawn_on_as_diffusers_draws_on_it(masked: bool, folder: Path) -> None:
+    def kind(image_encoder: Any, feature_extractor: Any, **parts: Any) -> Any:
+        return (FluxControlNetInpaintPipeline if masked else FluxControlNetImg2ImgPipeline)(**parts)
+
+    below, mask = Image.effect_noise((64, 128), 90).convert("RGB"), Image.new("L", (64, 128))
+    mask.paste(255, (0, 0, 32, 128))
+    pictures = {"image": below, **({"mask_image": mask} if masked else {})}
+    model = Model(tiny_flux, tiny_flux_controlnet, kind, {"guidance_scale": 3.5, "strength": 0.5})
+    named = ("canny", {"scale": 0.7, "start": 0.25, "end": 0.75})
+    theirs = model.theirs(named, num_inference_steps=8, **pictures)
+    latents, _ = ours("flux", folder, named, num_inference_steps=8, strength=0.5, **pictures)
+    assert torch.equal(latents, theirs)
+
+
+def by_gangs(
+    model: str, folder: Path, sizes: Sequence[int], named: list[Named], config: dict[str, Any], **fields: Any
+) -> list[np.ndarray]:
+    load = partial(denoiser_of, folder=folder / model)
+    return drawn_in_turn(MODELS[model].make, load, params(*named, **fields), sizes, config)
+
+
+@pytest.mark.parametrize(
+    ("model", "attention", "sizes"),
+    sweep(pairwise(list(MODELS), ["gather", "ulysses"], [(2,), (2, 1)]), first=3)
+    + sweep([("flux", "gather", (3,)), ("sd35", "auto", (4,)), ("qwen", "gather", (3, 2))], first=0),
+)
+def test_sync_mode_equals_one_device(model: str, attention: str, sizes: Sequence[int], folder: Path) -> None:
+    """Also of two pictures, with and without guidance, and where a gang's bytes go on in another."""
+    ended = {} if model.startswith("flux") else {"guidance_end": 0.5}
+    for named, fields in ((ONE, {"num_images": 2}), (BOTH, ended)):
+        _, expected = ours(model, folder, *named, **fields)
+        for image in by_gangs(
+            model, folder, sizes, named, {"exchange": "sync", "attention": attention}, **fields
+        ):
+            assert np.abs(image - expected).max() <= 1
+
+
+@pytest.mark.parametrize("model", sweep(["sd3", "sd35"]))
+def test_guidance_is_shared_by_halves_too(model: str, folder: Path) -> None:
+    for image in by_gangs(model, folder, (4,), BOTH, {"exchange": "sync", "cfg_parallel": True}):
+        assert np.abs(image - ours(model, folder, *BOTH)[1]).max() <= 1
+
+
+@pytest.mark.parametrize("model", sweep(["qwen", "flux", "sd3"]))
+def test_displaced_steps_stay_near_one_device_and_need_the_control(model: str, folder: Path) -> None:
+    """Also where a ControlNet begins or ends on the way, with which the layers of a step change."""
+    fields = {"num_inference_steps": 12}
+    config = {"exchange": "displaced", "warmup_steps": 1, "cfg_parallel": False}
+    for named in (ONE, BOTH):
+        (_, expected), (_, without) = ours(model, folder, *named, **fields), ours(model, folder, **fields)
+        first, *others = by_gangs(model, folder, (2,), named, config, **fields)
+        assert all((image == first).all() for image in others)
+        assert np.abs(first - expected).mean() < np.abs(without - expected).mean() / 2
+
+
+def test_each_rank_runs_a_controlnet_on_its_own_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once, though each branch of guidance has a call of its own."""
+    seen, output = [], TokenControl.output
+
+    def noted(*args: Any) -> Any:
+        added = output(*args)
+        seen.append([tokens.shape[1] for tokens in added])
+        return added
+
+    def one_step(communicator: Communicator) -> int:
+        pipeline = parallelize(tiny_qwen_image(), communicator, ParallelConfig(exchange="sync"))
+        denoiser = denoiser_of(pipeline, folder / "qwen")
+        denoiser.step(state := denoiser.prepare(params(*ONE)))
+        return state.latents.shape[2] * state.latents.shape[3] // 4
+
+    monkeypatch.setattr(TokenControl, "output", noted)
+    (tokens,) = set(run_in_lockstep(2, one_step))
+    assert seen == [[tokens // 2] * 2] * 2
+
+
+def test_text_of_a_union_is_dealt_with_the_token_of_its_mode(folder: Path) -> None:
+    """Among three ranks, of which two have another number of tokens than without it."""
+    _, expected = ours("flux-union", folder, *BOTH)
+    for image in by_gangs("flux-union", folder, (3,), BOTH, {"exchange": "sync"}):
+        assert np.abs(image - expected).max() <= 1
+
+
+def whole(model: str, exchange: str, named: list[Named], communicator: Communicator) -> torch.Tensor:
+    """Latents by diffusers' own pipeline, which was made patch-parallel."""
+
+    def kind(**parts: Any) -> Any:
+        return parallelize(MODELS[model].kind(**parts), communicator, ParallelConfig(exchange=exchange))
+
+    return replace(MODELS[model], kind=kind).theirs(*named)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_pipelines_of_users_add_residuals_that_each_rank_has_whole(model: str) -> None:
+    expected = MODELS[model].theirs(*BOTH)
+    for latents in run_in_lockstep(2, partial(whole, model, "sync", BOTH)):
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+
+
+def test_ranks_with_other_pictures_are_told(folder: Path) -> None:
+    def one_step(communicator: Communicator) -> None:
+        denoiser = denoiser_of(parallelize(tiny_flux(), communicator), folder / "flux")
+        name = NAMES[communicator.rank]
+        control = (Control(name="canny", image=picture(name)),)
+        denoiser.step(denoiser.prepare(params().model_copy(update={"control": control})))
+
+    with pytest.raises(GangMismatch, match="pictures of ControlNets"):
+        run_in_lockstep(2, one_step)
+
+
+def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(tmp_path: Path) -> None:
+    def refused(make: Callable[[], Any], network: Any, mode: int | None = None) -> str:
+        network.save_pretrained(tmp_path)
+        denoiser = Denoiser(make())
+        with pytest.raises(UnusableControlNet) as error:
+            denoiser.controls.load(ControlNetSpec(name="x", source=str(tmp_path), mode=mode))
+        assert not denoiser.controls.networks
+        return str(error.value)
+
+    assert "those of this model are FluxControlNetModel" in refused(tiny_flux, tiny_sd3_controlnet())
+    assert "its in_channels is 64, and that of the model 16" in refused(
+        tiny_flux, tiny_flux_controlnet(in_channels=64)
+    )
+    assert "takes a guidance scale" in refused(tiny_flux_schnell, tiny_flux_controlnet())
+    assert "a union of 3 kinds" in refused(tiny_flux, tiny_flux_controlnet(**UNION))
+    assert "a union of 3 kinds" in refused(tiny_flux, tiny_flux_controlnet(**UNION), 3)
+    assert "has no mode 1" in refused(tiny_flux, tiny_flux_controlnet(), 1)
+    assert "takes a mask" in refused(tiny_sd3, tiny_sd3_controlnet(extra_conditioning_channels=1))
+    assert "joint_attention_dim" in refused(tiny_sd3, tiny_sd3_controlnet(joint_attention_dim=32))
+    assert "takes a mask" in refused(tiny_qwen_image, tiny_qwen_image_controlnet(extra_condition_channels=4))
+
+
+def test_a_state_goes_on_only_with_the_mode_that_it_was_begun_with(folder: Path) -> None:
+    blob = denoiser_of(tiny_flux(), folder / "flux-union").prepare(params(*ONE)).to_bytes()
+    other = Denoiser(tiny_flux())
+    other.controls.load(ControlNetSpec(name="canny", source=str(folder / "flux-union" / "canny"), mode=1))
+    with pytest.raises(UnusableControlNet, match="'canny' has other weights"):
+        other.adapt(DenoiseState.from_bytes(blob))
+
+
+def test_the_first_call_that_is_asked_for_is_of_this_request(folder: Path) -> None:
+    """And not of the ControlNets of whichever was drawn before, whose buffers would be counted."""
+    denoiser = denoiser_of(parallelize(tiny_flux(), connect("local")), folder / "flux")
+    drawn(denoiser, denoiser.prepare(params(*ONE)))
+    assert [call.besides for call in denoiser.calls(params())] == [None]
+    assert [call.besides for call in denoiser.calls(params(*ONE))] == [("canny",)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_buffers_of_controlnets_are_estimated_to_the_byte(model: str, folder: Path) -> None:
+    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+
+    def buffers(communicator: Communicator) -> tuple[int, int]:
+        denoiser = denoiser_of(parallelize(MODELS[model].make(), communicator, config), folder / model)
+        engine = engine_of(denoiser._pipeline)
+        assert engine is not None
+        estimated = engine.buffer_bytes_of(denoiser.calls(params(*ONE)), 2, config)
+        for _ in range(2):  # the second image fills the buffers of the first
+            drawn(denoiser, denoiser.prepare(params(*ONE)))
+        return estimated, engine.buffer_bytes
+
+    (estimated, first), (_, second) = run_in_lockstep(2, buffers)
+    assert estimated == max(first, second)
