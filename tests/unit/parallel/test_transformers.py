@@ -500,8 +500,6 @@ def call_flux(change: Callable[[Any], None] = lambda network: None, **arguments:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"controlnet_block_samples": [torch.ones(2, 15, 32)]}, "controlnet_block_samples, which is not cut"),
-        ({"controlnet_blocks_repeat": True}, "controlnet_blocks_repeat"),
         ({"joint_attention_kwargs": {"ip_adapter_image_embeds": []}}, "kwargs ip_adapter_image_embeds"),
         ({"joint_attention_kwargs": {"attention_mask": None}}, "kwargs attention_mask; with patches only"),
     ],
@@ -509,6 +507,22 @@ def call_flux(change: Callable[[Any], None] = lambda network: None, **arguments:
 def test_inputs_that_are_not_cut_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         call_flux(**arguments)
+
+
+def test_residuals_of_controlnets_are_refused_where_there_are_none() -> None:
+    network = parallelize(TRANSFORMERS["chroma"].make(), connect("local"))
+    inputs = TRANSFORMERS["chroma"].inputs(WIDE)
+    for argument in (
+        {"controlnet_block_samples": [torch.ones(2, 15, 32)]},
+        {"controlnet_blocks_repeat": True},
+    ):
+        with pytest.raises(UnsupportedModel, match=f"{next(iter(argument))}, which is not cut"):
+            step(network, TRANSFORMERS["chroma"], {**inputs, **argument}, 1.0)
+
+
+def test_residuals_of_another_picture_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="controlnet_block_samples of 14 tokens, where there are"):
+        call_flux(controlnet_block_samples=[torch.ones(2, 14, 32)])
 
 
 def test_skipped_layers_are_refused() -> None:
