@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -73,9 +74,7 @@ class Controls:
         known = next((loaded for loaded in self._loaded.values() if loaded.path == path), None)
         try:
             if known is None:
-                network = _read(path, kind)
-                # diffusers' own `to` warns of nothing in particular
-                nn.Module.to(network, self._denoises.device, self._denoises.dtype)
+                network = _read(path, kind, self._denoises.device, self._denoises.dtype)
                 known = _Loaded(network, self._steps.take_control(network), path, digest_of(path), None)
             _check_mode(known.network, spec.mode)
         except (DistrirayError, OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
@@ -137,12 +136,16 @@ def _check_mode(network: Any, mode: int | None) -> None:
         raise UnsupportedModel(f"it is a union of {modes} kinds; name one by its mode, from 0 to {modes - 1}")
 
 
-def _read(path: Path, kind: Any) -> nn.Module:
+def _read(path: Path, kind: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The network of a safetensors file, by the configuration beside it."""
     config = json.loads((path.parent / "config.json").read_text())
     if not isinstance(config, dict) or config.get("_class_name", kind.__name__) != kind.__name__:
         own = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"it is a {own}; those of this model are {kind.__name__}")
-    network: nn.Module = kind.from_config(config)
-    network.load_state_dict(load_file(path))
+    with init_empty_weights():  # else random ones are drawn first, in float32 and for seconds
+        network: nn.Module = kind.from_config(config)
+    # Copied, since what safetensors gives is the file itself, which may be replaced.
+    weights = {name: weight.to(device, dtype, copy=True) for name, weight in load_file(path).items()}
+    network.load_state_dict(weights, assign=True)
+    nn.Module.to(network, device, dtype)  # what no file has; diffusers' own warns of nothing in particular
     return network.eval().requires_grad_(False)
