@@ -63,6 +63,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImageControlNetModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -242,6 +243,19 @@ def tiny_qwen_image_controlnet(seed: int = 0, **config: Any) -> QwenImageControl
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(QwenImageControlNetModel(**{**settings, **config}), seed)
+
+
+def tiny_z_image_controlnet(seed: int = 0, **config: Any) -> ZImageControlNetModel:
+    """One for `tiny_z_image`, which adds to the first and the last of its layers."""
+    settings: dict[str, Any] = {
+        "control_layers_places": [0, 1],
+        "control_in_dim": 4,
+        "dim": 32,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+    }
+    return ready(ZImageControlNetModel(**{**settings, **config}), seed)
 
 
 def tiny_image_encoder(seed: int = 0) -> CLIPVisionModelWithProjection:

@@ -14,7 +14,7 @@ FLUX2_EDITING = Editing(10)
 
 _NO_IP_ADAPTERS = {"ip_adapters": "IP-Adapters are for Stable Diffusion and Stable Diffusion XL here"}
 _NO_CONTROL = {
-    "control": "ControlNets are for Stable Diffusion, XL and 3 too, FLUX.1 dev and schnell, and Qwen-Image",
+    "control": "ControlNets are for Stable Diffusion (XL, 3), FLUX.1 dev and schnell, Qwen-Image and Z-Image",
     **_NO_IP_ADAPTERS,
 }
 _NO_CLIP = "this model reads prompts with a language model, not with CLIP"
@@ -222,7 +222,6 @@ def z_image_terms(config: Configs) -> Terms:
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
         **_ON_PICTURES,
-        **_NO_CONTROL,
     }
     return Terms(9, 0.0, ("euler",), lacks, unguided=0.0, rounds_up=True)
 

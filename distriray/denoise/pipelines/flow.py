@@ -192,7 +192,7 @@ class FlowMatching(PipelineSteps):
         pixels: torch.Tensor = processor.preprocess(image, *size)
         return pixels.to(self._vae.device, self._vae.dtype).contiguous()  # other layouts round differently
 
-    def output_of(self, residuals: Residuals | None = None, **arguments: Any) -> torch.Tensor:
+    def output_of(self, residuals: Residuals | None = None, **arguments: Any) -> Any:
         """The output of the network for these arguments, with the ControlNets of the step.
 
         Args:
@@ -205,8 +205,7 @@ class FlowMatching(PipelineSteps):
             assert self.control is not None
             whole = partial(controlled, self.control, self._transformer, given=arguments)
             arguments = {**arguments, **residuals.made_by(whole)}
-        output: torch.Tensor = self._transformer(**arguments, return_dict=False)[0]
-        return output
+        return self._transformer(**arguments, return_dict=False)[0]
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         config = self._vae.config

@@ -80,7 +80,7 @@ class QwenImage(PackedFlowMatching):
         residuals = Residuals(self.controls)  # the prompt's are those of both branches
 
         def call(branch: str) -> torch.Tensor:
-            output = self.output_of(
+            output: torch.Tensor = self.output_of(
                 residuals,
                 hidden_states=tokens,
                 timestep=timestep,

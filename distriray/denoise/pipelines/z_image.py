@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
+import torch.nn.functional as F
+from diffusers import (
+    ZImageControlNetModel,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImagePipeline,
+)
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.state import DenoiseState
+from distriray.parallel.networks.z_image import ZImageControl
 
 TEXT_TOKENS = 512
 
@@ -27,6 +35,7 @@ class ZImage(FlowMatching):
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
     max_clip_skip = 0
     patch_size = 2
+    control = ZImageControl
 
     def tokens(self, text: str) -> list[Tokens]:
         around = self._plain.tokenizer.apply_chat_template(
@@ -53,6 +62,19 @@ class ZImage(FlowMatching):
             "negative_prompt_embeds": negative_embeds[0] if negative_embeds else None,
         }
 
+    def take_control(self, network: Any) -> PictureOf:
+        picture_of = super().take_control(network)
+        ZImageControlNetModel.from_transformer(network, self._transformer)
+        return picture_of
+
+    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+        """Latents, (1, channels, 1, rows, columns), and zeros in further channels, which are for masks."""
+        config = self._vae.config
+        latents = self._vae.encode(self.pixels_of(image, commission)).latent_dist.mode()
+        latents = ((latents - config.shift_factor) * config.scaling_factor).to(self._transformer.dtype)
+        further = network.control_in_dim - latents.shape[1]
+        return F.pad(latents[:, :, None], (0, 0, 0, 0, 0, 0, 0, further))
+
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return {"latents": self._plain.prepare_latents(*self._size(commission, torch.float32))}
 
@@ -75,12 +97,11 @@ class ZImage(FlowMatching):
             branches = branches[:1]
         texts = [state.values[name] for name in branches for _ in range(state.batch)]
         sample = state.latents.to(self._transformer.dtype).repeat(len(branches), 1, 1, 1)
-        predicted = self._transformer(
+        predicted = self.output_of(
             x=list(sample[:, :, None].unbind()),
             t=(1000 - self.timestep(state, len(texts))) / 1000,
             cap_feats=texts,
-            return_dict=False,
-        )[0]
+        )
         output = -torch.stack([each.float() for each in predicted]).squeeze(2)
         if len(branches) == 2:
             conditional, without = output.chunk(2)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
+from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.controls import Control, Residuals
 from distriray.parallel.networks.likeness import weights_of
@@ -40,7 +40,7 @@ class CutControl(Protocol):
 
     module: Any
 
-    def __init__(self, module: Any, local: LocalCode | None = None) -> None: ...
+    def __init__(self, module: Any, local: LocalCode | None = None, tokens: Tokens | None = None) -> None: ...
 
     @property
     def key_heads(self) -> Set[int]: ...
@@ -58,7 +58,7 @@ class CutControl(Protocol):
         controls: Sequence[Control],
         given: Mapping[str, Any],
         run: Callable[[str, dict[str, Any]], Any],
-    ) -> dict[str, list[torch.Tensor]]: ...
+    ) -> dict[str, Any]: ...
 
 
 class Beside:
@@ -66,10 +66,11 @@ class Beside:
 
     Args:
         kind: those of its family; None where it has none that are cut into patches with it.
+        tokens: of the transformer, which begin anew for each of them: some have layers of it.
     """
 
-    def __init__(self, kind: type[CutControl] | None) -> None:
-        self._kind = kind
+    def __init__(self, kind: type[CutControl] | None, tokens: Tokens) -> None:
+        self._kind, self._tokens = kind, tokens
         self._controls: dict[str, CutControl] = {}
 
     @property
@@ -84,7 +85,7 @@ class Beside:
             if self._kind is None:
                 raise UnsupportedModel(f"the ControlNet {name!r}, of a family that has none cut into patches")
             known = next((each for each in before.values() if each.module is module), None)
-            self._controls[name] = before[name] = known or self._kind(module, local)
+            self._controls[name] = before[name] = known or self._kind(module, local, self._tokens)
             converted |= self._controls[name].convert(context)
         return converted
 

@@ -18,11 +18,11 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from distriray.errors import UnsupportedModel
-from distriray.parallel.layers.tokens import PatchJointAttention
+from distriray.parallel.layers.tokens import PatchJointAttention, Tokens
 from distriray.parallel.networks.controls import Control
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
-from distriray.parallel.networks.token_control import TokenControl, repeated
+from distriray.parallel.networks.token_control import Added, TokenControl, repeated
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
@@ -77,10 +77,10 @@ class FluxControl(TokenControl):
         "axes_dims_rope",
     )
 
-    def __init__(self, module: Any, local: LocalCode | None = None) -> None:
+    def __init__(self, module: Any, local: LocalCode | None = None, tokens: Tokens | None = None) -> None:
         if module.union:
             self.plan = replace(type(self).plan, cuts=OF_A_UNION, whole=("pos_embed",))
-        super().__init__(module, local)
+        super().__init__(module, local, tokens)
 
     @classmethod
     def check_fits(cls, network: Any, transformer: Any) -> None:
@@ -116,7 +116,7 @@ class FluxControl(TokenControl):
         return arguments
 
     @staticmethod
-    def spread(network: Any, transformer: Any, output: Any) -> dict[str, list[torch.Tensor] | None]:
+    def spread(network: Any, transformer: Any, output: Any) -> dict[str, Added]:
         of_both, of_one = output
         in_turn = network.config.conditioning_embedding_channels is not None  # as those of XLabs are made
         return {

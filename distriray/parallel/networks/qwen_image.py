@@ -24,7 +24,7 @@ from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.controls import Control
 from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
-from distriray.parallel.networks.token_control import TokenControl, repeated
+from distriray.parallel.networks.token_control import Added, TokenControl, repeated
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
@@ -77,7 +77,7 @@ class QwenImageControl(TokenControl):
         return {**{name: given[name] for name in names}, MASK: given.get(MASK)}
 
     @staticmethod
-    def spread(network: Any, transformer: Any, output: Any) -> dict[str, list[torch.Tensor] | None]:
+    def spread(network: Any, transformer: Any, output: Any) -> dict[str, Added]:
         return {"controlnet_block_samples": repeated(output, transformer.transformer_blocks)}
 
 

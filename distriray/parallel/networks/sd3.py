@@ -15,11 +15,11 @@ from diffusers.models.normalization import SD35AdaLayerNormZeroX
 from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock
 
 from distriray.errors import UnsupportedModel
-from distriray.parallel.layers.tokens import PatchJointAttention
+from distriray.parallel.layers.tokens import PatchJointAttention, Tokens
 from distriray.parallel.networks.controls import Control, check_same
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Input, Plan
-from distriray.parallel.networks.token_control import TokenControl
+from distriray.parallel.networks.token_control import Added, TokenControl
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
@@ -53,11 +53,11 @@ class SD3Control(TokenControl):
     layers = LAYERS | {SD3SingleTransformerBlock}
     like = ("patch_size", "in_channels", "num_attention_heads", "attention_head_dim", "pooled_projection_dim")
 
-    def __init__(self, module: Any, local: LocalCode | None = None) -> None:
+    def __init__(self, module: Any, local: LocalCode | None = None, tokens: Tokens | None = None) -> None:
         if module.context_embedder is None:
             (alone, attention), *_ = ATTENTION.items()
             self.plan = replace(type(self).plan, attention={alone: replace(attention, sequence="image")})
-        super().__init__(module, local)
+        super().__init__(module, local, tokens)
 
     @classmethod
     def check_fits(cls, network: Any, transformer: Any) -> None:
@@ -83,11 +83,13 @@ class SD3Control(TokenControl):
         }
 
     @staticmethod
-    def spread(network: Any, transformer: Any, output: Any) -> dict[str, list[torch.Tensor] | None]:
+    def spread(network: Any, transformer: Any, output: Any) -> dict[str, Added]:
         (samples,) = output
         blocks = len(transformer.transformer_blocks)
         each = blocks / len(samples)  # of a fraction of blocks too
-        return {"block_controlnet_hidden_states": [samples[int(index / each)] for index in range(blocks)]}
+        return {
+            "block_controlnet_hidden_states": {index: samples[int(index / each)] for index in range(blocks)}
+        }
 
 
 class SD3(TokenNetwork):

@@ -16,6 +16,8 @@ from distriray.parallel.networks.controls import Control, check_same
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.share import Share
 
+Added = Mapping[int, torch.Tensor]
+"""What blocks add, by their index."""
 Run = Callable[[str, dict[str, Any]], Any]
 """Computes the ControlNet of that name with those arguments, and returns what its forward does."""
 
@@ -41,22 +43,36 @@ class TokenControl(TokenNetwork):
     @staticmethod
     @abstractmethod
     def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The ControlNet's arguments, its picture and scale aside, for those of the transformer."""
+        """The ControlNet's arguments, but for `shown`, for those of the transformer."""
+
+    @staticmethod
+    def shown(control: Control) -> dict[str, Any]:
+        """Those of its arguments that are its picture and scale."""
+        return {
+            "controlnet_cond": control.picture,
+            "conditioning_scale": control.scale,
+            "return_dict": False,
+        }
 
     @staticmethod
     @abstractmethod
-    def spread(network: Any, transformer: Any, output: Any) -> dict[str, list[torch.Tensor] | None]:
-        """What each block of the transformer is to add, by its argument for it.
+    def spread(network: Any, transformer: Any, output: Any) -> dict[str, Added]:
+        """What each block of the transformer is to add, by its argument for it and the block's index.
 
         Args:
             network: the ControlNet.
             output: of its forward.
         """
 
+    @staticmethod
+    def argument(added: Added) -> Any:
+        """What blocks add, in the form of the transformer's argument for it: a list with one for each."""
+        return [added[index] for index in range(len(added))]
+
     @classmethod
     def residuals_of(
         cls, transformer: Any, controls: Sequence[Control], given: Mapping[str, Any], run: Run
-    ) -> dict[str, list[torch.Tensor]]:
+    ) -> dict[str, Any]:
         """Arguments of the transformer for what ControlNets add; that of several is added up.
 
         Args:
@@ -64,23 +80,14 @@ class TokenControl(TokenNetwork):
 
         Source: Zhang et al., ICCV 2023 (arXiv 2302.05543).
         """
-        added: dict[str, list[torch.Tensor]] = {}
+        added: dict[str, dict[int, torch.Tensor]] = {}
         for control in controls:
-            output = run(
-                control.name,
-                {
-                    **cls.arguments(control, given),
-                    "controlnet_cond": control.picture,
-                    "conditioning_scale": control.scale,
-                    "return_dict": False,
-                },
-            )
+            output = run(control.name, {**cls.arguments(control, given), **cls.shown(control)})
             for name, parts in cls.spread(control.network, transformer, output).items():
-                if parts is None:
-                    continue
-                before = added.get(name)
-                added[name] = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
-        return added
+                total = added.setdefault(name, {})
+                for index, part in parts.items():
+                    total[index] = total[index] + part if index in total else part
+        return {name: cls.argument(parts) for name, parts in added.items() if parts}
 
     def of_share(self, share: Share) -> Share:
         """A rank's share of a call of the transformer, as it is of one of the ControlNet."""
@@ -99,21 +106,19 @@ class TokenControl(TokenNetwork):
 
 def controlled(
     kind: type[TokenControl], transformer: Any, controls: Sequence[Control], *, given: Mapping[str, Any]
-) -> dict[str, list[torch.Tensor]]:
+) -> dict[str, Any]:
     """`TokenControl.residuals_of` a transformer that is not cut into patches."""
-    sample: torch.Tensor = given["hidden_states"]
+    batch = len(given[kind.names[0]])
     networks = {control.name: control.network for control in controls}
-    whole = [control.for_batch(len(sample)) for control in controls]
+    whole = [control.for_batch(batch) for control in controls]
     return kind.residuals_of(transformer, whole, given, lambda name, given: networks[name](**given))
 
 
-def repeated(
-    samples: Sequence[torch.Tensor] | None, blocks: nn.ModuleList, in_turn: bool = False
-) -> list[torch.Tensor] | None:
+def repeated(samples: Sequence[torch.Tensor] | None, blocks: nn.ModuleList, in_turn: bool = False) -> Added:
     """What each of `blocks` adds, where a ControlNet has fewer: each for some in a row, or all in turn."""
     if not samples:
-        return None
-    if in_turn:
-        return [samples[index % len(samples)] for index in range(len(blocks))]
+        return {}
     each = ceil(len(blocks) / len(samples))
-    return [samples[index // each] for index in range(len(blocks))]
+    return {
+        index: samples[index % len(samples) if in_turn else index // each] for index in range(len(blocks))
+    }

@@ -78,6 +78,10 @@ class TokenNetwork(Network):
 
     Guidance comes as halves of a batch, as calls that `cache_context` names the branches of, or embedded.
 
+    Args:
+        module, local: as of `Network`.
+        tokens: what its attention processors look up; its own unless given.
+
     Attributes:
         plan: of the family.
         layers: the classes of layers that the family has, besides `LAYERS`.
@@ -90,9 +94,9 @@ class TokenNetwork(Network):
     names: ClassVar[tuple[str, str, str]] = ("hidden_states", "timestep", "encoder_hidden_states")
     control: ClassVar[type[CutControl] | None] = None
 
-    def __init__(self, module: Any, local: LocalCode | None = None) -> None:
-        self._beside = Beside(self.control)
-        self._tokens = Tokens()
+    def __init__(self, module: Any, local: LocalCode | None = None, tokens: Tokens | None = None) -> None:
+        self._tokens = tokens or Tokens()
+        self._beside = Beside(self.control, self._tokens)
         self._branch: str | None = None
         self._shared: tuple[Share, Collect]
         self._attending: dict[str, Any] = {}

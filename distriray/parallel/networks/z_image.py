@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention as AttentionLayer
+from diffusers.models.controlnets import controlnet_z_image as z_image_controls
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_z_image import (
     SEQ_MULTI_OF,
@@ -23,18 +24,21 @@ from diffusers.models.transformers.transformer_z_image import (
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from distriray.errors import UnsupportedModel
+from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.agreement import Compared
 from distriray.parallel.layers.tokens import PatchTokenAttention, Tokens, output_of, projections_of
 from distriray.parallel.networks.base import Call, Collect
+from distriray.parallel.networks.controls import Control
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Plan, of_all_ranks
+from distriray.parallel.networks.token_control import Added, TokenControl
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
 
 PATCH = 2
 """Latent rows and columns of a token."""
+ZIMAGE_NAMES = "x", "t", "cap_feats"
 
 
 class PatchZImageAttention(PatchTokenAttention, ZSingleStreamAttnProcessor):
@@ -61,6 +65,92 @@ class PatchZImageAttention(PatchTokenAttention, ZSingleStreamAttnProcessor):
         return output_of(attn, self.attend(query, key, value))
 
 
+ATTENTION = {
+    "noise_refiner.*.attention": Attention(ZSingleStreamAttnProcessor, PatchZImageAttention, "image"),
+    "context_refiner.*.attention": Attention(ZSingleStreamAttnProcessor, None, None),
+}
+LAYERS = frozenset[type](
+    {AttentionLayer, FeedForward, FinalLayer, TimestepEmbedder, ZImageTransformerBlock, nn.ModuleDict}
+)
+WHOLE = "context_refiner", "cap_embedder"
+
+
+class ZImageControl(TokenControl):
+    """A `ZImageControlNetModel`, whose first layers are its model's own; its picture is given as latents.
+
+    What it adds is to a rank's tokens of the image and of the texts.
+    """
+
+    kind = ZImageControlNetModel
+    names = ZIMAGE_NAMES
+    plan = Plan(
+        cuts={},
+        attention={
+            **ATTENTION,
+            "control_noise_refiner.*.attention": Attention(
+                z_image_controls.ZSingleStreamAttnProcessor, PatchZImageAttention, "image"
+            ),
+            "control_layers.*.attention": Attention(
+                z_image_controls.ZSingleStreamAttnProcessor, PatchZImageAttention
+            ),
+        },
+        inputs={},
+        whole=WHOLE,
+    )
+    layers = LAYERS | {
+        z_image_controls.FeedForward,
+        z_image_controls.ZImageControlTransformerBlock,
+        z_image_controls.ZImageTransformerBlock,
+    }
+    like = ("dim", "n_heads", "n_kv_heads", "norm_eps", "qk_norm", "all_patch_size", "all_f_patch_size")
+
+    @classmethod
+    def check_fits(cls, network: Any, transformer: Any) -> None:
+        super().check_fits(network, transformer)
+        if network.add_control_noise_refiner == "control_layers":
+            raise UnsupportedModel(
+                "its control_layers look at the image alone first, and then at the text too"
+            )
+        last, layers = max(network.control_layers_places), len(transformer.layers)
+        if last >= layers:
+            raise UnsupportedModel(f"it adds to layer {last}, and the model has {layers}")
+        takes, latents = network.control_in_dim, transformer.in_channels
+        if takes < latents:
+            raise UnsupportedModel(f"its pictures have {takes} channels, and latents {latents}")
+
+    @staticmethod
+    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in ZIMAGE_NAMES}
+
+    @staticmethod
+    def shown(control: Control) -> dict[str, Any]:
+        return {"control_context": list(control.picture), "conditioning_scale": control.scale}
+
+    @staticmethod
+    def spread(network: Any, transformer: Any, output: Any) -> dict[str, Added]:
+        return {"controlnet_block_samples": output}
+
+    @staticmethod
+    def argument(added: Added) -> Any:
+        return added
+
+    @contextmanager
+    def cutting(self, share: Share, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        network, partition = self.module, share.partition
+        assert isinstance(partition, TokenPartition)
+        self._tokens.begin(partition, None)
+        cutter = _Cutter(partition, share.communicator.rank, self._tokens)
+        with ExitStack() as hooks:
+            streams = ("x",) if network.add_control_noise_refiner is None else ("c", "x")
+            for blocks, names in ((network.noise_refiner, ("x",)), (network.control_noise_refiner, streams)):
+                for block in blocks:  # its forward counts tokens between them
+                    cut = partial(_cut_before, partial(cutter.image_of_control, whole=names))
+                    hooks.enter_context(block.register_forward_pre_hook(cut, with_kwargs=True))
+                    hooks.enter_context(block.register_forward_hook(cutter.with_room_for_others))
+            cutter.hook(hooks, network.control_layers, cutter.joint, "c", "x")
+            yield arguments
+
+
 class ZImage(TokenNetwork):
     """A `ZImageTransformer2DModel`, called with a list of images and one of texts, of any lengths.
 
@@ -71,21 +161,20 @@ class ZImage(TokenNetwork):
 
     kind = ZImageTransformer2DModel
     pads_text = False
-    names = ("x", "t", "cap_feats")
+    names = ZIMAGE_NAMES
     row_unit = PATCH
+    control = ZImageControl
     plan = Plan(
         cuts={},
         attention={
-            "noise_refiner.*.attention": Attention(ZSingleStreamAttnProcessor, PatchZImageAttention, "image"),
-            "context_refiner.*.attention": Attention(ZSingleStreamAttnProcessor, None, None),
+            **ATTENTION,
             "layers.*.attention": Attention(ZSingleStreamAttnProcessor, PatchZImageAttention),
         },
         inputs={},
-        whole=("context_refiner", "cap_embedder"),
+        whole=WHOLE,
+        residuals=("controlnet_block_samples",),
     )
-    layers = frozenset[type](
-        {AttentionLayer, FeedForward, FinalLayer, TimestepEmbedder, ZImageTransformerBlock, nn.ModuleDict}
-    )
+    layers = LAYERS
 
     def __init__(self, module: Any, local: LocalCode | None = None) -> None:
         self._text: tuple[list[tuple[torch.Tensor, int | None]], torch.Tensor] | None = None
@@ -136,6 +225,7 @@ class ZImage(TokenNetwork):
             "x": given["x"][share.part],
             "t": share.cut(given["t"]),
             "cap_feats": given["cap_feats"][share.part],
+            "controlnet_block_samples": share.cut(given["controlnet_block_samples"]),
             "return_dict": False,
         }
         whole = self.forward(**arguments)
@@ -148,6 +238,7 @@ class ZImage(TokenNetwork):
         share, collect = self._shared
         partition = share.partition
         assert isinstance(partition, TokenPartition) and self.replaced is not None
+        added = self._beside.added(self.module, arguments, share)
         self._tokens.begin(partition, None)
         cutter = _Cutter(partition, share.communicator.rank, self._tokens)
         final, whole = self.module.all_final_layer[f"{PATCH}-1"], []
@@ -156,17 +247,19 @@ class ZImage(TokenNetwork):
             whole.append(self._gather(collect, share.exchanges, module, inputs, output[:, : cutter.own]))
             return whole[0][share.part]
 
+        if arguments["controlnet_block_samples"] is not None:
+            arguments["controlnet_block_samples"] = {
+                index: cutter.residuals(each) for index, each in arguments["controlnet_block_samples"].items()
+            }
         with ExitStack() as hooks:
-            for blocks, cut in (
-                (self.module.noise_refiner, cutter.image),
-                (self.module.layers, cutter.joint),
-            ):
-                for index, block in enumerate(blocks):
-                    before = partial(_cut_before, partial(cut, first=index == 0))
-                    hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            cutter.hook(hooks, self.module.noise_refiner, cutter.image)
+            cutter.hook(hooks, self.module.layers, cutter.joint)
             hooks.enter_context(final.register_forward_hook(gather))
-            self.replaced(**arguments)
+            self.replaced(**{**arguments, **added})
         return whole[0]
+
+
+Cut = Callable[..., dict[str, Any]]
 
 
 class _Cutter:
@@ -181,15 +274,50 @@ class _Cutter:
         self._image, self._text = slice(*partition.rows(rank)), slice(*partition.tokens("text", rank))
         self.own = self._image.stop - self._image.start
 
-    def image(self, given: Mapping[str, Any], first: bool) -> dict[str, Any]:
-        """Into a block over the image alone: x and freqs_cis, (batch, tokens, channels)."""
+    def hook(self, hooks: ExitStack, blocks: nn.ModuleList, cut: Cut, *streams: str) -> None:
+        """Let blocks see this rank's tokens.
+
+        Args:
+            streams: their arguments that are tokens: the first is what the block before has given, and the
+                others are whole in each. `x` alone unless given.
+        """
+        handed_on, *others = streams or ("x",)
+        for index, block in enumerate(blocks):
+            whole = others if index else (handed_on, *others)
+            before = partial(_cut_before, partial(cut, whole=whole))
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+
+    def residuals(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This rank's part of (batch, all tokens of the image and of the longest text, channels)."""
+        image, given = self._partition.height, tokens.shape[1]
+        most = image + self._partition.text
+        if not image < given <= most:
+            raise InvalidRequest(
+                f"controlnet_block_samples of {given} tokens, where image and text have {most}"
+            )
+        return self._joined(tokens, image)
+
+    def image(self, given: Mapping[str, Any], whole: Sequence[str]) -> dict[str, Any]:
+        """Into a block over the image alone: tokens and freqs_cis, (batch, tokens, channels)."""
         if given["attn_mask"] is not None:
             raise UnsupportedModel("images of different sizes in one call")
-        cut = {"freqs_cis": given["freqs_cis"][:, self._image]}
-        return {**cut, "x": given["x"][:, self._image]} if first else cut
+        return self._of_image(given, whole)
 
-    def joint(self, given: Mapping[str, Any], first: bool) -> dict[str, Any]:
-        """Into a block over image and text. The first one's x has this rank's image, and all of the text."""
+    def image_of_control(self, given: Mapping[str, Any], whole: Sequence[str]) -> dict[str, Any]:
+        """The same of a ControlNet, which masks images of one size too."""
+        return {**self._of_image(given, whole), "attn_mask": None}
+
+    def _of_image(self, given: Mapping[str, Any], whole: Sequence[str]) -> dict[str, Any]:
+        return {name: given[name][..., self._image, :] for name in (*whole, "freqs_cis")}
+
+    def with_room_for_others(self, block: nn.Module, inputs: Any, own: torch.Tensor) -> torch.Tensor:
+        """All of the image's tokens, (..., tokens, channels), of which those of other ranks are zero."""
+        whole = own.new_zeros(*own.shape[:-2], self._partition.height, own.shape[-1])
+        whole[..., self._image, :] = own
+        return whole
+
+    def joint(self, given: Mapping[str, Any], whole: Sequence[str]) -> dict[str, Any]:
+        """Into a block over both. Whole are all tokens of the texts, and the image's or this rank's of it."""
         image, mask = self._partition.height, given["attn_mask"]
         cut = {"freqs_cis": self._joined(given["freqs_cis"], image), "attn_mask": None}
         text = given["freqs_cis"].shape[1] - image
@@ -199,7 +327,10 @@ class _Cutter:
             cut["attn_mask"] = self._joined(mask, image)
             if self._tokens.key_mask is None:
                 self._tokens.key_mask = self._key_mask(mask[:, image:])
-        return {**cut, "x": self._joined(given["x"], self.own, slice(None))} if first else cut
+        for name in whole:
+            held = given[name].shape[1] - text
+            cut[name] = self._joined(given[name], held, slice(None) if held == self.own else self._image)
+        return cut
 
     def _joined(self, whole: torch.Tensor, image: int, of_image: slice | None = None) -> torch.Tensor:
         """This rank's part of (batch, tokens of the image and of the longest text here, ...)."""

@@ -521,6 +521,10 @@ def test_residuals_of_controlnets_are_refused_where_there_are_none() -> None:
 
 
 def test_residuals_of_another_picture_are_refused() -> None:
+    network = parallelize(TRANSFORMERS["z-image"].make(), connect("local"))
+    call = {"x": [noise(1, 4, 1, 8, 8)] * 2, "t": torch.ones(2), "cap_feats": [noise(2, 5, TEXT_WIDTH)] * 2}
+    with pytest.raises(InvalidRequest, match="of 65 tokens, where image and text have 64"):
+        network(**call, controlnet_block_samples={0: torch.zeros(2, 65, 32)})
     with pytest.raises(InvalidRequest, match="controlnet_block_samples of 14 tokens, where there are"):
         call_flux(controlnet_block_samples=[torch.ones(2, 14, 32)])
 
@@ -792,7 +796,6 @@ def test_halves_of_a_batch_whose_texts_differ_in_length_make_one_devices_numbers
         ({"x": [[noise(1, 4, 1, 8, 8)]] * 2}, "several pictures"),
         ({"x": [noise(1, 4, 1, 8, 8), noise(1, 4, 1, 8, 16)]}, "give equal ones"),
         ({"x": [noise(1, 4, 2, 8, 8)] * 2}, "give equal ones"),
-        ({"controlnet_block_samples": {0: torch.zeros(1)}}, "controlnet_block_samples"),
         ({"patch_size": 4}, "patch_size"),
     ],
 )
