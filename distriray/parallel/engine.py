@@ -444,7 +444,7 @@ class Engine:
         config, mix, before = self.config, branch.mix, branch.exchange
         if mix is None:
             branch.exchange = None
-            return nullcontext(), None if call.besides else self.graphs.alone
+            return nullcontext(), None if call.replaces_layers else self.graphs.alone
         key = branch.exchange = ExchangeKey(
             self.communicator,
             config,
@@ -468,7 +468,7 @@ class Engine:
                 config.prediction.weights(mix, share.partition.world_size),
                 config.attention,
                 self.bucket_count,
-                None if call.besides else self.graphs.new(),
+                None if call.replaces_layers else self.graphs.new(),
             ),
         )
         if not follows:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from distriray.parallel.baked import Baked
 from distriray.parallel.context import PatchContext
@@ -54,6 +55,7 @@ class NetworkGraphs:
         self._maker: GraphMaker | None = None
         self._made: WeakSet[StepGraphs] = WeakSet()
         self._baked: list[Baked] = []  # of layers that stand, the last one as the network is now
+        self._of_controls: dict[nn.Module, Baked] = {}
         self._obstacles_told: set[str] = set()
         self._under_way: _UnderWay
 
@@ -109,9 +111,9 @@ class NetworkGraphs:
         part = share.communicator.rank, share.part.start, share.part.stop
         shared = share.layout, share.partition, share.batch, part
         modes = self._context.new_text, torch.is_inference_mode_enabled(), self._network.switches()
-        baked = self._as_it_is()
-        key = baked, kind, *shared, *modes, *arithmetic()
-        self.obstacle = self._obstacle(call, baked) or graphs.failed.get(key)
+        baked, beside = self._as_it_is(), self._beside(call)
+        key = baked, kind, beside, *shared, *modes, *arithmetic()
+        self.obstacle = self._obstacle(call, baked, *beside) or graphs.failed.get(key)
         if self.obstacle is None:
             try:
                 return graphs.run(key, forward, step, args, kwargs, self._network.cached(call))
@@ -162,8 +164,18 @@ class NetworkGraphs:
         self._baked.append(before or Baked(self._network.module, self._network.replaced))
         return self._baked[-1]
 
-    def _obstacle(self, call: Call, baked: Baked) -> str | None:
+    def _beside(self, call: Call) -> tuple[Baked, ...]:
+        """The ControlNets of a call as they are now."""
+        known, kept = self._of_controls, {*self._network.controls.values()}
+        self._of_controls = {module: baked for module, baked in known.items() if module in kept}
+        for module in self._network.beside(call):
+            if module not in self._of_controls or not self._of_controls[module].holds():
+                self._of_controls[module] = Baked(module, module.forward)
+        return tuple(self._of_controls[module] for module in self._network.beside(call))
+
+    def _obstacle(self, call: Call, *baked: Baked) -> str | None:
         """What keeps graphs from standing for this call."""
         if is_autocast_on(call.sample.device):
             return "autocast is on, and drops the weights that it has cast when it ends"
-        return baked.obstacle or self._network.uncaptured(call)
+        obstacles = (each.obstacle for each in baked if each.obstacle is not None)
+        return next(obstacles, None) or self._network.uncaptured(call)

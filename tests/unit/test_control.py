@@ -26,6 +26,7 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import ControlNetNotFound, InvalidRequest, UnusableControlNet
+from distriray.parallel import engine_of
 from distriray.parallel.networks import unet
 from distriray.parallel.networks.controlnet import residuals_of
 from distriray.requests import SamplingParams
@@ -46,6 +47,7 @@ from tests.models import (
 )
 from tests.parameters import pairwise, sweep
 from tests.regroup import drawn, drawn_in_turn
+from tests.unit.parallel.recorded import RecordedGraphs
 
 MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
     "sdxl": (partial(tiny_sdxl, **SHALLOW), StableDiffusionXLControlNetPipeline),
@@ -258,6 +260,40 @@ def test_each_rank_runs_a_controlnet_on_its_own_rows(folder: Path, monkeypatch: 
     (rows,) = set(run_in_lockstep(4, one_step))
     assert {of_rank[0] for of_rank in seen} == {rows // 4}
     assert {of_rank[-1] for of_rank in seen} == {rows // 8}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_with_control_are_graphs(model: str, ranks: int, folder: Path) -> None:
+    """With any picture, and bit for bit what is launched; those of requests without control are kept."""
+    config = ParallelConfig(exchange="displaced", warmup_steps=2, cfg_parallel=False)
+
+    def rank(
+        maker: RecordedGraphs | None, communicator: Communicator
+    ) -> tuple[list[torch.Tensor], list[Any]]:
+        pipeline = parallelize(MODELS[model][0](), communicator, config)
+        denoiser, engine, latents = denoiser_of(pipeline, folder / model), engine_of(pipeline), []
+        assert engine is not None
+        engine.capture_with(maker)
+        counts = []
+        for index, named in enumerate((ONE, [], [], ONE, [], ONE, [], ONE, [])):
+            request = params(*named, seed=index)
+            if index == 3:
+                shown = request.control[0].model_copy(update={"image": picture("depth")})
+                request = request.model_copy(update={"control": (shown,)})
+            drawn(denoiser, state := denoiser.prepare(request))
+            latents.append(state.latents)
+            if maker is not None:
+                counts.append((len(maker.made), sum(graph.replays for graph in maker.made)))
+        return latents, counts
+
+    launched = run_in_lockstep(ranks, partial(rank, None))
+    captured = run_in_lockstep(ranks, lambda communicator: rank(RecordedGraphs(), communicator))
+    for (ours, counts), (theirs, _) in zip(captured, launched, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        made, replays = zip(*counts, strict=True)
+        assert sorted({0, *replays}) == [0, *replays]
+        assert made[-1] == made[-3], "neither makes the other be captured again"
 
 
 def test_an_unknown_name_is_told_the_known_ones(folder: Path) -> None:

@@ -47,6 +47,7 @@ from tests.models import (
 )
 from tests.parameters import pairwise, sweep
 from tests.regroup import drawn, drawn_in_turn
+from tests.unit.parallel.recorded import RecordedGraphs
 
 NAMES = "canny", "depth"
 HINT = {"conditioning_embedding_channels": 4, "patch_size": 2, "num_single_layers": 0}
@@ -415,3 +416,52 @@ def test_buffers_of_controlnets_are_estimated_to_the_byte(model: str, folder: Pa
 
     (estimated, first), (_, second) = run_in_lockstep(2, buffers)
     assert estimated == max(first, second)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_with_control_are_graphs_where_no_branch_waits_for_another(
+    model: str, ranks: int, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With any picture, and bit for bit what is launched; Z-Image's asks the device."""
+    config = ParallelConfig(exchange="displaced", warmup_steps=2, cfg_parallel=False)
+    requests = [
+        params(*ONE),
+        params(*ONE, seed=4),
+        params(),
+        params(*ONE, seed=5),
+        params(*ONE, guidance_scale=1.0),
+    ]
+
+    def rank(
+        maker: RecordedGraphs | None, communicator: Communicator
+    ) -> tuple[list[torch.Tensor], list[int]]:
+        pipeline = parallelize(MODELS[model].make(), communicator, config)
+        denoiser, engine, latents, replays = (
+            denoiser_of(pipeline, folder / model),
+            engine_of(pipeline),
+            [],
+            [],
+        )
+        assert engine is not None
+        engine.capture_with(maker)
+        for index, each in enumerate(requests):
+            if index == 1:
+                shown = each.control[0].model_copy(update={"image": picture("depth")})
+                each = each.model_copy(update={"control": (shown,)})
+            drawn(denoiser, state := denoiser.prepare(each))
+            latents.append(state.latents)
+            replays.append(0 if maker is None else sum(graph.replays for graph in maker.made))
+        return latents, replays
+
+    launched = run_in_lockstep(ranks, partial(rank, None))
+    captured = run_in_lockstep(ranks, lambda communicator: rank(RecordedGraphs(), communicator))
+    for (ours, replays), (theirs, _) in zip(captured, launched, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        _, with_another, without, last, without_guidance = replays
+        if model in ("qwen", "z-image", "z-image-2"):
+            assert with_another == 0 < without == last
+        else:
+            assert 0 < with_another < without < last
+        assert (last < without_guidance) == (not model.startswith("z-image"))
+    assert ("asks the device" in caplog.text) == model.startswith("z-image")

@@ -235,11 +235,19 @@ class FlowMatching(PipelineSteps):
             call: of the network, for the branch whose values begin with what it is given.
         """
         outputs, naming = [], getattr(self._transformer, "cache_context", nullcontext)
-        for branch, prefix in BRANCHES.items():
-            if f"{prefix}prompt_embeds" in state.values and not (prefix and state.guidance_over):
-                with naming(branch):
-                    outputs.append(call(prefix))
+        for branch in self.branches_of(state):
+            with naming(branch):
+                outputs.append(call(BRANCHES[branch]))
         return outputs
+
+    @staticmethod
+    def branches_of(state: DenoiseState) -> list[str]:
+        """Names of the branches of guidance in the next step, the prompt's first."""
+        return [
+            branch
+            for branch, prefix in BRANCHES.items()
+            if f"{prefix}prompt_embeds" in state.values and not (prefix and state.guidance_over)
+        ]
 
     def advanced(self, state: DenoiseState, output: torch.Tensor) -> torch.Tensor:
         """The latents after a step with that output; where a mask is filled in, inside it alone."""

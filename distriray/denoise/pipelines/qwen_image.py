@@ -77,7 +77,7 @@ class QwenImage(PackedFlowMatching):
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
         shape = (1, *(side // self.patch_size for side in state.latents.shape[2:]))
         shapes = [shape, *values.get("reference_shapes", ())]
-        residuals = Residuals(self.controls)  # the prompt's are those of both branches
+        residuals = Residuals(self.controls, len(self.branches_of(state)))
 
         def call(branch: str) -> torch.Tensor:
             output: torch.Tensor = self.output_of(

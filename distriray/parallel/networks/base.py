@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,6 +40,8 @@ class Call:
         arguments: the other arguments, by the names of the network's parameters.
         besides: names what else runs in the call, such as ControlNets, whose layers exchange too; None is
             nothing.
+        replaces_layers: whether some of that stands in the place of layers, as IP-Adapters do; such a step is
+            launched kernel by kernel.
     """
 
     sample: torch.Tensor
@@ -49,6 +51,7 @@ class Call:
     branch: Hashable = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     besides: Hashable = None
+    replaces_layers: bool = False
 
     @property
     def batch(self) -> int:
@@ -156,6 +159,10 @@ class Network(ABC):
     def uncaptured(self, call: Call) -> str | None:
         """The part of a call that no graph can hold, such as a copy from the host; None if none is known."""
         return None
+
+    def beside(self, call: Call) -> Sequence[nn.Module]:
+        """The ControlNets that `forward` runs in a call."""
+        return ()
 
     def cached(self, call: Call) -> Any:
         """Tensors that a call reads, and that the network's own code keeps elsewhere than in modules.

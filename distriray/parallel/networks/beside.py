@@ -19,7 +19,7 @@ from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.share import Share
 
 ARGUMENT = "residuals"
-"""What a call's arguments call its `Asked`."""
+"""What a call's arguments call its `Asked`, or what of that a graph has as inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +115,25 @@ class Beside:
         for control in () if asked is None else asked.due:
             self._controls[control.name].dry_run(replace(call, arguments={}), share, step)
 
+    def run_in(self, call: Call) -> Sequence[nn.Module]:
+        """Those that a call runs, if nothing that they make is for another call, as none of a graph is."""
+        asked: Asked | None = call.arguments.get(ARGUMENT)
+        return [] if asked is None or asked.residuals.for_others else [each.network for each in asked.due]
+
+    def as_inputs(self, call: Call, arguments: dict[str, Any], share: Share) -> None:
+        """Let a graph have what those of a call go by as inputs, if it may be one (`run_in`)."""
+        if self.run_in(call):
+            arguments[ARGUMENT] = {
+                name: shown for name, _, *shown in self._shown(arguments[ARGUMENT].due, share)
+            }
+
     def added(self, transformer: Any, arguments: dict[str, Any], share: Share) -> Mapping[str, Any]:
         """Arguments for what those of a call add to this rank's tokens.
 
         Args:
             arguments: of the transformer, of this rank's part of the batch; `ARGUMENT` is taken out.
         """
-        asked: Asked | None = arguments.pop(ARGUMENT, None)
+        asked: Asked | dict[str, Any] | None = arguments.pop(ARGUMENT, None)
         kind = self._kind
         if asked is None or kind is None:
             return {}
@@ -130,7 +142,13 @@ class Beside:
             return self._controls[name].output(share, given)
 
         def make(controls: Sequence[Control]) -> Mapping[str, Any]:
-            own = [each.for_batch(share.batch, share.cut) for each in controls]
-            return kind.residuals_of(transformer, own, arguments, run)
+            return kind.residuals_of(transformer, controls, arguments, run)
 
-        return asked.residuals.made_by(make)
+        if isinstance(asked, Asked):
+            return asked.residuals.made_by(lambda due: make(self._shown(due, share)))
+        return make([Control(name, self._controls[name].module, *shown) for name, shown in asked.items()])
+
+    @staticmethod
+    def _shown(controls: Sequence[Control], share: Share) -> list[Control]:
+        """The same with pictures of this rank's part of the batch."""
+        return [control.for_batch(share.batch, share.cut) for control in controls]

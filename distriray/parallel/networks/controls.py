@@ -44,10 +44,15 @@ class Residuals:
 
     Args:
         controls: of the step.
+        calls: of the network in the step.
+
+    Attributes:
+        for_others: whether what is made is for more than one call.
     """
 
-    def __init__(self, controls: Sequence[Control]) -> None:
+    def __init__(self, controls: Sequence[Control], calls: int = 1) -> None:
         self.controls = tuple(controls)
+        self.for_others = calls > 1
         self._made: Mapping[str, Any] | None = None
 
     @property

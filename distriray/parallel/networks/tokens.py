@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -271,6 +271,9 @@ class TokenNetwork(Network):
             query, key = (own[..., None, None].expand(-1, -1, n, channels) for n in (queries, keys))
             attend_to_all(step, query, Computed(key.flatten(2), key.flatten(2)), tokens, of_queries)
 
+    def beside(self, call: Call) -> Sequence[nn.Module]:
+        return self._beside.run_in(call)
+
     def switches(self) -> Hashable:
         return _AttentionBackendRegistry.get_active_backend()[0]
 
@@ -316,6 +319,7 @@ class TokenNetwork(Network):
         arguments = {
             name: value if name in unbatched else share.cut(value) for name, value in call.arguments.items()
         }
+        self._beside.as_inputs(call, arguments, share)
         self._shared = share, collect
         return self.forward(**arguments)
 

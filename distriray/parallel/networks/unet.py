@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ class UNet(Network):
     _text_layers: Sequence[nn.Module] = ()
     _adapted: Sequence[LoraLayer] = ()
     _key_heads: Set[int] | None = None
+
+    def replace_forward(self, forward: Callable[..., Any]) -> None:
+        super().replace_forward(forward)
+        self.forward = self._compute
 
     @property
     def row_unit(self) -> int:
@@ -192,7 +196,11 @@ class UNet(Network):
             arguments=arguments,
             besides=(*(control.name for control in controls), *(f"{name} (IP)" for name in image_prompts))
             or None,
+            replaces_layers=bool(image_prompts),
         )
+
+    def beside(self, call: Call) -> Sequence[nn.Module]:
+        return [control.network for control in call.arguments["controls"]]
 
     def partition(self, call: Call, patches: int) -> Partition:
         _, _, height, width = call.sample.shape
@@ -267,21 +275,18 @@ class UNet(Network):
         )
         by_batch = {name: share.cut(arguments[name]) for name in BY_BATCH}
         by_rows = {name: share.cut_rows(arguments[name]) for name in BY_ROWS}
-        if arguments["controls"]:
-            by_rows |= residuals_of(
-                [
-                    control._replace(picture=share.cut_rows(control.picture))
-                    for control in arguments["controls"]
-                ],
-                lambda network: self._sample(network, call, share),
-                timestep,
-                text,
-                by_batch["added_cond_kwargs"],
-            )
         (rows,) = self.forward(
             self._sample(self.module, call, share),
             timestep,
             text,
+            {
+                control.name: (
+                    self._sample(control.network, call, share),
+                    share.cut_rows(control.picture),
+                    control.scale,
+                )
+                for control in arguments["controls"]
+            },
             cross_attention_kwargs=arguments["cross_attention_kwargs"],
             **by_batch,
             **by_rows,
@@ -289,6 +294,29 @@ class UNet(Network):
         )
         noise = collect(rows)
         return UNet2DConditionOutput(sample=noise) if arguments["return_dict"] else (noise,)
+
+    def _compute(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        controls: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]],
+        **arguments: Any,
+    ) -> Any:
+        """The module's own forward, after its ControlNets: what a graph stands for.
+
+        Args:
+            controls: of each its sample, its picture and its scale, by its name.
+        """
+        assert self.replaced is not None
+        if controls:
+            of = {self.controls[name]: own for name, (own, _, _) in controls.items()}
+            asked = [
+                Control(name, self.controls[name], picture, scale)
+                for name, (_, picture, scale) in controls.items()
+            ]
+            arguments |= residuals_of(asked, of.__getitem__, timestep, text, arguments["added_cond_kwargs"])
+        return self.replaced(sample, timestep, text, **arguments)
 
     @staticmethod
     def _sample(network: nn.Module, call: Call, share: Share) -> torch.Tensor:

@@ -210,6 +210,9 @@ class ZImage(TokenNetwork):
     def partition(self, call: Call, patches: int) -> TokenPartition:
         return TokenPartition.of(self.image_tokens(call.sample), _padded(call.text.shape[1]), patches)
 
+    def uncaptured(self, call: Call) -> str | None:
+        return "ZImageControlNetModel asks the device which tokens are padding" if self.beside(call) else None
+
     def cached(self, call: Call) -> Any:
         return self.module.rope_embedder.freqs_cis
 
