@@ -58,7 +58,8 @@ def filling(edits: str, pipeline: Any) -> Any:
     other.set_progress_bar_config(disable=True)
     if isinstance(other, QwenImageEditInpaintPipeline):  # which encodes a batch's picture for each of it
         encode = other.encode_prompt
-        other.encode_prompt = lambda image, **given: encode(image=image[0], **given)
+        scaled = partial(other.image_processor.resize, height=HEIGHT, width=WIDTH)
+        other.encode_prompt = lambda image, **given: encode(image=scaled(image[0]), **given)
     return other
 
 
@@ -83,6 +84,30 @@ def test_a_mask_of_what_is_edited_is_filled_in_bit_for_bit_as_the_ordinary_pipel
     carried = finish_through_bytes(denoiser, state)
     assert torch.equal(finish(denoiser, state), expected)
     assert torch.equal(carried, expected)
+
+
+@pytest.mark.parametrize("edits", KINDS)
+def test_a_picture_of_another_size_is_scaled_as_the_ordinary_pipeline_does(edits: str) -> None:
+    """Which draws that size, whatever it is asked for."""
+    pipeline = MODELS[edits]()
+    denoiser, size = Denoiser(pipeline), (171, 103)
+    call = {"image": PICTURE.resize(size), "mask_image": MASK.resize(size), "num_inference_steps": 2, **SIZE}
+    call |= {"strength": 1.0, "guidance_scale": denoiser.terms.guidance_scale}
+    expected = plain(filling(edits, pipeline), [1], **call, **given(edits))
+    named = {} if edits.startswith("flux2") else SIZE  # the others' own is a megapixel, a small one for diffusers alone
+    unnamed = {name: value for name, value in call.items() if name not in SIZE}
+    state = begin(denoiser, [1], prompt="a lake", **unnamed, **named)
+    assert torch.equal(finish(denoiser, state), expected)
+
+
+def test_kontext_in_a_shape_that_it_was_trained_in_has_the_ordinary_pipelines_numbers() -> None:
+    pipeline = MODELS["flux-kontext"]()
+    denoiser, size = Denoiser(pipeline), {"height": 96, "width": 144}
+    call = {"image": PICTURE, "mask_image": MASK, "strength": 1.0, "num_inference_steps": 2, **size}
+    expected = plain(filling("flux-kontext", pipeline), [1], **call)
+    state = begin(denoiser, [1], prompt="a lake", **call)
+    assert torch.equal(finish(denoiser, state), expected)
+    assert any("image of 160x96 is stretched to 144x96" in said for said in state.warnings)
 
 
 def test_further_pictures_are_only_shown_as_the_ordinary_pipeline_does() -> None:
