@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from distriray.errors import InvalidRequest
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.requests import GenerationRequest, SamplingParams
+from tests.models import save
 from tests.unit.deployments.test_pool_state import FACTS
+from tests.unit.gang.runners import Gang
 from tests.unit.test_denoise import begin, finish, finish_through_bytes, generators
 from tests.unit.test_flow_matching import (
     LIKENESS,
@@ -94,9 +97,9 @@ def test_a_picture_of_another_size_is_scaled_as_the_ordinary_pipeline_does(edits
     call = {"image": PICTURE.resize(size), "mask_image": MASK.resize(size), "num_inference_steps": 2, **SIZE}
     call |= {"strength": 1.0, "guidance_scale": denoiser.terms.guidance_scale}
     expected = plain(filling(edits, pipeline), [1], **call, **given(edits))
-    named = {} if edits.startswith("flux2") else SIZE  # the others' own is a megapixel, a small one for diffusers alone
-    unnamed = {name: value for name, value in call.items() if name not in SIZE}
-    state = begin(denoiser, [1], prompt="a lake", **unnamed, **named)
+    if edits.startswith("flux2"):  # the default of others is a megapixel, which is small for diffusers alone
+        call = {name: value for name, value in call.items() if name not in SIZE}
+    state = begin(denoiser, [1], prompt="a lake", **call)
     assert torch.equal(finish(denoiser, state), expected)
 
 
@@ -296,3 +299,23 @@ def test_the_pipelines_for_masks_are_served_as_those_that_edit(edits: str) -> No
     for masked in ({}, {"mask_image": MASK}):
         one, two = (begin(each, [1], prompt="a lake", **call, **masked) for each in (denoiser, other))
         assert torch.equal(finish(denoiser, one), finish(other, two))
+
+
+def test_a_gang_of_runners_fills_in_a_mask_of_what_it_edits_and_goes_on_without_pictures(
+    tmp_path: Path,
+) -> None:
+    """As a host asks it: an order of a request that is settled, with its pictures beside it."""
+    pipeline = MODELS["flux2-klein-distilled"]()
+    save(pipeline, tmp_path)
+    gang, call = Gang(tmp_path, 2), {"strength": 0.8, "num_inference_steps": 4, **SIZE}
+    facts = replace(FACTS, terms=Denoiser(pipeline).terms, size_unit=16)
+    asked = {"image": PICTURE, "mask_image": MASK, "references": references([FURTHER]), **call}
+    settled = admit(GenerationRequest(prompt="a lake", seed=3, **asked), HostConfig(), facts).request
+    fields = {name: getattr(settled, name) for name in SamplingParams.model_fields}
+    (drawn,) = gang.run(**fields)[0].images or ()
+    state = begin(Denoiser(pipeline), [3], prompt="a lake", **asked)
+    (gone_on,) = gang.run(blob=state.to_bytes(), **fields)[0].images or ()
+    theirs = {"image": PICTURE, "mask_image": MASK, "image_reference": FURTHER, "guidance_scale": 1.0, **call}
+    other = filling("flux2-klein-distilled", pipeline)
+    (expected,) = plain(other, [3], output_type="pil", **theirs)
+    assert apart(drawn, expected) <= 1 and apart(gone_on, expected) <= 1
