@@ -42,8 +42,7 @@ _ON_TEXT_ALONE = {
     **_NO_REFERENCES,
     **dict.fromkeys(("strength", "image"), "this model draws from text alone"),
 }
-_EDITS_AND_FILLS = {**_NO_CONTROL}
-_EDITS = {**_EDITS_AND_FILLS, **_NO_MASKS, "strength": BEGINS_FROM_NOISE}
+_EDITS = {**_NO_MASKS, "strength": BEGINS_FROM_NOISE}
 
 
 def unet_terms(config: Configs) -> Terms:
@@ -104,7 +103,7 @@ def flux2_terms(config: Configs) -> Terms:
         "guidance_end": "FLUX.2 dev was distilled from guidance, and has no branch to leave out",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_EDITS_AND_FILLS,
+        **_NO_CONTROL,
     }
     return Terms(50, 4.0, ("euler",), lacks, rounds_up=True, editing=FLUX2_EDITING)
 
@@ -115,7 +114,7 @@ def flux2_klein_terms(config: Configs) -> Terms:
         "guidance_rescale": "FLUX.2's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_EDITS_AND_FILLS,
+        **_NO_CONTROL,
     }
     terms = Terms(50, 4.0, ("euler",), lacks, rounds_up=True, editing=FLUX2_EDITING)
     if not config("").get("is_distilled", False):
@@ -229,7 +228,7 @@ def z_image_terms(config: Configs) -> Terms:
 def _editing(terms: Terms, editing: Editing) -> Terms:
     """Of a model that edits, where the terms are those of one of its family that begins from pictures."""
     lacks = {name: why for name, why in terms.lacks.items() if name != "references"}
-    return replace(terms, lacks={**lacks, **_EDITS_AND_FILLS}, editing=editing)
+    return replace(terms, lacks={**lacks, **_NO_CONTROL}, editing=editing)
 
 
 def _has(config: Configs, part: str) -> bool:
