@@ -75,11 +75,16 @@ class Editing:
             return megapixel_size(size, self.megapixel_unit)
         return shown_size(size, unit)
 
-    def shown_pixels(self, references: Sequence[Reference], unit: int) -> int:
+    def shown_pixels(self, references: Sequence[Reference], unit: int, masked: int = 0) -> int:
         """Pixels that the model is shown of them in every step; sizes are multiples of `unit`.
 
         Where they are kept, as many as cost what looking at them does.
+
+        Args:
+            masked: pixels of the drawn picture, if a mask is filled in: the first is shown in its size.
         """
+        if masked:
+            return masked + (self.shown_pixels(references[1:], unit) if references[1:] else 0)
         sizes = [each.image.size for each in references if each.image is not None]
         if self.megapixel_unit is not None:
             pixels = sum(prod(megapixel_size(size, self.megapixel_unit)) for size in sizes)
@@ -87,10 +92,15 @@ class Editing:
         most = self.sole_pixels if len(references) == 1 else MOST_PIXELS
         return sum(prod(shown_size(size, unit, most)) for size in sizes)
 
-    def most_exchanged_pixels(self, limit: int) -> int:
-        """Pixels whose tokens gangs exchange, of whichever references are most, where `limit` are allowed."""
+    def most_exchanged_pixels(self, limit: int, masked: int = 0) -> int:
+        """Pixels whose tokens gangs exchange, of whichever references are most, where `limit` are allowed.
+
+        Args:
+            masked: pixels of the largest picture that is drawn, for models that fill in masks.
+        """
         count = 0 if self.keeps else min(limit, self.max_references)
-        return max(count * MOST_PIXELS, self.sole_pixels) if count else 0
+        others = (count - 1) * MOST_PIXELS
+        return max(others + MOST_PIXELS, self.sole_pixels, others + masked) if count else 0
 
 
 def check_reference(picture: Picture, name: str) -> None:

@@ -99,9 +99,15 @@ class SamplingParams(BaseModel):
     Its size is the default, to another it is scaled; of what models edit, the default is a megapixel at most.
     """
     mask_image: Picture | None = None
-    """Where to fill `image` in, which has its size: white is drawn anew, black stays."""
+    """Where to fill `image` in, which has its size: white is drawn anew, black stays.
+
+    Without an `image`, it is of the first of `references`.
+    """
     strength: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the steps that are done on `image`, above 0 and at most 1; by default 0.6, with a mask 1."""
+    """Share of the steps that are done on `image`, above 0 and at most 1; by default 0.6, with a mask 1.
+
+    Models that edit take it with a mask alone.
+    """
 
     FILES: ClassVar[tuple[str, ...]] = ("image", "mask_image")
     """The fields that are pictures."""
@@ -135,18 +141,30 @@ class SamplingParams(BaseModel):
 
     @model_validator(mode="after")
     def _check_pictures(self) -> Self:
+        drawn_on = self.drawn_on
         for name in ("mask_image", "strength"):
-            if getattr(self, name) is not None and self.image is None:
+            if getattr(self, name) is not None and drawn_on is None:
                 raise InvalidRequest(
                     f"{name} is of an image, and there is none; give one, or leave it out", name
                 )
-        if self.image is not None and self.mask_image is not None and self.mask_image.size != self.image.size:
-            (width, height), (wide, high) = self.mask_image.size, self.image.size
+        if drawn_on is not None and self.mask_image is not None and self.mask_image.size != drawn_on.size:
+            (width, height), (wide, high) = self.mask_image.size, drawn_on.size
+            name = "image" if self.image is not None else image_of("references", 0)
             raise InvalidRequest(
-                f"mask_image is {width}x{height} pixels and image {wide}x{high}; give both the same size",
+                f"mask_image is {width}x{height} pixels and {name} {wide}x{high}; give both the same size",
                 "mask_image",
             )
         return self
+
+    @property
+    def drawn_on(self) -> Picture | None:
+        """What the steps of `strength` are done on: `image`, or, of a mask alone, the first of `references`.
+
+        Models that edit fill in masks of that, and have no `image` once a request is settled.
+        """
+        if self.image is None and self.mask_image is not None and self.references:
+            return self.references[0].image
+        return self.image
 
     def num_steps(self, own: StepCount, *, rounds_up: bool = False) -> int:
         """Calls of the network.
@@ -164,7 +182,7 @@ class SamplingParams(BaseModel):
                 "the number of steps is the model's own, and not known yet", "num_inference_steps"
             )
         skipped = 0
-        if self.image is not None:
+        if self.drawn_on is not None:
             if strength is None:
                 raise InvalidRequest("strength is left open, and not known yet", "strength")
             # the numbers of diffusers' pipelines, also where a product is a hair from a whole one

@@ -98,6 +98,9 @@ def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
         raise InvalidRequest(message, "num_images")
     if request.previews and not stream:
         raise InvalidRequest(f"previews {request.previews}: only a stream carries them", "previews")
+    if request.image is None and request.mask_image is not None:  # a form calls `image` what that is of
+        first, *others = request.references
+        request = request.model_copy(update={"image": first.image, "references": tuple(others)})
     body = encode_fields(request)
     if stream:
         body |= {"stream": True, "progress": True}

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from diffusers.pipelines.flux import pipeline_flux_kontext
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.flux import pipeline_flux_kontext, pipeline_flux_kontext_inpaint
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
 from PIL import Image
 
@@ -31,11 +35,12 @@ def shown(denoiser: Denoiser, **fields: Any) -> dict[str, Any]:
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models that see a megapixel of whatever they edit see a 64th of it, or less."""
-    for module in (flux, pipeline_flux_kontext):
+    for module in (flux, pipeline_flux_kontext, pipeline_flux_kontext_inpaint):
         monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", [(144, 96), (112, 112), (96, 144)])
     for module in (
         megapixels,
         pipeline_qwenimage_edit,
+        pipeline_qwenimage_edit_inpaint,
         pipeline_qwenimage_edit_plus,
         pipeline_qwenimage21,
     ):

@@ -238,7 +238,7 @@ else:
 
 class EditRequest(_WithPictures):
     """A form of a picture to draw on, and where. The part of `mask` that is fully transparent is drawn anew,
-    and without a mask that of `image`; `mask_image` says the same in white and black."""
+    and without a mask that of `image`, unless the model edits; `mask_image` says it in white and black."""
 
     EVENTS = "image_edit"
     FILES: ClassVar[tuple[str, ...]] = ("image", "mask", "mask_image")

@@ -134,20 +134,22 @@ class Denoiser:
         assert params.height is not None and params.width is not None
         editing = self.terms.editing
         shown = (lambda picture: picture) if editing and editing.sees_transparency else opaque
+        references = [
+            shown(each.image.load(image_of("references", index)))
+            for index, each in enumerate(params.references)
+            if each.image is not None
+        ]
+        kept = references[0] if params.mask_image is not None and references else None
         return Commission(
             params=params,
             height=params.height,
             width=params.width,
             scheduler=make_scheduler(self._pipeline.scheduler, params.scheduler),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-            image=None if params.image is None else opaque(params.image.load()),
+            image=kept if params.image is None else opaque(params.image.load()),
             mask_image=None if params.mask_image is None else mask_of(params.mask_image),
             strength=1.0 if params.strength is None else params.strength,
-            references=[
-                shown(each.image.load(image_of("references", index)))
-                for index, each in enumerate(params.references)
-                if each.image is not None
-            ],
+            references=references,
         )
 
     @torch.no_grad()
@@ -205,9 +207,9 @@ class Denoiser:
             if taken < given:
                 said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
                 warnings.append(said)
-        if params.image is not None:
+        if params.drawn_on is not None:
             assert params.height is not None and params.width is not None
-            width, height = params.image.size
+            width, height = params.drawn_on.size
             if abs(width * params.height - height * params.width) > STRETCHED * width * params.height:
                 to = f"{params.width}x{params.height}, of other proportions"
                 warnings.append(f"image of {width}x{height} is stretched to {to}")

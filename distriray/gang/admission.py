@@ -137,7 +137,7 @@ def admit(
     if limited:
         config.limits.check(request, sent)
     request.check_size(facts.size_unit)
-    assert request.height is not None
+    assert request.height is not None and request.width is not None
     check_gang_size(request, config.sizes)
     max_gang = facts.max_gang(request.height)
     if request.gang_size != "auto" and request.gang_size > max_gang:
@@ -176,7 +176,8 @@ def admit(
         )
     fresh = shared.mix is not None and shared.mix.exact
     editing = facts.terms.editing
-    shown_pixels = editing.shown_pixels(request.references, facts.size_unit) if editing else 0
+    masked = 0 if request.mask_image is None else request.height * request.width
+    shown_pixels = editing.shown_pixels(request.references, facts.size_unit, masked) if editing else 0
     return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps, shown_pixels)
 
 

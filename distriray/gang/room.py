@@ -54,7 +54,8 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
     images = config.limits.max_images
     editing = facts.terms.editing
     own_shown = editing.shown_pixels(own.references, facts.size_unit) if editing else 0
-    shown = editing.most_exchanged_pixels(config.limits.max_references) if editing else 0
+    masked = 0 if "mask_image" in facts.terms.lacks else side**2
+    shown = editing.most_exchanged_pixels(config.limits.max_references, masked) if editing else 0
     calls = [_enlarged(call, images, size, own_shown, side, shown) for call in calls]
     needed, gang = _most(runner, config, facts, calls, side)
     what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"

@@ -25,6 +25,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    Flux2KleinInpaintPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxFillPipeline,
@@ -35,6 +36,7 @@ from diffusers import (
     HunyuanImagePipeline,
     ModularPipeline,
     QwenImage21Pipeline,
+    QwenImageEditInpaintPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
@@ -173,7 +175,9 @@ def plain(
         call[name] = [call[name]] * len(seeds)  # or one is encoded for all, with the first one's generator
     if isinstance(pipeline, FluxKontextPipeline):
         call["max_area"] = call["height"] * call["width"]  # or it draws a megapixel, whatever it is asked
-    edits = isinstance(pipeline, QwenImageEditPipeline | QwenImageEditPlusPipeline)
+    edits = isinstance(
+        pipeline, QwenImageEditPipeline | QwenImageEditPlusPipeline | QwenImageEditInpaintPipeline
+    )
     if edits:
         call.setdefault("image", SHOWN)
     if edits or isinstance(pipeline, QwenImagePipeline | QwenImageImg2ImgPipeline | QwenImageInpaintPipeline):
@@ -192,7 +196,7 @@ def plain(
             guidance = {name: call.pop(name) for name in list(call) if name.startswith("guidance_")}
             guiding = guiders_with(pipeline, **guidance)
     tokens: dict[str, torch.Tensor] = {}
-    by_flux2 = isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline)
+    by_flux2 = isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline | Flux2KleinInpaintPipeline)
     if by_flux2:  # klein gives latents out as its VAE takes them
         call["callback_on_step_end"] = lambda _pipeline, _step, _timestep, values: tokens.update(values) or {}
     before = pipeline.scheduler
@@ -478,7 +482,6 @@ def test_a_picture_is_by_default_of_the_size_of_what_is_edited_up_to_a_megapixel
         ({"references": references([OLD] * 11)}, "references", "are 11 pictures; this .* at most (1|3|10)"),
         ({"image": OLD, "references": references([OLD] * 10)}, "references", "references and image are 11"),
         ({"image": OLD, "strength": 0.5}, "strength", "this model edits: it begins from noise"),
-        ({"image": OLD, "mask_image": OLD.convert("L")}, "mask_image", "fills in no masks"),
     ],
 )
 @pytest.mark.parametrize("edits", EDITED)

@@ -156,6 +156,16 @@ def test_more_bytes_than_any_picture_may_have_are_not_looked_at(monkeypatch: pyt
             "mask_image",
             "32x48 pixels and image 48x32",
         ),
+        (
+            {"references": [{"image": COLORS}], "mask_image": COLORS.rotate(90, expand=True)},
+            "mask_image",
+            "32x48 pixels and references.0.image 48x32",
+        ),
+        (
+            {"references": [{"image": COLORS}], "strength": 0.5},
+            "strength",
+            "is of an image, and there is none",
+        ),
         ({"image": COLORS, "strength": 0.0}, "strength", "greater than 0"),
         ({"image": COLORS, "strength": 1.1}, "strength", "less than or equal to 1"),
     ],

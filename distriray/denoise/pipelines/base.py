@@ -57,7 +57,8 @@ class Commission:
         height, width: in pixels, multiples of the family's unit.
         scheduler: the request's own, with the model's noise schedule and no timesteps yet.
         generators: one on the CPU for each image, which draws all that is random about it.
-        image: a picture to begin from, RGB of any size, or None.
+        image: a picture to begin from, RGB of any size, or None. Of models that edit, with a mask alone: the
+            first of `references`.
         mask_image: where to fill `image` in, white, in grey levels, or None.
         strength: share of the steps that are done on `image`.
         references: pictures to edit, of any size: RGB, or RGBA for models that see transparency.

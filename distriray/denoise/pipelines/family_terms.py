@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from distriray.denoise.pipelines.sizes import Configs
-from distriray.denoise.pipelines.terms import Terms
+from distriray.denoise.pipelines.terms import BEGINS_FROM_NOISE, Terms
 from distriray.references import MOST_PIXELS, Editing
 from distriray.steps import SchedulerName
 
@@ -42,10 +42,7 @@ _ON_TEXT_ALONE = {
     **_NO_REFERENCES,
     **dict.fromkeys(("strength", "image"), "this model draws from text alone"),
 }
-_EDITS = {
-    **_NO_MASKS,
-    "strength": "this model edits: it begins from noise, and is shown the image beside it in every step",
-}
+_EDITS = {**_NO_MASKS, "strength": BEGINS_FROM_NOISE}
 
 
 def unet_terms(config: Configs) -> Terms:
@@ -106,9 +103,9 @@ def flux2_terms(config: Configs) -> Terms:
         "guidance_end": "FLUX.2 dev was distilled from guidance, and has no branch to leave out",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_EDITS,
+        **_NO_CONTROL,
     }
-    return Terms(50, 4.0, ("euler",), lacks, editing=FLUX2_EDITING)
+    return Terms(50, 4.0, ("euler",), lacks, rounds_up=True, editing=FLUX2_EDITING)
 
 
 def flux2_klein_terms(config: Configs) -> Terms:
@@ -117,11 +114,13 @@ def flux2_klein_terms(config: Configs) -> Terms:
         "guidance_rescale": "FLUX.2's guidance has no unguided noise to go by",
         "clip_skip": _NO_CLIP,
         **_ONE_PROMPT,
-        **_EDITS,
+        **_NO_CONTROL,
     }
+    terms = Terms(50, 4.0, ("euler",), lacks, rounds_up=True, editing=FLUX2_EDITING)
     if not config("").get("is_distilled", False):
-        return Terms(50, 4.0, ("euler",), lacks, editing=FLUX2_EDITING, guides_apart=True)
-    return Terms(4, 1.0, ("euler",), {**_NO_GUIDANCE, **lacks}, editing=FLUX2_EDITING)
+        return replace(terms, guides_apart=True)
+    lacks = {**_NO_GUIDANCE, **lacks}
+    return replace(terms, num_inference_steps=4, guidance_scale=1.0, lacks=lacks)
 
 
 def flux3_terms(config: Configs) -> Terms:
@@ -229,7 +228,7 @@ def z_image_terms(config: Configs) -> Terms:
 def _editing(terms: Terms, editing: Editing) -> Terms:
     """Of a model that edits, where the terms are those of one of its family that begins from pictures."""
     lacks = {name: why for name, why in terms.lacks.items() if name != "references"}
-    return replace(terms, lacks={**lacks, **_EDITS}, editing=editing)
+    return replace(terms, lacks={**lacks, **_NO_CONTROL}, editing=editing)
 
 
 def _has(config: Configs, part: str) -> bool:

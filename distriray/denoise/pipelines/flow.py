@@ -32,7 +32,8 @@ class FlowMatching(PipelineSteps):
 
     Attributes:
         kinds: the pipelines for text to image, image to image and inpainting; or one that does all that its
-            model can.
+            model can, with one to fill in masks after it if diffusers has such a one.
+        fills: of a model that edits, the pipeline whose methods prepare latents to fill in masks with.
         parts: the components that no request can be drawn without.
         optional_parts: those that a model may lack.
         latents_per_input: channels of the network's input to one of the latents.
@@ -44,6 +45,7 @@ class FlowMatching(PipelineSteps):
 
     flow = True
     control: ClassVar[type[TokenControl] | None] = None
+    fills: ClassVar[type | None] = None
     parts: ClassVar[tuple[str, ...]]
     optional_parts: ClassVar[tuple[str, ...]] = ()
     latents_per_input: ClassVar[int] = 1
@@ -55,8 +57,10 @@ class FlowMatching(PipelineSteps):
         super().__init__(pipeline)
         # Around the same models, but for each request's scheduler, which the user's pipeline never sees.
         parts = {name: pipeline.components[name] for name in (*self.parts, *self.optional_parts)}
-        self._plain, *others = (self.around(kind, parts) for kind in self.kinds)
-        self._on_pictures = dict(zip(("image-to-image", "inpainting"), others, strict=False))
+        self._plain = self.around(self.kinds[0], parts)
+        others = dict(zip(("image-to-image", "inpainting"), self.kinds[1:], strict=False))
+        on_pictures = {"inpainting": self.fills} if self.fills else others
+        self._on_pictures = {task: self.around(kind, parts) for task, kind in on_pictures.items()}
         self._transformer, self._vae = pipeline.transformer, pipeline.vae
 
     def around(self, kind: type, parts: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from diffusers import (
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
 )
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_of
+from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.parallel.networks.flux import FluxControl
@@ -132,7 +134,8 @@ class FluxFill(Flux):
 class FluxKontext(Flux):
     """FLUX.1 Kontext: dev, that is shown a picture to edit beside the one that it draws."""
 
-    kinds = (FluxKontextPipeline,)
+    kinds = (FluxKontextPipeline, FluxKontextInpaintPipeline)
+    fills = FluxKontextInpaintPipeline
     control = None
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -143,6 +146,17 @@ class FluxKontext(Flux):
         if references is None:
             return values
         return {**values, "img_ids": torch.cat([ids, references_ids]), "references": references}
+
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        pipeline, size = self.pipeline_for(commission), (commission.height, commission.width)
+        tokens, kept, _, ids, kept_ids, _, noise = pipeline.prepare_latents(
+            pictures, timesteps, *self._size(commission, dtype)
+        )
+        values = self._prepared(commission, (tokens, torch.cat([ids, kept_ids])))
+        apart = outside(pipeline, commission, self.unpack(noise, *size), self.unpack(kept, *size))
+        return {**values, "references": kept, **apart}
 
     def _shown(self, reference: Image.Image) -> torch.Tensor:
         """The pixels that the model is shown, (1, 3, height, width), in the nearest shape that it knows."""

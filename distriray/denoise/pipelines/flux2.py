@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline
+from diffusers import (
+    AutoencoderKLFlux2,
+    Flux2KleinInpaintPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+)
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.pipelines.guidance import guided_calls
+from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 from distriray.references import MOST_PIXELS
@@ -57,7 +63,12 @@ class TokensInRows(FlowMatching):
 
 
 class _Flux2(TokensInRows):
-    """Common parts of dev and klein, whose references are tokens after the picture's own."""
+    """Common parts of dev and klein, whose references are tokens after the picture's own.
+
+    Latents are alike, and klein's pipeline fills in masks of dev's too: diffusers has none for dev.
+    """
+
+    fills = Flux2KleinInpaintPipeline
 
     def shift(self, commission: Commission, tokens: int) -> float:
         return compute_empirical_mu(tokens, commission.num_inference_steps)
@@ -85,6 +96,28 @@ class _Flux2(TokensInRows):
             dtype=self._vae.dtype,
         )
         return {"latents": latents, "img_ids": torch.cat([ids, shown_ids], 1), "references": shown}
+
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        pipeline = self.pipeline_for(commission)
+        tokens, noise, _, kept, ids = pipeline.prepare_latents(
+            pictures, timesteps, *self._size(commission, dtype)
+        )
+        shown, shown_ids = pipeline.prepare_image_latents(
+            images=[kept, *(self._shown(picture) for picture in commission.references[1:])],
+            batch_size=len(tokens),
+            generator=None,
+            device=tokens.device,
+            dtype=dtype,
+        )
+        latents, noise = self.rows(tokens, commission), self.rows(noise, commission)
+        return {
+            "latents": latents,
+            "img_ids": torch.cat([ids, shown_ids], 1),
+            "references": shown,
+            **outside(pipeline, commission, noise, kept, mode="bilinear"),
+        }
 
     def _shown(self, reference: Image.Image) -> torch.Tensor:
         """The pixels of a reference that the model is shown, (1, 3, height, width), from -1 to 1."""
@@ -153,7 +186,7 @@ class Flux2(_Flux2):
 class Flux2Klein(_Flux2):
     """FLUX.2 klein: a call of the network for each branch of guidance, or distilled to do without."""
 
-    kinds = (Flux2KleinPipeline,)
+    kinds = (Flux2KleinPipeline, Flux2KleinInpaintPipeline)
 
     def check(self) -> None:
         super().check()

@@ -12,19 +12,24 @@ from distriray.denoise.state import DenoiseState
 
 
 def outside(
-    pipeline: Any, commission: Commission, noise: torch.Tensor, image_latents: torch.Tensor
+    pipeline: Any,
+    commission: Commission,
+    noise: torch.Tensor,
+    image_latents: torch.Tensor,
+    mode: str = "nearest",
 ) -> dict[str, torch.Tensor]:
     """The values that `keep_outside` goes by, where a pipeline's methods know only how to pack a mask.
 
     Args:
         pipeline: whose `mask_processor` makes a mask of black and white.
         noise, image_latents: of the same shape, (batch, channels, rows, columns).
+        mode: how the mask is scaled to that.
 
     Returns:
         Those, and `mask`, (1, 1, rows, columns), 1 where to fill in.
     """
     mask = pipeline.mask_processor.preprocess(commission.mask_image, commission.height, commission.width)
-    mask = F.interpolate(mask, size=noise.shape[2:]).to(noise)
+    mask = F.interpolate(mask, size=noise.shape[2:], mode=mode).to(noise)
     return {"mask": mask, "noise": noise, "image_latents": image_latents}
 
 

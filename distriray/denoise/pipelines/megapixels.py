@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,19 +24,33 @@ class ShowsMegapixels(PackedFlowMatching):
     mode: ClassVar[str] = "RGB"
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, Any]:
-        sizes = [size_shown(picture) for picture in commission.references]
-        process = self._plain.image_processor.preprocess
-        shown = [
-            process(picture.convert(self.mode), high, wide)[:, :, None]
-            for picture, (wide, high) in zip(commission.references, sizes, strict=True)
-        ]
-        size = self._size(commission, dtype)
-        tokens, references = self._plain.prepare_latents(self.taken(shown), *size)
+        tokens, references, shapes = self.shown(commission, dtype, commission.references)
         values = self._prepared(commission, tokens)
         if references is None:
             return values
-        shapes = [(1, high // self.token_side, wide // self.token_side) for wide, high in sizes]
         return {**values, "references": references, "reference_shapes": shapes}
+
+    def shown(
+        self,
+        commission: Commission,
+        dtype: torch.dtype,
+        pictures: Sequence[Image.Image],
+        latents: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[int, int, int]]]:
+        """Tokens of noise, or of `latents`, those of the pictures beside them, and the grid of each."""
+        sizes = [size_shown(picture) for picture in pictures]
+        process = self._plain.image_processor.preprocess
+        shown = [
+            process(picture.convert(self.mode), high, wide)[:, :, None]
+            for picture, (wide, high) in zip(pictures, sizes, strict=True)
+        ]
+        size = self._size(commission, dtype)
+        tokens, references = self._plain.prepare_latents(self.taken(shown), *size, latents)
+        return tokens, references, [self.grid(wide, high) for wide, high in sizes]
+
+    def grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """Tokens of a picture of that size: one frame, rows and columns."""
+        return 1, height // self.token_side, width // self.token_side
 
     def read(self, commission: Commission, pixels: int = MOST_PIXELS) -> list[Image.Image]:
         """The pictures as the language model is shown them, of about so many pixels."""

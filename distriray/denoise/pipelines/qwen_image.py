@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    QwenImageEditInpaintPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
@@ -118,7 +119,8 @@ class QwenImageEdit(ShowsMegapixels, QwenImage):
         read_pixels: about how many it is shown.
     """
 
-    kinds: ClassVar[tuple[type, ...]] = (QwenImageEditPipeline,)
+    kinds: ClassVar[tuple[type, ...]] = (QwenImageEditPipeline, QwenImageEditInpaintPipeline)
+    fills = QwenImageEditInpaintPipeline
     control = None
     parts = (*QwenImage.parts, "processor")
     read_pixels: ClassVar[int] = VAE_IMAGE_SIZE
@@ -140,6 +142,18 @@ class QwenImageEdit(ShowsMegapixels, QwenImage):
                 )
         return values
 
+    def masked(
+        self, commission: Commission, dtype: torch.dtype, pictures: torch.Tensor, timesteps: torch.Tensor
+    ) -> dict[str, Any]:
+        values = super().masked(commission, dtype, pictures, timesteps)
+        references = self.pack(values["image_latents"])
+        shapes = [self.grid(commission.width, commission.height)]
+        if further := commission.references[1:]:
+            _, others, their = self.shown(commission, dtype, further, references)
+            assert others is not None
+            references, shapes = torch.cat([references, others], 1), shapes + their
+        return {**values, "references": references, "reference_shapes": shapes}
+
     def reading(self, commission: Commission) -> dict[str, Any]:
         return {"image": self.taken(self.read(commission, self.read_pixels))}
 
@@ -154,7 +168,10 @@ class QwenImageEdit(ShowsMegapixels, QwenImage):
 
 
 class QwenImageEditPlus(QwenImageEdit):
-    """Qwen-Image-Edit of 2509 and later: several pictures, which the language model is shown smaller."""
+    """Qwen-Image-Edit of 2509 and later: several pictures, which the language model is shown smaller.
+
+    Latents are the first one's, whose pipeline fills in masks here too: diffusers has none for these.
+    """
 
     kinds = (QwenImageEditPlusPipeline,)
     read_pixels = CONDITION_IMAGE_SIZE

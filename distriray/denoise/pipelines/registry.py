@@ -79,6 +79,8 @@ class Family:
 
 _BY_ONE = ("text-to-image",)
 """Of families whose one pipeline does all that their models can."""
+_BY_TWO = ("text-to-image", "inpainting")
+"""Of those whose one pipeline edits pictures too, and another fills in masks of them."""
 
 PIPELINES: dict[str, Family] = {
     "StableDiffusion": Family(".sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", unet_sizes),
@@ -86,17 +88,17 @@ PIPELINES: dict[str, Family] = {
     "StableDiffusion3": Family(".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms),
     "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms),
     "FluxFill": Family(".flux:FluxFill", "FLUX.1 Fill", flux_sizes, flux_fill_terms, _BY_ONE),
-    "FluxKontext": Family(".flux:FluxKontext", "FLUX.1 Kontext", flux_sizes, flux_kontext_terms, _BY_ONE),
+    "FluxKontext": Family(".flux:FluxKontext", "FLUX.1 Kontext", flux_sizes, flux_kontext_terms, _BY_TWO),
     "Chroma": Family(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms),
     "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _BY_ONE),
-    "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _BY_ONE),
+    "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _BY_TWO),
     "Flux3Modular": Family(".flux3:Flux3", "FLUX.3", flux2_sizes, flux3_terms, _BY_ONE),
     "Flux3DistilledModular": Family(
         ".flux3:Flux3Distilled", "FLUX.3 distilled", flux2_sizes, flux3_terms, _BY_ONE
     ),
     "QwenImage": Family(".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms),
     "QwenImageEdit": Family(
-        ".qwen_image:QwenImageEdit", "Qwen-Image-Edit", qwen_image_sizes, qwen_image_edit_terms, _BY_ONE
+        ".qwen_image:QwenImageEdit", "Qwen-Image-Edit", qwen_image_sizes, qwen_image_edit_terms, _BY_TWO
     ),
     "QwenImageEditPlus": Family(
         ".qwen_image:QwenImageEditPlus",

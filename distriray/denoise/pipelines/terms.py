@@ -29,6 +29,9 @@ _ASKS: dict[str, Callable[[Any], bool]] = {
     "strength": lambda strength: strength is not None,
 }
 
+BEGINS_FROM_NOISE = "this model edits: it begins from noise, and is shown the image beside it in every step"
+"""Why a model that edits has nothing for `strength`, without a mask at least."""
+
 STRENGTH, STRENGTH_IN_MASK = 0.6, 1.0
 """Of requests that name none: inside a mask, all is drawn anew."""
 
@@ -65,7 +68,8 @@ class Terms:
     ) -> Params:
         """A copy of a request that leaves no size, seed, steps or guidance open, nor its image's strength.
 
-        For a model that edits, the image is the first of its references, and has no mask that nobody sent.
+        For a model that edits, the image is the first of its references, and has no mask that nobody sent:
+        with one that somebody did, that first one is kept outside of it.
 
         Args:
             default_size: (height, width) in pixels of a request that names none and has no picture.
@@ -81,6 +85,8 @@ class Terms:
         for name, why in self.lacks.items():
             if _ASKS[name](getattr(params, name)):
                 raise InvalidRequest(f"{name}: {why}; leave it out", name)
+        if self.editing is not None and params.strength is not None and params.mask_image is None:
+            raise InvalidRequest(f"strength: {BEGINS_FROM_NOISE}; leave it out, or send a mask", "strength")
         if params.scheduler is not None and params.scheduler not in self.schedulers:
             raise InvalidRequest(
                 f"scheduler {params.scheduler} is not for this model; use {', '.join(self.schedulers)}",
@@ -99,7 +105,7 @@ class Terms:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
         }
-        if params.image is not None:
+        if params.drawn_on is not None:
             own["strength"] = STRENGTH if params.mask_image is None else STRENGTH_IN_MASK
         open_ = {name: value for name, value in own.items() if getattr(params, name) is None}
         return params.model_copy(update=open_)

@@ -101,6 +101,24 @@ def test_what_a_model_edits_counts_in_the_largest_request(
     assert levels == [logging.INFO, logging.WARNING]
 
 
+def test_a_picture_of_which_a_mask_is_filled_in_counts_there_as_large_as_it_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_flux2_klein_distilled().save_pretrained(tmp_path)
+    caplog.set_level(logging.INFO, "ray.serve.distriray.worker")
+    limits = Limits(max_images=1, max_side=1536, max_references=1)
+    monkeypatch.setattr(f"{__name__}.LIMITS", limits)
+    picture, mask = Image.new("RGB", (1536, 1536)), Picture.of(Image.new("L", (1536, 1536)))
+    largest = SamplingParams(prompt="a lake", seed=1, height=1536, width=1536, image=picture, mask_image=mask)
+    runner, config = started(10**10, tmp_path, monkeypatch, workers=2)
+    needed = runner.buffer_bytes_of(runner.calls(largest), 2, config.parallel)
+    caplog.clear()
+    for free in (needed * 11 // 10, needed * 9 // 10):
+        started(free, tmp_path, monkeypatch, workers=2)
+    levels = [record.levelno for record in caplog.records if "largest request" in record.message]
+    assert levels == [logging.INFO, logging.WARNING]
+
+
 def test_a_model_starts_though_limits_allow_prompts_beyond_its_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,11 +18,12 @@ from PIL import ExifTags, Image
 
 from deployments.http.images import EditRequest
 from distriray import Client
-from distriray.denoise.pipelines.family_terms import chroma_terms, flux2_terms
+from distriray.denoise.pipelines.family_terms import chroma_terms, flux2_terms, qwen_image21_terms
 from distriray.errors import InvalidRequest
 from distriray.events import Finished
 from distriray.names import KINDS
 from distriray.picture import Picture, png
+from distriray.references import Reference
 from distriray.requests import SamplingParams
 from tests.unit.http.fake import CARDS, FakeService
 from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
@@ -204,7 +205,18 @@ def test_to_models_that_edit_a_transparent_part_of_the_image_is_no_mask() -> Non
     assert settled.mask_image is None and [each.image for each in settled.references] == [asked.image]
     sent = EditRequest.of_form({"prompt": "a lake", "image": picture(), "mask": clear})
     with pytest.raises(InvalidRequest, match="mask_image: this model's family fills in no masks here"):
-        terms.settle(sent.generation(CARDS[0], "r"), (64, 64), 16)
+        qwen_image21_terms(lambda _: {}).settle(sent.generation(CARDS[0], "r"), (64, 64), 32)
+
+
+def test_models_that_edit_fill_in_a_mask_that_is_sent_of_the_first_of_several_images() -> None:
+    terms, images = flux2_terms(lambda _: {}), [picture(), png(Image.new("RGB", (64, 80)))]
+    form: dict[str, Any] = {"prompt": "a lake", "image": images, "mask": clear_on_the_left()}
+    asked = EditRequest.of_form(form).generation(CARDS[0], "r")
+    settled = terms.settle(asked, (64, 64), 16)
+    assert settled.mask_image is not None and settled.strength == 1.0
+    assert np.array_equal(np.array(settled.mask_image.load().convert("L")), LEFT)
+    assert [each.image and each.image.data for each in settled.references] == images
+    assert settled.drawn_on == Picture.of(images[0]) and (settled.width, settled.height) == (96, 64)
 
 
 def test_a_form_without_files_where_none_was_chosen_is_as_without_the_field(
@@ -284,6 +296,18 @@ def test_the_clients_send_a_request_with_pictures_as_a_form(url: str, service: F
         assert (result.width, result.height) == (96, 64) and np.array_equal(asked_mask(service), LEFT)
         *events, finished = own.stream("a hut", previews=1, **fields)
         assert isinstance(finished, Finished) and len(events) > 3
+
+
+def test_a_mask_of_the_first_of_the_references_is_sent_as_one_of_an_image(
+    url: str, service: FakeService
+) -> None:
+    first, second = Picture.of(picture()), Picture.of(png(Image.new("RGB", (64, 80))))
+    references = tuple(Reference(image=each) for each in (first, second))
+    with Client(url) as own:
+        own.generate("a hut", references=references, mask_image=Image.fromarray(LEFT), strength=0.5)
+    asked = service.asked[-1]
+    assert asked.image == first and [each.image for each in asked.references] == [second]
+    assert np.array_equal(asked_mask(service), LEFT) and asked.strength == 0.5
 
 
 def test_the_log_has_no_picture(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
