@@ -250,6 +250,19 @@ def test_a_picture_is_drawn_on_as_diffusers_draws_on_it(masked: bool, folder: Pa
     assert torch.equal(latents, theirs)
 
 
+@pytest.mark.parametrize("model", sweep(["qwen", "flux", "sd3"]))
+def test_half_precision_is_drawn_as_diffusers_draws_it(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what its arithmetic on a picture's latents is in float32."""
+    whole, half = MODELS[model], torch.bfloat16
+    made = replace(
+        whole, make=lambda: whole.make().to(half), control=lambda seed: whole.control(seed).to(half)
+    )
+    monkeypatch.setitem(MODELS, model, made)
+    assert torch.equal(ours(model, folder, *ONE)[0], made.theirs(*ONE))
+
+
 def by_gangs(
     model: str, folder: Path, sizes: Sequence[int], named: list[Named], config: dict[str, Any], **fields: Any
 ) -> list[np.ndarray]:

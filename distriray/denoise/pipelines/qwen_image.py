@@ -96,7 +96,7 @@ class QwenImage(PackedFlowMatching):
 
     def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
         posterior = self._vae.encode(self.pixels_of(image, commission)[:, :, None]).latent_dist
-        latents = torch.cat([posterior.sample(generator) for generator in commission.generators])
+        latents = torch.cat([posterior.sample(generator) for generator in commission.generators]).float()
         mean, std = self._of_latents(latents)
         return self.pack(((latents - mean) * (1.0 / std))[:, :, 0]).to(self._transformer.dtype)
 
