@@ -263,6 +263,20 @@ def test_half_precision_is_drawn_as_diffusers_draws_it(
     assert torch.equal(ours(model, folder, *ONE)[0], made.theirs(*ONE))
 
 
+def test_layers_that_see_the_picture_alone_have_the_dtype_of_the_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that of the VAE, which they do without."""
+
+    def drawn_with(vae: torch.dtype) -> torch.Tensor:
+        pipeline = tiny_flux().to(torch.bfloat16)
+        pipeline.vae.to(vae)
+        monkeypatch.setitem(MODELS, "flux-hint", replace(MODELS["flux-hint"], make=lambda: pipeline))
+        return ours("flux-hint", folder, *ONE)[0]
+
+    assert torch.equal(drawn_with(torch.float32), drawn_with(torch.bfloat16))
+
+
 def by_gangs(
     model: str, folder: Path, sizes: Sequence[int], named: list[Named], config: dict[str, Any], **fields: Any
 ) -> list[np.ndarray]:

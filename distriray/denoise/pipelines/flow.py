@@ -190,11 +190,16 @@ class FlowMatching(PipelineSteps):
         """What a ControlNet takes of a picture (`PictureOf`); only families with `control` have it."""
         raise NotImplementedError
 
-    def pixels_of(self, image: Image.Image, commission: Commission) -> torch.Tensor:
-        """(1, 3, height, width), from -1 to 1, of the commission's size and the VAE's dtype."""
+    def pixels_of(self, image: Image.Image, commission: Commission, reader: Any = None) -> torch.Tensor:
+        """(1, 3, height, width), from -1 to 1, of the commission's size.
+
+        Args:
+            reader: the model whose device and dtype they have; None is the VAE.
+        """
         processor, size = self._plain.image_processor, (commission.height, commission.width)
         pixels: torch.Tensor = processor.preprocess(image, *size)
-        return pixels.to(self._vae.device, self._vae.dtype).contiguous()  # other layouts round differently
+        reader = self._vae if reader is None else reader
+        return pixels.to(reader.device, reader.dtype).contiguous()  # other layouts round differently
 
     def output_of(self, residuals: Residuals | None = None, **arguments: Any) -> Any:
         """The output of the network for these arguments, with the ControlNets of the step.

@@ -73,7 +73,7 @@ class Flux(PackedFlowMatching):
 
     def _hinted(self, hint: nn.Module, side: int, image: Image.Image, commission: Commission) -> torch.Tensor:
         """A picture's tokens by layers of the ControlNet's own, of `side` by `side` of their output."""
-        features = F.pixel_unshuffle(hint(self.pixels_of(image, commission)), side)
+        features = F.pixel_unshuffle(hint(self.pixels_of(image, commission, self._transformer)), side)
         return features.flatten(2).transpose(1, 2)
 
     def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
