@@ -30,7 +30,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.errors import GangMismatch, UnusableControlNet
+from distriray.errors import GangMismatch, InvalidRequest, UnusableControlNet
 from distriray.parallel import engine_of
 from distriray.parallel.networks.token_control import TokenControl
 from distriray.requests import SamplingParams
@@ -275,6 +275,15 @@ def test_layers_that_see_the_picture_alone_have_the_dtype_of_the_network(
         return ours("flux-hint", folder, *ONE)[0]
 
     assert torch.equal(drawn_with(torch.float32), drawn_with(torch.bfloat16))
+
+
+def test_a_picture_for_which_a_controlnet_has_no_positions_is_refused(tmp_path: Path) -> None:
+    tiny_sd3_controlnet(pos_embed_max_size=6).save_pretrained(tmp_path)
+    denoiser = Denoiser(tiny_sd3())
+    denoiser.controls.load(ControlNetSpec(name="canny", source=str(tmp_path)))
+    with pytest.raises(InvalidRequest, match="height 128 is above 96, the largest that a ControlNet"):
+        denoiser.prepare(params(*ONE))
+    assert denoiser.prepare(params(*ONE, height=96)).height == 96
 
 
 def by_gangs(

@@ -47,12 +47,15 @@ class StableDiffusion3(GuidedInOneCall):
         return size
 
     def prepare(self, commission: Commission) -> dict[str, Any]:
-        rows = self._transformer.config.pos_embed_max_size * self.patch_size
-        most = rows * self._plain.vae_scale_factor
-        for name, side in (("height", commission.height), ("width", commission.width)):
-            if side > most:
-                raise InvalidRequest(f"{name} {side} is above {most}, the largest that this model has", name)
+        self._check_positions(commission, self._transformer, "this model")
         return super().prepare(commission)
+
+    def _check_positions(self, commission: Commission, network: Any, whose: str) -> None:
+        """Raise InvalidRequest where a row or column of tokens is longer than there are positions for."""
+        positions = network.pos_embed.pos_embed_max_size
+        for name, side in (("height", commission.height), ("width", commission.width)):
+            if positions is not None and side > (most := positions * self.token_side):
+                raise InvalidRequest(f"{name} {side} is above {most}, the largest that {whose} has", name)
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         params, is_guided = commission.params, commission.guidance_scale > 1.0
@@ -86,6 +89,7 @@ class StableDiffusion3(GuidedInOneCall):
 
         diffusers draws them by torch's default generator, so that a seed would not decide the picture.
         """
+        self._check_positions(commission, network, "a ControlNet of this request")
         config = self._vae.config
         latents: torch.Tensor = self._vae.encode(self.pixels_of(image, commission)).latent_dist.mode()
         shift = 0.0 if network.config.force_zeros_for_pooled_projection else config.shift_factor
