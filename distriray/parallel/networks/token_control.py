@@ -80,13 +80,11 @@ class TokenControl(TokenNetwork):
 
         Source: Zhang et al., ICCV 2023 (arXiv 2302.05543).
         """
-        added: dict[str, dict[int, torch.Tensor]] = {}
+        added: dict[str, Added] = {}
         for control in controls:
             output = run(control.name, {**cls.arguments(control, given), **cls.shown(control)})
             for name, parts in cls.spread(control.network, transformer, output).items():
-                total = added.setdefault(name, {})
-                for index, part in parts.items():
-                    total[index] = total[index] + part if index in total else part
+                added[name] = _sums(added.get(name, {}), parts)
         return {name: cls.argument(parts) for name, parts in added.items() if parts}
 
     def of_share(self, share: Share) -> Share:
@@ -122,3 +120,15 @@ def repeated(samples: Sequence[torch.Tensor] | None, blocks: nn.ModuleList, in_t
     return {
         index: samples[index % len(samples) if in_turn else index // each] for index in range(len(blocks))
     }
+
+
+def _sums(one: Added, other: Added) -> Added:
+    """Of what each block adds twice: one sum for all blocks that add the same, which is in memory once."""
+    sums: dict[tuple[int, int], torch.Tensor] = {}
+    total = {**one, **other}
+    for index in one.keys() & other.keys():
+        a, b = one[index], other[index]
+        if (id(a), id(b)) not in sums:
+            sums[id(a), id(b)] = a + b
+        total[index] = sums[id(a), id(b)]
+    return total
