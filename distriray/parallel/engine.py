@@ -381,6 +381,8 @@ class Engine:
                 self._convert()
             if branch.fresh_start:
                 self._guiders.check()
+            before = branch.exchange
+            if branch.fresh_start or before is not None and before.besides != call.besides:
                 self._make_room(call, share, branch)
         except DistrirayError as error:
             refusal = error

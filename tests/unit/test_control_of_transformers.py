@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,12 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.errors import GangMismatch, InvalidRequest, UnusableControlNet
+from distriray.errors import GangMismatch, InvalidRequest, OutOfMemory, UnusableControlNet
 from distriray.parallel import engine_of
 from distriray.parallel.networks.controls import Control as Used
 from distriray.parallel.networks.flux import FluxControl
 from distriray.parallel.networks.token_control import TokenControl
+from distriray.parallel.room import Room
 from distriray.requests import SamplingParams
 from tests.models import (
     tiny_flux,
@@ -514,3 +515,27 @@ def test_steps_with_control_are_graphs_where_no_branch_waits_for_another(
             assert 0 < with_another < without < last
         assert (last < without_guidance) == (not model.startswith("z-image"))
     assert ("asks the device" in caplog.text) == model.startswith("z-image")
+
+
+def test_room_is_looked_at_anew_where_a_controlnet_begins(folder: Path) -> None:
+    """Buffers that are not in use make room for its own, or it is refused with their bytes."""
+    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+
+    def steps(communicator: Communicator) -> tuple[list[bool], int]:
+        denoiser = denoiser_of(parallelize(tiny_qwen_image(), communicator, config), folder / "qwen")
+        engine = engine_of(denoiser._pipeline)
+        assert engine is not None
+        alone, needed = (
+            engine.buffer_bytes_of(denoiser.calls(params(*named)), 2, config) for named in ([], ONE)
+        )
+        within = []
+        for room in (needed, alone):
+            engine.room = Room(room, "gpu7 is small")
+            state = denoiser.prepare(params(("canny", {"start": 0.5})))
+            with nullcontext() if room == needed else pytest.raises(OutOfMemory, match="where gpu7 is small"):
+                while not state.done:
+                    denoiser.step(state)
+                    within.append(engine.buffer_bytes <= room)
+        return within, state.step
+
+    assert run_in_lockstep(2, steps) == [([True] * 6, 2)] * 2
