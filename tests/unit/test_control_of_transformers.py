@@ -422,6 +422,10 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(tmp_path: Path) 
     assert "a union of 3 kinds" in refused(tiny_flux, tiny_flux_controlnet(**UNION))
     assert "a union of 3 kinds" in refused(tiny_flux, tiny_flux_controlnet(**UNION), 3)
     assert "has no mode 1" in refused(tiny_flux, tiny_flux_controlnet(), 1)
+    assert "of 1 by 1 with 4 channels" in refused(
+        tiny_flux, tiny_flux_controlnet(**{**HINT, "patch_size": 1})
+    )
+    assert "caption_projection_dim" in refused(tiny_sd3, tiny_sd3_controlnet(caption_projection_dim=48))
     assert "takes a mask" in refused(tiny_sd3, tiny_sd3_controlnet(extra_conditioning_channels=1))
     assert "joint_attention_dim" in refused(tiny_sd3, tiny_sd3_controlnet(joint_attention_dim=32))
     assert "adds to layer 2, and the model has 2" in refused(

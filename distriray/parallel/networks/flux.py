@@ -87,6 +87,12 @@ class FluxControl(TokenControl):
         super().check_fits(network, transformer)
         if network.config.guidance_embeds and not transformer.config.guidance_embeds:
             raise UnsupportedModel("it takes a guidance scale, and the model has none")
+        hint, side = network.config.conditioning_embedding_channels, network.config.patch_size
+        if hint is not None and hint * side**2 != network.config.in_channels:
+            raise UnsupportedModel(
+                f"its picture's tokens are of {side} by {side} with {hint} channels, and not with "
+                f"{network.config.in_channels} in all, which it takes"
+            )
         if network.union and not network.transformer_blocks:
             raise UnsupportedModel("it is a union without blocks of two streams")
 

@@ -66,7 +66,8 @@ class SD3Control(TokenControl):
         if own.extra_conditioning_channels:
             raise UnsupportedModel("it takes a mask beside its picture, by extra_conditioning_channels")
         if own.joint_attention_dim is not None:
-            check_same("joint_attention_dim", own.joint_attention_dim, its.joint_attention_dim)
+            for name in ("joint_attention_dim", "caption_projection_dim"):
+                check_same(name, own[name], its[name])
 
     @staticmethod
     def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
