@@ -56,7 +56,8 @@ class Engine:
             `join` for GPUs, where it has arrived by then, and reading it at once would stop the device.
         statistics: of the last step.
         room: for buffers in this device's memory; an image for which it is too small is refused before its
-            first step. None where that is not known, and nothing is refused.
+            first step, or that in which a ControlNet begins. None where that is not known, and nothing is
+            refused.
     """
 
     def __init__(self, network: Network) -> None:
@@ -408,7 +409,7 @@ class Engine:
         return share
 
     def _make_room(self, call: Call, share: Share, branch: Branch) -> None:
-        """Raise OutOfMemory, with the bytes, unless there is room for the buffers of an image that begins."""
+        """Raise OutOfMemory, with the bytes, unless there is room for a call's buffers beside others."""
         if self.room is None:
             return
         branch.needed = self.room.needed(self.network, call, share, self.config)
