@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ from tests.distributed.gpus import gpu_of
 from tests.distributed.ranks import run_processes
 from tests.models import tiny_qwen_image21_transformer, tiny_sdxl
 from tests.regroup import DISPLACED, REQUEST
+from tests.unit import test_control as control
+from tests.unit import test_control_of_transformers as transformers_control
 from tests.unit.parallel.test_qwen_image21 import EDIT
 from tests.unit.parallel.test_qwen_image21 import draw as draw_kept
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
@@ -132,6 +135,37 @@ def test_captured_steps_of_transformers_draw_what_they_draw_without(
 
     for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
         assert all(map(torch.equal, captured, launched))
+
+
+@pytest.mark.parametrize(("ranks", "exchange"), [(1, "sync"), (2, "sync"), (2, "displaced")])
+@pytest.mark.parametrize("model", [*control.MODELS, *transformers_control.MODELS])
+def test_captured_steps_with_controlnets_draw_what_they_draw_without(
+    model: str, ranks: int, exchange: ExchangeMode, tmp_path: Path
+) -> None:
+    """With another picture each; those that are not captured are drawn all the same."""
+    cases: Any = control if model in control.MODELS else transformers_control
+    cases.save(model, tmp_path)
+
+    def rank(communicator: Communicator, graphs: bool) -> tuple[list[torch.Tensor], int]:
+        config = ParallelConfig(exchange=exchange, warmup_steps=2, cfg_parallel=False, cuda_graphs=graphs)
+        pipeline = parallelize(cases.made(model).to(communicator.device), communicator, config)
+        denoiser, engine, latents = cases.denoiser_of(pipeline, tmp_path / model), engine_of(pipeline), []
+        assert engine is not None
+        for seed, name in enumerate(("canny", "depth", "canny")):
+            shown = cases.params(*cases.ONE).control[0].model_copy(update={"image": cases.picture(name)})
+            request = cases.params(seed=seed, num_inference_steps=6).model_copy(update={"control": (shown,)})
+            state = denoiser.prepare(request)
+            while not state.done:
+                denoiser.step(state)
+            denoiser.settle(state)
+            latents.append(state.latents)
+        return latents, sum(map(len, engine.graphs._made))
+
+    wanted = run_in_lockstep(ranks, lambda communicator: rank(communicator, False), "cuda")
+    found = run_in_lockstep(ranks, lambda communicator: rank(communicator, True), "cuda")
+    for (here, captured), (there, _) in zip(found, wanted, strict=True):
+        assert all(map(torch.equal, here, there))
+        assert bool(captured) == (model not in ("qwen", "z-image", "z-image-2"))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -65,12 +65,21 @@ ONE: list[Named] = [("canny", {"scale": 0.7})]
 BOTH: list[Named] = [("canny", {"scale": 0.7, "start": 0.25}), ("depth", {"scale": -0.4, "end": 0.5})]
 
 
+def made(model: str) -> Any:
+    return MODELS[model][0]()
+
+
+def save(model: str, folder: Path) -> None:
+    """ControlNets of a model."""
+    for seed, name in enumerate(NAMES):
+        tiny_controlnet(made(model).unet, seed + 1).save_pretrained(folder / model / name)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("controls")
-    for model, (make, _) in MODELS.items():
-        for seed, name in enumerate(NAMES):
-            tiny_controlnet(make().unet, seed + 1).save_pretrained(folder / model / name)
+    for model in MODELS:
+        save(model, folder)
     return folder
 
 

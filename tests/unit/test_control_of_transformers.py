@@ -175,12 +175,21 @@ MODELS |= {
 }
 
 
+def made(model: str) -> Any:
+    return MODELS[model].make()
+
+
+def save(model: str, folder: Path) -> None:
+    """ControlNets of a model."""
+    for seed, name in enumerate(NAMES):
+        MODELS[model].control(seed + 1).save_pretrained(folder / model / name)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("controls")
-    for model, each in MODELS.items():
-        for seed, name in enumerate(NAMES):
-            each.control(seed + 1).save_pretrained(folder / model / name)
+    for model in MODELS:
+        save(model, folder)
     return folder
 
 
