@@ -12,6 +12,8 @@ from distriray.models import ModelSpec, download
 from distriray.names import NAME
 from distriray.picture import CarriedPicture
 
+Level = Annotated[float, Field(ge=-1000.0, le=1000.0, allow_inf_nan=False)]
+
 
 class Control(BaseModel):
     """A ControlNet to draw with, and the picture that it goes by."""
@@ -49,6 +51,7 @@ class ControlNetSpec(BaseModel):
         file: of a folder or a Hugging Face id: which of its files.
         revision: branch, tag or commit of a Hugging Face id.
         families: of pipelines that it is for, such as `StableDiffusionXL`; empty leaves it to its weights.
+        pixel_range: black and white as it is to be shown them, where its makers say otherwise than others do.
         mode: of a union of several ControlNets in one, which needs it: the number of the kind of picture.
             Specs of other modes with the same weights share them.
     """
@@ -60,6 +63,7 @@ class ControlNetSpec(BaseModel):
     file: Annotated[str, Field(pattern=r"\.safetensors$")] = "diffusion_pytorch_model.safetensors"
     revision: str | None = None
     families: tuple[str, ...] = ()
+    pixel_range: tuple[Level, Level] | None = None
     mode: Annotated[int, Field(ge=0)] | None = None
 
     def locate(self) -> Path:

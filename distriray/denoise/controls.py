@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from diffusers.image_processor import VaeImageProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -36,7 +37,8 @@ class _Loaded(NamedTuple):
     picture_of: PictureOf
     path: Path
     file: str
-    mode: int | None
+    pixel_range: tuple[float, float]
+    mode: int | None = None
 
     @property
     def digest(self) -> str:
@@ -75,11 +77,13 @@ class Controls:
         try:
             if known is None:
                 network = _read(path, kind, self._denoises.device, self._denoises.dtype)
-                known = _Loaded(network, self._steps.take_control(network), path, digest_of(path), None)
+                picture_of, own_range = self._steps.take_control(network), self._steps.control_range
+                known = _Loaded(network, picture_of, path, digest_of(path), own_range)
             _check_mode(known.network, spec.mode)
         except (DistrirayError, OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
             raise UnusableControlNet(f"{what} cannot be used: {path}: {first_lines(error)}") from error
-        self._loaded[spec.name] = known._replace(mode=spec.mode)
+        pixel_range = spec.pixel_range or self._steps.control_range
+        self._loaded[spec.name] = known._replace(pixel_range=pixel_range, mode=spec.mode)
 
     @torch.no_grad()
     def prepare(self, asked: Iterable[Asked], commission: Commission) -> dict[str, Any]:
@@ -91,6 +95,7 @@ class Controls:
         """
         asked = list(asked)
         check_names("control", asked, self._loaded)
+        processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
         values: dict[str, Any] = {}
         entries: list[list[Any]] = []
         for index, control in enumerate(asked):
@@ -99,7 +104,10 @@ class Controls:
             if not control.scale:
                 continue
             loaded = self._loaded[control.name]
-            values[_PICTURE.format(len(entries))] = loaded.picture_of(image, commission)
+            pixels = processor.preprocess(image, commission.height, commission.width)
+            black, white = loaded.pixel_range
+            pixels = (pixels * (white - black) + black).contiguous()  # other layouts round differently
+            values[_PICTURE.format(len(entries))] = loaded.picture_of(pixels, commission)
             entries.append([control.name, loaded.digest, control.scale, control.start, control.end])
         return {**values, _VALUE: entries} if entries else {}
 

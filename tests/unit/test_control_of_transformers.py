@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
     ZImageControlNetPipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from distriray import ParallelConfig, parallelize
@@ -552,3 +553,27 @@ def test_room_is_looked_at_anew_where_a_controlnet_begins(folder: Path) -> None:
         return within, state.step
 
     assert run_in_lockstep(2, steps) == [([True] * 6, 2)] * 2
+
+
+class OfCanny(VaeImageProcessor):
+    """The pixels that stabilityai gives its canny for Stable Diffusion 3.5 large."""
+
+    def preprocess(self, image: Any, *size: Any, **named: Any) -> torch.Tensor:
+        pixels = VaeImageProcessor(do_normalize=False).preprocess(image, *size, **named)
+        return pixels * 255 * 0.5 + 0.5
+
+
+def test_pixels_are_of_the_range_that_its_makers_give_it(folder: Path) -> None:
+    def kind(**parts: Any) -> Any:
+        pipeline = StableDiffusion3ControlNetPipeline(**parts)
+        pipeline.image_processor = OfCanny()
+        return pipeline
+
+    theirs = replace(MODELS["sd35"], kind=kind).theirs(*ONE)
+    denoiser, source = Denoiser(tiny_sd3()), str(folder / "sd35" / "canny")
+    denoiser.controls.load(ControlNetSpec(name="canny", source=source, pixel_range=(0.5, 128.0)))
+    denoiser.controls.load(ControlNetSpec(name="depth", source=source))
+    drawn(denoiser, state := denoiser.prepare(params(*ONE)))
+    torch.testing.assert_close(state.latents, theirs, rtol=0, atol=1e-4)
+    drawn(denoiser, other := denoiser.prepare(params(("depth", {"scale": 0.7}), seed=3)))
+    assert not torch.allclose(other.latents, theirs, atol=0.1), "a picture's, not the file's"

@@ -116,8 +116,11 @@ class Commission:
             )
 
 
-PictureOf = Callable[[Image.Image, Commission], torch.Tensor]
-"""Makes of a picture what its ControlNet takes in every step (`Control.picture`), for a commission."""
+PictureOf = Callable[[torch.Tensor, Commission], torch.Tensor]
+"""Makes of a picture what its ControlNet takes in every step (`Control.picture`), for a commission.
+
+It is given pixels of the commission's size, float32 (1, 3, height, width) on the CPU, of `control_range`.
+"""
 
 
 class PipelineSteps(ABC):
@@ -132,6 +135,7 @@ class PipelineSteps(ABC):
     Attributes:
         kinds: the classes of the pipelines.
         flow: whether they denoise by flow matching.
+        control_range: black and white, as its ControlNets are shown them unless their makers say otherwise.
         controls: the ControlNets of the next step.
         image_prompts: what the IP-Adapters in the network are to attend to, in their order.
 
@@ -141,6 +145,7 @@ class PipelineSteps(ABC):
 
     kinds: ClassVar[tuple[type, ...]]
     flow: ClassVar[bool] = False
+    control_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     controls: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
-from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PictureOf, PipelineSteps
 from distriray.denoise.pipelines.image_prompts import ImagePrompt, embeds_of
@@ -29,9 +27,8 @@ class UNetSteps(PipelineSteps):
         check_fits(network, self.pipeline.unet)
         return partial(self._embedded, split(network))
 
-    def _embedded(self, embedder: Embedder, image: Image.Image, commission: Commission) -> torch.Tensor:
-        unet, processor = self.pipeline.unet, VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
-        pixels = processor.preprocess(image, height=commission.height, width=commission.width)
+    def _embedded(self, embedder: Embedder, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
+        unet = self.pipeline.unet
         embedded: torch.Tensor = embedder(pixels.to(unet.device, unet.dtype))
         return embedded
 

@@ -44,6 +44,7 @@ class FlowMatching(PipelineSteps):
     """
 
     flow = True
+    control_range = (-1.0, 1.0)
     control: ClassVar[type[TokenControl] | None] = None
     fills: ClassVar[type | None] = None
     parts: ClassVar[tuple[str, ...]]
@@ -186,20 +187,13 @@ class FlowMatching(PipelineSteps):
         self.control.check_fits(network, self._transformer)
         return partial(self.control_picture, network)
 
-    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+    def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
         """What a ControlNet takes of a picture (`PictureOf`); only families with `control` have it."""
         raise NotImplementedError
 
-    def pixels_of(self, image: Image.Image, commission: Commission, reader: Any = None) -> torch.Tensor:
-        """(1, 3, height, width), from -1 to 1, of the commission's size.
-
-        Args:
-            reader: the model whose device and dtype they have; None is the VAE.
-        """
-        processor, size = self._plain.image_processor, (commission.height, commission.width)
-        pixels: torch.Tensor = processor.preprocess(image, *size)
-        reader = self._vae if reader is None else reader
-        return pixels.to(reader.device, reader.dtype).contiguous()  # other layouts round differently
+    def posterior(self, pixels: torch.Tensor) -> Any:
+        """The distribution of a picture's latents, by the VAE."""
+        return self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist
 
     def output_of(self, residuals: Residuals | None = None, **arguments: Any) -> Any:
         """The output of the network for these arguments, with the ControlNets of the step.

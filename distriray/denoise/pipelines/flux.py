@@ -71,13 +71,15 @@ class Flux(PackedFlowMatching):
         network.input_hint_block = None  # it sees the picture alone, and is the same in every step
         return partial(self._hinted, hint, side)
 
-    def _hinted(self, hint: nn.Module, side: int, image: Image.Image, commission: Commission) -> torch.Tensor:
+    def _hinted(
+        self, hint: nn.Module, side: int, pixels: torch.Tensor, commission: Commission
+    ) -> torch.Tensor:
         """A picture's tokens by layers of the ControlNet's own, of `side` by `side` of their output."""
-        features = F.pixel_unshuffle(hint(self.pixels_of(image, commission, self._transformer)), side)
+        features = F.pixel_unshuffle(hint(pixels.to(self._transformer.device, self._transformer.dtype)), side)
         return features.flatten(2).transpose(1, 2)
 
-    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
-        config, posterior = self._vae.config, self._vae.encode(self.pixels_of(image, commission)).latent_dist
+    def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
+        config, posterior = self._vae.config, self.posterior(pixels)
         latents = torch.cat([posterior.sample(generator) for generator in commission.generators])
         latents = (latents - config.shift_factor) * config.scaling_factor
         return self.pack(latents).to(self._transformer.dtype)

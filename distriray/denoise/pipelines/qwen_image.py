@@ -94,8 +94,8 @@ class QwenImage(PackedFlowMatching):
         output = self.unpack(_guided(outputs, state.guidance_scale), state.height, state.width)
         return self.advanced(state, output), output
 
-    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
-        posterior = self._vae.encode(self.pixels_of(image, commission)[:, :, None]).latent_dist
+    def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
+        posterior = self.posterior(pixels[:, :, None])
         latents = torch.cat([posterior.sample(generator) for generator in commission.generators]).float()
         mean, std = self._of_latents(latents)
         return self.pack(((latents - mean) * (1.0 / std))[:, :, 0]).to(self._transformer.dtype)

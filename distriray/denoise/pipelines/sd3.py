@@ -10,7 +10,6 @@ from diffusers import (
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
 )
-from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_of
 from distriray.denoise.pipelines.flow import GuidedInOneCall
@@ -84,14 +83,14 @@ class StableDiffusion3(GuidedInOneCall):
             network.pos_embed = positions.to(self._transformer.device, self._transformer.dtype)
         return picture_of
 
-    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+    def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
         """The most likely latents of a picture.
 
         diffusers draws them by torch's default generator, so that a seed would not decide the picture.
         """
         self._check_positions(commission, network, "a ControlNet of this request")
         config = self._vae.config
-        latents: torch.Tensor = self._vae.encode(self.pixels_of(image, commission)).latent_dist.mode()
+        latents: torch.Tensor = self.posterior(pixels).mode()
         shift = 0.0 if network.config.force_zeros_for_pooled_projection else config.shift_factor
         return ((latents - shift) * config.scaling_factor).to(self._transformer.dtype)
 

@@ -13,7 +13,6 @@ from diffusers import (
     ZImagePipeline,
 )
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
-from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
@@ -67,10 +66,10 @@ class ZImage(FlowMatching):
         ZImageControlNetModel.from_transformer(network, self._transformer)
         return picture_of
 
-    def control_picture(self, network: Any, image: Image.Image, commission: Commission) -> torch.Tensor:
+    def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
         """Latents, (1, channels, 1, rows, columns), and zeros in further channels, which are for masks."""
         config = self._vae.config
-        latents = self._vae.encode(self.pixels_of(image, commission)).latent_dist.mode()
+        latents = self.posterior(pixels).mode()
         latents = ((latents - config.shift_factor) * config.scaling_factor).to(self._transformer.dtype)
         further = network.control_in_dim - latents.shape[1]
         return F.pad(latents[:, :, None], (0, 0, 0, 0, 0, 0, 0, further))
