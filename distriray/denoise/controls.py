@@ -38,7 +38,7 @@ class _Loaded(NamedTuple):
     path: Path
     file: str
     pixel_range: tuple[float, float]
-    mode: int | None = None
+    mode: int | None
 
     @property
     def digest(self) -> str:
@@ -72,17 +72,16 @@ class Controls:
             raise UnusableControlNet(f"{what}: the model is {self._family}, which draws with none here")
         if spec.families and self._family not in spec.families:
             raise UnusableControlNet(f"{what} is for {', '.join(spec.families)}; the model is {self._family}")
-        path = spec.locate()
+        path, pixel_range = spec.locate(), spec.pixel_range or self._steps.control_range
         known = next((loaded for loaded in self._loaded.values() if loaded.path == path), None)
         try:
             if known is None:
                 network = _read(path, kind, self._denoises.device, self._denoises.dtype)
-                picture_of, own_range = self._steps.take_control(network), self._steps.control_range
-                known = _Loaded(network, picture_of, path, digest_of(path), own_range)
+                picture_of = self._steps.take_control(network)
+                known = _Loaded(network, picture_of, path, digest_of(path), pixel_range, spec.mode)
             _check_mode(known.network, spec.mode)
         except (DistrirayError, OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
             raise UnusableControlNet(f"{what} cannot be used: {path}: {first_lines(error)}") from error
-        pixel_range = spec.pixel_range or self._steps.control_range
         self._loaded[spec.name] = known._replace(pixel_range=pixel_range, mode=spec.mode)
 
     @torch.no_grad()

@@ -166,12 +166,13 @@ class NetworkGraphs:
 
     def _beside(self, call: Call) -> tuple[Baked, ...]:
         """The ControlNets of a call as they are now."""
-        known, kept = self._of_controls, {*self._network.controls.values()}
-        self._of_controls = {module: baked for module, baked in known.items() if module in kept}
-        for module in self._network.beside(call):
-            if module not in self._of_controls or not self._of_controls[module].holds():
-                self._of_controls[module] = Baked(module, module.forward)
-        return tuple(self._of_controls[module] for module in self._network.beside(call))
+        known, modules = self._of_controls, self._network.beside(call)
+        for module in modules:
+            if module not in known or not known[module].holds():
+                for gone in known.keys() - {*self._network.controls.values()}:
+                    del known[gone]
+                known[module] = Baked(module, module.forward)
+        return tuple(known[module] for module in modules)
 
     def _obstacle(self, call: Call, *baked: Baked) -> str | None:
         """What keeps graphs from standing for this call."""

@@ -53,8 +53,9 @@ from tests.models import (
 from tests.parameters import pairwise, sweep
 from tests.regroup import drawn, drawn_in_turn
 from tests.unit.parallel.recorded import RecordedGraphs
+from tests.unit.test_control import BOTH, NAMES, ONE, Named, picture
+from tests.unit.test_control import params as params_of
 
-NAMES = "canny", "depth"
 HINT = {"conditioning_embedding_channels": 4, "patch_size": 2, "num_single_layers": 0}
 WITHOUT_TEXT = {
     "joint_attention_dim": None,
@@ -63,9 +64,6 @@ WITHOUT_TEXT = {
 }
 UNION = {"num_mode": 3}
 MODES = {"canny": 0, "depth": 2}
-Named = tuple[str, dict[str, Any]]
-ONE: list[Named] = [("canny", {"scale": 0.7})]
-BOTH: list[Named] = [("canny", {"scale": 0.7, "start": 0.25}), ("depth", {"scale": -0.4, "end": 0.5})]
 
 
 @dataclass(frozen=True)
@@ -194,16 +192,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(name: str) -> Image.Image:
-    """Another for each name, with edges."""
-    noise = np.random.default_rng(NAMES.index(name)).integers(0, 2, (9, 7, 3)) * 255
-    return Image.fromarray(noise.astype(np.uint8)).resize((96, 128), Image.Resampling.NEAREST)
-
-
 def params(*named: Named, **fields: Any) -> SamplingParams:
-    control = tuple(Control(name=name, image=picture(name), **options) for name, options in named)
-    given = {"height": 128, "width": 64, "num_inference_steps": 4, "guidance_scale": 3.5, "seed": 3, **fields}
-    return SamplingParams(prompt="a lake", control=control, **given)
+    """`test_control.params`, with guidance."""
+    return params_of(*named, **{"guidance_scale": 3.5, **fields})
 
 
 def denoiser_of(pipeline: Any, folder: Path) -> Denoiser:

@@ -195,6 +195,10 @@ class FlowMatching(PipelineSteps):
         """The distribution of a picture's latents, by the VAE."""
         return self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist
 
+    def scaled(self, latents: torch.Tensor, shift: float) -> torch.Tensor:
+        """Latents of the VAE as the network is given them: the inverse of what `decode` begins with."""
+        return ((latents - shift) * self._vae.config.scaling_factor).to(self._transformer.dtype)
+
     def output_of(self, residuals: Residuals | None = None, **arguments: Any) -> Any:
         """The output of the network for these arguments, with the ControlNets of the step.
 

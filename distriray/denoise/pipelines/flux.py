@@ -79,10 +79,9 @@ class Flux(PackedFlowMatching):
         return features.flatten(2).transpose(1, 2)
 
     def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
-        config, posterior = self._vae.config, self.posterior(pixels)
+        posterior = self.posterior(pixels)
         latents = torch.cat([posterior.sample(generator) for generator in commission.generators])
-        latents = (latents - config.shift_factor) * config.scaling_factor
-        return self.pack(latents).to(self._transformer.dtype)
+        return self.pack(self.scaled(latents, self._vae.config.shift_factor))
 
     def beside(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
         """A picture's tokens with what the network is shown beside them."""

@@ -89,10 +89,9 @@ class StableDiffusion3(GuidedInOneCall):
         diffusers draws them by torch's default generator, so that a seed would not decide the picture.
         """
         self._check_positions(commission, network, "a ControlNet of this request")
-        config = self._vae.config
-        latents: torch.Tensor = self.posterior(pixels).mode()
-        shift = 0.0 if network.config.force_zeros_for_pooled_projection else config.shift_factor
-        return ((latents - shift) * config.scaling_factor).to(self._transformer.dtype)
+        unshifted = network.config.force_zeros_for_pooled_projection
+        shift = 0.0 if unshifted else self._vae.config.shift_factor
+        return self.scaled(self.posterior(pixels).mode(), shift)
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         config, device, generators = self._transformer.config, self._transformer.device, commission.generators

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_in_chat
-from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.pipelines.flow import BRANCHES, FlowMatching
 from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.state import DenoiseState
 from distriray.parallel.networks.z_image import ZImageControl
@@ -68,9 +68,7 @@ class ZImage(FlowMatching):
 
     def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
         """Latents, (1, channels, 1, rows, columns), and zeros in further channels, which are for masks."""
-        config = self._vae.config
-        latents = self.posterior(pixels).mode()
-        latents = ((latents - config.shift_factor) * config.scaling_factor).to(self._transformer.dtype)
+        latents = self.scaled(self.posterior(pixels).mode(), self._vae.config.shift_factor)
         further = network.control_in_dim - latents.shape[1]
         return F.pad(latents[:, :, None], (0, 0, 0, 0, 0, 0, 0, further))
 
@@ -91,10 +89,8 @@ class ZImage(FlowMatching):
         return {"latents": latents, **outside(pipeline, commission, noise, image_latents)}
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        branches = [name for name in ("prompt_embeds", "negative_prompt_embeds") if name in state.values]
-        if state.guidance_over:
-            branches = branches[:1]
-        texts = [state.values[name] for name in branches for _ in range(state.batch)]
+        branches = [BRANCHES[branch] for branch in self.branches_of(state)]
+        texts = [state.values[f"{branch}prompt_embeds"] for branch in branches for _ in range(state.batch)]
         sample = state.latents.to(self._transformer.dtype).repeat(len(branches), 1, 1, 1)
         predicted = self.output_of(
             x=list(sample[:, :, None].unbind()),

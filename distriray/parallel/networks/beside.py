@@ -35,6 +35,9 @@ class Asked:
     due: Sequence[Control]
 
 
+NOTHING = Asked(Residuals(()), ())
+
+
 class CutControl(Protocol):
     """A ControlNet that is cut into patches, as `token_control.TokenControl` is."""
 
@@ -102,8 +105,8 @@ class Beside:
 
     def of(self, call: Call) -> Sequence[Control]:
         """Those that a call names."""
-        asked: Asked | None = call.arguments.get(ARGUMENT)
-        return () if asked is None else asked.residuals.controls
+        asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
+        return asked.residuals.controls
 
     def weights(self, call: Call) -> list[Any]:
         """Numbers of the weights of those that a call names, which ranks compare."""
@@ -111,14 +114,14 @@ class Beside:
 
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
         """`Network.dry_run` of those that a call runs."""
-        asked: Asked | None = call.arguments.get(ARGUMENT)
-        for control in () if asked is None else asked.due:
+        asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
+        for control in asked.due:
             self._controls[control.name].dry_run(replace(call, arguments={}), share, step)
 
     def run_in(self, call: Call) -> Sequence[nn.Module]:
         """Those that a call runs, if nothing that they make is for another call, as none of a graph is."""
-        asked: Asked | None = call.arguments.get(ARGUMENT)
-        return [] if asked is None or asked.residuals.for_others else [each.network for each in asked.due]
+        asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
+        return [] if asked.residuals.for_others else [each.network for each in asked.due]
 
     def as_inputs(self, call: Call, arguments: dict[str, Any], share: Share) -> None:
         """Let a graph have what those of a call go by as inputs, if it may be one (`run_in`)."""

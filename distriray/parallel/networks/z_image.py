@@ -38,7 +38,7 @@ from distriray.parallel.share import Share
 
 PATCH = 2
 """Latent rows and columns of a token."""
-ZIMAGE_NAMES = "x", "t", "cap_feats"
+NAMES = "x", "t", "cap_feats"
 
 
 class PatchZImageAttention(PatchTokenAttention, ZSingleStreamAttnProcessor):
@@ -82,7 +82,7 @@ class ZImageControl(TokenControl):
     """
 
     kind = ZImageControlNetModel
-    names = ZIMAGE_NAMES
+    names = NAMES
     plan = Plan(
         cuts={},
         attention={
@@ -120,7 +120,7 @@ class ZImageControl(TokenControl):
 
     @staticmethod
     def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: given[name] for name in ZIMAGE_NAMES}
+        return {name: given[name] for name in NAMES}
 
     @staticmethod
     def shown(control: Control) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class ZImage(TokenNetwork):
 
     kind = ZImageTransformer2DModel
     pads_text = False
-    names = ZIMAGE_NAMES
+    names = NAMES
     row_unit = PATCH
     control = ZImageControl
     plan = Plan(
@@ -262,9 +262,6 @@ class ZImage(TokenNetwork):
         return whole[0]
 
 
-Cut = Callable[..., dict[str, Any]]
-
-
 class _Cutter:
     """Cuts what goes into blocks, by the names of their parameters, to the tokens of one rank.
 
@@ -277,7 +274,9 @@ class _Cutter:
         self._image, self._text = slice(*partition.rows(rank)), slice(*partition.tokens("text", rank))
         self.own = self._image.stop - self._image.start
 
-    def hook(self, hooks: ExitStack, blocks: nn.ModuleList, cut: Cut, *streams: str) -> None:
+    def hook(
+        self, hooks: ExitStack, blocks: nn.ModuleList, cut: Callable[..., dict[str, Any]], *streams: str
+    ) -> None:
         """Let blocks see this rank's tokens.
 
         Args:
