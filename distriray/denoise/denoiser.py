@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -170,13 +170,12 @@ class Denoiser:
         answer = network.module.forward
 
         @functools.wraps(answer)
-        def note(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
-            calls.append(network.read(*args, **kwargs))
-            if calls[-1].branch is None:
-                raise _Noted
-            if "residuals" in kwargs:
-                kwargs["residuals"].made_by(lambda controls: {})  # as if this call had run the ControlNets
-            return (torch.zeros_like(calls[-1].sample),)
+        def note(*args: Any, branches: Mapping[str, dict[str, Any]] | None = None, **kwargs: Any) -> None:
+            for given in [kwargs] if branches is None else branches.values():
+                calls.append(network.read(*args, **given))
+                if "residuals" in given:
+                    given["residuals"].made_by(lambda controls: {})  # as if this call had run the ControlNets
+            raise _Noted
 
         network.module.forward = note
         network.controls = self.controls.networks

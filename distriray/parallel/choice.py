@@ -174,4 +174,5 @@ def _freshest(seconds: Sequence[Sequence[float]], max_wait: float) -> int:
 
 def _shape(call: Call, share: Share) -> Hashable:
     """The facts that decide how much a rank computes and sends."""
-    return share.layout, share.partition, share.batch, call.sample.dtype, call.besides
+    batch = share.batch, share.predictions
+    return share.layout, share.partition, batch, call.sample.dtype, call.besides

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -27,8 +27,9 @@ from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, Ste
 from distriray.parallel.guiders import Guiders
 from distriray.parallel.image import Branch, Image
 from distriray.parallel.images import Images
+from distriray.parallel.layout import GangLayout
 from distriray.parallel.network_graphs import NetworkGraphs
-from distriray.parallel.networks.base import Call, Network
+from distriray.parallel.networks.base import Call, Network, deal
 from distriray.parallel.networks.outline import Outline
 from distriray.parallel.room import Room, most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
@@ -252,14 +253,20 @@ class Engine:
     # The network's forward pass
 
     @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, branches: Mapping[str, Mapping[str, Any]] | None = None, **kwargs: Any
+    ) -> Any:
         """The network's forward, to be called alike on every rank: whole inputs, whole output.
 
         Args:
             args, kwargs: those of the network (`Network.read`).
+            branches: instead of these, where each branch of guidance has a call of its own, the arguments of
+                all of one step's, by the branch's name. An even gang makes two at once, one by each half,
+                unless `cfg_parallel` is False or ControlNets run in them; else all ranks make each in turn.
 
         Returns:
-            The network's output, in the form that it has without the engine.
+            The network's output, in the form that it has without the engine; with `branches` a list of what
+            is predicted for each of them.
 
         Raises:
             UnsupportedModel: a layer or an input that patches cannot honour.
@@ -276,14 +283,33 @@ class Engine:
                 "step; take turns, or give each thread a network of its own"
             )
         try:
-            return self._forward(*args, **kwargs)
+            if branches is not None:
+                return self._predictions(branches)
+            return self._output(self.network.read(*args, **kwargs))
         finally:
             self._calling.release()
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _predictions(self, branches: Mapping[str, Mapping[str, Any]]) -> list[torch.Tensor]:
+        """`forward` of a step whose guidance branches have calls of their own."""
+
+        def read(name: str) -> Call:
+            return replace(self.network.read(**branches[name], return_dict=False), branch=name)
+
+        world_size, rank = self.communicator.world_size, self.communicator.rank
+        calls = deal([read(name) for name in branches], world_size, self.config)
+        if calls[0].dealt:
+            (whole,) = self._output(calls[GangLayout(world_size, len(calls)).half(rank)])
+            return list(whole.chunk(len(calls)))
+        promised, names, predictions = self._more_follow, list(branches), []
+        for name in names:
+            self._more_follow = promised or name != names[-1]
+            (prediction,) = self._output(read(name))  # not before: ControlNets may have run in the last one
+            predictions.append(prediction)
+        return predictions
+
+    def _output(self, call: Call) -> Any:
         """`forward` of the one call that is under way."""
         sent = self.communicator.bytes_sent
-        call = self.network.read(*args, **kwargs)
         if call.branch is None:
             call = replace(call, branch=self._guiders.branch)
         with Stopwatch(call.sample.device) as whole:
@@ -384,23 +410,12 @@ class Engine:
                 self._guiders.check()
             before = branch.exchange
             if branch.fresh_start or before is not None and before.besides != call.besides:
-                self._make_room(call, share, branch)
+                self._make_room(call, branch)
         except DistrirayError as error:
             refusal = error
         if branch.fresh_start:
             if self.communicator.world_size > 1:
-                compared, refused = self.network.compared(call), refusal is not None
-                num_steps = self._images.current.num_steps or moment.num_steps
-                with suppress(GangMismatch) if refused else nullcontext():
-                    check_same_image(
-                        self.communicator,
-                        compared,
-                        self.config,
-                        branch.step,
-                        moment.timestep,
-                        num_steps,
-                        refused,
-                    )
+                self._compare(call, moment, branch, refused=refusal is not None)
             self.graphs.begin_image()
         if refusal is not None:
             raise refusal
@@ -408,11 +423,38 @@ class Engine:
             branch.mix = self._chooser.mix(call, share)
         return share
 
-    def _make_room(self, call: Call, share: Share, branch: Branch) -> None:
-        """Raise OutOfMemory, with the bytes, unless there is room for a call's buffers beside others."""
+    def _compare(self, call: Call, moment: Moment, branch: Branch, refused: bool) -> None:
+        """Raise GangMismatch, on all ranks alike, unless all make the same call, or the same of both halves.
+
+        Args:
+            refused: whether this rank refuses it; then nothing is raised here.
+        """
+        num_steps = self._images.current.num_steps or moment.num_steps
+        with suppress(GangMismatch) if refused else nullcontext():
+            for each in call.dealt or [call]:
+                check_same_image(
+                    self.communicator,
+                    self.network.compared(each),
+                    self.config,
+                    branch.step,
+                    moment.timestep,
+                    num_steps,
+                    refused,
+                )
+
+    def _make_room(self, call: Call, branch: Branch) -> None:
+        """Raise OutOfMemory, with the bytes, unless there is room for a call's buffers beside others.
+
+        Of calls that are dealt for those of the one that takes most, so that it is refused by both halves.
+        """
         if self.room is None:
             return
-        branch.needed = self.room.needed(self.network, call, share, self.config)
+        either = [replace(each, dealt=call.dealt) for each in call.dealt] or [call]
+        shares = [self.network.share(each, self.communicator, self.config) for each in either]
+        branch.needed = max(
+            self.room.needed(self.network, each, share, self.config)
+            for each, share in zip(either, shares, strict=True)
+        )
         needed = sum(each.needed for each in self._images.begun)
         if needed > self.room.nbytes:
             raise OutOfMemory(self.room.refusal(needed, f"a batch of {call.batch} like this", self.config))

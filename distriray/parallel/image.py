@@ -49,7 +49,8 @@ class Branch:
         needed: bytes that its buffers may take, where it is known for how many there is room.
         element: the timestep of the last call, where it is one of a schedule.
         alone: whether the last call was the only one with that timestep.
-        batch: of the last call: with another one, as where guidance ends, a gang may be laid out otherwise.
+        batch: `Call.predictions` of the last call: with others, as where guidance ends, a gang may be laid
+            out otherwise.
         text: of the last call.
         text_changed: whether the next step has another one than the last.
     """
@@ -144,8 +145,8 @@ class Image:
             branch = None
         if branch is None:
             branch = self.branches[call.branch] = Branch(self.first_step)
-        elif again or not branch.alone or branch.batch != call.batch:
+        elif again or not branch.alone or branch.batch != call.predictions:
             branch.fresh_start, branch.warm = True, False
-        branch.batch = call.batch
+        branch.batch = call.predictions
         branch.look_at(moment, text, again)
         return branch

@@ -22,9 +22,11 @@ class Share:
         layout: of the whole gang.
         communicator: the ranks that compute the same part of the batch, each its own rows.
         partition: their rows.
-        batch: images of the whole call, both guidance branches counted.
+        batch: images of the whole call, both guidance branches counted where it has both.
         part: those that this rank computes.
         exchanges: whether layers exchange anything.
+        predictions: images that all ranks gather a prediction for: those of the batch, or of the calls of
+            both halves.
     """
 
     layout: GangLayout
@@ -33,6 +35,7 @@ class Share:
     batch: int
     part: slice
     exchanges: bool
+    predictions: int
 
     @property
     def images(self) -> int:
@@ -40,8 +43,8 @@ class Share:
         return self.part.stop - self.part.start
 
     def whole(self, part: torch.Tensor) -> tuple[int, int, int, int]:
-        """(batch, channels, rows, columns) of an output of which `part` is this rank's."""
-        return self.batch, part.shape[1], self.partition.height, part.shape[3]
+        """(predictions, channels, rows, columns) of an output of which `part` is this rank's."""
+        return self.predictions, part.shape[1], self.partition.height, part.shape[3]
 
     def cut(self, tree: Any) -> Any:
         """This rank's part of the batch, of every tensor that has one; the rest as it is."""

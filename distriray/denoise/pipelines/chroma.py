@@ -55,18 +55,16 @@ class Chroma(PackedFlowMatching):
         values, tokens = state.values, self.pack(state.latents)
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
 
-        def call(branch: str) -> torch.Tensor:
-            output: torch.Tensor = self._transformer(
-                hidden_states=tokens,
-                timestep=timestep,
-                encoder_hidden_states=values[f"{branch}prompt_embeds"],
-                attention_mask=values[f"{branch}attention_mask"],
-                txt_ids=values["txt_ids"],
-                img_ids=values["img_ids"],
-                return_dict=False,
-            )[0]
-            return output
+        def arguments(branch: str) -> dict[str, Any]:
+            return {
+                "hidden_states": tokens,
+                "timestep": timestep,
+                "encoder_hidden_states": values[f"{branch}prompt_embeds"],
+                "attention_mask": values[f"{branch}attention_mask"],
+                "txt_ids": values["txt_ids"],
+                "img_ids": values["img_ids"],
+            }
 
-        output = guided_calls(self.branches(state, call), state.guidance_scale)
+        output = guided_calls(self.outputs_of(state, arguments), state.guidance_scale)
         output = self.unpack(output, state.height, state.width)
         return self.advanced(state, output), output

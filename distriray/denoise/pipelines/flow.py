@@ -199,20 +199,52 @@ class FlowMatching(PipelineSteps):
         """Latents of the VAE as the network is given them: the inverse of what `decode` begins with."""
         return ((latents - shift) * self._vae.config.scaling_factor).to(self._transformer.dtype)
 
-    def output_of(self, residuals: Residuals | None = None, **arguments: Any) -> Any:
-        """The output of the network for these arguments, with the ControlNets of the step.
+    def output_of(self, **arguments: Any) -> torch.Tensor:
+        """What the network predicts for these arguments, with the ControlNets of the step."""
+        arguments = self._with_controls(Residuals(self.controls), arguments)
+        output: torch.Tensor = self._transformer(**arguments, return_dict=False)[0]
+        return output
+
+    def outputs_of(
+        self, state: DenoiseState, arguments: Callable[[str], dict[str, Any]]
+    ) -> list[torch.Tensor]:
+        """What the network predicts where each branch of guidance has a call of its own, the prompt's first.
+
+        With the ControlNets of the step, which run with the prompt's.
 
         Args:
-            residuals: of the step, where it has further calls.
+            arguments: of the network, for the branch whose values begin with what it is given.
         """
-        residuals = residuals or Residuals(self.controls)
-        if residuals.controls and engine_of(self._transformer) is not None:
-            arguments["residuals"] = residuals
-        elif residuals.controls:
-            assert self.control is not None
-            whole = partial(controlled, self.control, self._transformer, given=arguments)
-            arguments = {**arguments, **residuals.made_by(whole)}
-        return self._transformer(**arguments, return_dict=False)[0]
+        names = self.branches_of(state)
+        residuals = Residuals(self.controls, len(names))
+        branches = {name: self._with_controls(residuals, arguments(BRANCHES[name])) for name in names}
+        if engine_of(self._transformer) is not None:
+            predicted: list[torch.Tensor] = self._transformer(branches=branches)
+            return predicted
+        outputs, naming = [], getattr(self._transformer, "cache_context", nullcontext)
+        for name, given in branches.items():
+            with naming(name):
+                outputs.append(self._transformer(**given, return_dict=False)[0])
+        return outputs
+
+    @staticmethod
+    def branches_of(state: DenoiseState) -> list[str]:
+        """Names of the branches of guidance in the next step, the prompt's first."""
+        return [
+            branch
+            for branch, prefix in BRANCHES.items()
+            if f"{prefix}prompt_embeds" in state.values and not (prefix and state.guidance_over)
+        ]
+
+    def _with_controls(self, residuals: Residuals, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the network, and for the ControlNets of the step."""
+        if not residuals.controls:
+            return arguments
+        if engine_of(self._transformer) is not None:
+            return {**arguments, "residuals": residuals}
+        assert self.control is not None
+        whole = partial(controlled, self.control, self._transformer, given=arguments)
+        return {**arguments, **residuals.made_by(whole)}
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         config = self._vae.config
@@ -234,27 +266,6 @@ class FlowMatching(PipelineSteps):
         """A picture's tokens and, after them, those of what it edits; (batch, tokens, channels)."""
         references = state.values.get("references")
         return tokens if references is None else torch.cat([tokens, references], 1)
-
-    def branches(self, state: DenoiseState, call: Callable[[str], torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs of the network where each branch of guidance has a call of its own, the prompt's first.
-
-        Args:
-            call: of the network, for the branch whose values begin with what it is given.
-        """
-        outputs, naming = [], getattr(self._transformer, "cache_context", nullcontext)
-        for branch in self.branches_of(state):
-            with naming(branch):
-                outputs.append(call(BRANCHES[branch]))
-        return outputs
-
-    @staticmethod
-    def branches_of(state: DenoiseState) -> list[str]:
-        """Names of the branches of guidance in the next step, the prompt's first."""
-        return [
-            branch
-            for branch, prefix in BRANCHES.items()
-            if f"{prefix}prompt_embeds" in state.values and not (prefix and state.guidance_over)
-        ]
 
     def advanced(self, state: DenoiseState, output: torch.Tensor) -> torch.Tensor:
         """The latents after a step with that output; where a mask is filled in, inside it alone."""

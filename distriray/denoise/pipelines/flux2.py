@@ -140,21 +140,19 @@ class _Flux2(TokensInRows):
     def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The network's prediction for `tokens`, (batch, tokens, channels), with guidance."""
 
-    def call(
+    def arguments(
         self, state: DenoiseState, branch: str, tokens: torch.Tensor, timestep: torch.Tensor
-    ) -> torch.Tensor:
-        """One call of the network, for the branch whose values begin with that."""
+    ) -> dict[str, Any]:
+        """Arguments of the network, for the branch whose values begin with that."""
         values = state.values
-        output: torch.Tensor = self._transformer(
-            hidden_states=tokens,
-            timestep=timestep,
-            guidance=values.get("guidance"),
-            encoder_hidden_states=values[f"{branch}prompt_embeds"],
-            txt_ids=values[f"{branch}txt_ids"],
-            img_ids=values["img_ids"],
-            return_dict=False,
-        )[0]
-        return output
+        return {
+            "hidden_states": tokens,
+            "timestep": timestep,
+            "guidance": values.get("guidance"),
+            "encoder_hidden_states": values[f"{branch}prompt_embeds"],
+            "txt_ids": values[f"{branch}txt_ids"],
+            "img_ids": values["img_ids"],
+        }
 
 
 class Flux2(_Flux2):
@@ -180,7 +178,7 @@ class Flux2(_Flux2):
         return {"prompt_embeds": embeds, "txt_ids": ids, "guidance": scale}
 
     def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.call(state, "", tokens, timestep)
+        return self.output_of(**self.arguments(state, "", tokens, timestep))
 
 
 class Flux2Klein(_Flux2):
@@ -213,5 +211,5 @@ class Flux2Klein(_Flux2):
         return values
 
     def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        outputs = self.branches(state, lambda branch: self.call(state, branch, tokens, timestep))
+        outputs = self.outputs_of(state, lambda branch: self.arguments(state, branch, tokens, timestep))
         return guided_calls(outputs, state.guidance_scale)

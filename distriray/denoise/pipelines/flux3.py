@@ -127,30 +127,28 @@ class Flux3(TokensInRows):
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         latents = state.latents
         tokens = latents.flatten(2).transpose(1, 2).to(self._transformer.dtype)
-        outputs = self.branches(state, lambda branch: self._call(state, branch, tokens))
+        outputs = self.outputs_of(state, lambda branch: self._arguments(state, branch, tokens))
         output = guided_calls(outputs, state.guidance_scale, state.guidance_rescale)
         output = output.transpose(1, 2).unflatten(2, latents.shape[2:])
         return self.advanced(state, output), output
 
-    def _call(self, state: DenoiseState, branch: str, tokens: torch.Tensor) -> torch.Tensor:
-        """One call of the network, for the branch whose values begin with that."""
+    def _arguments(self, state: DenoiseState, branch: str, tokens: torch.Tensor) -> dict[str, Any]:
+        """Arguments of the network, for the branch whose values begin with that."""
         values, target = state.values, {}
         timestep = self.timestep(state, state.batch)
         if self.distilled:
             following = state.values["timesteps"][state.step + 1 : state.step + 2]
             to = torch.full_like(timestep, float(following) if len(following) else 0.0)
             target = {"target_timestep": (to / 1000).to(tokens.dtype)}
-        output: torch.Tensor = self._transformer(
-            hidden_states=tokens,
-            timestep=(timestep / 1000).to(tokens.dtype),
-            encoder_hidden_states=values[f"{branch}prompt_embeds"],
-            txt_ids=values[f"{branch}txt_ids"],
-            img_ids=values["img_ids"],
-            return_dict=False,
+        return {
+            "hidden_states": tokens,
+            "timestep": (timestep / 1000).to(tokens.dtype),
+            "encoder_hidden_states": values[f"{branch}prompt_embeds"],
+            "txt_ids": values[f"{branch}txt_ids"],
+            "img_ids": values["img_ids"],
             **{name: values.get(name) for name in _SHOWN},
             **target,
-        )[0]
-        return output
+        }
 
     def _run(self, *blocks: Any, **given: Any) -> PipelineState:
         """What blocks make of values by name, one after the other; they know the rest by default."""

@@ -115,18 +115,11 @@ class HunyuanImage(FlowMatching):
             scale = torch.full_like(timestep, state.guidance_scale, dtype=self._transformer.dtype)
             others["guidance"] = scale * 1000.0
 
-        def call(branch: str) -> torch.Tensor:
+        def arguments(branch: str) -> dict[str, Any]:
             texts = {name: values[f"{branch}{text}"] for name, text in zip(_INPUTS, _TEXTS, strict=True)}
-            output: torch.Tensor = self._transformer(
-                hidden_states=latents,
-                timestep=timestep.to(latents.dtype),
-                return_dict=False,
-                **texts,
-                **others,
-            )[0]
-            return output
+            return {"hidden_states": latents, "timestep": timestep.to(latents.dtype), **texts, **others}
 
-        output = self._guided(state, self.branches(state, call))
+        output = self._guided(state, self.outputs_of(state, arguments))
         return self.advanced(state, output), output
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:

@@ -27,7 +27,6 @@ from distriray.denoise.pipelines.megapixels import ShowsMegapixels, size_shown
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
-from distriray.parallel.networks.controls import Residuals
 from distriray.parallel.networks.qwen_image import QwenImageControl
 from distriray.parallel.networks.token_control import TokenControl
 
@@ -78,19 +77,16 @@ class QwenImage(PackedFlowMatching):
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
         shape = (1, *(side // self.patch_size for side in state.latents.shape[2:]))
         shapes = [shape, *values.get("reference_shapes", ())]
-        residuals = Residuals(self.controls, len(self.branches_of(state)))
 
-        def call(branch: str) -> torch.Tensor:
-            output: torch.Tensor = self.output_of(
-                residuals,
-                hidden_states=tokens,
-                timestep=timestep,
-                encoder_hidden_states=values[f"{branch}prompt_embeds"],
-                img_shapes=[shapes] * state.batch,
-            )
-            return output[:, : own.shape[1]]
+        def arguments(branch: str) -> dict[str, Any]:
+            return {
+                "hidden_states": tokens,
+                "timestep": timestep,
+                "encoder_hidden_states": values[f"{branch}prompt_embeds"],
+                "img_shapes": [shapes] * state.batch,
+            }
 
-        outputs = self.branches(state, call)
+        outputs = [output[:, : own.shape[1]] for output in self.outputs_of(state, arguments)]
         output = self.unpack(_guided(outputs, state.guidance_scale), state.height, state.width)
         return self.advanced(state, output), output
 

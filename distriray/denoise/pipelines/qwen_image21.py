@@ -96,20 +96,18 @@ class QwenImage21(ShowsMegapixels):
         timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
         shape = 1, *state.latents.shape[2:]
 
-        def call(branch: str) -> torch.Tensor:
+        def arguments(branch: str) -> dict[str, Any]:
             kept = self._kept_of(branch, state)
-            output: torch.Tensor = self._transformer(
+            return {
                 **_inputs(branch, state, tokens, shape),
-                img_mask=values[f"{branch}prompt_image_mask"],
-                timestep=timestep,
-                kv_cache=kept,
-                kv_cache_mode=None if kept is None else "cached",
-                return_dict=False,
-            )[0]
-            return output[:, -tokens.shape[1] :]
+                "img_mask": values[f"{branch}prompt_image_mask"],
+                "timestep": timestep,
+                "kv_cache": kept,
+                "kv_cache_mode": None if kept is None else "cached",
+            }
 
-        output = guided_calls(self.branches(state, call), state.guidance_scale)
-        output = self.unpack(output, state.height, state.width)
+        outputs = [output[:, -tokens.shape[1] :] for output in self.outputs_of(state, arguments)]
+        output = self.unpack(guided_calls(outputs, state.guidance_scale), state.height, state.width)
         return self.advanced(state, output), output
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +42,8 @@ class Call:
             nothing.
         replaces_layers: whether some of that stands in the place of layers, as IP-Adapters do; such a step is
             launched kernel by kernel.
+        dealt: where each half of a gang makes a call of its own, those of both, of which this is one; else
+            none.
     """
 
     sample: torch.Tensor
@@ -52,11 +54,32 @@ class Call:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     besides: Hashable = None
     replaces_layers: bool = False
+    dealt: Sequence[Call] = ()
 
     @property
     def batch(self) -> int:
         """Images of the call, both guidance branches counted where it has both."""
         return self.sample.shape[0]
+
+    @property
+    def predictions(self) -> int:
+        """Images that all ranks have a prediction for after it: of both halves where calls are dealt."""
+        return self.batch * max(1, len(self.dealt))
+
+
+def deal(calls: Sequence[Call], world_size: int, config: ParallelConfig) -> Sequence[Call]:
+    """The calls of a step, one for each branch of guidance, where each half of a gang makes one of them.
+
+    As they were where all ranks make all: in odd gangs, without a second branch, and where what runs beside
+    the network is for both.
+    """
+    if len(calls) != 2 or any(call.besides is not None for call in calls):
+        return calls
+    alike = calls[0].sample.shape == calls[1].sample.shape
+    if not alike or GangLayout.of(world_size, len(calls), config.cfg_parallel).halves != len(calls):
+        return calls
+    # Of one name, so that the step is known to be the same one on all ranks.
+    return [replace(call, branch=calls[0].branch, dealt=tuple(calls)) for call in calls]
 
 
 class Network(ABC):
@@ -195,7 +218,7 @@ class Network(ABC):
                 to deal.
         """
         rank = communicator.rank
-        layout = GangLayout.of(communicator.world_size, call.batch, config.cfg_parallel)
+        layout = GangLayout.of(communicator.world_size, call.predictions, config.cfg_parallel)
         exchanges = layout.patches > 1 and config.exchange != "none"
         for heads in sorted(self.key_heads) if exchanges else ():
             dealt_heads(config.attention, heads, layout.patches)  # refused before a layer asks
@@ -204,8 +227,9 @@ class Network(ABC):
             communicator.subgroup(layout.ranks(layout.half(rank))),
             self.partition(call, layout.patches),
             call.batch,
-            layout.batch_slice(rank, call.batch),
+            slice(0, call.batch) if call.dealt else layout.batch_slice(rank, call.batch),
             exchanges,
+            call.predictions,
         )
 
     @property
@@ -233,5 +257,5 @@ class Network(ABC):
             share: this rank's part of them, and how to cut them to it.
             collect: to be called once, after the last layer that exchanges, with this rank's part of the
                 output, (part of the batch, channels, this rank's rows, columns), and on every rank; it
-                returns (batch, channels, rows, columns).
+                returns (`share.predictions`, channels, rows, columns).
         """

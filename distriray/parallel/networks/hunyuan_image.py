@@ -153,8 +153,8 @@ class HunyuanImage(TokenNetwork):
         joint, latents, (share, _) = torch.cat(masks, 1), arguments["hidden_states"], self._shared
         assert isinstance(share.partition, TokenPartition)
         missing = share.partition.text - joint.shape[1]
-        # By this it makes pictures of what is gathered, which is of the whole batch.
-        sized = latents[:1].expand(share.batch, -1, -1, -1)
+        # By this it makes pictures of what is gathered.
+        sized = latents[:1].expand(share.predictions, -1, -1, -1)
         order = joint.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         joint = F.pad(joint.gather(1, order), (0, missing))
 
