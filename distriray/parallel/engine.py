@@ -29,7 +29,7 @@ from distriray.parallel.image import Branch, Image
 from distriray.parallel.images import Images
 from distriray.parallel.layout import GangLayout
 from distriray.parallel.network_graphs import NetworkGraphs
-from distriray.parallel.networks.base import Call, Network, deal
+from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.networks.outline import Outline
 from distriray.parallel.room import Room, most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
@@ -262,7 +262,7 @@ class Engine:
             args, kwargs: those of the network (`Network.read`).
             branches: instead of these, where each branch of guidance has a call of its own, the arguments of
                 all of one step's, by the branch's name. An even gang makes two at once, one by each half,
-                unless `cfg_parallel` is False or ControlNets run in them; else all ranks make each in turn.
+                unless `cfg_parallel` is False; else all ranks make each in turn.
 
         Returns:
             The network's output, in the form that it has without the engine; with `branches` a list of what
@@ -296,7 +296,7 @@ class Engine:
             return replace(self.network.read(**branches[name], return_dict=False), branch=name)
 
         world_size, rank = self.communicator.world_size, self.communicator.rank
-        calls = deal([read(name) for name in branches], world_size, self.config)
+        calls = self.network.deal([read(name) for name in branches], world_size, self.config)
         if calls[0].dealt:
             (whole,) = self._output(calls[GangLayout(world_size, len(calls)).half(rank)])
             return list(whole.chunk(len(calls)))

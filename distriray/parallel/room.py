@@ -11,7 +11,7 @@ from distriray.collective.absent import AbsentPeers
 from distriray.config import MIXES, Mix, ParallelConfig
 from distriray.parallel.choice import CANDIDATES
 from distriray.parallel.exchange.exchange import Exchange
-from distriray.parallel.networks.base import Call, Network, deal
+from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.share import Share
 
 META = torch.device("meta")
@@ -55,7 +55,7 @@ def most_buffer_bytes(
     """
     # The first has most rows, tokens and heads, the second halos on both sides.
     gang = [AbsentPeers(rank, world_size, META) for rank in {0, min(1, world_size - 1)}]
-    calls = deal(list(calls), world_size, config)
+    calls = network.deal(list(calls), world_size, config)
     together = max if calls[0].dealt else sum  # of which a rank makes one, or all
     return max(
         together(buffer_bytes(network, call, network.share(call, rank, config), config) for call in calls)

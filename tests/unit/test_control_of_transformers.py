@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -333,7 +333,7 @@ def test_sync_mode_equals_one_device(model: str, attention: str, sizes: Sequence
             assert np.abs(image - expected).max() <= 1
 
 
-@pytest.mark.parametrize("model", sweep(["sd3", "z-image", "sd35"], first=2))
+@pytest.mark.parametrize("model", sweep(["qwen", "sd3", "z-image", "sd35"], first=3))
 def test_guidance_is_shared_by_halves_too(model: str, folder: Path) -> None:
     for image in by_gangs(model, folder, (4,), BOTH, {"exchange": "sync", "cfg_parallel": True}):
         assert np.abs(image - ours(model, folder, *BOTH)[1]).max() <= 1
@@ -351,8 +351,11 @@ def test_displaced_steps_stay_near_one_device_and_need_the_control(model: str, f
         assert np.abs(first - expected).mean() < np.abs(without - expected).mean() / 2
 
 
-def test_each_rank_runs_a_controlnet_on_its_own_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And once, though each branch of guidance has a call of its own."""
+@pytest.mark.parametrize("halves", [False, True])
+def test_each_rank_runs_a_controlnet_on_its_own_tokens(
+    halves: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once, though each branch of guidance has a call of its own; a half with one branch has all tokens."""
     seen, output = [], TokenControl.output
 
     def noted(*args: Any) -> Any:
@@ -361,14 +364,15 @@ def test_each_rank_runs_a_controlnet_on_its_own_tokens(folder: Path, monkeypatch
         return added
 
     def one_step(communicator: Communicator) -> int:
-        pipeline = parallelize(tiny_qwen_image(), communicator, ParallelConfig(exchange="sync"))
+        config = ParallelConfig(exchange="sync", cfg_parallel=halves)
+        pipeline = parallelize(tiny_qwen_image(), communicator, config)
         denoiser = denoiser_of(pipeline, folder / "qwen")
         denoiser.step(state := denoiser.prepare(params(*ONE)))
         return state.latents.shape[2] * state.latents.shape[3] // 4
 
     monkeypatch.setattr(TokenControl, "output", noted)
     (tokens,) = set(run_in_lockstep(2, one_step))
-    assert seen == [[tokens // 2] * 2] * 2
+    assert seen == [[tokens if halves else tokens // 2] * 2] * 2
 
 
 def test_text_of_a_union_is_dealt_with_the_token_of_its_mode(folder: Path) -> None:
@@ -456,30 +460,36 @@ def test_the_first_call_that_is_asked_for_is_of_this_request(folder: Path) -> No
     assert [call.besides for call in denoiser.calls(params(*ONE))] == [("canny",)]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_buffers_of_controlnets_are_estimated_to_the_byte(model: str, folder: Path) -> None:
-    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+@pytest.mark.parametrize(
+    ("model", "halves"), [*((model, False) for model in MODELS), ("qwen", True), ("sd3", True)]
+)
+def test_buffers_of_controlnets_are_estimated_to_the_byte(model: str, halves: bool, folder: Path) -> None:
+    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=halves)
+    ranks = 4 if halves else 2
 
     def buffers(communicator: Communicator) -> tuple[int, int]:
         denoiser = denoiser_of(parallelize(MODELS[model].make(), communicator, config), folder / model)
         engine = engine_of(denoiser._pipeline)
         assert engine is not None
-        estimated = engine.buffer_bytes_of(denoiser.calls(params(*ONE)), 2, config)
+        estimated = engine.buffer_bytes_of(denoiser.calls(params(*ONE)), ranks, config)
         for _ in range(2):  # the second image fills the buffers of the first
             drawn(denoiser, denoiser.prepare(params(*ONE)))
         return estimated, engine.buffer_bytes
 
-    (estimated, first), (_, second) = run_in_lockstep(2, buffers)
-    assert estimated == max(first, second)
+    estimates, held = zip(*run_in_lockstep(ranks, buffers), strict=True)
+    assert {*estimates} == {max(held)}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "ranks", "halves"),
+    [*((model, ranks, False) for model in MODELS for ranks in (1, 2)), ("qwen", 2, True), ("qwen", 4, True)],
+)
 def test_steps_with_control_are_graphs_where_no_branch_waits_for_another(
-    model: str, ranks: int, folder: Path, caplog: pytest.LogCaptureFixture
+    model: str, ranks: int, halves: bool, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With any picture, and bit for bit what is launched; Z-Image's asks the device."""
-    config = ParallelConfig(exchange="displaced", warmup_steps=2, cfg_parallel=False)
+    auto: Literal["auto"] = "auto"
+    config = ParallelConfig(exchange="displaced", warmup_steps=2, cfg_parallel=auto if halves else False)
     requests = [
         params(*ONE),
         params(*ONE, seed=4),
@@ -514,7 +524,7 @@ def test_steps_with_control_are_graphs_where_no_branch_waits_for_another(
     for (ours, replays), (theirs, _) in zip(captured, launched, strict=True):
         assert all(map(torch.equal, ours, theirs))
         _, with_another, without, last, without_guidance = replays
-        if model in ("qwen", "z-image", "z-image-2"):
+        if model in ("z-image", "z-image-2") or model == "qwen" and not halves:
             assert with_another == 0 < without == last
         else:
             assert 0 < with_another < without < last

@@ -67,21 +67,6 @@ class Call:
         return self.batch * max(1, len(self.dealt))
 
 
-def deal(calls: Sequence[Call], world_size: int, config: ParallelConfig) -> Sequence[Call]:
-    """The calls of a step, one for each branch of guidance, where each half of a gang makes one of them.
-
-    As they were where all ranks make all: in odd gangs, without a second branch, and where what runs beside
-    the network is for both.
-    """
-    if len(calls) != 2 or any(call.besides is not None for call in calls):
-        return calls
-    alike = calls[0].sample.shape == calls[1].sample.shape
-    if not alike or GangLayout.of(world_size, len(calls), config.cfg_parallel).halves != len(calls):
-        return calls
-    # Of one name, so that the step is known to be the same one on all ranks.
-    return [replace(call, branch=calls[0].branch, dealt=tuple(calls)) for call in calls]
-
-
 class Network(ABC):
     """One network of a family, as an engine drives it.
 
@@ -209,6 +194,23 @@ class Network(ABC):
         Raises:
             InvalidRequest: fewer units of rows than ranks.
         """
+
+    def deal(self, calls: Sequence[Call], world_size: int, config: ParallelConfig) -> Sequence[Call]:
+        """The calls of a step, one for each branch of guidance, where each half of a gang makes one of them.
+
+        As they were where all ranks make all: in odd gangs, and without a second branch.
+        """
+        if len(calls) != 2 or calls[0].sample.shape != calls[1].sample.shape:
+            return calls
+        if GangLayout.of(world_size, len(calls), config.cfg_parallel).halves != len(calls):
+            return calls
+        calls = self.apart(calls)
+        # Of one name, so that the step is known to be the same one on all ranks.
+        return [replace(call, branch=calls[0].branch, dealt=tuple(calls)) for call in calls]
+
+    def apart(self, calls: Sequence[Call]) -> Sequence[Call]:
+        """Calls of one step so that none needs what another has made."""
+        return calls
 
     def share(self, call: Call, communicator: Communicator, config: ParallelConfig) -> Share:
         """The part of a call that one rank of a gang computes.

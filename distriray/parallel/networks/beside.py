@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -16,6 +16,7 @@ from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.controls import Control, Residuals
 from distriray.parallel.networks.likeness import weights_of
 from distriray.parallel.networks.local import LocalCode
+from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
 
 ARGUMENT = "residuals"
@@ -29,10 +30,15 @@ class Asked:
     Attributes:
         residuals: of its step.
         due: those that the call runs.
+        by: the arguments of the transformer that they go by in place of the call's own, where they run with
+            another branch of guidance.
+        text: the tokens of its text; None where it is the call's own.
     """
 
     residuals: Residuals
     due: Sequence[Control]
+    by: Mapping[str, Any] = field(default_factory=dict)
+    text: int | None = None
 
 
 NOTHING = Asked(Residuals(()), ())
@@ -103,6 +109,22 @@ class Beside:
         names = tuple(what.format(control.name) for control in residuals.controls)
         return replace(call, arguments={**call.arguments, ARGUMENT: asked}, besides=names or None)
 
+    @staticmethod
+    def apart(calls: Sequence[Call]) -> Sequence[Call]:
+        """`Network.apart`: each runs the ControlNets of the step itself, as the first one would."""
+        first = calls[0]
+        if first.besides is None:
+            return calls
+        controls = first.arguments[ARGUMENT].residuals.controls
+        return [
+            replace(
+                call,
+                arguments={**call.arguments, ARGUMENT: _as_in(first, call, controls)},
+                besides=first.besides,
+            )
+            for call in calls
+        ]
+
     def of(self, call: Call) -> Sequence[Control]:
         """Those that a call names."""
         asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
@@ -116,7 +138,8 @@ class Beside:
         """`Network.dry_run` of those that a call runs."""
         asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
         for control in asked.due:
-            self._controls[control.name].dry_run(replace(call, arguments={}), share, step)
+            own = _with_text(share, asked.text)
+            self._controls[control.name].dry_run(replace(call, arguments={}), own, step)
 
     def run_in(self, call: Call) -> Sequence[nn.Module]:
         """Those that a call runs, if nothing that they make is for another call, as none of a graph is."""
@@ -126,9 +149,9 @@ class Beside:
     def as_inputs(self, call: Call, arguments: dict[str, Any], share: Share) -> None:
         """Let a graph have what those of a call go by as inputs, if it may be one (`run_in`)."""
         if self.run_in(call):
-            arguments[ARGUMENT] = {
-                name: shown for name, _, *shown in self._shown(arguments[ARGUMENT].due, share)
-            }
+            asked: Asked = arguments[ARGUMENT]
+            shown = {name: shown for name, _, *shown in self._shown(asked.due, share)}
+            arguments[ARGUMENT] = shown, asked.by, asked.text
 
     def added(self, transformer: Any, arguments: dict[str, Any], share: Share) -> Mapping[str, Any]:
         """Arguments for what those of a call add to this rank's tokens.
@@ -136,22 +159,42 @@ class Beside:
         Args:
             arguments: of the transformer, of this rank's part of the batch; `ARGUMENT` is taken out.
         """
-        asked: Asked | dict[str, Any] | None = arguments.pop(ARGUMENT, None)
-        kind = self._kind
+        asked: Asked | tuple[dict[str, Any], Mapping[str, Any], int | None] | None
+        asked, kind = arguments.pop(ARGUMENT, None), self._kind
         if asked is None or kind is None:
             return {}
+        by, text = (asked.by, asked.text) if isinstance(asked, Asked) else asked[1:]
+        own = _with_text(share, text)
 
         def run(name: str, given: dict[str, Any]) -> Any:
-            return self._controls[name].output(share, given)
+            return self._controls[name].output(own, given)
 
         def make(controls: Sequence[Control]) -> Mapping[str, Any]:
-            return kind.residuals_of(transformer, controls, arguments, run)
+            return kind.residuals_of(transformer, controls, {**arguments, **by}, run)
 
         if isinstance(asked, Asked):
             return asked.residuals.made_by(lambda due: make(self._shown(due, share)))
-        return make([Control(name, self._controls[name].module, *shown) for name, shown in asked.items()])
+        shown = asked[0].items()
+        return make([Control(name, self._controls[name].module, *each) for name, each in shown])
 
     @staticmethod
     def _shown(controls: Sequence[Control], share: Share) -> list[Control]:
         """The same with pictures of this rank's part of the batch."""
         return [control.for_batch(share.batch, share.cut) for control in controls]
+
+
+def _as_in(first: Call, call: Call, controls: Sequence[Control]) -> Asked:
+    """The ControlNets of a call that runs them as another of its step would."""
+    own = call.arguments
+    by = {name: value for name, value in first.arguments.items() if value is not own[name]}
+    by.pop(ARGUMENT, None)
+    return Asked(Residuals(controls), controls, by, first.text.shape[1] if by else None)
+
+
+def _with_text(share: Share, tokens: int | None) -> Share:
+    """A rank's share where the text that is dealt has that many tokens."""
+    partition = share.partition
+    assert isinstance(partition, TokenPartition)
+    if tokens is None or not partition.text:
+        return share
+    return replace(share, partition=replace(partition, text=tokens))

@@ -235,6 +235,9 @@ class TokenNetwork(Network):
         embeddings: torch.Tensor = text
         return embeddings
 
+    def apart(self, calls: Sequence[Call]) -> Sequence[Call]:
+        return self._beside.apart(calls)
+
     def partition(self, call: Call, patches: int) -> TokenPartition:
         text = call.text.shape[1] if self._cuts_text else 0
         return TokenPartition.of(self.image_tokens(call.sample), text, patches)
