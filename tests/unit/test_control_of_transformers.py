@@ -355,7 +355,7 @@ def test_displaced_steps_stay_near_one_device_and_need_the_control(model: str, f
 def test_each_rank_runs_a_controlnet_on_its_own_tokens(
     halves: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And once, though each branch of guidance has a call of its own; a half with one branch has all tokens."""
+    """And once, though each branch of guidance has a call of its own; of two ranks a half has all tokens."""
     seen, output = [], TokenControl.output
 
     def noted(*args: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,6 @@ from tests.models import (
 )
 from tests.unit.deployments.test_pool_state import FACTS
 from tests.unit.gang.runners import Gang
-from tests.unit.parallel.transformers import watched
 from tests.unit.test_denoise import (
     MASK,
     OF_AN_IMAGE,
@@ -133,6 +133,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen-image-edit-plus": tiny_qwen_image_edit_plus,
     "z-image": tiny_z_image,
 }
+BRANCHES_APART = [
+    "chroma",
+    "flux2-klein",
+    "flux3",
+    "hunyuan-image",
+    "qwen-image",
+    "qwen-image-2.1",
+    "qwen-image-edit",
+    "qwen-image-edit-plus",
+]
+"""Those whose guidance branches have a call each."""
 SMALL: dict[str, Any] = {"prompt": "a lake", "num_inference_steps": 3, **SIZE}
 BY_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 LIKENESS = 1e-5
@@ -1309,12 +1320,45 @@ def test_each_branch_that_has_calls_of_its_own_is_displaced_by_itself(make: Call
             communicator,
             ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False),
         )
-        denoiser, synchronous = Denoiser(pipeline), watched(pipeline.transformer)
+        denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+        assert engine is not None
+        synchronous, compute = [], engine.network.compute
+
+        def noted(*args: Any) -> Any:
+            step = engine.context.step
+            assert step is not None
+            synchronous.append(not step.displaced)
+            return compute(*args)
+
+        engine.network.compute = noted  # type: ignore[method-assign]
         finish(denoiser, begin(denoiser, [1], **SMALL, guidance_scale=3.0))
         finish(denoiser, begin(denoiser, [1], **SMALL, guidance_scale=3.0))
         return synchronous
 
     assert run_in_lockstep(2, rank) == [[True, True, False, False, False, False] * 2] * 2
+
+
+@pytest.mark.parametrize("model", BRANCHES_APART)
+def test_a_gang_whose_halves_have_a_branch_each_draws_what_the_pipeline_draws(model: str) -> None:
+    """Also where it changes in the middle, and where guidance ends."""
+    pipeline, gangs = MODELS[model](), Gangs(MODELS[model], exchange="sync")
+    call = {**TALL, "num_inference_steps": 4, "guidance_scale": 3.0}
+    latents = plain(pipeline, [1], **call)
+    for sizes in ((2,), (4,), (4, 2, 1, 2)):
+        for drawn in gangs.draw(sizes, **call):
+            assert differs(drawn.latents, latents) <= LIKENESS, sizes
+    (one,), *others = (gangs.draw(sizes, **call, guidance_end=0.5) for sizes in ((1,), (2,), (4, 2)))
+    for drawn in chain.from_iterable(others):
+        assert differs(drawn.latents, one.latents) <= LIKENESS
+
+
+@pytest.mark.parametrize("model", BRANCHES_APART)
+def test_old_values_of_halves_with_a_branch_each_begin_with_one_fresh_step(model: str) -> None:
+    gangs = Gangs(MODELS[model], exchange="displaced", warmup_steps=1)
+    latents = gangs.draw((4, 2), **TALL, guidance_scale=3.0, guidance_end=0.75)[0].latents
+    # Two ranks exchange nothing with guidance; without it they have the image's halves.
+    assert gangs.synchronous == [True, False, False, False, True, True, True, False]
+    assert latents.isfinite().all()
 
 
 @pytest.mark.parametrize("call", [{}, {"negative_prompt": "fog"}, {"guidance_scale": 1.0}])
@@ -1372,7 +1416,7 @@ def test_a_prompt_is_said_to_be_cut_where_no_encoder_takes_all_of_it(
     assert said.startswith(f"prompt has {most + 9} tokens, and a text encoder takes {most}:")
 
 
-def test_a_second_branch_is_taken_by_guidance_alone(denoiser: Denoiser, pipeline: Any) -> None:
+def test_a_second_branch_is_taken_by_guidance_alone(model: str, denoiser: Denoiser, pipeline: Any) -> None:
     batches: list[int] = []
     hook = pipeline.transformer.register_forward_pre_hook(
         lambda _, inputs, named: batches.append(len(named.get("hidden_states", named.get("x")))),
@@ -1385,6 +1429,7 @@ def test_a_second_branch_is_taken_by_guidance_alone(denoiser: Denoiser, pipeline
         assert sum(batches) == 1 + (guidance_scale > scale)
         assert len(batches) == 1 + (guidance_scale > scale and denoiser.terms.guides_apart)
     hook.remove()
+    assert denoiser.terms.guides_apart == (model in BRANCHES_APART)
 
 
 def test_what_would_be_black_is_refused_by_name(model: str) -> None:
