@@ -18,6 +18,7 @@ from diffusers import (
 from torch.utils import _pytree as pytree
 
 from bench.exchange import unet_inputs
+from distriray.parallel import engine_of
 
 SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -47,6 +48,8 @@ SMALL: dict[str, Any] = {
 }
 """FLUX.1's and Qwen-Image's, in a size for dry runs."""
 
+BRANCHES = "cond", "uncond"
+
 
 @dataclass(frozen=True)
 class Published:
@@ -60,10 +63,11 @@ class Published:
             without the timestep.
         timestep: of such a step.
         dtype: that it is used in.
-        splits: whether halves of a gang may take halves of its batch.
+        splits: whether halves of a gang may take halves of its batch, or a branch each.
         heads: of attention, each number that layers have.
         spatial: whether it is over feature maps, with group norms and convolutions.
         clock: what the network calls its timestep.
+        branches: of guidance that have a call of their own in a step.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Published:
     heads: tuple[int, ...]
     spatial: bool = False
     clock: str = "timestep"
+    branches: tuple[str, ...] = ()
 
     def inputs_of(self, network: Any, size: int) -> dict[str, Any]:
         """`inputs` where `network` computes, and in its dtype."""
@@ -86,8 +91,13 @@ class Published:
         return torch.as_tensor(self.timestep(timestep), device=device)
 
     def call(self, network: Any, timestep: torch.Tensor | float, inputs: dict[str, Any]) -> None:
-        """One step's call."""
-        network(**{self.clock: timestep}, **inputs)
+        """A step: its call, or those of its branches."""
+        given = {self.clock: timestep, **inputs}
+        if self.branches and engine_of(network) is not None:
+            network(branches=dict.fromkeys(self.branches, given))
+            return
+        for _ in self.branches or ("",):
+            network(**given)
 
 
 def random_network(
@@ -131,7 +141,7 @@ def _flux_inputs(network: Any, size: int) -> dict[str, Any]:
 
 
 def _flux3_inputs(network: Any, size: int, edited: int = 0) -> dict[str, Any]:
-    """One of the two calls of a guided step, with a text of 80 tokens, the least that the pipeline gives.
+    """Each call of a guided step, with a text of 80 tokens, the least that the pipeline gives.
 
     Args:
         edited: how many pictures of that size the model is shown.
@@ -150,7 +160,7 @@ def _flux3_inputs(network: Any, size: int, edited: int = 0) -> dict[str, Any]:
 
 
 def _qwen_image_inputs(network: Any, size: int, text: int = 128, edited: int = 0) -> dict[str, Any]:
-    """One of the two calls of a guided step.
+    """Each call of a guided step.
 
     Args:
         text: its tokens; with those of a picture that the language model is shown, 196 more.
@@ -173,7 +183,7 @@ def _z_image_inputs(network: Any, size: int) -> dict[str, Any]:
 
 
 FLUX3 = Published(
-    "a call of FLUX.3, of two a step, as diffusers makes it by default",
+    "a guided step of FLUX.3, of two calls",
     Flux3Transformer2DModel,
     lambda: Flux3Transformer2DModel(
         in_channels=16,
@@ -188,19 +198,21 @@ FLUX3 = Published(
     _flux3_inputs,
     _as_batch,
     torch.bfloat16,
-    splits=False,
+    splits=True,
     heads=(24,),
+    branches=BRANCHES,
 )
 
 QWEN_IMAGE = Published(
-    "a call of Qwen-Image, of two a step",
+    "a guided step of Qwen-Image, of two calls",
     lambda: QwenImageTransformer2DModel(),
     lambda: QwenImageTransformer2DModel(**SMALL, out_channels=4),
     _qwen_image_inputs,
     _as_batch,
     torch.bfloat16,
-    splits=False,
+    splits=True,
     heads=(24,),
+    branches=BRANCHES,
 )
 
 PUBLISHED = {
@@ -238,13 +250,13 @@ PUBLISHED = {
     "flux3": FLUX3,
     "flux3-edit": replace(
         FLUX3,
-        name="a call of FLUX.3, of two a step, that is shown a picture to edit",
+        name="a guided step of FLUX.3, of two calls, that is shown a picture to edit",
         inputs=partial(_flux3_inputs, edited=1),
     ),
     "qwen-image": QWEN_IMAGE,
     "qwen-image-edit": replace(
         QWEN_IMAGE,
-        name="a call of Qwen-Image-Edit 2511, of two a step, that is shown a picture to edit",
+        name="a guided step of Qwen-Image-Edit 2511, of two calls, that is shown a picture to edit",
         make=lambda: QwenImageTransformer2DModel(zero_cond_t=True),
         small=lambda: QwenImageTransformer2DModel(**SMALL, out_channels=4, zero_cond_t=True),
         inputs=partial(_qwen_image_inputs, text=124 + 196, edited=1),

@@ -99,14 +99,14 @@ def shallow(name: str, depth: int = 2) -> tuple[Published, int]:
 )
 def test_a_transformer_sends_what_arithmetic_says(name: str, tokens: int, width: int) -> None:
     (model, blocks), ranks = shallow(name), 8
-    sent = {}
+    calls, sent = max(1, len(model.branches)), {}
     for attention in ("gather", "ulysses"):
         _, peers, _ = share(model, 1024, ranks, False, "sync", attention)
         messages = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
-        *of_blocks, _ = (sum(bytes_.values()) for bytes_ in messages)  # the last is the output
-        sent[attention] = sum(of_blocks)
-        assert len(of_blocks) == blocks * (1 if attention == "gather" else 2)
-    keys_values = blocks * 2 * (tokens // ranks) * width * 2  # bfloat16
+        *of_blocks, output = (sum(bytes_.values()) for bytes_ in messages)
+        sent[attention] = sum(of_blocks) - (calls - 1) * output
+        assert len(of_blocks) + 1 == calls * (1 + blocks * (1 if attention == "gather" else 2))
+    keys_values = calls * blocks * 2 * (tokens // ranks) * width * 2  # bfloat16
     assert sent == {"gather": keys_values * (ranks - 1), "ulysses": keys_values * (ranks - 1) * 2 // ranks}
 
 
@@ -133,7 +133,18 @@ def test_a_block_asks_less_of_a_gpu_than_by_diffusers_own_parallelism_in_half_th
         for both in zip(asked(three), asked(two), strict=True)
     )
     assert ours[0] < theirs[0] and ours[1] < theirs[1] and ours[2] == theirs[2]
-    assert (ours[3], theirs[3]) == (2 * (blocks - fewer), 4 * (blocks - fewer))
+    calls = max(1, len(three.branches))
+    assert (ours[3], theirs[3]) == (2 * calls * (blocks - fewer), 4 * calls * (blocks - fewer))
+
+
+def test_halves_that_have_a_branch_each_launch_and_wait_half_as_often() -> None:
+    model, blocks = shallow("qwen-image")
+    (half, of_half, _), (both, of_both, _) = (
+        share(model, 1024, 8, split, "sync", "ulysses") for split in (True, False)
+    )
+    waits = [sum(moment.kind == "launch" for moment, _ in peers.marks) for peers in (of_half, of_both)]
+    assert waits == [2 * blocks + 1, 2 * (2 * blocks + 1)]
+    assert 2 * half.launches < 1.02 * both.launches
 
 
 def asked(model: Published) -> tuple[tuple[int, ...], tuple[int, ...]]:
