@@ -1,10 +1,11 @@
 """A synchronous step by `gather`, `ulysses` and diffusers: `python -m bench.attention [--network unet]`.
 
-A slice of FLUX.1, or of SDXL's U-Net with both branches of guidance, fewer and narrower heads and blocks, so
-that a CPU does a step in about a second; one torch thread a rank. All ways are timed in turn within each
-round, over each backend, so that a machine whose speed drifts shifts them alike; ratios are medians of the
-rounds' ratios. diffusers' own way is its context parallelism by Ulysses, over gloo, where it has a plan for
-the network and heads divide.
+A slice of FLUX.1, of Qwen-Image with a call for each branch of guidance, or of SDXL's U-Net with one for
+both, fewer and narrower heads and blocks, so that a CPU does a step in about a second; one torch thread a
+rank. All ways are timed in turn within each round, over each backend, so that a machine whose speed drifts
+shifts them alike; ratios are medians of the rounds' ratios. Where branches have calls of their own, halves of
+the gang make one each besides. diffusers' own way is its context parallelism by Ulysses, over gloo, where it
+has a plan for the network and heads divide.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
 from torch.distributed import PrefixStore
 
 from bench.arguments import add_json
@@ -35,7 +36,12 @@ from distriray.config import AttentionMode
 from distriray.parallel import engine_of
 
 WAYS = ("gather", "ulysses")
-NETWORKS = {"flux": "1 + 2 blocks of FLUX.1", "unet": "two levels of SDXL"}
+BY_HALVES = ", by halves"
+NETWORKS = {
+    "flux": "1 + 2 blocks of FLUX.1",
+    "qwen-image": "2 blocks of Qwen-Image, guided",
+    "unet": "two levels of SDXL",
+}
 
 
 Key = tuple[str, str]
@@ -118,7 +124,7 @@ def measure(
     inputs = model.inputs_of(network, size)
     ways: dict[Key, Callable[[], Timing]] = {}
     for backend, gang in gangs.items():
-        for way in WAYS:
+        for way in (*WAYS, *(f"{way}{BY_HALVES}" for way in WAYS if model.branches)):
             ways[backend, way] = partial(_time, model, network, gang, way, inputs, steps)
     if "gloo" in backends and network._cp_plan is not None and heads % ranks == 0:
         store = PrefixStore("diffusers", open_store(address))
@@ -145,6 +151,16 @@ def slice_of(name: str, heads: int) -> Published:
             axes_dims_rope=(8, 28, 28),
         )
         return replace(PUBLISHED[name], make=transformer)
+    if name == "qwen-image":
+        narrow = partial(
+            QwenImageTransformer2DModel,
+            num_layers=2,
+            num_attention_heads=heads,
+            attention_head_dim=64,
+            axes_dims_rope=(8, 28, 28),
+            joint_attention_dim=128,
+        )
+        return replace(PUBLISHED[name], make=narrow)
     config = SDXL | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -160,7 +176,8 @@ def slice_of(name: str, heads: int) -> Published:
 def _time(
     model: Published, network: Any, gang: Communicator, way: str, inputs: dict[str, Any], steps: int
 ) -> Timing:
-    config = ParallelConfig(exchange="sync", attention=cast(AttentionMode, way), cfg_parallel=False)
+    attention, by_halves = way.removesuffix(BY_HALVES), way.endswith(BY_HALVES)
+    config = ParallelConfig(exchange="sync", attention=cast(AttentionMode, attention), cfg_parallel=by_halves)
     engine = engine_of(parallelize(network, gang, config))
     assert engine is not None
     statistics = []

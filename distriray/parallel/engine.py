@@ -300,11 +300,13 @@ class Engine:
         if calls[0].dealt:
             (whole,) = self._output(calls[GangLayout(world_size, len(calls)).half(rank)])
             return list(whole.chunk(len(calls)))
-        promised, names, predictions = self._more_follow, list(branches), []
+        promised, names, predictions, figures = self._more_follow, list(branches), [], StepStatistics()
         for name in names:
             self._more_follow = promised or name != names[-1]
             (prediction,) = self._output(read(name))  # not before: ControlNets may have run in the last one
             predictions.append(prediction)
+            figures += self.statistics
+        self.statistics = figures
         return predictions
 
     def _output(self, call: Call) -> Any:
@@ -319,7 +321,7 @@ class Engine:
             self._chooser.note(call, share, timed)
         waiting, gathering = () if step is None else tuple(step.waiting), self._collector.waiting
         self.statistics = StepStatistics(
-            whole,
+            (whole,),
             (*waiting, *gathering),
             (0 if step is None else step.waits) + len(gathering),
             self.communicator.bytes_sent - sent,

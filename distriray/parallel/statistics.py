@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from distriray.parallel.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """Figures of one step.
+    """Figures of one step, or of several together.
 
     Attributes:
         whole: the time of the step on this rank.
@@ -19,16 +19,25 @@ class StepStatistics:
         synchronous: whether all values were fresh.
     """
 
-    whole: Stopwatch = field(default_factory=Stopwatch)
+    whole: tuple[Stopwatch, ...] = ()
     waiting: tuple[Stopwatch, ...] = ()
     waits: int = 0
     bytes_sent: int = 0
     synchronous: bool = True
 
+    def __add__(self, other: StepStatistics) -> StepStatistics:
+        return StepStatistics(
+            self.whole + other.whole,
+            self.waiting + other.waiting,
+            self.waits + other.waits,
+            self.bytes_sent + other.bytes_sent,
+            self.synchronous and other.synchronous,
+        )
+
     @property
     def seconds(self) -> float:
         """Of the whole step; on a GPU this waits for its end."""
-        return self.whole.seconds
+        return sum(watch.seconds for watch in self.whole)
 
     @property
     def wait_s(self) -> float:
