@@ -171,7 +171,8 @@ class Denoiser:
 
         @functools.wraps(answer)
         def note(*args: Any, branches: Mapping[str, dict[str, Any]] | None = None, **kwargs: Any) -> None:
-            for given in [kwargs] if branches is None else branches.values():
+            for own in [{}] if branches is None else branches.values():
+                given = {**kwargs, **own}
                 calls.append(network.read(*args, **given))
                 if "residuals" in given:
                     given["residuals"].made_by(lambda controls: {})  # as if this call had run the ControlNets

@@ -160,14 +160,12 @@ def admit(
     shared = request.shared(config.parallel)
     auto = request.gang_size == "auto"
     most = max(size for size in config.sizes if (size <= max_gang if auto else size == request.gang_size))
-    if shared.cfg_parallel is True and most > 1 and request.num_images % 2:
-        none = f"has none for a gang of {most}; use 'auto', or gangs of 1"
-        halves = f"cfg_parallel=True splits the batch into halves, and {request.num_images}"
-        if not guided:
-            raise InvalidRequest(f"{halves} without guidance {none}", "guidance_scale")
-        if facts.terms.guides_apart:
-            alone = "of a model whose branches of guidance have a call each"
-            raise InvalidRequest(f"{halves} {alone} {none}, or an even number of images", "num_images")
+    if shared.cfg_parallel is True and most > 1 and request.num_images % 2 and not guided:
+        raise InvalidRequest(
+            f"cfg_parallel=True splits the batch into halves, and {request.num_images} without guidance has "
+            f"none for a gang of {most}; use 'auto', or gangs of 1",
+            "guidance_scale",
+        )
     if unguided_steps and shared.cfg_parallel is True and request.num_images % 2:
         raise InvalidRequest(
             f"guidance_end {request.guidance_end:g} leaves steps with one branch, which cfg_parallel=True "

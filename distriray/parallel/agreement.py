@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def described(
 
 def check_same_image(
     communicator: Communicator,
-    compared: Compared,
+    compared: Iterable[Compared],
     config: ParallelConfig,
     step: int,
     timestep: float,
@@ -63,7 +63,7 @@ def check_same_image(
     """Compare what the ranks were called with, before anything of a size that depends on it is sent.
 
     Args:
-        compared: what decides the picture, and the size of messages.
+        compared: what decides the picture, and the size of messages, of each call that ranks make.
         config: by which this rank shares a step.
         step: number of the step within the image.
         timestep: of the scheduler.
@@ -74,16 +74,17 @@ def check_same_image(
         GangMismatch: on every rank, naming what differs and the values.
         GangBroken: a peer died or hung.
     """
-    numbers = {
-        "refused calls": float(refused),
-        **compared.numbers,
-        "number of steps": num_steps,
-        "step": step,
-        "timestep": timestep,
-    }
     shared = config.model_dump_json(exclude=_OF_ONE_RANK)
-    texts = {**compared.texts, "parallel configurations": shared}
-    _compare(communicator, compared._replace(numbers=numbers, texts=texts))
+    for each in compared:
+        numbers = {
+            "refused calls": float(refused),
+            **each.numbers,
+            "number of steps": num_steps,
+            "step": step,
+            "timestep": timestep,
+        }
+        texts = {**each.texts, "parallel configurations": shared}
+        _compare(communicator, each._replace(numbers=numbers, texts=texts))
 
 
 def check_same_latents(

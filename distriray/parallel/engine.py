@@ -27,7 +27,6 @@ from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, Ste
 from distriray.parallel.guiders import Guiders
 from distriray.parallel.image import Branch, Image
 from distriray.parallel.images import Images
-from distriray.parallel.layout import GangLayout
 from distriray.parallel.network_graphs import NetworkGraphs
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.networks.outline import Outline
@@ -260,9 +259,9 @@ class Engine:
 
         Args:
             args, kwargs: those of the network (`Network.read`).
-            branches: instead of these, where each branch of guidance has a call of its own, the arguments of
-                all of one step's, by the branch's name. An even gang makes two at once, one by each half,
-                unless `cfg_parallel` is False; else all ranks make each in turn.
+            branches: where each branch of guidance has a call of its own, what else that is given by name,
+                for all of one step, by the branch's name. An even gang makes two calls at once, one by each
+                half, unless `cfg_parallel` is False; else all ranks make each in turn.
 
         Returns:
             The network's output, in the form that it has without the engine; with `branches` a list of what
@@ -283,23 +282,25 @@ class Engine:
                 "step; take turns, or give each thread a network of its own"
             )
         try:
-            if branches is not None:
-                return self._predictions(branches)
-            return self._output(self.network.read(*args, **kwargs))
+            if branches is None:
+                return self._output(self.network.read(*args, **kwargs))
+            return self._predictions(branches, *args, **kwargs)
         finally:
             self._calling.release()
 
-    def _predictions(self, branches: Mapping[str, Mapping[str, Any]]) -> list[torch.Tensor]:
+    def _predictions(
+        self, branches: Mapping[str, Mapping[str, Any]], /, *args: Any, **kwargs: Any
+    ) -> list[torch.Tensor]:
         """`forward` of a step whose guidance branches have calls of their own."""
 
         def read(name: str) -> Call:
-            return replace(self.network.read(**branches[name], return_dict=False), branch=name)
+            given = {**kwargs, **branches[name], "return_dict": False}
+            return replace(self.network.read(*args, **given), branch=name)
 
-        world_size, rank = self.communicator.world_size, self.communicator.rank
-        calls = self.network.deal([read(name) for name in branches], world_size, self.config)
-        if calls[0].dealt:
-            (whole,) = self._output(calls[GangLayout(world_size, len(calls)).half(rank)])
-            return list(whole.chunk(len(calls)))
+        dealt = self.network.deal([read(name) for name in branches], self.communicator, self.config)
+        if dealt is not None:
+            (whole,) = self._output(dealt)
+            return list(whole.chunk(len(branches)))
         promised, names, predictions, figures = self._more_follow, list(branches), [], StepStatistics()
         for name in names:
             self._more_follow = promised or name != names[-1]
@@ -319,14 +320,8 @@ class Engine:
         if step is not None and not step.displaced:
             timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
             self._chooser.note(call, share, timed)
-        waiting, gathering = () if step is None else tuple(step.waiting), self._collector.waiting
-        self.statistics = StepStatistics(
-            (whole,),
-            (*waiting, *gathering),
-            (0 if step is None else step.waits) + len(gathering),
-            self.communicator.bytes_sent - sent,
-            step is None or not step.displaced,
-        )
+        sent = self.communicator.bytes_sent - sent
+        self.statistics = StepStatistics.of(whole, step, self._collector.waiting, sent)
         return output
 
     def _run(self, call: Call) -> tuple[Any, Step | None, Share]:
@@ -417,7 +412,18 @@ class Engine:
             refusal = error
         if branch.fresh_start:
             if self.communicator.world_size > 1:
-                self._compare(call, moment, branch, refused=refusal is not None)
+                compared, refused = map(self.network.compared, call.of_halves), refusal is not None
+                num_steps = self._images.current.num_steps or moment.num_steps
+                with suppress(GangMismatch) if refused else nullcontext():
+                    check_same_image(
+                        self.communicator,
+                        compared,
+                        self.config,
+                        branch.step,
+                        moment.timestep,
+                        num_steps,
+                        refused,
+                    )
             self.graphs.begin_image()
         if refusal is not None:
             raise refusal
@@ -425,38 +431,11 @@ class Engine:
             branch.mix = self._chooser.mix(call, share)
         return share
 
-    def _compare(self, call: Call, moment: Moment, branch: Branch, refused: bool) -> None:
-        """Raise GangMismatch, on all ranks alike, unless all make the same call, or the same of both halves.
-
-        Args:
-            refused: whether this rank refuses it; then nothing is raised here.
-        """
-        num_steps = self._images.current.num_steps or moment.num_steps
-        with suppress(GangMismatch) if refused else nullcontext():
-            for each in call.dealt or [call]:
-                check_same_image(
-                    self.communicator,
-                    self.network.compared(each),
-                    self.config,
-                    branch.step,
-                    moment.timestep,
-                    num_steps,
-                    refused,
-                )
-
     def _make_room(self, call: Call, branch: Branch) -> None:
-        """Raise OutOfMemory, with the bytes, unless there is room for a call's buffers beside others.
-
-        Of calls that are dealt for those of the one that takes most, so that it is refused by both halves.
-        """
+        """Raise OutOfMemory, with the bytes, unless there is room for a call's buffers beside others."""
         if self.room is None:
             return
-        either = [replace(each, dealt=call.dealt) for each in call.dealt] or [call]
-        shares = [self.network.share(each, self.communicator, self.config) for each in either]
-        branch.needed = max(
-            self.room.needed(self.network, each, share, self.config)
-            for each, share in zip(either, shares, strict=True)
-        )
+        branch.needed = self.room.needed(self.network, call, self.communicator, self.config)
         needed = sum(each.needed for each in self._images.begun)
         if needed > self.room.nbytes:
             raise OutOfMemory(self.room.refusal(needed, f"a batch of {call.batch} like this", self.config))

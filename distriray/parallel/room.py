@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable
 import torch
 
 from distriray.collective.absent import AbsentPeers
+from distriray.collective.base import Communicator
 from distriray.config import MIXES, Mix, ParallelConfig
 from distriray.parallel.choice import CANDIDATES
 from distriray.parallel.exchange.exchange import Exchange
@@ -55,12 +56,15 @@ def most_buffer_bytes(
     """
     # The first has most rows, tokens and heads, the second halos on both sides.
     gang = [AbsentPeers(rank, world_size, META) for rank in {0, min(1, world_size - 1)}]
-    calls = network.deal(list(calls), world_size, config)
-    together = max if calls[0].dealt else sum  # of which a rank makes one, or all
-    return max(
-        together(buffer_bytes(network, call, network.share(call, rank, config), config) for call in calls)
-        for rank in gang
-    )
+    calls = list(calls)
+
+    def of_step(rank: Communicator) -> int:
+        dealt = network.deal(calls, rank, config)
+        made = calls if dealt is None else dealt.of_halves
+        each = (buffer_bytes(network, call, network.share(call, rank, config), config) for call in made)
+        return sum(each) if dealt is None else max(each)
+
+    return max(map(of_step, gang))
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -95,7 +99,14 @@ class Room:
         self.told = told
         self._known: OrderedDict[Hashable, int] = OrderedDict()
 
-    def needed(self, network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
+    def needed(self, network: Network, call: Call, communicator: Communicator, config: ParallelConfig) -> int:
+        """`buffer_bytes` of a call, or of the half's that takes most, so that both refuse it alike."""
+        return max(
+            self._needed(network, each, network.share(each, communicator, config), config)
+            for each in call.of_halves
+        )
+
+    def _needed(self, network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
         """`buffer_bytes`, worked out once for a shape and a rank's part of it."""
         part = share.communicator.rank, share.partition, share.images, share.exchanges
         shape = part, call.sample.dtype, call.besides, config

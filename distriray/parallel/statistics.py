@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distriray.parallel.exchange.step import Step
 from distriray.parallel.stopwatch import Stopwatch
 
 
@@ -24,6 +25,20 @@ class StepStatistics:
     waits: int = 0
     bytes_sent: int = 0
     synchronous: bool = True
+
+    @classmethod
+    def of(
+        cls, whole: Stopwatch, step: Step | None, gathering: tuple[Stopwatch, ...], bytes_sent: int
+    ) -> StepStatistics:
+        """Figures of a call.
+
+        Args:
+            step: what it exchanged in, if anything.
+            gathering: the time in which it waited for what others predict.
+        """
+        waiting, waits = ((), 0) if step is None else (tuple(step.waiting), step.waits)
+        synchronous = step is None or not step.displaced
+        return cls((whole,), (*waiting, *gathering), waits + len(gathering), bytes_sent, synchronous)
 
     def __add__(self, other: StepStatistics) -> StepStatistics:
         return StepStatistics(

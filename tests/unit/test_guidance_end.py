@@ -247,7 +247,3 @@ def test_halves_that_must_have_a_branch_each_are_refused_with_what_would_do() ->
     assert error.value.param == "guidance_scale"
     for chosen in ({"num_images": 2}, {"gang_size": 1}):
         assert not ask(guidance_scale=1.0, **chosen).guided
-        assert ask(terms=Terms(guides_apart=True), **chosen).guided
-    with pytest.raises(InvalidRequest, match="1 of a model whose branches .* have a call each") as error:
-        ask(terms=Terms(guides_apart=True))
-    assert error.value.param == "num_images"

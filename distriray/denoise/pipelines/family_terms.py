@@ -118,7 +118,7 @@ def flux2_klein_terms(config: Configs) -> Terms:
     }
     terms = Terms(50, 4.0, ("euler",), lacks, rounds_up=True, editing=FLUX2_EDITING)
     if not config("").get("is_distilled", False):
-        return replace(terms, guides_apart=True)
+        return terms
     lacks = {**_NO_GUIDANCE, **lacks}
     return replace(terms, num_inference_steps=4, guidance_scale=1.0, lacks=lacks)
 
@@ -127,7 +127,7 @@ def flux3_terms(config: Configs) -> Terms:
     """Of FLUX.3: of the base, and of the one that was distilled, whose network takes where a step goes to."""
     lacks = {"clip_skip": _NO_CLIP, **_ONE_PROMPT, **_EDITS}
     if not config("transformer")["flow_map"]:
-        terms = Terms(50, 3.5, ("euler",), lacks, guides_apart=True)
+        terms = Terms(50, 3.5, ("euler",), lacks)
     else:
         terms = Terms(16, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE})
     return replace(terms, editing=Editing(10, sole_pixels=4 * MOST_PIXELS))
@@ -142,7 +142,7 @@ def chroma_terms(config: Configs) -> Terms:
         **_ON_PICTURES,
         **_NO_CONTROL,
     }
-    return Terms(35, 5.0, ("euler",), lacks, rounds_up=True, guides_apart=True)
+    return Terms(35, 5.0, ("euler",), lacks, rounds_up=True)
 
 
 def qwen_image_terms(config: Configs) -> Terms:
@@ -153,7 +153,7 @@ def qwen_image_terms(config: Configs) -> Terms:
         **_ONE_PROMPT,
         **_ON_PICTURES,
     }
-    return Terms(50, 4.0, ("euler",), lacks, rounds_up=True, guides_apart=True)
+    return Terms(50, 4.0, ("euler",), lacks, rounds_up=True)
 
 
 def qwen_image_edit_terms(config: Configs) -> Terms:
@@ -177,7 +177,7 @@ def qwen_image21_terms(config: Configs) -> Terms:
     }
     editing = Editing(3, megapixel_unit=32, keeps=True, sees_transparency=True)
     sigmas = config("").get("sample_sigmas")
-    terms = Terms(40, 1.0, ("euler",), lacks, editing=editing, guides_apart=True)
+    terms = Terms(40, 1.0, ("euler",), lacks, editing=editing)
     return terms if sigmas is None else replace(terms, num_inference_steps=len(sigmas), fixes_steps=True)
 
 
@@ -200,7 +200,7 @@ def hunyuan_image_terms(config: Configs) -> Terms:
     if not _has(config, "guider"):
         return Terms(steps, 1.0, ("euler",), {**lacks, **_NO_GUIDANCE}, rounds_up=True)
     scale = config("guider")["guidance_scale"]
-    return Terms(steps, scale, ("euler",), lacks, rounds_up=True, guides_apart=True)
+    return Terms(steps, scale, ("euler",), lacks, rounds_up=True)
 
 
 def ernie_image_terms(config: Configs) -> Terms:

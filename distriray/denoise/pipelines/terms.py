@@ -49,7 +49,6 @@ class Terms:
         needs_mask: it draws nothing but what a mask leaves open of an image.
         editing: what it edits; None is of a model that begins from pictures instead.
         fixes_steps: it takes `num_inference_steps` and no other number.
-        guides_apart: each branch of guidance has a call of its own, whose batch are the images alone.
     """
 
     num_inference_steps: int = 25
@@ -61,7 +60,6 @@ class Terms:
     needs_mask: bool = False
     editing: Editing | None = None
     fixes_steps: bool = False
-    guides_apart: bool = False
 
     def settle(
         self, params: Params, default_size: tuple[int, int], unit: int, defaults: Defaults | None = None

@@ -64,7 +64,12 @@ class Call:
     @property
     def predictions(self) -> int:
         """Images that all ranks have a prediction for after it: of both halves where calls are dealt."""
-        return self.batch * max(1, len(self.dealt))
+        return self.batch * len(self.of_halves)
+
+    @property
+    def of_halves(self) -> Sequence[Call]:
+        """The calls that ranks make: those of both halves where they are dealt, else this one."""
+        return [replace(call, dealt=self.dealt) for call in self.dealt] or [self]
 
 
 class Network(ABC):
@@ -195,18 +200,20 @@ class Network(ABC):
             InvalidRequest: fewer units of rows than ranks.
         """
 
-    def deal(self, calls: Sequence[Call], world_size: int, config: ParallelConfig) -> Sequence[Call]:
-        """The calls of a step, one for each branch of guidance, where each half of a gang makes one of them.
+    def deal(self, calls: Sequence[Call], communicator: Communicator, config: ParallelConfig) -> Call | None:
+        """That one of a step's calls, one for each branch of guidance, which a rank's half of the gang makes.
 
-        As they were where all ranks make all: in odd gangs, and without a second branch.
+        None where all ranks make all: in odd gangs, and without a second branch.
         """
         if len(calls) != 2 or calls[0].sample.shape != calls[1].sample.shape:
-            return calls
-        if GangLayout.of(world_size, len(calls), config.cfg_parallel).halves != len(calls):
-            return calls
+            return None
+        layout = GangLayout.of(communicator.world_size, len(calls), config.cfg_parallel)
+        if layout.halves != len(calls):
+            return None
         calls = self.apart(calls)
+        own = calls[layout.half(communicator.rank)]
         # Of one name, so that the step is known to be the same one on all ranks.
-        return [replace(call, branch=calls[0].branch, dealt=tuple(calls)) for call in calls]
+        return replace(own, branch=calls[0].branch, dealt=tuple(calls))
 
     def apart(self, calls: Sequence[Call]) -> Sequence[Call]:
         """Calls of one step so that none needs what another has made."""

@@ -54,15 +54,19 @@ def drawn(network: Any, transformer: Transformer, apart: bool, batch: int = 2) -
         for step in range(STEPS):
             given = arguments(transformer, latents, 1 - step / STEPS, batch)
             before = given["cond"]["hidden_states"]
-            outputs = (
-                [network(**call, return_dict=False)[0] for call in given.values()]
-                if apart
-                else network(branches=given)
-            )
-            own = before.shape[1]
-            conditional, without = (output[:, -own:] if output.ndim == 3 else output for output in outputs)
+            if apart:
+                outputs = [network(**call, return_dict=False)[0] for call in given.values()]
+            else:  # what is the same may be given once
+                shared = {"hidden_states": before} if step % 2 else {}
+                own = {
+                    name: {key: value for key, value in call.items() if key not in shared}
+                    for name, call in given.items()
+                }
+                outputs = network(branches=own, **shared)
+            size = before.shape[1]
+            conditional, without = (output[:, -size:] if output.ndim == 3 else output for output in outputs)
             if conditional.shape != before.shape:  # variances that nobody asks for
-                conditional, without = conditional[:, :own], without[:, :own]
+                conditional, without = conditional[:, :size], without[:, :size]
             latents = before - (without + 2.0 * (conditional - without)) / STEPS
             found.append(latents)
     return found

@@ -161,13 +161,11 @@ def test_what_is_known_of_a_shape_is_known_of_each_rank() -> None:
     assert engine is not None
     calls = watched(engine.network)
     draw(network, transformer, Shape(batch=1), 1)
-    shares = [
-        engine.network.share(calls[0], AbsentPeers(rank, 3, torch.device("meta")), config)
-        for rank in range(3)
-    ]
+    ranks = [AbsentPeers(rank, 3, torch.device("meta")) for rank in range(3)]
+    shares = (engine.network.share(calls[0], rank, config) for rank in ranks)
     own = [buffer_bytes(engine.network, calls[0], share, config) for share in shares]
     assert len(set(own)) > 1
-    assert [room.needed(engine.network, calls[0], share, config) for share in shares] == own
+    assert [room.needed(engine.network, calls[0], rank, config) for rank in ranks] == own
 
 
 def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> None:
