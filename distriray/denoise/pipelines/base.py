@@ -209,9 +209,9 @@ class PipelineSteps(ABC):
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the next step of `state` but for its latents.
 
-        One call of the network has all branches of guidance, or each has a call of its own, which
-        `cache_context` names. Of the state only scheduler and generators change, and values are replaced
-        that a family remembers from step to step; none is written into.
+        One call of the network has all branches of guidance, or each has a call of its own, of which a gang
+        is told at once (`Engine.forward`). Of the state only scheduler and generators change, and values are
+        replaced that a family remembers from step to step; none is written into.
 
         Returns:
             The latents after the step, and the network's output with guidance, of the same shape.
