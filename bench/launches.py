@@ -219,7 +219,7 @@ def main() -> None:
                     f"{sum(sum(bytes_.values()) for bytes_ in sent) / 1e6:.0f}",
                     f"{buffers / 1e6:.0f}",
                 )
-            theirs = by_diffusers(model, size, ranks)
+            theirs = None if split else by_diffusers(model, size, ranks)
             if theirs is not None:
                 count, to_each = theirs
                 report.add(

@@ -23,7 +23,7 @@ from bench.report import Report
 from distriray.arguments import positive
 from distriray.parallel.graphs import Graph
 
-COLUMNS = ("model", "exchange", "attention", "graphs", "exchanges", "host, ms", "least, ms")
+COLUMNS = ("model", "guidance", "exchange", "attention", "graphs", "exchanges", "host, ms", "least, ms")
 
 
 class Nothing:
@@ -76,9 +76,14 @@ def main() -> None:
     )
     for name in arguments.models:
         model = PUBLISHED[name]
-        for exchange, attention in ways(model, arguments.ranks // (2 if model.splits else 1)):
+        cases = [
+            (split, *way)
+            for split in ((True, False) if model.branches else (model.splits,))
+            for way in ways(model, arguments.ranks // (2 if split else 1))
+        ]
+        for split, exchange, attention in cases:
             network, inputs, engine, peers = in_gang(
-                model, arguments.size, arguments.ranks, model.splits, exchange, attention
+                model, arguments.size, arguments.ranks, split, exchange, attention
             )
             graphs, seconds = Nothings(), []
             engine.capture_with(graphs)
@@ -95,6 +100,7 @@ def main() -> None:
             timed = [1e3 * second for second in seconds[3:]]
             report.add(
                 model.name,
+                ("split" if split else "together") if model.splits else "-",
                 exchange,
                 attention,
                 str(graphs.made),
