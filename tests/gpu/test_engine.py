@@ -31,6 +31,7 @@ from tests.models import tiny_qwen_image21_transformer, tiny_sdxl
 from tests.regroup import DISPLACED, REQUEST
 from tests.unit import test_control as control
 from tests.unit import test_control_of_transformers as transformers_control
+from tests.unit.parallel.test_branches import drawn as guided
 from tests.unit.parallel.test_qwen_image21 import EDIT
 from tests.unit.parallel.test_qwen_image21 import draw as draw_kept
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw
@@ -132,6 +133,27 @@ def test_captured_steps_of_transformers_draw_what_they_draw_without(
         assert engine.graphs.obstacle is None
         parallelize(network, communicator, config.model_copy(update={"cuda_graphs": False}))
         return captured, draw(network, TRANSFORMERS[name], Shape()) * 3
+
+    for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
+        assert all(map(torch.equal, captured, launched))
+
+
+@pytest.mark.parametrize("exchange", ["sync", "displaced"])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["qwen-image", "hunyuan-image", "chroma", "flux3"])
+def test_captured_steps_of_halves_with_a_branch_each_draw_what_they_draw_without(
+    name: str, ranks: int, exchange: ExchangeMode
+) -> None:
+    def rank(communicator: Communicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        config = ParallelConfig(exchange=exchange, warmup_steps=1)
+        network = TRANSFORMERS[name].make().to(communicator.device)
+        parallelize(network, communicator, config)
+        engine = engine_of(network)
+        assert engine is not None
+        captured = [each for _ in range(3) for each in guided(network, TRANSFORMERS[name], apart=False)]
+        assert engine.graphs.obstacle is None
+        parallelize(network, communicator, config.model_copy(update={"cuda_graphs": False}))
+        return captured, guided(network, TRANSFORMERS[name], apart=False) * 3
 
     for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
         assert all(map(torch.equal, captured, launched))

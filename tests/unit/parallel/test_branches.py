@@ -18,6 +18,7 @@ from tests.parameters import pairwise
 from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, Transformer, error
 
+CPU = torch.device("cpu")
 AUTO: Literal["auto"] = "auto"
 FAMILIES = sorted(TRANSFORMERS.keys() - {"z-image"})  # whose network takes and gives lists of pictures
 LENGTHS = {"cond": 7, "uncond": 4}
@@ -25,7 +26,11 @@ STEPS = 4
 
 
 def arguments(
-    transformer: Transformer, latents: torch.Tensor | None, sigma: float, batch: int = 2
+    transformer: Transformer,
+    latents: torch.Tensor | None,
+    sigma: float,
+    batch: int = 2,
+    device: torch.device = CPU,
 ) -> dict[str, dict[str, Any]]:
     """Of one step, by branch: other texts of other lengths."""
     given: dict[str, dict[str, Any]] = {}
@@ -35,10 +40,10 @@ def arguments(
             given[branch] = call
             return [call["hidden_states"]]
 
-        inputs = transformer.inputs(Shape(text=length, batch=batch))
+        inputs = transformer.inputs_on(device, Shape(text=length, batch=batch))
         if latents is not None:
             inputs["hidden_states"] = latents
-        timestep = torch.full((batch,), sigma * transformer.scale)
+        timestep = torch.full((batch,), sigma * transformer.scale, device=device)
         transformer.predict(note, timestep, inputs)
         del given[branch]["return_dict"]
         for name, value in given[branch].items():
@@ -52,7 +57,7 @@ def drawn(network: Any, transformer: Transformer, apart: bool, batch: int = 2) -
     latents, found, engine = None, [], engine_of(network)
     with engine.image() if engine is not None else torch.no_grad():
         for step in range(STEPS):
-            given = arguments(transformer, latents, 1 - step / STEPS, batch)
+            given = arguments(transformer, latents, 1 - step / STEPS, batch, network.device)
             before = given["cond"]["hidden_states"]
             if apart:
                 outputs = [network(**call, return_dict=False)[0] for call in given.values()]
