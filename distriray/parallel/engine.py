@@ -399,31 +399,32 @@ class Engine:
     def _prepare(self, call: Call, moment: Moment, branch: Branch) -> Share:
         """This rank's share of a call that all ranks make alike, on a network that can be cut."""
         refusal: DistrirayError | None = None
+        before = branch.exchange
+        takes_other_room = branch.fresh_start or before is not None and before.besides != call.besides
         try:
             share = self.network.share(call, self.communicator, self.config)
             if branch.fresh_start or self._outline is None or not self._outline.holds():
                 self._convert()
             if branch.fresh_start:
                 self._guiders.check()
-            before = branch.exchange
-            if branch.fresh_start or before is not None and before.besides != call.besides:
+            if takes_other_room:
                 self._make_room(call, branch)
         except DistrirayError as error:
             refusal = error
+        if takes_other_room and self.communicator.world_size > 1:  # what one rank refuses, all leave
+            compared, refused = map(self.network.compared, call.of_halves), refusal is not None
+            num_steps = self._images.current.num_steps or moment.num_steps
+            with suppress(GangMismatch) if refused else nullcontext():
+                check_same_image(
+                    self.communicator,
+                    compared,
+                    self.config,
+                    branch.step,
+                    moment.timestep,
+                    num_steps,
+                    refused,
+                )
         if branch.fresh_start:
-            if self.communicator.world_size > 1:
-                compared, refused = map(self.network.compared, call.of_halves), refusal is not None
-                num_steps = self._images.current.num_steps or moment.num_steps
-                with suppress(GangMismatch) if refused else nullcontext():
-                    check_same_image(
-                        self.communicator,
-                        compared,
-                        self.config,
-                        branch.step,
-                        moment.timestep,
-                        num_steps,
-                        refused,
-                    )
             self.graphs.begin_image()
         if refusal is not None:
             raise refusal

@@ -14,6 +14,8 @@ from distriray.collective import Communicator, connect, launch, run_in_lockstep
 from distriray.config import PAPER
 from tests.cases import Case, call, together
 from tests.models import tiny_sdxl
+from tests.unit.parallel.test_branches import drawn as guided
+from tests.unit.parallel.test_branches import in_gang
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, drawn
 
 pytestmark = pytest.mark.distributed
@@ -46,6 +48,9 @@ def drawings(communicator: Communicator) -> dict[str, torch.Tensor]:
     for name in TRANSFORMERS:
         latents, _ = drawn(communicator, name, Shape(masked=True), exchange="sync", cfg_parallel=False)
         found[name] = latents[-1]
+    for exchange in ("sync", "displaced"):  # each branch of guidance by one half, where there are halves
+        network, _ = in_gang(communicator, "qwen-image", exchange=exchange, warmup_steps=1)
+        found[f"branches, {exchange}"] = guided(network, TRANSFORMERS["qwen-image"], apart=False)[-1]
     pipeline = parallelize(tiny_sdxl(), communicator, SYNC)
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "conv1"]))
     for index, (name, parameter) in enumerate(pipeline.unet.named_parameters()):

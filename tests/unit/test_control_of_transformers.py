@@ -556,6 +556,28 @@ def test_room_is_looked_at_anew_where_a_controlnet_begins(folder: Path) -> None:
     assert run_in_lockstep(2, steps) == [([True] * 6, 2)] * 2
 
 
+def test_all_ranks_leave_a_step_with_a_controlnet_for_which_one_has_no_room(folder: Path) -> None:
+    """None waits for the one that refuses it, which alone knows why; and all can go on without."""
+    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+
+    def steps(communicator: Communicator) -> tuple[type[BaseException], int]:
+        denoiser = denoiser_of(parallelize(tiny_qwen_image(), communicator, config), folder / "qwen")
+        engine = engine_of(denoiser._pipeline)
+        assert engine is not None
+        if communicator.rank == 1:
+            room = engine.buffer_bytes_of(denoiser.calls(params()), 2, config)
+            engine.room = Room(room, "gpu7 is small")
+        state = denoiser.prepare(params(("canny", {"start": 0.5})))
+        with pytest.raises((OutOfMemory, GangMismatch)) as raised:
+            while not state.done:
+                denoiser.step(state)
+        drawn(denoiser, other := denoiser.prepare(params()))
+        assert other.done
+        return raised.type, state.step
+
+    assert run_in_lockstep(2, steps) == [(GangMismatch, 2), (OutOfMemory, 2)]
+
+
 class OfCanny(VaeImageProcessor):
     """The pixels that stabilityai gives its canny for Stable Diffusion 3.5 large."""
 
