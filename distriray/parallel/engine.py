@@ -259,8 +259,8 @@ class Engine:
 
         Args:
             args, kwargs: those of the network (`Network.read`).
-            branches: where each branch of guidance has a call of its own, what else that is given by name,
-                for all of one step, by the branch's name. An even gang makes two calls at once, one by each
+            branches: the further arguments of each branch's call, by the branch's name, where guidance has a
+                call for each; those of one step together. An even gang makes two calls at once, one by each
                 half, unless `cfg_parallel` is False; else all ranks make each in turn.
 
         Returns:
