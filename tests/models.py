@@ -897,12 +897,14 @@ def tiny_longcat_image(seed: int = 0) -> LongCatImagePipeline:
 
 
 def tiny_ovis_image(seed: int = 0) -> OvisImagePipeline:
-    """An Ovis-Image pipeline without what encodes prompts."""
+    """A whole Ovis-Image pipeline."""
+    tokenizer = tiny_qwen_tokenizer()
+    tokenizer.chat_template = CHAT
     pipeline = OvisImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=tiny_vae(seed + 1, shift_factor=0.0),
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=ready(Qwen3Model(tiny_qwen3_config(tokenizer, num_hidden_layers=2)), seed + 2),
+        tokenizer=tokenizer,
         transformer=tiny_ovis_image_transformer(seed),
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -950,18 +952,24 @@ def _tiny_hunyuan_image(
     return pipeline
 
 
-def tiny_krea2(seed: int = 0) -> Krea2Pipeline:
-    """A Krea 2 pipeline without what encodes prompts."""
+def tiny_krea2(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
+    """A whole Krea 2 pipeline, of the base unless distilled."""
+    tokenizer = tiny_qwen_tokenizer()
     pipeline = Krea2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
         vae=tiny_qwen_vae(seed + 1),
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=tiny_qwen3_vl(seed + 2, tokenizer, 3).model,
+        tokenizer=tokenizer,
         transformer=tiny_krea2_transformer(seed),
         text_encoder_select_layers=(1, 2, 3),
+        is_distilled=is_distilled,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_krea2_distilled(seed: int = 0) -> Krea2Pipeline:
+    return tiny_krea2(seed, is_distilled=True)
 
 
 def tiny_ernie_image(seed: int = 0) -> ErnieImagePipeline:

@@ -41,6 +41,7 @@ from tests.models import (
     tiny_flux2_klein,
     tiny_flux3,
     tiny_flux_fill,
+    tiny_krea2,
     tiny_qwen_image,
     tiny_qwen_image21,
     tiny_sd3,
@@ -63,6 +64,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux2": tiny_flux2,
     "flux2-klein": tiny_flux2_klein,
     "flux3": tiny_flux3,
+    "krea2": tiny_krea2,
     "z-image": tiny_z_image,
 }
 SMALL = {"prompt": "a lake", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 1}

@@ -35,6 +35,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     HunyuanImagePipeline,
+    Krea2Pipeline,
+    LongCatImagePipeline,
     ModularPipeline,
     QwenImage21Pipeline,
     QwenImageEditInpaintPipeline,
@@ -87,6 +89,10 @@ from tests.models import (
     tiny_hunyuan_image,
     tiny_hunyuan_image_distilled,
     tiny_kontext,
+    tiny_krea2,
+    tiny_krea2_distilled,
+    tiny_longcat_image,
+    tiny_ovis_image,
     tiny_qwen_image,
     tiny_qwen_image21,
     tiny_qwen_image_edit,
@@ -127,6 +133,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "flux3-distilled": tiny_flux3_distilled,
     "hunyuan-image": tiny_hunyuan_image,
     "hunyuan-image-distilled": tiny_hunyuan_image_distilled,
+    "krea2": tiny_krea2,
+    "krea2-distilled": tiny_krea2_distilled,
+    "longcat-image": tiny_longcat_image,
+    "ovis-image": tiny_ovis_image,
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
     "qwen-image-edit": tiny_qwen_image_edit,
@@ -138,6 +148,9 @@ BRANCHES_APART = [
     "flux2-klein",
     "flux3",
     "hunyuan-image",
+    "krea2",
+    "longcat-image",
+    "ovis-image",
     "qwen-image",
     "qwen-image-2.1",
     "qwen-image-edit",
@@ -199,6 +212,10 @@ def plain(
         call.setdefault("negative_prompt", " ")
     if isinstance(pipeline, ZImagePipeline | ZImageImg2ImgPipeline | ZImageInpaintPipeline):
         call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
+    if isinstance(pipeline, LongCatImagePipeline):
+        call["enable_prompt_rewrite"] = False
+    if isinstance(pipeline, Krea2Pipeline) and pipeline.config.is_distilled:
+        call.setdefault("guidance_scale", 0.0)  # what the makers of Krea 2 say
     guiding: AbstractContextManager[None] = nullcontext()
     if isinstance(pipeline, HunyuanImagePipeline):
         if pipeline.guider is None:
@@ -229,7 +246,8 @@ def plain(
     if output_type == "latent" and by_flux2:
         return tokens["latents"].transpose(1, 2).unflatten(2, (call["height"] // 16, call["width"] // 16))
     if output_type == "latent" and hasattr(pipeline, "_unpack_latents"):
-        latents = pipeline._unpack_latents(images, call["height"], call["width"], pipeline.vae_scale_factor)
+        scale = [] if isinstance(pipeline, Krea2Pipeline) else [pipeline.vae_scale_factor]
+        latents = pipeline._unpack_latents(images, call["height"], call["width"], *scale)
         return latents.squeeze(2) if latents.ndim == 5 else latents
     return images
 
@@ -1033,16 +1051,8 @@ def test_the_engine_knows_every_timestep_without_reading_the_latents_device(
     monkeypatch.setattr(Schedules, "read", watch)
     denoiser = Denoiser(parallelize(MODELS[model](), connect("local")))
     skip_unless_taken(denoiser, scheduler)
-    two = (
-        "chroma",
-        "flux2-klein",
-        "flux3",
-        "hunyuan-image",
-        "qwen-image",
-        "qwen-image-edit",
-        "qwen-image-edit-plus",
-    )
-    calls = 2 if model in two else 1  # of the network, a step
+    guided = model in BRANCHES_APART and denoiser.terms.guidance_scale > denoiser.terms.unguided
+    calls = 2 if guided else 1  # of the network, a step
     states = [begin(denoiser, [1], **SMALL, scheduler=scheduler) for _ in range(2)]
     denoiser.step(states[0])
     states[0] = DenoiseState.from_bytes(states[0].to_bytes())
@@ -1068,7 +1078,7 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
     assert runner.terms == terms_of(ModelSpec(name=str(folder))) == denoiser.terms
     assert runner.row_unit == 16
-    assert runner.cuts_vae == (not folder.name.startswith(("qwen-image", "hunyuan-image")))
+    assert runner.cuts_vae == (not folder.name.startswith(("qwen-image", "hunyuan-image", "krea2")))
     call = {"num_inference_steps": 3}
     asked = shown(denoiser, **call)
     outcome, _ = gang.run(seed=3, **asked)
@@ -1399,6 +1409,9 @@ def test_what_qwen_image_does_not_read_of_a_prompt_is_said() -> None:
         (tiny_chroma, 510),
         (tiny_z_image, 464),  # 48 letters of a template are around it
         (tiny_hunyuan_image, 854),  # 180 of one are before it
+        (tiny_longcat_image, 512),
+        (tiny_ovis_image, 102),  # 182 around, of 284
+        (tiny_krea2, 361),  # 180 before, of 541
     ],
 )
 def test_a_prompt_is_said_to_be_cut_where_no_encoder_takes_all_of_it(

@@ -203,6 +203,37 @@ def hunyuan_image_terms(config: Configs) -> Terms:
     return Terms(steps, scale, ("euler",), lacks, rounds_up=True)
 
 
+def ovis_image_terms(config: Configs) -> Terms:
+    """Of Ovis-Image, as diffusers has it."""
+    lacks = {
+        "guidance_rescale": "Ovis-Image's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **_ON_TEXT_ALONE,
+    }
+    return Terms(50, 5.0, ("euler",), lacks)
+
+
+def longcat_image_terms(config: Configs) -> Terms:
+    """Of LongCat-Image, as diffusers has it."""
+    why = "LongCat-Image bounds the length of each token's prediction by itself"
+    terms = ovis_image_terms(config)
+    return replace(terms, guidance_scale=4.5, lacks={**terms.lacks, "guidance_rescale": why})
+
+
+def krea2_terms(config: Configs) -> Terms:
+    """Of Krea 2 and of the one that was distilled, as their makers use them."""
+    lacks = {
+        "guidance_rescale": "Krea 2's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **_ON_TEXT_ALONE,
+    }
+    if config("").get("is_distilled", False):
+        return Terms(8, 0.0, ("euler",), {**_NO_GUIDANCE, **lacks}, unguided=0.0)
+    return Terms(28, 4.5, ("euler",), lacks, unguided=0.0)
+
+
 def ernie_image_terms(config: Configs) -> Terms:
     """Of ERNIE-Image, as diffusers has it."""
     lacks = {

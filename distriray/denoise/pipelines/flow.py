@@ -40,6 +40,7 @@ class FlowMatching(PipelineSteps):
         vae_kind: the class of its VAEs.
         vae_channels: what their configuration calls the number of the latents' channels.
         unsaid: what guidance is against where a request says nothing.
+        unguided: the largest scale of guidance that takes no second branch.
         control: the ControlNets that its family draws with; None where there are none.
     """
 
@@ -53,6 +54,7 @@ class FlowMatching(PipelineSteps):
     vae_kind: ClassVar[type[Any]] = AutoencoderKL
     vae_channels: ClassVar[str] = "latent_channels"
     unsaid: ClassVar[str] = ""
+    unguided: ClassVar[float] = 1.0
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -145,7 +147,7 @@ class FlowMatching(PipelineSteps):
     def prompts(self, commission: Commission) -> dict[str, str]:
         """The prompt of each branch of guidance, by what the names of the branch's values begin with."""
         prompts = {"": commission.params.prompt}
-        if self.guides and commission.guidance_scale > 1.0:
+        if self.guides and commission.guidance_scale > self.unguided:
             prompts["negative_"] = commission.params.negative_prompt or self.unsaid
         return prompts
 

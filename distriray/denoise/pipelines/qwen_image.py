@@ -50,7 +50,7 @@ class QwenImage(PackedFlowMatching):
 
     def check(self) -> None:
         super().check()
-        if self.pipeline.transformer.config.guidance_embeds:
+        if self.pipeline.transformer.config.get("guidance_embeds"):
             raise UnsupportedModel("a QwenImageTransformer2DModel with guidance_embeds")
 
     def tokens(self, text: str) -> list[Tokens]:

@@ -20,6 +20,9 @@ from distriray.denoise.pipelines.family_terms import (
     flux_kontext_terms,
     flux_terms,
     hunyuan_image_terms,
+    krea2_terms,
+    longcat_image_terms,
+    ovis_image_terms,
     qwen_image21_terms,
     qwen_image_edit_plus_terms,
     qwen_image_edit_terms,
@@ -118,6 +121,11 @@ PIPELINES: dict[str, Family] = {
         _BY_ONE,
     ),
     "ErnieImage": Family(".ernie_image:ErnieImage", "ERNIE-Image", flux2_sizes, ernie_image_terms, _BY_ONE),
+    "OvisImage": Family(".ovis_image:OvisImage", "Ovis-Image", flux_sizes, ovis_image_terms, _BY_ONE),
+    "LongCatImage": Family(
+        ".longcat_image:LongCatImage", "LongCat-Image", flux_sizes, longcat_image_terms, _BY_ONE
+    ),
+    "Krea2": Family(".krea2:Krea2", "Krea 2", qwen_image_sizes, krea2_terms, _BY_ONE),
     "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""
