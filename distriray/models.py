@@ -21,8 +21,8 @@ _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _ONE_FILE = ".safetensors"
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 _MEND = "download the model again, or save it with save_pretrained"
-_UNUSED = ("prompt_upsampler", "prompt_upsampler_processor", "pe", "pe_tokenizer")
-"""What writes prompts anew for FLUX.3 and ERNIE-Image: here they are read as they are."""
+_UNUSED = ("prompt_upsampler", "prompt_upsampler_processor", "pe", "pe_tokenizer", "text_processor")
+"""What writes prompts anew for FLUX.3, ERNIE-Image and LongCat-Image: here they are read as they are."""
 
 
 class ModelSpec(BaseModel):
@@ -290,9 +290,9 @@ def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
 
 
 def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
-    """The pipeline that a folder names, and the components that it says are missing."""
+    """The pipeline that a folder names, and the components that it says are missing, or that nobody asks."""
     index = read_index(folder)
-    return index, {name: None for name, home in index.items() if home == [None, None]}
+    return index, {name: None for name, home in index.items() if home == [None, None] or name in _UNUSED}
 
 
 def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:

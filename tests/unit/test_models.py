@@ -19,7 +19,7 @@ from distriray.denoise import Denoiser
 from distriray.denoise.pipelines.sizes import configs_in
 from distriray.errors import ModelNotFound, UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
-from tests.models import save, tiny_ernie_image, tiny_flux3, tiny_sd15, tiny_sdxl
+from tests.models import save, tiny_ernie_image, tiny_flux3, tiny_longcat_image, tiny_sd15, tiny_sdxl
 from tests.unit.single_file import single_file
 
 
@@ -139,6 +139,16 @@ def test_what_writes_prompts_anew_is_not_kept(tmp_path: Path) -> None:
     loaded = load_pipeline(spec, "cpu")
     assert loaded.pe is None and loaded.pe_tokenizer is None and loaded.text_encoder is not None
     assert sizes_of(spec) == Denoiser(loaded).sizes and terms_of(spec) == Denoiser(loaded).terms
+
+
+def test_what_would_write_prompts_anew_needs_nothing_that_reading_them_does_not(tmp_path: Path) -> None:
+    """LongCat-Image's processor of pictures and texts is not even read: it wants torchvision."""
+    pipeline = tiny_longcat_image()
+    pipeline.register_modules(text_processor=pipeline.tokenizer)
+    save(pipeline, tmp_path)
+    shutil.rmtree(tmp_path / "text_processor")
+    loaded = load_pipeline(ModelSpec(name=str(tmp_path)), "cpu")
+    assert loaded.text_processor is None and Denoiser(loaded).family == "LongCatImage"
 
 
 @pytest.fixture
