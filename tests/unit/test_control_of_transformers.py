@@ -532,6 +532,42 @@ def test_steps_with_control_are_graphs_where_no_branch_waits_for_another(
     assert ("asks the device" in caplog.text) == model.startswith("z-image")
 
 
+def test_halves_tell_prompts_apart_by_which_controlnets_go(folder: Path) -> None:
+    """ControlNets run with the prompt in both halves, though the text of one is the same every time."""
+    config = ParallelConfig(exchange="compressed", cfg_parallel=True)
+    prompts = [
+        "a lake",
+        "a lake with many boats and fog",
+        "a lake",
+        "a lake with many boats and fog",
+        "a lake",
+    ]
+
+    def rank(maker: RecordedGraphs | None, communicator: Communicator) -> tuple[list[torch.Tensor], bool]:
+        denoiser = denoiser_of(parallelize(tiny_qwen_image(), communicator, config), folder / "qwen")
+        engine, latents, estimates = engine_of(denoiser._pipeline), [], []
+        assert engine is not None
+        engine.capture_with(maker)
+        engine.room = Room(2**40, "told")
+        for prompt in prompts:
+            request = params(*ONE).model_copy(update={"prompt": prompt})
+            drawn(denoiser, state := denoiser.prepare(request))
+            latents.append(state.latents)
+            calls = denoiser.calls(request)
+            half = engine.network.deal(calls, communicator, config)
+            assert half is not None
+            needed = engine.room.needed(engine.network, half, communicator, config)
+            fresh = Room(2**40, "told").needed(engine.network, half, communicator, config)
+            estimates.append(needed == fresh)
+        return latents, all(estimates)
+
+    launched = run_in_lockstep(4, partial(rank, None))
+    captured = run_in_lockstep(4, lambda communicator: rank(RecordedGraphs(), communicator))
+    for (ours, estimated), (theirs, _) in zip(captured, launched, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        assert estimated
+
+
 def test_room_is_looked_at_anew_where_a_controlnet_begins(folder: Path) -> None:
     """Buffers that are not in use make room for its own, or it is refused with their bytes."""
     config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)

@@ -111,16 +111,19 @@ class Beside:
 
     @staticmethod
     def apart(calls: Sequence[Call]) -> Sequence[Call]:
-        """`Network.apart`: each runs the ControlNets of the step itself, as the first one would."""
+        """`Network.apart`: each runs the ControlNets of the step itself, as the first one would.
+
+        What these exchange goes by the first one's text, of which a call's own text says nothing.
+        """
         first = calls[0]
         if first.besides is None:
             return calls
-        controls = first.arguments[ARGUMENT].residuals.controls
+        controls, besides = first.arguments[ARGUMENT].residuals.controls, (first.besides, first.text.shape[1])
         return [
             replace(
                 call,
                 arguments={**call.arguments, ARGUMENT: _as_in(first, call, controls)},
-                besides=first.besides,
+                besides=besides,
             )
             for call in calls
         ]
