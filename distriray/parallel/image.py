@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,20 +20,25 @@ class Text:
     """Prompt embeddings of a call, and what else their keys and values depend on.
 
     Args:
-        tokens: (batch, tokens, channels).
+        calls: that ranks make, one by each half or one by all: ranks must alike see that a text has changed.
         scale: such as a LoRA's.
     """
 
-    def __init__(self, tokens: torch.Tensor, scale: Any) -> None:
-        self.tokens = tokens
+    def __init__(self, calls: Sequence[Call], scale: Any) -> None:
         self.scale = copy(scale)  # callers may change what they gave
-        self._version = None if tokens.is_inference() else tokens._version
+        self._tokens = [call.text for call in calls]
+        self._versions = [None if tokens.is_inference() else tokens._version for tokens in self._tokens]
 
     def reads_as(self, other: Text) -> bool:
         """Whether the embeddings are the same. Numbers of other tensors are compared, which stops a GPU."""
-        if self.tokens is other.tokens:
-            return self._version == other._version
-        return self.tokens.shape == other.tokens.shape and torch.equal(self.tokens, other.tokens)
+        if len(self._tokens) != len(other._tokens):
+            return False
+        versions = zip(self._versions, other._versions, strict=True)
+        pairs = zip(self._tokens, other._tokens, versions, strict=True)
+        return all(
+            one == another if mine is its else mine.shape == its.shape and torch.equal(mine, its)
+            for mine, its, (one, another) in pairs
+        )
 
 
 @dataclass(eq=False)
@@ -138,7 +143,7 @@ class Image:
         Args:
             said: whether a user says that the call is of this image.
         """
-        text, branch = Text(call.text, call.text_scale), self.branches.get(call.branch)
+        text, branch = Text(call.of_halves, call.text_scale), self.branches.get(call.branch)
         again = branch is not None and branch.takes_again(moment)
         if branch is not None and not said and not branch.is_followed_by(moment, text):
             self.begin(0)
