@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def described(
 
 def check_same_image(
     communicator: Communicator,
-    compared: Iterable[Compared],
+    compared: Sequence[Compared],
     config: ParallelConfig,
     step: int,
     timestep: float,
@@ -78,6 +78,7 @@ def check_same_image(
     for each in compared:
         numbers = {
             "refused calls": float(refused),
+            "calls made at once": len(compared),
             **each.numbers,
             "number of steps": num_steps,
             "step": step,

@@ -412,7 +412,7 @@ class Engine:
         except DistrirayError as error:
             refusal = error
         if takes_other_room and self.communicator.world_size > 1:  # what one rank refuses, all leave
-            compared, refused = map(self.network.compared, call.of_halves), refusal is not None
+            compared, refused = [*map(self.network.compared, call.of_halves)], refusal is not None
             num_steps = self._images.current.num_steps or moment.num_steps
             with suppress(GangMismatch) if refused else nullcontext():
                 check_same_image(

@@ -176,6 +176,42 @@ def test_a_rank_with_another_text_of_either_branch_is_named_on_all(branch: str) 
     run_in_lockstep(4, rank)
 
 
+def test_a_rank_without_the_second_branch_is_named_on_all() -> None:
+    """Before anything of a size that depends on it is sent."""
+    transformer = TRANSFORMERS["qwen-image"]
+
+    def rank(communicator: Communicator) -> None:
+        network, _ = in_gang(communicator, "qwen-image", exchange="sync")
+        given = arguments(transformer, None, 1.0)
+        if communicator.rank == 1:
+            del given["uncond"]
+        with pytest.raises(GangMismatch, match="rank 0 and rank 1 .* calls made at once 2 and 1"):
+            network(branches=given)
+
+    run_in_lockstep(4, rank)
+
+
+@pytest.mark.parametrize("branch", LENGTHS)
+def test_another_text_of_either_branch_is_another_image_on_all_ranks(branch: str) -> None:
+    """Where nobody says which calls are of one image, both halves see the texts of both."""
+    transformer, schedule = TRANSFORMERS["qwen-image"], torch.linspace(1.0, 0.25, 4)
+    texts = {name: call["encoder_hidden_states"] for name, call in arguments(transformer, None, 1.0).items()}
+    edited = {**texts, branch: texts[branch] + 1}
+
+    def rank(communicator: Communicator) -> list[bool]:
+        network, engine = in_gang(communicator, "qwen-image", exchange="displaced", warmup_steps=1)
+        synchronous = []
+        for step, timestep in enumerate(schedule):
+            given = arguments(transformer, None, float(timestep))
+            for name, text in (texts if step < 2 else edited).items():
+                given[name] |= {"encoder_hidden_states": text, "timestep": timestep.expand(2)}
+            network(branches=given)
+            synchronous.append(engine.statistics.synchronous)
+        return synchronous
+
+    assert run_in_lockstep(4, rank) == [[True, False] * 2] * 4
+
+
 def test_what_one_half_has_no_room_for_is_refused_by_both() -> None:
     transformer, config = TRANSFORMERS["qwen-image"], {"exchange": "displaced", "warmup_steps": 1}
 
