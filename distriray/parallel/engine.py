@@ -56,8 +56,8 @@ class Engine:
             `join` for GPUs, where it has arrived by then, and reading it at once would stop the device.
         statistics: of the last step.
         room: for buffers in this device's memory; an image for which it is too small is refused before its
-            first step, or that in which a ControlNet begins. None where that is not known, and nothing is
-            refused.
+            first step, or that in which a ControlNet begins or guidance ends. None where that is not known,
+            and nothing is refused.
     """
 
     def __init__(self, network: Network) -> None:
@@ -300,7 +300,7 @@ class Engine:
         dealt = self.network.deal([read(name) for name in branches], self.communicator, self.config)
         if dealt is not None:
             (whole,) = self._output(dealt)
-            return list(whole.chunk(len(branches)))
+            return [whole[first : first + dealt.batch] for first in range(0, dealt.predictions, dealt.batch)]
         promised, names, predictions, figures = self._more_follow, list(branches), [], StepStatistics()
         for name in names:
             self._more_follow = promised or name != names[-1]

@@ -232,7 +232,7 @@ class ZImage(TokenNetwork):
             "return_dict": False,
         }
         whole = self.forward(**arguments)
-        sizes = [tuple(image.shape[1:]) for image in given["x"]]
+        sizes = [tuple(image.shape[1:]) for image in given["x"]] * len(call.of_halves)
         images = self.module.unpatchify(list(whole.unbind()), sizes, PATCH, 1)
         return Transformer2DModelOutput(sample=images) if given["return_dict"] else (images,)
 

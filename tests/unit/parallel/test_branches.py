@@ -235,6 +235,42 @@ def test_what_one_half_has_no_room_for_is_refused_by_both() -> None:
     assert 0 in run_in_lockstep(4, rank)  # of the branch with more text
 
 
+def test_steps_after_guidance_that_have_no_room_are_refused_by_all_ranks() -> None:
+    """Halves of two ranks exchange nothing, and afterwards all share the image."""
+    transformer = TRANSFORMERS["qwen-image"]
+
+    def rank(communicator: Communicator) -> None:
+        network, engine = in_gang(communicator, "qwen-image", exchange="displaced", warmup_steps=1)
+        engine.room, given = Room(0, "told"), arguments(transformer, None, 1.0, batch=1)
+        with engine.image():
+            network(branches=given)
+            del given["uncond"]
+            with pytest.raises(OutOfMemory, match="exchange buffers"):
+                network(branches=given)
+
+    run_in_lockstep(2, rank)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_what_is_predicted_may_be_lists_of_pictures(ranks: int) -> None:
+    """As of Z-Image, whose network takes lists too."""
+    transformer, timestep = TRANSFORMERS["z-image"], torch.full((2,), 0.5)
+    inputs = transformer.inputs_on(CPU, Shape())
+    images, text = list(inputs["hidden_states"][:, :, None]), inputs["cap_feats"]
+    own = {"cond": {"cap_feats": text}, "uncond": {"cap_feats": [each[:4] for each in text]}}
+
+    def rank(communicator: Communicator) -> list[Any]:
+        network, _ = in_gang(communicator, "z-image", exchange="sync")
+        return network(branches=own, x=images, t=timestep)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        network = transformer.make()
+        expected = [network(images, timestep, **call, return_dict=False)[0] for call in own.values()]
+    for predicted in run_in_lockstep(ranks, rank):
+        for theirs, ours in zip(expected, predicted, strict=True):
+            torch.testing.assert_close([*ours], theirs, rtol=0, atol=1e-5)
+
+
 def test_a_gang_that_cannot_be_halved_says_so() -> None:
     transformer = TRANSFORMERS["qwen-image"]
 
