@@ -137,8 +137,8 @@ class ParallelConfig(BaseModel):
         auto_warmup_drift: relative change of the sent activations between two steps, largest over ranks.
         prediction: extrapolation of stale values.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
-            the unconditional and the conditional pass, be they one call of the network or two. `auto` does so
-            whenever there are halves.
+            the unconditional and the conditional pass, in one call of the network or one each. `auto` does so
+            whenever there are halves, True refuses what has none, and False never does.
         parallel_vae: the ranks decode the picture together, each its own rows, exactly; all of them must ask
             for the picture then. Otherwise, and where the VAE cannot be cut, every rank decodes all of it.
         cuda_graphs: on a GPU, launch a step that was met before as a few CUDA graphs rather than kernel by

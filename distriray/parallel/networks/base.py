@@ -204,6 +204,9 @@ class Network(ABC):
         """That one of a step's calls, one for each branch of guidance, which a rank's half of the gang makes.
 
         None where all ranks make all: in odd gangs, and without a second branch.
+
+        Raises:
+            InvalidRequest: `cfg_parallel=True`, and the gang is odd.
         """
         if len(calls) != 2 or calls[0].sample.shape != calls[1].sample.shape:
             return None
