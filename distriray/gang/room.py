@@ -47,17 +47,24 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
         raise UnsupportedModel(
             f"{room.refusal(needed, what, config.parallel)}; `exchange: sync` and `gang_sizes: [1]` need less"
         )
-    if facts.guides:
-        scale = config.limits.max_guidance_scale
-        calls = runner.calls(own.model_copy(update={"guidance_scale": scale}))
-    side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
     images = config.limits.max_images
+    kinds = [(calls, images)]
+    if facts.guides:
+        scale, none = config.limits.max_guidance_scale, facts.terms.unguided
+        guided, without = (
+            runner.calls(own.model_copy(update={"guidance_scale": each})) for each in (scale, none)
+        )
+        kinds = [(guided, images), (without, images - 1 + images % 2)]  # odd: halves of a gang need less
+    side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
     editing = facts.terms.editing
     own_shown = editing.shown_pixels(own.references, facts.size_unit) if editing else 0
     masked = 0 if "mask_image" in facts.terms.lacks else side**2
     shown = editing.most_exchanged_pixels(config.limits.max_references, masked) if editing else 0
-    calls = [_enlarged(call, images, size, own_shown, side, shown) for call in calls]
-    needed, gang = _most(runner, config, facts, calls, side)
+    largest = []
+    for calls, images in kinds:
+        enlarged = [_enlarged(call, images, size, own_shown, side, shown) for call in calls]
+        largest.append((*_most(runner, config, facts, enlarged, side), images))
+    needed, gang, images = max(largest)
     what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"
     told = room.refusal(needed, what, config.parallel)
     if needed > room.nbytes:

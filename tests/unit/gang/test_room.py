@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,21 +31,31 @@ from distriray.picture import Picture
 from distriray.references import Reference
 from distriray.requests import SamplingParams
 from tests.edits import shrink
-from tests.models import tiny_flux2_klein_distilled, tiny_qwen_image21, tiny_qwen_image_edit_plus
+from tests.models import (
+    tiny_flux2_klein_distilled,
+    tiny_qwen_image,
+    tiny_qwen_image21,
+    tiny_qwen_image_edit_plus,
+    tiny_sdxl,
+)
 
 from .runners import Gang, endings
 from .test_rehearsal import facts_of
 
 LIMITS = Limits(max_images=2, max_side=512)
+PATCHES = ParallelConfig(exchange="displaced", cfg_parallel=False)
 
 
 def started(
-    free: int | None, model: Path, monkeypatch: pytest.MonkeyPatch, workers: int = 4
+    free: int | None,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int = 4,
+    parallel: ParallelConfig = PATCHES,
 ) -> tuple[SegmentRunner, HostConfig]:
     """A worker whose device has so many bytes free."""
     monkeypatch.setattr("distriray.gang.runner.free_bytes", lambda device: free)
     runner = SegmentRunner(ModelSpec(name=str(model)), torch.device("cpu"), HashStore(), timeout_s=10.0)
-    parallel = ParallelConfig(exchange="displaced", cfg_parallel=False)
     config = HostConfig(workers=workers, limits=LIMITS, parallel=parallel)
     check_room(runner, config, facts_of(runner))
     return runner, config
@@ -81,6 +93,37 @@ def test_the_largest_request_that_limits_allow_is_said_to_fit_or_not(
     assert re.search("ends with OutOfMemory before its first step; lower limits", caplog.messages[-1])
 
 
+@pytest.mark.parametrize("make", [tiny_qwen_image, tiny_sdxl])
+def test_the_largest_request_may_be_one_without_guidance_whose_images_have_no_halves(
+    make: Callable[[], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A gang of two exchanges nothing where each has a branch or an image of its own."""
+    make().save_pretrained(tmp_path)
+    caplog.set_level(logging.INFO, "ray.serve.distriray.worker")
+    monkeypatch.setattr(f"{__name__}.LIMITS", LIMITS.model_copy(update={"max_prompt_chars": len("a lake")}))
+    halves = ParallelConfig(exchange="displaced")
+    runner, config = started(10**10, tmp_path, monkeypatch, workers=2, parallel=halves)
+    (message,) = (each for each in caplog.messages if "largest request" in each)
+    assert "1 of 512x512 in a gang of 2, would take" in message
+    asked = {"prompt": "a lake", "seed": 1, "height": 512, "width": 512}
+    guided, without, two = (
+        runner.buffer_bytes_of(runner.calls(SamplingParams(**asked, **fields)), 2, config.parallel)
+        for fields in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 1.0, "num_images": 2})
+    )
+    assert guided == two == 0 < without
+    caplog.clear()
+    for free in (
+        without * 11 // 10,
+        without * 9 // 10,
+    ):  # the longest prompt is asked
+        started(free, tmp_path, monkeypatch, workers=2, parallel=halves)
+    levels = [record.levelno for record in caplog.records if "largest request" in record.message]
+    assert levels == [logging.INFO, logging.WARNING]
+
+
 def test_what_a_model_edits_counts_in_the_largest_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -95,7 +138,7 @@ def test_what_a_model_edits_counts_in_the_largest_request(
     )
     assert edited > 2 * plain
     caplog.clear()
-    for free in (edited * 11 // 10, edited * 9 // 10):  # of the text's tokens, the longest prompt's are asked
+    for free in (edited * 11 // 10, edited * 9 // 10):  # the longest prompt is asked
         started(free, tmp_path, monkeypatch, workers=2)
     levels = [record.levelno for record in caplog.records if "largest request" in record.message]
     assert levels == [logging.INFO, logging.WARNING]
