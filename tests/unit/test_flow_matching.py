@@ -1350,13 +1350,13 @@ def test_each_branch_that_has_calls_of_its_own_is_displaced_by_itself(make: Call
 
 @pytest.mark.parametrize("model", BRANCHES_APART)
 def test_a_gang_whose_halves_have_a_branch_each_draws_what_the_pipeline_draws(model: str) -> None:
-    """Also where it changes in the middle, and where guidance ends."""
+    """A gang of two bit for bit; also one that changes in the middle, and where guidance ends."""
     pipeline, gangs = MODELS[model](), Gangs(MODELS[model], exchange="sync")
     call = {**TALL, "num_inference_steps": 4, "guidance_scale": 3.0}
     latents = plain(pipeline, [1], **call)
     for sizes in ((2,), (4,), (4, 2, 1, 2)):
         for drawn in gangs.draw(sizes, **call):
-            assert differs(drawn.latents, latents) <= LIKENESS, sizes
+            assert differs(drawn.latents, latents) <= LIKENESS * (sizes != (2,)), sizes
     (one,), *others = (gangs.draw(sizes, **call, guidance_end=0.5) for sizes in ((1,), (2,), (4, 2)))
     for drawn in chain.from_iterable(others):
         assert differs(drawn.latents, one.latents) <= LIKENESS
