@@ -297,14 +297,16 @@ class Engine:
             given = {**kwargs, **branches[name], "return_dict": False}
             return replace(self.network.read(*args, **given), branch=name)
 
-        dealt = self.network.deal([read(name) for name in branches], self.communicator, self.config)
+        calls = {name: read(name) for name in branches}
+        dealt = self.network.deal([*calls.values()], self.communicator, self.config)
         if dealt is not None:
             (whole,) = self._output(dealt)
             return [whole[first : first + dealt.batch] for first in range(0, dealt.predictions, dealt.batch)]
-        promised, names, predictions, figures = self._more_follow, list(branches), [], StepStatistics()
-        for name in names:
-            self._more_follow = promised or name != names[-1]
-            (prediction,) = self._output(read(name))  # not before: ControlNets may have run in the last one
+        promised, predictions, figures = self._more_follow, list[torch.Tensor](), StepStatistics()
+        for name, call in calls.items():
+            self._more_follow = promised or len(predictions) + 1 < len(calls)
+            # Anew with ControlNets, which may have run in the last one.
+            (prediction,) = self._output(call if call.besides is None else read(name))
             predictions.append(prediction)
             figures += self.statistics
         self.statistics = figures
