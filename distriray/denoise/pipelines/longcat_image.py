@@ -13,6 +13,15 @@ from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.ovis_image import OvisImage
 
 
+class _Reading(LongCatImagePipeline):
+    """The pipeline on its network's device: it goes by a text encoder's otherwise, which may be elsewhere."""
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.transformer.device
+        return device
+
+
 class LongCatImage(OvisImage):
     """A pipeline that reads what a prompt quotes letter by letter.
 
@@ -22,6 +31,9 @@ class LongCatImage(OvisImage):
 
     kinds = (LongCatImagePipeline,)
     optional_parts = ("text_processor",)
+
+    def around(self, kind: type, parts: dict[str, Any]) -> Any:
+        return _Reading(**parts, scheduler=None)
 
     def tokens(self, text: str) -> list[Tokens]:
         tokenizer = self._plain.tokenizer
