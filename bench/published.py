@@ -18,6 +18,7 @@ from diffusers import (
 from torch.utils import _pytree as pytree
 
 from bench.exchange import unet_inputs
+from distriray.denoise.pipelines.flow import BRANCHES
 from distriray.parallel import engine_of
 
 SDXL: dict[str, Any] = {
@@ -47,8 +48,6 @@ SMALL: dict[str, Any] = {
     "axes_dims_rope": (4, 6, 6),
 }
 """FLUX.1's and Qwen-Image's, in a size for dry runs."""
-
-BRANCHES = "cond", "uncond"
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ FLUX3 = Published(
     torch.bfloat16,
     splits=True,
     heads=(24,),
-    branches=BRANCHES,
+    branches=tuple(BRANCHES),
 )
 
 QWEN_IMAGE = Published(
@@ -212,7 +211,7 @@ QWEN_IMAGE = Published(
     torch.bfloat16,
     splits=True,
     heads=(24,),
-    branches=BRANCHES,
+    branches=tuple(BRANCHES),
 )
 
 PUBLISHED = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,25 +20,26 @@ class Text:
     """Prompt embeddings of a call, and what else their keys and values depend on.
 
     Args:
-        calls: that ranks make, one by each half or one by all: ranks must alike see that a text has changed.
+        texts: (batch, tokens, channels) each, of the calls that ranks make, one by each half or one by all:
+            ranks must alike see that a text has changed.
         scale: such as a LoRA's.
     """
 
-    def __init__(self, calls: Sequence[Call], scale: Any) -> None:
+    def __init__(self, texts: Iterable[torch.Tensor], scale: Any) -> None:
         self.scale = copy(scale)  # callers may change what they gave
-        self._tokens = [call.text for call in calls]
-        self._versions = [None if tokens.is_inference() else tokens._version for tokens in self._tokens]
+        self._read = [(text, None if text.is_inference() else text._version) for text in texts]
 
     def reads_as(self, other: Text) -> bool:
         """Whether the embeddings are the same. Numbers of other tensors are compared, which stops a GPU."""
-        if len(self._tokens) != len(other._tokens):
-            return False
-        versions = zip(self._versions, other._versions, strict=True)
-        pairs = zip(self._tokens, other._tokens, versions, strict=True)
-        return all(
-            one == another if mine is its else mine.shape == its.shape and torch.equal(mine, its)
-            for mine, its, (one, another) in pairs
-        )
+        return len(self._read) == len(other._read) and all(map(_reads_as, self._read, other._read))
+
+
+def _reads_as(one: tuple[torch.Tensor, int | None], other: tuple[torch.Tensor, int | None]) -> bool:
+    """`Text.reads_as` of one text each, (batch, tokens, channels), with torch's count of its changes."""
+    (mine, version), (its, its_version) = one, other
+    if mine is its:
+        return version == its_version
+    return mine.shape == its.shape and torch.equal(mine, its)
 
 
 @dataclass(eq=False)
@@ -143,7 +144,10 @@ class Image:
         Args:
             said: whether a user says that the call is of this image.
         """
-        text, branch = Text(call.of_halves, call.text_scale), self.branches.get(call.branch)
+        text, branch = (
+            Text((each.text for each in call.dealt or [call]), call.text_scale),
+            self.branches.get(call.branch),
+        )
         again = branch is not None and branch.takes_again(moment)
         if branch is not None and not said and not branch.is_followed_by(moment, text):
             self.begin(0)

@@ -8,7 +8,6 @@ import torch
 from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
-from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 
@@ -51,20 +50,6 @@ class Chroma(PackedFlowMatching):
             "txt_ids": ids,
         }
 
-    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        values, tokens = state.values, self.pack(state.latents)
-        timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
-
-        def arguments(branch: str) -> dict[str, Any]:
-            return {
-                "hidden_states": tokens,
-                "timestep": timestep,
-                "encoder_hidden_states": values[f"{branch}prompt_embeds"],
-                "attention_mask": values[f"{branch}attention_mask"],
-                "txt_ids": values["txt_ids"],
-                "img_ids": values["img_ids"],
-            }
-
-        output = guided_calls(self.outputs_of(state, arguments), state.guidance_scale)
-        output = self.unpack(output, state.height, state.width)
-        return self.advanced(state, output), output
+    def arguments(self, state: DenoiseState, branch: str) -> dict[str, Any]:
+        mask = state.values[f"{branch}attention_mask"]
+        return {**super().arguments(state, branch), "attention_mask": mask}

@@ -205,30 +205,18 @@ def hunyuan_image_terms(config: Configs) -> Terms:
 
 def ovis_image_terms(config: Configs) -> Terms:
     """Of Ovis-Image, as diffusers has it."""
-    lacks = {
-        "guidance_rescale": "Ovis-Image's guidance has no unguided noise to go by",
-        "clip_skip": _NO_CLIP,
-        **_ONE_PROMPT,
-        **_ON_TEXT_ALONE,
-    }
-    return Terms(50, 5.0, ("euler",), lacks)
+    return Terms(50, 5.0, ("euler",), _of_text_alone("Ovis-Image's guidance has no unguided noise to go by"))
 
 
 def longcat_image_terms(config: Configs) -> Terms:
     """Of LongCat-Image, as diffusers has it."""
-    why = "LongCat-Image bounds the length of each token's prediction by itself"
-    terms = ovis_image_terms(config)
-    return replace(terms, guidance_scale=4.5, lacks={**terms.lacks, "guidance_rescale": why})
+    lacks = _of_text_alone("LongCat-Image bounds the length of each token's prediction by itself")
+    return Terms(50, 4.5, ("euler",), lacks)
 
 
 def krea2_terms(config: Configs) -> Terms:
     """Of Krea 2 and of the one that was distilled, as their makers use them."""
-    lacks = {
-        "guidance_rescale": "Krea 2's guidance has no unguided noise to go by",
-        "clip_skip": _NO_CLIP,
-        **_ONE_PROMPT,
-        **_ON_TEXT_ALONE,
-    }
+    lacks = _of_text_alone("Krea 2's guidance has no unguided noise to go by")
     if config("").get("is_distilled", False):
         return Terms(8, 0.0, ("euler",), {**_NO_GUIDANCE, **lacks}, unguided=0.0)
     return Terms(28, 4.5, ("euler",), lacks, unguided=0.0)
@@ -236,13 +224,7 @@ def krea2_terms(config: Configs) -> Terms:
 
 def ernie_image_terms(config: Configs) -> Terms:
     """Of ERNIE-Image, as diffusers has it."""
-    lacks = {
-        "guidance_rescale": "ERNIE-Image's guidance has no unguided noise to go by",
-        "clip_skip": _NO_CLIP,
-        **_ONE_PROMPT,
-        **_ON_TEXT_ALONE,
-    }
-    return Terms(50, 4.0, ("euler",), lacks)
+    return Terms(50, 4.0, ("euler",), _of_text_alone("ERNIE-Image's guidance has no unguided noise to go by"))
 
 
 def z_image_terms(config: Configs) -> Terms:
@@ -254,6 +236,15 @@ def z_image_terms(config: Configs) -> Terms:
         **_ON_PICTURES,
     }
     return Terms(9, 0.0, ("euler",), lacks, unguided=0.0, rounds_up=True)
+
+
+def _of_text_alone(no_rescale: str) -> dict[str, str]:
+    """What a model lacks that reads one prompt with a language model and draws from nothing else.
+
+    Args:
+        no_rescale: why its guidance is not rescaled.
+    """
+    return {"guidance_rescale": no_rescale, "clip_skip": _NO_CLIP, **_ONE_PROMPT, **_ON_TEXT_ALONE}
 
 
 def _editing(terms: Terms, editing: Editing) -> Terms:

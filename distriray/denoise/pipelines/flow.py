@@ -41,6 +41,7 @@ class FlowMatching(PipelineSteps):
         vae_channels: what their configuration calls the number of the latents' channels.
         unsaid: what guidance is against where a request says nothing.
         unguided: the largest scale of guidance that takes no second branch.
+        most_shifted: tokens of a picture whose noise is shifted most, where the scheduler says none.
         control: the ControlNets that its family draws with; None where there are none.
     """
 
@@ -55,6 +56,7 @@ class FlowMatching(PipelineSteps):
     vae_channels: ClassVar[str] = "latent_channels"
     unsaid: ClassVar[str] = ""
     unguided: ClassVar[float] = 1.0
+    most_shifted: ClassVar[int] = 4096
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -157,7 +159,7 @@ class FlowMatching(PipelineSteps):
         shift: float = calculate_shift(
             tokens,
             config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
+            config.get("max_image_seq_len", self.most_shifted),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )

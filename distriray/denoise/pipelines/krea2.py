@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import Krea2Pipeline
-from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
 from distriray.denoise.pipelines.qwen_image import QwenImage
@@ -26,6 +25,7 @@ class Krea2(QwenImage):
     control = None
     unsaid = ""
     unguided = 0.0
+    most_shifted = 6400
 
     def check(self) -> None:
         super().check()
@@ -52,18 +52,8 @@ class Krea2(QwenImage):
         return [tokens_in_chat(pipeline.tokenizer, text, around, TEXT_TOKENS + before - behind)]
 
     def shift(self, commission: Commission, tokens: int) -> float:
-        if self.pipeline.config.is_distilled:
-            return 1.15  # as the pipeline has it
-        config = commission.scheduler.config
-        most = config.get("max_image_seq_len", 6400)
-        shift: float = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            most,
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        return shift
+        # As the pipeline has it.
+        return 1.15 if self.pipeline.config.is_distilled else super().shift(commission, tokens)
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         values = {}
@@ -93,11 +83,13 @@ class Krea2(QwenImage):
                 "position_ids": values["position_ids"],
             }
 
-        output, *without = self.outputs_of(state, arguments)
-        if without:
-            output = output + state.guidance_scale * (output - without[0])
+        output = self.guided(self.outputs_of(state, arguments), state.guidance_scale)
         output = self.unpack(output, state.height, state.width)
         return self.advanced(state, output), output
+
+    def guided(self, outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
+        output, *without = outputs
+        return output + scale * (output - without[0]) if without else output
 
     def unpack(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         latents: torch.Tensor = self._plain._unpack_latents(tokens, height, width)

@@ -8,8 +8,7 @@ import torch
 from diffusers import LongCatImagePipeline
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
 
-from distriray.denoise.pipelines.base import Commission, Tokens
-from distriray.denoise.pipelines.guidance import guided_calls
+from distriray.denoise.pipelines.base import Tokens
 from distriray.denoise.pipelines.ovis_image import OvisImage
 
 
@@ -41,16 +40,13 @@ class LongCatImage(OvisImage):
         given = sum(len(tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces)
         return [Tokens(given, min(given, self._plain.tokenizer_max_length))]
 
-    def encode(self, commission: Commission) -> dict[str, Any]:
-        values = {}
-        for branch, prompt in self.prompts(commission).items():
-            embeds, ids = self._plain.encode_prompt(prompt, len(commission.generators))
-            values[f"{branch}prompt_embeds"], values["txt_ids"] = embeds, ids
-        return values
+    def embedded(self, prompt: str, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, ids = self._plain.encode_prompt(prompt, images)
+        return embeds, ids
 
     def guided(self, outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
         """The same, where no token's prediction becomes longer than the prompt's, as the pipeline has it."""
-        output = guided_calls(outputs, scale)
+        output = super().guided(outputs, scale)
         if len(outputs) == 1:
             return output
         own, guided = (torch.norm(each, dim=-1, keepdim=True) for each in (outputs[0], output))

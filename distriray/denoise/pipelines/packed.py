@@ -9,11 +9,16 @@ import torch
 
 from distriray.denoise.pipelines.base import Commission
 from distriray.denoise.pipelines.flow import FlowMatching
+from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.masks import outside
+from distriray.denoise.state import DenoiseState
 
 
 class PackedFlowMatching(FlowMatching):
-    """Latents are packed for the network alone: a state has them as others do."""
+    """Latents are packed for the network alone: a state has them as others do.
+
+    A step is that of families whose guidance branches have a call each, by positions of both streams.
+    """
 
     latents_per_input = 4
     patch_size = 2
@@ -39,6 +44,27 @@ class PackedFlowMatching(FlowMatching):
         noise, image_latents = (self.unpack(each, commission.height, commission.width) for each in apart[:2])
         values = self._prepared(commission, (tokens, *apart[2:]))
         return {**values, **outside(pipeline, commission, noise, image_latents)}
+
+    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.pack(state.latents)
+        timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
+        shared = {"hidden_states": tokens, "timestep": timestep}
+        outputs = self.outputs_of(state, lambda branch: {**shared, **self.arguments(state, branch)})
+        output = self.unpack(self.guided(outputs, state.guidance_scale), state.height, state.width)
+        return self.advanced(state, output), output
+
+    def arguments(self, state: DenoiseState, branch: str) -> dict[str, Any]:
+        """What else the network is given, for the branch whose values begin with that."""
+        values = state.values
+        return {
+            "encoder_hidden_states": values[f"{branch}prompt_embeds"],
+            "txt_ids": values["txt_ids"],
+            "img_ids": values["img_ids"],
+        }
+
+    def guided(self, outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
+        """The outputs of [conditional, unconditional], (batch, tokens, channels), by the scale."""
+        return guided_calls(outputs, scale)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """(batch, channels, rows, columns) as (batch, tokens, channels)."""

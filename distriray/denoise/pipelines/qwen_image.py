@@ -22,7 +22,6 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
-from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.megapixels import ShowsMegapixels, size_shown
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
@@ -87,8 +86,16 @@ class QwenImage(PackedFlowMatching):
             }
 
         outputs = [output[:, : own.shape[1]] for output in self.outputs_of(state, arguments)]
-        output = self.unpack(_guided(outputs, state.guidance_scale), state.height, state.width)
+        output = self.unpack(self.guided(outputs, state.guidance_scale), state.height, state.width)
         return self.advanced(state, output), output
+
+    def guided(self, outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
+        """The same, keeping the length of each token's prediction, as the pipeline has it."""
+        output = super().guided(outputs, scale)
+        if len(outputs) == 1:
+            return output
+        lengths = (torch.norm(each, dim=-1, keepdim=True) for each in (outputs[0], output))
+        return output * (next(lengths) / next(lengths))
 
     def control_picture(self, network: Any, pixels: torch.Tensor, commission: Commission) -> torch.Tensor:
         posterior = self.posterior(pixels[:, :, None])
@@ -174,16 +181,3 @@ class QwenImageEditPlus(QwenImageEdit):
 
     def taken(self, pictures: list[Any]) -> Any:
         return pictures
-
-
-def _guided(outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
-    """Guidance that keeps the length of each token's prediction, as the pipeline has it.
-
-    Args:
-        outputs: of the prompt and, with guidance, of what is not to be seen; (batch, tokens, channels).
-    """
-    output = guided_calls(outputs, scale)
-    if len(outputs) == 1:
-        return output
-    lengths = (torch.norm(each, dim=-1, keepdim=True) for each in (outputs[0], output))
-    return output * (next(lengths) / next(lengths))

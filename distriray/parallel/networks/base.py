@@ -64,7 +64,7 @@ class Call:
     @property
     def predictions(self) -> int:
         """Images that all ranks have a prediction for after it: of both halves where calls are dealt."""
-        return self.batch * len(self.of_halves)
+        return self.batch * max(1, len(self.dealt))
 
     @property
     def of_halves(self) -> Sequence[Call]:
