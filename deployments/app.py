@@ -8,7 +8,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from deployments.autoscaling import QueuedWork
-from deployments.config import AppConfig, PoolConfig
+from deployments.config import ROUTERS, AppConfig, PoolConfig
 from deployments.ingress import Ingress
 from deployments.pool import Pool
 from deployments.request_router import ToNamedHost
@@ -30,7 +30,7 @@ def ingress_options(args: AppConfig) -> dict[str, Any]:
     """Serve's options for the deployment of the routers."""
     router = args.router
     return {
-        "name": "Ingress",
+        "name": ROUTERS,
         "autoscaling_config": AutoscalingConfig(
             min_replicas=router.min_replicas,
             max_replicas=router.max_replicas,

@@ -15,6 +15,9 @@ from distriray.names import check_unique
 from distriray.quantities import Count, NonNegative, PositiveSeconds, Seconds
 from distriray.routing.router import CHOICES
 
+ROUTERS = "Ingress"
+"""The name of the routers' deployment."""
+
 ANSWERED_S = 10.0
 """Seconds in which the pictures of a request that has just been drawn are encoded and sent."""
 
@@ -142,7 +145,7 @@ class AppConfig(BaseModel):
 
     model: ModelSpec = ModelSpec()
     limits: Limits = Limits()
-    pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)]
+    pools: tuple[PoolConfig, ...]
     aliases: dict[str, str] = {}
     router: RouterConfig = RouterConfig()
     http: HttpConfig = HttpConfig()
@@ -163,7 +166,13 @@ class AppConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
+        if (
+            not self.pools
+        ):  # pydantic's own bound is said of pools with mistakes too, as if they were not there
+            raise ValueError("pools lists none; give it one at least")
         check_unique("pools", self.pools, "pool")
+        if any(pool.name == ROUTERS for pool in self.pools):
+            raise ValueError(f"pool {ROUTERS!r} has the name of the routers' deployment; give it another")
         return self
 
     @model_validator(mode="after")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distriray.errors import InvalidRequest
 from distriray.names import KINDS
@@ -57,6 +57,16 @@ class Limits(BaseModel):
         "negative_prompt_3",
     )
     """The fields that may have `max_prompt_chars` characters."""
+
+    @model_validator(mode="after")
+    def _check_some_size_is_left(self) -> Self:
+        for limit, least in {"max_side": self.min_side, "max_pixels": self.min_side**2}.items():
+            if (most := getattr(self, limit)) < least:
+                raise ValueError(
+                    f"{limit} {most} leaves no size whose sides are min_side {self.min_side} or more; "
+                    f"raise it to {least}, or lower min_side"
+                )
+        return self
 
     def check(self, request: GenerationRequest, sent: GenerationRequest | None = None) -> None:
         """Raise InvalidRequest, with the limit and the field, unless `request` keeps every limit.

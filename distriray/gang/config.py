@@ -134,4 +134,6 @@ class HostConfig(BaseModel):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The sizes of the gangs that the host lends."""
-        return self.gang_sizes or tuple(2**i for i in range(self.workers.bit_length()))
+        if self.gang_sizes is not None:
+            return self.gang_sizes
+        return tuple(2**i for i in range(self.workers.bit_length()))

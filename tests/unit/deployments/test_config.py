@@ -28,7 +28,7 @@ HALVES = {"parallel": {"cfg_parallel": True}}
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"pools": []}, "at least 1 item"),
+        ({"pools": []}, "pools lists none"),
         ({"pools": [{"name": "a"}, {"name": "a"}]}, "more than once"),
         ({"pools": [{"name": "a", "min_hosts": 3, "max_hosts": 2}]}, "use at least 3"),
         ({"pools": [{"name": "a", "workers": 2, "gang_sizes": [1, 4]}]}, "exceed the 2 workers"),
@@ -38,6 +38,16 @@ HALVES = {"parallel": {"cfg_parallel": True}}
         ),
         ({"pools": [{"name": "a", "wokers": 2}]}, "wokers"),
         ({"pools": [{"name": "a/b"}]}, "pattern"),
+        ({"pools": [{"name": "Ingress"}]}, "the routers' deployment"),
+        ({"pools": [{"name": "a", "gang_sizes": []}]}, "do not nest"),
+        (
+            {"pools": [{"name": "a"}], "limits": {"max_side": 32}},
+            "max_side 32 leaves no size.*raise it to 64",
+        ),
+        (
+            {"pools": [{"name": "a", "limits": {"min_side": 512, "max_pixels": 512 * 256}}]},
+            "max_pixels 131072 .*raise it to 262144, or lower min_side",
+        ),
         ({"pools": [{"name": "a"}], "router": {"min_replicas": 5}}, "use at least 5"),
         ({"pools": [{"name": "a"}], "colour": "red"}, "colour"),
     ],
@@ -45,6 +55,12 @@ HALVES = {"parallel": {"cfg_parallel": True}}
 def test_a_bad_configuration_is_refused(args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AppConfig.model_validate(args)
+
+
+def test_a_mistake_in_a_pool_is_not_said_to_be_a_lack_of_pools() -> None:
+    with pytest.raises(ValidationError) as refused:
+        AppConfig.model_validate({"pools": [{"name": "a", "wokers": 2}]})
+    assert [error["loc"] for error in refused.value.errors()] == [("pools", 0, "wokers")]
 
 
 def test_pools_take_what_they_leave_out_from_the_service() -> None:
