@@ -300,7 +300,13 @@ def _save(result: GenerationResult, out: Path) -> list[Path]:
         paths = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result.images))]
     for image, path in zip(result.images, paths, strict=True):
         keeps = Image.EXTENSION[path.suffix.lower()] in _TRANSPARENT
-        (image if keeps else opaque(image)).save(path)
+        try:
+            (image if keeps else opaque(image)).save(path)
+        except OSError as error:
+            again = f"with --seed {result.seeds[0]} the same command draws it again"
+            raise DistrirayError(
+                f"{path} cannot be written: {error.strerror or error}; mend that, and {again}"
+            ) from error
     return paths
 
 

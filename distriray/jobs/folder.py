@@ -8,7 +8,8 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,8 @@ class Folder:
     any thread. A context manager; one process at a time can have a folder open.
 
     Raises:
-        InvalidRequest: another process has it open, or it cannot be made or written to.
+        InvalidRequest: another process has it open, or it cannot be made or written to; from every method, as
+            disks fill up.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,26 +46,41 @@ class Folder:
         self._writing = threading.Lock()
 
     def __enter__(self) -> Self:
-        try:
+        with self._written():
             self.images.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
-        except OSError as error:
-            raise InvalidRequest(
-                f"{self.path} cannot be written to: {error.strerror}; use another --out"
-            ) from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with self._written():
+                self._take_lock()
+                self._clear_away_unfinished()
+                self.made = self._tidy_manifest()
+        except BaseException:
             self._lock.close()
-            raise InvalidRequest(
-                f"another job is writing to {self.path}; wait for it or use another --out"
-            ) from None
-        self._clear_away_unfinished()
-        self.made = self._tidy_manifest()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """What the system says of a file here, said of the folder."""
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise InvalidRequest(
+                f"{self.path} cannot be written to: {why}; use another --out, or mend that: the same command "
+                "then makes what is missing"
+            ) from error
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidRequest(
+                f"another job is writing to {self.path}; wait for it or use another --out"
+            ) from None
 
     def _clear_away_unfinished(self) -> None:
         """Remove what a job that was killed had begun here, by its exact name: all else is somebody's."""
@@ -107,11 +124,12 @@ class Folder:
         lines = b""
         for index, (image, seed) in enumerate(zip(result.images, seeds, strict=True)):
             path = self.images / f"{prompt.id}_{index}.png"
-            part = _part_of(path)
-            with part.open("wb") as file:
-                image.save(file, format="PNG")
-                _flush(file)
-            part.replace(path)
+            with self._written():
+                part = _part_of(path)
+                with part.open("wb") as file:
+                    image.save(file, format="PNG")
+                    _flush(file)
+                part.replace(path)
             lines += _line(
                 {
                     "prompt_id": prompt.id,
@@ -132,8 +150,10 @@ class Folder:
 
         How the run before ended is no longer said.
         """
-        self.summary.unlink(missing_ok=True)
-        _replace(self.errors, b"".join(_line(_error(b.line, b.message, b.param)) for b in bad))
+        lines = b"".join(_line(_error(b.line, b.message, b.param)) for b in bad)
+        with self._written():
+            self.summary.unlink(missing_ok=True)
+            _replace(self.errors, lines)
 
     def fail(self, prompt: Prompt, error: Exception) -> None:
         """Note that a prompt was not made; the next run tries it again."""
@@ -144,10 +164,11 @@ class Folder:
 
     def write_summary(self, facts: Mapping[str, Any]) -> None:
         """Write how this run ended."""
-        _replace(self.summary, (json.dumps(facts, indent=2) + "\n").encode())
+        with self._written():
+            _replace(self.summary, (json.dumps(facts, indent=2) + "\n").encode())
 
     def _append(self, path: Path, lines: bytes) -> None:
-        with self._writing, path.open("ab") as file:
+        with self._writing, self._written(), path.open("ab") as file:
             file.write(lines)
             _flush(file)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,25 @@ def test_one_command_draws_pictures_and_says_how(
     assert told["gang_size"] == 2 and told["seeds"] == [3, 4]
     assert told["paths"] == [str(out.with_stem("lake-1")), str(out.with_stem("lake-2"))]
     assert all(Path(path).stat().st_size > 0 for path in told["paths"])
+
+
+def test_a_disk_that_is_full_is_said_with_what_makes_the_picture_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
+        monkeypatch.setattr(Image.Image, "save", save)
+        yield Recorder()
+
+    def save(*_: object) -> None:
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+    out = tmp_path / "lake.png"
+    assert app(["generate", "a lake", "--seed", "3", "--out", str(out)], standalone_mode=False) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"distriray: {out} cannot be written: No space left on device; ")
+    assert "--seed 3" in said
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from errno import ENOSPC
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -528,6 +529,33 @@ def test_a_job_makes_every_line_though_nobody_hears_how_it_goes(
     args = (str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out"), "--in-flight", "1")
     assert command(*args) == 0
     assert json.loads(capsys.readouterr().out)["made"] == 2
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_a_disk_that_is_full_is_said_in_a_line_and_loses_nothing(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is written when it is: the list of errors, a picture, the manifest or the summary."""
+    files = itertools.count()
+
+    def flush(file: Any) -> None:
+        if next(files) == room:
+            raise OSError(ENOSPC, "No space left on device")
+
+    def own_hosts(*_: object, **__: object) -> AbstractContextManager[list[Painter]]:
+        return nullcontext([Painter()])
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a lake"}\n')
+    monkeypatch.setattr(generate, "own_hosts", own_hosts)
+    args = (str(tmp_path / "prompts.jsonl"), "--out", str(out := tmp_path / "out"))
+    with monkeypatch.context() as full:
+        full.setattr("distriray.jobs.folder._flush", flush)
+        assert command(*args) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"distriray: {out} cannot be written to: No space left on device; ")
+    assert command(*args) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["made_before"] + facts["made"] == 1 and facts["made_before"] == (room >= 2)
 
 
 def test_hosts_of_a_jobs_own_are_as_a_file_and_then_its_options_say(
