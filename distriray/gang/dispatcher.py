@@ -393,8 +393,9 @@ class Dispatcher:
         elif result.interrupted:
             job.breaks += 1
             self.metrics.gang_broke()
+            causes = "; ".join(result.causes)
+            log.warning("request %s: its gang broke, it is at step %d: %s", request.id, job.step, causes)
             if job.hopeless or job.breaks >= self.config.max_attempts:
-                causes = "; ".join(result.causes)
                 message = f"request {request.id}: {job.breaks} gangs broke under it: {causes}"
                 self._end(job, GangBroken(message))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,6 +20,8 @@ from distriray.gang.messages import GangMembership, WorkerFacts, WorkerId
 from distriray.gang.remote import RemoteWorker, WorkerDied
 from distriray.routing.buddy import aligned_blocks
 from distriray.status import AdapterStatus
+
+log = logging.getLogger("ray.serve.distriray")
 
 REPAIR_ATTEMPTS = 3
 HEARTBEAT_S = 5.0
@@ -145,6 +148,7 @@ class WorkerGroup:
         if not self.alive(worker) or self._closing:
             return
         index = worker.index
+        log.warning("worker %d (process %d) is lost: %s", index, self.facts[index].pid, cause)
         self._members.pop(index).remote.kill()
         self.communicators = {group: name for group, name in self.communicators.items() if index not in group}
         self.healthy.discard(index)
@@ -266,6 +270,7 @@ class WorkerGroup:
             await self._rejoin([member.id])
             if self.alive(member.id) and index in self.healthy:
                 self.repairs.append(Repair(index, cause, time.monotonic() - died))
+                log.info("worker %d is replaced, after %.1f s", index, self.repairs[-1].seconds)
             return
         self._give_up([index], f"worker {index} could not be replaced: {cause}")
 
@@ -304,6 +309,7 @@ class WorkerGroup:
 
     def _give_up(self, places: Collection[int], cause: str) -> None:
         """These places are beyond repair, and with them the host, though others may still work."""
+        log.error("workers %s are beyond repair, and this host with them: %s", sorted(places), cause)
         self.failure = cause
         self._beyond_repair.update(places)
         self._owner.beyond_repair()

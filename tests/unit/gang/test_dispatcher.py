@@ -140,7 +140,11 @@ def test_a_client_that_leaves_while_another_works_leaves_it_alone() -> None:
 
 
 @pytest.mark.parametrize("gang_size", [1, 2])
-def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(gang_size: int) -> None:
+def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(
+    gang_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve.distriray")
+
     async def scene() -> None:
         async with FakeHost(2) as host:
             fleet, old = host.fleet, host.fleet.at(0)
@@ -153,6 +157,13 @@ def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(gang_size: int)
             await host.whole()
             assert not old.alive and fleet.at(0) is not old and host.dispatcher.healthy
             assert "CUDA error" in host.dispatcher.group.repairs[0].cause
+            lost, broke = (
+                f"worker 0 (process {id(old)}) is lost: ",
+                f"request {job.request.id}: its gang broke",
+            )
+            for told in (lost, broke, "worker 0 is replaced, after "):
+                (message,) = (each for each in caplog.messages if each.startswith(told))
+                assert "CUDA error" in message or told.endswith("after ")
 
     do(scene())
 

@@ -159,7 +159,7 @@ def test_a_worker_that_dies_while_the_first_gangs_form_is_named(monkeypatch: pyt
     do(scene())
 
 
-def test_a_worker_that_cannot_be_started_again_fails_the_host() -> None:
+def test_a_worker_that_cannot_be_started_again_fails_the_host(caplog: pytest.LogCaptureFixture) -> None:
     async def scene() -> None:
         async with Scene() as s:
             s.fleet.load_raises[1] = RuntimeError("no device")
@@ -168,6 +168,10 @@ def test_a_worker_that_cannot_be_started_again_fails_the_host() -> None:
             assert s.group.failure is not None and "no device" in s.group.failure
             assert len(s.fleet.launched) == 2 + REPAIR_ATTEMPTS
             assert s.told.hopeless == 1 and s.group.sizes == {1}
+            assert (
+                f"workers [1] are beyond repair, and this host with them: {s.group.failure}"
+                in caplog.messages
+            )
 
     do(scene())
 
