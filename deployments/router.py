@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
+from math import ceil
 
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
@@ -31,6 +32,7 @@ from distriray.errors import (
 from distriray.events import Event, Finished
 from distriray.gang.admission import check_gang_size
 from distriray.gang.messages import WorkerFacts
+from distriray.gang.metrics import Refusals
 from distriray.requests import MULTIPLE_OF, GenerationRequest, check_sides
 from distriray.results import GenerationResult
 from distriray.routing.router import MORE_CHOICES
@@ -51,6 +53,7 @@ class Router:
         self._sizes = {pool.model.name: sizes_of(pool.model) for pool in config.pools}
         self._terms = {pool.model.name: terms_of(pool.model) for pool in config.pools}
         self._created = created
+        self._refusals = Refusals()
 
     async def generate(self, request: GenerationRequest, give_up_s: float | None = None) -> GenerationResult:
         """The images of `request`. Cancelling this coroutine cancels the request."""
@@ -215,12 +218,16 @@ class Router:
                 nowhere.
         """
         clients = self._clients_of(attempts.request.model)
-        while True:
-            client, host, asked = await self._find(attempts, clients)
-            if host is not None:
-                attempts.host = client, host
-                return client, host, asked
-            await self._wait_for_host(attempts, client)
+        try:
+            while True:
+                client, host, asked = await self._find(attempts, clients)
+                if host is not None:
+                    attempts.host = client, host
+                    return client, host, asked
+                await self._wait_for_host(attempts, client)
+        except (QueueFull, DeadlineUnmet):  # hosts count what they refuse themselves
+            self._refusals.add(clients[0].config.model.name)
+            raise
 
     async def _find(
         self, attempts: Attempts, clients: list[PoolClient]
@@ -321,7 +328,8 @@ class Router:
             if not chosen[1].meets:
                 could_s = chosen[1].finish_s - now
                 message = f"deadline_s {attempts.request.deadline_s:g} cannot be met"
-                raise DeadlineUnmet(f"{message}; {could_s:.1f} s is possible now", could_s)
+                # rounded up, so that it is one that could be met
+                raise DeadlineUnmet(f"{message}; {ceil(10 * could_s) / 10:g} s is possible now", could_s)
             self._check_patience(attempts, chosen[1].finish_s - now, client.state.error(view), now)
             client.state.send(chosen[1], view, now)
             return client, chosen[1].host, asked

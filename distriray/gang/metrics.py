@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray.util import metrics as ray_metrics
 
 from distriray.config import Mix
-from distriray.errors import GenerationCancelled
+from distriray.errors import GenerationCancelled, InvalidRequest
 from distriray.results import GenerationResult
 from distriray.routing.quantiles import Quantiles
 from distriray.status import AdapterStatus, PredictionStatus
@@ -68,7 +68,7 @@ class Name(StrEnum):
 
 METRICS: Mapping[Name, Spec] = {
     Name.REQUESTS: Spec(
-        "counter", "requests by how they ended: finished, cancelled, failed, refused", ("outcome",)
+        "counter", "requests by how they ended: finished, cancelled, failed, refused, invalid", ("outcome",)
     ),
     Name.DEADLINES: Spec("counter", "finished requests that had a deadline: met, missed", ("outcome",)),
     Name.IMAGES: Spec("counter", "images made"),
@@ -123,7 +123,7 @@ class HostMetrics:
     def ended(self, job: Job, end: GenerationResult | BaseException) -> None:
         """An accepted request is over."""
         if not isinstance(end, GenerationResult):
-            self._ended("cancelled" if isinstance(end, GenerationCancelled) else "failed")
+            self._ended(next((name for kind, name in _UNFINISHED.items() if isinstance(end, kind)), "failed"))
             return
         self._ended("finished")
         timings, total_s = end.timings, end.timings.total_s
@@ -203,6 +203,21 @@ class HostMetrics:
 
     def _set(self, name: Name, value: float, **tags: str) -> None:
         self._metrics[name].set(value, tags)
+
+
+class Refusals:
+    """Requests that a router turned away before a host had them: they count among those of hosts."""
+
+    def __init__(self) -> None:
+        self._requests = _make(Name.REQUESTS, METRICS[Name.REQUESTS])
+
+    def add(self, model: str) -> None:
+        """One was turned away."""
+        self._requests.inc(1.0, {"model": model, "host": "router", "outcome": "refused"})
+
+
+_UNFINISHED = {GenerationCancelled: "cancelled", InvalidRequest: "invalid"}
+"""Outcomes that are no fault of the host: what only a worker finds wrong in a request is its client's."""
 
 
 def _make(name: Name, spec: Spec) -> Any:

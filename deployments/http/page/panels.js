@@ -20,7 +20,7 @@ export function tiles(fleet) {
   const down = sum(hosts.map((host) => host.down));
   const busy = sum(hosts.map((host) => host.busy));
   const running = sum(hosts.map((host) => Object.keys(host.running).length));
-  const others = ["cancelled", "failed", "refused"]
+  const others = ["cancelled", "failed", "refused", "invalid"]
     .map((name) => [outcomes(name), name])
     .filter(([number]) => number);
   return [

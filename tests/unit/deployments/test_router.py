@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
@@ -52,6 +53,7 @@ from distriray.errors import (
 from distriray.events import Event, Finished, Preview, Queued, Step
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
+from distriray.gang.metrics import Refusals
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.picture import Picture
@@ -355,6 +357,22 @@ def test_full_queues_refuse_without_a_call() -> None:
     assert 0 < refused.value.retry_after_s <= 40 and not handle.calls
 
 
+def test_operators_are_told_of_what_no_host_sees_since_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(Refusals, "add", lambda _, model: counted.append(model))
+    full, slow, late = FakeHandle("a", waiting=4), FakeHandle("a"), FakeHandle()
+    late.wakes_s = 60
+    for handle, deadline_s in ((full, None), (slow, 2.0), (late, 0.05)):
+        with pytest.raises((QueueFull, DeadlineUnmet)):
+            generate(front(pool=handle), deadline_s=deadline_s)
+    assert counted == ["builtin:landscapes"] * 3
+    taken = FakeHandle("a")
+    taken.deeds = [is_full] * 9  # counted by the host
+    with pytest.raises(QueueFull):
+        generate(front(pool=taken))
+    assert len(counted) == 3
+
+
 def test_what_is_done_already_fills_no_queue_and_delays_no_deadline() -> None:
     async def scene() -> None:
         for _ in range(12):  # more than the queue holds, one after the other, between two reports
@@ -371,6 +389,15 @@ def test_a_deadline_out_of_reach_is_refused_without_a_call() -> None:
     with pytest.raises(DeadlineUnmet) as refused:
         generate(front(pool=handle), deadline_s=2.0)
     assert refused.value.possible_s == pytest.approx(10.0, abs=0.5) and not handle.calls
+
+
+def test_the_time_that_is_said_to_be_possible_is() -> None:
+    for size in range(64, 128, 8):
+        with pytest.raises(DeadlineUnmet) as refused:
+            generate(front(pool=FakeHandle("a")), deadline_s=1e-6, height=size, width=size)
+        said = re.fullmatch(r"deadline_s 1e-06 cannot be met; (\S+) s is possible now", str(refused.value))
+        assert said and refused.value.possible_s
+        assert 0 <= float(said[1]) - refused.value.possible_s < 0.1
 
 
 def test_a_deadline_is_kept_by_the_calls_of_the_network_that_it_takes() -> None:

@@ -269,6 +269,7 @@ def test_a_refused_request_costs_no_gang_and_no_worker() -> None:
             assert host.dispatcher.free == {0, 1}
             assert (await host.accept(gang_size=2).ended).repairs == 0
             assert len(host.fleet.launched) == 2
+            assert host.dispatcher.metrics.outcomes == {"invalid": 1, "finished": 1}, "no fault of the host's"
 
     do(scene())
 
