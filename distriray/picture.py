@@ -20,6 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST_BYTES, LARGEST_PIXELS = 64 * 2**20, 2**26
 """Bounds of any picture; a service sets its own below them."""
 
+_AS_URL = "write data:image/png;base64, and the file in base64"
 _DATA_URL = re.compile(r"data:image/[a-z]{1,8};base64,", re.IGNORECASE)
 _OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _TURNS_SIDES = range(5, 9)
@@ -128,7 +129,10 @@ class Picture:
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def made(value: Any, info: ValidationInfo) -> Picture:
-            return cls.of(value, info.field_name or "image")
+            name = info.field_name or "image"
+            if info.mode == "json" and not isinstance(value, str):
+                raise InvalidRequest(f"{name} is no text; {_AS_URL}", name)
+            return cls.of(value, name)
 
         serialization = core_schema.plain_serializer_function_ser_schema(lambda picture: picture.url)
         return core_schema.with_info_plain_validator_function(made, serialization=serialization)
@@ -218,9 +222,7 @@ def _content(path: Path, name: str) -> bytes:
 def _decoded(url: str, name: str) -> bytes:
     found = _DATA_URL.match(url)
     if found is None:
-        raise InvalidRequest(
-            f"{name} is no data: URL; write data:image/png;base64, and the file in base64", name
-        )
+        raise InvalidRequest(f"{name} is no data: URL; {_AS_URL}", name)
     try:
         return b64decode(url[found.end() :], validate=True)
     except (NotBase64, ValueError) as error:

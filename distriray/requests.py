@@ -122,6 +122,19 @@ class SamplingParams(BaseModel):
             except ValidationError as error:
                 raise invalid_request(error) from None
 
+    @field_validator("prompt", "prompt_2", "prompt_3", *(f"negative_prompt{n}" for n in ("", "_2", "_3")))
+    @classmethod
+    def _is_text(cls, value: str | None, info: Any) -> str | None:
+        """Half a surrogate pair, as shells and Python's JSON let through, is for no tokenizer, nor HTTP."""
+        try:
+            (value or "").encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):X} at {error.start}"
+            raise InvalidRequest(
+                f"{info.field_name} is no Unicode: {half} is half a character; leave it out", info.field_name
+            ) from None
+        return value
+
     @field_validator("height", "width")
     @classmethod
     def _is_multiple(cls, value: int | None, info: Any) -> int | None:

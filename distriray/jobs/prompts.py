@@ -130,10 +130,14 @@ def _paths(fields: Mapping[str, Any], pictures: Mapping[str, str], folder: Path)
 
     `pictures` has what a line calls the picture of each field.
     """
-    texts = {field: fields[field] for field in pictures if isinstance(fields.get(field), str)}
+    given = {own: fields[own] for own in pictures if fields.get(own) is not None}
+    for own, value in given.items():
+        if not isinstance(value, str):
+            name = pictures[own]
+            raise InvalidRequest(f"{name} is no text; write the path of a picture, or a data: URL", name)
     return {
-        field: _inside(folder, text, pictures[field])
-        for field, text in texts.items()
+        own: _inside(folder, text, pictures[own])
+        for own, text in given.items()
         if not text.startswith("data:")
     }
 

@@ -639,6 +639,17 @@ def test_a_picture_that_leads_out_of_the_folder_or_is_none_makes_a_bad_line(tmp_
     assert not [line for line in bad if "secret" in line.message or "none.png" in line.message]
 
 
+def test_a_picture_that_is_no_text_is_said_to_be_a_path_in_the_file_of_a_job(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a", "image": ["a.png"]}\n{"prompt": "a", "control": [{"name": "b", "image": 3}]}\n'
+    )
+    good, bad = read_prompts(tmp_path / "prompts.jsonl")
+    assert not good and [line.message for line in bad] == [
+        f"{name} is no text; write the path of a picture, or a data: URL"
+        for name in ("image", "control.0.image")
+    ]
+
+
 def test_a_picture_that_is_gone_when_it_is_its_turn_fails_its_prompt_alone(tmp_path: Path) -> None:
     file, painter = with_picture(tmp_path / "job", "a.png"), Painter()
     file.write_text(file.read_text() + json.dumps({"prompt": "a hill"}) + "\n")

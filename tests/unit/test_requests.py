@@ -54,6 +54,16 @@ def test_an_invalid_field_is_named_with_its_value(fields: dict[str, Any], param:
         assert refused.value.param == param
 
 
+@pytest.mark.parametrize("field", Limits.TEXTS)
+def test_half_a_character_is_refused_before_a_worker_or_http_fails_over_it(field: str) -> None:
+    with pytest.raises(
+        InvalidRequest, match=f"^{field} is no Unicode: U\\+D800 at 2 is half a character"
+    ) as refused:
+        GenerationRequest(**{"prompt": "a lake", field: "a \ud800"})
+    assert refused.value.param == field
+    GenerationRequest(**{"prompt": "a lake", field: "a \U0001f300"})
+
+
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_sizes_are_multiples_of_eight_or_refused(height: int, width: int) -> None:
     fields = {"prompt": "x", "height": height, "width": width}

@@ -285,6 +285,7 @@ def test_json_without_a_picture_that_can_be_read_is_refused_by_name(
     asked = len(service.asked)
     answer = http.post(EDITS, json={"prompt": "a hut", **fields})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+    assert "pathlib" not in answer.text, "what Python alone has"
     assert len(service.asked) == asked
 
 
