@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from httpx_sse import EventSource
 
+from distriray.errors import NotAllowed
 from distriray.events import Event, Finished
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
@@ -161,10 +162,13 @@ class AsyncClient:
 
 
 def _options(url: str, api_key: str | None, timeout_s: float | None) -> dict[str, Any]:
-    key = api_key or os.environ.get(KEY_VARIABLE)
+    key = api_key or os.environ.get(KEY_VARIABLE, "")
+    if key != key.strip() or not key.isprintable():  # which httpx would quote, key and all
+        given = "api_key" if api_key else f"the environment variable {KEY_VARIABLE}"
+        raise NotAllowed(f"{given} has a blank at an end, or the end of a line; give the key alone")
     return {
         "base_url": url,
-        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        "headers": {"Authorization": f"Bearer {key}".encode()} if key else {},
         "timeout": httpx.Timeout(timeout_s, connect=_CONNECT_S),
         "limits": httpx.Limits(max_connections=None),  # what waits, waits where its deadline is known
     }

@@ -291,17 +291,31 @@ def test_more_requests_than_a_pool_of_connections_has_are_all_sent() -> None:
 def test_the_key_is_given_or_comes_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "keys").write_text("right\n")
+    (tmp_path / "keys").write_text("right\nschlüssel\n")
     config = HttpConfig(keys_env="NO_SUCH_VARIABLE", keys_file=tmp_path / "keys")
     with serving(FakeService(), config) as url:
         for key in (None, "wrong"):
             with Client(url, key) as client, pytest.raises(NotAllowed):
                 client.models()
-        with Client(url, "right") as client:
-            assert client.models() == CARDS
+        for key in ("right", "schlüssel"):
+            with Client(url, key) as client:
+                assert client.models() == CARDS
         monkeypatch.setenv(KEY_VARIABLE, "right")
         with Client(url) as client:
             assert client.models() == CARDS
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("key", ["secret\n", "sec\nret", " secret"])
+def test_a_key_that_no_header_carries_is_refused_and_not_repeated(
+    kind: type, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NotAllowed, match="^api_key has") as refused:
+        kind("http://localhost:8000", key)
+    assert "ret" not in str(refused.value)
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(NotAllowed, match=f"^the environment variable {KEY_VARIABLE} has"):
+        kind("http://localhost:8000")
 
 
 def test_leaving_a_stream_stops_the_service() -> None:
