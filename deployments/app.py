@@ -56,7 +56,6 @@ def pool_options(pool: PoolConfig) -> dict[str, Any]:
         "health_check_period_s": pool.health_period_s,
         "request_router_config": RequestRouterConfig(request_router_class=ToNamedHost),
         "user_config": {},
-        "logging_config": {"enable_access_log": False},  # routers ask several times a second
     }
     if pool.min_hosts == pool.max_hosts:
         return {**options, "num_replicas": pool.min_hosts}

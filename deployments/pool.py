@@ -13,7 +13,7 @@ from deployments.autoscaling import BACKLOG_S
 from deployments.callers import Callers, dead_actors
 from deployments.config import PoolConfig
 from deployments.host_report import HostKnowledge, HostReport, shifted
-from deployments.logs import shorten_refusals
+from deployments.logs import leave_out_calls, shorten_refusals
 from deployments.pool_client import ANSWER_S
 from deployments.pool_state import wait_s
 from distriray.events import Event, Finished, Queued
@@ -47,6 +47,7 @@ class Pool:
 
     def __init__(self, config: PoolConfig) -> None:
         shorten_refusals()
+        leave_out_calls()
         self._config = config
         self._name: str = serve.get_replica_context().replica_id.unique_id
         self._started: Host | None = None
