@@ -33,8 +33,8 @@ def state_of(name: str, host: Host) -> HostState:
 
 def report_of(name: str, host: Host, configured: int, known: str | None) -> HostReport:
     """The report of a host, configured that many times, to a router that has the edition `known`."""
+    adapters = host.catalogue.names  # which looks at their folder again, and so before the edition is read
     edition = f"{configured}.{host.latency.observations}.{host.catalogue.edition}"
-    adapters = host.catalogue.names
     new = HostKnowledge(host.latency, host.facts, host.config, adapters) if edition != known else None
     return HostReport(state_of(name, host), edition, new)
 

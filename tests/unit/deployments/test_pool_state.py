@@ -6,6 +6,7 @@ import pickle
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from deployments.host_report import HostKnowledge, HostReport, shifted
 from deployments.pool import report_of
 from deployments.pool_state import PoolState, choose, wait_s
+from distriray.adapters import Catalogue
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
 from distriray.routing.latency import MAX_OBSERVED, LatencyModel
@@ -198,6 +200,19 @@ def test_a_host_reports_what_it_learned_once() -> None:
     latency.observe(1, 512, 512, 1, 1.0)
     assert report_of("a", host, 1, first.edition).knowledge is not None
     assert report_of("a", host, 2, again.edition).knowledge is not None, "configured anew"
+
+
+def test_an_adapter_that_came_into_the_folder_is_in_the_next_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distriray.adapters.LOOK_S", 0.0)
+    host = host_of(HostView(100.0, (0,), (1,), ()), model(), HostConfig())
+    host.catalogue = Catalogue("m", folder=tmp_path)
+    first = report_of("a", host, 1, None)
+    (tmp_path / "late.safetensors").touch()
+    told = report_of("a", host, 1, first.edition)
+    assert told.knowledge is not None and told.knowledge.adapters == ("late",)
+    assert report_of("a", host, 1, told.edition).knowledge is None
 
 
 def test_a_report_is_as_long_after_thousands_of_shapes_as_after_a_few() -> None:
