@@ -74,6 +74,8 @@ class AdapterSpec(BaseModel):
         """
         local = Path(self.source).expanduser()
         if self.is_local:
+            if not local.exists():
+                raise UnusableAdapter(f"adapter {self.name!r}: there is no file {local.absolute()}")
             if local.suffix != SUFFIX or not local.is_file():
                 raise UnusableAdapter(
                     f"adapter {self.name!r}: {local.absolute()} is no {SUFFIX} file; others are not read"

@@ -82,7 +82,7 @@ class ControlNetSpec(BaseModel):
             try:
                 model = ModelSpec(name=self.source, revision=self.revision)
                 path = download(model, local, (self.file, folder)) / self.file
-            except (ModelNotFound, ValueError) as error:
+            except ModelNotFound as error:
                 raise UnusableControlNet(f"{what}: {error}") from error
         for file in (path, path.parent / "config.json"):
             if not file.is_file():

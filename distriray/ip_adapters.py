@@ -73,7 +73,7 @@ class IPAdapterSpec(BaseModel):
             try:
                 model = ModelSpec(name=self.source, revision=self.revision)
                 folder = download(model, local, (file, *(str(encoder / each) for each in _ENCODER_FILES)))
-            except (ModelNotFound, ValueError) as error:
+            except ModelNotFound as error:
                 raise UnusableIPAdapter(f"{what}: {error}") from error
         found = IPAdapterFiles(folder / file, folder / encoder)
         for path in (found.weights, found.image_encoder / "config.json"):

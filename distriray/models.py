@@ -163,7 +163,7 @@ def download(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
     """
     from httpx import HTTPError
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = f"{spec.name!r}" + (f" at revision {spec.revision!r}" if spec.revision else "")
     try:
@@ -172,6 +172,10 @@ def download(spec: ModelSpec, local: Path, files: Sequence[str]) -> Path:
             revision=spec.revision,
             allow_patterns=list(files),
         )
+    except HFValidationError as error:
+        raise ModelNotFound(
+            f"there is no folder {local.absolute()}, and {spec.name!r} is not a Hugging Face id"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise ModelNotFound(
             f"no model {wanted}: looked for the folder {local.absolute()}, in the cache "

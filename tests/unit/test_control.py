@@ -25,7 +25,8 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.errors import ControlNetNotFound, InvalidRequest, UnusableControlNet
+from distriray.errors import ControlNetNotFound, InvalidRequest, UnusableControlNet, UnusableIPAdapter
+from distriray.ip_adapters import IPAdapterSpec
 from distriray.parallel import engine_of
 from distriray.parallel.networks import unet
 from distriray.parallel.networks.controlnet import residuals_of
@@ -387,6 +388,17 @@ def test_pictures_of_control_leave_a_request_and_come_back() -> None:
     without = request.without_pictures()
     assert not without.pictures and [each.name for each in without.control] == list(NAMES)
     assert without.with_pictures(request.pictures) == request
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"), [(ControlNetSpec, UnusableControlNet), (IPAdapterSpec, UnusableIPAdapter)]
+)
+@pytest.mark.parametrize("source", ["/no/such/folder", "no/such/folder"])
+def test_a_folder_that_is_not_there_is_no_id_of_a_strange_form(spec: Any, error: Any, source: str) -> None:
+    with pytest.raises(
+        error, match="'x': there is no folder /.*no/such/folder, and .* is not a Hugging Face id"
+    ):
+        spec(name="x", source=source).locate()
 
 
 def test_nobody_can_ask_for_control_without_its_picture(folder: Path) -> None:
