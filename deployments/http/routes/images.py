@@ -144,10 +144,12 @@ async def _frames(
     ends_at: float | None,
 ) -> AsyncGenerator[bytes, None]:
     event: Event | None = first
+    said_s = time.monotonic()
     try:
         while event is not None:
             if frame := await asyncio.to_thread(event_frame, asked, event):
                 yield frame
+                said_s = time.monotonic()
             coming = _until(ends_at, anext(events, None))
             if isinstance(event, Finished):  # nothing to cancel, and a client need not wait for the end
                 event = await coming
@@ -155,9 +157,12 @@ async def _frames(
             working = asyncio.ensure_future(coming)
             try:
                 while not working.done():
-                    await cancel_on_disconnect(request, _wait(working))
+                    # also where there are events, of which nothing is to be said
+                    silence_s = KEEP_ALIVE_S - (time.monotonic() - said_s)
+                    await cancel_on_disconnect(request, _wait(working, silence_s))
                     if not working.done():
                         yield KEEP_ALIVE
+                        said_s = time.monotonic()
             finally:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
@@ -172,9 +177,9 @@ async def _frames(
         yield error_frame(refusal)
 
 
-async def _wait(working: asyncio.Future[Any]) -> None:
+async def _wait(working: asyncio.Future[Any], silence_s: float) -> None:
     """Wait for `working`, but not in silence for too long."""
-    await asyncio.wait([working], timeout=KEEP_ALIVE_S)
+    await asyncio.wait([working], timeout=max(0.0, silence_s))
 
 
 async def _until(ends_at: float | None, work: Awaitable[T]) -> T:

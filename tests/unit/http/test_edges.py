@@ -193,10 +193,15 @@ def test_a_picture_with_transparency_is_answered_in_every_format(
     assert shown is None or picture.getpixel((0, 0)) == shown
 
 
-def test_a_stream_in_which_nothing_happens_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("pace_s", "steps"), [(0.18, 2), (0.02, 20)], ids=["no steps", "steps not asked for"]
+)
+def test_a_stream_in_which_nothing_is_told_is_kept_alive(
+    pace_s: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(images, "KEEP_ALIVE_S", 0.05)
-    service = FakeService(pace_s=0.18)
-    answer = draw(service, stream=True, num_inference_steps=2)
+    service = FakeService(pace_s=pace_s)
+    answer = draw(service, stream=True, num_inference_steps=steps)
     *silence, told = [frame for frame in answer.text.split("\n\n") if frame]
     assert len(silence) >= 4 and set(silence) == {":"}
     assert told.startswith("event: image_generation.completed")
