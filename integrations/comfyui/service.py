@@ -81,6 +81,10 @@ def _ask(connection: HTTPConnection, path: str, fields: Fields, files: Files | N
         body, content_type = json.dumps(fields).encode(), "application/json"
     headers = {"Content-Type": content_type, "Accept": "text/event-stream"}
     if key := os.environ.get(KEY_VARIABLE):
+        if key != key.strip() or not key.isprintable():  # which Python would quote, key and all
+            raise ServiceError(
+                f"the environment variable {KEY_VARIABLE} has a blank at an end, or the end of a line"
+            )
         headers["Authorization"] = f"Bearer {key}"
     connection.connect()
     connection.sock.settimeout(None)  # a picture takes as long as it takes; `check` is for the impatient

@@ -170,6 +170,10 @@ def test_a_key_comes_from_the_environment(nodes: dict[str, Any], monkeypatch: py
             run(nodes["DistrirayGenerate"], url=url)
         monkeypatch.setenv("DISTRIRAY_API_KEY", "secret")
         assert run(nodes["DistrirayGenerate"], url=url)[0].shape[0] == 1
+        monkeypatch.setenv("DISTRIRAY_API_KEY", "secret\n")
+        with pytest.raises(RuntimeError, match="^the environment variable DISTRIRAY_API_KEY has") as refused:
+            run(nodes["DistrirayGenerate"], url=url)
+        assert "secret" not in str(refused.value)
     kinds = nodes["DistrirayGenerate"].INPUT_TYPES()
     assert not any("key" in name for kind in kinds.values() for name in kind)
 
