@@ -279,6 +279,8 @@ class EditRequest(_WithPictures):
                 continue
             if isinstance(value, bytes) and name in cls.model_fields and name not in EditRequest.FILES:
                 raise InvalidRequest(f"{name} is sent as a file; send it as text", name)
+            if isinstance(value, str) and name in cls.FILES and value[:5].lower() != "data:":
+                raise InvalidRequest(f"{name} is sent as text; send it as a file, or as a data: URL", name)
             kinds = _kinds(cls).get(name)
             values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
         for field, of_field in files.items():

@@ -289,6 +289,14 @@ def test_json_without_a_picture_that_can_be_read_is_refused_by_name(
     assert len(service.asked) == asked
 
 
+def test_a_path_in_a_form_is_no_file(http: httpx.Client) -> None:
+    """As curl sends it where the @ was forgotten."""
+    for name in ("image", "mask", "mask_image"):
+        files = [("prompt", (None, "a lake")), (name, (None, "lake.png"))]
+        param, message = refused(http.post(EDITS, files=files))
+        assert param == name and message == f"{name} is sent as text; send it as a file, or as a data: URL"
+
+
 def test_the_clients_send_a_request_with_pictures_as_a_form(url: str, service: FakeService) -> None:
     mask = Image.fromarray(LEFT)
     with Client(url) as own:
