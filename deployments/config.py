@@ -166,9 +166,8 @@ class AppConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        if (
-            not self.pools
-        ):  # pydantic's own bound is said of pools with mistakes too, as if they were not there
+        # pydantic's own bound is said of pools with mistakes too, as if they were not there
+        if not self.pools:
             raise ValueError("pools lists none; give it one at least")
         check_unique("pools", self.pools, "pool")
         if any(pool.name == ROUTERS for pool in self.pools):
