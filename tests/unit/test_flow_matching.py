@@ -574,12 +574,11 @@ def test_inpainting_is_the_ordinary_pipelines_bit_for_bit_also_through_bytes(
         assert apart(drawn, picture) <= 1, "the VAE is given the same numbers, in another order in memory"
 
 
-def test_a_request_that_names_nothing_is_drawn_as_the_family_draws(pipeline: Any, denoiser: Denoiser) -> None:
-    terms = denoiser.terms
+def test_a_request_that_names_nothing_gets_the_familys_steps_and_guidance(denoiser: Denoiser) -> None:
+    """And is drawn with that guidance as the ordinary pipeline draws: as steps by hand are above."""
     state = begin(denoiser, [1], prompt="a lake", **SIZE)
-    assert state.num_steps == terms.num_inference_steps and state.guidance_scale == terms.guidance_scale
-    own = plain(pipeline, [1], num_inference_steps=terms.num_inference_steps, **SIZE)
-    assert torch.equal(finish(denoiser, state), own)
+    assert state.num_steps == denoiser.terms.num_inference_steps
+    assert state.guidance_scale == denoiser.terms.guidance_scale
 
 
 def test_in_half_precision_too_a_mask_is_filled_in_as_the_ordinary_pipeline_does(model: str) -> None:
