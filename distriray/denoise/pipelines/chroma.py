@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Chroma(PackedFlowMatching):
             num_images_per_prompt=images,
             max_sequence_length=TEXT_TOKENS,
         )
-        tokens = (commission.height // self.token_side) * (commission.width // self.token_side)
+        tokens = prod(self.grid(commission.height, commission.width))
 
         def whole(mask: torch.Tensor | None) -> torch.Tensor | None:
             whole: torch.Tensor | None = self._plain._prepare_attention_mask(

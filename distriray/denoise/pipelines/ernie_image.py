@@ -52,7 +52,7 @@ class ErnieImage(GuidedInOneCall, TokensInRows):
         return {"prompt_embeds": embeds, "text_lens": lengths}
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        sides = commission.height // self.token_side, commission.width // self.token_side
+        sides = self.grid(commission.height, commission.width)
         size = len(commission.generators), self._transformer.config.in_channels, *sides
         device = self._transformer.device
         return {"latents": randn_tensor(size, commission.generators, device, dtype)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -109,6 +110,10 @@ class FlowMatching(PipelineSteps):
         """Height and width of a token, in pixels."""
         side: int = self.patch_size * self._plain.vae_scale_factor
         return side
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of a picture of that size."""
+        return height // self.token_side, width // self.token_side
 
     @abstractmethod
     def encode(self, commission: Commission) -> dict[str, Any]:
@@ -266,6 +271,12 @@ class FlowMatching(PipelineSteps):
         timestep = float(state.values["timesteps"][state.step])
         return torch.full((batch,), timestep, device=state.latents.device)
 
+    def following_timestep(self, state: DenoiseState, batch: int) -> torch.Tensor:
+        """The same of the step after it, 0 behind the last."""
+        timesteps = state.values["timesteps"][state.step + 1 :]
+        timestep = float(timesteps[0]) if len(timesteps) else 0.0
+        return torch.full((batch,), timestep, device=state.latents.device)
+
     def with_references(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
         """A picture's tokens and, after them, those of what it edits; (batch, tokens, channels)."""
         references = state.values.get("references")
@@ -303,8 +314,7 @@ class FlowMatching(PipelineSteps):
                     f"scheduler {commission.params.scheduler} cannot shift by the size, as this model does",
                     "scheduler",
                 )
-            tokens = (commission.height // self.token_side) * (commission.width // self.token_side)
-            options["mu"] = self.shift(commission, tokens)
+            options["mu"] = self.shift(commission, prod(self.grid(commission.height, commission.width)))
         sigmas = self.sigmas(steps)
         if sigmas is not None and not config.get("use_flow_sigmas", False):
             options["sigmas"] = sigmas

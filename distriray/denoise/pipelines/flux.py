@@ -83,24 +83,9 @@ class Flux(PackedFlowMatching):
         latents = torch.cat([posterior.sample(generator) for generator in commission.generators])
         return self.pack(self.scaled(latents, self._vae.config.shift_factor))
 
-    def beside(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
-        """A picture's tokens with what the network is shown beside them."""
-        return self.with_references(state, tokens)
-
-    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        values, latents = state.values, state.latents
-        own = self.pack(latents)
-        output = self.output_of(
-            hidden_states=self.beside(state, own),
-            timestep=self.timestep(state, state.batch).to(latents.dtype) / 1000,
-            guidance=values.get("guidance"),
-            encoder_hidden_states=values["prompt_embeds"],
-            pooled_projections=values["pooled_prompt_embeds"],
-            txt_ids=values["txt_ids"],
-            img_ids=values["img_ids"],
-        )
-        output = self.unpack(output[:, : own.shape[1]], state.height, state.width)
-        return self.advanced(state, output), output
+    def arguments(self, state: DenoiseState, branch: str) -> dict[str, Any]:
+        pooled, scale = state.values["pooled_prompt_embeds"], state.values.get("guidance")
+        return {**super().arguments(state, branch), "pooled_projections": pooled, "guidance": scale}
 
 
 class FluxFill(Flux):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -51,8 +50,7 @@ class TokensInRows(FlowMatching):
 
     def rows(self, tokens: torch.Tensor, commission: Commission) -> torch.Tensor:
         """Tokens, (batch, tokens, channels), in the rows of the picture: (batch, channels, rows, columns)."""
-        sides = commission.height // self.token_side, commission.width // self.token_side
-        return tokens.transpose(1, 2).unflatten(2, sides)
+        return tokens.transpose(1, 2).unflatten(2, self.grid(commission.height, commission.width))
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         norm = self._vae.bn
@@ -132,13 +130,10 @@ class _Flux2(TokensInRows):
         own = self._plain._pack_latents(latents)
         tokens = self.with_references(state, own).to(self._transformer.dtype)
         timestep = self.timestep(state, state.batch).to(latents.dtype) / 1000
-        predicted = self.predicted(state, tokens, timestep)
-        output = predicted[:, : own.shape[1]].transpose(1, 2).unflatten(2, latents.shape[2:])
+        outputs = self.outputs_of(state, lambda branch: self.arguments(state, branch, tokens, timestep))
+        output = guided_calls(outputs, state.guidance_scale)[:, : own.shape[1]]
+        output = output.transpose(1, 2).unflatten(2, latents.shape[2:])
         return self.advanced(state, output), output
-
-    @abstractmethod
-    def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The network's prediction for `tokens`, (batch, tokens, channels), with guidance."""
 
     def arguments(
         self, state: DenoiseState, branch: str, tokens: torch.Tensor, timestep: torch.Tensor
@@ -177,9 +172,6 @@ class Flux2(_Flux2):
         scale = torch.full((images,), commission.guidance_scale, device=embeds.device)
         return {"prompt_embeds": embeds, "txt_ids": ids, "guidance": scale}
 
-    def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.output_of(**self.arguments(state, "", tokens, timestep))
-
 
 class Flux2Klein(_Flux2):
     """FLUX.2 klein: a call of the network for each branch of guidance, or distilled to do without."""
@@ -209,7 +201,3 @@ class Flux2Klein(_Flux2):
         for branch, prompt in self.prompts(commission).items():
             values[f"{branch}prompt_embeds"], values[f"{branch}txt_ids"] = self.embedded(prompt, images)
         return values
-
-    def predicted(self, state: DenoiseState, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        outputs = self.outputs_of(state, lambda branch: self.arguments(state, branch, tokens, timestep))
-        return guided_calls(outputs, state.guidance_scale)

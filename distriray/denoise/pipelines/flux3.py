@@ -137,8 +137,7 @@ class Flux3(TokensInRows):
         values, target = state.values, {}
         timestep = self.timestep(state, state.batch)
         if self.distilled:
-            following = state.values["timesteps"][state.step + 1 : state.step + 2]
-            to = torch.full_like(timestep, float(following) if len(following) else 0.0)
+            to = self.following_timestep(state, state.batch)
             target = {"target_timestep": (to / 1000).to(tokens.dtype)}
         return {
             "hidden_states": tokens,

@@ -108,9 +108,7 @@ class HunyuanImage(FlowMatching):
         values, latents, config = state.values, state.latents, self._transformer.config
         timestep, others = self.timestep(state, state.batch), dict[str, torch.Tensor]()
         if config.use_meanflow:
-            following = values["timesteps"][state.step + 1 : state.step + 2]
-            to = torch.full_like(timestep, float(following) if len(following) else 0.0)
-            others["timestep_r"] = to.to(latents.dtype)
+            others["timestep_r"] = self.following_timestep(state, state.batch).to(latents.dtype)
         if config.guidance_embeds:
             scale = torch.full_like(timestep, state.guidance_scale, dtype=self._transformer.dtype)
             others["guidance"] = scale * 1000.0

@@ -65,27 +65,20 @@ class Krea2(QwenImage):
                 max_sequence_length=TEXT_TOKENS,
             )
             values[f"{branch}prompt_embeds"], values[f"{branch}prompt_mask"] = embeds, mask
-        sides = commission.height // self.token_side, commission.width // self.token_side
+        sides = self.grid(commission.height, commission.width)
         ids = self._plain.prepare_position_ids(embeds.shape[1], *sides, self._transformer.device)
         return {**values, "position_ids": ids}
 
-    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        values, tokens = state.values, self.pack(state.latents)
+    def time(self, state: DenoiseState, dtype: torch.dtype) -> torch.Tensor:
         times = state.scheduler.config.num_train_timesteps
-        timestep = (self.timestep(state, state.batch) / times).to(tokens.dtype)
+        return (self.timestep(state, state.batch) / times).to(dtype)
 
-        def arguments(branch: str) -> dict[str, Any]:
-            return {
-                "hidden_states": tokens,
-                "timestep": timestep,
-                "encoder_hidden_states": values[f"{branch}prompt_embeds"],
-                "encoder_attention_mask": values[f"{branch}prompt_mask"],
-                "position_ids": values["position_ids"],
-            }
-
-        output = self.guided(self.outputs_of(state, arguments), state.guidance_scale)
-        output = self.unpack(output, state.height, state.width)
-        return self.advanced(state, output), output
+    def arguments(self, state: DenoiseState, branch: str) -> dict[str, Any]:
+        return {
+            "encoder_hidden_states": state.values[f"{branch}prompt_embeds"],
+            "encoder_attention_mask": state.values[f"{branch}prompt_mask"],
+            "position_ids": state.values["position_ids"],
+        }
 
     def guided(self, outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
         output, *without = outputs

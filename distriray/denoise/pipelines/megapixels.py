@@ -46,11 +46,7 @@ class ShowsMegapixels(PackedFlowMatching):
         ]
         size = self._size(commission, dtype)
         tokens, references = self._plain.prepare_latents(self.taken(shown), *size, latents)
-        return tokens, references, [self.grid(wide, high) for wide, high in sizes]
-
-    def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """Tokens of a picture of that size: one frame, rows and columns."""
-        return 1, height // self.token_side, width // self.token_side
+        return tokens, references, [(1, *self.grid(high, wide)) for wide, high in sizes]
 
     def read(self, commission: Commission, pixels: int = MOST_PIXELS) -> list[Image.Image]:
         """The pictures as the language model is shown them, of about so many pixels."""

@@ -17,7 +17,7 @@ from distriray.denoise.state import DenoiseState
 class PackedFlowMatching(FlowMatching):
     """Latents are packed for the network alone: a state has them as others do.
 
-    A step is that of families whose guidance branches have a call each, by positions of both streams.
+    A step has a call for each branch of guidance, or one where there is one, by positions of both streams.
     """
 
     latents_per_input = 4
@@ -46,12 +46,21 @@ class PackedFlowMatching(FlowMatching):
         return {**values, **outside(pipeline, commission, noise, image_latents)}
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.pack(state.latents)
-        timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
-        shared = {"hidden_states": tokens, "timestep": timestep}
+        own = self.pack(state.latents)
+        tokens = self.beside(state, own)
+        shared = {"hidden_states": tokens, "timestep": self.time(state, tokens.dtype)}
         outputs = self.outputs_of(state, lambda branch: {**shared, **self.arguments(state, branch)})
-        output = self.unpack(self.guided(outputs, state.guidance_scale), state.height, state.width)
+        output = self.guided([each[:, : own.shape[1]] for each in outputs], state.guidance_scale)
+        output = self.unpack(output, state.height, state.width)
         return self.advanced(state, output), output
+
+    def beside(self, state: DenoiseState, tokens: torch.Tensor) -> torch.Tensor:
+        """A picture's tokens with what the network is shown beside them."""
+        return self.with_references(state, tokens)
+
+    def time(self, state: DenoiseState, dtype: torch.dtype) -> torch.Tensor:
+        """The timestep of the next step as the network is given it, from 1 to 0; (batch,)."""
+        return self.timestep(state, state.batch).to(dtype) / 1000
 
     def arguments(self, state: DenoiseState, branch: str) -> dict[str, Any]:
         """What else the network is given, for the branch whose values begin with that."""

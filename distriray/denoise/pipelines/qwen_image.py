@@ -70,24 +70,11 @@ class QwenImage(PackedFlowMatching):
         """What its pipeline's `encode_prompt` is told besides the prompt."""
         return {"max_sequence_length": TEXT_TOKENS}
 
-    def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        own, values = self.pack(state.latents), state.values
-        tokens = self.with_references(state, own)
-        timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
-        shape = (1, *(side // self.patch_size for side in state.latents.shape[2:]))
-        shapes = [shape, *values.get("reference_shapes", ())]
-
-        def arguments(branch: str) -> dict[str, Any]:
-            return {
-                "hidden_states": tokens,
-                "timestep": timestep,
-                "encoder_hidden_states": values[f"{branch}prompt_embeds"],
-                "img_shapes": [shapes] * state.batch,
-            }
-
-        outputs = [output[:, : own.shape[1]] for output in self.outputs_of(state, arguments)]
-        output = self.unpack(self.guided(outputs, state.guidance_scale), state.height, state.width)
-        return self.advanced(state, output), output
+    def arguments(self, state: DenoiseState, branch: str) -> dict[str, Any]:
+        drawn = 1, *self.grid(state.height, state.width)
+        shapes = [drawn, *state.values.get("reference_shapes", ())]
+        embeds = state.values[f"{branch}prompt_embeds"]
+        return {"encoder_hidden_states": embeds, "img_shapes": [shapes] * state.batch}
 
     def guided(self, outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
         """The same, keeping the length of each token's prediction, as the pipeline has it."""
@@ -150,7 +137,7 @@ class QwenImageEdit(ShowsMegapixels, QwenImage):
     ) -> dict[str, Any]:
         values = super().masked(commission, dtype, pictures, timesteps)
         references = self.pack(values["image_latents"])
-        shapes = [self.grid(commission.width, commission.height)]
+        shapes = [(1, *self.grid(commission.height, commission.width))]
         if further := commission.references[1:]:
             _, others, their = self.shown(commission, dtype, further, references)
             assert others is not None

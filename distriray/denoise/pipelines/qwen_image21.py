@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class QwenImage21(ShowsMegapixels):
             "device": self._transformer.device,
             "num_images_per_prompt": len(commission.generators),
         }
-        rows, columns = (side // self.token_side for side in (commission.height, commission.width))
+        tokens = prod(self.grid(commission.height, commission.width))
         values: dict[str, Any] = {}
         for branch, prompt in self.prompts(commission).items():
             # One prompt has no padding: no mask.
@@ -83,7 +84,7 @@ class QwenImage21(ShowsMegapixels):
                     f"{count}, and this model has positions for {TEXT_TOKENS}; make it shorter",
                     f"{branch}prompt",
                 )
-            drawn = slots.new_ones(len(slots), rows * columns // SLOT**2)  # behind the text
+            drawn = slots.new_ones(len(slots), tokens // SLOT**2)  # behind the text
             values[f"{branch}prompt_embeds"] = embeds
             values[f"{branch}prompt_image_mask"] = torch.cat([slots, drawn], 1)
         return values
@@ -93,8 +94,7 @@ class QwenImage21(ShowsMegapixels):
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, values = self.pack(state.latents), state.values
-        timestep = self.timestep(state, state.batch).to(tokens.dtype) / 1000
-        shape = 1, *state.latents.shape[2:]
+        timestep, shape = self.time(state, tokens.dtype), (1, *state.latents.shape[2:])
 
         def arguments(branch: str) -> dict[str, Any]:
             kept = self._kept_of(branch, state)
