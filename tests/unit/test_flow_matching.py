@@ -680,6 +680,15 @@ TEXTS: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
 }
 
 
+def test_a_scale_that_would_guide_is_refused_where_nothing_does(denoiser: Denoiser) -> None:
+    if "guidance_scale" not in denoiser.terms.lacks:
+        pytest.skip("it has a scale")
+    scale = denoiser.terms.unguided
+    begin(denoiser, [1], **SMALL, guidance_scale=scale)
+    with pytest.raises(InvalidRequest, match="^guidance_scale: .*; leave it out$"):
+        begin(denoiser, [1], **SMALL, guidance_scale=scale + 0.5)
+
+
 @pytest.mark.parametrize("model", TEXTS)
 def test_encoders_with_prompts_of_their_own_read_them_as_the_pipelines_do(model: str) -> None:
     """But for SDXL's second negative prompt, which diffusers forgets where there is no first."""

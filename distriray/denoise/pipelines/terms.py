@@ -16,7 +16,6 @@ Params = TypeVar("Params", bound=SamplingParams)
 # What of a field asks for something, where a model may have nothing for it.
 _ASKS: dict[str, Callable[[Any], bool]] = {
     "negative_prompt": bool,
-    "guidance_scale": lambda scale: scale is not None and scale > 1.0,
     "guidance_rescale": bool,
     "guidance_end": lambda share: share < 1.0,
     "clip_skip": bool,
@@ -81,7 +80,7 @@ class Terms:
             params, default_size = _edited(params, self.editing, default_size, unit)
         params = params.settled(*default_size, defaults)
         for name, why in self.lacks.items():
-            if _ASKS[name](getattr(params, name)):
+            if self._asks(name, getattr(params, name)):
                 raise InvalidRequest(f"{name}: {why}; leave it out", name)
         if self.editing is not None and params.strength is not None and params.mask_image is None:
             raise InvalidRequest(f"strength: {BEGINS_FROM_NOISE}; leave it out, or send a mask", "strength")
@@ -107,6 +106,12 @@ class Terms:
             own["strength"] = STRENGTH if params.mask_image is None else STRENGTH_IN_MASK
         open_ = {name: value for name, value in own.items() if getattr(params, name) is None}
         return params.model_copy(update=open_)
+
+    def _asks(self, name: str, value: Any) -> bool:
+        """Whether a field's value asks for something."""
+        if name == "guidance_scale":
+            return value is not None and value > self.unguided
+        return _ASKS[name](value)
 
 
 def _edited(
