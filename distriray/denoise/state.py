@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch.utils import _pytree as pytree
 
 from distriray.denoise.adapters import Adapter
 from distriray.denoise.network_output import NetworkOutput
@@ -199,23 +201,15 @@ class DenoiseState:
     def to(self, device: torch.device | str) -> DenoiseState:
         """This state with its tensors on `device`, and `timesteps` and the scheduler's tables on the host."""
 
-        def moved(name: str, value: Any) -> Any:
-            return (
-                value.to("cpu" if name == "timesteps" else device)
-                if isinstance(value, torch.Tensor)
-                else value
-            )
+        def on_device(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device)
 
-        def remembered(value: Any) -> Any:
-            if isinstance(value, list | deque):
-                return type(value)(map(remembered, value))
-            return (
-                value.to(device if value.ndim == 4 else "cpu") if isinstance(value, torch.Tensor) else value
-            )
+        def remembered(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device if tensor.ndim == 4 else "cpu")
 
-        self.values = {name: moved(name, value) for name, value in self.values.items()}
-        for name, value in vars(self.scheduler).items():
-            setattr(self.scheduler, name, remembered(value))
+        moved, memory = partial(pytree.tree_map_only, torch.Tensor), vars(self.scheduler)
+        self.values = {**moved(on_device, self.values), "timesteps": self.values["timesteps"].cpu()}
+        memory.update(moved(remembered, dict(memory)))
         return self
 
 

@@ -335,6 +335,20 @@ def finish_saved(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
+def test_all_tensors_of_a_state_move_with_it_but_those_that_the_host_looks_numbers_up_in(
+    denoiser: Denoiser,
+) -> None:
+    state = begin(denoiser, [1], prompt="a lake", scheduler="dpmpp-2m", **SIZE)
+    denoiser.step(state)
+    state.values["nested"] = [{"texts": (torch.zeros(2), "plain")}]
+    state.to("meta")
+    (nested,) = state.values["nested"]
+    tensor, plain = nested["texts"]
+    assert tensor.is_meta and plain == "plain" and state.latents.is_meta
+    assert state.scheduler.model_outputs[-1].is_meta
+    assert not (state.values["timesteps"].is_meta or state.scheduler.sigmas.is_meta)
+
+
 def test_a_yielded_state_goes_on_in_the_same_gang() -> None:
     pipeline = parallelize(tiny_sdxl(), connect("local"))
     denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
