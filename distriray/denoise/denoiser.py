@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils import _pytree as pytree
 
 from distriray.adapters import CACHE_BYTES
 from distriray.denoise.adapters import Adapters
@@ -131,7 +132,6 @@ class Denoiser:
 
     def _commission(self, params: SamplingParams, seeds: Sequence[int]) -> Commission:
         """What the family's `prepare` is given of `params` that leave no size open; loads the pictures."""
-        assert params.height is not None and params.width is not None
         editing = self.terms.editing
         shown = (lambda picture: picture) if editing and editing.sees_transparency else opaque
         references = [
@@ -142,13 +142,10 @@ class Denoiser:
         kept = references[0] if params.mask_image is not None and references else None
         return Commission(
             params=params,
-            height=params.height,
-            width=params.width,
             scheduler=make_scheduler(self._pipeline.scheduler, params.scheduler),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
             image=kept if params.image is None else opaque(params.image.load()),
             mask_image=None if params.mask_image is None else mask_of(params.mask_image),
-            strength=1.0 if params.strength is None else params.strength,
             references=references,
         )
 
@@ -194,7 +191,7 @@ class Denoiser:
         """Fields of a request that its picture does not show as given, texts aside."""
         assert params.guidance_scale is not None
         warnings = []
-        is_guided = self.guides and params.guidance_scale > self.terms.unguided
+        is_guided = self._steps.is_guided(params.guidance_scale)
         unused = f"is not used with a guidance_scale of {params.guidance_scale:g}"
         if not is_guided:
             warnings += [f"{name} {unused}" for name in _NEGATIVES if getattr(params, name)]
@@ -391,5 +388,5 @@ def _check_scheduler(pipeline: Any, flow: bool) -> None:
 
 
 def _contiguous(value: Any) -> Any:
-    """A tensor in the memory layout that bytes restore: other layouts round differently."""
-    return value.contiguous() if isinstance(value, torch.Tensor) else value
+    """Tensors in the memory layout that bytes restore: other layouts round differently."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)

@@ -53,25 +53,20 @@ class Commission:
     """A batch of images to be prepared, checked and with nothing left open.
 
     Attributes:
-        params: what is asked for; height and width are those below, steps and guidance are there.
-        height, width: in pixels, multiples of the family's unit.
+        params: what is asked for, with height and width, steps and guidance.
         scheduler: the request's own, with the model's noise schedule and no timesteps yet.
         generators: one on the CPU for each image, which draws all that is random about it.
         image: a picture to begin from, RGB of any size, or None. Of models that edit, with a mask alone: the
             first of `references`.
         mask_image: where to fill `image` in, white, in grey levels, or None.
-        strength: share of the steps that are done on `image`.
         references: pictures to edit, of any size: RGB, or RGBA for models that see transparency.
     """
 
     params: SamplingParams
-    height: int
-    width: int
     scheduler: Any
     generators: list[torch.Generator]
     image: Image.Image | None = None
     mask_image: Image.Image | None = None
-    strength: float = 1.0
     references: Sequence[Image.Image] = ()
 
     @property
@@ -80,6 +75,23 @@ class Commission:
         if self.image is None:
             return "text-to-image"
         return "image-to-image" if self.mask_image is None else "inpainting"
+
+    @property
+    def height(self) -> int:
+        """In pixels, a multiple of the family's unit."""
+        assert self.params.height is not None
+        return self.params.height
+
+    @property
+    def width(self) -> int:
+        """In pixels, a multiple of the family's unit."""
+        assert self.params.width is not None
+        return self.params.width
+
+    @property
+    def strength(self) -> float:
+        """Share of the steps that are done on `image`."""
+        return 1.0 if self.params.strength is None else self.params.strength
 
     @property
     def num_inference_steps(self) -> int:
@@ -135,6 +147,7 @@ class PipelineSteps(ABC):
     Attributes:
         kinds: the classes of the pipelines.
         flow: whether they denoise by flow matching.
+        unguided: the largest scale of guidance that takes no second branch, as in the family's `Terms`.
         control_range: black and white, as its ControlNets are shown them unless their makers say otherwise.
         controls: the ControlNets of the next step.
         image_prompts: what the IP-Adapters in the network are to attend to, in their order.
@@ -145,6 +158,7 @@ class PipelineSteps(ABC):
 
     kinds: ClassVar[tuple[type, ...]]
     flow: ClassVar[bool] = False
+    unguided: ClassVar[float] = 1.0
     control_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     controls: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
@@ -161,6 +175,10 @@ class PipelineSteps(ABC):
     def guides(self) -> bool:
         """Whether a step with guidance takes a second branch, and so twice the network's work."""
         return True
+
+    def is_guided(self, scale: float) -> bool:
+        """Whether a step with that scale of guidance takes a second branch."""
+        return self.guides and scale > self.unguided
 
     @property
     def control_kind(self) -> type[Any] | None:

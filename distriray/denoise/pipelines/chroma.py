@@ -30,7 +30,7 @@ class Chroma(PackedFlowMatching):
         embeds, ids, mask, negative_embeds, _, negative_mask = self._plain.encode_prompt(
             prompt=commission.params.prompt,
             negative_prompt=commission.params.negative_prompt,
-            do_classifier_free_guidance=commission.guidance_scale > 1.0,
+            do_classifier_free_guidance=self.is_guided(commission.guidance_scale),
             device=self._transformer.device,
             num_images_per_prompt=images,
             max_sequence_length=TEXT_TOKENS,

@@ -41,7 +41,6 @@ class FlowMatching(PipelineSteps):
         vae_kind: the class of its VAEs.
         vae_channels: what their configuration calls the number of the latents' channels.
         unsaid: what guidance is against where a request says nothing.
-        unguided: the largest scale of guidance that takes no second branch.
         most_shifted: tokens of a picture whose noise is shifted most, where the scheduler says none.
         control: the ControlNets that its family draws with; None where there are none.
     """
@@ -56,7 +55,6 @@ class FlowMatching(PipelineSteps):
     vae_kind: ClassVar[type[Any]] = AutoencoderKL
     vae_channels: ClassVar[str] = "latent_channels"
     unsaid: ClassVar[str] = ""
-    unguided: ClassVar[float] = 1.0
     most_shifted: ClassVar[int] = 4096
 
     def __init__(self, pipeline: Any) -> None:
@@ -154,7 +152,7 @@ class FlowMatching(PipelineSteps):
     def prompts(self, commission: Commission) -> dict[str, str]:
         """The prompt of each branch of guidance, by what the names of the branch's values begin with."""
         prompts = {"": commission.params.prompt}
-        if self.guides and commission.guidance_scale > self.unguided:
+        if self.is_guided(commission.guidance_scale):
             prompts["negative_"] = commission.params.negative_prompt or self.unsaid
         return prompts
 
@@ -356,7 +354,7 @@ class GuidedInOneCall(FlowMatching):
         self._conditional.forget()
 
     def step(self, state: DenoiseState) -> tuple[torch.Tensor, torch.Tensor]:
-        has_branches = state.guidance_scale > 1.0
+        has_branches = self.is_guided(state.guidance_scale)
         is_guided = has_branches and not state.guidance_over
         texts = {argument: state.values[name] for argument, name in self.texts.items()}
         if has_branches and not is_guided:

@@ -84,7 +84,7 @@ class StableDiffusion(UNetSteps):
         params, images = commission.params, len(commission.generators)
         pipeline, device = self._by_task[commission.task], self._unet.device
         pipeline.scheduler = commission.scheduler
-        is_guided = self._is_guided(commission.guidance_scale)
+        is_guided = self.is_guided(commission.guidance_scale)
         prompt: dict[str, Any] = {"prompt": params.prompt}
         if params.clip_skip:
             prompt = {"prompt": None, "prompt_embeds": self._skip_layers(params.prompt, params.clip_skip)}
@@ -112,7 +112,7 @@ class StableDiffusion(UNetSteps):
         pipeline, scheduler, values = self._by_task[state.task], state.scheduler, state.values
         pipeline.scheduler = scheduler
         timestep, latents = values["timesteps"][state.step], state.latents
-        has_branches = self._is_guided(state.guidance_scale)
+        has_branches = self.is_guided(state.guidance_scale)
         is_guided = has_branches and not state.guidance_over
         branches = 2 if is_guided else 1
         embeds = values["prompt_embeds"]
@@ -150,10 +150,6 @@ class StableDiffusion(UNetSteps):
             pictures, output_type="pil", do_denormalize=shown
         )
         return images
-
-    def _is_guided(self, scale: float) -> bool:
-        """Whether there are two branches: not at 1, nor where the network takes the scale as input."""
-        return scale > 1.0 and self.guides
 
     def _skip_layers(self, prompt: str, skip: int) -> torch.Tensor:
         """Embeddings of a prompt by an encoder without its last `skip` layers, (1, tokens, channels).

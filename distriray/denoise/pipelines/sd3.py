@@ -57,7 +57,7 @@ class StableDiffusion3(GuidedInOneCall):
                 raise InvalidRequest(f"{name} {side} is above {most}, the largest that {whose} has", name)
 
     def encode(self, commission: Commission) -> dict[str, Any]:
-        params, is_guided = commission.params, commission.guidance_scale > 1.0
+        params, is_guided = commission.params, self.is_guided(commission.guidance_scale)
         embeds, negative_embeds, pooled, negative_pooled = self._plain.encode_prompt(
             prompt=params.prompt,
             prompt_2=params.prompt_2,

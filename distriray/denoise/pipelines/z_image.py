@@ -34,6 +34,7 @@ class ZImage(FlowMatching):
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
     max_clip_skip = 0
     patch_size = 2
+    unguided = 0.0
     control = ZImageControl
 
     def tokens(self, text: str) -> list[Tokens]:
@@ -52,7 +53,7 @@ class ZImage(FlowMatching):
         embeds, negative_embeds = self._plain.encode_prompt(
             prompt=commission.params.prompt,
             negative_prompt=commission.params.negative_prompt,
-            do_classifier_free_guidance=commission.guidance_scale > 0.0,
+            do_classifier_free_guidance=self.is_guided(commission.guidance_scale),
             device=self._transformer.device,
             max_sequence_length=TEXT_TOKENS,
         )
