@@ -6,10 +6,11 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 from distriray.collective.all_gather import all_gather
 from distriray.collective.base import Communicator
@@ -42,13 +43,22 @@ class Compared(NamedTuple):
     equal: Mapping[str, Tensors] = {}
     texts: Mapping[str, str] = {}
 
+    def plus(self, **more: Mapping[str, Any]) -> Compared:
+        """The same and further values of each kind."""
+        return self._replace(**{kind: {**getattr(self, kind), **values} for kind, values in more.items()})
 
-def described(
-    tensor: torch.Tensor, dimensions: Sequence[str] = ("batch", "channels", "rows", "columns")
-) -> dict[str, float]:
-    """Shape and dtype of latents as numbers, by the names of the dimensions."""
-    shape = dict(zip(dimensions, tensor.shape, strict=True))
-    return {**shape, "precision of the latents": torch.finfo(tensor.dtype).eps}
+
+def described(latents: torch.Tensor) -> dict[str, float]:
+    """Shape and dtype of latents, which may be packed as tokens, as numbers by the names of dimensions."""
+    packed = latents.ndim == 3
+    names = ("batch", "tokens", "channels") if packed else ("batch", "channels", "rows", "columns")
+    shape = dict(zip(names, latents.shape, strict=True))
+    return {**shape, "precision of the latents": torch.finfo(latents.dtype).eps}
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """All tensors of an argument that holds some, or none."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def check_same_image(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from distriray.collective.base import Communicator
 from distriray.config import ParallelConfig
+from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
@@ -70,6 +71,13 @@ class Call:
     def of_halves(self) -> Sequence[Call]:
         """The calls that ranks make: those of both halves where they are dealt, else this one."""
         return [replace(call, dealt=self.dealt) for call in self.dealt] or [self]
+
+
+def check_scale_alone(name: str | None, given: Iterable[str] | None) -> None:
+    """Raise `UnsupportedModel` for arguments of attention processors, by name, other than a LoRA's scale."""
+    foreign = sorted(set(given or ()) - {"scale"})
+    if foreign:
+        raise UnsupportedModel(f"{name} {', '.join(foreign)}; with patches only 'scale' (LoRA) works")
 
 
 class Network(ABC):

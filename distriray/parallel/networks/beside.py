@@ -13,8 +13,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.controls import Control, Residuals
-from distriray.parallel.networks.likeness import weights_of
+from distriray.parallel.networks.controls import Control, Residuals, check_cut
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
@@ -101,9 +100,7 @@ class Beside:
     @staticmethod
     def read(call: Call, residuals: Residuals, controls: Mapping[str, nn.Module]) -> Call:
         """A call of the transformer, as one with some of `controls`; raises UnsupportedModel."""
-        for control in residuals.controls:
-            if controls.get(control.name) is not control.network:
-                raise UnsupportedModel(f"the ControlNet {control.name!r} is not one that is cut into patches")
+        check_cut(residuals.controls, controls)
         asked = Asked(residuals, residuals.due)
         what = "{}" if asked.due else "residuals of {}"
         names = tuple(what.format(control.name) for control in residuals.controls)
@@ -132,10 +129,6 @@ class Beside:
         """Those that a call names."""
         asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
         return asked.residuals.controls
-
-    def weights(self, call: Call) -> list[Any]:
-        """Numbers of the weights of those that a call names, which ranks compare."""
-        return [numbers for control in self.of(call) for numbers in weights_of(control.network)]
 
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
         """`Network.dry_run` of those that a call runs."""

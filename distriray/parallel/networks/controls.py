@@ -67,6 +67,13 @@ class Residuals:
         return self._made
 
 
+def check_cut(asked: Sequence[Control], cut: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel for a ControlNet that is none of those, by name, that are cut into patches."""
+    for control in asked:
+        if cut.get(control.name) is not control.network:
+            raise UnsupportedModel(f"the ControlNet {control.name!r} is not one that is cut into patches")
+
+
 def check_same(name: str, own: Any, its: Any) -> None:
     """Raise UnsupportedModel unless an entry of a ControlNet's configuration is that of its model's.
 

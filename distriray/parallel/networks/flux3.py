@@ -107,9 +107,7 @@ class Flux3(TokenNetwork):
         return replace(super().partition(call, patches), references=_reference_tokens(call))
 
     def compared(self, call: Call) -> Compared:
-        compared = super().compared(call)
-        tokens = {"tokens of reference images": _reference_tokens(call)}
-        return compared._replace(numbers={**compared.numbers, **tokens})
+        return super().compared(call).plus(numbers={"tokens of reference images": _reference_tokens(call)})
 
 
 def _reference_tokens(call: Call) -> int:

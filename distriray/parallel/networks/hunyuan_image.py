@@ -140,9 +140,8 @@ class HunyuanImage(TokenNetwork):
         return TokenPartition.of(self.image_tokens(call.sample), text, patches)
 
     def compared(self, call: Call) -> Compared:
-        compared = super().compared(call)
         tokens = self._text_tokens(call) - call.text.shape[1]
-        return compared._replace(numbers={**compared.numbers, "tokens of quoted text": tokens})
+        return super().compared(call).plus(numbers={"tokens of quoted text": tokens})
 
     def _compute(self, **arguments: Any) -> Any:
         """With the mask of all texts as if it were the text's: their tokens come out of one embedder here."""

@@ -1,16 +1,53 @@
-"""Likeness of networks: all that decides the picture besides inputs, in a form that ranks compare."""
+"""Likeness of calls of networks: all that decides the picture, in a form that ranks compare."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
+from distriray.parallel.agreement import Compared, described
+from distriray.parallel.networks.base import Call
+from distriray.parallel.networks.controls import Control
+
 _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+
+
+def likeness_of(network: nn.Module, call: Call, controls: Sequence[Control]) -> Compared:
+    """What ranks compare of a call of any network; families add what else theirs have.
+
+    Args:
+        controls: the ControlNets that the call names.
+    """
+    timestep = call.timestep
+    return Compared(
+        {
+            **described(call.sample),
+            "text batch": call.text.shape[0],
+            "text tokens": call.text.shape[1],
+            "scale of adapters": (call.text_scale or {}).get("scale"),
+        },
+        near={
+            "latents": call.sample,
+            "prompt embeddings": call.text,
+            "pictures of ControlNets": [control.picture for control in controls],
+        },
+        equal={
+            "timesteps": timestep if isinstance(timestep, torch.Tensor) and timestep.ndim else None,
+            "weights": weights_of(network),
+            "weights of ControlNets": [each for control in controls for each in weights_of(control.network)],
+        },
+        texts={
+            "guidance branch": str(call.branch),
+            "ControlNets, or their scales": repr([(each.name, each.scale, each.mode) for each in controls]),
+            "adapters, their scales, or which are active": adapters_of(network),
+            "attention processors, or their scales": processors_of(network),
+        },
+    )
 
 
 @torch.no_grad()

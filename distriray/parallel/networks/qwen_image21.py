@@ -224,7 +224,7 @@ class QwenImage21(TokenNetwork):
             return compared
         kept = _kept(cache)
         # A part of the batch is not what the others have.
-        return compared._replace(near={**compared.near, KEPT: kept if len(kept[0]) == call.batch else []})
+        return compared.plus(near={KEPT: kept if len(kept[0]) == call.batch else []})
 
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
         cache, mode = call.arguments["kv_cache"], call.arguments["kv_cache_mode"]

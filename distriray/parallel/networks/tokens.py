@@ -23,19 +23,18 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, RMSNorm
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from distriray.errors import UnsupportedModel
-from distriray.parallel.agreement import Compared, described
+from distriray.parallel.agreement import Compared, tensors_in
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.attending import attend_to_all, of_queries
 from distriray.parallel.layers.tokens import Tokens
-from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.base import Call, Collect, Network, check_scale_alone
 from distriray.parallel.networks.beside import Beside, CutControl
 from distriray.parallel.networks.controls import Residuals
-from distriray.parallel.networks.likeness import adapters_of, processors_of, weights_of
+from distriray.parallel.networks.likeness import likeness_of
 from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
 from distriray.parallel.networks.plan import Attention, Cut, Cutter, Plan, key_mask
 from distriray.parallel.partition import TokenPartition
@@ -60,9 +59,6 @@ BACKENDS = {
     AttentionBackendName._NATIVE_MATH,
 }
 """Ways to attend that are known to take more keys than queries."""
-
-PACKED = ("batch", "tokens", "channels")
-"""Dimensions of latents that the pipeline has made tokens of."""
 
 
 class Heads(NamedTuple):
@@ -205,11 +201,7 @@ class TokenNetwork(Network):
             if given is not None and (default is None or given != default):
                 raise UnsupportedModel(f"{name}, which is not cut into patches")
         scale = None if self.plan.kwargs is None else arguments[self.plan.kwargs]
-        foreign = sorted(set(scale or ()) - {"scale"})
-        if foreign:
-            raise UnsupportedModel(
-                f"{self.plan.kwargs} {', '.join(foreign)}; with patches only 'scale' (LoRA) works"
-            )
+        check_scale_alone(self.plan.kwargs, scale)
         latents, timestep, text = (arguments[name] for name in self.names)
         if text is None:
             raise UnsupportedModel(f"a call without {self.names[-1]}")
@@ -282,39 +274,15 @@ class TokenNetwork(Network):
 
     def compared(self, call: Call) -> Compared:
         given, inputs = call.arguments, self.plan.inputs
-        timestep, packed = call.timestep, call.sample.ndim == 3
-        added = [tensor for name in self.plan.residuals for tensor in _tensors(given[name])]
-        controls = self._beside.of(call)
-        return Compared(
-            {
-                **(described(call.sample, PACKED) if packed else described(call.sample)),
-                "text batch": call.text.shape[0],
-                "text tokens": call.text.shape[1],
-                "scale of adapters": (call.text_scale or {}).get("scale"),
-                "number of ControlNet residuals": len(added),
-            },
+        added = [tensor for name in self.plan.residuals for tensor in tensors_in(given[name])]
+        return likeness_of(self.module, call, self._beside.of(call)).plus(
+            numbers={"number of ControlNet residuals": len(added)},
             near={
-                "latents": call.sample,
-                "prompt embeddings": call.text,
                 "ControlNet residuals": added,
-                "pictures of ControlNets": [control.picture for control in controls],
-                **{i.name: _tensors(given[key]) for key, i in inputs.items() if i.compared == "near"},
+                **{i.name: tensors_in(given[key]) for key, i in inputs.items() if i.compared == "near"},
             },
-            equal={
-                "timesteps": timestep if isinstance(timestep, torch.Tensor) and timestep.ndim else None,
-                **{i.name: _tensors(given[key]) for key, i in inputs.items() if i.compared == "equal"},
-                "weights": weights_of(self.module),
-                "weights of ControlNets": self._beside.weights(call),
-            },
-            texts={
-                "guidance branch": str(call.branch),
-                "ControlNets, or their scales": repr(
-                    [(each.name, each.scale, each.mode) for each in controls]
-                ),
-                **{i.name: repr(given[key]) for key, i in inputs.items() if i.compared == "plain"},
-                "adapters, their scales, or which are active": adapters_of(self.module),
-                "attention processors, or their scales": processors_of(self.module),
-            },
+            equal={i.name: tensors_in(given[key]) for key, i in inputs.items() if i.compared == "equal"},
+            texts={i.name: repr(given[key]) for key, i in inputs.items() if i.compared == "plain"},
         )
 
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
@@ -437,7 +405,3 @@ def _check_backend(processor: Any) -> None:
             f"attention backend {AttentionBackendName(backend).value}; those that are known with patches are "
             f"torch's own: {known}"
         )
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

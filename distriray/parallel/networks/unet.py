@@ -19,10 +19,9 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from distriray.errors import UnsupportedModel
-from distriray.parallel.agreement import Compared, described
+from distriray.parallel.agreement import Compared, tensors_in
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.attention import (
@@ -32,10 +31,10 @@ from distriray.parallel.layers.attention import (
 )
 from distriray.parallel.layers.bare import adapters_in_use
 from distriray.parallel.layers.conv import pads_by_hand, patch_downsample
-from distriray.parallel.networks.base import Call, Collect, Network
+from distriray.parallel.networks.base import Call, Collect, Network, check_scale_alone
 from distriray.parallel.networks.controlnet import residuals_of
-from distriray.parallel.networks.controls import Control
-from distriray.parallel.networks.likeness import adapters_of, processors_of, signs_of, weights_of
+from distriray.parallel.networks.controls import Control, check_cut
+from distriray.parallel.networks.likeness import likeness_of, signs_of
 from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
@@ -169,10 +168,12 @@ class UNet(Network):
             controls: ControlNets among `controls`, whose residuals are added up.
             image_prompts: IP-Adapters that are in the network for this image and not for others.
         """
-        _check_inputs(attention_mask, cross_attention_kwargs)
-        for control in controls:
-            if self.controls.get(control.name) is not control.network:
-                raise UnsupportedModel(f"the ControlNet {control.name!r} is not one that is cut into patches")
+        if attention_mask is not None:
+            raise UnsupportedModel(
+                "attention_mask is over the tokens of the whole image and is not cut into patches"
+            )
+        check_scale_alone("cross_attention_kwargs", cross_attention_kwargs)
+        check_cut(controls, self.controls)
         if controls and (down_block_additional_residuals, mid_block_additional_residual) != (None, None):
             raise UnsupportedModel("residuals of a ControlNet beside ControlNets that are cut into patches")
         arguments = {
@@ -224,45 +225,22 @@ class UNet(Network):
 
     def compared(self, call: Call) -> Compared:
         given, added = call.arguments, call.arguments["added_cond_kwargs"] or {}
-        timestep, images, controls = given["timestep"], added.get("image_embeds"), given["controls"]
         residuals = {
-            "ControlNet residuals": given["down_block_additional_residuals"],
-            "ControlNet residuals of the middle": given["mid_block_additional_residual"],
-            "T2I-Adapter residuals": given["down_intrablock_additional_residuals"],
-            "image prompts": images,
+            "ControlNet residuals": tensors_in(given["down_block_additional_residuals"]),
+            "ControlNet residuals of the middle": tensors_in(given["mid_block_additional_residual"]),
+            "T2I-Adapter residuals": tensors_in(given["down_intrablock_additional_residuals"]),
+            "image prompts": tensors_in(added.get("image_embeds")),
         }
-        return Compared(
-            {
-                **described(call.sample),
-                "text batch": call.text.shape[0],
-                "text tokens": call.text.shape[1],
-                "scale of adapters": (given["cross_attention_kwargs"] or {}).get("scale"),
-                **{f"number of {name}": len(_tensors(some)) for name, some in residuals.items()},
-            },
-            near={
-                "latents": call.sample,
-                "prompt embeddings": call.text,
-                "pooled prompt embeddings": added.get("text_embeds"),
-                "pictures of ControlNets": [control.picture for control in controls],
-                **{name: _tensors(some) for name, some in residuals.items()},
-            },
+        return likeness_of(self.module, call, given["controls"]).plus(
+            numbers={f"number of {name}": len(some) for name, some in residuals.items()},
+            near={"pooled prompt embeddings": added.get("text_embeds"), **residuals},
             equal={
-                "timesteps": timestep if isinstance(timestep, torch.Tensor) and timestep.ndim else None,
                 "size conditions": added.get("time_ids"),
                 "guidance scale embedding": given["timestep_cond"],
                 "class labels": given["class_labels"],
                 "text mask": given["encoder_attention_mask"],
-                "weights": weights_of(self.module),
-                "weights of ControlNets": [
-                    numbers for control in controls for numbers in weights_of(control.network)
-                ],
             },
-            texts={
-                "further conditions": " ".join(sorted(added)),
-                "adapters, their scales, or which are active": adapters_of(self.module),
-                "attention processors, or their scales": processors_of(self.module),
-                "ControlNets, or their scales": repr([(each.name, each.scale) for each in controls]),
-            },
+            texts={"further conditions": " ".join(sorted(added))},
         )
 
     def compute(
@@ -384,10 +362,6 @@ class UNet(Network):
         return True
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
 def _on_device(timestep: torch.Tensor | float, device: torch.device) -> torch.Tensor:
     """A timestep where the network computes. A single one of the host's is filled in: a copy stops a GPU."""
     if not isinstance(timestep, torch.Tensor):
@@ -403,17 +377,4 @@ def _check_self_attention(name: str, attn: Attention) -> None:
         raise UnsupportedModel(
             f"{name} uses {type(attn.processor).__name__}; patch parallelism brings its own self-attention: "
             "undo attention slicing, xFormers, PAG or fused projections first"
-        )
-
-
-def _check_inputs(attention_mask: object, cross_attention_kwargs: dict[str, Any] | None) -> None:
-    """Raise `UnsupportedModel` for an input of the U-Net that patches cannot honour."""
-    if attention_mask is not None:
-        raise UnsupportedModel(
-            "attention_mask is over the tokens of the whole image and is not cut into patches"
-        )
-    foreign = sorted(set(cross_attention_kwargs or ()) - {"scale"})
-    if foreign:
-        raise UnsupportedModel(
-            f"cross_attention_kwargs {', '.join(foreign)}; with patches only 'scale' (LoRA) works"
         )

@@ -217,9 +217,8 @@ class ZImage(TokenNetwork):
         return self.module.rope_embedder.freqs_cis
 
     def compared(self, call: Call) -> Compared:
-        compared = super().compared(call)
         lengths = [len(text) for text in call.arguments["cap_feats"]]
-        return compared._replace(texts={**compared.texts, "tokens of each text": repr(lengths)})
+        return super().compared(call).plus(texts={"tokens of each text": repr(lengths)})
 
     def compute(self, call: Call, share: Share, collect: Collect) -> Any:
         given, self._shared = dict(call.arguments), (share, collect)
