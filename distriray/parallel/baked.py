@@ -119,6 +119,33 @@ class _Values:
             return False
 
 
+def arithmetic() -> tuple[Hashable, ...]:
+    """The switches of torch that decide which kernels an operation launches."""
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.enabled,
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", None),  # since torch 2.7
+        *_tf32(),
+    )
+
+
+def _tf32() -> tuple[Hashable, ...]:
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # they were set in torch 2.9's way, and may not be read in the other
+        convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        return torch.backends.cuda.matmul.fp32_precision, convolution.fp32_precision
+
+
 def _are_the_same(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:
     return all(map(is_, these, those)) or all(map(_is_the_same, these, those))
 

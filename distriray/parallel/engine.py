@@ -29,7 +29,7 @@ from distriray.parallel.image import Branch, Image
 from distriray.parallel.images import Images
 from distriray.parallel.network_graphs import NetworkGraphs
 from distriray.parallel.networks.base import Call, Network
-from distriray.parallel.networks.outline import Outline
+from distriray.parallel.outline import Outline
 from distriray.parallel.room import Room, most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
@@ -387,7 +387,7 @@ class Engine:
         """The branch that a call goes on with, or begins."""
         branch, replaces = self._images.branch(call, moment)
         if replaces:  # it may be of the step under way
-            self._more_follow = self._collector.yielding = False
+            self._collector.yielding = False
             self.settle()
         return branch
 

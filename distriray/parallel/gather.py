@@ -143,7 +143,7 @@ class Gather:
         self._tolerance = max(1e-4, 2 * torch.finfo(dtype).eps)
         self._communicator = communicator
         self._rank = communicator.rank
-        self._places: list[tuple[slice, slice]] = []
+        self._slices: list[tuple[slice, slice]] = []
         self._messages: list[torch.Tensor] = []
         self._parts: list[torch.Tensor] = []
         batch, channels, _, columns = shape
@@ -152,7 +152,7 @@ class Gather:
             part = (images.stop - images.start, channels, rows.stop - rows.start, columns)
             size = torch.Size(part).numel() * dtype.itemsize
             message = torch.zeros(HEADER + size, dtype=torch.uint8, device=communicator.device)
-            self._places.append((images, rows))
+            self._slices.append((images, rows))
             self._messages.append(message)
             self._parts.append(message[HEADER:].view(dtype).view(part))
 
@@ -179,7 +179,7 @@ class Gather:
         with self.waiting:
             all_gather(self._communicator, self._messages).wait()
         whole = part.new_empty(self.shape)
-        for (images, rows), theirs in zip(self._places, self._parts, strict=True):
+        for (images, rows), theirs in zip(self._slices, self._parts, strict=True):
             whole[images, :, rows] = theirs
         headers = torch.stack([message[:HEADER].view(torch.float32) for message in self._messages])
         return Gathered(whole, HeaderOnItsWay(self._communicator, headers.amax(0)))

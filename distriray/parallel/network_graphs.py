@@ -11,10 +11,10 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from distriray.parallel.baked import Baked
+from distriray.parallel.baked import Baked, arithmetic
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
-from distriray.parallel.graphs import CaptureFailed, GraphMaker, StepGraphs, arithmetic
+from distriray.parallel.graphs import CaptureFailed, GraphMaker, StepGraphs
 from distriray.parallel.layers.bare import is_autocast_on
 from distriray.parallel.networks.base import Call, Collect, Network
 from distriray.parallel.room import is_out_of_memory

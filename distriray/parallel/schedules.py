@@ -114,8 +114,7 @@ class Schedules:
         for schedule in self._watched.values():
             index = schedule.index(first)
             if index is not None:
-                steps = len(schedule.numbers)
-                return Moment(schedule.numbers[index], index + 1 < steps, steps, element)
+                return schedule.moment(index, element)
         turns = {
             Turn(schedule.timesteps, index): schedule
             for pipeline, schedule in self._watched.items()
@@ -124,8 +123,7 @@ class Schedules:
         }
         if len(turns) == 1:  # else it might be any of theirs
             ((turn, schedule),) = turns.items()
-            steps = len(schedule.numbers)
-            return Moment(schedule.numbers[turn.index], turn.index + 1 < steps, steps, turn)
+            return schedule.moment(turn.index, turn)
         return Moment(float(first), element=element)
 
     def _look(self) -> None:
@@ -145,6 +143,11 @@ class _Schedule:
         self._branches: set[Hashable] = set()
         listed = isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 and timesteps.is_contiguous()
         self.numbers: list[float] = [float(t) for t in timesteps.tolist()] if listed else []  # type: ignore[union-attr]
+
+    def moment(self, index: int, element: Element | Turn | None) -> Moment:
+        """That of one of the timesteps, and what it is known by."""
+        steps = len(self.numbers)
+        return Moment(self.numbers[index], index + 1 < steps, steps, element)
 
     def index(self, element: torch.Tensor) -> int | None:
         """Which of the timesteps `element` is a view of, if it is one of theirs."""

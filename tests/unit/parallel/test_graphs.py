@@ -15,8 +15,9 @@ from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
 from distriray.config import PAPER, Mix
 from distriray.errors import GangBroken
 from distriray.parallel import engine_of
+from distriray.parallel.baked import arithmetic
 from distriray.parallel.engine import Engine
-from distriray.parallel.graphs import MOST_MET, CaptureFailed, StepGraphs, arithmetic
+from distriray.parallel.graphs import MOST_MET, CaptureFailed, StepGraphs
 from tests.cases import Case, call
 from tests.models import SHALLOW, tiny_sdxl, tiny_sdxl_unet
 from tests.parameters import sweep
