@@ -91,7 +91,7 @@ class SegmentRunner:
         DEVICES[device.type].trim()
         free = free_bytes(device)
         if free is not None:
-            engine.room = Room(free, told_beside(self.pipeline, device, free))
+            engine.exchanges.room = Room(free, told_beside(self.pipeline, device, free))
         self.load_s = time.perf_counter() - began
 
     def link(self, memberships: Sequence[GangMembership]) -> None:
@@ -167,7 +167,7 @@ class SegmentRunner:
     @property
     def room(self) -> Room | None:
         """For the buffers of gangs; None where the device's memory is not known."""
-        return self._engine.room
+        return self._engine.exchanges.room
 
     def calls(self, params: SamplingParams) -> list[Call]:
         """The calls of the network in a step of an image, as `Denoiser.calls`."""

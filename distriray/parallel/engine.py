@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -13,24 +13,23 @@ import torch
 
 from distriray.collective.base import Communicator
 from distriray.config import ExchangeMode, Mix, ParallelConfig
-from distriray.errors import DistrirayError, GangMismatch, OutOfMemory
+from distriray.errors import DistrirayError, GangMismatch
 from distriray.parallel.agreement import check_same_image
 from distriray.parallel.choice import Chooser, TimedStep
 from distriray.parallel.collector import Collector
 from distriray.parallel.context import PatchContext
 from distriray.parallel.decoder import PatchDecoder
-from distriray.parallel.exchange.cache import ExchangeCache, ExchangeKey
-from distriray.parallel.exchange.exchange import BUCKETS, Exchange
 from distriray.parallel.exchange.step import Step
+from distriray.parallel.exchanges import Exchanges
 from distriray.parallel.gather import Place
-from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker, StepGraphs
+from distriray.parallel.graphs import CaptureFailed, CudaGraphs, GraphMaker
 from distriray.parallel.guiders import Guiders
 from distriray.parallel.image import Branch, Image
 from distriray.parallel.images import Images
 from distriray.parallel.network_graphs import NetworkGraphs
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.outline import Outline
-from distriray.parallel.room import Room, most_buffer_bytes
+from distriray.parallel.room import most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.statistics import StepStatistics
@@ -50,14 +49,12 @@ class Engine:
         context: what the network's layers look up during a call.
         graphs: its steps as CUDA graphs, and what keeps them from being that.
         decoder: that of the pipeline's VAE; None if it cannot be cut into patches.
-        bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
+        exchanges: those that its calls are in, and room for their buffers: an image for which that is too
+            small is refused before its first step, or that in which a ControlNet begins or guidance ends.
         generation: counts the gangs that were joined.
         lags: whether what the ranks ask for is read a step later, unless the step may end a warm-up; set by
             `join` for GPUs, where it has arrived by then, and reading it at once would stop the device.
         statistics: of the last step.
-        room: for buffers in this device's memory; an image for which it is too small is refused before its
-            first step, or that in which a ControlNet begins or guidance ends. None where that is not known,
-            and nothing is refused.
     """
 
     def __init__(self, network: Network) -> None:
@@ -67,18 +64,15 @@ class Engine:
         self.context = PatchContext()
         self.graphs = NetworkGraphs(network, self.context)
         self.decoder: PatchDecoder | None = None
-        self.bucket_count = BUCKETS
         self.generation = 0
         self.statistics = StepStatistics()
         self.lags = False
-        self.room: Room | None = None
-        self._most_idle: float = float("inf")  # bytes of buffers not in use that the room leaves
         self._schedules = Schedules()
         self._guiders = Guiders()
-        self._exchanges = ExchangeCache()
         self._collector = Collector()
         self._more_follow = False
         self._images = Images(self._entering)
+        self.exchanges = Exchanges(network, self._images, self.graphs)
         self._cached_text: Hashable = None
         self._chooser = Chooser(network.displacement_measured)
         self._outline: Outline | None = None
@@ -113,7 +107,7 @@ class Engine:
             if self.generation == 0 or how != (self.communicator.device, self.config.cuda_graphs):
                 captures = config.cuda_graphs and communicator.device.type == "cuda"
                 self.capture_with(CudaGraphs(communicator.device) if captures else None)
-            self._exchanges.abandon()
+            self.exchanges.join(communicator, config)
             self.communicator = communicator
             self.config = config
             self.lags = communicator.device.type == "cuda"
@@ -133,7 +127,7 @@ class Engine:
 
     def capture_with(self, maker: GraphMaker | None) -> None:
         """Let later steps be graphs that `maker` makes, none if it is None; exchanges begin anew."""
-        self._exchanges.clear()
+        self.exchanges.clear()
         self._images.interrupt()
         self.graphs.make_with(maker)
 
@@ -217,7 +211,7 @@ class Engine:
     @property
     def buffer_bytes(self) -> int:
         """Memory of all exchange buffers, in bytes."""
-        return self._exchanges.nbytes
+        return self.exchanges.buffer_bytes
 
     def buffer_bytes_of(self, calls: Iterable[Call], world_size: int, config: ParallelConfig) -> int:
         """Memory of the exchange buffers, in bytes, of the rank of another gang that needs most.
@@ -236,7 +230,7 @@ class Engine:
     def give_back(self) -> None:
         """Let go of memory that is kept for later: graphs', and that of gangs that were left."""
         self.graphs.give_back()
-        self._exchanges.drop_left(self.communicator, self.config)
+        self.exchanges.drop_left()
 
     @property
     def decodes_together(self) -> bool:
@@ -360,7 +354,7 @@ class Engine:
             follows: whether another call of the image follows.
         """
         with ExitStack() as exchanging:
-            exchange_step, graphs = self._exchange_step(call, branch, share)
+            exchange_step, graphs = self.exchanges.step(call, branch, share)
             step = exchanging.enter_context(exchange_step)
             exchanging.enter_context(self.context.during(step))
             collected = 0
@@ -410,7 +404,7 @@ class Engine:
             if branch.fresh_start:
                 self._guiders.check()
             if takes_other_room:
-                self._make_room(call, branch)
+                self.exchanges.make_room(call, branch)
         except DistrirayError as error:
             refusal = error
         if takes_other_room and self.communicator.world_size > 1:  # what one rank refuses, all leave
@@ -434,16 +428,6 @@ class Engine:
             branch.mix = self._chooser.mix(call, share)
         return share
 
-    def _make_room(self, call: Call, branch: Branch) -> None:
-        """Raise OutOfMemory, with the bytes, unless there is room for a call's buffers beside others."""
-        if self.room is None:
-            return
-        branch.needed = self.room.needed(self.network, call, self.communicator, self.config)
-        needed = sum(each.needed for each in self._images.begun)
-        if needed > self.room.nbytes:
-            raise OutOfMemory(self.room.refusal(needed, f"a batch of {call.batch} like this", self.config))
-        self._most_idle = self.room.nbytes - needed
-
     def _place(self, call: Call, moment: Moment, branch: Branch) -> Place | None:
         """Position of this rank, for the others to compare; None without others."""
         if self.communicator.world_size == 1:
@@ -457,55 +441,6 @@ class Engine:
         """Convert what has joined the network's layers since the last time; what cannot be cut is refused."""
         self._outline = None
         if self.network.convert(self.context):
-            self._exchanges.clear()
+            self.exchanges.clear()
             self._cached_text = None
-            for branch in self._images.begun:
-                branch.exchange = None
         self._outline = Outline(self.network.module)
-
-    def _exchange_step(
-        self, call: Call, branch: Branch, share: Share
-    ) -> tuple[AbstractContextManager[Step | None], StepGraphs | None]:
-        """The step of the exchange for this call, and the graphs that it may be one of.
-
-        The step is None without patches or without an exchange.
-        """
-        config, mix, before = self.config, branch.mix, branch.exchange
-        if mix is None:
-            branch.exchange = None
-            return nullcontext(), None if call.replaces_layers else self.graphs.alone
-        key = branch.exchange = ExchangeKey(
-            self.communicator,
-            config,
-            self._images.current.stream,
-            call.branch,
-            mix,
-            (share.part.start, share.part.stop),
-            share.partition,
-            call.sample.dtype,
-            call.besides,
-            self.network.adapters_that_exchange(),
-            torch.is_inference_mode_enabled(),
-        )
-        follows = not branch.fresh_start and key == before
-        exchange = self._exchanges.use(
-            key,
-            lambda: Exchange(
-                share.communicator,
-                share.partition,
-                mix,
-                config.prediction.weights(mix, share.partition.world_size),
-                config.attention,
-                self.bucket_count,
-                None if call.replaces_layers else self.graphs.new(),
-            ),
-        )
-        if not follows:
-            in_use = {branch.exchange for branch in self._images.begun if branch.exchange is not None}
-            self._exchanges.restart(but=in_use - {key})
-            self._exchanges.evict(in_use, min(config.max_buffer_bytes, self._most_idle))
-        warmup = config.warmup_of(mix)
-        warm = branch.warm if warmup == "auto" else branch.step >= warmup
-        displaced = not mix.exact and warm and follows
-        measure_drift = not mix.exact and warmup == "auto" and not branch.warm
-        return exchange.step(displaced, measure_drift), exchange.graphs

@@ -548,7 +548,7 @@ def test_halves_tell_prompts_apart_by_which_controlnets_go(folder: Path) -> None
         engine, latents, estimates = engine_of(denoiser._pipeline), [], []
         assert engine is not None
         engine.capture_with(maker)
-        engine.room = Room(2**40, "told")
+        engine.exchanges.room = Room(2**40, "told")
         for prompt in prompts:
             request = params(*ONE).model_copy(update={"prompt": prompt})
             drawn(denoiser, state := denoiser.prepare(request))
@@ -556,7 +556,7 @@ def test_halves_tell_prompts_apart_by_which_controlnets_go(folder: Path) -> None
             calls = denoiser.calls(request)
             half = engine.network.deal(calls, communicator, config)
             assert half is not None
-            needed = engine.room.needed(engine.network, half, communicator, config)
+            needed = engine.exchanges.room.needed(engine.network, half, communicator, config)
             fresh = Room(2**40, "told").needed(engine.network, half, communicator, config)
             estimates.append(needed == fresh)
         return latents, all(estimates)
@@ -581,7 +581,7 @@ def test_room_is_looked_at_anew_where_a_controlnet_begins(folder: Path) -> None:
         )
         within = []
         for room in (needed, alone):
-            engine.room = Room(room, "gpu7 is small")
+            engine.exchanges.room = Room(room, "gpu7 is small")
             state = denoiser.prepare(params(("canny", {"start": 0.5})))
             with nullcontext() if room == needed else pytest.raises(OutOfMemory, match="where gpu7 is small"):
                 while not state.done:
@@ -602,7 +602,7 @@ def test_all_ranks_leave_a_step_with_a_controlnet_for_which_one_has_no_room(fold
         assert engine is not None
         if communicator.rank == 1:
             room = engine.buffer_bytes_of(denoiser.calls(params()), 2, config)
-            engine.room = Room(room, "gpu7 is small")
+            engine.exchanges.room = Room(room, "gpu7 is small")
         state = denoiser.prepare(params(("canny", {"start": 0.5})))
         with pytest.raises((OutOfMemory, GangMismatch)) as raised:
             while not state.done:

@@ -203,18 +203,18 @@ def test_a_call_that_edits_is_enlarged_by_what_it_is_shown_already() -> None:
 def test_a_request_without_room_is_refused_by_the_gang_which_goes_on(tiny_model: Path) -> None:
     gang = Gang(tiny_model, 3)
     for runner in gang.runners:
-        runner._engine.room = Room(1000, "cuda:0 has 0.0 GB free beside weights of 1.0 GB")
+        runner._engine.exchanges.room = Room(1000, "cuda:0 has 0.0 GB free beside weights of 1.0 GB")
     outcomes = gang.run(seed=3)
     assert endings(outcomes) == [SegmentEnd.REFUSED] * 3
     assert all(isinstance(outcome.error, OutOfMemory) for outcome in outcomes)
     for runner in gang.runners:
-        runner._engine.room = Room(10**10, "")
+        runner._engine.exchanges.room = Room(10**10, "")
     assert endings(gang.run(seed=3)) == [SegmentEnd.DONE] * 3
 
 
 def test_the_rank_that_has_no_room_says_so_for_the_gang(tiny_model: Path) -> None:
     gang = Gang(tiny_model, 2)
-    gang.runners[1]._engine.room = Room(0, "cuda:1 has 0.0 GB free")
+    gang.runners[1]._engine.exchanges.room = Room(0, "cuda:1 has 0.0 GB free")
     outcomes = gang.run(seed=3, guidance_scale=1.0)
     assert endings(outcomes) == [SegmentEnd.REFUSED] * 2
     assert [type(outcome.error) for outcome in outcomes] == [GangMismatch, OutOfMemory]

@@ -221,7 +221,7 @@ def test_what_one_half_has_no_room_for_is_refused_by_both() -> None:
         calls = [read(**call, return_dict=False) for call in given.values()]
         needed = engine.buffer_bytes_of(calls, communicator.world_size, engine.config)
         for room in (needed - 1, needed, needed):  # the second image fills the buffers of the first
-            engine.room = Room(room, "told")
+            engine.exchanges.room = Room(room, "told")
             with engine.image():
                 if room < needed:
                     with pytest.raises(OutOfMemory, match="exchange buffers"):
@@ -241,7 +241,7 @@ def test_steps_after_guidance_that_have_no_room_are_refused_by_all_ranks() -> No
 
     def rank(communicator: Communicator) -> None:
         network, engine = in_gang(communicator, "qwen-image", exchange="displaced", warmup_steps=1)
-        engine.room, given = Room(0, "told"), arguments(transformer, None, 1.0, batch=1)
+        engine.exchanges.room, given = Room(0, "told"), arguments(transformer, None, 1.0, batch=1)
         with engine.image():
             network(branches=given)
             del given["uncond"]

@@ -78,7 +78,7 @@ def test_nothing_in_flight_is_read_or_overwritten(
         unet = parallelize(tiny_sdxl_unet(), Eager(), config)
         engine = engine_of(unet)
         assert engine is not None
-        engine.bucket_count = buckets
+        engine.exchanges.bucket_count = buckets
         with engine.image():
             for step in range(3):
                 noise = unet(sample, 900 - step, **inputs).sample

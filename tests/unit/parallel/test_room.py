@@ -113,13 +113,13 @@ def test_an_image_for_which_there_is_no_room_is_refused_with_its_bytes_before_an
         for _ in range(2):
             draw(network, transformer, Shape(batch=1), 2)
         needed = engine.buffer_bytes
-        engine.room = Room(needed, TOLD)
+        engine.exchanges.room = Room(needed, TOLD)
         engine.join(communicator, config)
         draw(network, transformer, Shape(batch=1), 2)
         other = Shape(rows=4, batch=1)  # smaller: what was kept of the other shape makes room for it
         draw(network, transformer, other, 2)
         idle = engine.buffer_bytes
-        engine.room = Room(needed - 1, TOLD)
+        engine.exchanges.room = Room(needed - 1, TOLD)
         sent = communicator.bytes_sent
         with pytest.raises(OutOfMemory, match=rf"0.0 GB of exchange buffers .* 'displaced', where {TOLD}"):
             draw(network, transformer, Shape(batch=1), 2)
@@ -180,7 +180,7 @@ def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> No
         state, fits = denoiser.prepare(asked), []
         needed = engine.buffer_bytes_of(calls, communicator.world_size, engine.config)
         for nbytes in (needed - 1, needed):
-            engine.room = Room(nbytes, TOLD)
+            engine.exchanges.room = Room(nbytes, TOLD)
             with nullcontext() if nbytes == needed else pytest.raises(OutOfMemory):
                 denoiser.step(state)
             fits.append(state.step == 1)
