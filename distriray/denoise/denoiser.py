@@ -18,20 +18,18 @@ from distriray.denoise.adapters import Adapters
 from distriray.denoise.controls import Controls
 from distriray.denoise.ip_adapters import IPAdapters
 from distriray.denoise.network_output import NetworkOutput
-from distriray.denoise.pipelines.base import Commission, Tokens, check_finite
+from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
 from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler_class, step_count
 from distriray.denoise.state import DenoiseState
+from distriray.denoise.unused import unused
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.networks.base import Call
 from distriray.picture import mask_of, opaque
 from distriray.requests import SamplingParams, image_of
 
-_PROMPTS = "prompt", "prompt_2", "prompt_3"
-_NEGATIVES = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
-STRETCHED = 0.02  # how far an image's proportions may be off without a word
 PREVIEW_SCALE, PREVIEW_SIDE = 0.25, 128  # of the picture, and pixels at most
 
 
@@ -127,7 +125,7 @@ class Denoiser:
             height=commission.height,
             width=commission.width,
             adapters=adapters,
-            warnings=self._unused(params),
+            warnings=tuple(unused(params, self._steps)),
         ).to(values["latents"].device)
 
     def _commission(self, params: SamplingParams, seeds: Sequence[int]) -> Commission:
@@ -186,45 +184,6 @@ class Denoiser:
             network.module.forward = answer
             self._steps.begin(state)
         return calls
-
-    def _unused(self, params: SamplingParams) -> tuple[str, ...]:
-        """Fields of a request that its picture does not show as given, texts aside."""
-        assert params.guidance_scale is not None
-        warnings = []
-        is_guided = self._steps.is_guided(params.guidance_scale)
-        unused = f"is not used with a guidance_scale of {params.guidance_scale:g}"
-        if not is_guided:
-            warnings += [f"{name} {unused}" for name in _NEGATIVES if getattr(params, name)]
-        if params.guidance_end < 1.0 and not is_guided:
-            warnings.append(f"guidance_end {unused}")
-        read = self._read(params, _PROMPTS) | (self._read(params, _NEGATIVES) if is_guided else {})
-        for name, tokens in read.items():
-            # of several encoders the one that takes most: what it does not take, none does
-            given, taken = max(tokens, key=lambda tokens: tokens.taken - tokens.given)
-            if taken < given:
-                said = f"{name} has {given} tokens, and a text encoder takes {taken}: the rest is not used"
-                warnings.append(said)
-        if params.drawn_on is not None:
-            assert params.height is not None and params.width is not None
-            width, height = params.drawn_on.size
-            if abs(width * params.height - height * params.width) > STRETCHED * width * params.height:
-                to = f"{params.width}x{params.height}, of other proportions"
-                warnings.append(f"image of {width}x{height} is stretched to {to}")
-        return tuple(warnings)
-
-    def _read(self, params: SamplingParams, names: Sequence[str]) -> dict[str, list[Tokens]]:
-        """By name, what of a text is taken by each encoder that reads it.
-
-        Args:
-            names: of the text for all encoders, then of those in its place for the second and the third.
-        """
-        tokens = {name: self._steps.tokens(text) for name in names if (text := getattr(params, name))}
-        read: dict[str, list[Tokens]] = {}
-        for place in range(max(map(len, tokens.values()), default=0)):
-            name = names[place] if names[place] in tokens else names[0]
-            if name in tokens:
-                read.setdefault(name, []).append(tokens[name][place])
-        return read
 
     def adapt(self, state: DenoiseState) -> None:
         """Use the adapters of `state`, as its next step would: what may fail on one rank alone goes first.

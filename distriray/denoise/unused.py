@@ -1,0 +1,56 @@
+"""What of a request its picture does not show as given, in words for whoever asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from distriray.denoise.pipelines.base import PipelineSteps, Tokens
+from distriray.requests import SamplingParams
+
+_PROMPTS = "prompt", "prompt_2", "prompt_3"
+_NEGATIVES = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
+STRETCHED = 0.02  # how far an image's proportions may be off without a word
+
+
+def unused(params: SamplingParams, steps: PipelineSteps) -> Iterator[str]:
+    """Warnings of fields that are not used, or not as they are.
+
+    Args:
+        params: with nothing left open.
+    """
+    assert params.guidance_scale is not None
+    is_guided = steps.is_guided(params.guidance_scale)
+    if not is_guided:
+        given = [name for name in _NEGATIVES if getattr(params, name)]
+        for name in [*given, *(["guidance_end"] if params.guidance_end < 1.0 else [])]:
+            yield f"{name} is not used with a guidance_scale of {params.guidance_scale:g}"
+    for names in (_PROMPTS, _NEGATIVES) if is_guided else (_PROMPTS,):
+        for name, read in _read(params, names, steps).items():
+            # Of several encoders the one that takes most: what it does not take, none does.
+            most = max(read, key=lambda tokens: tokens.taken - tokens.given)
+            if most.taken < most.given:
+                yield (
+                    f"{name} has {most.given} tokens, and a text encoder takes {most.taken}: the rest is not "
+                    "used"
+                )
+    if params.drawn_on is not None:
+        assert params.height is not None and params.width is not None
+        width, height = params.drawn_on.size
+        if abs(width * params.height - height * params.width) > STRETCHED * width * params.height:
+            to = f"{params.width}x{params.height}, of other proportions"
+            yield f"image of {width}x{height} is stretched to {to}"
+
+
+def _read(params: SamplingParams, names: Sequence[str], steps: PipelineSteps) -> dict[str, list[Tokens]]:
+    """By name, what of a text is taken by each encoder that reads it.
+
+    Args:
+        names: of the text for all encoders, then of those in its place for the second and the third.
+    """
+    tokens = {name: steps.tokens(text) for name in names if (text := getattr(params, name))}
+    read: dict[str, list[Tokens]] = {}
+    for place in range(max(map(len, tokens.values()), default=0)):
+        name = names[place] if names[place] in tokens else names[0]
+        if name in tokens:
+            read.setdefault(name, []).append(tokens[name][place])
+    return read
