@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from distriray.collective.base import Communicator
 from distriray.errors import InvalidRequest
 from distriray.parallel.layout import GangLayout
-from distriray.parallel.partition import Partition
+from distriray.parallel.partition import Partition, TokenPartition
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Share:
     part: slice
     exchanges: bool
     predictions: int
+
+    @property
+    def tokens(self) -> TokenPartition:
+        """Their tokens: `partition` in a call of a transformer."""
+        assert isinstance(self.partition, TokenPartition)
+        return self.partition
 
     @property
     def images(self) -> int:

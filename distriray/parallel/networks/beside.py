@@ -15,7 +15,6 @@ from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.controls import Control, Residuals, check_cut
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
 
 ARGUMENT = "residuals"
@@ -189,8 +188,6 @@ def _as_in(first: Call, call: Call, controls: Sequence[Control]) -> Asked:
 
 def _with_text(share: Share, tokens: int | None) -> Share:
     """A rank's share where the text that is dealt has that many tokens."""
-    partition = share.partition
-    assert isinstance(partition, TokenPartition)
-    if tokens is None or not partition.text:
+    if tokens is None or not share.tokens.text:
         return share
-    return replace(share, partition=replace(partition, text=tokens))
+    return replace(share, partition=replace(share.tokens, text=tokens))

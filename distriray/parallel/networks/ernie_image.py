@@ -123,8 +123,7 @@ class ErnieImage(TokenNetwork):
     def _compute(self, **arguments: Any) -> torch.Tensor:
         """The predicted tokens of all ranks and of the whole batch: the forward shapes its own part alone."""
         share, _ = self._shared
-        partition, rank = share.partition, share.communicator.rank
-        assert isinstance(partition, TokenPartition)
+        partition, rank = share.tokens, share.communicator.rank
         if self.module.text_proj is None:
             arguments = Cutter(partition, rank).cut({"text_bth": ("text", 1)}, arguments)
         image, before = slice(*partition.rows(rank)), self._before(partition)

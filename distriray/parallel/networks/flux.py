@@ -24,7 +24,6 @@ from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
 from distriray.parallel.networks.token_control import Added, TokenControl, repeated
 from distriray.parallel.networks.tokens import TokenNetwork
-from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
 
 # FLUX.2 has these too.
@@ -99,9 +98,7 @@ class FluxControl(TokenControl):
     def of_share(self, share: Share) -> Share:
         if not self.module.union:
             return share
-        partition = share.partition
-        assert isinstance(partition, TokenPartition)
-        return replace(share, partition=replace(partition, text=partition.text + 1))
+        return replace(share, partition=replace(share.tokens, text=share.tokens.text + 1))
 
     @staticmethod
     def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,8 +150,7 @@ class HunyuanImage(TokenNetwork):
         if quoted is not None:
             masks.insert(0, arguments[MASK_OF_QUOTED].bool())
         joint, latents, (share, _) = torch.cat(masks, 1), arguments["hidden_states"], self._shared
-        assert isinstance(share.partition, TokenPartition)
-        missing = share.partition.text - joint.shape[1]
+        missing = share.tokens.text - joint.shape[1]
         # By this it makes pictures of what is gathered.
         sized = latents[:1].expand(share.predictions, -1, -1, -1)
         order = joint.logical_not().to(torch.uint8).argsort(dim=1, stable=True)

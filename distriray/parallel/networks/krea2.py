@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,13 +20,10 @@ from diffusers.models.transformers.transformer_krea2 import (
 )
 from torch import nn
 
-from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchTokenAttention
-from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import Heads, TokenNetwork
-from distriray.parallel.partition import TokenPartition
-from distriray.parallel.share import Share
 
 
 class PatchKrea2Attention(PatchTokenAttention, Krea2AttnProcessor):
@@ -76,6 +72,7 @@ class Krea2(TokenNetwork):
                 "hidden_states": ("image", 1),
                 "encoder_hidden_states": ("text", 1),
                 "encoder_attention_mask": ("text", 1),
+                "position_ids": ("joint", 0),
             },
             "text_fusion": {0: ("text", 1)},
         },
@@ -104,19 +101,6 @@ class Krea2(TokenNetwork):
 
     def heads(self, attention: Any) -> Heads:
         return Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim)
-
-    def compute(self, call: Call, share: Share, collect: Collect) -> Any:
-        partition, rank, given = share.partition, share.communicator.rank, call.arguments
-        assert isinstance(partition, TokenPartition)
-        positions = given["position_ids"]
-        if len(positions) != partition.text + partition.height:
-            raise InvalidRequest(
-                f"position_ids of {len(positions)} tokens, where text and image have "
-                f"{partition.text + partition.height}"
-            )
-        text, image = positions.split((partition.text, partition.height))
-        own = torch.cat([text[slice(*partition.tokens("text", rank))], image[slice(*partition.rows(rank))]])
-        return super().compute(replace(call, arguments={**given, "position_ids": own}), share, collect)
 
     def _compute(self, **arguments: Any) -> Any:
         states, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]

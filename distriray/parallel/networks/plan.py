@@ -12,7 +12,7 @@ from torch import nn
 from distriray.errors import InvalidRequest
 from distriray.parallel.partition import Sequence, Stream, TokenPartition
 
-Cut = tuple[Stream | Literal["joint"], int]
+Cut = tuple[Sequence, int]
 """The stream whose tokens lie along a dimension, and that dimension; `joint` is text, then image."""
 
 
@@ -115,16 +115,17 @@ class Cutter:
             yield module.register_forward_hook(after)
 
     def _cut(self, name: Any, tensor: torch.Tensor, stream: Sequence, dimension: int) -> torch.Tensor:
-        if stream == "joint":
-            text = self.partition.whole("text")
-            of_text, of_image = tensor.split([text, tensor.shape[dimension] - text], dimension)
-            own = self._cut(name, of_text, "text", dimension), self._cut(name, of_image, "image", dimension)
-            return torch.cat(own, dimension)
-        start, stop = self.partition.tokens(stream, self.rank)
-        tokens, given = self.partition.whole(stream), tensor.shape[dimension]
-        if given != tokens:
-            raise InvalidRequest(f"{name} of {given} tokens, where there are {tokens} of the {stream}")
-        return tensor.narrow(dimension, start, stop - start).contiguous()
+        streams: tuple[Stream, ...] = ("text", "image") if stream == "joint" else (stream,)
+        tokens, given = [self.partition.whole(each) for each in streams], tensor.shape[dimension]
+        if given != sum(tokens):
+            raise InvalidRequest(
+                f"{name} of {given} tokens, where there are {sum(tokens)} of the {' and '.join(streams)}"
+            )
+        own = []
+        for each, whole in zip(streams, tensor.split(tokens, dimension), strict=True):
+            start, stop = self.partition.tokens(each, self.rank)
+            own.append(whole.narrow(dimension, start, stop - start))
+        return torch.cat(own, dimension) if len(own) > 1 else own[0].contiguous()
 
 
 def key_mask(mask: torch.Tensor, partition: TokenPartition) -> torch.Tensor:

@@ -302,9 +302,7 @@ class QwenImage21(TokenNetwork):
         if "kept" in arguments:
             return apply_lora_scale("attention_kwargs")(self._of_image)(self.module, **arguments)
         share, _ = self._shared
-        partition = share.partition
-        assert isinstance(partition, TokenPartition)
-        cutter = _Cutter(partition, share.communicator.rank, self._tokens, share.exchanges)
+        cutter = _Cutter(share.tokens, share.communicator.rank, self._tokens, share.exchanges)
         blocks, norm = self.module.transformer_blocks, self.module.norm_out
         with ExitStack() as hooks:
             hooks.enter_context(self.module.pos_embed.register_forward_hook(cutter.after_positions))
@@ -333,9 +331,8 @@ class QwenImage21(TokenNetwork):
             attention_kwargs: the scale of LoRAs, which is applied already.
         """
         share, collect = self._shared
-        partition, rank = share.partition, share.communicator.rank
+        partition, rank = share.tokens, share.communicator.rank
         kept = kept or self._read_in_place
-        assert isinstance(partition, TokenPartition)
         start, stop = partition.rows(rank)
         cutter = _Cutter(partition, rank, self._tokens, share.exchanges)
         self._tokens.begin(partition, key_mask)

@@ -255,12 +255,11 @@ class TokenNetwork(Network):
 
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
         self._beside.dry_run(call, share, step)
-        partition, rank = share.partition, share.communicator.rank
-        assert isinstance(partition, TokenPartition)
+        rank = share.communicator.rank
         for _, layer, planned in self._attentions():
             if planned.sequence is None:
                 continue
-            tokens = partition.of_sequence(planned.sequence)
+            tokens = share.tokens.of_sequence(planned.sequence)
             queries, keys, channels = self.heads(layer)
             own = torch.empty(share.images, tokens[rank], dtype=call.sample.dtype, device="meta")
             query, key = (own[..., None, None].expand(-1, -1, n, channels) for n in (queries, keys))
@@ -318,10 +317,8 @@ class TokenNetwork(Network):
         Yields:
             Those that it is to be given.
         """
-        partition = share.partition
-        assert isinstance(partition, TokenPartition)
-        self._tokens.begin(partition, self.take_mask(arguments, partition))
-        cutter = Cutter(partition, share.communicator.rank)
+        self._tokens.begin(share.tokens, self.take_mask(arguments, share.tokens))
+        cutter = Cutter(share.tokens, share.communicator.rank)
         for name in self.plan.residuals:
             whole = arguments[name]
             arguments[name] = None if whole is None else [cutter.image(name, each) for each in whole]

@@ -136,10 +136,9 @@ class ZImageControl(TokenControl):
 
     @contextmanager
     def cutting(self, share: Share, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        network, partition = self.module, share.partition
-        assert isinstance(partition, TokenPartition)
-        self._tokens.begin(partition, None)
-        cutter = _Cutter(partition, share.communicator.rank, self._tokens)
+        network = self.module
+        self._tokens.begin(share.tokens, None)
+        cutter = _Cutter(share.tokens, share.communicator.rank, self._tokens)
         with ExitStack() as hooks:
             streams = ("x",) if network.add_control_noise_refiner is None else ("c", "x")
             for blocks, names in ((network.noise_refiner, ("x",)), (network.control_noise_refiner, streams)):
@@ -238,11 +237,10 @@ class ZImage(TokenNetwork):
     def _compute(self, **arguments: Any) -> torch.Tensor:
         """The predicted tokens of all ranks and of the whole batch."""
         share, collect = self._shared
-        partition = share.partition
-        assert isinstance(partition, TokenPartition) and self.replaced is not None
+        assert self.replaced is not None
         added = self._beside.added(self.module, arguments, share)
-        self._tokens.begin(partition, None)
-        cutter = _Cutter(partition, share.communicator.rank, self._tokens)
+        self._tokens.begin(share.tokens, None)
+        cutter = _Cutter(share.tokens, share.communicator.rank, self._tokens)
         final, whole = self.module.all_final_layer[f"{PATCH}-1"], []
 
         def gather(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
