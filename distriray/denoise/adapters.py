@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,10 +176,8 @@ class Adapters:
                 self._load(name, files[digest])
         for _, _, digest in adapters:
             self._held[digest] = self._held.pop(digest)
-        counts = self.counts
-        self.counts = AdapterCounts(
-            counts.hits + len(adapters) - len(new), counts.loads + len(new), counts.evictions
-        )
+        hits, loads = self.counts.hits + len(adapters) - len(new), self.counts.loads + len(new)
+        self.counts = replace(self.counts, hits=hits, loads=loads)
         if adapters != self._used:
             self._switch(adapters)
 
@@ -210,7 +208,7 @@ class Adapters:
                 return
             if digest not in kept:
                 self._drop(digest)
-                self.counts = AdapterCounts(self.counts.hits, self.counts.loads, self.counts.evictions + 1)
+                self.counts = replace(self.counts, evictions=self.counts.evictions + 1)
 
     def _drop(self, digest: str) -> None:
         key = _key(digest)
