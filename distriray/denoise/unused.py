@@ -21,8 +21,9 @@ def unused(params: SamplingParams, steps: PipelineSteps) -> Iterator[str]:
     assert params.guidance_scale is not None
     is_guided = steps.is_guided(params.guidance_scale)
     if not is_guided:
-        given = [name for name in _NEGATIVES if getattr(params, name)]
-        for name in [*given, *(["guidance_end"] if params.guidance_end < 1.0 else [])]:
+        asked = {name: getattr(params, name) for name in (*_NEGATIVES, "guidance_rescale")}
+        asked["guidance_end"] = params.guidance_end < 1.0
+        for name in filter(asked.get, asked):
             yield f"{name} is not used with a guidance_scale of {params.guidance_scale:g}"
     for names in (_PROMPTS, _NEGATIVES) if is_guided else (_PROMPTS,):
         for name, read in _read(params, names, steps).items():

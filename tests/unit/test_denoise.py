@@ -588,6 +588,8 @@ def test_a_prompt_that_is_cut_is_said_to_be_and_one_that_just_fits_is_not(model:
     ]  # fmt: skip
     unguided = prepared(denoiser, fits, negative_prompt="n" * 80, guidance_scale=1.0)
     assert unguided.warnings == ("negative_prompt is not used with a guidance_scale of 1",)
+    rescaled = prepared(denoiser, fits, guidance_scale=1.0, guidance_rescale=0.5)
+    assert rescaled.warnings == ("guidance_rescale is not used with a guidance_scale of 1",)
 
 
 @pytest.mark.parametrize("model", MADE)
