@@ -38,3 +38,8 @@ STEP_COUNTS: dict[SchedulerName, StepCount] = {"heun": StepCount(2, -1), "pndm":
 def guided_steps(guidance_end: float, num_steps: int) -> int:
     """Number of first steps that have guidance, as diffusers' guiders count their `stop`."""
     return int(guidance_end * num_steps)
+
+
+def is_controlled(step: int, num_steps: int, start: float, end: float) -> bool:
+    """Whether a ControlNet takes part in a step, as diffusers' pipelines count shares of the steps."""
+    return step / num_steps >= start and (step + 1) / num_steps <= end

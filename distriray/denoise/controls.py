@@ -25,6 +25,7 @@ from distriray.parallel.networks.controls import Control
 from distriray.parallel.networks.registry import denoising_module
 from distriray.picture import Picture, opaque
 from distriray.requests import image_of
+from distriray.steps import is_controlled
 
 _VALUE = "controls"
 _PICTURE = "control_picture_{}"
@@ -123,11 +124,10 @@ class Controls:
                 )
 
     def of_step(self, state: DenoiseState) -> tuple[Control, ...]:
-        """The ControlNets that take part in the next step, by diffusers' rule for shares of the steps."""
+        """The ControlNets that take part in the next step."""
         controls = []
         for index, (name, _, scale, start, end) in enumerate(state.values.get(_VALUE, ())):
-            first, last = state.step / state.num_steps, (state.step + 1) / state.num_steps
-            if first >= start and last <= end:
+            if is_controlled(state.step, state.num_steps, start, end):
                 picture = state.values[_PICTURE.format(index)]
                 loaded = self._loaded[name]
                 controls.append(Control(name, loaded.network, picture, scale, loaded.mode))

@@ -125,7 +125,7 @@ class Denoiser:
             height=commission.height,
             width=commission.width,
             adapters=adapters,
-            warnings=tuple(unused(params, self._steps)),
+            warnings=tuple(unused(params, self._steps, len(values["timesteps"]))),
         ).to(values["latents"].device)
 
     def _commission(self, params: SamplingParams, seeds: Sequence[int]) -> Commission:

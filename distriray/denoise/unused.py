@@ -6,17 +6,19 @@ from collections.abc import Iterator, Sequence
 
 from distriray.denoise.pipelines.base import PipelineSteps, Tokens
 from distriray.requests import SamplingParams
+from distriray.steps import guided_steps, is_controlled
 
 _PROMPTS = "prompt", "prompt_2", "prompt_3"
 _NEGATIVES = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
 STRETCHED = 0.02  # how far an image's proportions may be off without a word
 
 
-def unused(params: SamplingParams, steps: PipelineSteps) -> Iterator[str]:
+def unused(params: SamplingParams, steps: PipelineSteps, num_steps: int) -> Iterator[str]:
     """Warnings of fields that are not used, or not as they are.
 
     Args:
         params: with nothing left open.
+        num_steps: of their image.
     """
     assert params.guidance_scale is not None
     is_guided = steps.is_guided(params.guidance_scale)
@@ -25,6 +27,13 @@ def unused(params: SamplingParams, steps: PipelineSteps) -> Iterator[str]:
         asked["guidance_end"] = params.guidance_end < 1.0
         for name in filter(asked.get, asked):
             yield f"{name} is not used with a guidance_scale of {params.guidance_scale:g}"
+    elif not guided_steps(params.guidance_end, num_steps):
+        yield f"guidance_end {params.guidance_end:g} leaves none of {num_steps} steps with guidance"
+    for each in params.control:
+        shares = each.start, each.end
+        if each.scale and not any(is_controlled(n, num_steps, *shares) for n in range(num_steps)):
+            share = f"from {each.start:g} to {each.end:g}"
+            yield f"control {each.name!r} takes part in none of {num_steps} steps, {share}"
     for names in (_PROMPTS, _NEGATIVES) if is_guided else (_PROMPTS,):
         for name, read in _read(params, names, steps).items():
             # Of several encoders the one that takes most: what it does not take, none does.

@@ -108,6 +108,13 @@ def alone(model: str, folder: Path, *named: Named, **fields: Any) -> np.ndarray:
     return drawn(denoiser, denoiser.prepare(params(*named, **fields)))
 
 
+def test_one_that_takes_part_in_no_step_is_said_to(folder: Path) -> None:
+    denoiser = denoiser_of(made("sd15"), folder / "sd15")
+    brief = "canny", {"start": 0.3, "end": 0.45}
+    state = denoiser.prepare(params(brief, ("depth", {"end": 0.25})))
+    assert state.warnings == ("control 'canny' takes part in none of 4 steps, from 0.3 to 0.45",)
+
+
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("named", [ONE, BOTH], ids=["one", "both"])

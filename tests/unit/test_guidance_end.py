@@ -206,6 +206,11 @@ def test_an_end_of_no_guidance_is_said_to_be_none() -> None:
     assert state.warnings == ("guidance_end is not used with a guidance_scale of 1",)
 
 
+def test_an_end_before_the_first_step_is_said_to_leave_no_guidance() -> None:
+    state = begin(Denoiser(tiny_sd15()), [1], prompt="x", guidance_end=0.1, **CALL)
+    assert state.warnings == (f"guidance_end 0.1 leaves none of {state.num_steps} steps with guidance",)
+
+
 # What a host makes of it
 
 
