@@ -39,7 +39,7 @@ from distriray.config import AttentionMode, ExchangeMode
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
 from distriray.parallel.engine import Engine
-from distriray.parallel.exchange import residuals
+from distriray.parallel.exchange import reconstructions
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
 from distriray.parallel.partition import dealt_heads
@@ -171,7 +171,7 @@ def standing_in(count: Count) -> Iterator[None]:
             (engines, "check_same_image", lambda *_: None),
             (Schedules, "read", lambda *_: Moment(0.0)),
             (group_norm, "kernels_of", lambda device_type: fused),
-            (residuals, "kernels_of", lambda device_type: fused),
+            (reconstructions, "kernels_of", lambda device_type: fused),
             (fused.group_norm, "_part_moments", Kernel(count, lambda args: args[:2])),
             (fused.group_norm, "_merge_parts", Kernel(count, lambda args: args[:2])),
             (fused.group_norm, "_normalize", Kernel(count, lambda args: args[:6])),

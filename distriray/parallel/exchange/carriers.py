@@ -1,4 +1,4 @@
-"""Carriers of fresh values: whole, or as residuals in few bits."""
+"""Carriers of fresh values: whole, or as changes in few bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from distriray.parallel.exchange.residuals import Residuals
+from distriray.parallel.exchange.reconstructions import Reconstructions
 from distriray.parallel.exchange.slots import Slot
 
 Values = Mapping[int, torch.Tensor]
@@ -40,22 +40,22 @@ class Carrier:
 
 
 class _Reconstructing(Carrier):
-    def __init__(self, residuals: Residuals) -> None:
-        self._residuals = residuals
+    def __init__(self, reconstructions: Reconstructions) -> None:
+        self._reconstructions = reconstructions
 
     def skip(self) -> None:
-        self._residuals.skip()
+        self._reconstructions.skip()
 
 
 class WholeAndKept(_Reconstructing):
-    """Whole, and kept as the reconstructions that later residuals go on from.
+    """Whole, and kept as the reconstructions that later changes go on from.
 
     Args:
         bits: of a number of those.
     """
 
-    def __init__(self, residuals: Residuals, bits: int) -> None:
-        super().__init__(residuals)
+    def __init__(self, reconstructions: Reconstructions, bits: int) -> None:
+        super().__init__(reconstructions)
         self._bits = bits
 
     def pack(self, slot: Slot, values: Values) -> dict[int, torch.Tensor]:
@@ -63,18 +63,18 @@ class WholeAndKept(_Reconstructing):
         return super().pack(slot, values)
 
     def unpack(self, slot: Slot, arrived: Values) -> Values:
-        self._residuals.keep(slot, self._sent, arrived, self._bits)
+        self._reconstructions.keep(slot, self._sent, arrived, self._bits)
         return arrived
 
 
-class AsResiduals(_Reconstructing):
+class AsChanges(_Reconstructing):
     """As the change since the last reconstruction."""
 
     def pack(self, slot: Slot, values: Values) -> dict[int, torch.Tensor]:
-        sent, self._received = self._residuals.next(slot)
-        alike = {residual: values[peer] for peer, residual in sent.items()}  # all peers may be sent the same
-        messages = {residual: residual.encode(tensor) for residual, tensor in alike.items()}
-        return {peer: messages[residual] for peer, residual in sent.items()}
+        sent, self._received = self._reconstructions.next(slot)
+        alike = {known: values[peer] for peer, known in sent.items()}  # all peers may be sent the same
+        messages = {known: known.encode(tensor) for known, tensor in alike.items()}
+        return {peer: messages[known] for peer, known in sent.items()}
 
     def room(self, slot: Slot, into: Values) -> dict[int, torch.Tensor]:
         self._into = into

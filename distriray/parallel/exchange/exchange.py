@@ -13,11 +13,11 @@ from distriray.collective.base import Communicator
 from distriray.config import AttentionMode, Kind, Mix, Weights
 from distriray.errors import GangBroken
 from distriray.parallel.exchange.bucket import Buckets
-from distriray.parallel.exchange.carriers import AsResiduals, Carrier, WholeAndKept
+from distriray.parallel.exchange.carriers import AsChanges, Carrier, WholeAndKept
 from distriray.parallel.exchange.displaced import DisplacedStep
 from distriray.parallel.exchange.memory import Forgetting, Memory, Recording, Refilling, Values
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.residuals import Residuals
+from distriray.parallel.exchange.reconstructions import Reconstructions
 from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.exchange.synchronous import SynchronousStep
@@ -61,7 +61,7 @@ class Exchange:
             "halos": mix.bits("halos"),
             "keys_values": None if mix.is_stale("keys_values") else mix.bits("keys_values"),
         }
-        self._residuals = Residuals()
+        self._reconstructions = Reconstructions()
         self._buckets: Buckets | None = None
         self._steps = 0  # of this image
 
@@ -69,7 +69,7 @@ class Exchange:
     def buffer_bytes(self) -> int:
         """Memory held between steps."""
         buckets = 0 if self._buckets is None else self._buckets.nbytes
-        return self._patch.nbytes + self._residuals.nbytes + buckets
+        return self._patch.nbytes + self._reconstructions.nbytes + buckets
 
     @property
     def broken(self) -> bool:
@@ -91,19 +91,19 @@ class Exchange:
         step: Step
         if displaced:
             assert self._buckets is not None, "no step came before"
-            residual = AsResiduals(self._residuals)
-            carriers = {kind: residual if self._bits[kind] else Carrier() for kind in self._bits}
+            changes = AsChanges(self._reconstructions)
+            carriers = {kind: changes if self._bits[kind] else Carrier() for kind in self._bits}
             step = DisplacedStep(self._patch, carriers, self._mix, self._buckets, predicts=self._steps > 1)
         else:
             self.drain()
             carriers = {
-                kind: WholeAndKept(self._residuals, bits) if bits else Carrier()
+                kind: WholeAndKept(self._reconstructions, bits) if bits else Carrier()
                 for kind, bits in self._bits.items()
             }
             step = SynchronousStep(self._patch, carriers, self._mix, self._memory(measure_drift))
-        self._residuals.rewind()
+        self._reconstructions.rewind()
         yield step
-        self._residuals.end(displaced)
+        self._reconstructions.end(displaced)
         self._buckets = step.end()
         self._steps += 1
 

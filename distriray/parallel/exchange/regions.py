@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from distriray.parallel.exchange.own import OwnKeysValues
-from distriray.parallel.exchange.residuals import Residual
+from distriray.parallel.exchange.reconstructions import Reconstruction
 from distriray.parallel.exchange.slots import Shapes, Slot
 
 
@@ -200,16 +200,16 @@ class KeysValuesRegion(Region):
         self._arrived = self._views(shapes, self._received)
         self._keys_values = self._views(shapes, self._readable) if weight else self._arrived
         self._parts = self._received.split(self._tokens)
-        self._sent: Residual | None = None
+        self._sent: Reconstruction | None = None
         if bits is not None:
-            self._sent = Residual(torch.zeros_like(self._parts[rank]), bits)
+            self._sent = Reconstruction(torch.zeros_like(self._parts[rank]), bits)
             self._known = self._views(shapes, self._sent.values)
-            self._residuals = {
-                peer: Residual(part, bits) for peer, part in enumerate(self._parts) if peer != rank
+            self._reconstructions = {
+                peer: Reconstruction(part, bits) for peer, part in enumerate(self._parts) if peer != rank
             }
             self._changes = {
-                peer: residual.values.new_empty(residual.message_bytes, dtype=torch.uint8)
-                for peer, residual in self._residuals.items()
+                peer: known.values.new_empty(known.message_bytes, dtype=torch.uint8)
+                for peer, known in self._reconstructions.items()
             }
 
     @property
@@ -226,8 +226,8 @@ class KeysValuesRegion(Region):
     def arrive(self) -> None:
         """Make values of the messages that have arrived."""
         if self._sent is not None:
-            for peer, residual in self._residuals.items():
-                residual.decode(self._changes[peer])
+            for peer, known in self._reconstructions.items():
+                known.decode(self._changes[peer])
 
     def read(self, index: int) -> torch.Tensor:
         """(tokens of all ranks, 2, batch, channels)."""

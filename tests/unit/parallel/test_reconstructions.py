@@ -1,4 +1,4 @@
-"""Residuals: sender and receivers hold the same, and come nearer to the values with every message."""
+"""Reconstructions: sender and receivers hold the same, and come nearer to the values with every message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from distriray.parallel.exchange.residuals import Residual, Residuals
+from distriray.parallel.exchange.reconstructions import Reconstruction, Reconstructions
 from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
 from distriray.parallel.kernels.few_bits import GROUP
 
@@ -25,7 +25,7 @@ def values(
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_receivers_hold_what_the_sender_holds_bit_for_bit(bits: int, dtype: torch.dtype) -> None:
     start = values(0, dtype=dtype)
-    sender, receiver = (Residual(start.clone(), bits) for _ in range(2))
+    sender, receiver = (Reconstruction(start.clone(), bits) for _ in range(2))
     for step in range(1, 6):
         message = sender.encode(values(step, dtype=dtype).transpose(0, 1).contiguous().transpose(0, 1))
         assert message.dtype == torch.uint8 and message.shape == (sender.message_bytes,)
@@ -35,34 +35,34 @@ def test_receivers_hold_what_the_sender_holds_bit_for_bit(bits: int, dtype: torc
 
 @pytest.mark.parametrize(("bits", "share"), [(2, 1 / 3), (4, 1 / 15), (8, 1 / 255)])
 def test_no_number_is_further_off_than_half_a_level_of_its_group(bits: int, share: float) -> None:
-    residual = Residual(torch.zeros(4 * GROUP), bits)
+    reconstruction = Reconstruction(torch.zeros(4 * GROUP), bits)
     wanted = values(1, (4, GROUP)) * torch.tensor([1e-3, 1.0, 10.0, 1e4]).view(-1, 1)
-    residual.encode(wanted.flatten())
-    error = (residual.values.view(4, GROUP) - wanted).abs().amax(1)
+    reconstruction.encode(wanted.flatten())
+    error = (reconstruction.values.view(4, GROUP) - wanted).abs().amax(1)
     # Scales are rounded to bfloat16, which may clip the largest of a group by 1/256.
     assert (error <= wanted.abs().amax(1) * (share + 1 / 256)).all() and (error > 0).all()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_are_made_up_for_by_the_next_messages(bits: int) -> None:
-    residual, wanted = Residual(torch.zeros(3 * GROUP + 5), bits), values(1, (3 * GROUP + 5,))
+    reconstruction, wanted = Reconstruction(torch.zeros(3 * GROUP + 5), bits), values(1, (3 * GROUP + 5,))
     errors = []
     for _ in range(6):
-        residual.encode(wanted)
-        errors.append(float((residual.values - wanted).abs().max()))
+        reconstruction.encode(wanted)
+        errors.append(float((reconstruction.values - wanted).abs().max()))
     assert errors[-1] < 0.02 * errors[0] or errors[-1] < 1e-6
 
 
 def test_what_does_not_change_is_exact() -> None:
     wanted = values(3)
-    residual = Residual(wanted.clone(), 4)
-    residual.encode(wanted)
-    assert torch.equal(residual.values, wanted)
+    reconstruction = Reconstruction(wanted.clone(), 4)
+    reconstruction.encode(wanted)
+    assert torch.equal(reconstruction.values, wanted)
 
 
 @pytest.mark.parametrize(("bits", "numbers", "expected"), [(4, 64, 36), (8, 33, 68), (2, 1, 10)])
 def test_a_message_is_as_small_as_its_bits_say(bits: int, numbers: int, expected: int) -> None:
-    assert Residual(torch.zeros(numbers), bits).message_bytes == expected
+    assert Reconstruction(torch.zeros(numbers), bits).message_bytes == expected
 
 
 def slot(rows: int) -> Slot:
@@ -70,42 +70,42 @@ def slot(rows: int) -> Slot:
     return Slot("halos", ((1, shape),), ((1, shape),), torch.float32)
 
 
-def keep(residuals: Residuals, step: int, *rows: int) -> None:
-    residuals.rewind()
+def keep(reconstructions: Reconstructions, step: int, *rows: int) -> None:
+    reconstructions.rewind()
     for count in rows:
         shape: Any = (1, 2, count, 3)
-        residuals.keep(slot(count), {1: values(step, shape)}, {1: values(step + 1, shape)}, 4)
-    residuals.end(displaced=False)
+        reconstructions.keep(slot(count), {1: values(step, shape)}, {1: values(step + 1, shape)}, 4)
+    reconstructions.end(displaced=False)
 
 
 def test_a_whole_step_starts_every_slot_anew_in_the_same_memory() -> None:
-    residuals = Residuals()
-    keep(residuals, 1, 1, 2)
-    residuals.rewind()
-    sent, received = residuals.next(slot(1))
+    reconstructions = Reconstructions()
+    keep(reconstructions, 1, 1, 2)
+    reconstructions.rewind()
+    sent, received = reconstructions.next(slot(1))
     sent[1].encode(values(9, (1, 2, 1, 3)))
-    pointer, nbytes = received[1].values.data_ptr(), residuals.nbytes
-    keep(residuals, 5, 1, 2)
-    residuals.rewind()
-    sent, received = residuals.next(slot(1))
+    pointer, nbytes = received[1].values.data_ptr(), reconstructions.nbytes
+    keep(reconstructions, 5, 1, 2)
+    reconstructions.rewind()
+    sent, received = reconstructions.next(slot(1))
     assert torch.equal(sent[1].values, values(5, (1, 2, 1, 3)))
     assert received[1].values.data_ptr() == pointer
-    assert residuals.nbytes == nbytes == 4 * (2 * 6 + 2 * 12)
+    assert reconstructions.nbytes == nbytes == 4 * (2 * 6 + 2 * 12)
 
 
 def test_another_layer_in_the_middle_of_an_image_is_an_error_and_none_between_images() -> None:
-    residuals = Residuals()
-    keep(residuals, 1, 1, 2)
-    residuals.rewind()
+    reconstructions = Reconstructions()
+    keep(reconstructions, 1, 1, 2)
+    reconstructions.rewind()
     with pytest.raises(RuntimeError, match=LAYERS_CHANGED):
-        residuals.next(slot(2))
-    residuals.rewind()
-    residuals.next(slot(1))
+        reconstructions.next(slot(2))
+    reconstructions.rewind()
+    reconstructions.next(slot(1))
     with pytest.raises(RuntimeError, match=LAYERS_CHANGED):
-        residuals.end(displaced=True)
-    keep(residuals, 1, 1)  # a layer fewer
-    keep(residuals, 1, 3, 1)  # and others
-    residuals.rewind()
+        reconstructions.end(displaced=True)
+    keep(reconstructions, 1, 1)  # a layer fewer
+    keep(reconstructions, 1, 3, 1)  # and others
+    reconstructions.rewind()
     for rows in (3, 1):
-        residuals.next(slot(rows))
-    residuals.end(displaced=True)
+        reconstructions.next(slot(rows))
+    reconstructions.end(displaced=True)

@@ -16,7 +16,7 @@ from distriray.parallel.kernels.choice import kernels_of
 from distriray.parallel.kernels.few_bits import message_bytes
 
 
-class Residual:
+class Reconstruction:
     """The reconstruction of one message.
 
     Args:
@@ -47,19 +47,19 @@ class Residual:
         self._kernels.decode(message, self.values, self._bits, into)
 
 
-class Residuals:
+class Reconstructions:
     """The reconstructions of an exchange, slot by slot in the order of a step."""
 
     def __init__(self) -> None:
         self._slots: list[Slot] = []
-        self._ends: list[tuple[dict[int, Residual], dict[int, Residual]]] = []
+        self._ends: list[tuple[dict[int, Reconstruction], dict[int, Reconstruction]]] = []
         self._index = 0
 
     @property
     def nbytes(self) -> int:
         """Memory of all reconstructions."""
-        held = {residual for ends in self._ends for side in ends for residual in side.values()}
-        return sum(residual.values.nbytes for residual in held)
+        held = {known for ends in self._ends for side in ends for known in side.values()}
+        return sum(known.values.nbytes for known in held)
 
     def rewind(self) -> None:
         """Begin a step."""
@@ -72,20 +72,24 @@ class Residuals:
         if self._slots[self._index : self._index + 1] != [slot]:
             del self._slots[self._index :], self._ends[self._index :]
             self._slots.append(slot)
-            made = {id(values): Residual(values.contiguous().clone(), bits) for values in sent.values()}
+
+            def made(values: torch.Tensor) -> Reconstruction:
+                return Reconstruction(values.contiguous().clone(), bits)
+
+            of_sent = {id(values): made(values) for values in sent.values()}
             self._ends.append(
                 (
-                    {peer: made[id(values)] for peer, values in sent.items()},
-                    {peer: Residual(values.contiguous().clone(), bits) for peer, values in received.items()},
+                    {peer: of_sent[id(values)] for peer, values in sent.items()},
+                    {peer: made(values) for peer, values in received.items()},
                 )
             )
         else:
             for side, values in zip(self._ends[self._index], (sent, received), strict=True):
-                for peer, residual in side.items():
-                    residual.values.copy_(values[peer])
+                for peer, known in side.items():
+                    known.values.copy_(values[peer])
         self._index += 1
 
-    def next(self, slot: Slot) -> tuple[dict[int, Residual], dict[int, Residual]]:
+    def next(self, slot: Slot) -> tuple[dict[int, Reconstruction], dict[int, Reconstruction]]:
         """The reconstructions of the next slot, of what is sent and of what is received, by peer.
 
         Raises:
