@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.share import Share
 
 ARGUMENT = "residuals"
-"""What a call's arguments call its `Asked`, or what of that a graph has as inputs."""
+"""What a call's arguments call its `Asked`, or the `Shown` of a graph."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,19 @@ class Asked:
     due: Sequence[Control]
     by: Mapping[str, Any] = field(default_factory=dict)
     text: int | None = None
+
+
+class Shown(NamedTuple):
+    """The ControlNets of a call as inputs of a graph.
+
+    Attributes:
+        pictures: by the name of each its picture, of this rank's part of the batch, scale and mode.
+        by, text: as of `Asked`.
+    """
+
+    pictures: dict[str, list[Any]]
+    by: Mapping[str, Any]
+    text: int | None
 
 
 NOTHING = Asked(Residuals(()), ())
@@ -145,8 +158,8 @@ class Beside:
         """Let a graph have what those of a call go by as inputs, if it may be one (`run_in`)."""
         if self.run_in(call):
             asked: Asked = arguments[ARGUMENT]
-            shown = {name: shown for name, _, *shown in self._shown(asked.due, share)}
-            arguments[ARGUMENT] = shown, asked.by, asked.text
+            pictures = {name: shown for name, _, *shown in self._shown(asked.due, share)}
+            arguments[ARGUMENT] = Shown(pictures, asked.by, asked.text)
 
     def added(self, transformer: Any, arguments: dict[str, Any], share: Share) -> Mapping[str, Any]:
         """Arguments for what those of a call add to this rank's tokens.
@@ -154,22 +167,21 @@ class Beside:
         Args:
             arguments: of the transformer, of this rank's part of the batch; `ARGUMENT` is taken out.
         """
-        asked: Asked | tuple[dict[str, Any], Mapping[str, Any], int | None] | None
-        asked, kind = arguments.pop(ARGUMENT, None), self._kind
+        asked: Asked | Shown | None = arguments.pop(ARGUMENT, None)
+        kind = self._kind
         if asked is None or kind is None:
             return {}
-        by, text = (asked.by, asked.text) if isinstance(asked, Asked) else asked[1:]
-        own = _with_text(share, text)
+        own, arguments = _with_text(share, asked.text), {**arguments, **asked.by}
 
         def run(name: str, given: dict[str, Any]) -> Any:
             return self._controls[name].output(own, given)
 
         def make(controls: Sequence[Control]) -> Mapping[str, Any]:
-            return kind.residuals_of(transformer, controls, {**arguments, **by}, run)
+            return kind.residuals_of(transformer, controls, arguments, run)
 
         if isinstance(asked, Asked):
             return asked.residuals.made_by(lambda due: make(self._shown(due, share)))
-        shown = asked[0].items()
+        shown = asked.pictures.items()
         return make([Control(name, self._controls[name].module, *each) for name, each in shown])
 
     @staticmethod
