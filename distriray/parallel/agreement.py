@@ -133,6 +133,8 @@ def _compare(communicator: Communicator, compared: Compared) -> None:
         *(_summed(tensors, _EQUAL, device) for tensors in compared.equal.values()),
     ]
     mine = torch.cat((torch.tensor(numbers, dtype=torch.float64, device=device), *sums))
+    if len(mine) > _FINGERPRINT:
+        raise ValueError(f"{len(mine)} numbers to compare; a message of {_FINGERPRINT} holds no more")
     mine = F.pad(mine, (0, _FINGERPRINT - len(mine)))
     everyone = [mine if r == communicator.rank else mine.clone() for r in range(communicator.world_size)]
     all_gather(communicator, everyone).wait()

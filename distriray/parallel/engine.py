@@ -275,17 +275,22 @@ class Engine:
                 f"two threads call one {type(self.network.module).__name__} at a time, whose layers know one "
                 "step; take turns, or give each thread a network of its own"
             )
+        follows, self._more_follow = self._more_follow, False
         try:
             if branches is None:
-                return self._output(self.network.read(*args, **kwargs))
-            return self._predictions(branches, *args, **kwargs)
+                return self._output(self.network.read(*args, **kwargs), follows)
+            return self._predictions(branches, follows, *args, **kwargs)
         finally:
             self._calling.release()
 
     def _predictions(
-        self, branches: Mapping[str, Mapping[str, Any]], /, *args: Any, **kwargs: Any
+        self, branches: Mapping[str, Mapping[str, Any]], follows: bool, /, *args: Any, **kwargs: Any
     ) -> list[torch.Tensor]:
-        """`forward` of a step whose guidance branches have calls of their own."""
+        """`forward` of a step whose guidance branches have calls of their own.
+
+        Args:
+            follows: whether a call of the image is promised to follow the step.
+        """
 
         def read(name: str) -> Call:
             given = {**kwargs, **branches[name], "return_dict": False}
@@ -294,25 +299,29 @@ class Engine:
         calls = {name: read(name) for name in branches}
         dealt = self.network.deal([*calls.values()], self.communicator, self.config)
         if dealt is not None:
-            (whole,) = self._output(dealt)
+            (whole,) = self._output(dealt, follows)
             return [whole[first : first + dealt.batch] for first in range(0, dealt.predictions, dealt.batch)]
-        promised, predictions, figures = self._more_follow, list[torch.Tensor](), StepStatistics()
-        for name, call in calls.items():
-            self._more_follow = promised or len(predictions) + 1 < len(calls)
-            # Anew with ControlNets, which may have run in the last one.
-            (prediction,) = self._output(call if call.besides is None else read(name))
+        predictions, figures = list[torch.Tensor](), StepStatistics()
+        for number, (name, call) in enumerate(calls.items(), 1):
+            if call.besides is not None:
+                call = read(name)  # anew with ControlNets, which may have run in the last one
+            (prediction,) = self._output(call, follows or number < len(calls))
             predictions.append(prediction)
             figures += self.statistics
         self.statistics = figures
         return predictions
 
-    def _output(self, call: Call) -> Any:
-        """`forward` of the one call that is under way."""
+    def _output(self, call: Call, follows: bool) -> Any:
+        """`forward` of the one call that is under way.
+
+        Args:
+            follows: whether another call of the image is promised to follow.
+        """
         sent = self.communicator.bytes_sent
         if call.branch is None:
             call = replace(call, branch=self._guiders.branch)
         with Stopwatch(call.sample.device) as whole:
-            output, step, share = self._run(call)
+            output, step, share = self._run(call, follows)
         if step is not None and not step.displaced:
             timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
             self._chooser.note(call, share, timed)
@@ -320,16 +329,16 @@ class Engine:
         self.statistics = StepStatistics.of(whole, step, self._collector.waiting, sent)
         return output
 
-    def _run(self, call: Call) -> tuple[Any, Step | None, Share]:
+    def _run(self, call: Call, follows: bool) -> tuple[Any, Step | None, Share]:
         """The network's output, the step of the exchange that it was computed in, and this rank's share."""
-        promised, self._more_follow = self._more_follow, False
         moment = self._schedules.read(call.timestep, call.branch)
+        follows = follows or moment.more_follow
         branch = self._branch(call, moment)
         try:
             share = self._prepare(call, moment, branch)
             self._look_at_text(call, branch)
             place = self._place(call, moment, branch)
-            follows, exchange = promised or moment.more_follow, branch.exchange
+            exchange = branch.exchange
             passed: tuple[Any, Step | None] | None = None
             try:
                 passed = self._pass(call, branch, share, place, follows)

@@ -11,7 +11,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
 from distriray.collective.absent import AbsentPeers
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.errors import GangBroken, GenerationCancelled
+from distriray.errors import GangBroken, GenerationCancelled, UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.engine import Engine
 from distriray.requests import SamplingParams
@@ -152,10 +152,25 @@ def test_what_was_asked_in_an_image_that_an_error_ended_is_not_asked_of_the_next
     assert run_in_lockstep(2, rank) == [(True, False)] * 2
 
 
-def _call(unet: Any, timestep: torch.Tensor, region: int) -> None:
+def _call(unet: Any, timestep: torch.Tensor, region: int, **further: Any) -> None:
     added = {"text_embeds": torch.ones((1, 16)), "time_ids": torch.ones((1, 6))}
     sample, text = torch.full((1, 4, 16, 8), float(region)), torch.full((1, 7, 32), float(region))
-    unet(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=added)
+    unet(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=added, **further)
+
+
+def test_a_promise_that_more_follow_is_of_one_call_also_where_that_is_refused() -> None:
+    pipeline = parallelize(tiny_sdxl(), AbsentPeers(0, 2, torch.device("cpu")), CONFIG)
+    engine = engine_of(pipeline)
+    assert engine is not None
+    engine.lags = True
+    engine.announce_more()
+    with pytest.raises(UnsupportedModel, match="attention_mask"):
+        _call(pipeline.unet, torch.tensor(7.0), 0, attention_mask=torch.ones(1, 32))
+    _call(pipeline.unet, torch.tensor(7.0), 0)
+    assert engine.settled
+    engine.announce_more()
+    _call(pipeline.unet, torch.tensor(7.0), 0)
+    assert not engine.settled
 
 
 def test_halves_of_a_gang_that_exchange_nothing_within_a_step_lag_too() -> None:
