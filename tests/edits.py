@@ -15,7 +15,8 @@ from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
 from PIL import Image
 
 from distriray.denoise import Denoiser
-from distriray.denoise.pipelines import flux, megapixels
+from distriray.denoise.pipelines import megapixels
+from distriray.denoise.pipelines.families import flux
 
 SHOWN = Image.radial_gradient("L").resize((120, 88)).convert("RGB")
 """What models that draw nothing from text alone are shown where a test says nothing."""

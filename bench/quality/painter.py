@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bench.quality.design import Setting
 from bench.quality.prompts import Prompt
 from distriray.collective import LockstepCommunicator, run_in_lockstep
-from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components
+from distriray.denoise.pipelines.families.sdxl_blocks import DECODE, make_components
 from distriray.denoise.schedulers import make_scheduler
 from distriray.errors import InvalidRequest
 from distriray.models import ModelSpec, load_pipeline

@@ -22,7 +22,7 @@ from distriray.config import PAPER, ExchangeMode
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.parallel import compile_blocks, engine_of, many_shapes
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, StepGraphs
-from distriray.parallel.networks import qwen_image21
+from distriray.parallel.networks.families import qwen_image21
 from distriray.requests import SamplingParams
 from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of

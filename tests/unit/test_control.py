@@ -28,8 +28,8 @@ from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import ControlNetNotFound, InvalidRequest, UnusableControlNet, UnusableIPAdapter
 from distriray.ip_adapters import IPAdapterSpec
 from distriray.parallel import engine_of
-from distriray.parallel.networks import unet
 from distriray.parallel.networks.controlnet import residuals_of
+from distriray.parallel.networks.families import unet
 from distriray.requests import SamplingParams
 from tests.models import (
     SHALLOW,

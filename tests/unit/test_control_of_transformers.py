@@ -35,7 +35,7 @@ from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import GangMismatch, InvalidRequest, OutOfMemory, UnusableControlNet
 from distriray.parallel import engine_of
 from distriray.parallel.networks.controls import Control as Used
-from distriray.parallel.networks.flux import FluxControl
+from distriray.parallel.networks.families.flux import FluxControl
 from distriray.parallel.networks.token_control import TokenControl
 from distriray.parallel.room import Room
 from distriray.requests import SamplingParams

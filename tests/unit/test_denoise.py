@@ -31,8 +31,8 @@ from PIL import Image
 from distriray import parallelize
 from distriray.collective import connect
 from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
+from distriray.denoise.pipelines.families.sdxl import StableDiffusionXL
 from distriray.denoise.pipelines.registry import PIPELINES, Family
-from distriray.denoise.pipelines.sdxl import StableDiffusionXL
 from distriray.denoise.pipelines.sizes import Sizes
 from distriray.denoise.schedulers import make_scheduler, step_count
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVC
 from PIL import Image
 
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.denoise.pipelines import qwen_image21
+from distriray.denoise.pipelines.families import qwen_image21
 from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.picture import opaque, png
 from tests.edits import shrink

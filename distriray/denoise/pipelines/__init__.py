@@ -1,1 +1,1 @@
-"""Pipeline families: how each kind of diffusers pipeline is driven step by step, one file a family."""
+"""Pipelines, driven step by step; `families` has how each kind is."""

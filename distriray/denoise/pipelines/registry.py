@@ -1,4 +1,4 @@
-"""Table of the pipeline families. A new one is a file of this folder and one line of `PIPELINES`.
+"""Table of the pipeline families. A new one is a file of `families` and one line of `PIPELINES`.
 
 Importing this loads neither torch nor diffusers.
 """
@@ -59,7 +59,7 @@ class Family:
 
     Attributes:
         home: module and name of its `PipelineSteps`, imported when there is such a pipeline; a leading dot is
-            this folder.
+            the folder `families`.
         models: those that it stands for, in the words of the message that lists what there is.
         sizes: finds the sizes of its pictures in the configurations of a model's components.
         terms: finds there what it says of a request's other fields.
@@ -76,7 +76,7 @@ class Family:
     def steps(self) -> type[PipelineSteps]:
         """Its subclass of `PipelineSteps`."""
         module, name = self.home.split(":")
-        steps: type[PipelineSteps] = getattr(import_module(module, __package__), name)
+        steps: type[PipelineSteps] = getattr(import_module(module, f"{__package__}.families"), name)
         return steps
 
 

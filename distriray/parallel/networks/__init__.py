@@ -1,1 +1,1 @@
-"""Network families: what tells one kind of network from another, one file a family."""
+"""Networks and how they are cut into patches; `families` has what tells one kind from another."""

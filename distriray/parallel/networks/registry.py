@@ -1,4 +1,4 @@
-"""Table of the network families. A new one is a file of this folder and one line of `NETWORKS`."""
+"""Table of the network families. A new one is a file of `families` and one line of `NETWORKS`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
         home: module and name of its `Network`, imported when a pipeline has such a network; a leading dot is
-            this folder.
+            the folder `families`.
         models: those that it stands for, in the words of the message that lists what there is.
     """
 
@@ -28,7 +28,7 @@ class Family:
     def network(self) -> type[Network]:
         """Its subclass of `Network`."""
         module, name = self.home.split(":")
-        network: type[Network] = getattr(import_module(module, __package__), name)
+        network: type[Network] = getattr(import_module(module, f"{__package__}.families"), name)
         return network
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
-from distriray.denoise.pipelines import qwen_image21
+from distriray.denoise.pipelines.families import qwen_image21
 from distriray.gang.messages import SegmentEnd
 from tests.models import save, tiny_qwen_image21
 

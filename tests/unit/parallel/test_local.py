@@ -26,7 +26,7 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.context import PatchContext
-from distriray.parallel.networks.unet import UNet
+from distriray.parallel.networks.families.unet import UNet
 from distriray.parallel.networks.vae import can_be_cut
 from tests.models import randomize, tiny_sd15_unet, tiny_sdxl_unet, tiny_vae
 from tests.parameters import sweep

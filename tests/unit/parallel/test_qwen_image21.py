@@ -23,7 +23,7 @@ from distriray.collective.absent import AbsentPeers
 from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of, graphs
 from distriray.parallel.engine import Engine
-from distriray.parallel.networks import qwen_image21
+from distriray.parallel.networks.families import qwen_image21
 from tests.models import TEXT_WIDTH, tiny_qwen_image21_transformer
 from tests.parameters import pairwise
 from tests.unit.parallel.recorded import RecordedGraphs

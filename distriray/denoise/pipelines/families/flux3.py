@@ -26,7 +26,7 @@ from diffusers.modular_pipelines.flux3.inputs import Flux3DistilledTextInputStep
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
-from distriray.denoise.pipelines.flux2 import TokensInRows
+from distriray.denoise.pipelines.families.flux2 import TokensInRows
 from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import nn
 
 from distriray.errors import InvalidRequest
-from distriray.parallel.networks.flux import CUTS, POSITIONS, PatchFluxAttention
+from distriray.parallel.networks.families.flux import CUTS, POSITIONS, PatchFluxAttention
 from distriray.parallel.networks.plan import Attention, Input, Plan, of_all_ranks
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition

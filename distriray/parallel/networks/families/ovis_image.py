@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_ovis_image import (
 )
 
 from distriray.parallel.layers.tokens import PatchJointAttention
-from distriray.parallel.networks.flux import CUTS, POSITIONS
+from distriray.parallel.networks.families.flux import CUTS, POSITIONS
 from distriray.parallel.networks.plan import Attention, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 

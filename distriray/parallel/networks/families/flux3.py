@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_flux3 import (
 from distriray.parallel.agreement import Compared
 from distriray.parallel.layers.tokens import PatchTokenAttention, output_of
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.flux import CUTS, POSITIONS
+from distriray.parallel.networks.families.flux import CUTS, POSITIONS
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition

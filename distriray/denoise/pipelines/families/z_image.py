@@ -18,7 +18,7 @@ from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, toke
 from distriray.denoise.pipelines.flow import BRANCHES, FlowMatching
 from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.state import DenoiseState
-from distriray.parallel.networks.z_image import ZImageControl
+from distriray.parallel.networks.families.z_image import ZImageControl
 
 TEXT_TOKENS = 512
 

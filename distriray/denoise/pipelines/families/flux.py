@@ -23,7 +23,7 @@ from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, toke
 from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
-from distriray.parallel.networks.flux import FluxControl
+from distriray.parallel.networks.families.flux import FluxControl
 from distriray.parallel.networks.token_control import TokenControl
 
 

@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 
 from distriray.parallel.layers.tokens import PatchJointAttention, PatchTokenAttention
-from distriray.parallel.networks.flux import CUTS, POSITIONS
+from distriray.parallel.networks.families.flux import CUTS, POSITIONS
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 

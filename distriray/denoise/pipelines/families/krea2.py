@@ -8,7 +8,7 @@ import torch
 from diffusers import Krea2Pipeline
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
-from distriray.denoise.pipelines.qwen_image import QwenImage
+from distriray.denoise.pipelines.families.qwen_image import QwenImage
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, Tokens, check_pixels, tokens_of
 from distriray.denoise.pipelines.control import UNetSteps
-from distriray.denoise.pipelines.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
+from distriray.denoise.pipelines.families.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 

@@ -15,7 +15,7 @@ from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, toke
 from distriray.denoise.pipelines.flow import GuidedInOneCall
 from distriray.denoise.pipelines.masks import outside
 from distriray.errors import InvalidRequest
-from distriray.parallel.networks.sd3 import SD3Control
+from distriray.parallel.networks.families.sd3 import SD3Control
 
 T5_TOKENS = 256
 

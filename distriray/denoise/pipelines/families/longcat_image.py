@@ -9,7 +9,7 @@ from diffusers import LongCatImagePipeline
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
 
 from distriray.denoise.pipelines.base import Tokens
-from distriray.denoise.pipelines.ovis_image import OvisImage
+from distriray.denoise.pipelines.families.ovis_image import OvisImage
 
 
 class _Reading(LongCatImagePipeline):

@@ -9,8 +9,8 @@ from diffusers import ErnieImagePipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.families.flux2 import TokensInRows
 from distriray.denoise.pipelines.flow import GuidedInOneCall
-from distriray.denoise.pipelines.flux2 import TokensInRows
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 

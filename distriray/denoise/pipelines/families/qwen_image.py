@@ -26,7 +26,7 @@ from distriray.denoise.pipelines.megapixels import ShowsMegapixels, size_shown
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, UnsupportedModel
-from distriray.parallel.networks.qwen_image import QwenImageControl
+from distriray.parallel.networks.families.qwen_image import QwenImageControl
 from distriray.parallel.networks.token_control import TokenControl
 
 TEXT_TOKENS = 512

@@ -1,0 +1,1 @@
+"""Pipeline families: how each kind of diffusers pipeline is driven step by step, one file a family."""

@@ -1,0 +1,1 @@
+"""Network families: what tells one kind of network from another, one file a family."""
