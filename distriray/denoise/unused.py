@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distriray.denoise.pipelines.base import PipelineSteps, Tokens
+from distriray.denoise.pipelines.base import PipelineSteps, TokenCount
 from distriray.requests import SamplingParams
 from distriray.steps import guided_steps, is_controlled
 
@@ -51,14 +51,14 @@ def unused(params: SamplingParams, steps: PipelineSteps, num_steps: int) -> Iter
             yield f"image of {width}x{height} is stretched to {to}"
 
 
-def _read(params: SamplingParams, names: Sequence[str], steps: PipelineSteps) -> dict[str, list[Tokens]]:
+def _read(params: SamplingParams, names: Sequence[str], steps: PipelineSteps) -> dict[str, list[TokenCount]]:
     """By name, what of a text is taken by each encoder that reads it.
 
     Args:
         names: of the text for all encoders, then of those in its place for the second and the third.
     """
     tokens = {name: steps.tokens(text) for name in names if (text := getattr(params, name))}
-    read: dict[str, list[Tokens]] = {}
+    read: dict[str, list[TokenCount]] = {}
     for place in range(max(map(len, tokens.values()), default=0)):
         name = names[place] if names[place] in tokens else names[0]
         if name in tokens:

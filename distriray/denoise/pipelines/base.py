@@ -18,21 +18,21 @@ from distriray.parallel.networks.controls import Control
 from distriray.requests import SamplingParams
 
 
-class Tokens(NamedTuple):
+class TokenCount(NamedTuple):
     """Numbers of tokens: given to a text encoder, and taken by it; without special ones."""
 
     given: int
     taken: int
 
 
-def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> Tokens:
+def tokens_of(tokenizer: Any, text: str, most: int | None = None) -> TokenCount:
     """The tokens of `text`. Its encoder takes `most`, special ones included, or what the tokenizer says."""
     special = tokenizer.num_special_tokens_to_add()
     given = len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-    return Tokens(given, min(given, (tokenizer.model_max_length if most is None else most) - special))
+    return TokenCount(given, min(given, (tokenizer.model_max_length if most is None else most) - special))
 
 
-def tokens_in_chat(tokenizer: Any, text: str, around: str, most: int) -> Tokens:
+def tokens_in_chat(tokenizer: Any, text: str, around: str, most: int) -> TokenCount:
     """The tokens of `text` for an encoder that takes `most` with the template `around` it."""
     return tokens_of(tokenizer, text, most - tokens_of(tokenizer, around).given)
 
@@ -191,7 +191,7 @@ class PipelineSteps(ABC):
         """The largest `clip_skip` that leaves a layer of every text encoder."""
 
     @abstractmethod
-    def tokens(self, text: str) -> Sequence[Tokens]:
+    def tokens(self, text: str) -> Sequence[TokenCount]:
         """Of each text encoder, in their order, what it takes of a prompt (`tokens_of`)."""
 
     @abstractmethod

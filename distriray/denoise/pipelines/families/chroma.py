@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_of
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
 
@@ -22,7 +22,7 @@ class Chroma(PackedFlowMatching):
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
     max_clip_skip = 0
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         return [tokens_of(self._plain.tokenizer, text, TEXT_TOKENS)]
 
     def encode(self, commission: Commission) -> dict[str, Any]:

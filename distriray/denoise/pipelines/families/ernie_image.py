@@ -8,7 +8,7 @@ import torch
 from diffusers import ErnieImagePipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_of
 from distriray.denoise.pipelines.families.flux2 import TokensInRows
 from distriray.denoise.pipelines.flow import GuidedInOneCall
 from distriray.denoise.state import DenoiseState
@@ -33,7 +33,7 @@ class ErnieImage(GuidedInOneCall, TokensInRows):
         if patch != 1:
             raise UnsupportedModel(f"an ErnieImageTransformer2DModel with patch_size {patch}; known is 1")
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         return [tokens_of(self._plain.tokenizer, text)]
 
     @property

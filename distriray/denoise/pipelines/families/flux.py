@@ -19,7 +19,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from torch import nn
 
-from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, PictureOf, TokenCount, tokens_of
 from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
@@ -39,7 +39,7 @@ class Flux(PackedFlowMatching):
     guides = False
     control: ClassVar[type[TokenControl] | None] = FluxControl
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         return [
             tokens_of(self._plain.tokenizer, text),
             tokens_of(self._plain.tokenizer_2, text, self._text_tokens),

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.masks import outside
@@ -160,7 +160,7 @@ class Flux2(_Flux2):
         super().__init__(pipeline)
         self._plain.system_message = pipeline.system_message
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         processor, system = self._plain.tokenizer, self._plain.system_message
         around = processor.apply_chat_template(format_input([""], system)[0], tokenize=False)
         tokenizer = getattr(processor, "tokenizer", processor)  # a processor takes pictures too
@@ -187,7 +187,7 @@ class Flux2Klein(_Flux2):
     def guides(self) -> bool:
         return not self.pipeline.config.is_distilled
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         around = self._plain.tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}],
             tokenize=False,

@@ -25,7 +25,7 @@ from diffusers.modular_pipelines.flux3.encoders import (
 from diffusers.modular_pipelines.flux3.inputs import Flux3DistilledTextInputStep, Flux3ImageCondInputStep
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_in_chat
 from distriray.denoise.pipelines.families.flux2 import TokensInRows
 from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.state import DenoiseState
@@ -83,7 +83,7 @@ class Flux3(TokensInRows):
     def guides(self) -> bool:
         return not self.distilled
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         processor = self._plain.tokenizer
         around = processor.apply_chat_template(
             [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True

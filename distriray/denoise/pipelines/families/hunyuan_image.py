@@ -10,7 +10,7 @@ from diffusers import AdaptiveProjectedMixGuidance, AutoencoderKLHunyuanImage, H
 from diffusers.guiders.adaptive_projected_guidance_mix import MomentumBuffer
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_in_chat
 from distriray.denoise.pipelines.flow import FlowMatching
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
@@ -78,7 +78,7 @@ class HunyuanImage(FlowMatching):
     def guides(self) -> bool:
         return self._plain.guider is not None
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         """Of the language model alone: what is quoted is a part of what it reads."""
         around, _, _ = self._plain.prompt_template_encode.partition("{}")
         most = self._plain.tokenizer_max_length + self._plain.prompt_template_encode_start_idx

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import Krea2Pipeline
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_in_chat
 from distriray.denoise.pipelines.families.qwen_image import QwenImage
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
@@ -42,7 +42,7 @@ class Krea2(QwenImage):
     def guides(self) -> bool:
         return not self.pipeline.config.is_distilled
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         pipeline = self._plain
         before, behind = (
             pipeline.prompt_template_encode_start_idx,

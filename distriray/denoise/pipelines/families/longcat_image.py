@@ -8,7 +8,7 @@ import torch
 from diffusers import LongCatImagePipeline
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import split_quotation
 
-from distriray.denoise.pipelines.base import Tokens
+from distriray.denoise.pipelines.base import TokenCount
 from distriray.denoise.pipelines.families.ovis_image import OvisImage
 
 
@@ -34,11 +34,11 @@ class LongCatImage(OvisImage):
     def around(self, kind: type, parts: dict[str, Any]) -> Any:
         return _Reading(**parts, scheduler=None)
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         tokenizer = self._plain.tokenizer
         pieces = (piece for part, quoted in split_quotation(text) for piece in (part if quoted else [part]))
         given = sum(len(tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces)
-        return [Tokens(given, min(given, self._plain.tokenizer_max_length))]
+        return [TokenCount(given, min(given, self._plain.tokenizer_max_length))]
 
     def embedded(self, prompt: str, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         embeds, ids = self._plain.encode_prompt(prompt, images)

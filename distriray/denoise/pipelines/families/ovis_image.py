@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import OvisImagePipeline
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_in_chat
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 
 TEXT_TOKENS = 256
@@ -20,7 +20,7 @@ class OvisImage(PackedFlowMatching):
     parts = ("transformer", "vae", "text_encoder", "tokenizer")
     max_clip_skip = 0
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         (around,) = self._plain._get_messages("")
         most = TEXT_TOKENS + self._plain.user_prompt_begin_id
         return [tokens_in_chat(self._plain.tokenizer, text, around, most)]

@@ -21,7 +21,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
 )
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_of
 from distriray.denoise.pipelines.megapixels import ShowsMegapixels, size_shown
 from distriray.denoise.pipelines.packed import PackedFlowMatching
 from distriray.denoise.state import DenoiseState
@@ -52,7 +52,7 @@ class QwenImage(PackedFlowMatching):
         if self.pipeline.transformer.config.get("guidance_embeds"):
             raise UnsupportedModel("a QwenImageTransformer2DModel with guidance_embeds")
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         return [tokens_of(self._plain.tokenizer, text, TEXT_TOKENS)]
 
     def encode(self, commission: Commission) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class QwenImageEdit(ShowsMegapixels, QwenImage):
     parts = (*QwenImage.parts, "processor")
     read_pixels: ClassVar[int] = VAE_IMAGE_SIZE
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         return [tokens_of(self._plain.tokenizer, text, self._positions)]
 
     def encode(self, commission: Commission) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, TokenCount, tokens_of
 from distriray.denoise.pipelines.guidance import guided_calls
 from distriray.denoise.pipelines.megapixels import ShowsMegapixels
 from distriray.denoise.state import DenoiseState
@@ -57,7 +57,7 @@ class QwenImage21(ShowsMegapixels):
         if network.patch_size != 1:
             raise UnsupportedModel(f"a QwenImage21Transformer2DModel with patch_size {network.patch_size}")
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         return [tokens_of(self._plain.processor.tokenizer, text, TEXT_TOKENS)]
 
     def sigmas(self, steps: int) -> Any:

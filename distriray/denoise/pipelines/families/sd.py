@@ -13,7 +13,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, check_pixels, tokens_of
+from distriray.denoise.pipelines.base import Commission, TokenCount, check_pixels, tokens_of
 from distriray.denoise.pipelines.control import UNetSteps, controlled
 from distriray.denoise.pipelines.guidance import ConditionalHalf, guided
 from distriray.denoise.pipelines.masks import keep_outside
@@ -76,7 +76,7 @@ class StableDiffusion(UNetSteps):
         layers: int = self._plain.text_encoder.config.num_hidden_layers
         return layers - 1
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         tokenizer = self._plain.tokenizer
         return [tokens_of(tokenizer, self._plain.maybe_convert_prompt(text, tokenizer))]
 

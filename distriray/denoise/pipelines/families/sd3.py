@@ -11,7 +11,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_of
+from distriray.denoise.pipelines.base import Commission, PictureOf, TokenCount, tokens_of
 from distriray.denoise.pipelines.flow import GuidedInOneCall
 from distriray.denoise.pipelines.masks import outside
 from distriray.errors import InvalidRequest
@@ -34,7 +34,7 @@ class StableDiffusion3(GuidedInOneCall):
         encoders = self._plain.text_encoder, self._plain.text_encoder_2
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         tokens = [tokens_of(each, text) for each in (self._plain.tokenizer, self._plain.tokenizer_2)]
         if self._plain.tokenizer_3 is not None:
             tokens.append(tokens_of(self._plain.tokenizer_3, text, T5_TOKENS))

@@ -13,7 +13,7 @@ from diffusers import (
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from PIL import Image
 
-from distriray.denoise.pipelines.base import Commission, Tokens, check_pixels, tokens_of
+from distriray.denoise.pipelines.base import Commission, TokenCount, check_pixels, tokens_of
 from distriray.denoise.pipelines.control import UNetSteps
 from distriray.denoise.pipelines.families.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
 from distriray.denoise.state import DenoiseState
@@ -51,7 +51,7 @@ class StableDiffusionXL(UNetSteps):
         encoders = (self.components.text_encoder, self.components.text_encoder_2)
         return min(encoder.config.num_hidden_layers for encoder in encoders) - 1
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         tokenizers = (self.components.tokenizer, self.components.tokenizer_2)
         return [tokens_of(each, self.components.maybe_convert_prompt(text, each)) for each in tokenizers]
 

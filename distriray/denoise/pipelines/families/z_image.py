@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
-from distriray.denoise.pipelines.base import Commission, PictureOf, Tokens, tokens_in_chat
+from distriray.denoise.pipelines.base import Commission, PictureOf, TokenCount, tokens_in_chat
 from distriray.denoise.pipelines.flow import BRANCHES, FlowMatching
 from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.state import DenoiseState
@@ -37,7 +37,7 @@ class ZImage(FlowMatching):
     unguided = 0.0
     control = ZImageControl
 
-    def tokens(self, text: str) -> list[Tokens]:
+    def tokens(self, text: str) -> list[TokenCount]:
         around = self._plain.tokenizer.apply_chat_template(
             [{"role": "user", "content": ""}],
             tokenize=False,
