@@ -7,9 +7,7 @@ from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from operator import is_
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from diffusers import QwenImage21Transformer2DModel
@@ -34,10 +32,11 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
-from distriray.errors import InvalidRequest, UnsupportedModel
+from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared
 from distriray.parallel.layers.tokens import PatchTokenAttention, Tokens, output_of, projections_of
 from distriray.parallel.networks.base import Call, Collect
+from distriray.parallel.networks.families.qwen_image21_prefixes import Prefixes, keys_and_values
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
@@ -46,9 +45,6 @@ from distriray.parallel.share import Share
 
 KEPT = "kept keys and values"
 """What errors call those of the prefix, in a `kv_cache`."""
-TOKENS_PER_SLOT = 4
-"""Tokens of an image that stand in one place of the text."""
-_MASKS = "img_mask", "encoder_hidden_states_mask"
 MOST_COPIED = 2**28
 """Bytes of kept keys and values that a graph has a copy of, and copies anew in each step, so that it is of
 any image with as many tokens. More are read where they are."""
@@ -129,21 +125,6 @@ def _of_prefix(
     return attended
 
 
-class _Place(NamedTuple):
-    """Where the image stands behind a prefix that is kept: what is the same in every step.
-
-    Attributes:
-        shapes, masks: what the network was told of it: of all images, and of images and text.
-        rotary: what turns the image's queries and keys, (tokens, channels).
-        key_mask: which tokens of prefix and image are not padding, bool (batch, 1, 1, tokens); None if all.
-    """
-
-    shapes: Any
-    masks: tuple[Any, ...]
-    rotary: torch.Tensor
-    key_mask: torch.Tensor | None
-
-
 class QwenImage21(TokenNetwork):
     """A `QwenImage21Transformer2DModel`: one sequence of text, condition images, and the image to be drawn.
 
@@ -189,8 +170,7 @@ class QwenImage21(TokenNetwork):
     )
 
     def __init__(self, module: Any, local: LocalCode | None = None) -> None:
-        self._parts: WeakKeyDictionary[QwenImage21KVCache, slice] = WeakKeyDictionary()
-        self._places: WeakKeyDictionary[QwenImage21KVCache, _Place] = WeakKeyDictionary()
+        self._prefixes = Prefixes()
         self._read_in_place: list[torch.Tensor] = []
         super().__init__(module, local)
 
@@ -222,7 +202,7 @@ class QwenImage21(TokenNetwork):
         compared, cache = super().compared(call), call.arguments["kv_cache"]
         if cache is None or call.arguments["kv_cache_mode"] != "cached":
             return compared
-        kept = _kept(cache)
+        kept = keys_and_values(cache)
         # A part of the batch is not what the others have.
         return compared.plus(near={KEPT: kept if len(kept[0]) == call.batch else []})
 
@@ -232,29 +212,13 @@ class QwenImage21(TokenNetwork):
             return super().compute(call, share, collect)
         given = dict(call.arguments)
         if mode == "cached":
-            given["kv_cache"] = self._own_part(cache, share)
+            given["kv_cache"] = self._prefixes.own_part(cache, share)
             if self._computes_what_is_left(call):
                 return self._compute_what_is_left(call, given["kv_cache"], share, collect)
         output = super().compute(replace(call, arguments=given), share, collect)
         if mode == "extract":
-            self._parts[cache] = share.part
+            self._prefixes.keep(cache, share)
         return output
-
-    def _own_part(self, cache: QwenImage21KVCache, share: Share) -> QwenImage21KVCache:
-        """What a `kv_cache` has of the images that this rank computes; raises InvalidRequest."""
-        whole = slice(0, share.batch)
-        part, images = self._parts.get(cache, whole), len(cache.get_layer(0).get()[0])
-        if images != part.stop - part.start or part not in (whole, share.part):
-            raise InvalidRequest(
-                f"a kv_cache of {images} images, where this rank computes those from {share.part.start} to "
-                f"{share.part.stop} of {share.batch}; make it anew, with kv_cache_mode 'extract'"
-            )
-        if part == share.part:
-            return cache
-        own = QwenImage21KVCache(len(cache.layer_caches))
-        for layer, kept in zip(own.layer_caches, cache.layer_caches, strict=True):
-            layer.store(*(each[share.part] for each in kept.get()))
-        return own
 
     def _computes_what_is_left(self, call: Call) -> bool:
         """Whether the prefix is kept, and nothing stands in the place of the class's forward."""
@@ -266,37 +230,21 @@ class QwenImage21(TokenNetwork):
     ) -> Any:
         """`compute` of a call whose prefix this rank has kept."""
         self._shared = share, collect
-        place, keys_values = self._place_of(call), _kept(kept)
+        standing, keys_values = self._prefixes.standing(call, self.module.pos_embed), keys_and_values(kept)
         copied = sum(each.nbytes for each in keys_values) <= MOST_COPIED
         self._read_in_place = [] if copied else keys_values
         try:
             output = self.forward(
                 hidden_states=share.cut(call.sample),
                 timestep=share.cut(call.timestep),
-                rotary=place.rotary,
-                key_mask=share.cut(place.key_mask),
+                rotary=standing.rotary,
+                key_mask=share.cut(standing.key_mask),
                 kept=keys_values if copied else [],
                 attention_kwargs=call.text_scale,
             )
         finally:
             self._read_in_place = []
         return Transformer2DModelOutput(output) if call.arguments["return_dict"] else (output,)
-
-    def _place_of(self, call: Call) -> _Place:
-        """Where a call's image stands: looked up on the host where that was not done for its `kv_cache`."""
-        arguments, cache = call.arguments, call.arguments["kv_cache"]
-        shapes, masks = arguments["img_shapes"][0], tuple(arguments[name] for name in _MASKS)
-        known = self._places.get(cache)
-        if known is None or known.shapes != shapes or not all(map(is_, known.masks, masks)):
-            among_text, text_mask, key_mask = masks[0][0], masks[1], None
-            images = among_text.repeat_interleave(torch.where(among_text, TOKENS_PER_SLOT, 1))
-            rotary = self.module.pos_embed(shapes, images, device=call.sample.device)
-            if text_mask is not None:
-                valid = images.new_ones(call.batch, len(images))
-                valid[:, ~images] = text_mask.bool()[:, ~among_text[: text_mask.shape[1]]]
-                key_mask = valid[:, None, None]
-            known = self._places[cache] = _Place(shapes, masks, rotary[-math.prod(shapes[-1]) :], key_mask)
-        return known
 
     def _compute(self, **arguments: Any) -> Any:
         if "kept" in arguments:
@@ -362,11 +310,6 @@ class QwenImage21(TokenNetwork):
     ) -> torch.Tensor:
         own = self._tokens.of("image")[self._shared[0].communicator.rank]
         return super()._gather(collect, exchanges, module, inputs, output[:, -own:])
-
-
-def _kept(cache: QwenImage21KVCache) -> list[torch.Tensor]:
-    """Keys and values of each block in turn."""
-    return [each for layer in cache.layer_caches for each in layer.get()]
 
 
 class _Cutter:
