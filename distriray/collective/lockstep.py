@@ -128,6 +128,10 @@ class LockstepCommunicator:
             return
         other = waiting.popleft()
         source, target = (message, other) if message.sends else (other, message)
+        sent, expected = source.bytes.nbytes, target.bytes.nbytes
+        if sent != expected:
+            self.gang.fail(f"rank {path[0]} sent {sent} bytes where {expected} were expected")
+            self.check()
         target.bytes.copy_(source.bytes)
         other.work.arrived()
 

@@ -54,6 +54,31 @@ def test_ranks_that_wait_for_each_other_in_vain_are_told_so() -> None:
         run_in_lockstep(3, rank)
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_message_of_another_size_than_expected_breaks_the_gang_for_both(late: int) -> None:
+    """As between processes, whichever rank says first what it sends or expects."""
+    ended = []
+
+    def rank(communicator: LockstepCommunicator) -> None:
+        if communicator.rank == late:
+            communicator.exchange({}, {2: torch.empty(1)}).wait()
+        if communicator.rank == 2:
+            communicator.exchange({late: torch.zeros(1)}, {}).wait()
+            return
+        try:
+            if communicator.rank == 0:
+                communicator.exchange({1: torch.zeros(100)}, {}).wait()
+            else:
+                communicator.exchange({}, {0: torch.empty(50)}).wait()
+        except GangBroken as error:
+            ended.append(str(error))
+            raise
+
+    with pytest.raises(GangBroken, match="rank 0 sent 400 bytes where 200 were expected"):
+        run_in_lockstep(3, rank)
+    assert len(ended) == 2 and all("400 bytes where 200" in said for said in ended)
+
+
 def test_a_rank_of_the_gang_knows_its_peers_and_checks_it() -> None:
     def rank(communicator: LockstepCommunicator) -> tuple[int, ...]:
         assert isinstance(communicator, Communicator)
