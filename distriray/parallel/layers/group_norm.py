@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class PatchGroupNorm(nn.GroupNorm, Opaque):
     """`nn.GroupNorm` of the whole image, computed on one rank's rows (Li et al. 2024, section 4.2).
 
-    Each rank contributes mean and (biased) variance of its own part of every group, in float32. Input and
-    output are (batch, channels, this rank's rows, columns). Outside a step of an exchange it is
-    `nn.GroupNorm`.
+    Each rank contributes mean and (biased) variance of its own part of every group, in float32, whatever the
+    precision of the input. Input and output are (batch, channels, this rank's rows, columns). Outside a step
+    of an exchange it is `nn.GroupNorm`.
 
     Attributes:
         window: of the convolution that alone reads the output, if there is one. In a step that fuses, the

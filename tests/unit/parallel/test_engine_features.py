@@ -278,6 +278,18 @@ def test_ranks_that_differ_are_told_what_differs() -> None:
         assert "sum of the latents" in message and "equally seeded generator" in message
 
 
+def _precise(communicator: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and picture of a pipeline in float64, whose group norms are float32 in a gang."""
+    pipeline = parallelize(tiny_sdxl().to(torch.float64), communicator, SYNC)
+    latents = call(pipeline, CASE)
+    return latents, pipeline.vae.decode(latents, return_dict=False)[0]
+
+
+def test_a_pipeline_in_float64_is_drawn_as_by_one_device() -> None:
+    for ours, theirs in zip(run_in_lockstep(2, _precise)[0], single(_precise), strict=True):
+        assert ours.dtype is torch.float64 and close(ours, theirs)
+
+
 def _quick(communicator: Communicator) -> list[torch.Tensor]:
     """Five images of one step and one prompt each, by a pipeline around a U-Net that is in a gang already."""
     first = tiny_sdxl()

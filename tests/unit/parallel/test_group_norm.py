@@ -42,8 +42,9 @@ def test_merged_statistics_equal_nn_group_norm() -> None:
     torch.testing.assert_close(own.view_as(image).float(), nn.GroupNorm(4, 8)(image), rtol=1e-3, atol=1e-4)
 
 
-def test_statistics_of_half_precision_are_float32() -> None:
-    image = torch.full((1, 4, 64, 64), 10.0, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_statistics_are_float32_in_any_precision(dtype: torch.dtype) -> None:
+    image = torch.full((1, 4, 64, 64), 10.0, dtype=dtype)
     statistics = group_statistics(image, 2)
     assert statistics.dtype == torch.float32
     torch.testing.assert_close(statistics, torch.tensor([[[10.0, 0.0], [10.0, 0.0]]]))

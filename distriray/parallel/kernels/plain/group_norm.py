@@ -14,7 +14,8 @@ def group_statistics(input: torch.Tensor, groups: int, out: torch.Tensor | None 
     # Two passes: E[x^2] - E[x]^2 loses everything in float32 where the mean is large; and torch.var_mean
     # is ten times slower than this on a CPU.
     deviation = torch.linalg.vector_norm(grouped - mean, dim=-1, keepdim=True)
-    return torch.cat([mean, deviation.square() / grouped.shape[-1]], -1, out=out)
+    variance = (deviation.square() / grouped.shape[-1]).float()  # of a float64 input it is not yet
+    return torch.cat([mean, variance], -1, out=out)
 
 
 def normalize(
