@@ -19,12 +19,13 @@ from distriray.parallel.networks.likeness import weights_of
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.spatial import takes_whole
 from distriray.parallel.networks.vae import can_be_cut, convert_decoder, picture_partition
+from distriray.parallel.uncopied import Uncopied
 
 # Every value is fresh: a decoder runs once an image, so there is no step before it to take old ones from.
 FRESH = Mix(), Weights()
 
 
-class PatchDecoder:
+class PatchDecoder(Uncopied):
     """One VAE's decoder, made patch-parallel within a gang.
 
     Its layers exchange synchronously, so the picture is that of one device, up to rounding.

@@ -35,9 +35,10 @@ from distriray.parallel.share import Share
 from distriray.parallel.statistics import StepStatistics
 from distriray.parallel.stopwatch import Stopwatch
 from distriray.parallel.sums import Sums
+from distriray.parallel.uncopied import Uncopied
 
 
-class Engine:
+class Engine(Uncopied):
     """One network, made patch-parallel within a gang.
 
     Args:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -276,6 +278,17 @@ def _different_seeds(communicator: Communicator) -> str:
 def test_ranks_that_differ_are_told_what_differs() -> None:
     for message in run_in_lockstep(2, _different_seeds):
         assert "sum of the latents" in message and "equally seeded generator" in message
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_copy_of_what_is_in_a_gang_is_refused_with_what_to_do(
+    part: str, copied: Callable[[Any], Any]
+) -> None:
+    pipeline = parallelize(tiny_sdxl(), connect("local"), SYNC)
+    call(pipeline, CASE)
+    with pytest.raises(TypeError, match=r"joined a gang cannot be deep-copied .* before parallelize"):
+        copied(getattr(pipeline, part))
 
 
 def _precise(communicator: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
