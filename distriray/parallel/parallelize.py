@@ -57,13 +57,20 @@ def parallelize(
 
     Raises:
         UnsupportedModel: the network is of no such family, or its family refuses it.
-        TypeError: something in `local` is neither a class nor a function.
+        TypeError: something in `local` is neither a class nor a function, or `config` is of another class, as
+            diffusers' ParallelConfig is.
         InvalidRequest: `cfg_parallel=True` in a gang of odd size.
         GangBroken: a peer did not call it.
 
     Source: Li et al., DistriFusion, CVPR 2024 (arXiv 2402.19481).
     """
-    config = config or ParallelConfig()
+    config = ParallelConfig() if config is None else config
+    if not isinstance(config, ParallelConfig):
+        kind = type(config)
+        raise TypeError(
+            f"config is a {kind.__module__}.{kind.__qualname__}, not a distriray.ParallelConfig: write "
+            'ParallelConfig(exchange="sync"), for one'
+        )
     GangLayout.of(communicator.world_size, batch=2, cfg_parallel=config.cfg_parallel)  # refuses an odd gang
     before = engine_of(pipeline)
     said = LocalCode(local) | (LocalCode() if before is None else before.network.local)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -278,6 +279,15 @@ def _different_seeds(communicator: Communicator) -> str:
 def test_ranks_that_differ_are_told_what_differs() -> None:
     for message in run_in_lockstep(2, _different_seeds):
         assert "sum of the latents" in message and "equally seeded generator" in message
+
+
+@pytest.mark.parametrize("config", ["sync", {"exchange": "sync"}, diffusers.ParallelConfig()])
+def test_a_configuration_of_another_class_is_refused_before_anything_is_changed(config: Any) -> None:
+    pipeline = tiny_sdxl()
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    with pytest.raises(TypeError, match=rf"config is a {kind}, not a distriray\.ParallelConfig"):
+        parallelize(pipeline, connect("local"), config)
+    assert engine_of(pipeline) is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
