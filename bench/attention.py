@@ -24,7 +24,7 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, UNet2DConditionModel
 from torch.distributed import PrefixStore
 
-from bench.arguments import add_json
+from bench.arguments import add_backends, add_json, side
 from bench.launches import Collectives, spread_by_diffusers
 from bench.published import PUBLISHED, SDXL, Published
 from bench.report import Report
@@ -67,9 +67,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", choices=NETWORKS, default="flux")
-    parser.add_argument("--size", type=positive, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--size", type=side, default=512, help="pixels of a side (default 512)")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4])
-    parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
+    add_backends(parser)
     parser.add_argument("--heads", type=positive, default=12, help="of 64 channels (default 12)")
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=3, help="timed steps a round")

@@ -16,7 +16,7 @@ from statistics import quantiles
 
 import torch
 
-from bench.arguments import add_json
+from bench.arguments import add_backends, add_json
 from bench.report import Report
 from distriray.arguments import at_least, positive
 from distriray.collective import Communicator, all_gather, connect, launch, serve_store
@@ -31,7 +31,7 @@ Samples = dict[tuple[str, str], list[tuple[float, float]]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
+    add_backends(parser)
     parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4])
     parser.add_argument(
         "--repeats", type=at_least(10 * TURNS), default=400, help="of the small ones; 16 MiB: a tenth of it"

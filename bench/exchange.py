@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.arguments import add_json
+from bench.arguments import add_backends, add_json, side
 from bench.barrier import barrier
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
@@ -76,9 +76,9 @@ class _Layers(Subgroup):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=positive, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--size", type=side, default=512, help="pixels of a side (default 512)")
     parser.add_argument("--ranks", type=positive, default=2)
-    parser.add_argument("--backends", nargs="+", default=["shm", "gloo"])
+    add_backends(parser)
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--steps", type=positive, default=6, help="timed steps a round")
     add_json(parser)

@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.arguments import add_json
+from bench.arguments import add_json, side
 from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
@@ -187,9 +187,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=PUBLISHED, default="sdxl")
-    parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[1024, 2048, 3840], help="pixels of a side"
-    )
+    parser.add_argument("--sizes", type=side, nargs="+", default=[1024, 2048, 3840], help="pixels of a side")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8])
     add_json(parser)
     arguments = parser.parse_args()

@@ -16,7 +16,7 @@ from typing import Any
 
 from diffusers.utils import logging
 
-from bench.arguments import add_json
+from bench.arguments import add_json, side
 from bench.launches import Count, in_gang, standing_in, ways
 from bench.published import PUBLISHED
 from bench.report import Report
@@ -62,7 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", choices=PUBLISHED, nargs="+", default=list(PUBLISHED))
-    parser.add_argument("--size", type=positive, default=1024, help="pixels of a side")
+    parser.add_argument("--size", type=side, default=1024, help="pixels of a side")
     parser.add_argument("--ranks", type=positive, default=8)
     parser.add_argument("--steps", type=positive, default=30, help="steps that are timed")
     add_json(parser)

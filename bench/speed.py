@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.arguments import add_json
+from bench.arguments import add_json, side
 from bench.barrier import barrier, finish
 from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, SamplingParams, parallelize
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:landscapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", help="how ranks exchange; default: the best that there is")
-    parser.add_argument("--sizes", type=positive, nargs="+", default=[256, 512, 768], help="pixels of a side")
+    parser.add_argument("--sizes", type=side, nargs="+", default=[256, 512, 768], help="pixels of a side")
     parser.add_argument("--gangs", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=positive, default=10)
     parser.add_argument("--rounds", type=positive, default=3)

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from bench.arguments import add_json
+from bench.arguments import add_json, side
 from bench.report import Report
 from distriray.arguments import positive
 from distriray.denoise import Denoiser, DenoiseState
@@ -21,9 +21,7 @@ from distriray.requests import SamplingParams
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[256, 512, 1024], help="pixels of a side"
-    )
+    parser.add_argument("--sizes", type=side, nargs="+", default=[256, 512, 1024], help="pixels of a side")
     parser.add_argument("--schedulers", nargs="+", default=["ddim", "dpmpp-2m", "unipc"])
     parser.add_argument("--repeats", type=positive, default=20)
     add_json(parser)

@@ -27,6 +27,15 @@ from bench.routing import decision_times
         ("bench.simulator_truth", "--load nan"),
         ("bench.projection.__main__", "--warmup-steps -1"),
         ("bench.gpu.serve", "--deadline nan"),
+        ("bench.exchange", "--size 132"),
+        ("bench.exchange", "--backends nothing"),
+        ("bench.attention", "--size 132"),
+        ("bench.attention", "--backends local"),
+        ("bench.launches", "--sizes 1024 1000"),
+        ("bench.replay", "--size 1000"),
+        ("bench.speed", "--sizes 250"),
+        ("bench.state", "--sizes 250"),
+        ("bench.collective", "--backends nccl"),
     ],
 )
 def test_a_number_that_nothing_can_be_measured_with_is_refused(
