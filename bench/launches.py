@@ -34,7 +34,7 @@ from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.arguments import positive
+from distriray.arguments import at_least
 from distriray.config import AttentionMode, ExchangeMode
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
@@ -188,7 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=PUBLISHED, default="sdxl")
     parser.add_argument("--sizes", type=side, nargs="+", default=[1024, 2048, 3840], help="pixels of a side")
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[2, 4, 8])
     add_json(parser)
     arguments = parser.parse_args()
     logging.set_verbosity_error()  # diffusers warns of a cast that it has no objection to
@@ -203,7 +203,9 @@ def main() -> None:
     for size in arguments.sizes:
         alone = alone_of(model, size)
         report.add(*cells(size, "diffusers", "together", "-", "-", alone, alone, None), "-", "-", "-", "-")
-        for ranks, split in product(arguments.ranks, (True, False) if model.splits else (False,)):
+        for ranks, split in product(arguments.ranks, (True, False)):
+            if split and (not model.splits or ranks % 2):
+                continue
             least: Count | None = None
             for exchange, attention in ways(model, ranks // 2 if split else ranks):
                 count, peers, buffers = share(model, size, ranks, split, exchange, attention)

@@ -20,7 +20,7 @@ from bench.arguments import add_json, side
 from bench.launches import Count, in_gang, standing_in, ways
 from bench.published import PUBLISHED
 from bench.report import Report
-from distriray.arguments import positive
+from distriray.arguments import at_least, positive
 from distriray.parallel.graphs import Graph
 
 COLUMNS = ("model", "guidance", "exchange", "attention", "graphs", "exchanges", "host, ms", "least, ms")
@@ -63,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--models", choices=PUBLISHED, nargs="+", default=list(PUBLISHED))
     parser.add_argument("--size", type=side, default=1024, help="pixels of a side")
-    parser.add_argument("--ranks", type=positive, default=8)
+    parser.add_argument("--ranks", type=at_least(2), default=8)
     parser.add_argument("--steps", type=positive, default=30, help="steps that are timed")
     add_json(parser)
     arguments = parser.parse_args()
@@ -76,9 +76,10 @@ def main() -> None:
     )
     for name in arguments.models:
         model = PUBLISHED[name]
+        halves = (True, False) if model.branches else (model.splits,)
         cases = [
             (split, *way)
-            for split in ((True, False) if model.branches else (model.splits,))
+            for split in dict.fromkeys(each and arguments.ranks % 2 == 0 for each in halves)
             for way in ways(model, arguments.ranks // (2 if split else 1))
         ]
         for split, exchange, attention in cases:

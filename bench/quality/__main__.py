@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench.arguments import add_json
+from bench.arguments import add_json, side
 from bench.quality.design import BASE, Section, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
@@ -65,7 +65,7 @@ def main() -> None:
         "alike": f"at most {ALIKE_SHARE:.0%} of the pixels visibly different",
     }
     if isinstance(judge, LandscapeJudge):
-        settings["frechet_of_other_drawings"] = round(judge.floor(arguments.count), 3)
+        settings["frechet_of_other_drawings"] = judge.floor(arguments.count)
         settings["drawings"] = job.drawings
     title = f"bench.quality: {arguments.model} at {job.size}x{job.size}, each picture against one device's"
     table.report(title, chosen, arguments.seed, settings).publish(arguments.json)
@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=Path, help="one a line, or COCO's captions (.json)")
     parser.add_argument("--reference", type=Path, help="folder of pictures for the FID (not builtin)")
-    parser.add_argument("--size", type=positive, help="pixels of a side (default: 256 built in, 1024 else)")
+    parser.add_argument("--size", type=side, help="pixels of a side (default: 256 built in, 1024 else)")
     parser.add_argument("--guidance", type=positive_number, help="scale (default: 4 built in, 5 else)")
     parser.add_argument("--batch", type=positive, help="pictures in a call (default: 20 built in, 1 else)")
     arguments = parser.parse_args()

@@ -137,10 +137,15 @@ class LandscapeJudge:
             f"{row['right'].sum() / stated:.1%}" if stated else "-",
         )
 
-    def floor(self, count: int) -> float:
-        """The Fréchet distance of `count` other drawn scenes: what perfect pictures would have."""
+    def floor(self, count: int) -> float | None:
+        """The Fréchet distance of `count` other drawn scenes: what perfect pictures would have.
+
+        None of a single one, which has no covariance.
+        """
+        if count < 2:
+            return None
         other = self._features_of_drawings(FIRST_DRAWING + self._drawings, count)
-        return frechet_distance(other, self._drawn_features())
+        return round(frechet_distance(other, self._drawn_features()), 3)
 
     def _drawn_features(self) -> NDArray[np.float64]:
         if self._drawn is None:

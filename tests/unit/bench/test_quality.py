@@ -65,6 +65,11 @@ def test_frechet_distance_of_a_shift_is_its_square() -> None:
     assert frechet_distance(2 * features, features) > 1
 
 
+def test_a_single_picture_has_no_frechet_distance_to_reach() -> None:
+    judge = LandscapeJudge(64, drawings=4)
+    assert judge.floor(1) is None and judge.floor(2) is not None
+
+
 def test_checker_feature_distance_grows_with_the_difference() -> None:
     judge, prompts = LandscapeJudge(64, drawings=4), landscape_prompts(3, 0)
     same, near, far = (
