@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import connect
@@ -35,6 +35,8 @@ def main() -> None:
 
     if "RANK" not in os.environ:
         parser.error("no rank is in the environment; start this with torchrun, as above")
+    if not (arguments.model / "model_index.json").is_file():
+        parser.error(f"no diffusers pipeline was saved to {arguments.model}: it has no model_index.json")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = f"cuda:{os.environ['LOCAL_RANK']}" if arguments.device == "cuda" else "cpu"
     communicator = connect(
@@ -45,7 +47,7 @@ def main() -> None:
         device=device,
     )
     pipe = parallelize(
-        StableDiffusionXLPipeline.from_pretrained(arguments.model).to(device),
+        DiffusionPipeline.from_pretrained(arguments.model).to(device),
         communicator,
         ParallelConfig(exchange="displaced", warmup_steps=4),
     )
