@@ -14,6 +14,7 @@ from distriray.gang.admission import check_heads
 from distriray.gang.calibrate import keep_profile
 from distriray.gang.config import LIVE_FIELDS, HostConfig
 from distriray.gang.dispatcher import Dispatcher
+from distriray.gang.job import Job
 from distriray.gang.messages import WorkerFacts
 from distriray.gang.placement import Placement
 from distriray.gang.remote import Launcher
@@ -52,7 +53,12 @@ class Host:
             ModelNotFound, UnsupportedModel: the model cannot be loaded or cannot be cut into patches.
             UnusableAdapter: one that the configuration lists does not fit the model.
         """
-        host = cls(config, await Placement.make(config), policy or make_policy(config.policy))
+        placement = await Placement.make(config)
+        try:
+            host = cls(config, placement, policy or make_policy(config.policy))
+        except BaseException:
+            placement.release()
+            raise
         try:
             await host._dispatcher.start()
             if config.profiles is not None:
@@ -67,7 +73,7 @@ class Host:
         dispatcher = self._dispatcher
 
         async def generate(request: GenerationRequest) -> GenerationResult:
-            return await dispatcher.accept_own(request).ended
+            return await self._end_of(dispatcher.accept_own(request))
 
         dispatcher.speed = Speed(await keep_profile(folder, self.config, dispatcher.facts, generate))
         dispatcher.metrics.begin()
@@ -82,7 +88,10 @@ class Host:
             GenerationCancelled: somebody called `cancel`, or the host is closed.
             GangBroken: its gang broke more often than the configuration allows.
         """
-        job = self._dispatcher.accept(request)
+        return await self._end_of(self._dispatcher.accept(request))
+
+    async def _end_of(self, job: Job) -> GenerationResult:
+        """Its result, or its error as it is raised; cancelling this coroutine cancels the request."""
         try:
             return await asyncio.shield(job.ended)
         except asyncio.CancelledError:

@@ -6,18 +6,20 @@ import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from distriray import __version__
 from distriray.gang.calibrate import keep_profile
+from distriray.gang.host import Host
 from distriray.gang.profile import guessed_profile
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.routing.profile import Profile
 
-from .fleet import FakeHost
+from .fleet import FakeHost, until
 
 
 def kept(folder: Path, **config: Any) -> Profile:
@@ -81,3 +83,48 @@ def test_hosts_that_write_one_profile_at_once_leave_a_whole_one(tmp_path: Path) 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: profile.save(path_in(tmp_path)), range(400)))
     assert [Profile.load(path) for path in tmp_path.iterdir()] == [profile]
+
+
+class Bundles:
+    """A placement that counts how often it was given back, made in place of Ray's."""
+
+    def __init__(self) -> None:
+        self.group, self.device, self.released = SimpleNamespace(id=b"a host"), "cpu", 0
+
+    async def make(self, _: Any) -> Any:
+        return self
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def test_a_host_whose_start_is_cancelled_while_it_measures_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        fake, bundles = FakeHost(2, profiles=tmp_path), Bundles()
+        monkeypatch.setattr("distriray.gang.host.Launcher", lambda *_: fake.fleet)
+        monkeypatch.setattr("distriray.gang.host.Placement", bundles)
+        starting = asyncio.create_task(Host.start(fake.config))
+        await until(lambda: fake.fleet.gangs)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert not any(worker.alive for worker in fake.fleet.launched) and bundles.released == 1
+
+    asyncio.run(scene())
+
+
+def test_a_host_that_cannot_be_made_gives_its_bundles_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launcher(*_: Any) -> Any:
+        raise OSError("the node's address is none of this machine's")
+
+    async def scene() -> None:
+        bundles = Bundles()
+        monkeypatch.setattr("distriray.gang.host.Launcher", launcher)
+        monkeypatch.setattr("distriray.gang.host.Placement", bundles)
+        with pytest.raises(OSError, match="none of this machine's"):
+            await Host.start(FakeHost(2).config)
+        assert bundles.released == 1
+
+    asyncio.run(scene())
