@@ -81,9 +81,8 @@ class Dispatcher:
         self._accepted = self._segments = 0
         self._background = Background(self._fail)
         self._review: asyncio.TimerHandle | None = None
-        self._waking = self._resting = False
+        self._serving = self._waking = self._resting = False
         self._all_back = asyncio.Event()
-        self._closed = False
 
     async def start(self) -> None:
         """Bring the workers up; raises as `WorkerGroup.start`.
@@ -107,10 +106,12 @@ class Dispatcher:
         except InvalidRequest as error:
             log.warning("%s: requests that leave it open are refused: %s", self.config.model.name, error)
         self.speed = Speed(guessed_profile(self.config, self.facts))
+        self._serving = True
+        self._wake()
 
     async def close(self) -> None:
         """Cancel what is unfinished and end the workers. Idempotent."""
-        self._closed = True
+        self._serving = False
         if self._review is not None:
             self._review.cancel()
         await self._background.close()
@@ -122,7 +123,7 @@ class Dispatcher:
     @property
     def healthy(self) -> bool:
         """Whether the host can serve."""
-        return self.fault is None and self.group.failure is None and not self._closed
+        return self.fault is None and self.group.failure is None and self._serving
 
     @property
     def free(self) -> set[int]:
@@ -173,7 +174,7 @@ class Dispatcher:
                 NotEnoughDevices once the workers for it are beyond repair, GenerationCancelled once the host
                 is closed.
         """
-        if self._closed:
+        if not self._serving:
             raise GenerationCancelled("the host is closed")
         if request.model not in (None, self.config.model.name):
             raise ModelNotFound(f"no model {request.model!r} here; this host has {self.config.model.name!r}")
@@ -222,8 +223,11 @@ class Dispatcher:
     # Deciding
 
     def _wake(self) -> None:
-        """Decide as soon as what happens now is over; call when anything that a policy sees has changed."""
-        if not self._waking and not self._closed:
+        """Decide as soon as what happens now is over; call when anything that a policy sees has changed.
+
+        Workers may come and go before the host serves, and then there is nothing to decide.
+        """
+        if self._serving and not self._waking:
             self._waking = True
             self._background.soon(self._decide)
 
@@ -233,7 +237,7 @@ class Dispatcher:
         if self._review is not None:
             self._review.cancel()
             self._review = None
-        if self._closed or self._resting:
+        if self._resting or not self._serving:
             return
         self._tell_levels()
         view = self.view()
@@ -305,8 +309,7 @@ class Dispatcher:
             yield
         finally:
             self._resting = False
-            if self.jobs:
-                self._wake()
+            self._wake()
 
     def beyond_repair(self) -> None:
         """For `WorkerGroup`."""

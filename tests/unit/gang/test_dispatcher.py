@@ -44,7 +44,7 @@ from distriray.routing.profile import Entry
 from distriray.steps import StepCount
 from tests.gang.policies import NewestFirst, Script
 
-from .fleet import CALLER, LONG, FakeHost, ask, until
+from .fleet import CALLER, LONG, FakeHost, FakeWorker, ask, until
 
 
 def do(scene: Coroutine[Any, Any, None]) -> None:
@@ -827,6 +827,30 @@ def test_closing_ends_though_a_worker_answers_at_that_very_moment(monkeypatch: p
                 host.accept(num_inference_steps=LONG)
                 await asyncio.sleep(0.0002 * turn)
             assert not any(worker.alive for worker in host.fleet.launched)
+
+    do(scene())
+
+
+def test_a_worker_that_dies_once_it_is_linked_costs_a_host_that_starts_nothing_but_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    join = FakeWorker.link
+
+    def link(worker: FakeWorker, links: Any) -> asyncio.Future[None]:
+        async def slowly() -> None:
+            await join(worker, links)
+            worker.fleet.at(1).die()
+            await asyncio.sleep(0.02)  # in which the host hears of it, and is not yet up
+
+        return join(worker, links) if worker.index else asyncio.ensure_future(slowly())
+
+    async def scene() -> None:
+        monkeypatch.setattr(FakeWorker, "link", link)
+        async with FakeHost(2) as host:
+            monkeypatch.undo()
+            assert host.dispatcher.fault is None
+            await host.whole()
+            assert (await host.accept(gang_size=2).ended).repairs == 0 and host.dispatcher.healthy
 
     do(scene())
 
