@@ -47,6 +47,10 @@ class Background:
     def _call(self, callback: Callable[[], None]) -> None:
         try:
             callback()
+        except StopIteration as error:  # which no future can hold; to tasks it happens by itself
+            told = RuntimeError(f"{callback!r} raised StopIteration")
+            told.__cause__ = error
+            self._on_error(told)
         except Exception as error:
             self._on_error(error)
 

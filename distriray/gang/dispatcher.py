@@ -348,7 +348,7 @@ class Dispatcher:
 
         An error of the host's own ends this request; its gang, which may be anywhere, is replaced.
         """
-        gang, began, serial = segment.workers, self.speed.now(), job.serial
+        gang, began, serial, earlier = segment.workers, self.speed.now(), job.serial, len(job.segments)
         came: SegmentResult | None = None
         try:
             result = await segment.come_back(lambda progress: self._heard(job, progress))
@@ -364,7 +364,7 @@ class Dispatcher:
                 self.group.replace(worker, f"the host failed in its segment: {error!r}")
             self._end(job, error)
         finally:
-            self.record.ended(serial, came, job.segments[-1] if came and came.worked else None)
+            self.record.ended(serial, came, next(iter(job.segments[earlier:]), None))
             self.leased.difference_update(worker.index for worker in gang)
             self._all_back.set()
             self._wake()

@@ -357,17 +357,21 @@ def test_a_worker_that_cannot_send_a_state_costs_what_only_it_had_and_no_worker(
     do(scene())
 
 
-def test_an_error_of_the_host_in_one_segment_ends_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "where", [(segments.RunningSegment, "come_back"), (Job, "come_back")], ids=["out", "back"]
+)
+def test_an_error_of_the_host_in_one_segment_ends_one_request(
+    where: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Any:
+        raise KeyError(7)
+
     async def scene() -> None:
         async with FakeHost(4, **opened()) as host:
             other = host.accept(id="other", gang_size=2, num_inference_steps=300)
             await at(other, 3)
-
-            async def fails(*_: object) -> Any:
-                raise KeyError(7)
-
             with monkeypatch.context() as patch:
-                patch.setattr(segments.RunningSegment, "come_back", fails)
+                patch.setattr(*where, fails)
                 with pytest.raises(KeyError):
                     await host.accept(id="hurt", gang_size=2).ended
             await host.whole()
@@ -376,16 +380,21 @@ def test_an_error_of_the_host_in_one_segment_ends_one_request(monkeypatch: pytes
     do(scene())
 
 
-def test_a_policy_that_lends_what_is_lent_fails_the_host_and_nobody_waits_for_ever() -> None:
-    class Twice:
+@pytest.mark.parametrize(
+    ("own", "told"), [(ZeroDivisionError, ZeroDivisionError), (StopIteration, RuntimeError)]
+)
+def test_a_policy_that_fails_fails_the_host_and_nobody_waits_for_ever(
+    own: type[Exception], told: type[Exception]
+) -> None:
+    class Fails:
         review_s = None
 
         def plan(self, view: Any, model: Any) -> Any:
-            raise ZeroDivisionError
+            raise own
 
     async def scene() -> None:
-        async with FakeHost(2, Twice()) as host:  # type: ignore[arg-type]
-            with pytest.raises(ZeroDivisionError):
+        async with FakeHost(2, Fails()) as host:  # type: ignore[arg-type]
+            with pytest.raises(told):
                 await host.accept().ended
             assert not host.dispatcher.healthy
 
