@@ -76,7 +76,6 @@ class NcclCommunicator(BackendCommunicator):
         self._called: tuple[float, list[int]] | None = None
         self._pending: deque[NcclWork] = deque()
         self._over: deque[NcclWork] = deque()
-        self._stream = _take_stream(self.device)
         self._closing = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="distriray-nccl-watchdog", daemon=True)
         try:
@@ -84,6 +83,7 @@ class NcclCommunicator(BackendCommunicator):
         except BaseException:
             control.close()
             raise
+        self._stream = _take_stream(self.device)
         self._lifeline = Lifeline(control, self._fail)
         self._lifeline.watch()
         self._watchdog.start()

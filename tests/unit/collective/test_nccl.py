@@ -252,6 +252,13 @@ def test_streams_come_back_after_an_abort_and_are_never_shared(machine: Machine)
     assert not {c._stream for c in newer}.intersection(streams)
 
 
+def test_a_start_that_fails_takes_no_stream(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.nccl, "NcclCommunicator", lambda *_: 1 / 0)
+    name = machine.name()
+    machine.each(lambda rank: failure_of(lambda: machine.join(name, rank)))
+    assert not any(stream.priority == -1 for stream in machine.cuda.streams)
+
+
 # ------------------------------------------------------------------------------------------------ starting
 
 
