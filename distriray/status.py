@@ -69,9 +69,10 @@ class PredictionStatus(_Report):
 
 class HostStatus(_Report):
     """One host at one moment. `backlog_s` is the predicted time until all it has accepted is finished, in
-    seconds; `free_workers` are healthy and in no gang. `outcomes` counts the requests that ended as finished,
-    cancelled, failed, refused or invalid, since the host started, `steps` those that gangs made, by how they
-    shared them (`mix` is one without a name), and `regroupings` how often a request changed its gang."""
+    seconds; `free_workers` are healthy and in no gang; `repairs` are the last ones. `outcomes` counts the
+    requests that ended as finished, cancelled, failed, refused or invalid, since the host started, `steps`
+    those that gangs made, by how they shared them (`mix` is one without a name), and `regroupings` how often
+    a request changed its gang."""
 
     model: str
     device: str

@@ -266,7 +266,7 @@ class Dispatcher:
             free=len(self.free),
             busy=sum(len(job.workers or ()) for job in running),
             down=self.config.workers - len(self.group.healthy),
-            repairs=len(self.group.repairs),
+            repairs=self.group.repaired,
             backlog_s=self.backlog_s(),
         )
 

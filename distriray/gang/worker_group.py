@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ log = logging.getLogger("ray.serve.distriray")
 
 REPAIR_ATTEMPTS = 3
 HEARTBEAT_S = 5.0
+REMEMBERED = 256
+"""Repairs that are told one by one; beyond them they are counted."""
 
 Group = tuple[int, ...]
 
@@ -84,6 +86,8 @@ class WorkerGroup:
         communicators: the communicator's name of every group that is ready to be lent.
         healthy: places whose workers are loaded and linked.
         facts: what the worker of each place reported, or the one before it until then.
+        repairs: the last ones.
+        repaired: how many there were.
         failure: why the group cannot be repaired, or None.
     """
 
@@ -92,7 +96,8 @@ class WorkerGroup:
         self.communicators: dict[Group, str] = {}
         self.healthy: set[int] = set()
         self.facts: dict[int, WorkerFacts] = {}
-        self.repairs: list[Repair] = []
+        self.repairs: deque[Repair] = deque(maxlen=REMEMBERED)
+        self.repaired = 0
         self.failure: str | None = None
         self._launch, self._owner = launch, owner
         self._members: dict[int, Member] = {}
@@ -269,6 +274,7 @@ class WorkerGroup:
             self._background.spawn(self._watch(member))
             await self._rejoin([member.id])
             if self.alive(member.id) and index in self.healthy:
+                self.repaired += 1
                 self.repairs.append(Repair(index, cause, time.monotonic() - died))
                 log.info("worker %d is replaced, after %.1f s", index, self.repairs[-1].seconds)
             return

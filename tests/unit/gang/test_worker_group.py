@@ -187,14 +187,19 @@ def test_a_place_that_loses_its_worker_on_end_fails_the_host() -> None:
     do(scene())
 
 
-def test_a_place_whose_workers_do_what_they_are_asked_may_lose_any_number() -> None:
+def test_a_place_whose_workers_do_what_they_are_asked_may_lose_any_number_of_which_the_last_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distriray.gang.worker_group.REMEMBERED", 2)
+
     async def scene() -> None:
         async with Scene() as s:
-            for _ in range(2 * REPAIR_ATTEMPTS):
-                await until(lambda: s.group.healthy == {0, 1})
+            for turn in range(2 * REPAIR_ATTEMPTS):
                 s.group.proved(s.ids()[1])
-                s.group.replace(s.ids()[1], "failed")
-            assert s.group.failure is None
+                s.group.replace(s.ids()[1], f"failed {turn}")
+                await until(lambda: s.group.healthy == {0, 1})
+            assert s.group.failure is None and s.group.repaired == 2 * REPAIR_ATTEMPTS
+            assert [repair.cause for repair in s.group.repairs] == ["failed 4", "failed 5"]
 
     do(scene())
 
