@@ -24,6 +24,10 @@ class WorkerId:
     incarnation: int
 
 
+ALONE = "alone"
+"""The name of the communicator that every worker has from the start, of itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class GangMembership:
     """A communicator to make: this worker is `rank` among `world_size`. A `name` can be used only once."""
@@ -162,6 +166,11 @@ class WorkerFacts:
     guides: bool
     terms: Terms = Terms()
     key_heads: int | None = None
+
+    @property
+    def device_type(self) -> str:
+        """The kind of its device, by which `DEVICES` has it."""
+        return self.device.partition(":")[0]
 
     def max_gang(self, height: int) -> int:
         """The largest gang among which an image of `height` pixels can be cut: one unit of rows each."""

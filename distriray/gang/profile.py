@@ -16,7 +16,7 @@ GUESSED_AUTO_WARMUP = 4
 def guessed_profile(config: HostConfig, facts: WorkerFacts) -> Profile:
     """A gang of g is taken to be g ** 0.8 times as fast as one worker."""
     height, width = facts.default_size
-    step_s = DEVICES[facts.device.split(":")[0]].guessed_step_s
+    step_s = DEVICES[facts.device_type].guessed_step_s
     entries = tuple(
         Entry(
             gang=size,

@@ -21,7 +21,7 @@ from distriray.denoise.pipelines.sizes import Sizes
 from distriray.denoise.pipelines.terms import Terms
 from distriray.gang.devices import DEVICES
 from distriray.gang.mailbox import Mailbox
-from distriray.gang.messages import GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
+from distriray.gang.messages import ALONE, GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
 from distriray.gang.rank_segment import RankSegment, told
 from distriray.ip_adapters import IPAdapterSpec
 from distriray.models import ModelSpec, load_pipeline
@@ -78,8 +78,8 @@ class SegmentRunner:
         self._states: dict[int, DenoiseState] = {}
         # First, since its refusal lists what can be served.
         self._denoiser = Denoiser(self.pipeline, lora_cache_bytes)
-        self._join(GangMembership((), "alone", 0, 1))
-        engine = engine_of(parallelize(self.pipeline, self._communicators["alone"]))
+        self._join(GangMembership((), ALONE, 0, 1))
+        engine = engine_of(parallelize(self.pipeline, self._communicators[ALONE]))
         assert engine is not None
         self._engine = engine
         for control in controls:
@@ -162,7 +162,7 @@ class SegmentRunner:
                 self._denoiser.step(state)
         finally:
             peers.close()
-            self._engine.join(self._communicators["alone"], parallel)
+            self._engine.join(self._communicators[ALONE], parallel)
 
     @property
     def room(self) -> Room | None:

@@ -16,7 +16,7 @@ from distriray.errors import GangBroken
 from distriray.gang.background import Background
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES
-from distriray.gang.messages import GangMembership, WorkerFacts, WorkerId
+from distriray.gang.messages import ALONE, GangMembership, WorkerFacts, WorkerId
 from distriray.gang.remote import RemoteWorker, WorkerDied
 from distriray.routing.buddy import aligned_blocks
 from distriray.status import AdapterStatus
@@ -232,7 +232,7 @@ class WorkerGroup:
             for group in missing:
                 gang = [members[index].id for index in group]
                 if all(self.alive(worker) and worker not in failed for worker in gang):
-                    self.communicators[group] = names.get(group, "alone")
+                    self.communicators[group] = names.get(group, ALONE)
             return failed
 
     def _missing(self) -> list[Group]:
@@ -241,7 +241,7 @@ class WorkerGroup:
 
     def _peace(self) -> AbstractAsyncContextManager[None]:
         """The time to form what is missing."""
-        kinds = {DEVICES[member.facts.device.partition(":")[0]] for member in self.members}
+        kinds = {DEVICES[member.facts.device_type] for member in self.members}
         at_rest = any(kind.links_at_rest for kind in kinds) and any(len(g) > 1 for g in self._missing())
         return self._owner.at_rest() if at_rest else nullcontext()
 

@@ -16,6 +16,7 @@ from distriray.gang.config import HostConfig
 from distriray.gang.dispatcher import Dispatcher
 from distriray.gang.job import Job
 from distriray.gang.messages import (
+    ALONE,
     GangMembership,
     Progress,
     RankResult,
@@ -65,7 +66,7 @@ class FakeWorker:
         self.raises: Exception | None = None
         self.refuses: DistrirayError | None = None
         self.states: dict[int, int] = {}
-        self.communicators: set[str] = {"alone"}
+        self.communicators: set[str] = {ALONE}
         self.signals: dict[int, StopSignal] = {}
         self.retained: list[tuple[set[int], int]] = []
         self.pictures: list[tuple[int, Mapping[str, Picture] | None]] = []
@@ -188,7 +189,7 @@ class FakeGang:
         self.serial, self.job = order.serial, order.job
         self.first = self.step = order.step
         self.steps = order.request.num_inference_steps
-        self.size = 1 if order.communicator == "alone" else len(order.communicator.split(".")[0].split("-"))
+        self.size = 1 if order.communicator == ALONE else len(order.communicator.split(".")[0].split("-"))
         self.members: list[FakeWorker] = []
         self.over = False
         self._stepping: asyncio.Task[SegmentEnd] | None = None
