@@ -1,7 +1,7 @@
 """Views, plans and moves: what a host policy sees and answers, the same in a host and in the simulator.
 
-How a host uses it. After every arrival, completion and yield, and at most every `review_s` while steps go
-by, it builds a `HostView`, asks `policy.plan(view, model)` and carries out `moves(view, plan)`: it asks the
+How a host uses it. After every arrival, completion and yield, and when `review_s` has gone by without any, it
+builds a `HostView`, asks `policy.plan(view, model)` and carries out `moves(view, plan)`: it asks the
 requests in `Moves.yields` to leave after the step they are in, and starts those in `Moves.starts` at once.
 What the plan wants on workers that are still held comes up again in the plan made when they are free.
 """
@@ -116,7 +116,7 @@ class HostPolicy(Protocol):
 
     @property
     def review_s(self) -> float | None:
-        """Ask again at step boundaries at most this often, in seconds; None: only when something happens."""
+        """Ask again so many seconds after the last time, if nothing has happened by then; None: never."""
         ...
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:

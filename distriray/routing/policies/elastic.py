@@ -26,7 +26,7 @@ class ElasticConfig:
     """The weights and limits of the policy.
 
     Attributes:
-        review_s: least seconds between two decisions at step boundaries.
+        review_s: seconds to the next decision, where nothing happens before.
         patience_s: how long a request may be passed over, after its arrival or, if it has one, its
             deadline, before it has a turn.
         starved_every_s: seconds from one turn of such requests to the next.
