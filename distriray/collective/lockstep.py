@@ -35,7 +35,7 @@ class Gang:
     def __init__(self, world_size: int) -> None:
         self.turn = threading.Lock()
         self.arrivals = [threading.Condition(self.turn) for _ in range(world_size)]
-        self.waiting: dict[tuple[int, int], deque[Message]] = defaultdict(deque)
+        self.waiting: dict[tuple[int, int], deque[Transfer]] = defaultdict(deque)
         self.awaited: dict[int, LockstepWork] = {}
         self.ended = 0
         self.failure: str | None = None
@@ -53,7 +53,7 @@ class Gang:
 
 
 @dataclass(eq=False)
-class Message:
+class Transfer:
     """One side of a transfer, which is over once the other side is named too and the bytes are copied."""
 
     sends: bool
@@ -114,20 +114,20 @@ class LockstepCommunicator:
         work = LockstepWork(self)
         for peer, flat in as_messages(sends, self.rank, self.world_size, self.device):
             self.bytes_sent += flat.nbytes
-            self._meet((self.rank, peer), Message(True, flat, work))
+            self._meet((self.rank, peer), Transfer(True, flat, work))
         for peer, flat in as_messages(receives, self.rank, self.world_size, self.device):
-            self._meet((peer, self.rank), Message(False, flat, work))
+            self._meet((peer, self.rank), Transfer(False, flat, work))
         return work
 
-    def _meet(self, path: tuple[int, int], message: Message) -> None:
+    def _meet(self, path: tuple[int, int], transfer: Transfer) -> None:
         """Copy if the other side waits already; wait for it otherwise."""
         waiting = self.gang.waiting[path]
-        if not waiting or waiting[0].sends == message.sends:
-            message.work.pending += 1
-            waiting.append(message)
+        if not waiting or waiting[0].sends == transfer.sends:
+            transfer.work.pending += 1
+            waiting.append(transfer)
             return
         other = waiting.popleft()
-        source, target = (message, other) if message.sends else (other, message)
+        source, target = (transfer, other) if transfer.sends else (other, transfer)
         sent, expected = source.bytes.nbytes, target.bytes.nbytes
         if sent != expected:
             self.gang.fail(f"rank {path[0]} sent {sent} bytes where {expected} were expected")
