@@ -68,16 +68,12 @@ class HandleClient:
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
         """The events of a request, ending with `Finished`. Closing the generator cancels it."""
-        streaming = self._handle.options(stream=True)
-        events = streaming.stream.remote(GenerationRequest.of(request, fields), _driver())
-        with _cancelled_unless_over(events):
+        with self._asked("stream", GenerationRequest.of(request, fields), _driver(), stream=True) as events:
             yield from events
 
     async def astream(self, request: GenerationRequest | str, **fields: Any) -> AsyncGenerator[Event, None]:
         """As `stream`."""
-        streaming = self._handle.options(stream=True)
-        events = streaming.stream.remote(GenerationRequest.of(request, fields), _driver())
-        with _cancelled_unless_over(events):
+        with self._asked("stream", GenerationRequest.of(request, fields), _driver(), stream=True) as events:
             async for event in events:
                 yield event
 
@@ -110,14 +106,38 @@ class HandleClient:
         return fleet
 
     def _call(self, method: str, *args: Any) -> Any:
-        response = getattr(self._handle, method).remote(*args)
-        with _cancelled_unless_over(response):
+        with self._asked(method, *args) as response:
             return response.result()
 
     async def _acall(self, method: str, *args: Any) -> Any:
-        response = getattr(self._handle, method).remote(*args)
-        with _cancelled_unless_over(response):
+        with self._asked(method, *args) as response:
             return await response
+
+    @contextmanager
+    def _asked(self, method: str, *args: Any, stream: bool = False) -> Iterator[Any]:
+        """The response to a call, which is cancelled if the caller leaves before its end.
+
+        Raises:
+            DistrirayError: what the service raised, as itself.
+            ConnectionError: there is no service, or it broke off.
+        """
+        response = None
+        try:
+            handle = self._handle.options(stream=True) if stream else self._handle
+            response = getattr(handle, method).remote(*args)
+            yield response
+        except RayTaskError as error:
+            raise own_error(error) from None
+        except (RequestCancelledError, TaskCancelledError):
+            raise GenerationCancelled("the request was cancelled") from None
+        except (RayError, RayServeException) as error:
+            raise ConnectionError(f"the service cannot be reached, or broke off: {error}") from error
+        except BaseException as error:
+            if response is not None:
+                response.cancel()
+            if isinstance(error, asyncio.CancelledError) and not is_cancelled():
+                raise GenerationCancelled("the request was cancelled") from None
+            raise
 
 
 def own_error(error: RayTaskError) -> BaseException:
@@ -141,21 +161,3 @@ def _driver() -> str | None:
     context = ray.get_runtime_context()
     mode = getattr(getattr(context, "worker", None), "mode", None)
     return context.get_job_id() if mode == ray.SCRIPT_MODE else None
-
-
-@contextmanager
-def _cancelled_unless_over(response: Any) -> Iterator[None]:
-    """Raise what the service raised as itself; cancel the call if the caller leaves before its end."""
-    try:
-        yield
-    except RayTaskError as error:
-        raise own_error(error) from None
-    except (RequestCancelledError, TaskCancelledError):
-        raise GenerationCancelled("the request was cancelled") from None
-    except (RayError, RayServeException) as error:
-        raise ConnectionError(f"the service cannot be reached, or broke off: {error}") from error
-    except BaseException as error:
-        response.cancel()
-        if isinstance(error, asyncio.CancelledError) and not is_cancelled():
-            raise GenerationCancelled("the request was cancelled") from None
-        raise

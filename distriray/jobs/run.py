@@ -14,7 +14,7 @@ from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 
 MAX_TRIES = 5
-"""How often a prompt is tried where what is in the way passes, such as workers that are being replaced."""
+"""How often a prompt is tried where what is in the way passes, such as workers or routers being replaced."""
 
 LONGEST_WAIT_S = 10.0
 """How long a job waits for a full queue before it asks again, whatever was predicted."""
@@ -139,9 +139,11 @@ class Run:
                 if self._stopping.wait(min(full.retry_after_s, LONGEST_WAIT_S)):
                     return None
                 continue
-            except NotEnoughDevices as error:
+            except (NotEnoughDevices, ConnectionError) as error:
                 tries += 1
                 if tries >= MAX_TRIES:
+                    if isinstance(error, ConnectionError):
+                        raise  # no prompt is to blame
                     return self._failed(prompt, error)
                 if self._stopping.wait(self._pause_s * 2 ** (tries - 1)):
                     return None

@@ -52,8 +52,8 @@ class Response:
 class Handle:
     """Answers every method, and keeps what it was asked."""
 
-    def __init__(self, answers: dict[str, Any]) -> None:
-        self.answers = {**ANSWERS, "stream": EVENTS, **answers}
+    def __init__(self, answers: dict[str, Any], gone: Exception | None = None) -> None:
+        self.answers, self.gone = {**ANSWERS, "stream": EVENTS, **answers}, gone
         self.asked: list[tuple[Any, ...]] = []
         self.responses: list[Response] = []
 
@@ -65,6 +65,8 @@ class Handle:
         class Method:
             @staticmethod
             def remote(*args: Any) -> Response:
+                if self.gone is not None:
+                    raise self.gone
                 self.asked.append((method, *args))
                 self.responses.append(Response(self.answers[method]))
                 return self.responses[-1]
@@ -97,6 +99,15 @@ def test_coroutines_ask_and_answer_as_the_blocking_methods_do(blocks: Call, awai
     assert answer == asyncio.run(awaits(HandleClient(other))) and answer
     assert one.asked == other.asked and len(one.asked) == 1
     assert not one.responses[0].cancelled and not other.responses[0].cancelled
+
+
+@every_call
+def test_where_no_call_can_be_made_the_service_cannot_be_reached(blocks: Call, awaits: Call) -> None:
+    client = HandleClient(Handle({}, gone=RayServeException("the application was deleted")))
+    with pytest.raises(ConnectionError, match="cannot be reached.*was deleted"):
+        blocks(client)
+    with pytest.raises(ConnectionError, match="cannot be reached.*was deleted"):
+        asyncio.run(awaits(client))
 
 
 @every_call

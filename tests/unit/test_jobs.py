@@ -419,13 +419,35 @@ def test_a_host_of_a_jobs_own_is_lost_once_it_can_form_no_gang() -> None:
 
 
 def test_what_no_prompt_is_to_blame_for_ends_the_run(file: Path, tmp_path: Path) -> None:
+    def fail(_: GenerationRequest) -> None:
+        raise ZeroDivisionError
+
+    painter = Painter(fail)
+    with pytest.raises(ZeroDivisionError):
+        run(file, tmp_path / "out", painter, in_flight=1)
+    assert len(painter.asked) == 1
+
+
+def test_a_service_that_cannot_be_reached_is_asked_again_and_ends_the_run_if_it_is_gone(
+    file: Path, tmp_path: Path
+) -> None:
+    """Routers are replaced, as by `serve deploy` in the middle of a job."""
+    away = iter([True] * 3)
+
+    def be_away(_: GenerationRequest) -> None:
+        if next(away, False):
+            raise ConnectionError("the service broke off")
+
+    work = run(file, tmp_path / "out", Painter(be_away), in_flight=1)
+    assert (work.completed, work.failed) == (4, 0)
+
     def vanish(_: GenerationRequest) -> None:
         raise ConnectionError("the service is gone")
 
     painter = Painter(vanish)
-    with pytest.raises(ConnectionError):
-        run(file, tmp_path / "out", painter, in_flight=1)
-    assert len(painter.asked) == 1
+    with pytest.raises(ConnectionError, match="is gone"):
+        run(file, tmp_path / "other", painter, in_flight=1)
+    assert len(painter.asked) == MAX_TRIES and len(set(painter.asked)) == 1
 
 
 def test_a_run_that_cannot_say_how_it_goes_does_not_end_as_if_all_were_made(
