@@ -209,3 +209,20 @@ def test_a_request_with_a_picture_survives_json_and_pickle_and_says_little_of_it
     assert pickle.loads(pickle.dumps(request)) == request
     assert len(repr(request)) < 1000 < len(request.image.data)  # type: ignore[union-attr]
     assert request.without_pictures().image is None and request.pictures == {"image": request.image}
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    plain = file(COLORS, "JPEG", progressive=True)
+    last = plain.rindex(b"\xff\xda")
+    for count in (1, module.LARGEST_SCANS // 2):
+        Picture.of(plain[:-2] + plain[last:-2] * count + plain[-2:]).load()
+    with pytest.raises(InvalidRequest, match="over 100 scans; save it anew"):
+        Picture.of(plain[:-2] + plain[last:-2] * module.LARGEST_SCANS + plain[-2:])
+
+
+def test_what_looks_like_scans_within_a_jpeg_or_behind_it_is_none() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.MakerNote] = b"\xff\xda" * 200
+    for kind in ({}, {"progressive": True}, {"icc_profile": b"\xff\xda" * 200}):
+        whole = file(COLORS, "JPEG", exif=exif, comment=b"\xff\xda" * 200, **kind)
+        assert Picture.of(whole + b"\xff\xda" * 200).load().size == COLORS.size
