@@ -11,7 +11,9 @@ from distriray.errors import InvalidRequest
 from distriray.names import KINDS
 from distriray.picture import LARGEST_BYTES, LARGEST_PIXELS, Picture
 from distriray.quantities import Count
-from distriray.requests import GenerationRequest
+from distriray.requests import MOST_LISTED, GenerationRequest
+
+_Listed = Annotated[int, Field(ge=0, le=MOST_LISTED)]
 
 
 class Limits(BaseModel):
@@ -30,10 +32,10 @@ class Limits(BaseModel):
     max_clip_skip: Annotated[int, Field(ge=0)] = 11
     max_image_bytes: Annotated[int, Field(ge=1, le=LARGEST_BYTES)] = 16 * 2**20
     max_image_pixels: Annotated[int, Field(ge=1, le=LARGEST_PIXELS)] = 4096 * 4096
-    max_loras: Annotated[int, Field(ge=0)] = 8
-    max_controls: Annotated[int, Field(ge=0)] = 4
-    max_ip_adapters: Annotated[int, Field(ge=0)] = 4
-    max_references: Annotated[int, Field(ge=0)] = 4
+    max_loras: _Listed = 8
+    max_controls: _Listed = 4
+    max_ip_adapters: _Listed = 4
+    max_references: _Listed = 4
 
     LARGEST: ClassVar[dict[str, str]] = {
         "num_inference_steps": "max_steps",
@@ -81,14 +83,18 @@ class Limits(BaseModel):
                 raise InvalidRequest(
                     f"{field} has {length} characters; the limit is {self.max_prompt_chars}", field
                 )
+        self.check_lists(request)
+        self.check_pictures(request.pictures)
+        self._check_size(request, sent or request)
+
+    def check_lists(self, request: GenerationRequest) -> None:
+        """The same of how much `request` lists, before any picture among it is decoded."""
         for field, limit in self.LONGEST.items():
             count, most = len(getattr(request, field)), getattr(self, limit)
             if count > most:
                 word = KINDS[field].word if field in KINDS else "picture"
                 named = f"{count} {word}{'s' * (count > 1)}"
                 raise InvalidRequest(f"{field} names {named}; the limit is {most}", field)
-        self.check_pictures(request.pictures)
-        self._check_size(request, sent or request)
 
     def check_pictures(self, pictures: Mapping[str, Picture]) -> None:
         """The same of pictures by field, before any of them is decoded."""

@@ -24,6 +24,9 @@ from distriray.validation import invalid_request
 MAX_SEEDS = 2**63
 """Seeds are below this, those of all images of a request."""
 
+MOST_LISTED = 100
+"""Entries of any list of a request; services set their own bounds below it. Nobody looks at those behind."""
+
 Seed = Annotated[int, Field(ge=0, lt=MAX_SEEDS)]
 MULTIPLE_OF = 8
 """Heights and widths are multiples of this many pixels, and so is the unit of each model."""
@@ -85,13 +88,13 @@ class SamplingParams(BaseModel):
     """Pixels, such as "0,128", that SDXL is told were cut off at the left and at the top."""
     target_size: Sides | None = None
     """Width and height that SDXL is told the photograph was scaled to."""
-    loras: tuple[Lora, ...] = ()
+    loras: Annotated[tuple[Lora, ...], Field(max_length=MOST_LISTED)] = ()
     """Adapters to draw with, all at once."""
-    control: tuple[Control, ...] = ()
+    control: Annotated[tuple[Control, ...], Field(max_length=MOST_LISTED)] = ()
     """ControlNets to draw with, all at once, each with the picture that it goes by."""
-    ip_adapters: tuple[IPAdapter, ...] = ()
+    ip_adapters: Annotated[tuple[IPAdapter, ...], Field(max_length=MOST_LISTED)] = ()
     """IP-Adapters to draw with, all at once, each with the picture that it takes after."""
-    references: tuple[Reference, ...] = ()
+    references: Annotated[tuple[Reference, ...], Field(max_length=MOST_LISTED)] = ()
     """Pictures that the prompt speaks of, in its order, for models that edit: `image` comes before them."""
     image: Picture | None = None
     """A picture to begin from, or to edit, a PNG, JPEG or WebP file.

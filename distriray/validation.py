@@ -34,6 +34,9 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"there is no field {param!r}", param, "there is no such field")
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is missing", param)
+    if first["type"] == "too_long":
+        lists = f"{param} lists {first['ctx']['actual_length']}; no request may list over"
+        return InvalidRequest(f"{lists} {first['ctx']['max_length']}", param)
     asked = [_sentence(each["msg"]) for where, each in errors if where == place]
     message = ", or ".join([asked[0], *(each.removeprefix("input should be ") for each in asked[1:])])
     what = param or "request"

@@ -217,6 +217,7 @@ class ImageRequest(_Shared):
         fields = decode_fields({name: value for name, value in self if value is not None})
         request = GenerationRequest.parse({**fields, "model": card.id, "id": request_id})
         listed = {name: each for name, each in request.pictures.items() if name not in OF_PICTURES}
+        card.limits.check_lists(request)
         card.limits.check_pictures(listed)
         for name, picture in listed.items():
             picture.load(name)

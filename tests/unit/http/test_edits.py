@@ -378,3 +378,25 @@ def test_listed_pictures_that_are_none_are_refused_by_name(
     param, message = refused(httpx.post(f"{url}{EDITS}", data=form, files={"image": whole}))
     assert param == f"{field}.0.image"
     assert len(service.asked) == asked
+
+
+@pytest.mark.parametrize("field", ["control", "ip_adapters", "references"])
+def test_no_picture_is_decoded_of_more_than_a_service_allows(
+    field: str, url: str, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, asked, edges = [], len(service.asked), Picture.of(picture()).url
+    monkeypatch.setattr(Picture, "load", lambda self, name: decoded.append(name))
+    entries = [{"image": edges} if field == "references" else {**CANNY, "image": edges}] * 5
+    body = {"prompt": "a lake", field: entries}
+    param, message = refused(httpx.post(f"{url}/v1/images/generations", json=body))
+    assert param == field and "the limit is 4" in message
+    assert not decoded and len(service.asked) == asked
+
+
+@pytest.mark.parametrize("field", ["control", "ip_adapters", "references"])
+def test_lists_are_bounded_before_their_pictures_are_read(field: str, url: str) -> None:
+    unread = {"image": "data:image/png;base64,"} | ({} if field == "references" else CANNY)
+    read = unread | {"image": Picture.of(picture()).url}
+    body = {"prompt": "a lake", field: [read] * 101 + [unread]}
+    param, message = refused(httpx.post(f"{url}/v1/images/generations", json=body))
+    assert param == field and "no request may list over 100" in message
