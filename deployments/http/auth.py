@@ -51,12 +51,16 @@ def _holders_of(keys: list[str]) -> Callable[..., Any]:
 
 
 def _this_machine(config: HttpConfig) -> Callable[..., Any]:
+    allowed = {*config.cors_origins}
     mend = f"set the environment variable {config.keys_env} or keys_file, then send a key"
 
     async def this_machine(request: Request) -> None:
         # A proxy on this machine looks like a client on it, and so does a web page that rebinds its name.
+        # Browsers here send forms for pages from anywhere, which only cannot read the answer.
         client = request.client.host if request.client else None
         named = _host_name(request.headers.get("host", ""))
+        origin = request.headers.get("origin")
+        asking = _host_name((origin or "").partition("://")[2])
         proxied = next((name for name in _PROXIED if name in request.headers), None)
         if proxied is not None:
             reason = f"this request came through a proxy (header {proxied})"
@@ -64,6 +68,8 @@ def _this_machine(config: HttpConfig) -> Callable[..., Any]:
             reason = f"{client or 'an unknown address'} is another machine"
         elif not _is_loopback(named):
             reason = f"this request names the host {named or 'wrongly'}"
+        elif origin is not None and not ({origin, "*"} & allowed or _is_loopback(asking)):
+            reason = f"a page of {origin[:100]}, which is not one of cors_origins, asks"
         else:
             request.state.owner = b""
             return

@@ -9,9 +9,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from deployments.http import HttpConfig, build_http
 from distriray.errors import NotEnoughDevices
+from distriray.picture import png
+from distriray.wire import EDITS
 from tests.unit.conftest import LOG, serving
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import IMAGES
@@ -92,6 +95,9 @@ def test_without_keys_this_machine_is_served(path: str) -> None:
         ("127.0.0.1", "localhost.example", {}, "localhost.example"),
         ("127.0.0.1", "localhost:8000", {"X-Forwarded-For": "127.0.0.1"}, "proxy"),
         ("127.0.0.1", "localhost:8000", {"Forwarded": "for=1.2.3.4"}, "proxy"),
+        ("127.0.0.1", "localhost:8000", {"Origin": "https://evil.example"}, "a page of https://evil.example"),
+        ("127.0.0.1", "localhost:8000", {"Origin": "http://localhost.evil.example:8000"}, "a page of"),
+        ("127.0.0.1", "localhost:8000", {"Origin": "null"}, "a page of null"),
     ],
 )
 def test_without_keys_others_are_told_what_to_set(
@@ -102,6 +108,29 @@ def test_without_keys_others_are_told_what_to_set(
         error = response.json()["error"]
         assert response.status_code == 401 and error["code"] == "keys_not_configured"
         assert says in error["message"] and "NO_SUCH_VARIABLE" in error["message"]
+
+
+def test_without_keys_pages_elsewhere_have_no_form_drawn() -> None:
+    service, form = (
+        FakeService(),
+        {"data": {"prompt": "a lake"}, "files": {"image": png(Image.new("RGB", (64, 64)))}},
+    )
+    with serving(service, NO_KEYS) as url:
+        foreign = httpx.post(f"{url}{EDITS}", **form, headers={"Origin": "https://evil.example"})
+        assert foreign.status_code == 401 and not service.asked
+        assert httpx.post(f"{url}{EDITS}", **form, headers={"Origin": url}).is_success
+
+
+def test_without_keys_pages_that_may_ask_are_answered() -> None:
+    for origins, origin in [
+        ((), "http://localhost:8000"),
+        ((), "http://127.0.0.1:3000"),
+        ((), "http://[::1]:8000"),
+        (("https://pictures.example.org",), "https://pictures.example.org"),
+        (("*",), "null"),
+    ]:
+        config = NO_KEYS.model_copy(update={"cors_origins": origins})
+        assert get(config, "/v1/models", headers={"Origin": origin}).is_success
 
 
 def test_health_and_documentation_need_no_key() -> None:
