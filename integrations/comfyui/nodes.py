@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .service import Fields, Files, ServiceError, events
+from .service import Fields, Files, ServiceError, events, own_url
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 LARGEST_SEED = 2**63 - 1
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
 
-_URL = ("STRING", {"default": "http://127.0.0.1:8000"})
+_URL = ("STRING", {"default": own_url()})
 _PROMPT = ("STRING", {"default": "a lake at dusk, snowy mountains", "multiline": True})
 _SEED = ("INT", {"default": 0, "min": 0, "max": LARGEST_SEED, "control_after_generate": True})
 _SETTINGS: dict[str, tuple[Any, ...]] = {

@@ -12,12 +12,18 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import Any
 from urllib.parse import urlsplit
 
-KEY_VARIABLE = "DISTRIRAY_API_KEY"
+KEY_VARIABLE, URL_VARIABLE = "DISTRIRAY_API_KEY", "DISTRIRAY_URL"
+DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_S = 10.0
 POLL_S = 0.25  # between two looks whether the user has cancelled
 
 Fields = dict[str, Any]
 Files = dict[str, bytes]
+
+
+def own_url() -> str:
+    """The service that the key is for, and that nodes name until they are told another."""
+    return os.environ.get(URL_VARIABLE, "").strip() or DEFAULT_URL
 
 
 class ServiceError(RuntimeError):
@@ -38,10 +44,10 @@ def events(
     Raises:
         ServiceError: the service refused or failed, or cannot be reached.
     """
-    connection = _connection(url)
+    connection, key = _connection(url), _key_for(url)
     news: queue.Queue[Fields | Exception | None] = queue.Queue()
     try:
-        answer = _ask(connection, urlsplit(url).path.rstrip("/") + path, fields, files)
+        answer = _ask(connection, urlsplit(url).path.rstrip("/") + path, fields, files, key)
         threading.Thread(target=_read, args=(answer, news), daemon=True).start()
         while True:
             check()
@@ -74,17 +80,40 @@ def _connection(url: str) -> HTTPConnection:
     return kind(parts.hostname, parts.port, timeout=CONNECT_S)
 
 
-def _ask(connection: HTTPConnection, path: str, fields: Fields, files: Files | None) -> HTTPResponse:
+def _key_for(url: str) -> str | None:
+    """The key, if there is one; raises ServiceError for a service that it is not for.
+
+    Workflows come from anywhere, in pictures too, and bring their address along.
+    """
+    key, own = os.environ.get(KEY_VARIABLE), own_url()
+    if not key:
+        return None
+    if _origin(url) != _origin(own):
+        raise ServiceError(
+            f"the key in {KEY_VARIABLE} is for {own}, and this node names {url}; if the key is for that "
+            f"service, set {URL_VARIABLE} to it where ComfyUI runs"
+        )
+    if key != key.strip() or not key.isprintable():  # which Python would quote, key and all
+        raise ServiceError(
+            f"the environment variable {KEY_VARIABLE} has a blank at an end, or the end of a line"
+        )
+    return key
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _ask(
+    connection: HTTPConnection, path: str, fields: Fields, files: Files | None, key: str | None
+) -> HTTPResponse:
     if files:
         body, content_type = _form(fields, files)
     else:
         body, content_type = json.dumps(fields).encode(), "application/json"
     headers = {"Content-Type": content_type, "Accept": "text/event-stream"}
-    if key := os.environ.get(KEY_VARIABLE):
-        if key != key.strip() or not key.isprintable():  # which Python would quote, key and all
-            raise ServiceError(
-                f"the environment variable {KEY_VARIABLE} has a blank at an end, or the end of a line"
-            )
+    if key:
         headers["Authorization"] = f"Bearer {key}"
     connection.connect()
     connection.sock.settimeout(None)  # a picture takes as long as it takes; `check` is for the impatient

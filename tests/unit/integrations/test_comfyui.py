@@ -62,7 +62,8 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> Comfy:
     whole.utils, whole.model_management = utils, management  # type: ignore[attr-defined]
     for module in (whole, utils, management):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delenv("DISTRIRAY_API_KEY", raising=False)
+    for variable in ("DISTRIRAY_API_KEY", "DISTRIRAY_URL"):
+        monkeypatch.delenv(variable, raising=False)
     return there
 
 
@@ -169,6 +170,7 @@ def test_a_key_comes_from_the_environment(nodes: dict[str, Any], monkeypatch: py
         with pytest.raises(RuntimeError, match="a key is needed"):
             run(nodes["DistrirayGenerate"], url=url)
         monkeypatch.setenv("DISTRIRAY_API_KEY", "secret")
+        monkeypatch.setenv("DISTRIRAY_URL", f"{url}/")
         assert run(nodes["DistrirayGenerate"], url=url)[0].shape[0] == 1
         monkeypatch.setenv("DISTRIRAY_API_KEY", "secret\n")
         with pytest.raises(RuntimeError, match="^the environment variable DISTRIRAY_API_KEY has") as refused:
@@ -176,6 +178,27 @@ def test_a_key_comes_from_the_environment(nodes: dict[str, Any], monkeypatch: py
         assert "secret" not in str(refused.value)
     kinds = nodes["DistrirayGenerate"].INPUT_TYPES()
     assert not any("key" in name for kind in kinds.values() for name in kind)
+
+
+def test_a_workflow_cannot_have_the_key_sent_to_a_service_that_it_is_not_for(
+    nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTRIRAY_API_KEY", "secret")
+    service = FakeService()
+    with serving(service) as url:
+        port = url.rpartition(":")[2]
+        for own in (
+            None,
+            f"http://127.0.0.1:{int(port) - 1}",
+            f"https://127.0.0.1:{port}",
+            "http://pictures",
+        ):
+            if own is not None:
+                monkeypatch.setenv("DISTRIRAY_URL", own)
+            for named in (url, f"http://user@127.0.0.1:{port}"):
+                with pytest.raises(RuntimeError, match="DISTRIRAY_API_KEY is for .* set DISTRIRAY_URL"):
+                    run(nodes["DistrirayGenerate"], url=named)
+    assert not service.asked
 
 
 def test_cancelling_in_comfyui_cancels_at_the_service(nodes: dict[str, Any], comfy: Comfy) -> None:
