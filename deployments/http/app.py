@@ -18,6 +18,7 @@ from deployments.http.routes.fleet import fleet_routes, health_routes
 from deployments.http.routes.images import image_routes
 from deployments.http.routes.models import model_routes
 from deployments.http.site import add_page
+from deployments.http.viewer import add_viewer
 from distriray.service import Service
 
 
@@ -32,7 +33,7 @@ def build_http(
     Raises:
         ValueError, OSError: the keys cannot be had; see `HttpConfig.keys`.
     """
-    app = FastAPI(redirect_slashes=False, redoc_url=None)
+    app = FastAPI(redirect_slashes=False, docs_url=None, redoc_url=None)
     app.openapi = document(app, service)  # type: ignore[method-assign]
     app.add_middleware(HeadAsGet)
     app.add_middleware(TrailingSlash)
@@ -52,6 +53,7 @@ def build_http(
     app.include_router(model_routes(service), dependencies=allowed)
     app.include_router(fleet_routes(service), dependencies=allowed)
     app.include_router(health_routes(service))
+    add_viewer(app)
     if config.page:
         add_page(app)
     return app

@@ -39,6 +39,17 @@ def test_the_page_may_load_from_its_own_service_only(path: str, http: httpx.Clie
     assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
 
 
+def test_the_document_loads_nothing_from_elsewhere_that_can_change(http: httpx.Client) -> None:
+    answer = http.get("/docs")
+    loaded = re.findall(r"<(?:script|link)[^>]+(?:src|href)=[^>]+>", answer.text)
+    foreign = [tag for tag in loaded if "//" in tag]
+    assert len(foreign) == 2 and "/openapi.json" in answer.text
+    for tag in foreign:
+        assert re.search(r'integrity="sha384-[\w+/]{64}" crossorigin="anonymous"', tag), tag
+        assert re.search(r"@\d+\.\d+\.\d+/", tag), tag
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+
+
 def test_the_files_name_no_other_origin() -> None:
     for name in FILES:
         urls = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", (FOLDER / name).read_text()))
