@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from distriray.denoise.adapter_scales import scales_of
 from distriray.denoise.weight_files import first_lines
 from distriray.errors import UnusableAdapter
 
@@ -35,7 +36,7 @@ class AdapterFile:
         mark: of the file as it was read (`mark_of`).
         digest: of its content.
         weights: by names that begin with the part of the pipeline that they are for.
-        alphas, metadata: what diffusers scales them by, whichever the file has.
+        alphas, metadata: what diffusers scales them by, whichever the file has (`scales_of`).
         factors: PEFT's names of the weights, by part.
         nbytes: in memory, in the dtypes of the parts.
     """
@@ -104,6 +105,7 @@ class AdapterFile:
         result = pipeline.lora_state_dict(dict(tensors), return_alphas=True, **options)
         weights, alphas = result if isinstance(result, tuple) else (result, None)
         factors, nbytes, left = {}, 0, dict(weights)
+        scales: dict[str, Any] | None = None if alphas or metadata is None else {}
         for part, component in components.items():
             own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
             if not own:
@@ -114,12 +116,14 @@ class AdapterFile:
             own = _as_peft(own, component, text=part.startswith("text_encoder"))
             _check_shapes(own, part, component)
             factors[part] = frozenset(own)
+            if scales is not None and metadata is not None:
+                scales |= scales_of(metadata, part, _ranks(own))
             nbytes += sum(tensor.numel() for tensor in own.values()) * component.dtype.itemsize
         if left:
             raise ValueError(f"{next(iter(left))} is for no part of it; it has {', '.join(components)}")
         if not factors:
             raise ValueError("it has no weights")
-        return cls(mark, digest, weights, alphas or None, None if alphas else metadata, factors, nbytes)
+        return cls(mark, digest, weights, alphas or None, scales, factors, nbytes)
 
 
 def mark_of(path: Path) -> tuple[str, int, int]:
@@ -138,8 +142,12 @@ def parts_of(pipeline: Any) -> dict[str, Any]:
 def _metadata(content: bytes) -> dict[str, Any] | None:
     """Loading instructions that diffusers wrote into a safetensors file; raises ValueError."""
     length = int.from_bytes(content[:8], "little")
-    written = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(LORA_ADAPTER_METADATA_KEY)
-    metadata = None if written is None else json.loads(written)
+    about = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    written = about.get(LORA_ADAPTER_METADATA_KEY)
+    try:
+        metadata = None if written is None else json.loads(written)
+    except RecursionError as error:
+        raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} is nested too deeply") from error
     if not isinstance(metadata, dict | None):
         raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} is no mapping")
     return metadata
@@ -183,6 +191,12 @@ def _check_shapes(weights: Mapping[str, Tensor], part: str, component: nn.Module
             if tuple(pair[factor].shape) != wanted or not rank:
                 given = _times(pair[factor].shape)
                 raise ValueError(f"{factor} of {what} is {given}, and the layer takes {_times(wanted)}")
+
+
+def _ranks(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of the layers of a part, whose weights have the shapes that they take."""
+    end = ".lora_A.weight"
+    return {name.removesuffix(end): len(weight) for name, weight in weights.items() if name.endswith(end)}
 
 
 def _times(shape: Sequence[int]) -> str:

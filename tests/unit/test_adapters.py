@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from distriray import ParallelConfig, parallelize
@@ -141,6 +144,59 @@ def test_alphas_of_other_trainers_and_diffusers_own_scale_count(tmp_path: Path) 
     assert not torch.allclose(a_quarter, draw(denoiser, ("bare", 1.0)), atol=1e-2)
     assert torch.equal(draw(denoiser, ("kohya", 1.0)), a_quarter)
     assert torch.equal(draw(denoiser, ("own", 1.0)), a_quarter)
+
+
+def described(path: Path, pipeline: Any, text: str | None = None, **said: Any) -> None:
+    """An adapter of the text encoders, with what PEFT's configuration of it says."""
+    weights = random_weights(pipeline, 1, layers=["to_q"], text=True)
+    parts = {name.partition(".")[0] for name in weights}
+    config = {f"{part}.{name}": value for part in parts for name, value in said.items()}
+    about = json.dumps(config) if text is None else text
+    save_file(weights, path, metadata={LORA_ADAPTER_METADATA_KEY: about})
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which is not read"),
+        ({"modules_to_save": ["to_q"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"alpha_pattern": {r"((\w|_)+\.?)+!": 1}}, "which is no layer's name"),
+        ({"alpha_pattern": [1]}, "is no mapping"),
+        ({"lora_alpha": float("inf")}, "which is no number"),
+        ({"lora_alpha": "8"}, "which is no number"),
+        ({"text": "[" * 100_000}, "nested too deeply"),
+    ],
+)
+def test_an_adapter_cannot_say_what_is_to_be_done_to_a_model(
+    said: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    described(tmp_path / "bad.safetensors", MODELS["sdxl"](), **said)
+    denoiser = denoiser_of(MODELS["sdxl"](), tmp_path)
+    with pytest.raises(UnusableAdapter, match=why):
+        draw(denoiser, ("bad", 1.0))
+    assert torch.equal(draw(denoiser), draw(Denoiser(MODELS["sdxl"]())))
+
+
+def test_weights_say_their_ranks_and_layers_and_their_file_the_alphas(tmp_path: Path) -> None:
+    pipeline = MODELS["sdxl"]()
+    plain = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "q_proj", "v_proj"]}
+    whole = LoraConfig(**plain, init_lora_weights="gaussian", lora_dropout=0.1).to_dict()
+    described(tmp_path / "plain.safetensors", pipeline, **plain)
+    described(tmp_path / "whole.safetensors", pipeline, **{**whole, "target_modules": ["to_q"]})
+    odd = {"r": 10**12, "rank_pattern": {"(.*)*!": 1}, "target_modules": "(.*)*!"}
+    described(tmp_path / "odd.safetensors", pipeline, **{**plain, **odd})
+    half = {"alpha_pattern": {"to_q": 1, "v_proj": 1, "q_proj": 1}, "lora_alpha": 100}
+    described(tmp_path / "half.safetensors", pipeline, **{**plain, **half})
+    described(tmp_path / "root.safetensors", pipeline, **{**plain, "lora_alpha": 3.5, "use_rslora": True})
+    denoiser = denoiser_of(pipeline, tmp_path)
+    drawn = draw(denoiser, ("plain", 1.0))
+    assert torch.equal(draw(denoiser, ("whole", 1.0)), drawn)
+    assert torch.equal(draw(denoiser, ("odd", 1.0)), drawn)
+    assert torch.equal(draw(denoiser, ("half", 2.0)), drawn)
+    theirs = MODELS["sdxl"]()
+    theirs.load_lora_weights(tmp_path, weight_name="root.safetensors")
+    assert torch.equal(draw(denoiser, ("root", 1.0)), draw(Denoiser(theirs)))
 
 
 def test_requests_that_take_turns_do_not_touch_each_other(folder: Path) -> None:
