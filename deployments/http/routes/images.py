@@ -50,15 +50,15 @@ def image_routes(service: Service, config: HttpConfig, cancel: Callable[[str], A
 
     @router.post(IMAGES, **_described(ImageRequest, "Draw images of a prompt"))
     async def generate_images(request: Request) -> Response:
-        return await drawing.answer(request, await _of_json(request, ImageRequest, config))
+        return await drawing.answer(request, _of_json(request, ImageRequest, config))
 
     @router.post(EDITS, **_described(EditRequest, "Draw on a picture, or fill in a part of it"))
     async def edit_images(request: Request) -> Response:
-        return await drawing.answer(request, await _with_pictures(request, EditRequest, config))
+        return await drawing.answer(request, _with_pictures(request, EditRequest, config))
 
     @router.post("/v1/images/variations", **_described(VariationRequest, "Draw pictures like another"))
     async def vary_images(request: Request) -> Response:
-        return await drawing.answer(request, await _with_pictures(request, VariationRequest, config))
+        return await drawing.answer(request, _with_pictures(request, VariationRequest, config))
 
     @router.delete(
         IMAGES + "/{name}",
@@ -101,20 +101,24 @@ class Drawing:
         self._service, self._config = service, config
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
-    async def answer(self, request: Request, asked: ImageRequest) -> Response:
+    async def answer(self, request: Request, reading: Awaitable[ImageRequest]) -> Response:
         """The images, or the stream that ends with one; they are drawn no longer than the client is there.
+
+        Args:
+            reading: of the body, which has no more time than all of it.
 
         Raises:
             DistrirayError, TimeoutError: as the service does, until it has begun to draw what is streamed.
             ClientDisconnect: the client left.
         """
+        timeout_s = self._config.timeout_s
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
+        asked = await _until(ends_at, reading)
         self._note(request, asked)
         card = card_of(self._service, asked.model)
         name = new_id(request.state.request_id, request.state.owner)
         async with self._decoding if asked.has_pictures else nullcontext():
             generation = await asyncio.to_thread(asked.generation, card, name)
-        timeout_s = self._config.timeout_s
-        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         if not asked.stream:
             work = self._service.generate(generation, give_up_s=timeout_s)
             result = await cancel_on_disconnect(request, _until(ends_at, work))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from deployments.http import HttpConfig
+from distriray.wire import EDITS
 from tests.unit.conftest import LOG, serving
 from tests.unit.http.fake import FakeService
 from tests.unit.http.malformed import IMAGES
@@ -61,6 +63,21 @@ def test_what_takes_longer_than_the_timeout_is_cancelled_and_said_so(stream: boo
         assert response.status_code == (200 if stream else 503)
         assert '"code":"timeout"' in response.text.replace(": ", ":")
         assert service.ended == ["cancelled"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("path", "kind"), [(IMAGES, "application/json"), (EDITS, "multipart/form-data; boundary=x")]
+)
+def test_a_body_that_does_not_come_is_given_up_too(path: str, kind: str) -> None:
+    config = HttpConfig(keys_env="NO_SUCH_VARIABLE", timeout_s=0.3)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 9\r\n\r\n"
+    with serving(FakeService(), config) as url:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port)) as client:
+            client.sendall(head.encode())
+            answer = client.recv(1000).decode()
+    assert answer.startswith("HTTP/1.1 503") and "x-should-retry: false" in answer
 
 
 @pytest.mark.timeout(20)
