@@ -100,6 +100,7 @@ GROUP = _object(
 CLUSTER = _object(
     {
         "rayVersion": TEXT,
+        "authOptions": _object({"mode": {"enum": ["token", "disabled"]}}, "mode"),
         "enableInTreeAutoscaling": {"type": "boolean"},
         "autoscalerOptions": _object(
             {

@@ -63,6 +63,13 @@ def test_every_manifest_runs_the_ray_that_was_tested(name: str) -> None:
     assert f"ARG RAY={RAY[1]}\n" in (CLUSTER / "Dockerfile").read_text()
 
 
+def test_rays_own_ports_are_for_who_has_the_token() -> None:
+    for name in SERVICES:
+        assert service(name)["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    machines = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in machines
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_pod_has_room_for_a_host_and_a_router_and_the_cluster_for_all_hosts(name: str) -> None:
     (pool,), (group,) = pools_of(name), groups_of(name)
