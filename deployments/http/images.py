@@ -23,12 +23,15 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from deployments.http.encode import FULL_QUALITY, OutputFormat
-from deployments.http.errors import refusal_of_fields
+from deployments.http.errors import Refusal, refusal_of_fields
 from distriray.errors import InvalidRequest
 from distriray.picture import Picture, holes, mask_of, png
 from distriray.requests import GenerationRequest, image_of
 from distriray.service import ModelCard
-from distriray.wire import CARRIED, EDITS, OF_PICTURES, PARAMS, decode_fields
+from distriray.wire import CARRIED, EDITS, OF_PICTURES, PARAMS, Code, decode_fields
+
+MOST_COMMAS = 10_000
+"""In a body's JSON: behind each may be a value, and of each that is wrong an error is made, of kilobytes."""
 
 
 def _whole(value: Any) -> Any:
@@ -167,6 +170,11 @@ class ImageRequest(_Shared):
             InvalidRequest: fields that do not go together.
             Refusal (400): it cannot be read, or has a field that is none or has no such value.
         """
+        if body.count(b",") > MOST_COMMAS:
+            message = (
+                f"the body cannot be read: it has over {MOST_COMMAS} commas, and no request needs so many"
+            )
+            raise Refusal(400, Code.INVALID_JSON, message)
         try:
             request = cls.model_validate_json(body)
         except ValidationError as error:
@@ -283,7 +291,7 @@ class EditRequest(_WithPictures):
             if isinstance(value, str) and name in cls.FILES and value[:5].lower() != "data:":
                 raise InvalidRequest(f"{name} is sent as text; send it as a file, or as a data: URL", name)
             kinds = _kinds(cls).get(name)
-            values[name] = _value(value, kinds) if kinds and isinstance(value, str) else value
+            values[name] = _value(name, value, kinds) if kinds and isinstance(value, str) else value
         for field, of_field in files.items():
             values[field] = _with_files(field, values.get(field), of_field)
         if others and isinstance(listed := values.get("references"), tuple | None):
@@ -381,8 +389,10 @@ def _kinds(request: type[EditRequest]) -> dict[str, set[str]]:
     }
 
 
-def _value(text: str, kinds: Container[str]) -> Any:
+def _value(name: str, text: str, kinds: Container[str]) -> Any:
     """A text's value in JSON; the text itself where it has none, or one of no such kind."""
+    if text.count(",") > MOST_COMMAS:
+        raise InvalidRequest(f"{name} has over {MOST_COMMAS} commas, and no request needs so many", name)
     try:
         value = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):

@@ -400,3 +400,9 @@ def test_lists_are_bounded_before_their_pictures_are_read(field: str, url: str) 
     body = {"prompt": "a lake", field: [read] * 101 + [unread]}
     param, message = refused(httpx.post(f"{url}/v1/images/generations", json=body))
     assert param == field and "no request may list over 100" in message
+
+
+def test_a_text_of_very_many_values_is_refused_before_each_is_found_wrong(url: str) -> None:
+    form = {"prompt": "a lake" + "," * 20_000, "loras": f"[1{',1' * 20_000}]"}
+    answer = httpx.post(f"{url}{EDITS}", data=form, files={"image": picture()})
+    assert refused(answer) == ("loras", "loras has over 10000 commas, and no request needs so many")

@@ -107,3 +107,16 @@ def held() -> int:
     """Bytes of everything that is there."""
     gc.collect()
     return tracemalloc.get_traced_memory()[0]
+
+
+@pytest.mark.parametrize("values", ['"loras": [1{}]', '"references": [{{"image": ""}}{}]', '"seed": 1{}'])
+def test_a_body_of_very_many_values_is_refused_before_each_is_found_wrong(
+    values: str, http: httpx.Client
+) -> None:
+    more = (',{"image": ""}' if "image" in values else ",1") * 20_000
+    if values.startswith('"seed"'):
+        more = "".join(f', "field{number}": 1' for number in range(20_000))
+    body = f'{{"prompt": "a lake", {values.format(more)}}}'
+    answer = http.post(IMAGES, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_json"
+    assert "over 10000 commas" in answer.json()["error"]["message"]
