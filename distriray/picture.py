@@ -20,15 +20,15 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST_BYTES, LARGEST_PIXELS = 64 * 2**20, 2**26
 """Bounds of any picture; a service sets its own below them."""
 
-LARGEST_SCANS = 100
-"""Scans of any JPEG, each of which may change every pixel: ten make a progressive one, and one may take a few
-bytes of the file."""
+LARGEST_SCANS, LARGEST_PARTS = 100, 2000
+"""Scans and parts of any JPEG, of which a file may have a million: each scan may change every pixel, where
+ten make a progressive picture, and Pillow copies all EXIF for each part that adds to it."""
 
 _AS_URL = "write data:image/png;base64, and the file in base64"
 _DATA_URL = re.compile(r"data:image/[a-z]{1,8};base64,", re.IGNORECASE)
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 """What a part of a JPEG begins with that is followed by its length, but for the end (ITU-T T.81, B.1.1)."""
-_SCAN, _END = 0xDA, 0xD9
+_JPEG, _SCAN, _END = b"\xff\xd8", 0xDA, 0xD9
 _OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _TURNS_SIDES = range(5, 9)
 """EXIF orientations by which height and width change places."""
@@ -83,6 +83,8 @@ class Picture:
             raise InvalidRequest(
                 f"{name} has {len(data)} bytes; no picture may have over {LARGEST_BYTES}", name
             )
+        if data.startswith(_JPEG):
+            _check_parts(data, name)
         try:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
@@ -98,8 +100,6 @@ class Picture:
             raise InvalidRequest(
                 f"{name} is {width}x{height} pixels; no picture may have over {LARGEST_PIXELS}", name
             )
-        if kind == "JPEG" and _scans(data) > LARGEST_SCANS:
-            raise InvalidRequest(f"{name} has over {LARGEST_SCANS} scans; save it anew", name)
         if frames > 1:
             raise InvalidRequest(f"{name} is animated, of {frames} frames; send one picture", name)
         if orientation not in range(1, 9):
@@ -238,14 +238,19 @@ def _decoded(url: str, name: str) -> bytes:
         raise InvalidRequest(f"{name} is no base64: {error}", name) from error
 
 
-def _scans(jpeg: bytes) -> int:
-    """The scans of a JPEG; what lies within its other parts, such as a small picture, or behind its end, as
-    phones put films, is none of it."""
-    at, scans = 2, 0
+def _check_parts(jpeg: bytes, name: str) -> None:
+    """Raise InvalidRequest for a JPEG of too many scans or parts.
+
+    What lies within its parts, such as a small picture, or behind its end, as phones put films, is not one.
+    """
+    at, scans, parts = 2, 0, 0
     while (found := _MARKER.search(jpeg, at)) and jpeg[found.end() - 1] != _END:
+        parts += 1
         scans += jpeg[found.end() - 1] == _SCAN
+        if scans > LARGEST_SCANS or parts > LARGEST_PARTS:
+            most = f"{LARGEST_SCANS} scans" if scans > LARGEST_SCANS else f"{LARGEST_PARTS} parts"
+            raise InvalidRequest(f"{name} has over {most}; save it anew", name)
         at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
-    return scans
 
 
 def _said(error: Exception) -> str:

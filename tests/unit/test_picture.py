@@ -220,6 +220,14 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
         Picture.of(plain[:-2] + plain[last:-2] * module.LARGEST_SCANS + plain[-2:])
 
 
+def test_a_jpeg_of_many_parts_is_refused_before_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, part = file(COLORS, "JPEG"), b"\xff\xe1\x00\x09Exif\x00\x00x"
+    Picture.of(plain[:2] + part * (module.LARGEST_PARTS // 2) + plain[2:]).load()
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(InvalidRequest, match="over 2000 parts; save it anew"):
+        Picture.of(plain[:2] + part * module.LARGEST_PARTS + plain[2:])
+
+
 def test_what_looks_like_scans_within_a_jpeg_or_behind_it_is_none() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.MakerNote] = b"\xff\xda" * 200

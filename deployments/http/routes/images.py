@@ -91,7 +91,7 @@ async def _of_json(request: Request, kind: type[ImageRequest], config: HttpConfi
 async def _with_pictures(request: Request, kind: type[EditRequest], config: HttpConfig) -> ImageRequest:
     if content_type(request) == "application/json":
         return await _of_json(request, kind, config)
-    return kind.of_form(await read_form(request, config))
+    return await asyncio.to_thread(kind.of_form, await read_form(request, config))  # looks at each file
 
 
 class Drawing:

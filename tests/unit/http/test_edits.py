@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
@@ -406,3 +408,17 @@ def test_a_text_of_very_many_values_is_refused_before_each_is_found_wrong(url: s
     form = {"prompt": "a lake" + "," * 20_000, "loras": f"[1{',1' * 20_000}]"}
     answer = httpx.post(f"{url}{EDITS}", data=form, files={"image": picture()})
     assert refused(answer) == ("loras", "loras has over 10000 commas, and no request needs so many")
+
+
+def test_files_of_a_form_are_looked_at_beside_the_loop(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_form = EditRequest.of_form
+    looked: list[bool] = []
+
+    def noted(form: Any) -> EditRequest:
+        with suppress(RuntimeError):  # there is no loop
+            looked.append(asyncio.get_running_loop().is_running())
+        return of_form(form)
+
+    monkeypatch.setattr(EditRequest, "of_form", noted)
+    httpx.post(f"{url}{EDITS}", data={"prompt": "a lake"}, files={"image": picture()}).raise_for_status()
+    assert not looked
