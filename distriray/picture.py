@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -21,14 +22,15 @@ LARGEST_BYTES, LARGEST_PIXELS = 64 * 2**20, 2**26
 """Bounds of any picture; a service sets its own below them."""
 
 LARGEST_SCANS, LARGEST_PARTS = 100, 2000
-"""Scans and parts of any JPEG, of which a file may have a million: each scan may change every pixel, where
-ten make a progressive picture, and Pillow copies all EXIF for each part that adds to it."""
+"""Scans of any JPEG, and parts of it or of a PNG, of which a file may have a million: each scan may change
+every pixel, where ten make a picture, and for each part Pillow copies all EXIF or inflates a profile."""
 
 _AS_URL = "write data:image/png;base64, and the file in base64"
 _DATA_URL = re.compile(r"data:image/[a-z]{1,8};base64,", re.IGNORECASE)
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 """What a part of a JPEG begins with that is followed by its length, but for the end (ITU-T T.81, B.1.1)."""
-_JPEG, _SCAN, _END = b"\xff\xd8", 0xDA, 0xD9
+_JPEG, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+_PNG, _PIXELS = b"\x89PNG\r\n\x1a\n", b"IDAT"
 _OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _TURNS_SIDES = range(5, 9)
 """EXIF orientations by which height and width change places."""
@@ -83,8 +85,7 @@ class Picture:
             raise InvalidRequest(
                 f"{name} has {len(data)} bytes; no picture may have over {LARGEST_BYTES}", name
             )
-        if data.startswith(_JPEG):
-            _check_parts(data, name)
+        _check_parts(data, name)
         try:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
@@ -238,19 +239,33 @@ def _decoded(url: str, name: str) -> bytes:
         raise InvalidRequest(f"{name} is no base64: {error}", name) from error
 
 
-def _check_parts(jpeg: bytes, name: str) -> None:
-    """Raise InvalidRequest for a JPEG of too many scans or parts.
-
-    What lies within its parts, such as a small picture, or behind its end, as phones put films, is not one.
-    """
-    at, scans, parts = 2, 0, 0
-    while (found := _MARKER.search(jpeg, at)) and jpeg[found.end() - 1] != _END:
-        parts += 1
-        scans += jpeg[found.end() - 1] == _SCAN
-        if scans > LARGEST_SCANS or parts > LARGEST_PARTS:
+def _check_parts(data: bytes, name: str) -> None:
+    """Raise InvalidRequest for a JPEG or a PNG of too many parts, or of too many scans."""
+    parts = _jpeg_parts(data) if data.startswith(_JPEG) else _png_parts(data) if data.startswith(_PNG) else ()
+    scans = 0
+    for count, kind in enumerate(parts, 1):
+        scans += kind == _SCAN
+        if scans > LARGEST_SCANS or count > LARGEST_PARTS:
             most = f"{LARGEST_SCANS} scans" if scans > LARGEST_SCANS else f"{LARGEST_PARTS} parts"
             raise InvalidRequest(f"{name} has over {most}; save it anew", name)
+
+
+def _jpeg_parts(jpeg: bytes) -> Iterator[bytes]:
+    """The kinds of its parts. What lies within one, such as a small picture, or behind the end, as phones put
+    films, is none."""
+    at = 2
+    while (found := _MARKER.search(jpeg, at)) and found[0] != _END:
+        yield found[0]
         at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
+
+
+def _png_parts(png: bytes) -> Iterator[bytes]:
+    """The kinds of its parts, without those of its pixels, which may be any number."""
+    at = len(_PNG)
+    while kind := png[at + 4 : at + 8]:
+        if kind != _PIXELS:
+            yield kind
+        at += 12 + int.from_bytes(png[at : at + 4])
 
 
 def _said(error: Exception) -> str:

@@ -6,6 +6,7 @@ import pickle
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -220,12 +221,28 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
         Picture.of(plain[:-2] + plain[last:-2] * module.LARGEST_SCANS + plain[-2:])
 
 
-def test_a_jpeg_of_many_parts_is_refused_before_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, part = file(COLORS, "JPEG"), b"\xff\xe1\x00\x09Exif\x00\x00x"
-    Picture.of(plain[:2] + part * (module.LARGEST_PARTS // 2) + plain[2:]).load()
+@pytest.mark.parametrize(
+    ("kind", "head", "part"),
+    [
+        ("JPEG", 2, b"\xff\xe1\x00\x09Exif\x00\x00x"),
+        ("PNG", 33, b"\x00\x00\x00\x00abCd" + crc32(b"abCd").to_bytes(4)),
+    ],
+)
+def test_a_picture_of_many_parts_is_refused_before_it_is_opened(
+    kind: str, head: int, part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = file(COLORS, kind)
+    Picture.of(plain[:head] + part * (module.LARGEST_PARTS // 2) + plain[head:]).load()
     monkeypatch.setattr(Image, "open", None)
     with pytest.raises(InvalidRequest, match="over 2000 parts; save it anew"):
-        Picture.of(plain[:2] + part * module.LARGEST_PARTS + plain[2:])
+        Picture.of(plain[:head] + part * module.LARGEST_PARTS + plain[head:])
+
+
+def test_the_pixels_of_a_png_may_be_in_any_number_of_parts() -> None:
+    plain, empty = file(COLORS), b"\x00\x00\x00\x00IDAT" + crc32(b"IDAT").to_bytes(4)
+    at = plain.index(b"IDAT") - 4
+    whole = Picture.of(plain[:at] + empty * 2 * module.LARGEST_PARTS + plain[at:])
+    assert whole.load().tobytes() == Picture.of(plain).load().tobytes()
 
 
 def test_what_looks_like_scans_within_a_jpeg_or_behind_it_is_none() -> None:
