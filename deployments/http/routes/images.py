@@ -105,20 +105,21 @@ class Drawing:
         """The images, or the stream that ends with one; they are drawn no longer than the client is there.
 
         Args:
-            reading: of the body, which has no more time than all of it.
+            reading: of the body, which has as much time to come as the images to be drawn.
 
         Raises:
             DistrirayError, TimeoutError: as the service does, until it has begun to draw what is streamed.
             ClientDisconnect: the client left.
         """
         timeout_s = self._config.timeout_s
-        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
-        asked = await _until(ends_at, reading)
+        async with asyncio.timeout(timeout_s):
+            asked = await reading
         self._note(request, asked)
         card = card_of(self._service, asked.model)
         name = new_id(request.state.request_id, request.state.owner)
         async with self._decoding if asked.has_pictures else nullcontext():
             generation = await asyncio.to_thread(asked.generation, card, name)
+        ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         if not asked.stream:
             work = self._service.generate(generation, give_up_s=timeout_s)
             result = await cancel_on_disconnect(request, _until(ends_at, work))
