@@ -19,12 +19,10 @@ from tests.parameters import sweep
 from tests.save_model import MODELS
 
 REQUEST: dict[str, Any] = {
-    "prompt": "a lake",
     "seed": 1,
     "height": 64,
     "width": 64,
     "num_inference_steps": 2,
-    "guidance_scale": 1.0,
 }
 
 
@@ -39,7 +37,8 @@ def test_text_encoders_that_stay_on_the_host_draw_the_same_pictures(
         pipeline = load_pipeline(ModelSpec(name=str(tmp_path), offload_text=offload_text), "cpu")
         denoiser = Denoiser(pipeline)
         for prompt in ("a lake", "fog"):  # the weights come more than once
-            request = shown(denoiser, **{**REQUEST, "prompt": prompt})
+            unguided = denoiser.terms.unguided
+            request = shown(denoiser, **REQUEST, prompt=prompt, guidance_scale=unguided)
             state = denoiser.prepare(SamplingParams(**request))
             denoiser.step(state)
         latents.append(state.latents)
