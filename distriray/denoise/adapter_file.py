@@ -105,7 +105,7 @@ class AdapterFile:
         result = pipeline.lora_state_dict(dict(tensors), return_alphas=True, **options)
         weights, alphas = result if isinstance(result, tuple) else (result, None)
         factors, nbytes, left = {}, 0, dict(weights)
-        scales: dict[str, Any] | None = None if alphas or metadata is None else {}
+        told, scales = None if alphas else metadata, dict[str, Any]()
         for part, component in components.items():
             own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
             if not own:
@@ -116,14 +116,14 @@ class AdapterFile:
             own = _as_peft(own, component, text=part.startswith("text_encoder"))
             _check_shapes(own, part, component)
             factors[part] = frozenset(own)
-            if scales is not None and metadata is not None:
-                scales |= scales_of(metadata, part, _ranks(own))
+            if told is not None:
+                scales |= scales_of(told, part, _ranks(own))
             nbytes += sum(tensor.numel() for tensor in own.values()) * component.dtype.itemsize
         if left:
             raise ValueError(f"{next(iter(left))} is for no part of it; it has {', '.join(components)}")
         if not factors:
             raise ValueError("it has no weights")
-        return cls(mark, digest, weights, alphas or None, scales, factors, nbytes)
+        return cls(mark, digest, weights, alphas or None, None if told is None else scales, factors, nbytes)
 
 
 def mark_of(path: Path) -> tuple[str, int, int]:

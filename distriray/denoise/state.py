@@ -208,7 +208,10 @@ class DenoiseState:
             return tensor.to(device if tensor.ndim == 4 else "cpu")
 
         moved, memory = partial(pytree.tree_map_only, torch.Tensor), vars(self.scheduler)
-        self.values = {**moved(on_device, self.values), "timesteps": self.values["timesteps"].cpu()}
+        self.values = {
+            name: value.cpu() if name == "timesteps" else moved(on_device, value)
+            for name, value in self.values.items()
+        }
         memory.update(moved(remembered, dict(memory)))
         return self
 
