@@ -139,6 +139,41 @@ def test_every_size_has_its_share_of_the_training() -> None:
     assert all(end <= start for (_, end), (start, _) in pairwise(seeds)), "two sizes share scenes"
 
 
+def test_a_training_takes_the_sizes_that_it_is_told_and_keeps_the_latents_of_those_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from distriray.landscapes.training import dataset, denoising
+
+    buckets = (dataset.Bucket(256, 256, 2, 0), dataset.Bucket(256, 384, 2, 2_000_000))
+    monkeypatch.setattr(dataset, "BUCKETS", buckets)
+    monkeypatch.setattr(dataset, "SMALLEST", dataset.Bucket(128, 128, 3, 10_000_000))
+    monkeypatch.setattr(denoising, "picture_weights", lambda _vae, latents: latents.mean())
+    monkeypatch.setattr("sys.argv", ["dataset", "--out", str(tmp_path), "--sizes", "128x128", "256x256"])
+    dataset.main()
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["128x128", "256x256"]
+    shutil.copytree(MODEL_DIR / "vae", tmp_path / "vae")
+    words = ["--pictures", str(tmp_path), "--out", str(tmp_path), "--shares"]
+    kept = []
+    for shares in ("128x128=3", "128x128=3,256x256=1"):
+        arguments = denoising.parse(None, [*words, shares])
+        denoising.cache_latents(arguments, [dataset.by_name()[name] for name in arguments.shares])
+        kept.append(torch.load(tmp_path / "latents.pt"))
+    assert arguments.shares == {"128x128": 3.0, "256x256": 1.0}
+    first, then = (each["latents"] for each in kept)
+    assert list(first) == ["128x128"] and first["128x128"].shape == (3, 8, 16, 16)
+    assert torch.equal(then["128x128"], first["128x128"]) and then["256x256"].shape == (2, 8, 32, 32)
+    assert torch.equal(kept[0]["weights"], kept[1]["weights"])
+
+
+def test_sizes_that_there_are_no_pictures_of_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from distriray.landscapes.training.denoising import parse
+
+    for words, says in (("64x64=1", "no pictures of 64x64; there are 256x256"), ("128x128", "invalid")):
+        with pytest.raises(SystemExit):
+            parse(None, ["--shares", words])
+        assert says in capsys.readouterr().err
+
+
 def trained(
     lesson: type[Lesson], monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

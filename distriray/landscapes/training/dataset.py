@@ -1,6 +1,6 @@
 """Renders the training pictures once, so that training reads them from memory-mapped files.
 
-    python -m distriray.landscapes.training.dataset --out runs/landscapes/pictures
+    python -m distriray.landscapes.training.dataset --out runs/landscapes/pictures [--sizes 256x256 512x512]
 
 A bucket is one picture size: `HEIGHTxWIDTH.npy`, (count, height, width, 3) uint8; picture i shows scene
 `first_seed + i`. Finished buckets are kept, so the command can be repeated.
@@ -57,6 +57,13 @@ BUCKETS: tuple[Bucket, ...] = (
     Bucket(512, 768, 240, 8_000_000),
     Bucket(768, 512, 240, 9_000_000),
 )
+SMALLEST = Bucket(128, 128, 20_000, 10_000_000)
+"""Where a transformer begins to learn: a picture is a quarter of the tokens."""
+
+
+def by_name() -> dict[str, Bucket]:
+    """All buckets there are."""
+    return {bucket.name: bucket for bucket in (*BUCKETS, SMALLEST)}
 
 
 def render(bucket: Bucket, folder: Path, processes: int) -> None:
@@ -76,9 +83,14 @@ def render(bucket: Bucket, folder: Path, processes: int) -> None:
 
 
 def load(folder: Path) -> Iterator[tuple[Bucket, NDArray[np.uint8]]]:
-    """The rendered buckets, their pictures memory-mapped."""
+    """All of `BUCKETS`, rendered."""
     for bucket in BUCKETS:
-        yield bucket, np.load(folder / f"{bucket.name}.npy", mmap_mode="r")
+        yield bucket, pictures_of(bucket, folder)
+
+
+def pictures_of(bucket: Bucket, folder: Path) -> NDArray[np.uint8]:
+    """A rendered bucket's pictures, memory-mapped."""
+    return np.load(folder / f"{bucket.name}.npy", mmap_mode="r")
 
 
 def main() -> None:
@@ -87,10 +99,14 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--processes", type=int, default=2)
+    known = by_name()
+    parser.add_argument(
+        "--sizes", nargs="+", choices=known, default=[*known], help="those alone, in place of all"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for bucket in BUCKETS:
-        render(bucket, arguments.out, arguments.processes)
+    for name in arguments.sizes:
+        render(known[name], arguments.out, arguments.processes)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,7 +45,7 @@ SHARES = {
     "512x768": 0.03,
     "768x512": 0.03,
 }
-"""How often a step takes a bucket."""
+"""How often a step takes a bucket, unless it is said."""
 
 
 @torch.no_grad()
@@ -63,17 +63,24 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -
     )
 
 
-def cache_latents(arguments: argparse.Namespace) -> None:
-    """Makes `latents.pt`: the latents of every bucket, and what an error in each channel of them costs.
+def cache_latents(arguments: argparse.Namespace, buckets: Iterable[dataset.Bucket]) -> None:
+    """Makes `latents.pt`, or adds to it: the latents of buckets, and what an error in each channel costs.
 
     The costs are kept because training the decoder changes them, and a resumed training needs the same.
     """
+    path = arguments.out / "latents.pt"
+    cached = torch.load(path) if path.exists() else {"latents": {}}
+    lacking = [bucket for bucket in buckets if bucket.name not in cached["latents"]]
+    if not lacking:
+        return
     vae = AutoencoderKL.from_pretrained(arguments.out / "vae")
-    latents = {
-        bucket.name: encode_pictures(vae, pictures) for bucket, pictures in dataset.load(arguments.pictures)
-    }
-    weights = picture_weights(vae, latents[dataset.BUCKETS[0].name][:16])
-    save_whole({"latents": latents, "weights": weights}, arguments.out / "latents.pt")
+    for bucket in lacking:
+        pictures = dataset.pictures_of(bucket, arguments.pictures)
+        cached["latents"][bucket.name] = encode_pictures(vae, pictures)
+    if "weights" not in cached:
+        first = dataset.pictures_of(dataset.BUCKETS[0], arguments.pictures)
+        cached["weights"] = picture_weights(vae, encode_pictures(vae, first[:16]))
+    save_whole(cached, path)
 
 
 @torch.no_grad()
@@ -170,27 +177,29 @@ def train(arguments: argparse.Namespace, kind: type[Lesson]) -> None:
     torch.manual_seed(arguments.seed)
     lesson = kind(arguments.out, device)
     network = lesson.made(arguments.initial)
+    if arguments.compile:
+        network.compile_repeated_blocks()
     average = Average(network, 0.998)
     optimizer = MuonAndAdamW(network, outer=lesson.outer)
     checkpoint = Checkpoint(
         arguments.out / f"{lesson.name}.pt", {"model": network, "average": average, "optimizer": optimizer}
     )
     start = checkpoint.restore()
+    shares = {dataset.by_name()[name]: share for name, share in (arguments.shares or SHARES).items()}
     if rank == 0:
         if start:
             print(f"{checkpoint.path} goes on after {start} of {arguments.steps} steps", flush=True)
-        if not (arguments.out / "latents.pt").exists():
-            cache_latents(arguments)
+        cache_latents(arguments, shares)
     if world > 1:
         distributed.barrier()
     cached = torch.load(arguments.out / "latents.pt")
-    buckets = [(bucket, cached["latents"][bucket.name]) for bucket in dataset.BUCKETS]
+    buckets = [(bucket, cached["latents"][bucket.name]) for bucket in shares]
     weights = cached["weights"].to(device)
-    shares = [SHARES[bucket.name] for bucket, _ in buckets]
+    often = np.array([*shares.values()]) / sum(shares.values())
     began, losses = time.monotonic(), []
     for step in range(start, arguments.steps):
         rng = np.random.default_rng([arguments.seed, step, rank])
-        bucket, latents = buckets[rng.choice(len(buckets), p=shares)]
+        bucket, latents = buckets[rng.choice(len(buckets), p=often)]
         count = max(1, round(arguments.batch * 256 * 256 / (bucket.height * bucket.width)))
         indices = rng.integers(0, bucket.count, count)
         loss = lesson.loss(network, latents[indices].float().to(device), bucket, indices, rng, weights)
@@ -209,6 +218,15 @@ def train(arguments: argparse.Namespace, kind: type[Lesson]) -> None:
             checkpoint.save(step + 1)
 
 
+def shares_of(words: str) -> dict[str, float]:
+    """Shares of buckets by their names, of words such as 128x128=3,256x256=1."""
+    shares = {name: float(share) for name, share in (word.split("=") for word in words.split(","))}
+    if unknown := shares.keys() - dataset.by_name():
+        known = ", ".join(dataset.by_name())
+        raise argparse.ArgumentTypeError(f"no pictures of {', '.join(sorted(unknown))}; there are {known}")
+    return shares
+
+
 def parse(description: str | None, words: list[str] | None = None) -> argparse.Namespace:
     parser = options(description)
     parser.add_argument("--steps", type=int, default=20000)
@@ -221,4 +239,10 @@ def parse(description: str | None, words: list[str] | None = None) -> argparse.N
         "--batch", type=int, default=12, help="pictures of 256x256 a step; fewer of the larger ones"
     )
     parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument(
+        "--shares",
+        type=shares_of,
+        help="how often a step takes which size, such as 128x128=3,256x256=1; those alone",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the blocks; CPUs want g++ for it")
     return parser.parse_args(words)
