@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.arguments import add_json, side
-from bench.quality.design import BASE, Section, quick, sections
+from bench.quality.design import BASE, Section, by_scheduler, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
@@ -31,6 +31,7 @@ from bench.quality.work import Album, Job, Plan, estimate_s, make
 from distriray.arguments import non_negative_number, positive, positive_number
 from distriray.errors import InvalidRequest
 from distriray.models import BUILTIN, ModelSpec
+from distriray.steps import SchedulerName
 
 
 def main() -> None:
@@ -41,13 +42,16 @@ def main() -> None:
         judge = job.judge()
     except (MissingExtra, ValueError, NotADirectoryError) as error:
         sys.exit(str(error))
-    chosen = choose(arguments)
+    painter = job.painter()
+    scheduler: SchedulerName = "euler" if painter.flow else BASE.scheduler
+    chosen = choose(arguments, scheduler)
     plan, album = Plan(chosen, job.at_once), Album(job.folder)
     if not arguments.report_only:
         try:
-            seconds = estimate_s(job, plan, album, arguments.workers)
+            seconds = estimate_s(painter, job, plan, album, arguments.workers)
         except InvalidRequest as error:
             sys.exit(str(error))
+        del painter  # workers have their own, perhaps on the same GPU
         print(
             f"{len(list(plan))} parts, {sum(album.has(unit) for unit in plan)} of them finished; about "
             f"{seconds / 60:.0f} minutes with {arguments.workers} workers",
@@ -73,10 +77,10 @@ def main() -> None:
         arguments.figures.mkdir(parents=True, exist_ok=True)
         asked = {section.title for section in chosen}
         if "in pictures" in asked:
-            sheet = draw_pictures(album, plan, job.painter(), job.prompts)
+            sheet = draw_pictures(album, plan, job.painter(), job.prompts, scheduler)
             sheet.save(arguments.figures / "patches.png", optimize=True)
         if "warm-up" in asked:
-            plot_warmup(table, arguments.figures / "warmup.png", arguments.count)
+            plot_warmup(table, arguments.figures / "warmup.png", arguments.count, scheduler)
 
 
 def parse() -> argparse.Namespace:
@@ -108,8 +112,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="one a line, or COCO's captions (.json)")
     parser.add_argument("--reference", type=Path, help="folder of pictures for the FID (not builtin)")
     parser.add_argument("--size", type=side, help="pixels of a side (default: 256 built in, 1024 else)")
-    parser.add_argument("--guidance", type=positive_number, help="scale (default: 4 built in, 5 else)")
-    parser.add_argument("--batch", type=positive, help="pictures in a call (default: 20 built in, 1 else)")
+    parser.add_argument(
+        "--guidance", type=positive_number, help="scale (default: 4 built in, or the model's)"
+    )
     arguments = parser.parse_args()
     if arguments.workers is None:
         arguments.workers = 2 if arguments.device == "cpu" else 1
@@ -131,8 +136,8 @@ def make_job(arguments: argparse.Namespace) -> Job:
         spec=ModelSpec(name=arguments.model),
         device=arguments.device,
         size=arguments.size or (256 if builtin else 1024),
-        guidance_scale=arguments.guidance or (4.0 if builtin else 5.0),
-        at_once=arguments.batch or (20 if builtin else 1),
+        guidance_scale=arguments.guidance or (4.0 if builtin else None),
+        at_once=20 if builtin else 1,
         prompts=tuple(prompts),
         folder=arguments.work,
         reference=arguments.reference,
@@ -140,12 +145,11 @@ def make_job(arguments: argparse.Namespace) -> Job:
     return replace(job, folder=arguments.work / job.digest())
 
 
-def choose(arguments: argparse.Namespace) -> list[Section]:
-    """The sections asked for."""
-    if arguments.quick:
-        return quick(arguments.count)
+def choose(arguments: argparse.Namespace, scheduler: SchedulerName) -> list[Section]:
+    """The sections asked for, by that scheduler."""
     full = arguments.count
-    every = sections(full, max(1, full * 2 // 5), max(1, full // 10))
+    every = quick(full) if arguments.quick else sections(full, max(1, full * 2 // 5), max(1, full // 10))
+    every = by_scheduler(every, scheduler)
     known = list(dict.fromkeys(section.title for section in every))
     unknown = [title for title in arguments.rows or () if title not in known]
     if unknown:

@@ -55,11 +55,6 @@ class Setting:
         return Setting(patches=self.patches, steps=self.steps, scheduler=self.scheduler)
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether a call makes one picture, because the engine decides something for each call."""
-        return self.warmup == "auto"
-
-    @property
     def method(self) -> str:
         """The exchange in words, without patches, steps and scheduler."""
         if self.patches == 1:
@@ -183,6 +178,19 @@ def sections(full: int, half: int, few: int) -> list[Section]:
         *_columns("warm-up as by default", few, _default_warmups, PATCHES),
         Section("in pictures", tuple(PICTURED.values()), min(full, SHOWN)),
     ]
+
+
+def by_scheduler(sections: Iterable[Section], name: SchedulerName) -> list[Section]:
+    """The same by another scheduler than the base's, without the rows that compare schedulers."""
+    if name == BASE.scheduler:
+        return [*sections]
+    others: list[Section] = []
+    for section in sections:
+        settings = tuple(
+            replace(each, scheduler=name) for each in section.settings if each.scheduler == BASE.scheduler
+        )
+        others += [replace(section, settings=settings)] if settings else []
+    return others
 
 
 def quick(count: int) -> list[Section]:

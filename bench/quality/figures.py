@@ -13,11 +13,14 @@ from bench.quality.painter import Painter
 from bench.quality.prompts import Prompt
 from bench.quality.table import Table
 from bench.quality.work import Album, Plan
+from distriray.steps import SchedulerName
 
 GAP, LINE, LEFT = 6, 18, 150
 
 
-def draw_pictures(album: Album, plan: Plan, painter: Painter, prompts: tuple[Prompt, ...]) -> Image.Image:
+def draw_pictures(
+    album: Album, plan: Plan, painter: Painter, prompts: tuple[Prompt, ...], scheduler: SchedulerName
+) -> Image.Image:
     """The rows of `PICTURED`, with each picture's PSNR against one device beneath it.
 
     Raises:
@@ -25,7 +28,8 @@ def draw_pictures(album: Album, plan: Plan, painter: Painter, prompts: tuple[Pro
     """
     font = ImageFont.load_default(size=13)
     rows = []
-    for words, setting in PICTURED.items():
+    for words, pictured in PICTURED.items():
+        setting = replace(pictured, scheduler=scheduler)
         values = album.read(plan.units(setting), "latents", "psnr")
         if not values:
             raise ValueError(f"no pictures of {setting.name} for the figure; run it first")
@@ -49,7 +53,7 @@ def draw_pictures(album: Album, plan: Plan, painter: Painter, prompts: tuple[Pro
     return sheet
 
 
-def plot_warmup(table: Table, path: Path, count: int) -> None:
+def plot_warmup(table: Table, path: Path, count: int, scheduler: SchedulerName) -> None:
     """PSNR against the synchronous steps at the start, for the gangs of the base point."""
     from matplotlib.figure import Figure
 
@@ -57,10 +61,10 @@ def plot_warmup(table: Table, path: Path, count: int) -> None:
     axes = figure.add_subplot(
         xlabel="synchronous steps at the start, of 20",
         ylabel="PSNR against one device, dB",
-        title="Displaced patches, DDIM, stale group norm, no prediction",
+        title=f"Displaced patches, {scheduler}, stale group norm, no prediction",
     )
     for patches, colour in ((4, "tab:blue"), (8, "tab:orange")):
-        base = replace(BASE, patches=patches)
+        base = replace(BASE, patches=patches, scheduler=scheduler)
         psnr = {
             warmup: table.measures(replace(base, warmup=warmup), count).get("psnr")
             for warmup in (0, 1, 2, 4, 8)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from numpy.typing import NDArray
 
 from bench.quality.design import Setting
 from bench.quality.prompts import Prompt
 from distriray.collective import LockstepCommunicator, run_in_lockstep
-from distriray.denoise.pipelines.families.sdxl_blocks import DECODE, make_components
-from distriray.denoise.schedulers import make_scheduler
-from distriray.errors import InvalidRequest
+from distriray.denoise import Denoiser, DenoiseState
+from distriray.denoise.schedulers import follows_flow
+from distriray.errors import InvalidRequest, NotFinite
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of, parallelize
 from distriray.parallel.networks.registry import network_of
-
-DECODED_AT_ONCE = 4
+from distriray.requests import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -37,30 +35,30 @@ class Painter:
     """One model on one device, and as many ranks of it as are asked for; all share its weights.
 
     Args:
-        spec: a Stable Diffusion XL model.
+        spec: a model of any family that is served.
         device: where it runs; on a GPU too the ranks take turns.
         size: of the pictures, in pixels a side.
-        guidance_scale: of classifier-free guidance.
-        at_once: pictures in one call of the U-Net.
+        guidance_scale: the model's own if it is None.
     """
 
-    def __init__(
-        self, spec: ModelSpec, device: str, *, size: int, guidance_scale: float, at_once: int
-    ) -> None:
+    def __init__(self, spec: ModelSpec, device: str, *, size: int, guidance_scale: float | None) -> None:
         self.pipeline = load_pipeline(spec, device)
-        self.at_once = at_once
+        self._alone = Denoiser(self.pipeline)
         self._device = torch.device(device)
         self._size = size
         self._guidance_scale = guidance_scale
-        self._scheduler = self.pipeline.scheduler
-        self._components = make_components(self.pipeline)
-        self._decode = DECODE()
         self._ranks: list[Any] = []
+
+    @property
+    def flow(self) -> bool:
+        """Whether the model denoises by flow matching."""
+        return follows_flow(self.pipeline.scheduler)
 
     def check(self, settings: Iterable[Setting]) -> None:
         """Raise InvalidRequest, with what would do, unless pictures have rows for all patches."""
         unit = network_of(self.pipeline).row_unit
-        rows, scale = self._size // self.pipeline.vae_scale_factor, self.pipeline.vae_scale_factor
+        scale = self._alone.sizes.latent_row
+        rows = self._size // scale
         most, wanted = -(-rows // unit), max(setting.patches for setting in settings)
         if wanted > most:
             least = ((wanted - 1) * unit + 1) * scale
@@ -70,86 +68,65 @@ class Painter:
                 "size",
             )
 
-    def paint(self, setting: Setting, prompts: list[Prompt]) -> Paint:
+    def paint(self, setting: Setting, prompts: Iterable[Prompt]) -> Paint:
         """The latents of `prompts`, each from the noise of its seed."""
-        size = 1 if setting.one_by_one else self.at_once
-        parts = [self._call(setting, prompts[at : at + size]) for at in range(0, len(prompts), size)]
-        return Paint(
-            np.concatenate([latents for latents, _ in parts]),
-            np.concatenate([np.full(len(latents), steps) for latents, steps in parts]),
-        )
+        latents, synchronous = zip(*(self._painted(setting, prompt) for prompt in prompts), strict=True)
+        return Paint(np.concatenate(latents), np.array(synchronous))
 
-    @torch.no_grad()
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Pictures of latents, (N, height, width, 3). What is not a number comes out black."""
+        state = self._alone.prepare(self._asked(Prompt("", 0)))
         pictures = []
-        for part in torch.from_numpy(latents).split(DECODED_AT_ONCE):
-            state = PipelineState()
-            state.set("latents", part.to(self._device, self.pipeline.vae.dtype))
-            state.set("output_type", "pt")
-            _, state = self._decode(self._components, state)
-            values = (state.get("images").float().nan_to_num(0.0) * 255).round().byte()
-            pictures.append(values.permute(0, 2, 3, 1).cpu().numpy())
-        return np.concatenate(pictures)
+        for one in torch.from_numpy(latents).to(self._device, state.latents.dtype):
+            values = {**state.values, "latents": one[None]}
+            try:
+                (picture,) = self._alone.decode(replace(state, values=values))
+            except NotFinite:
+                pictures.append(np.zeros((self._size, self._size, 3), np.uint8))
+            else:
+                pictures.append(np.asarray(picture))
+        return np.stack(pictures)
 
-    def _call(self, setting: Setting, prompts: list[Prompt]) -> tuple[NDArray[np.float32], int]:
-        with torch.no_grad():
-            text = self._encoded([prompt.text for prompt in prompts])
-        seeds = [prompt.seed for prompt in prompts]
+    def _painted(self, setting: Setting, prompt: Prompt) -> tuple[NDArray[np.float32], int]:
+        """The latents of one prompt, (1, channels, rows, columns), and the synchronous steps."""
+        asked = self._asked(prompt, num_inference_steps=setting.steps, scheduler=setting.scheduler)
+        state = self._alone.prepare(asked)
         if setting.patches == 1:
-            return self._denoise(self.pipeline, setting, text, seeds), setting.steps
-        pipelines = self._gang(setting.ranks)
+            while not state.done:
+                self._alone.step(state)
+            return state.latents.float().cpu().numpy(), state.num_steps
+        begun, pipelines = state.to_bytes(), self._gang(setting.ranks)
 
         def rank(communicator: LockstepCommunicator) -> tuple[NDArray[np.float32], int]:
             pipeline = parallelize(pipelines[communicator.rank], communicator, setting.config)
-            engine = engine_of(pipeline)
+            denoiser, engine = Denoiser(pipeline), engine_of(pipeline)
+            state, synchronous = DenoiseState.from_bytes(begun).to(self._device), 0
             assert engine is not None
-            synchronous = 0
-
-            def count(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-                nonlocal synchronous
+            while not state.done:
+                denoiser.step(state)
                 synchronous += engine.statistics.synchronous
-                return values
-
-            latents = self._denoise(pipeline, setting, text, seeds, callback_on_step_end=count)
-            return latents, synchronous
+            denoiser.settle(state)
+            return state.latents.float().cpu().numpy(), synchronous
 
         result: tuple[NDArray[np.float32], int] = run_in_lockstep(setting.ranks, rank, self._device)[0]
         return result
 
-    def _denoise(
-        self, pipeline: Any, setting: Setting, text: dict[str, torch.Tensor], seeds: list[int], **options: Any
-    ) -> NDArray[np.float32]:
-        pipeline.scheduler = make_scheduler(self._scheduler, setting.scheduler)
-        latents = pipeline(
-            **text,
+    def _asked(self, prompt: Prompt, **others: Any) -> SamplingParams:
+        return SamplingParams(
+            prompt=prompt.text,
+            seed=prompt.seed,
             height=self._size,
             width=self._size,
-            num_inference_steps=setting.steps,
             guidance_scale=self._guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="latent",
-            **options,
-        ).images
-        array: NDArray[np.float32] = latents.float().cpu().numpy()
-        return array
-
-    def _encoded(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        names = (
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "pooled_prompt_embeds",
-            "negative_pooled_prompt_embeds",
+            **others,
         )
-        encoded = self.pipeline.encode_prompt(texts, device=self._device, do_classifier_free_guidance=True)
-        return dict(zip(names, encoded, strict=True))
 
     def _gang(self, ranks: int) -> list[Any]:
         while len(self._ranks) < ranks:
-            unet = self.pipeline.unet
-            weights = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-            components = {**self.pipeline.components, "unet": copy.deepcopy(unet, weights)}
-            pipeline = type(self.pipeline)(**components)
-            pipeline.set_progress_bar_config(disable=True)
+            network = network_of(self.pipeline).module
+            weights = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+            pipeline = copy.copy(self.pipeline)
+            name = next(name for name, part in pipeline.components.items() if part is network)
+            setattr(pipeline, name, copy.deepcopy(network, weights))
             self._ranks.append(pipeline)
         return self._ranks[:ranks]

@@ -6,7 +6,7 @@ import hashlib
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from bench.quality.photos import PhotoJudge
 from bench.quality.prompts import Prompt
 from distriray.models import BUILTIN, ModelSpec, locate
 
-# A setting's step in steps of one device, measured on one core with 16 pictures of 256x256 in a call.
-STEP_COST = {1: 1.0, 2: 1.15, 4: 1.3, 8: 1.7}
-SINGLE_COST = {1: 1.35, 2: 2.2, 4: 2.7, 8: 4.5}  # the same for one picture in a call
-PICTURE_COST = 6.0  # decoding and judging
+# A setting's step in steps of one device, measured on one core with the built-in U-Net at 256x256.
+STEP_COST = {1: 1.0, 2: 1.6, 4: 2.0, 8: 3.3}
+PICTURE_COST = 4.5  # decoding and judging
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -39,8 +38,7 @@ class Unit:
 
     @property
     def cost(self) -> float:
-        costs = SINGLE_COST if self.setting.one_by_one else STEP_COST
-        factor = costs.get(self.setting.ranks, 2.0)
+        factor = STEP_COST.get(self.setting.ranks, 2.5)
         return (self.stop - self.start) * (self.setting.steps * factor + PICTURE_COST)
 
 
@@ -49,7 +47,7 @@ class Job:
     """All that decides what the pictures look like, and where they are kept.
 
     Attributes:
-        at_once: pictures in one U-Net call, and in one unit.
+        at_once: pictures in one unit.
         folder: where finished units lie, under a digest of the rest.
         reference: pictures for a photograph's FID.
         drawings: drawn scenes for a landscape's Fréchet distance.
@@ -58,7 +56,7 @@ class Job:
     spec: ModelSpec
     device: str
     size: int
-    guidance_scale: float
+    guidance_scale: float | None
     at_once: int
     prompts: tuple[Prompt, ...]
     folder: Path
@@ -66,13 +64,7 @@ class Job:
     drawings: int = 1000
 
     def painter(self) -> Painter:
-        return Painter(
-            self.spec,
-            self.device,
-            size=self.size,
-            guidance_scale=self.guidance_scale,
-            at_once=self.at_once,
-        )
+        return Painter(self.spec, self.device, size=self.size, guidance_scale=self.guidance_scale)
 
     def judge(self) -> Judge:
         if self.spec.name.startswith(BUILTIN):
@@ -201,18 +193,17 @@ def _work(job: Job, plan: Plan, album: Album, queue: Any, deadline: float, worke
         )
 
 
-def estimate_s(job: Job, plan: Plan, album: Album, workers: int) -> float:
+def estimate_s(painter: Painter, job: Job, plan: Plan, album: Album, workers: int) -> float:
     """Seconds that `make` will take, from two steps timed here.
 
     Raises:
         InvalidRequest: pictures of this size cannot have all the patches that are planned.
     """
     torch.set_num_threads(1 if workers > 1 else torch.get_num_threads())
-    painter = job.painter()
     painter.check(unit.setting for unit in plan)
-    prompts = list(job.prompts[: job.at_once])
-    painter.paint(Setting(patches=1, steps=1), prompts[:1])
+    alone = next(iter(plan)).setting.alone
+    painter.paint(replace(alone, steps=2), job.prompts[:1])
     started = time.monotonic()
-    painter.paint(Setting(patches=1, steps=2), prompts)
-    step_s = (time.monotonic() - started) / (2 * len(prompts))
+    painter.paint(replace(alone, steps=2), job.prompts[:1])
+    step_s = (time.monotonic() - started) / 2
     return step_s * sum(unit.cost for unit in plan if not album.has(unit)) / workers

@@ -116,12 +116,14 @@ class Lesson(ABC):
         name: of the checkpoint.
         kind, config: of the network.
         outer: how the names of its first and last layers begin.
+        block: the class of the blocks that repeat.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Any]
     config: ClassVar[Mapping[str, Any]]
     outer: ClassVar[tuple[str, ...]]
+    block: ClassVar[type[torch.nn.Module]]
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.device = device
@@ -178,7 +180,9 @@ def train(arguments: argparse.Namespace, kind: type[Lesson]) -> None:
     lesson = kind(arguments.out, device)
     network = lesson.made(arguments.initial)
     if arguments.compile:
-        network.compile_repeated_blocks()
+        for module in network.modules():
+            if type(module) is lesson.block:
+                module.compile()
     average = Average(network, 0.998)
     optimizer = MuonAndAdamW(network, outer=lesson.outer)
     checkpoint = Checkpoint(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from transformers import (
@@ -157,6 +158,7 @@ class TransformerLesson(Lesson):
     kind = SD3Transformer2DModel
     config = TRANSFORMER_CONFIG
     outer = ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out")
+    block = JointTransformerBlock
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__(folder, device)

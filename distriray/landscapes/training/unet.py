@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -102,6 +103,7 @@ class UNetLesson(Lesson):
     kind = UNet2DConditionModel
     config = UNET_CONFIG
     outer = ("conv_in", "conv_out")
+    block = BasicTransformerBlock
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__(folder, device)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench.quality.design import BASE, Section, sections
+from bench.quality.design import BASE, Section, by_scheduler, sections
 from bench.quality.judges import (
     IDENTICAL_DB,
     LandscapeJudge,
@@ -28,12 +30,14 @@ from bench.quality.photos import PhotoJudge
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
 from bench.quality.work import Album, Plan, Unit
+from distriray.denoise import Denoiser
 from distriray.errors import InvalidRequest
 from distriray.landscapes.draw import draw
 from distriray.landscapes.scene import sample_scene
 from distriray.models import ModelSpec
 from distriray.parallel.networks.registry import network_of
-from tests.models import tiny_sdxl
+from distriray.requests import SamplingParams
+from tests.models import save, tiny_flux3, tiny_qwen_image, tiny_sd3, tiny_sdxl
 
 DRAWN = np.stack([draw(sample_scene(seed), 64, 64) for seed in range(3)])
 
@@ -139,7 +143,7 @@ def test_the_table_compares_each_picture_with_the_base_methods(tmp_path: Path) -
 
 def test_a_size_without_rows_for_as_many_patches_is_refused_before_anything_is_painted() -> None:
     def refusal(size: int, patches: int) -> str | None:
-        painter = Painter(ModelSpec(), "cpu", size=size, guidance_scale=4.0, at_once=1)
+        painter = Painter(ModelSpec(), "cpu", size=size, guidance_scale=4.0)
         setting = replace(BASE, patches=patches, steps=1, exchange="sync")
         with pytest.raises(InvalidRequest) if size < 8 * least else nullcontext():
             painter.paint(setting, landscape_prompts(1, 0))
@@ -149,25 +153,56 @@ def test_a_size_without_rows_for_as_many_patches_is_refused_before_anything_is_p
             return str(error)
         return None
 
-    unit = network_of(Painter(ModelSpec(), "cpu", size=64, guidance_scale=4.0, at_once=1).pipeline).row_unit
+    unit = network_of(Painter(ModelSpec(), "cpu", size=64, guidance_scale=4.0).pipeline).row_unit
     least = 3 * unit + 1
     assert refusal(8 * least, 4) is None
     said = f"has rows for 3 patches at most, and --rows asks for 4; use --size {8 * least} or more"
     assert said in (refusal(8 * least - 8, 4) or "")
 
 
-def test_another_models_gang_paints_what_one_device_paints(tmp_path: Path) -> None:
-    tiny_sdxl().save_pretrained(tmp_path)
-    painter = Painter(ModelSpec(name=str(tmp_path)), "cpu", size=64, guidance_scale=3.0, at_once=2)
+@pytest.mark.parametrize(
+    ("make", "size", "scheduler"),
+    [
+        (tiny_sdxl, 64, "ddim"),
+        (tiny_sd3, 64, "euler"),
+        (tiny_qwen_image, 64, "euler"),
+        (tiny_flux3, 64, "euler"),
+    ],
+)
+def test_another_models_gang_paints_what_one_device_paints(
+    make: Callable[[], Any], size: int, scheduler: Any, tmp_path: Path
+) -> None:
+    save(make(), tmp_path)
+    painter = Painter(ModelSpec(name=str(tmp_path)), "cpu", size=size, guidance_scale=None)
     prompts = [Prompt(text, seed) for seed, text in enumerate(("a lake", "a hill", "a tree"))]
-    setting = replace(BASE, patches=2, steps=4, warmup=1)
+    setting = replace(BASE, patches=2, steps=4, warmup=1, scheduler=scheduler)
+    assert painter.flow == (scheduler == "euler")
     alone = painter.paint(setting.alone, prompts)
     sync = painter.paint(replace(setting, exchange="sync"), prompts)
     displaced = painter.paint(setting, prompts)
     assert np.abs(sync.latents - alone.latents).max() < 1e-3 * np.abs(alone.latents).max()
     assert not np.allclose(displaced.latents, alone.latents, rtol=1e-3)
     assert (displaced.synchronous_steps == 1).all() and (sync.synchronous_steps == 4).all()
-    assert painter.decode(alone.latents).shape[0] == 3
+    pictures = painter.decode(alone.latents)
+    denoiser = Denoiser(make())
+    asked = {"num_inference_steps": 4, "scheduler": scheduler, "height": size, "width": size}
+    state = denoiser.prepare(SamplingParams(prompt="a hill", seed=1, **asked))
+    while not state.done:
+        denoiser.step(state)
+    assert np.array_equal(pictures[1], np.asarray(denoiser.decode(state)[0])), "as it is served"
+    alone.latents[1] = np.nan
+    assert (painter.decode(alone.latents)[1] == 0).all()
+
+
+def test_models_by_scheduler_matching_are_asked_by_their_own_scheduler_alone() -> None:
+    every, flow = sections(100, 40, 10), by_scheduler(sections(100, 40, 10), "euler")
+    assert {setting.scheduler for section in flow for setting in section.settings} == {"euler"}
+    left_out = {section.title for section in every} - {section.title for section in flow}
+    assert left_out == {"mixes and schedulers", "steps and schedulers"}
+    (mixes, *_), (by_flow, *_) = (
+        [section for section in each if section.title == "mixes"] for each in (every, flow)
+    )
+    assert [replace(each, scheduler="ddim") for each in by_flow.settings] == [*mixes.settings]
 
 
 def test_judging_photographs_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
