@@ -21,8 +21,10 @@ _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _ONE_FILE = ".safetensors"
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 _MEND = "download the model again, or save it with save_pretrained"
-_UNUSED = ("prompt_upsampler", "prompt_upsampler_processor", "pe", "pe_tokenizer", "text_processor")
-"""What writes prompts anew for FLUX.3, ERNIE-Image and LongCat-Image: here they are read as they are."""
+_UNUSED = ("prompt_upsampler", "prompt_upsampler_processor", "pe", "pe_tokenizer")
+"""What writes prompts anew for FLUX.3 and ERNIE-Image: here they are read as they are."""
+_UNUSED_BY = {"LongCatImagePipeline": ("text_processor",)}
+"""The same that another class's pipelines need: LongCat-Image-Edit's read pictures by it."""
 
 
 class ModelSpec(BaseModel):
@@ -273,7 +275,7 @@ def _placed(pipeline: Any, spec: ModelSpec, device: torch.device) -> Any:
     from distriray.weights import place
 
     pipeline.set_progress_bar_config(disable=True)
-    for name in pipeline.components.keys() & set(_UNUSED):
+    for name in pipeline.components.keys() & _unused_by(type(pipeline).__name__):
         setattr(pipeline, name, None)  # diffusers loads optional components whatever it is told
     return place(pipeline, device, offload_text=spec.offload_text)
 
@@ -296,7 +298,13 @@ def _quantization(spec: ModelSpec, components: Collection[str]) -> Any:
 def _index_of(folder: Path) -> tuple[dict[str, Any], dict[str, None]]:
     """The pipeline that a folder names, and the components that it says are missing, or that nobody asks."""
     index = read_index(folder)
-    return index, {name: None for name, home in index.items() if home == [None, None] or name in _UNUSED}
+    unused = _unused_by(index["_class_name"])
+    return index, {name: None for name, home in index.items() if home == [None, None] or name in unused}
+
+
+def _unused_by(class_name: str) -> set[str]:
+    """The components that nobody asks of pipelines of that class."""
+    return {*_UNUSED, *_UNUSED_BY.get(class_name, ())}
 
 
 def _load_file(spec: ModelSpec, file: Path, device: torch.device) -> Any:

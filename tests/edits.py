@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
+from diffusers import LongCatImageEditPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext, pipeline_flux_kontext_inpaint
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit,
     pipeline_qwenimage_edit_inpaint,
@@ -34,12 +39,24 @@ def shown(denoiser: Denoiser, **fields: Any) -> dict[str, Any]:
     return {**({"image": SHOWN} if needed else {}), **fields}
 
 
+@contextmanager
+def sized(pipeline: Any, call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A call of diffusers' pipeline as it takes it: LongCat-Image-Edit's draws its size, and takes none."""
+    if not isinstance(pipeline, LongCatImageEditPipeline):
+        yield call
+        return
+    drawn = call["width"], call["height"]
+    with mock.patch.object(pipeline_longcat_image_edit, "calculate_dimensions", lambda *_: drawn):
+        yield {name: value for name, value in call.items() if name not in ("height", "width")}
+
+
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models that see a megapixel of whatever they edit see a 64th of it, or less."""
     for module in (flux, pipeline_flux_kontext, pipeline_flux_kontext_inpaint):
         monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", [(144, 96), (112, 112), (96, 144)])
     for module in (
         megapixels,
+        pipeline_longcat_image_edit,
         pipeline_qwenimage_edit,
         pipeline_qwenimage_edit_inpaint,
         pipeline_qwenimage_edit_plus,

@@ -43,6 +43,7 @@ from diffusers import (
     HunyuanImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    LongCatImageEditPipeline,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
     ModularPipeline,
@@ -890,6 +891,22 @@ def tiny_longcat_image(seed: int = 0) -> LongCatImagePipeline:
         text_encoder=tiny_qwen_vl(seed + 2, tokenizer),
         tokenizer=tokenizer,
         text_processor=None,
+        transformer=tiny_longcat_image_transformer(seed, in_channels=64),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_longcat_image_edit(seed: int = 0) -> LongCatImageEditPipeline:
+    """A LongCat-Image-Edit pipeline, with a processor as that of `tiny_qwen_image_edit`."""
+    names = {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+    tokenizer = tiny_qwen_tokenizer(image_token="<|image_pad|>", **names)
+    pipeline = LongCatImageEditPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(seed + 1, shift_factor=0.1, latent_channels=16),
+        text_encoder=tiny_qwen_vl(seed + 2, tokenizer),
+        tokenizer=tokenizer,
+        text_processor=PaddleOCRVLProcessor(Qwen2VLImageProcessorPil(), tokenizer),
         transformer=tiny_longcat_image_transformer(seed, in_channels=64),
     )
     pipeline.set_progress_bar_config(disable=True)

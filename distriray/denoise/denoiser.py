@@ -113,6 +113,7 @@ class Denoiser:
         values = {**values, **control, **image_prompts}
         values = {name: _contiguous(value) for name, value in values.items() if value is not None}
         commission.check_timesteps(values["timesteps"])
+        as_drawn = self.terms.editing is not None and self.terms.editing.as_drawn
         return DenoiseState(
             family=self.family,
             task=commission.task,
@@ -125,7 +126,7 @@ class Denoiser:
             height=commission.height,
             width=commission.width,
             adapters=adapters,
-            warnings=tuple(unused(params, self._steps, len(values["timesteps"]))),
+            warnings=tuple(unused(params, self._steps, len(values["timesteps"]), as_drawn)),
         ).to(values["latents"].device)
 
     def _commission(self, params: SamplingParams, seeds: Sequence[int]) -> Commission:

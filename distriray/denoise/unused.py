@@ -13,12 +13,15 @@ _NEGATIVES = "negative_prompt", "negative_prompt_2", "negative_prompt_3"
 STRETCHED = 0.02  # how far an image's proportions may be off without a word
 
 
-def unused(params: SamplingParams, steps: PipelineSteps, num_steps: int) -> Iterator[str]:
+def unused(
+    params: SamplingParams, steps: PipelineSteps, num_steps: int, as_drawn: bool = False
+) -> Iterator[str]:
     """Warnings of fields that are not used, or not as they are.
 
     Args:
         params: with nothing left open.
         num_steps: of their image.
+        as_drawn: the model is shown the picture that it edits in the size that is drawn (`Editing`).
     """
     assert params.guidance_scale is not None
     is_guided = steps.is_guided(params.guidance_scale)
@@ -43,9 +46,10 @@ def unused(params: SamplingParams, steps: PipelineSteps, num_steps: int) -> Iter
                     f"{name} has {most.given} tokens, and a text encoder takes {most.taken}: the rest is not "
                     "used"
                 )
-    if params.drawn_on is not None:
+    scaled = params.references[0].image if as_drawn and params.references else params.drawn_on
+    if scaled is not None:
         assert params.height is not None and params.width is not None
-        width, height = params.drawn_on.size
+        width, height = scaled.size
         if abs(width * params.height - height * params.width) > STRETCHED * width * params.height:
             to = f"{params.width}x{params.height}, of other proportions"
             yield f"image of {width}x{height} is stretched to {to}"

@@ -174,8 +174,10 @@ def admit(
         )
     fresh = shared.mix is not None and shared.mix.exact
     editing = facts.terms.editing
-    masked = 0 if request.mask_image is None else request.height * request.width
-    shown_pixels = editing.shown_pixels(request.references, facts.size_unit, masked) if editing else 0
+    shown_pixels = 0
+    if editing:
+        drawn, masked = request.height * request.width, request.mask_image is not None
+        shown_pixels = editing.shown_pixels(request.references, facts.size_unit, drawn, masked)
     return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps, shown_pixels)
 
 

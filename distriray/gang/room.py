@@ -57,7 +57,8 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
         kinds = [(guided, images), (without, images - 1 + images % 2)]  # odd: halves of a gang need less
     side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
     editing = facts.terms.editing
-    own_shown = editing.shown_pixels(own.references, facts.size_unit) if editing else 0
+    drawn = own.height * own.width
+    own_shown = editing.shown_pixels(own.references, facts.size_unit, drawn) if editing else 0
     masked = 0 if "mask_image" in facts.terms.lacks else side**2
     shown = editing.most_exchanged_pixels(config.limits.max_references, masked) if editing else 0
     largest = []

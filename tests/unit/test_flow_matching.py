@@ -36,6 +36,7 @@ from diffusers import (
     FluxPipeline,
     HunyuanImagePipeline,
     Krea2Pipeline,
+    LongCatImageEditPipeline,
     LongCatImagePipeline,
     ModularPipeline,
     QwenImage21Pipeline,
@@ -69,7 +70,7 @@ from distriray.parallel.schedules import Schedules, Turn
 from distriray.picture import Picture
 from distriray.references import LOOKED_AT, Editing, Reference
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.edits import FILLED, SHOWN, TO_FILL, shown, shrink
+from tests.edits import FILLED, SHOWN, TO_FILL, shown, shrink, sized
 from tests.guiding import guiders_with
 from tests.models import (
     TEXT_WIDTH,
@@ -92,6 +93,7 @@ from tests.models import (
     tiny_krea2,
     tiny_krea2_distilled,
     tiny_longcat_image,
+    tiny_longcat_image_edit,
     tiny_ovis_image,
     tiny_qwen_image,
     tiny_qwen_image21,
@@ -136,6 +138,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "krea2": tiny_krea2,
     "krea2-distilled": tiny_krea2_distilled,
     "longcat-image": tiny_longcat_image,
+    "longcat-image-edit": tiny_longcat_image_edit,
     "ovis-image": tiny_ovis_image,
     "qwen-image": tiny_qwen_image,
     "qwen-image-2.1": tiny_qwen_image21,
@@ -150,6 +153,7 @@ BRANCHES_APART = [
     "hunyuan-image",
     "krea2",
     "longcat-image",
+    "longcat-image-edit",
     "ovis-image",
     "qwen-image",
     "qwen-image-2.1",
@@ -214,6 +218,8 @@ def plain(
         call.setdefault("guidance_scale", 0.0)  # what the makers of Z-Image-Turbo say
     if isinstance(pipeline, LongCatImagePipeline):
         call["enable_prompt_rewrite"] = False
+    if isinstance(pipeline, LongCatImageEditPipeline):
+        call.setdefault("image", SHOWN)
     if isinstance(pipeline, Krea2Pipeline) and pipeline.config.is_distilled:
         call.setdefault("guidance_scale", 0.0)  # what the makers of Krea 2 say
     guiding: AbstractContextManager[None] = nullcontext()
@@ -231,8 +237,8 @@ def plain(
     pipeline.scheduler = scheduler or before
     modular = isinstance(pipeline, ModularPipeline)
     try:
-        given = by_guider(pipeline, **call) if modular else call
-        with guiding:
+        own = by_guider(pipeline, **call) if modular else call
+        with guiding, sized(pipeline, own) as given:
             result = pipeline(
                 prompt="a lake",
                 num_images_per_prompt=len(seeds),
@@ -332,6 +338,7 @@ EDITED: dict[str, list[Image.Image]] = {
     "flux2-klein-distilled": [NEW, OLD, NEW],
     "flux3": [OLD, NEW],
     "flux3-distilled": [NEW],
+    "longcat-image-edit": [OLD],
     "qwen-image-2.1": [OLD, NEW],
     "qwen-image-edit": [OLD],
     "qwen-image-edit-plus": [NEW, OLD, NEW],
@@ -416,14 +423,16 @@ def test_the_pixels_that_a_model_is_shown_are_those_of_its_tokens(
     state = denoiser.prepare(params)
     tokens = state.values.get("references", state.values.get("image_cond_hidden_states"))
     settled = denoiser.terms.settle(params, denoiser.sizes.default, denoiser.sizes.unit)
-    pixels = editing_of(denoiser).shown_pixels(settled.references, denoiser.sizes.unit)
+    pixels = editing_of(denoiser).shown_pixels(settled.references, denoiser.sizes.unit, 64 * 64)
     assert tokens is not None and pixels == pytest.approx(tokens.shape[1] * denoiser.sizes.unit**2, rel=0.02)
 
 
 def test_pictures_that_are_only_looked_at_cost_a_step_little_and_a_gang_no_exchange() -> None:
     kept = editing_of(Denoiser(tiny_qwen_image21()))
     assert kept.keeps and kept.most_exchanged_pixels(3) == 0
-    assert kept.shown_pixels(references([OLD, NEW]), 32) == pytest.approx(2 * 2**20 * LOOKED_AT, rel=0.05)
+    assert kept.shown_pixels(references([OLD, NEW]), 32, 64 * 64) == pytest.approx(
+        2 * 2**20 * LOOKED_AT, rel=0.05
+    )
 
 
 def test_of_limits_that_allow_few_references_the_most_pixels_may_be_those_of_a_sole_one() -> None:
@@ -463,9 +472,11 @@ def test_pictures_are_refused_by_the_names_that_they_were_sent_with() -> None:
 
 
 OF_16 = {(320, 208): (1264, 832), (327, 215): (1264, 832), (3000, 1500): (1456, 720)}
+OF_16_UP = {(320, 208): (1280, 832), (327, 215): (1264, 832), (3000, 1500): (1456, 736)}
 OF_32 = {(320, 208): (1280, 832), (327, 215): (1248, 832), (3000, 1500): (1440, 736)}
 MEGAPIXEL = {
     "flux-kontext": OF_16,
+    "longcat-image-edit": OF_16_UP,
     "qwen-image-2.1": OF_32,
     "qwen-image-edit": OF_32,
     "qwen-image-edit-plus": OF_32,

@@ -19,7 +19,15 @@ from distriray.denoise import Denoiser
 from distriray.denoise.pipelines.sizes import configs_in
 from distriray.errors import ModelNotFound, UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline, locate, resolve_dtype
-from tests.models import save, tiny_ernie_image, tiny_flux3, tiny_longcat_image, tiny_sd15, tiny_sdxl
+from tests.models import (
+    save,
+    tiny_ernie_image,
+    tiny_flux3,
+    tiny_longcat_image,
+    tiny_longcat_image_edit,
+    tiny_sd15,
+    tiny_sdxl,
+)
 from tests.unit.single_file import single_file
 
 
@@ -149,6 +157,14 @@ def test_what_would_write_prompts_anew_needs_nothing_that_reading_them_does_not(
     shutil.rmtree(tmp_path / "text_processor")
     loaded = load_pipeline(ModelSpec(name=str(tmp_path)), "cpu")
     assert loaded.text_processor is None and Denoiser(loaded).family == "LongCatImage"
+
+
+def test_what_reads_pictures_for_the_longcat_that_edits_is_kept(tmp_path: Path) -> None:
+    save(tiny_longcat_image_edit(), tmp_path)
+    spec = ModelSpec(name=str(tmp_path))
+    loaded = load_pipeline(spec, "cpu")
+    assert loaded.text_processor is not None and Denoiser(loaded).family == "LongCatImageEdit"
+    assert sizes_of(spec) == Denoiser(loaded).sizes and terms_of(spec) == Denoiser(loaded).terms
 
 
 @pytest.fixture

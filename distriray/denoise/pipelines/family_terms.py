@@ -29,7 +29,8 @@ _ONE_PROMPT = {
     **dict.fromkeys(("prompt_2", "negative_prompt_2"), "this model has one text encoder"),
 }
 _NO_REFERENCES = {
-    "references": "this model edits no pictures; FLUX.1 Kontext, FLUX.2, FLUX.3, Qwen-Image-Edit and 2.1 do"
+    "references": "this model edits no pictures; FLUX.1 Kontext, FLUX.2, FLUX.3, LongCat-Image-Edit, "
+    "Qwen-Image-Edit and Qwen-Image 2.1 do"
 }
 _NO_GUIDANCE = dict.fromkeys(
     ("guidance_scale", "negative_prompt", "guidance_rescale", "guidance_end"),
@@ -212,6 +213,18 @@ def longcat_image_terms(config: Configs) -> Terms:
     """Of LongCat-Image, as diffusers has it."""
     lacks = _of_text_alone("LongCat-Image bounds the length of each token's prediction by itself")
     return Terms(50, 4.5, ("euler",), lacks)
+
+
+def longcat_image_edit_terms(config: Configs) -> Terms:
+    """Of LongCat-Image-Edit, as diffusers has it."""
+    lacks = {
+        "guidance_rescale": "LongCat-Image-Edit's guidance has no unguided noise to go by",
+        "clip_skip": _NO_CLIP,
+        **_ONE_PROMPT,
+        **_NO_CONTROL,
+    }
+    editing = Editing(1, megapixel_unit=16, rounds_up=True, as_drawn=True, needs_references=True)
+    return Terms(50, 4.5, ("euler",), lacks, rounds_up=True, editing=editing)
 
 
 def krea2_terms(config: Configs) -> Terms:

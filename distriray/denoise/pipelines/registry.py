@@ -21,6 +21,7 @@ from distriray.denoise.pipelines.family_terms import (
     flux_terms,
     hunyuan_image_terms,
     krea2_terms,
+    longcat_image_edit_terms,
     longcat_image_terms,
     ovis_image_terms,
     qwen_image21_terms,
@@ -124,6 +125,13 @@ PIPELINES: dict[str, Family] = {
     "OvisImage": Family(".ovis_image:OvisImage", "Ovis-Image", flux_sizes, ovis_image_terms, _BY_ONE),
     "LongCatImage": Family(
         ".longcat_image:LongCatImage", "LongCat-Image", flux_sizes, longcat_image_terms, _BY_ONE
+    ),
+    "LongCatImageEdit": Family(
+        ".longcat_image:LongCatImageEdit",
+        "LongCat-Image-Edit",
+        flux_sizes,
+        longcat_image_edit_terms,
+        _BY_ONE,
     ),
     "Krea2": Family(".krea2:Krea2", "Krea 2", qwen_image_sizes, krea2_terms, _BY_ONE),
     "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms),

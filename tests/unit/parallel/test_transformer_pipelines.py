@@ -19,7 +19,7 @@ from PIL import Image
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
-from tests.edits import shrink
+from tests.edits import shrink, sized
 from tests.models import (
     TEXT_WIDTH,
     tiny_chroma,
@@ -34,6 +34,7 @@ from tests.models import (
     tiny_kontext,
     tiny_krea2,
     tiny_longcat_image,
+    tiny_longcat_image_edit,
     tiny_ovis_image,
     tiny_pixart,
     tiny_qwen_image,
@@ -92,13 +93,9 @@ class Case:
 
     def draw(self, pipeline: Any) -> torch.Tensor:
         """Pixels or latents of one picture of 96x64."""
-        images: torch.Tensor = pipeline(
-            height=96,
-            width=64,
-            num_inference_steps=3,
-            generator=torch.Generator().manual_seed(7),
-            **self.arguments,
-        ).images
+        call = {"height": 96, "width": 64, "num_inference_steps": 3, **self.arguments}
+        with sized(pipeline, call) as given:
+            images: torch.Tensor = pipeline(generator=torch.Generator().manual_seed(7), **given).images
         return images
 
 
@@ -118,6 +115,11 @@ CASES = [
     Case(
         tiny_longcat_image,
         {"prompt": "a lake", "guidance_scale": 3.0, "enable_prompt_rewrite": False, "output_type": "pt"},
+        calls=2,
+    ),
+    Case(
+        tiny_longcat_image_edit,
+        {"prompt": "at night", "image": Image.new("RGB", (96, 64), "red"), "output_type": "pt"},
         calls=2,
     ),
     Case(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import OvisImagePipeline
@@ -17,7 +17,7 @@ class OvisImage(PackedFlowMatching):
     """A pipeline that reads prompts with a language model, padded; a branch has a call of its own."""
 
     kinds = (OvisImagePipeline,)
-    parts = ("transformer", "vae", "text_encoder", "tokenizer")
+    parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "tokenizer")
     max_clip_skip = 0
 
     def tokens(self, text: str) -> list[TokenCount]:
