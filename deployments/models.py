@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from distriray.denoise.pipelines.registry import PIPELINES, Family, family_named
+from distriray.denoise.pipelines.registry import PIPELINES, PipelineFamily, family_named
 from distriray.denoise.pipelines.sizes import Configs, Sizes, configs_in
 from distriray.denoise.pipelines.terms import Terms
 from distriray.errors import ModelNotFound
@@ -25,7 +25,7 @@ def terms_of(spec: ModelSpec) -> Terms | None:
     return _known(spec, lambda family, configs: family.terms(configs))
 
 
-def _known(spec: ModelSpec, read: Callable[[Family, Configs], Known]) -> Known | None:
+def _known(spec: ModelSpec, read: Callable[[PipelineFamily, Configs], Known]) -> Known | None:
     if not spec.name.startswith(BUILTIN) and not Path(spec.name).expanduser().is_dir():
         return None
     try:

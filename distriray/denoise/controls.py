@@ -14,14 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from distriray.controls import Control as Asked
-from distriray.controls import ControlNetSpec
+from distriray.controls import Control, ControlNetSpec
 from distriray.denoise.pipelines.base import Commission, PictureOf, PipelineSteps
 from distriray.denoise.state import DenoiseState
 from distriray.denoise.weight_files import digest_of, first_lines
 from distriray.errors import DistrirayError, UnsupportedModel, UnusableControlNet
 from distriray.names import check_names
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.networks.registry import denoising_module
 from distriray.picture import Picture, opaque
 from distriray.requests import image_of
@@ -86,7 +85,7 @@ class Controls:
         self._loaded[spec.name] = known._replace(pixel_range=pixel_range, mode=spec.mode)
 
     @torch.no_grad()
-    def prepare(self, asked: Iterable[Asked], commission: Commission) -> dict[str, Any]:
+    def prepare(self, asked: Iterable[Control], commission: Commission) -> dict[str, Any]:
         """The values that a state keeps of a request's ControlNets; those with scale 0 are none.
 
         Raises:
@@ -123,14 +122,14 @@ class Controls:
                     f"ControlNet {name!r} has other weights here than where the request was begun"
                 )
 
-    def of_step(self, state: DenoiseState) -> tuple[Control, ...]:
+    def of_step(self, state: DenoiseState) -> tuple[UsedControl, ...]:
         """The ControlNets that take part in the next step."""
         controls = []
         for index, (name, _, scale, start, end) in enumerate(state.values.get(_VALUE, ())):
             if is_controlled(state.step, state.num_steps, start, end):
                 picture = state.values[_PICTURE.format(index)]
                 loaded = self._loaded[name]
-                controls.append(Control(name, loaded.network, picture, scale, loaded.mode))
+                controls.append(UsedControl(name, loaded.network, picture, scale, loaded.mode))
         return tuple(controls)
 
 

@@ -34,7 +34,7 @@ from distriray.controls import Control, ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.errors import GangMismatch, InvalidRequest, OutOfMemory, UnusableControlNet
 from distriray.parallel import engine_of
-from distriray.parallel.networks.controls import Control as Used
+from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.networks.families.flux import FluxControl
 from distriray.parallel.networks.token_control import TokenControl
 from distriray.parallel.room import Room
@@ -294,7 +294,7 @@ def test_a_picture_for_which_a_controlnet_has_no_positions_is_refused(tmp_path: 
 def test_what_several_controlnets_add_to_many_blocks_is_in_memory_once() -> None:
     transformer, network = tiny_flux().transformer, tiny_flux_controlnet(num_layers=1, num_single_layers=1)
     given = defaultdict(lambda: torch.zeros(1, 4, 16))
-    controls = [Used(name, network, torch.zeros(1, 4, 16), 1.0) for name in NAMES]
+    controls = [UsedControl(name, network, torch.zeros(1, 4, 16), 1.0) for name in NAMES]
     of_each = {name: ([torch.full((1,), float(at))], None) for at, name in enumerate(NAMES, 1)}
     added = FluxControl.residuals_of(transformer, controls, given, lambda name, given: of_each[name])
     first, *others = added["controlnet_block_samples"]

@@ -32,7 +32,7 @@ from distriray import parallelize
 from distriray.collective import connect
 from distriray.denoise import SCHEDULERS, Denoiser, DenoiseState
 from distriray.denoise.pipelines.families.sdxl import StableDiffusionXL
-from distriray.denoise.pipelines.registry import PIPELINES, Family
+from distriray.denoise.pipelines.registry import PIPELINES, PipelineFamily
 from distriray.denoise.pipelines.sizes import Sizes
 from distriray.denoise.schedulers import make_scheduler, step_count
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotFinite, UnsupportedModel
@@ -656,7 +656,9 @@ class Mural(StableDiffusionXL):
 @pytest.fixture
 def mural(monkeypatch: pytest.MonkeyPatch) -> Denoiser:
     sizes = Sizes((48, 80), unit=16, latent_row=8)
-    monkeypatch.setitem(PIPELINES, "Mural", Family(f"{__name__}:Mural", "murals", lambda config: sizes))
+    monkeypatch.setitem(
+        PIPELINES, "Mural", PipelineFamily(f"{__name__}:Mural", "murals", lambda config: sizes)
+    )
     return Denoiser(MuralPipeline(**tiny_sdxl().components, add_watermarker=False))
 
 

@@ -14,7 +14,7 @@ from distriray.denoise.pipelines.image_prompts import ImagePrompt
 from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, NotFinite
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 from distriray.requests import SamplingParams
 
 
@@ -129,7 +129,7 @@ class Commission:
 
 
 PictureOf = Callable[[torch.Tensor, Commission], torch.Tensor]
-"""Makes of a picture what its ControlNet takes in every step (`Control.picture`), for a commission.
+"""Makes of a picture what its ControlNet takes in every step (`UsedControl.picture`), for a commission.
 
 It is given pixels of the commission's size, float32 (1, 3, height, width) on the CPU, of `control_range`.
 """
@@ -160,7 +160,7 @@ class PipelineSteps(ABC):
     flow: ClassVar[bool] = False
     unguided: ClassVar[float] = 1.0
     control_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    controls: tuple[Control, ...] = ()
+    controls: tuple[UsedControl, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
 
     def __init__(self, pipeline: Any) -> None:

@@ -13,7 +13,7 @@ from distriray.denoise.pipelines.base import Commission, PictureOf, PipelineStep
 from distriray.denoise.pipelines.image_prompts import ImagePrompt, embeds_of
 from distriray.parallel import engine_of
 from distriray.parallel.networks.controlnet import Embedder, check_fits, residuals_of, split
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 
 
 class UNetSteps(PipelineSteps):
@@ -35,7 +35,7 @@ class UNetSteps(PipelineSteps):
 
 def controlled(
     unet: Any,
-    controls: Sequence[Control],
+    controls: Sequence[UsedControl],
     image_prompts: Sequence[ImagePrompt],
     branches: int,
     sample: torch.Tensor,

@@ -55,7 +55,7 @@ TASKS = {"text-to-image": "Pipeline", "image-to-image": "Img2ImgPipeline", "inpa
 
 
 @dataclass(frozen=True)
-class Family:
+class PipelineFamily:
     """One family of diffusers pipelines.
 
     Attributes:
@@ -86,55 +86,63 @@ _BY_ONE = ("text-to-image",)
 _BY_TWO = ("text-to-image", "inpainting")
 """Of those whose one pipeline edits pictures too, and another fills in masks of them."""
 
-PIPELINES: dict[str, Family] = {
-    "StableDiffusion": Family(".sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", unet_sizes),
-    "StableDiffusionXL": Family(".sdxl:StableDiffusionXL", "Stable Diffusion XL", unet_sizes),
-    "StableDiffusion3": Family(".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms),
-    "Flux": Family(".flux:Flux", "FLUX.1", flux_sizes, flux_terms),
-    "FluxFill": Family(".flux:FluxFill", "FLUX.1 Fill", flux_sizes, flux_fill_terms, _BY_ONE),
-    "FluxKontext": Family(".flux:FluxKontext", "FLUX.1 Kontext", flux_sizes, flux_kontext_terms, _BY_TWO),
-    "Chroma": Family(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms),
-    "Flux2": Family(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _BY_ONE),
-    "Flux2Klein": Family(".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _BY_TWO),
-    "Flux3Modular": Family(".flux3:Flux3", "FLUX.3", flux2_sizes, flux3_terms, _BY_ONE),
-    "Flux3DistilledModular": Family(
+PIPELINES: dict[str, PipelineFamily] = {
+    "StableDiffusion": PipelineFamily(".sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", unet_sizes),
+    "StableDiffusionXL": PipelineFamily(".sdxl:StableDiffusionXL", "Stable Diffusion XL", unet_sizes),
+    "StableDiffusion3": PipelineFamily(
+        ".sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", sd3_sizes, sd3_terms
+    ),
+    "Flux": PipelineFamily(".flux:Flux", "FLUX.1", flux_sizes, flux_terms),
+    "FluxFill": PipelineFamily(".flux:FluxFill", "FLUX.1 Fill", flux_sizes, flux_fill_terms, _BY_ONE),
+    "FluxKontext": PipelineFamily(
+        ".flux:FluxKontext", "FLUX.1 Kontext", flux_sizes, flux_kontext_terms, _BY_TWO
+    ),
+    "Chroma": PipelineFamily(".chroma:Chroma", "Chroma", flux_sizes, chroma_terms),
+    "Flux2": PipelineFamily(".flux2:Flux2", "FLUX.2 dev", flux2_sizes, flux2_terms, _BY_ONE),
+    "Flux2Klein": PipelineFamily(
+        ".flux2:Flux2Klein", "FLUX.2 klein", flux2_sizes, flux2_klein_terms, _BY_TWO
+    ),
+    "Flux3Modular": PipelineFamily(".flux3:Flux3", "FLUX.3", flux2_sizes, flux3_terms, _BY_ONE),
+    "Flux3DistilledModular": PipelineFamily(
         ".flux3:Flux3Distilled", "FLUX.3 distilled", flux2_sizes, flux3_terms, _BY_ONE
     ),
-    "QwenImage": Family(".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms),
-    "QwenImageEdit": Family(
+    "QwenImage": PipelineFamily(".qwen_image:QwenImage", "Qwen-Image", qwen_image_sizes, qwen_image_terms),
+    "QwenImageEdit": PipelineFamily(
         ".qwen_image:QwenImageEdit", "Qwen-Image-Edit", qwen_image_sizes, qwen_image_edit_terms, _BY_TWO
     ),
-    "QwenImageEditPlus": Family(
+    "QwenImageEditPlus": PipelineFamily(
         ".qwen_image:QwenImageEditPlus",
         "Qwen-Image-Edit 2509 and 2511",
         qwen_image_sizes,
         qwen_image_edit_plus_terms,
         _BY_ONE,
     ),
-    "QwenImage21": Family(
+    "QwenImage21": PipelineFamily(
         ".qwen_image21:QwenImage21", "Qwen-Image 2.1", qwen_image21_sizes, qwen_image21_terms, _BY_ONE
     ),
-    "HunyuanImage": Family(
+    "HunyuanImage": PipelineFamily(
         ".hunyuan_image:HunyuanImage",
         "HunyuanImage 2.1",
         hunyuan_image_sizes,
         hunyuan_image_terms,
         _BY_ONE,
     ),
-    "ErnieImage": Family(".ernie_image:ErnieImage", "ERNIE-Image", flux2_sizes, ernie_image_terms, _BY_ONE),
-    "OvisImage": Family(".ovis_image:OvisImage", "Ovis-Image", flux_sizes, ovis_image_terms, _BY_ONE),
-    "LongCatImage": Family(
+    "ErnieImage": PipelineFamily(
+        ".ernie_image:ErnieImage", "ERNIE-Image", flux2_sizes, ernie_image_terms, _BY_ONE
+    ),
+    "OvisImage": PipelineFamily(".ovis_image:OvisImage", "Ovis-Image", flux_sizes, ovis_image_terms, _BY_ONE),
+    "LongCatImage": PipelineFamily(
         ".longcat_image:LongCatImage", "LongCat-Image", flux_sizes, longcat_image_terms, _BY_ONE
     ),
-    "LongCatImageEdit": Family(
+    "LongCatImageEdit": PipelineFamily(
         ".longcat_image:LongCatImageEdit",
         "LongCat-Image-Edit",
         flux_sizes,
         longcat_image_edit_terms,
         _BY_ONE,
     ),
-    "Krea2": Family(".krea2:Krea2", "Krea 2", qwen_image_sizes, krea2_terms, _BY_ONE),
-    "ZImage": Family(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms),
+    "Krea2": PipelineFamily(".krea2:Krea2", "Krea 2", qwen_image_sizes, krea2_terms, _BY_ONE),
+    "ZImage": PipelineFamily(".z_image:ZImage", "Z-Image", flux_sizes, z_image_terms),
 }
 """Every family, by what diffusers' names of its pipelines begin with. A state keeps that name."""
 

@@ -13,7 +13,7 @@ from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.tokens import Tokens
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.controls import Control, Residuals, check_cut
+from distriray.parallel.networks.controls import Residuals, UsedControl, check_cut
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.share import Share
 
@@ -34,7 +34,7 @@ class Asked:
     """
 
     residuals: Residuals
-    due: Sequence[Control]
+    due: Sequence[UsedControl]
     by: Mapping[str, Any] = field(default_factory=dict)
     text: int | None = None
 
@@ -75,7 +75,7 @@ class CutControl(Protocol):
     def residuals_of(
         cls,
         transformer: Any,
-        controls: Sequence[Control],
+        controls: Sequence[UsedControl],
         given: Mapping[str, Any],
         run: Callable[[str, dict[str, Any]], Any],
     ) -> dict[str, Any]: ...
@@ -137,7 +137,7 @@ class Beside:
             for call in calls
         ]
 
-    def of(self, call: Call) -> Sequence[Control]:
+    def of(self, call: Call) -> Sequence[UsedControl]:
         """Those that a call names."""
         asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
         return asked.residuals.controls
@@ -176,21 +176,21 @@ class Beside:
         def run(name: str, given: dict[str, Any]) -> Any:
             return self._controls[name].output(own, given)
 
-        def make(controls: Sequence[Control]) -> Mapping[str, Any]:
+        def make(controls: Sequence[UsedControl]) -> Mapping[str, Any]:
             return kind.residuals_of(transformer, controls, arguments, run)
 
         if isinstance(asked, Asked):
             return asked.residuals.made_by(lambda due: make(self._shown(due, share)))
         shown = asked.pictures.items()
-        return make([Control(name, self._controls[name].module, *each) for name, each in shown])
+        return make([UsedControl(name, self._controls[name].module, *each) for name, each in shown])
 
     @staticmethod
-    def _shown(controls: Sequence[Control], share: Share) -> list[Control]:
+    def _shown(controls: Sequence[UsedControl], share: Share) -> list[UsedControl]:
         """The same with pictures of this rank's part of the batch."""
         return [control.for_batch(share.batch, share.cut) for control in controls]
 
 
-def _as_in(first: Call, call: Call, controls: Sequence[Control]) -> Asked:
+def _as_in(first: Call, call: Call, controls: Sequence[UsedControl]) -> Asked:
     """The ControlNets of a call that runs them as another of its step would."""
     own = call.arguments
     by = {name: value for name, value in first.arguments.items() if value is not own[name]}

@@ -10,13 +10,13 @@ from diffusers import ControlNetModel
 from torch import nn
 
 from distriray.errors import UnsupportedModel
-from distriray.parallel.networks.controls import Control, check_same
+from distriray.parallel.networks.controls import UsedControl, check_same
 
 _REFUSED = ("encoder_hid_dim", "class_embed_type", "num_class_embeds", "global_pool_conditions")
 
 
 def residuals_of(
-    controls: Sequence[Control],
+    controls: Sequence[UsedControl],
     sample: Callable[[nn.Module], torch.Tensor],
     timestep: torch.Tensor,
     text: torch.Tensor,

@@ -10,7 +10,7 @@ import torch
 from distriray.errors import UnsupportedModel
 
 
-class Control(NamedTuple):
+class UsedControl(NamedTuple):
     """A ControlNet in one call of its network.
 
     Attributes:
@@ -28,7 +28,9 @@ class Control(NamedTuple):
     scale: float
     mode: int | None = None
 
-    def for_batch(self, batch: int, cut: Callable[[torch.Tensor], Any] = lambda picture: picture) -> Control:
+    def for_batch(
+        self, batch: int, cut: Callable[[torch.Tensor], Any] = lambda picture: picture
+    ) -> UsedControl:
         """The same with its picture for each of so many entries of a batch, of which `cut` takes some.
 
         A batch with both branches of guidance has all images of one before those of the other.
@@ -50,24 +52,24 @@ class Residuals:
         for_others: whether what is made is for more than one call.
     """
 
-    def __init__(self, controls: Sequence[Control], calls: int = 1) -> None:
+    def __init__(self, controls: Sequence[UsedControl], calls: int = 1) -> None:
         self.controls = tuple(controls)
         self.for_others = calls > 1
         self._made: Mapping[str, Any] | None = None
 
     @property
-    def due(self) -> tuple[Control, ...]:
+    def due(self) -> tuple[UsedControl, ...]:
         """The ControlNets that the next call runs."""
         return self.controls if self._made is None else ()
 
-    def made_by(self, make: Callable[[Sequence[Control]], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def made_by(self, make: Callable[[Sequence[UsedControl]], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Arguments of the network by name, which `make` makes where no call has."""
         if self._made is None:
             self._made = make(self.controls)
         return self._made
 
 
-def check_cut(asked: Sequence[Control], cut: Mapping[str, Any]) -> None:
+def check_cut(asked: Sequence[UsedControl], cut: Mapping[str, Any]) -> None:
     """Raise UnsupportedModel for a ControlNet that is none of those, by name, that are cut into patches."""
     for control in asked:
         if cut.get(control.name) is not control.network:

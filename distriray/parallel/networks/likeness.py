@@ -12,12 +12,12 @@ from torch import nn
 
 from distriray.parallel.agreement import Compared, described
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 
 _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 
-def likeness_of(network: nn.Module, call: Call, controls: Sequence[Control]) -> Compared:
+def likeness_of(network: nn.Module, call: Call, controls: Sequence[UsedControl]) -> Compared:
     """What ranks compare of a call of any network; families add what else theirs have.
 
     Args:

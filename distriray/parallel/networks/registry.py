@@ -12,7 +12,7 @@ from distriray.parallel.networks.local import LocalCode
 
 
 @dataclass(frozen=True)
-class Family:
+class NetworkFamily:
     """One family of networks.
 
     Attributes:
@@ -32,22 +32,22 @@ class Family:
         return network
 
 
-NETWORKS: dict[str, Family] = {
-    "UNet2DConditionModel": Family(".unet:UNet", "Stable Diffusion 1.x, 2.x and XL"),
-    "FluxTransformer2DModel": Family(".flux:Flux", "FLUX.1"),
-    "ChromaTransformer2DModel": Family(".chroma:Chroma", "Chroma"),
-    "Flux2Transformer2DModel": Family(".flux2:Flux2", "FLUX.2"),
-    "Flux3Transformer2DModel": Family(".flux3:Flux3", "FLUX.3"),
-    "SD3Transformer2DModel": Family(".sd3:SD3", "Stable Diffusion 3 and 3.5"),
-    "PixArtTransformer2DModel": Family(".pixart:PixArt", "PixArt"),
-    "QwenImageTransformer2DModel": Family(".qwen_image:QwenImage", "Qwen-Image"),
-    "QwenImage21Transformer2DModel": Family(".qwen_image21:QwenImage21", "Qwen-Image 2.1"),
-    "LongCatImageTransformer2DModel": Family(".longcat_image:LongCatImage", "LongCat-Image"),
-    "OvisImageTransformer2DModel": Family(".ovis_image:OvisImage", "Ovis-Image"),
-    "HunyuanImageTransformer2DModel": Family(".hunyuan_image:HunyuanImage", "HunyuanImage 2.1"),
-    "Krea2Transformer2DModel": Family(".krea2:Krea2", "Krea 2"),
-    "ErnieImageTransformer2DModel": Family(".ernie_image:ErnieImage", "ERNIE-Image"),
-    "ZImageTransformer2DModel": Family(".z_image:ZImage", "Z-Image"),
+NETWORKS: dict[str, NetworkFamily] = {
+    "UNet2DConditionModel": NetworkFamily(".unet:UNet", "Stable Diffusion 1.x, 2.x and XL"),
+    "FluxTransformer2DModel": NetworkFamily(".flux:Flux", "FLUX.1"),
+    "ChromaTransformer2DModel": NetworkFamily(".chroma:Chroma", "Chroma"),
+    "Flux2Transformer2DModel": NetworkFamily(".flux2:Flux2", "FLUX.2"),
+    "Flux3Transformer2DModel": NetworkFamily(".flux3:Flux3", "FLUX.3"),
+    "SD3Transformer2DModel": NetworkFamily(".sd3:SD3", "Stable Diffusion 3 and 3.5"),
+    "PixArtTransformer2DModel": NetworkFamily(".pixart:PixArt", "PixArt"),
+    "QwenImageTransformer2DModel": NetworkFamily(".qwen_image:QwenImage", "Qwen-Image"),
+    "QwenImage21Transformer2DModel": NetworkFamily(".qwen_image21:QwenImage21", "Qwen-Image 2.1"),
+    "LongCatImageTransformer2DModel": NetworkFamily(".longcat_image:LongCatImage", "LongCat-Image"),
+    "OvisImageTransformer2DModel": NetworkFamily(".ovis_image:OvisImage", "Ovis-Image"),
+    "HunyuanImageTransformer2DModel": NetworkFamily(".hunyuan_image:HunyuanImage", "HunyuanImage 2.1"),
+    "Krea2Transformer2DModel": NetworkFamily(".krea2:Krea2", "Krea 2"),
+    "ErnieImageTransformer2DModel": NetworkFamily(".ernie_image:ErnieImage", "ERNIE-Image"),
+    "ZImageTransformer2DModel": NetworkFamily(".z_image:ZImage", "Z-Image"),
 }
 """Every family, by the name of its networks' class."""
 

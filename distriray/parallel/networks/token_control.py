@@ -12,7 +12,7 @@ from torch import nn
 
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.controls import Control, check_same
+from distriray.parallel.networks.controls import UsedControl, check_same
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.share import Share
 
@@ -42,11 +42,11 @@ class TokenControl(TokenNetwork):
 
     @staticmethod
     @abstractmethod
-    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(control: UsedControl, given: Mapping[str, Any]) -> dict[str, Any]:
         """The ControlNet's arguments, but for `shown`, for those of the transformer."""
 
     @staticmethod
-    def shown(control: Control) -> dict[str, Any]:
+    def shown(control: UsedControl) -> dict[str, Any]:
         """Those of its arguments that are its picture and scale."""
         return {
             "controlnet_cond": control.picture,
@@ -71,7 +71,7 @@ class TokenControl(TokenNetwork):
 
     @classmethod
     def residuals_of(
-        cls, transformer: Any, controls: Sequence[Control], given: Mapping[str, Any], run: Run
+        cls, transformer: Any, controls: Sequence[UsedControl], given: Mapping[str, Any], run: Run
     ) -> dict[str, Any]:
         """Arguments of the transformer for what ControlNets add; that of several is added up.
 
@@ -103,7 +103,7 @@ class TokenControl(TokenNetwork):
 
 
 def controlled(
-    kind: type[TokenControl], transformer: Any, controls: Sequence[Control], *, given: Mapping[str, Any]
+    kind: type[TokenControl], transformer: Any, controls: Sequence[UsedControl], *, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """`TokenControl.residuals_of` a transformer that is not cut into patches."""
     batch = len(given[kind.names[0]])

@@ -17,7 +17,7 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of, network_of
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.registry import NETWORKS, Family
+from distriray.parallel.networks.registry import NETWORKS, NetworkFamily
 from tests.models import ready, tiny_sd15_unet, tiny_sdxl_unet
 from tests.unit.parallel.pond import CHANNELS, Pond, PondNetwork
 
@@ -29,7 +29,7 @@ SIDES = ("wet", "dry")
 
 @pytest.fixture(autouse=True)
 def ponds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NETWORKS, "Pond", Family("tests.unit.parallel.pond:PondNetwork", "ponds"))
+    monkeypatch.setitem(NETWORKS, "Pond", NetworkFamily("tests.unit.parallel.pond:PondNetwork", "ponds"))
 
 
 def pond(seed: int = 0) -> Pond:

@@ -19,7 +19,7 @@ from distriray.errors import OutOfMemory
 from distriray.parallel import engine_of
 from distriray.parallel.networks.base import Network
 from distriray.parallel.networks.controlnet import split
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.room import Room, buffer_bytes
 from distriray.requests import SamplingParams
 from tests.models import (
@@ -142,7 +142,7 @@ def test_buffers_of_controlnets_are_counted_where_a_call_names_them(exchange: An
     network.controls = {"edges": control}
     engine.join(peers, config)
     calls, known = watched(network), []
-    controls = [Control("edges", control, embed(torch.zeros(1, 3, 160, 96)), 1.0)]
+    controls = [UsedControl("edges", control, embed(torch.zeros(1, 3, 160, 96)), 1.0)]
     for named in ([], [], controls, controls):
         with engine.image():
             for step in range(2):

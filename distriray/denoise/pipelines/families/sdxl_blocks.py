@@ -33,7 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from distriray.denoise.pipelines.control import controlled
 from distriray.denoise.pipelines.image_prompts import ImagePrompt
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 
 
 class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
@@ -47,7 +47,7 @@ class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
     def __init__(self) -> None:
         super().__init__()
         self.batched: dict[int, dict[str, torch.Tensor]] = {}
-        self.controls: tuple[Control, ...] = ()
+        self.controls: tuple[UsedControl, ...] = ()
         self.image_prompts: tuple[ImagePrompt, ...] = ()
 
     @torch.no_grad()

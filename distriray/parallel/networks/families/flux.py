@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_flux import (
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention, Tokens
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
 from distriray.parallel.networks.token_control import Added, TokenControl, repeated
@@ -101,7 +101,7 @@ class FluxControl(TokenControl):
         return replace(share, partition=replace(share.tokens, text=share.tokens.text + 1))
 
     @staticmethod
-    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(control: UsedControl, given: Mapping[str, Any]) -> dict[str, Any]:
         names = (
             "hidden_states",
             "encoder_hidden_states",

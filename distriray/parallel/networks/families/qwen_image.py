@@ -22,7 +22,7 @@ from torch import nn
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
 from distriray.parallel.networks.token_control import Added, TokenControl, repeated
 from distriray.parallel.networks.tokens import TokenNetwork
@@ -72,7 +72,7 @@ class QwenImageControl(TokenControl):
             raise UnsupportedModel("it takes a mask beside its picture, by extra_condition_channels")
 
     @staticmethod
-    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(control: UsedControl, given: Mapping[str, Any]) -> dict[str, Any]:
         names = "hidden_states", "timestep", "encoder_hidden_states", "img_shapes"
         return {**{name: given[name] for name in names}, MASK: given.get(MASK)}
 

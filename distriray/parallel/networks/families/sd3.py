@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBl
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention, Tokens
-from distriray.parallel.networks.controls import Control, check_same
+from distriray.parallel.networks.controls import UsedControl, check_same
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Input, Plan
 from distriray.parallel.networks.token_control import Added, TokenControl
@@ -70,7 +70,7 @@ class SD3Control(TokenControl):
                 check_same(name, own[name], its[name])
 
     @staticmethod
-    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(control: UsedControl, given: Mapping[str, Any]) -> dict[str, Any]:
         pooled = given["pooled_projections"]
         return {
             "hidden_states": given["hidden_states"],

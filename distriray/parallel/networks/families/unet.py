@@ -33,7 +33,7 @@ from distriray.parallel.layers.bare import adapters_in_use
 from distriray.parallel.layers.conv import pads_by_hand, patch_downsample
 from distriray.parallel.networks.base import Call, Collect, Network, check_scale_alone
 from distriray.parallel.networks.controlnet import residuals_of
-from distriray.parallel.networks.controls import Control, check_cut
+from distriray.parallel.networks.controls import UsedControl, check_cut
 from distriray.parallel.networks.likeness import likeness_of, signs_of
 from distriray.parallel.networks.local import ADVICE
 from distriray.parallel.networks.spatial import (
@@ -157,7 +157,7 @@ class UNet(Network):
         down_intrablock_additional_residuals: list[torch.Tensor] | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
-        controls: Sequence[Control] = (),
+        controls: Sequence[UsedControl] = (),
         image_prompts: Sequence[str] = (),
     ) -> Call:
         """A call of `UNet2DConditionModel.forward`, and of ControlNets on the same rows before it.
@@ -290,7 +290,7 @@ class UNet(Network):
         if controls:
             of = {self.controls[name]: own for name, (own, _, _) in controls.items()}
             asked = [
-                Control(name, self.controls[name], picture, scale)
+                UsedControl(name, self.controls[name], picture, scale)
                 for name, (_, picture, scale) in controls.items()
             ]
             arguments |= residuals_of(asked, of.__getitem__, timestep, text, arguments["added_cond_kwargs"])

@@ -28,7 +28,7 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.agreement import Compared
 from distriray.parallel.layers.tokens import PatchTokenAttention, Tokens, output_of, projections_of
 from distriray.parallel.networks.base import Call, Collect
-from distriray.parallel.networks.controls import Control
+from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.plan import Attention, Plan, of_all_ranks
 from distriray.parallel.networks.token_control import Added, TokenControl
@@ -119,11 +119,11 @@ class ZImageControl(TokenControl):
             raise UnsupportedModel(f"its pictures have {takes} channels, and latents {latents}")
 
     @staticmethod
-    def arguments(control: Control, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(control: UsedControl, given: Mapping[str, Any]) -> dict[str, Any]:
         return {name: given[name] for name in NAMES}
 
     @staticmethod
-    def shown(control: Control) -> dict[str, Any]:
+    def shown(control: UsedControl) -> dict[str, Any]:
         return {"control_context": list(control.picture), "conditioning_scale": control.scale}
 
     @staticmethod
