@@ -354,8 +354,9 @@ class Dispatcher:
             result = await segment.come_back(lambda progress: self._heard(job, progress))
             if job.state is not JobState.ENDED:  # as it is where the host has failed
                 came = result
-                self._take_back(job, result, began)
+                self._take_back(job, result)
                 self._conclude(job, result)
+                self._learn(job, result, began)  # last: a picture that was drawn reaches its owner first
             if result.torn and len(gang) > 1 and all(map(self.group.alive, gang)):
                 self.group.reform(gang)
         except Exception as error:
@@ -369,9 +370,15 @@ class Dispatcher:
             self._all_back.set()
             self._wake()
 
-    def _take_back(self, job: Job, result: SegmentResult, began: Moment) -> None:
-        """Take back what a gang brings, and learn from it."""
+    def _take_back(self, job: Job, result: SegmentResult) -> None:
+        """Take back what a gang brings."""
         job.come_back(result, {w: step for w, step in result.held.items() if self.group.alive(w)})
+        for worker, rank in result.ranks.items():
+            if rank.end in IN_ORDER:
+                self.group.proved(worker)
+
+    def _learn(self, job: Job, result: SegmentResult, began: Moment) -> None:
+        """Count what a gang has done, and learn its speed and its adapters."""
         if result.worked:
             self.metrics.segment(job, result.worked)
             self.speed.learn(job, began)
@@ -380,8 +387,6 @@ class Dispatcher:
             if member is not None and member.id == worker:
                 self.metrics.adapters(member.adapters, rank.adapters)
                 member.adapters = rank.adapters
-            if rank.end in IN_ORDER:
-                self.group.proved(worker)
 
     def _conclude(self, job: Job, result: SegmentResult) -> None:
         request = job.request

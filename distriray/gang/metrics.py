@@ -1,13 +1,14 @@
 """Metrics of a host: one table of them, and the verbs that record them.
 
 Ray exports them to Prometheus under these names behind `ray_`. Without a cluster to export to they are
-counted nowhere, and nothing fails.
+counted nowhere, and nothing fails; nor does it where the exporter does, but for a line of the log.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter as Tally
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
@@ -24,6 +25,8 @@ from distriray.status import AdapterStatus, PredictionStatus
 if TYPE_CHECKING:
     from distriray.gang.job import Job
     from distriray.gang.messages import RankResult
+
+log = logging.getLogger("ray.serve.distriray")
 
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 STEP_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0)
@@ -196,13 +199,13 @@ class HostMetrics:
 
     def _count(self, name: Name, amount: float = 1.0, **tags: str) -> None:
         if amount > 0:  # Ray refuses to add nothing
-            self._metrics[name].inc(amount, tags)
+            _told(name, self._metrics[name].inc, amount, tags)
 
     def _observe(self, name: Name, value: float, **tags: str) -> None:
-        self._metrics[name].observe(value, tags)
+        _told(name, self._metrics[name].observe, value, tags)
 
     def _set(self, name: Name, value: float, **tags: str) -> None:
-        self._metrics[name].set(value, tags)
+        _told(name, self._metrics[name].set, value, tags)
 
 
 class Refusals:
@@ -213,11 +216,22 @@ class Refusals:
 
     def add(self, model: str) -> None:
         """One was turned away."""
-        self._requests.inc(1.0, {"model": model, "host": "router", "outcome": "refused"})
+        tags = {"model": model, "host": "router", "outcome": "refused"}
+        _told(Name.REQUESTS, self._requests.inc, 1.0, tags)
 
 
 _UNFINISHED = {GenerationCancelled: "cancelled", InvalidRequest: "invalid"}
 """Outcomes that are no fault of the host: what only a worker finds wrong in a request is its client's."""
+
+
+def _told(
+    name: Name, tell: Callable[[float, dict[str, str]], None], value: float, tags: dict[str, str]
+) -> None:
+    """Tell whoever exports a metric. Requests end, and hosts close, whatever comes of it."""
+    try:
+        tell(value, tags)
+    except Exception as error:
+        log.warning("%s was not counted: %r", name, error)
 
 
 def _make(name: Name, spec: Spec) -> Any:

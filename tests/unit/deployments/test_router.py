@@ -31,6 +31,7 @@ from ray.serve.exceptions import (
     RayServeException,
     RequestCancelledError,
 )
+from ray.util import metrics
 
 from deployments import pool_client, pool_state
 from deployments.config import AppConfig
@@ -371,6 +372,15 @@ def test_operators_are_told_of_what_no_host_sees_since_it_is_refused(monkeypatch
     with pytest.raises(QueueFull):
         generate(front(pool=taken))
     assert len(counted) == 3
+
+
+def test_a_refusal_is_told_as_it_is_where_metrics_cannot_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("the exporter is gone")
+
+    monkeypatch.setattr(metrics.Counter, "inc", fails)
+    with pytest.raises(QueueFull):
+        generate(front(pool=FakeHandle("a", waiting=4)))
 
 
 def test_what_is_done_already_fills_no_queue_and_delays_no_deadline() -> None:

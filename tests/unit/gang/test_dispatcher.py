@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from distriray.config import PAPER, ParallelConfig
 from distriray.denoise.pipelines.terms import Terms
@@ -30,7 +31,7 @@ from distriray.gang.calibrate import calibrate
 from distriray.gang.host import Host
 from distriray.gang.job import Job
 from distriray.gang.messages import Progress, RankResult, SegmentEnd, SegmentOrder, StopSignal, WorkerId
-from distriray.gang.metrics import Name
+from distriray.gang.metrics import HostMetrics, Name
 from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
 from distriray.gang.speed import Speed
@@ -876,17 +877,41 @@ def test_a_link_that_never_ends_costs_its_worker_and_not_the_host(monkeypatch: p
     do(scene())
 
 
-def test_a_request_ends_whatever_becomes_of_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "where", [(HostMetrics, "segment"), (HostMetrics, "ended"), (Speed, "learn")], ids=["of", "all", "speed"]
+)
+def test_a_picture_that_was_drawn_reaches_its_owner_whatever_is_counted_or_learnt_of_it(
+    where: tuple[type, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
     async def scene() -> None:
         async with FakeHost(1) as host:
-
-            def fails(*_: object) -> None:
-                raise ZeroDivisionError
-
-            monkeypatch.setattr(host.dispatcher.metrics, "ended", fails)
+            monkeypatch.setattr(*where, fails)
             assert (await host.accept().ended).images
 
     do(scene())
+
+
+def test_every_request_ends_and_no_worker_is_replaced_where_metrics_cannot_be_exported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("the exporter is gone")
+
+    async def scene() -> None:
+        async with FakeHost(1, **opened()) as host:
+            for kind, verb in ((Counter, "inc"), (Gauge, "set"), (Histogram, "observe")):
+                monkeypatch.setattr(kind, verb, fails)
+            assert (await host.accept().ended).images
+            left = [host.accept(num_inference_steps=LONG) for _ in range(3)]
+            await at(left[0], 1)
+            assert host.dispatcher.healthy and len(host.fleet.launched) == 1
+        assert all(isinstance(job.ended.exception(), GenerationCancelled) for job in left)
+
+    do(scene())
+    assert "distriray_requests_total was not counted: OSError" in caplog.text
 
 
 ON_PICTURE: dict[str, Any] = {"image": Image.new("RGB", (128, 128), "red"), "strength": 1.0}
