@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
 import typer
@@ -182,17 +184,28 @@ def _finish(
 
 @contextmanager
 def _signals_stop(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the run instead of the program."""
+    """Ctrl-C and SIGTERM stop the run instead of the program.
 
-    def stop(*_: object) -> None:
-        run.stop()
+    A thread does it: a handler interrupts the main thread anywhere, and would wait for ever for a lock that
+    this one holds.
+    """
+    signals: SimpleQueue[int | None] = SimpleQueue()  # to put something there takes no lock
 
-    former = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    def obey() -> None:
+        while signals.get() is not None:
+            run.stop()
+
+    thread = threading.Thread(target=obey, name="stop", daemon=True)
+    thread.start()
+    kinds = signal.SIGINT, signal.SIGTERM
+    former = {kind: signal.signal(kind, lambda number, _: signals.put(number)) for kind in kinds}
     try:
         yield
     finally:
         for kind, handler in former.items():
             signal.signal(kind, handler)
+        signals.put(None)
+        thread.join()
 
 
 def _exit_code(facts: dict[str, int | float | bool]) -> int:

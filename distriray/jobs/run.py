@@ -96,7 +96,10 @@ class Run:
         )
 
     def stop(self) -> None:
-        """Begin no further prompt. Called again, cancel those under way. For signal handlers, too."""
+        """Begin no further prompt. Called again, cancel those under way.
+
+        It takes locks, and so is not for signal handlers.
+        """
         if self._stopping.is_set():
             for name, maker in list(self._under_way.items()):
                 threading.Thread(target=maker.cancel, args=(name,), daemon=True).start()

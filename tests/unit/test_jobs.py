@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from errno import ENOSPC
 from io import StringIO
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,7 @@ from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, No
 from distriray.gang import HostConfig
 from distriray.jobs import generate
 from distriray.jobs.folder import Folder
-from distriray.jobs.generate import main
+from distriray.jobs.generate import _signals_stop, main
 from distriray.jobs.makers import OwnHost
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import MAX_TRIES, MakerLost, Run
@@ -488,6 +490,25 @@ def test_a_stop_finishes_what_is_under_way_and_a_second_one_cancels_it(file: Pat
             thread.join(20)
             assert (work.completed, work.failed, work.stopped) == (1 - cancels, 0, True)
     assert len(painter.asked) == 2
+
+
+def test_a_signal_stops_a_run_also_while_the_main_thread_holds_what_stopping_needs() -> None:
+    lock, got = threading.Lock(), SimpleQueue[bool]()
+    work = SimpleNamespace(stop=lambda: got.put(lock.acquire(timeout=2)))
+    with _signals_stop(work):  # type: ignore[arg-type]
+        with lock:
+            signal.raise_signal(signal.SIGTERM)
+        assert got.get(timeout=20)
+
+
+def test_every_signal_has_stopped_its_run_when_that_is_over() -> None:
+    stopped: list[None] = []
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with _signals_stop(SimpleNamespace(stop=lambda: stopped.append(None))):  # type: ignore[arg-type]
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(kind)
+    assert len(stopped) == 2
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_two_jobs_cannot_share_a_folder(tmp_path: Path) -> None:
