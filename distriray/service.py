@@ -116,7 +116,8 @@ class Service(Protocol):
     ) -> AsyncGenerator[Event, None]:
         """The events of `request`, ending with `Finished`; closing the generator cancels it.
 
-        The first event comes at once, or a refusal instead of it. Raises as `generate` does.
+        The first event comes at once, or a refusal instead of it; where a first host must start, when that is
+        up. Raises as `generate` does.
         """
         ...
 

@@ -52,19 +52,27 @@ class Closable(Protocol):
 
 
 class EventStream(Response):
-    """Server-sent events from a generator that is closed whatever becomes of the client, as is its source."""
+    """Server-sent events from a generator that is closed whatever becomes of the client, as is its source.
+
+    Args:
+        frames: the events, after `first`.
+        source: is closed behind them.
+        first: what `frames` had already; empty for nothing.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], source: Closable) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes, None], source: Closable, first: bytes = b"") -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._frames = frames
+        self._frames, self._first = frames, first
         self._source = source  # closed as well: closing frames that never began does not reach it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if self._first:
+                await send({"type": "http.response.body", "body": self._first, "more_body": True})
             async for frame in self._frames:
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -108,7 +108,8 @@ class Drawing:
             reading: of the body, which has as much time to come as the images to be drawn.
 
         Raises:
-            DistrirayError, TimeoutError: as the service does, until it has begun to draw what is streamed.
+            DistrirayError, TimeoutError: as the service does; of a stream, before it begins, with its first
+                event or after `KEEP_ALIVE_S`.
             ClientDisconnect: the client left.
         """
         timeout_s = self._config.timeout_s
@@ -126,12 +127,13 @@ class Drawing:
             body = await asyncio.to_thread(images_response, asked, result)
             return Response(body, media_type="application/json")
         events = self._service.stream(generation, give_up_s=timeout_s)
+        frames = _frames(request, asked, events, ends_at)
         try:
-            first = await cancel_on_disconnect(request, _until(ends_at, anext(events)))
+            first = await anext(frames)
         except BaseException:
             await events.aclose()
             raise
-        return EventStream(_frames(request, asked, first, events, ends_at), events)
+        return EventStream(frames, events, first)
 
     def _note(self, request: Request, asked: ImageRequest) -> None:
         noted = request.state.noted
@@ -142,39 +144,47 @@ class Drawing:
 
 
 async def _frames(
-    request: Request,
-    asked: ImageRequest,
-    first: Event,
-    events: AsyncGenerator[Event, None],
-    ends_at: float | None,
+    request: Request, asked: ImageRequest, events: AsyncGenerator[Event, None], ends_at: float | None
 ) -> AsyncGenerator[bytes, None]:
-    event: Event | None = first
-    said_s = time.monotonic()
+    """What is sent of `events`. The first frame may be empty: it says that the stream has begun.
+
+    Raises:
+        Exception: before there is a frame, as the service does; afterwards a frame says it.
+        ClientDisconnect: the client left before there was one.
+    """
+    begun, said_s = False, time.monotonic()
     try:
-        while event is not None:
-            if frame := await asyncio.to_thread(event_frame, asked, event):
-                yield frame
-                said_s = time.monotonic()
-            coming = _until(ends_at, anext(events, None))
-            if isinstance(event, Finished):  # nothing to cancel, and a client need not wait for the end
-                event = await coming
-                continue
-            working = asyncio.ensure_future(coming)
+        while True:
+            working = asyncio.ensure_future(_until(ends_at, anext(events, None)))
             try:
                 while not working.done():
                     # also where there are events, of which nothing is to be said
                     silence_s = KEEP_ALIVE_S - (time.monotonic() - said_s)
                     await cancel_on_disconnect(request, _wait(working, silence_s))
                     if not working.done():
+                        begun = True
                         yield KEEP_ALIVE
                         said_s = time.monotonic()
             finally:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
-            event = working.result()
+            if (event := working.result()) is None:
+                return
+            frame = await asyncio.to_thread(event_frame, asked, event)
+            if frame or not begun:
+                begun = True
+                yield frame
+                said_s = time.monotonic()
+            if isinstance(event, Finished):  # nothing to cancel, and a client need not wait for the end
+                await _until(ends_at, anext(events, None))
+                return
     except ClientDisconnect:
+        if not begun:
+            raise
         request.state.noted["code"] = "client_left"
     except Exception as error:
+        if not begun:
+            raise
         refusal = refusal_of(error)
         request.state.noted["code"] = refusal.code
         if refusal.code == DistrirayError.code:

@@ -32,12 +32,16 @@ CARDS = [
 
 @dataclass
 class FakeService:
-    """`refusal` is raised at once, `failure` after the first preview; `pace_s` is slept for each step."""
+    """`refusal` is raised at once, `failure` after the first preview; `pace_s` is slept for each step.
+
+    Before all that, and before it says a word of a stream, `wakes_s` is slept, as where a first host starts.
+    """
 
     refusal: Exception | None = None
     failure: Exception | None = None
     illness: DistrirayError | None = None
     pace_s: float = 0.0
+    wakes_s: float = 0.0
     asked: list[GenerationRequest] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     patience: list[float | None] = field(default_factory=list)
@@ -62,6 +66,11 @@ class FakeService:
         steps = Terms().settle(request, card.default_size, card.size_unit).num_steps(StepCount())
         self.asked.append(request)
         self.patience.append(give_up_s)
+        try:
+            await asyncio.sleep(self.wakes_s)
+        except asyncio.CancelledError:
+            self.ended.append("cancelled")
+            raise
         if self.refusal is not None:
             raise self.refusal
         request = Terms().settle(request, card.default_size, card.size_unit)

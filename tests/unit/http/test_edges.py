@@ -6,6 +6,8 @@ import asyncio
 import base64
 import json
 import logging
+import time
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
@@ -206,3 +208,45 @@ def test_a_stream_in_which_nothing_is_told_is_kept_alive(
     assert len(silence) >= 4 and set(silence) == {":"}
     assert told.startswith("event: image_generation.completed")
     assert service.ended == ["finished"]
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_stream_is_kept_alive_while_the_first_host_starts(
+    progress: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "KEEP_ALIVE_S", 0.02)
+    service = FakeService(wakes_s=0.15)
+    answer = draw(service, stream=True, num_inference_steps=1, progress=progress)
+    first, *others = [frame for frame in answer.text.split("\n\n") if frame]
+    assert answer.status_code == 200 and first == ":" and others.count(":") >= 3
+    assert others[-1].startswith("event: image_generation.completed")
+    assert service.ended == ["finished"]
+
+
+@pytest.mark.parametrize(("wakes_s", "status"), [(0.0, 503), (0.15, 200)], ids=["at once", "late"])
+def test_a_refusal_has_its_status_unless_the_stream_had_to_be_kept_alive(
+    wakes_s: float, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "KEEP_ALIVE_S", 0.05)
+    answer = draw(FakeService(refusal=NotEnoughDevices("none is up"), wakes_s=wakes_s), stream=True)
+    told = answer.text.split("data: ")[-1]
+    assert answer.status_code == status and json.loads(told)["error"]["code"] == "unavailable"
+    assert answer.text.startswith(":\n\n") and "\n\nevent: error\n" in answer.text or not wakes_s
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("keep_alive_s", [60, 0.05], ids=["before", "after"])
+def test_a_client_that_leaves_while_the_first_host_starts_cancels_its_image(
+    keep_alive_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "KEEP_ALIVE_S", keep_alive_s)
+    service = FakeService(wakes_s=60)
+    with serving(service) as url:
+        asked = {"prompt": "a lake", "stream": True}
+        with (
+            suppress(httpx.ReadTimeout),
+            httpx.stream("POST", f"{url}{IMAGES}", json=asked, timeout=0.1) as response,
+        ):
+            assert next(response.iter_raw()) == b":\n\n"
+        while service.ended != ["cancelled"]:
+            time.sleep(0.01)
