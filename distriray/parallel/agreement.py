@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from distriray.errors import GangMismatch
 from distriray.parallel.sums import WEIGHTED, Sums
 
 _FINGERPRINT = 160  # numbers, of which `_compare` uses as many as it needs
+_TEXT_BYTES = 1024  # of a text that ranks tell each other once theirs differ
+_SHOWN, _SHOWN_BEFORE = 80, 20  # characters of it in an error, from so many before the two part
 _NEAR = 3e-3  # of what networks have computed, at least: devices of another kind round otherwise
 _EQUAL = 1e-6  # of what was given, and is only summed in another order
 _OF_ONE_RANK = {"cuda_graphs", "max_buffer_bytes"}  # of a configuration: nobody else's matter
@@ -84,7 +88,10 @@ def check_same_image(
         GangMismatch: on every rank, naming what differs and the values.
         GangBroken: a peer died or hung.
     """
-    shared = config.model_dump_json(exclude=_OF_ONE_RANK)
+    shared = {
+        f"parallel configurations' {field}": json.dumps(value)
+        for field, value in config.model_dump(mode="json", exclude=_OF_ONE_RANK).items()
+    }
     for each in compared:
         numbers = {
             "refused calls": float(refused),
@@ -94,7 +101,7 @@ def check_same_image(
             "step": step,
             "timestep": timestep,
         }
-        texts = {**each.texts, "parallel configurations": shared}
+        texts = {**each.texts, **shared}
         _compare(communicator, each._replace(numbers=numbers, texts=texts))
 
 
@@ -119,7 +126,7 @@ def check_same_latents(
 def _compare(communicator: Communicator, compared: Compared) -> None:
     """Raise, on all ranks alike, unless they have the same of everything.
 
-    The message has one size, whatever is compared.
+    The message has one size, whatever is compared. Texts that differ are told in another one.
     """
     names = [*compared.numbers, *compared.near, *compared.equal, *compared.texts]
     numbers = [
@@ -149,8 +156,11 @@ def _compare(communicator: Communicator, compared: Compared) -> None:
         )
     for name in compared.numbers:
         _check(name, next(columns))
-    for name in compared.texts:
-        _check(name, next(columns), tells=False)
+    for name, text in compared.texts.items():
+        different = _different(next(columns))
+        if different is not None:
+            texts = _texts_of_all(communicator, text)
+            raise _mismatch(*different, f"{name}{_apart(*(texts[rank] for rank in different))}")
     for name in (*compared.near, *compared.equal):
         tolerance = max(next(columns))
         _check(f"sum of the {name}", next(columns), tolerance)
@@ -158,20 +168,45 @@ def _compare(communicator: Communicator, compared: Compared) -> None:
             _check(f"weighted sum of the {name}", next(columns), tolerance)
 
 
-def _check(name: str, values: Sequence[float], tolerance: float = 0.0, tells: bool = True) -> None:
-    """Raise unless all ranks' values are alike.
-
-    Args:
-        tells: whether the values say something to a reader.
-    """
+def _check(name: str, values: Sequence[float], tolerance: float = 0.0) -> None:
+    """Raise unless all ranks' values are alike."""
     different = _different(values, tolerance)
     if different is not None:
         first, second = different
-        what = f"{name} {values[first]:g} and {values[second]:g}" if tells else name
-        raise GangMismatch(
-            f"{_who(first, second)}: {what}; give all ranks the same arguments and adapters, and equally "
-            "seeded generators"
-        )
+        raise _mismatch(first, second, f"{name} {values[first]:g} and {values[second]:g}")
+
+
+def _mismatch(first: int, second: int, what: str) -> GangMismatch:
+    return GangMismatch(
+        f"{_who(first, second)}: {what}; give all ranks the same arguments and adapters, and equally seeded "
+        "generators"
+    )
+
+
+def _texts_of_all(communicator: Communicator, text: str) -> list[str]:
+    """The beginning of a text of every rank, by rank; all of them call it."""
+    own = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    mine = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(communicator.device)
+    everyone = [mine if r == communicator.rank else mine.clone() for r in range(communicator.world_size)]
+    all_gather(communicator, everyone).wait()
+    texts = [bytes(each.tolist()).rstrip(b"\0").decode(errors="ignore") for each in everyone]
+    communicator.check()  # as in `_compare`
+    return texts
+
+
+def _apart(first: str, second: str) -> str:
+    """Two texts where they part, for behind their name; nothing if they part beyond what was sent."""
+    if first == second:
+        return ""
+    begin = 0
+    if max(len(first), len(second)) > _SHOWN:
+        begin = max(0, len(commonprefix([first, second])) - _SHOWN_BEFORE)
+
+    def shown(text: str) -> str:
+        part = text[begin : begin + _SHOWN]
+        return f"{'…' if begin else ''}{part}{'…' if len(text) > begin + _SHOWN else ''}" or "nothing"
+
+    return f" {shown(first)} and {shown(second)}"
 
 
 def _different(values: Sequence[float], tolerance: float = 0.0) -> tuple[int, int] | None:

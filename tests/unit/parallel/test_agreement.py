@@ -16,6 +16,7 @@ from distriray.collective import Communicator, run_in_lockstep
 from distriray.denoise import Denoiser
 from distriray.errors import DistrirayError, GangMismatch, InvalidRequest, UnsupportedModel
 from distriray.parallel import engine_of
+from distriray.parallel.agreement import Compared, _compare
 from distriray.parallel.sums import Sums
 from distriray.requests import SamplingParams
 from tests.cases import Case, call
@@ -226,24 +227,48 @@ def test_pipelines_that_are_called_with_something_else(
 
 
 @pytest.mark.parametrize(
-    "differs",
+    ("differs", "told"),
     [
-        {"exchange": "sync"},
-        {"warmup_steps": 3},
-        {"prediction": {"statistics": 0.9}},
-        {"cfg_parallel": "auto"},
-        {"parallel_vae": False},
+        ({"exchange": "sync"}, """exchange "displaced" and "sync";"""),
+        ({"warmup_steps": 3}, "warmup_steps 1 and 3;"),
+        (
+            {"prediction": {"statistics": 0.9}},
+            """prediction {"statistics": "auto", "halos": 0.0, "keys_values": "auto"} and """
+            """{"statistics": 0.9, "halos": 0.0, "keys_values": "auto"};""",
+        ),
+        ({"cfg_parallel": "auto"}, """cfg_parallel false and "auto";"""),
+        ({"parallel_vae": False}, "parallel_vae true and false;"),
     ],
     ids=str,
 )
-def test_ranks_that_share_steps_otherwise(differs: dict[str, Any]) -> None:
+def test_ranks_that_share_steps_otherwise_are_told_in_which_field(differs: dict[str, Any], told: str) -> None:
     def rank(communicator: Communicator) -> None:
         own = differs if communicator.rank == 1 else {}
         config = ParallelConfig.model_validate({**DISPLACED.model_dump(), **own})
         call(parallelize(tiny_sdxl(**SHALLOW), communicator, config), Case(steps=2, height=128, width=64))
 
     for outcome in outcomes(2, rank):
-        assert outcome.startswith("GangMismatch") and "parallel configurations" in outcome
+        assert outcome.startswith("GangMismatch") and f"parallel configurations' {told}" in outcome
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (("x" * 500 + "ab", "x" * 500 + "cd"), f"…{'x' * 20}ab and …{'x' * 20}cd;"),
+        (("y" * 5000, "z" * 5000), f"{'y' * 80}… and {'z' * 80}…;"),
+        (("é" * 5000, "é" * 5000 + "!"), "inputs: texts;"),
+        (("", "a"), "texts nothing and a;"),
+    ],
+    ids=["late", "long", "beyond what is sent", "none"],
+)
+def test_texts_are_told_from_where_they_part_and_at_a_bounded_length(
+    texts: tuple[str, str], told: str
+) -> None:
+    def rank(communicator: Communicator) -> None:
+        _compare(communicator, Compared({}, texts={"texts": texts[communicator.rank]}))
+
+    for outcome in outcomes(2, rank):
+        assert outcome.startswith("GangMismatch") and told in outcome
 
 
 def test_ranks_may_keep_and_capture_otherwise() -> None:
