@@ -116,7 +116,9 @@ class PoolState:
             return  # it will be asked again, for all that it knows
         knowledge = self._known[host][1]
         self.hosts[host] = state
-        self.facts, self._latency, self.config = knowledge.facts, knowledge.latency, knowledge.config
+        self.facts, self.config = knowledge.facts, knowledge.config
+        if self.guesses or knowledge.latency.knows:  # a host that has just started takes no knowledge away
+            self._latency = knowledge.latency
         for sent_s, view in self._sent.pop(host, ()):
             if sent_s > asked_s:
                 chosen = route([self.hosts[host]], view, sent_s, knowledge.latency, random.Random(0))
@@ -152,6 +154,11 @@ class PoolState:
         """The host died, or does not take requests: it gets nothing unless it reports again."""
         self.hosts.pop(host, None)
         self._asked_s[host] = now_s
+
+    @property
+    def guesses(self) -> bool:
+        """Whether predictions are guesses, by which nobody is refused."""
+        return self._latency is None or not self._latency.knows
 
     def error(self, view: RequestView) -> float:
         """The relative error to expect of predictions for such a request."""

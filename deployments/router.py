@@ -330,7 +330,8 @@ class Router:
                 message = f"deadline_s {attempts.request.deadline_s:g} cannot be met"
                 # rounded up, so that it is one that could be met
                 raise DeadlineUnmet(f"{message}; {ceil(10 * could_s) / 10:g} s is possible now", could_s)
-            self._check_patience(attempts, chosen[1].finish_s - now, client.state.error(view), now)
+            if not client.state.guesses:
+                self._check_patience(attempts, chosen[1].finish_s - now, client.state.error(view), now)
             client.state.send(chosen[1], view, now)
             return client, chosen[1].host, asked
         down = [(client, asked) for client, asked, _ in fits if not drawn[client]]

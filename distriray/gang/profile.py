@@ -27,7 +27,7 @@ def guessed_profile(config: HostConfig, facts: WorkerFacts) -> Profile:
         )
         for size in config.sizes
     )
-    return make_profile(config, facts, entries)
+    return make_profile(config, facts, entries).model_copy(update={"guessed": True})
 
 
 def make_profile(

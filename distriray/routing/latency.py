@@ -90,6 +90,11 @@ class LatencyModel:
         self._shared: deque[float] = deque(maxlen=WINDOW)
         self._times: dict[tuple[Case, bool], Times] = {}
 
+    @property
+    def knows(self) -> bool:
+        """Whether anything was measured or observed: nobody is refused by a guess."""
+        return not self.profile.guessed or len(self._shared) >= MIN_OBSERVATIONS
+
     def times(
         self,
         gang: int,

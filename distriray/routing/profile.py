@@ -40,7 +40,7 @@ class Profile(BaseModel):
     `regroup_s` is the time from a yield to the first step elsewhere, without what its synchronous step
     costs; `warmup_steps` is how many steps of every image are synchronous. `contention` maps a number of busy
     workers to step time relative to a fully busy host, for some numbers: below 1 where workers share cores or
-    memory, and empty where they share nothing.
+    memory, and empty where they share nothing. `guessed`: nothing of it was measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +52,7 @@ class Profile(BaseModel):
     regroup_s: Seconds = 0.0
     warmup_steps: Count = 1
     contention: tuple[tuple[Count, Positive], ...] = ()
+    guessed: bool = False
 
     @staticmethod
     def path(folder: Path | str, model: str, device: str, version: str) -> Path:

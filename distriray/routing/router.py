@@ -65,7 +65,7 @@ class Route:
         host: None when every queue is full or no host can form a gang for it.
         finish_s: one of two times: with a host, when the request would be done there; without, when a place
             in a queue may come free.
-        meets: whether that is by its deadline, within what the model is sure of.
+        meets: whether that is by its deadline, within what the model is sure of; a guess is sure of nothing.
         state: the chosen host's state with the request in it, for the router to go on with until the host
             publishes again.
     """
@@ -169,7 +169,7 @@ def route(
     finish_s, state, reservation, candidate = draw.choice(
         [option for option in good if option.state.holds(request.adapters) == most]
     )
-    meets = request.deadline_s is None or best - slack_s <= request.deadline_s
+    meets = request.deadline_s is None or not model.knows or best - slack_s <= request.deadline_s
     beside_deadlines = Timeline.of(state.capacity_beside_deadlines, now_s)
     beside_all = Timeline.of(state.capacity_beside_all, now_s)
     if request.deadline_s is not None:

@@ -93,6 +93,18 @@ def test_a_report_is_read_on_the_routers_own_clock() -> None:
     assert route.host == "a" and route.finish_s == pytest.approx(5020.0)
 
 
+def test_a_host_that_has_just_started_and_guesses_takes_no_knowledge_away() -> None:
+    told = report("new", step_s=100.0)
+    assert told.knowledge is not None
+    guess = LatencyModel(told.knowledge.latency.profile.model_copy(update={"guessed": True}))
+    guesses = replace(told, knowledge=replace(told.knowledge, latency=guess))
+    state = pool(guesses)
+    assert state.guesses
+    tell(state, report("old"), guesses, asked_s=0.0)
+    assert not state.guesses
+    assert pick(state, ask("n", 0.0), 0.0).finish_s == pytest.approx(10.0)
+
+
 def test_a_request_goes_where_it_is_done_first() -> None:
     state = pool(report("busy", ask("r", 100.0)), report("free"))
     assert {pick(state, ask("n", 0.0), 0.0, i).host for i in range(20)} == {"free"}

@@ -61,6 +61,7 @@ from distriray.picture import Picture
 from distriray.references import Editing
 from distriray.requests import Defaults, GenerationRequest
 from distriray.results import GenerationResult, Segment, Timings
+from distriray.routing.latency import LatencyModel
 from distriray.routing.router import HostState, Route, route
 from distriray.service import ModelCard
 from distriray.steps import StepCount
@@ -68,6 +69,7 @@ from distriray.steps import StepCount
 from ..gang.fleet import CALLER
 from .test_pool_state import FACTS, report
 from .test_pool_state import ask as view_of
+from .test_pool_state import model as model_of
 
 CREATED = 1_800_000_000
 Deed = Callable[[str, GenerationRequest], Any]
@@ -89,7 +91,7 @@ class FakeHandle:
     def __init__(self, *hosts: str, waiting: int = 0) -> None:
         self.hosts = list(hosts)
         self.waiting = waiting
-        self.config, self.facts = HostConfig(), FACTS
+        self.config, self.facts, self.latency = HostConfig(), FACTS, model_of()
         self.silent: set[str] = set()
         self.deaf: set[str] = set()
         self.free: set[str] = set()
@@ -120,7 +122,7 @@ class FakeHandle:
         requests = (view_of(f"r{i}", 100.0) for i in range(0 if host in self.free else self.waiting))
         told = report(host, *requests, max_queue=4, sizes=self.config.sizes)
         assert told.knowledge is not None
-        knowledge = replace(told.knowledge, config=self.config, facts=self.facts)
+        knowledge = replace(told.knowledge, config=self.config, facts=self.facts, latency=self.latency)
         sizes = told.state.gang_sizes if self.gang_sizes is None else self.gang_sizes
         return replace(told, knowledge=knowledge, state=replace(told.state, gang_sizes=sizes))
 
@@ -399,6 +401,20 @@ def test_a_deadline_out_of_reach_is_refused_without_a_call() -> None:
     with pytest.raises(DeadlineUnmet) as refused:
         generate(front(pool=handle), deadline_s=2.0)
     assert refused.value.possible_s == pytest.approx(10.0, abs=0.5) and not handle.calls
+
+
+def test_nobody_is_refused_by_a_guess_and_anybody_once_hosts_have_learnt() -> None:
+    handle = FakeHandle("a")
+    handle.latency = LatencyModel(model_of().profile.model_copy(update={"guessed": True}))
+    generate(front(pool=handle), deadline_s=2.0)
+    asyncio.run(front(pool=handle).generate(request(), 9.0))
+    assert len(handle.calls) == 2
+    for _ in range(3):
+        handle.latency.observe(1, 512, 512, 1, 1.0)
+    with pytest.raises(DeadlineUnmet):
+        generate(front(pool=handle), deadline_s=2.0)
+    with pytest.raises(TooLong):
+        asyncio.run(front(pool=handle).generate(request(), 9.0))
 
 
 def test_the_time_that_is_said_to_be_possible_is() -> None:

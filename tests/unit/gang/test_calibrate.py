@@ -47,7 +47,7 @@ def test_limits_for_clients_are_none_for_a_host_that_measures(tmp_path: Path, co
     profile = kept(tmp_path, **config)
     assert {entry.gang for entry in profile.entries} == {1, 2, 4}
     assert {busy for busy, _ in profile.contention} == {1, 2, 4}
-    assert Profile.load(path_in(tmp_path)) == profile
+    assert Profile.load(path_in(tmp_path)) == profile and not profile.guessed
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": "m"}', "\x00"])
@@ -80,6 +80,7 @@ def test_hosts_that_write_one_profile_at_once_leave_a_whole_one(tmp_path: Path) 
             return host.config, host.dispatcher.facts
 
     profile = guessed_profile(*asyncio.run(facts()))
+    assert profile.guessed
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: profile.save(path_in(tmp_path)), range(400)))
     assert [Profile.load(path) for path in tmp_path.iterdir()] == [profile]

@@ -203,3 +203,14 @@ def test_profiles_from_before_guidance_was_part_of_a_case_are_of_guided_steps(tm
         '{"model":"m","device":"d","version":"1","entries":[{"gang":1,"height":8,"width":8,"step_s":1}]}'
     )
     assert Profile.load(path).entries[0].guided
+
+
+def test_a_guess_is_no_knowledge_until_three_segments_were_observed():
+    model, edges = LatencyModel(FOUR.model_copy(update={"guessed": True})), (("control edges 0 1", 0.3),)
+    for _ in range(3):
+        model.observe(1, 512, 512, 1, 0.2, besides=edges)  # which says nothing of other cases
+        assert not model.knows
+    for _ in range(3):
+        assert not model.knows
+        model.observe(1, 512, 512, 1, 0.01)
+    assert model.knows and LatencyModel(FOUR).knows
