@@ -178,7 +178,7 @@ class Router:
 
     def watch(self) -> AsyncGenerator[FleetNews, None]:
         """Events of the fleet; see `distriray.service.Service.watch`."""
-        return watch(self._clients)
+        return watch(self._clients, lambda: self._refusals.total)
 
     async def check_health(self) -> None:
         """Ask the workers. Returns if every model has one that answers, or a pool that starts when asked.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from deployments.pool_client import PoolClient
 from distriray.service import FleetNews, PoolNews
@@ -60,11 +60,11 @@ class _Pool:
         )
 
 
-async def watch(clients: Sequence[PoolClient]) -> AsyncGenerator[FleetNews, None]:
-    """Changes in the fleet, look by look."""
+async def watch(clients: Sequence[PoolClient], refused: Callable[[], int]) -> AsyncGenerator[FleetNews, None]:
+    """Changes in the fleet, look by look; `refused` says how many requests this router has turned away."""
     pools = {client.config.name: _Pool(client) for client in clients}
     turn: deque[tuple[str, str]] = deque()
-    complete = True
+    complete, told = True, 0
     while True:
         began_s = time.monotonic()
         gone: dict[str, tuple[str, ...]] = {}
@@ -78,8 +78,10 @@ async def watch(clients: Sequence[PoolClient]) -> AsyncGenerator[FleetNews, None
             for name, pool in pools.items()
         ]
         found = dict(zip(pools, await asyncio.gather(*looks), strict=True))
-        if complete or any(news.hosts or news.silent or news.gone for news in found.values()):
-            yield FleetNews(now=time.time(), complete=complete, pools=found)
+        changed = complete or any(news.hosts or news.silent or news.gone for news in found.values())
+        if changed or refused() != told:
+            told = refused()
+            yield FleetNews(now=time.time(), complete=complete, refused=told, pools=found)
             complete = False
         await asyncio.sleep(max(0.0, began_s + LOOK_S - time.monotonic()))
 

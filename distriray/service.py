@@ -86,12 +86,14 @@ class PoolNews(BaseModel):
 class FleetNews(BaseModel):
     """Changes in the fleet, by pool. `complete`: it says all that is remembered, whatever was told
     before. `now` is when it was told; all times are on the clock of whoever tells it, in seconds since the
-    epoch."""
+    epoch. `refused`: how many requests the router that tells it has turned away since it started; what hosts
+    turned away is in their `outcomes`."""
 
     model_config = ConfigDict(frozen=True)
 
     now: float
     complete: bool = False
+    refused: int = 0
     pools: dict[str, PoolNews]
 
 

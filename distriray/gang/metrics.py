@@ -209,13 +209,19 @@ class HostMetrics:
 
 
 class Refusals:
-    """Requests that a router turned away before a host had them: they count among those of hosts."""
+    """Requests that a router turned away before a host had them: they count among those of hosts.
+
+    Attributes:
+        total: how many there were.
+    """
 
     def __init__(self) -> None:
+        self.total = 0
         self._requests = _make(Name.REQUESTS, METRICS[Name.REQUESTS])
 
     def add(self, model: str) -> None:
         """One was turned away."""
+        self.total += 1
         tags = {"model": model, "host": "router", "outcome": "refused"}
         _told(Name.REQUESTS, self._requests.inc, 1.0, tags)
 

@@ -71,13 +71,14 @@ def story() -> HostNews:
     now: dict[str, Any] = {
         "running": {"dddd": (5, 25)},
         "waiting": 3,
-        "outcomes": {"finished": 7, "failed": 1},
+        "outcomes": {"finished": 7, "failed": 1, "refused": 2},
     }
     return host(time.time(), *segments, workers=4, outages=outages, **now)
 
 
 def test_the_fleet_is_told_in_cells_bars_marks_numbers_and_words(open_page: Open, serve: Serve) -> None:
-    url = serve(Told(fleet(True, a1=story())))
+    told_first = fleet(True, a1=story()).model_copy(update={"refused": 5})
+    url = serve(Told(told_first))
     page = open_page(f"{url}#watch")
     wait_for_text(page, ".live", "Live")
     assert page.locator(".worker").count() == 4 and page.locator(".worker.busy").count() == 2
@@ -90,7 +91,7 @@ def test_the_fleet_is_told_in_cells_bars_marks_numbers_and_words(open_page: Open
     for kind in ("regrouped", "repaired", "cancelled"):
         assert page.locator(f".timeline .mark.{kind}").count() == 1
     tiles = page.inner_text(".tiles")
-    for told in ("2 of 4", "1 being replaced", "3 waiting", "2.5 s", "7", "1 failed"):
+    for told in ("2 of 4", "1 being replaced", "3 waiting", "2.5 s", "7", "1 failed, 7 refused"):
         assert told in tiles
     assert "5 of 25" in page.inner_text(".requests")
     rows = [row.split("\t") for row in page.inner_text("tbody").splitlines()]

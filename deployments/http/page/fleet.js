@@ -6,11 +6,13 @@ const KEPT_S = 75; // what ended before is forgotten
 /** The pools by name. */
 export class Fleet {
   pools = new Map();
+  refused = 0; // by the router that tells, before a host had them
   #offset = 0;
 
   /** Take in what is told; returns what happened, oldest first: {at, kind, text parts}. */
   take(news) {
     this.#offset = Date.now() / 1000 - news.now;
+    this.refused = news.refused;
     if (news.complete) this.pools.clear();
     const happened = [];
     for (const [name, told] of Object.entries(news.pools)) {

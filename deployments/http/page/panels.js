@@ -16,7 +16,8 @@ const sum = (values) => values.reduce((total, value) => total + value, 0);
 export function tiles(fleet) {
   const hosts = fleet.hosts;
   const waits = [...fleet.pools.values()].map((pool) => pool.wait).filter((wait) => wait !== null);
-  const outcomes = (name) => sum(hosts.map((host) => host.outcomes[name] ?? 0));
+  const outcomes = (name) =>
+    sum(hosts.map((host) => host.outcomes[name] ?? 0)) + (name === "refused" ? fleet.refused : 0);
   const down = sum(hosts.map((host) => host.down));
   const busy = sum(hosts.map((host) => host.busy));
   const running = sum(hosts.map((host) => Object.keys(host.running).length));

@@ -245,6 +245,10 @@ def result_of(request: GenerationRequest) -> GenerationResult:
     )  # fmt: skip
 
 
+async def silent() -> None:
+    raise TimeoutError
+
+
 def dies(host: str, request: GenerationRequest) -> Any:
     raise ActorDiedError()
 
@@ -374,6 +378,20 @@ def test_operators_are_told_of_what_no_host_sees_since_it_is_refused(monkeypatch
     with pytest.raises(QueueFull):
         generate(front(pool=taken))
     assert len(counted) == 3
+
+
+def test_who_watches_is_told_how_many_were_refused_in_all() -> None:
+    async def scene() -> None:
+        for _ in range(2):
+            with pytest.raises(QueueFull):
+                await service.generate(request())
+        async with aclosing(service.watch()) as news:
+            assert (await anext(news)).refused == 2
+
+    handle = FakeHandle("a", waiting=4)
+    handle.news = SimpleNamespace(remote=lambda *_: Answer(silent()))
+    service = front(pool=handle)
+    asyncio.run(scene())
 
 
 def test_a_refusal_is_told_as_it_is_where_metrics_cannot_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:

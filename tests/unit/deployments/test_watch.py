@@ -36,6 +36,11 @@ class FakeClient:
         return None if answer is None else (answer, self.wait_s)
 
 
+def nobody() -> int:
+    """How many requests the router has refused."""
+    return 0
+
+
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looks, "LOOK_S", 0.005)
@@ -55,7 +60,7 @@ async def silence(looking: Any) -> None:
 def test_only_what_changed_is_told_and_only_news_are_asked_for() -> None:
     async def scene() -> None:
         one, two = FakeClient("one", a=news(edition=3), b=news(edition=4)), FakeClient("two", c=news())
-        looking = watch([one, two])  # type: ignore[list-item]
+        looking = watch([one, two], nobody)  # type: ignore[list-item]
         first: FleetNews = await anext(looking)
         assert first.complete and first.pools["one"].hosts.keys() == {"a", "b"}
         assert first.pools["two"].predicted_wait_s == 2.0
@@ -75,7 +80,7 @@ def test_times_are_on_one_clock_whatever_a_hosts_own_shows(monkeypatch: pytest.M
         past = [segment(1, ended_at=95.0), segment(2)]
         out = [OutageStatus(worker=0, out_at=90.0, died=True)]
         late, near = news(100.0, *past, outages=out), news(1000.3, segment(1, ended_at=95.0))
-        looking = watch([FakeClient("one", late=late, near=near)])  # type: ignore[list-item]
+        looking = watch([FakeClient("one", late=late, near=near)], nobody)  # type: ignore[list-item]
         told = (await anext(looking)).pools["one"].hosts
         assert told["near"] == near
         first, second = told["late"].segments
@@ -86,10 +91,23 @@ def test_times_are_on_one_clock_whatever_a_hosts_own_shows(monkeypatch: pytest.M
     do(scene())
 
 
+def test_what_the_router_refuses_is_told_in_all_and_is_news() -> None:
+    async def scene() -> None:
+        refused = [3]
+        looking = watch([FakeClient("one", a=news())], lambda: refused[0])  # type: ignore[list-item]
+        assert (await anext(looking)).refused == 3
+        refused[0] = 4
+        told = await anext(looking)
+        assert told.refused == 4 and not told.pools["one"].hosts
+        await silence(looking)
+
+    do(scene())
+
+
 def test_a_wait_that_changes_is_news() -> None:
     async def scene() -> None:
         pool = FakeClient("one", a=news())
-        looking = watch([pool])  # type: ignore[list-item]
+        looking = watch([pool], nobody)  # type: ignore[list-item]
         await anext(looking)
         pool.wait_s = 7.0
         assert (await anext(looking)).pools["one"].predicted_wait_s == 7.0
@@ -100,7 +118,7 @@ def test_a_wait_that_changes_is_news() -> None:
 def test_hosts_come_go_and_fall_silent() -> None:
     async def scene() -> None:
         pool = FakeClient("one", a=news(edition=3), b=news())
-        looking = watch([pool])  # type: ignore[list-item]
+        looking = watch([pool], nobody)  # type: ignore[list-item]
         await anext(looking)
         pool.hosts["a"] = None
         silent = await anext(looking)
@@ -123,7 +141,7 @@ def test_hosts_come_go_and_fall_silent() -> None:
 def test_however_many_hosts_there_are_a_look_asks_so_many_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         pool = FakeClient("one", **{f"h{n}": news() for n in range(7)})
-        looking = watch([pool, FakeClient("two", x=news())])  # type: ignore[list-item]
+        looking = watch([pool, FakeClient("two", x=news())], nobody)  # type: ignore[list-item]
         told = [set((await anext(looking)).pools["one"].hosts) for _ in range(3)]
         assert [len(hosts) for hosts in told] == [3, 3, 1] and set().union(*told) == pool.hosts.keys()
 
