@@ -31,8 +31,12 @@ FREQUENT = "watch", "retain", "ping"
 """Calls that Ray is to keep no events of: there are many a second, and its GCS holds those of 100,000."""
 
 
+WHY_CHARS = 300
+"""Of what Ray says of a death, at most."""
+
+
 class WorkerDied(Exception):
-    """The process is gone, or nothing can be sent to it."""
+    """The process is gone, or nothing can be sent to it; says why, in a line."""
 
 
 class RemoteWorker(Protocol):
@@ -169,7 +173,14 @@ def _own_error(error: BaseException) -> BaseException:
         lost.__cause__ = error
         return lost
     if isinstance(error, RayError):
-        died = WorkerDied(str(error))
+        died = WorkerDied(_why(error))
         died.__cause__ = error
         return died
     return error
+
+
+def _why(error: RayError) -> str:
+    """What Ray says of a death, without its list of ids and addresses."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("\t")]
+    told = " ".join(lines[1:] or lines) if isinstance(error, RayActorError) else " ".join(lines)
+    return told if len(told) <= WHY_CHARS else f"{told[:WHY_CHARS]}…"

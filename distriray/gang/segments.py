@@ -116,8 +116,8 @@ class RunningSegment:
                 worker = self._running[future]
                 try:
                     rank = future.result()
-                except WorkerDied:
-                    give_up(worker, "died")
+                except WorkerDied as error:
+                    give_up(worker, f"died: {error}")
                 except StateLost:  # it has not begun, as if it were not there
                     mute = self._sender
                 except Exception as error:

@@ -305,8 +305,8 @@ class WorkerGroup:
             await death
         except TimeoutError:
             cause = f"answered nothing for {self.config.silence_s:g} s"
-        except WorkerDied:
-            cause = "died"
+        except WorkerDied as error:
+            cause = f"died: {error}"
         except Exception as error:
             cause = f"failed: {error!r}"
         finally:

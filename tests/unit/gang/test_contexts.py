@@ -14,14 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 import deployments
 import distriray.gang
 from distriray.gang.background import Background
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import StateLost
-from distriray.gang.remote import FREQUENT, RemoteWorker, WorkerDied, _Actor
+from distriray.gang.remote import FREQUENT, RemoteWorker, WorkerDied, _Actor, _own_error
 from distriray.gang.worker import Worker
 
 from .fleet import CALLER, until
@@ -137,6 +137,36 @@ def test_what_a_worker_is_called_with_and_raises_arrives_as_it_is() -> None:
             await answer(task_error(StateLost("no memory")))
 
     asyncio.run(scene())
+
+
+DIED = """The actor died unexpectedly before finishing this task.
+\tclass_name: Worker
+\tactor_id: 85c1121bf3a41f768a53cee301000000
+\tpid: 31232
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR """
+
+
+def _actor_died(told: str) -> RayActorError:
+    error = RayActorError()
+    error.error_msg = told
+    return error
+
+
+LOW_MEMORY = "Task was killed due to the node running low on memory.\nMemory on the node was 15.9GB / 16GB"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (_actor_died(DIED + 1000 * "x"), "The actor is dead because its worker process has died. Worker"),
+        (OutOfMemoryError(LOW_MEMORY), LOW_MEMORY.replace("\n", " ")),
+        (ActorDiedError(), "The actor died unexpectedly before finishing this task."),
+    ],
+    ids=["process", "memory", "unknown"],
+)
+def test_why_a_process_died_is_told_in_a_line(error: RayError, told: str) -> None:
+    died = str(_own_error(error))
+    assert died.startswith(told) and len(died) <= 301 and "\n" not in died and "class_name" not in died
 
 
 def test_whoever_cannot_send_a_state_says_so_and_is_not_taken_for_whom_it_was_sent_to() -> None:

@@ -169,6 +169,19 @@ def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(
     do(scene())
 
 
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_repair_says_what_its_worker_died_of(idle: bool) -> None:
+    async def scene() -> None:
+        async with FakeHost(1) as host:
+            if not idle:
+                await at(host.accept(num_inference_steps=60), 1)
+            host.fleet.at(0).die()
+            await until(lambda: host.dispatcher.group.repairs)
+            assert host.dispatcher.group.repairs[0].cause == "died: worker 0"  # as it is told here
+
+    do(scene())
+
+
 @pytest.mark.parametrize(("device", "beside"), [("cpu", True), ("cuda:0", False)])
 def test_gangs_are_formed_beside_others_only_where_devices_allow_it(device: str, beside: bool) -> None:
     async def scene() -> None:
