@@ -439,7 +439,9 @@ class Dispatcher:
 
     def _fail(self, error: BaseException) -> None:
         """The policy or the host itself has a bug: nobody waits for ever, and no health check passes."""
-        self.fault = self.fault or error  # what follows from the first one is not what went wrong
+        if self.fault is None:  # what follows from the first one is not what went wrong
+            self.fault = error
+            log.error("the policy or the host has a fault, and every request ends with it", exc_info=error)
         for job in list(self.jobs.values()):
             self._stop(job, StopSignal.CANCEL)  # nobody wants what its gang draws
             self._end(job, error)

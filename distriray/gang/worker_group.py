@@ -270,13 +270,16 @@ class WorkerGroup:
                 member = await self._bring_up(index)
             except Exception as error:
                 cause = f"{cause}; attempt {attempt + 1}: {error!r}"
+                which = f"attempt {attempt + 1} of {REPAIR_ATTEMPTS}"
+                log.warning("worker %d did not start again, %s: %r", index, which, error)
                 continue
             self._background.spawn(self._watch(member))
             await self._rejoin([member.id])
             if self.alive(member.id) and index in self.healthy:
                 self.repaired += 1
                 self.repairs.append(Repair(index, cause, time.monotonic() - died))
-                log.info("worker %d is replaced, after %.1f s", index, self.repairs[-1].seconds)
+                pid, seconds = member.facts.pid, self.repairs[-1].seconds
+                log.info("worker %d is replaced by process %d, after %.1f s", index, pid, seconds)
             return
         self._give_up([index], f"worker {index} could not be replaced: {cause}")
 
@@ -322,6 +325,7 @@ class WorkerGroup:
 
     def _fail(self, error: Exception) -> None:
         """A background task has ended with an error that nobody thought of: trust no place."""
+        log.error("a host's repairs failed by a fault of their own", exc_info=error)
         self._give_up(range(self.config.workers), f"the host's own fault: {error!r}")
 
 

@@ -162,9 +162,10 @@ def test_a_worker_that_fails_is_replaced_and_its_request_goes_on(
                 f"worker 0 (process {id(old)}) is lost: ",
                 f"request {job.request.id}: its gang broke",
             )
-            for told in (lost, broke, "worker 0 is replaced, after "):
+            back = f"worker 0 is replaced by process {id(fleet.at(0))}, after "
+            for told in (lost, broke, back):
                 (message,) = (each for each in caplog.messages if each.startswith(told))
-                assert "CUDA error" in message or told.endswith("after ")
+                assert "CUDA error" in message or told is back
 
     do(scene())
 
@@ -415,7 +416,9 @@ def test_a_policy_that_fails_fails_the_host_and_nobody_waits_for_ever(
     do(scene())
 
 
-def test_the_first_fault_of_a_host_is_the_one_that_is_told_and_its_gangs_leave() -> None:
+def test_the_first_fault_of_a_host_is_the_one_that_is_told_and_its_gangs_leave(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Fails(NewestFirst):
         def plan(self, view: Any, model: Any) -> Any:
             if len(view.requests) > 1:
@@ -431,6 +434,8 @@ def test_the_first_fault_of_a_host_is_the_one_that_is_told_and_its_gangs_leave()
             with pytest.raises(WorkersUnavailable):  # whose gang has not left yet
                 await host.accept().ended
             assert str(host.dispatcher.fault) == "the policy's own"
+            faults = [record.exc_info[1] for record in caplog.records if record.exc_info]
+            assert faults == [host.dispatcher.fault], "with its traceback, and alone"
             await host.whole()
 
     do(scene())

@@ -172,6 +172,9 @@ def test_a_worker_that_cannot_be_started_again_fails_the_host(caplog: pytest.Log
                 f"workers [1] are beyond repair, and this host with them: {s.group.failure}"
                 in caplog.messages
             )
+            for attempt in range(1, REPAIR_ATTEMPTS + 1):  # each may take minutes
+                told = f"worker 1 did not start again, attempt {attempt} of {REPAIR_ATTEMPTS}: "
+                assert told + "RuntimeError('no device')" in caplog.messages
 
     do(scene())
 
@@ -249,7 +252,9 @@ def test_a_worker_that_is_silent_for_longer_than_gangs_are_waited_for_costs_nobo
     do(scene())
 
 
-def test_no_error_of_a_background_task_goes_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_error_of_a_background_task_goes_unseen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scene() -> None:
         async with Scene() as s:
 
@@ -259,5 +264,6 @@ def test_no_error_of_a_background_task_goes_unseen(monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(s.group, "_link_all", fails)
             s.group.reform(s.ids())
             await until(lambda: s.group.failure)
+            assert any(r.exc_info and r.exc_info[0] is ZeroDivisionError for r in caplog.records)
 
     do(scene())
