@@ -7,6 +7,7 @@
 # make lint      ruff, mypy and import-linter      make clean     what this file made
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -18,10 +19,10 @@ CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || comman
 .PHONY: demo check test test-browser chromium test-all gpu lint clean
 .DEFAULT_GOAL := demo
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "distriray needs Python 3.11 or newer; use make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -39,11 +40,11 @@ chromium:
 
 # Chromium is the system's own; what drives it comes from the registry.
 test-browser: chromium $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[browser]'
 	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m browser tests/browser
 
 test-all: test
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quantize]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[quantize]'
 	$(PYTEST) -n 2 tests/unit/test_quantized.py
 	$(PYTEST) -m "slow and not gpu"
 
