@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, TypeVar
 
+import diffusers
 import torch
 
 from distriray.collective.base import Communicator
@@ -17,8 +20,12 @@ from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.registry import denoising_module, network_of
 from distriray.parallel.networks.vae import decoder_of
 
+log = logging.getLogger(__name__)
+
 Pipeline = TypeVar("Pipeline")
 Patches = TypeVar("Patches", Engine, PatchDecoder)
+DIFFUSERS = 0, 42
+"""The newest minor version that the layers and processors here, which restate its own, were compared with."""
 PATCHES = "distriray_patches"  # the attribute of a network that holds its engine or decoder
 
 
@@ -72,6 +79,7 @@ def parallelize(
             'ParallelConfig(exchange="sync"), for one'
         )
     GangLayout.of(communicator.world_size, batch=2, cfg_parallel=config.cfg_parallel)  # refuses an odd gang
+    _warn_of_newer(diffusers.__version__)
     before = engine_of(pipeline)
     said = LocalCode(local) | (LocalCode() if before is None else before.network.local)
     network = network_of(pipeline, said)
@@ -92,6 +100,18 @@ def parallelize(
 def engine_of(pipeline: Any) -> Engine | None:
     """The engine of a parallelized pipeline or network; None if it is not parallelized."""
     return getattr(denoising_module(pipeline), PATCHES, None)
+
+
+@cache
+def _warn_of_newer(version: str) -> None:
+    """Warn, once, of a diffusers whose layers may compute otherwise under the names that are known here."""
+    if tuple(map(int, version.split(".")[:2])) > DIFFUSERS:
+        log.warning(
+            "diffusers %s is newer than %d.%d, which gangs were compared with: see that one with exchange 'sync' "
+            "draws the picture of one device before you trust it",
+            version,
+            *DIFFUSERS,
+        )
 
 
 def _installed(module: Any, make: Callable[[Any], Patches]) -> Patches:
