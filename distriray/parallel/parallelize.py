@@ -107,8 +107,8 @@ def _warn_of_newer(version: str) -> None:
     """Warn, once, of a diffusers whose layers may compute otherwise under the names that are known here."""
     if tuple(map(int, version.split(".")[:2])) > DIFFUSERS:
         log.warning(
-            "diffusers %s is newer than %d.%d, which gangs were compared with: see that one with exchange 'sync' "
-            "draws the picture of one device before you trust it",
+            "diffusers %s is newer than %d.%d, which gangs were compared with: before you trust one, see "
+            "that with exchange 'sync' it draws the picture of one device",
             version,
             *DIFFUSERS,
         )
