@@ -63,9 +63,9 @@ class ModelSpec(BaseModel):
 
 def builtin_models() -> dict[str, Path]:
     """The models that come with distriray, by the name after `builtin:`."""
-    from distriray.landscapes import MODEL_DIR
+    from distriray.landscapes import MODELS
 
-    return {"landscapes": MODEL_DIR}
+    return MODELS
 
 
 def locate(spec: ModelSpec) -> Path:
@@ -95,7 +95,8 @@ def locate(spec: ModelSpec) -> Path:
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ModelNotFound(
             f"no model {name!r}: there is no folder {local.absolute()}, and it is not a Hugging Face id such "
-            "as stabilityai/stable-diffusion-xl-base-1.0; the built-in model is builtin:landscapes"
+            "as stabilityai/stable-diffusion-xl-base-1.0; the built-in ones are "
+            + ", ".join(BUILTIN + each for each in builtin_models())
         )
     # In the components' folders: beside them a repository often has the same weights again, in one file.
     weights = f"*/*.{spec.variant}.safetensors" if spec.variant else "*/*.safetensors"

@@ -1,13 +1,16 @@
-"""The built-in text-to-image model: landscapes drawn by code, captions and evaluation; `training` makes it.
+"""The built-in models: landscapes drawn by code, captions and evaluation; `training` makes them.
 
-`MODEL_DIR` is an ordinary diffusers folder; `StableDiffusionXLPipeline.from_pretrained(MODEL_DIR)` loads it.
-`ADAPTERS_DIR` has adapters of it, which `load_lora_weights` loads.
+`MODELS` are diffusers folders by name: `StableDiffusionXLPipeline.from_pretrained(MODEL_DIR)` loads the
+first, and the other, of a small transformer, is for `StableDiffusion3Pipeline`.
+`ADAPTERS_DIR` has adapters of the first, which `load_lora_weights` loads.
 Importing this package imports neither torch nor diffusers.
 """
 
 from pathlib import Path
 
-MODEL_DIR: Path = Path(__file__).parent / "model"
-ADAPTERS_DIR: Path = Path(__file__).parent / "adapters"
+_HERE = Path(__file__).parent
+MODEL_DIR: Path = _HERE / "model"
+MODELS: dict[str, Path] = {"landscapes": MODEL_DIR, "landscapes-sd3": _HERE / "model-sd3"}
+ADAPTERS_DIR: Path = _HERE / "adapters"
 
-__all__ = ["ADAPTERS_DIR", "MODEL_DIR"]
+__all__ = ["ADAPTERS_DIR", "MODELS", "MODEL_DIR"]

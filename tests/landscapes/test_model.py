@@ -1,4 +1,4 @@
-"""The model folder: complete, small, loadable without this package, and obedient to the prompt."""
+"""The models' folders: complete, small, loadable without this package, and obedient to the prompt."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
 from torch.nn import functional
 
-from distriray.landscapes import MODEL_DIR
+from deployments.models import sizes_of
+from distriray.landscapes import MODEL_DIR, MODELS
 from distriray.landscapes.checker import agreement, load_checker
 from distriray.landscapes.draw import draw
 from distriray.landscapes.scene import HELD_OUT_SEED, sample_scene
+from distriray.models import ModelSpec
 
 if TYPE_CHECKING:
     from distriray.landscapes.training.denoising import Lesson
 
 LOADING = """
 import sys, torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
-pipeline = StableDiffusionXLPipeline.from_pretrained(sys.argv[1])
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipeline.set_progress_bar_config(disable=True)
 image = pipeline("a lake at night", height=128, width=128, num_inference_steps=2, output_type="np").images
 assert image.shape == (1, 128, 128, 3), image.shape
@@ -39,11 +41,16 @@ assert not any(name.split(".")[0] == "distriray" for name in sys.modules)
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with torch 2.9")
 
 
-@pytest.fixture(scope="module")
-def pipeline():  # noqa: ANN201
-    from diffusers import StableDiffusionXLPipeline
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return MODELS[request.param]
 
-    loaded = StableDiffusionXLPipeline.from_pretrained(MODEL_DIR)
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path):  # noqa: ANN201
+    from diffusers import DiffusionPipeline
+
+    loaded = DiffusionPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -54,18 +61,26 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 @pytest.mark.distributed
-def test_the_folder_loads_in_a_process_without_distriray() -> None:
-    subprocess.run([sys.executable, "-c", LOADING, str(MODEL_DIR)], check=True, cwd="/")
+def test_the_folder_loads_in_a_process_without_distriray(folder: Path) -> None:
+    subprocess.run([sys.executable, "-c", LOADING, str(folder)], check=True, cwd="/")
 
 
-def test_the_folder_is_at_most_40_megabytes_in_half_precision() -> None:
-    assert sum(path.stat().st_size for path in MODEL_DIR.rglob("*") if path.is_file()) <= 40e6
+def test_the_folder_is_at_most_40_megabytes_in_half_precision(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 40e6
     from safetensors import safe_open
 
-    for path in MODEL_DIR.rglob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             dtypes = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         assert dtypes <= {"F16", "I64"}, path
+
+
+def test_what_is_drawn_by_default_is_what_was_trained_most() -> None:
+    sizes = {name: sizes_of(ModelSpec(name=f"builtin:{name}")) for name in MODELS}
+    assert {name: size and size.default for name, size in sizes.items()} == {
+        "landscapes": (512, 512),
+        "landscapes-sd3": (256, 256),
+    }
 
 
 def test_the_autoencoder_restores_held_out_scenes(pipeline) -> None:  # noqa: ANN001
@@ -238,7 +253,7 @@ def test_the_transformers_training_resumes_exactly_and_is_exported_whole(
     from distriray.denoise import Denoiser
     from distriray.landscapes.training.export import assemble_sd3, export
     from distriray.landscapes.training.transformer import TransformerLesson
-    from distriray.models import ModelSpec, load_pipeline
+    from distriray.models import load_pipeline
     from distriray.requests import SamplingParams
 
     whole, halved = trained(TransformerLesson, monkeypatch, tmp_path)

@@ -12,13 +12,12 @@ const GENERATIONS = "v1/images/generations";
 const EDITS = "v1/images/edits";
 const AT_ONCE = 4; // browsers keep six connections to one service, and the fleet is watched through another
 const PREVIEWS = 8;
-const IDEAS = {
-  "builtin:landscapes": [
-    "a lake at dusk, snowy mountains",
-    "autumn trees on a meadow, a sunny day",
-    "a desert at night, a full moon",
-  ],
-};
+const LANDSCAPES = [
+  "a lake at dusk, snowy mountains",
+  "autumn trees on a meadow, a sunny day",
+  "a desert at night, a full moon",
+];
+const IDEAS = { "builtin:landscapes": LANDSCAPES, "builtin:landscapes-sd3": LANDSCAPES };
 const OTHER_IDEAS = [
   "a lighthouse in a storm, oil painting",
   "a fox asleep in autumn leaves",

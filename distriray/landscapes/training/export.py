@@ -1,6 +1,6 @@
 """Puts the trained parts together as an ordinary diffusers folder in half precision.
 
-python -m distriray.landscapes.training.export [--model landscapes-sd3] [--to distriray/landscapes/model]
+python -m distriray.landscapes.training.export [--model landscapes-sd3] [--to FOLDER]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from distriray.landscapes import MODEL_DIR
+from distriray.landscapes import MODELS
 from distriray.landscapes.training.transformer import (
     FLOW_CONFIG,
     TRANSFORMER_CONFIG,
@@ -54,6 +54,7 @@ def assemble_sd3(runs: Path) -> StableDiffusion3Pipeline:
     """The same of the averaged transformer."""
     transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG)
     transformer.load_state_dict(torch.load(runs / "transformer.pt", map_location="cpu")["average"])
+    transformer.register_to_config(sample_size=32)  # what is drawn by default; positions lie in the weights
     tokenizer = CLIPTokenizer.from_pretrained(runs / "tokenizer")
     vae = AutoencoderKL.from_pretrained(runs / "vae")
     vae.register_to_config(shift_factor=0.0)
@@ -70,7 +71,7 @@ def assemble_sd3(runs: Path) -> StableDiffusion3Pipeline:
     )
 
 
-MODELS: dict[str, Callable[[Path], DiffusionPipeline]] = {
+ASSEMBLE: dict[str, Callable[[Path], DiffusionPipeline]] = {
     "landscapes": assemble,
     "landscapes-sd3": assemble_sd3,
 }
@@ -93,11 +94,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/landscapes"))
-    parser.add_argument("--model", choices=MODELS, default="landscapes")
+    parser.add_argument("--model", choices=ASSEMBLE, default="landscapes")
     parser.add_argument("--to", type=Path, help="folder; the one that ships, unless given")
     arguments = parser.parse_args()
-    to = arguments.to or MODEL_DIR.with_name(MODEL_DIR.name + arguments.model.removeprefix("landscapes"))
-    export(MODELS[arguments.model](arguments.runs), to)
+    export(ASSEMBLE[arguments.model](arguments.runs), arguments.to or MODELS[arguments.model])
 
 
 if __name__ == "__main__":
