@@ -6,6 +6,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -345,8 +346,10 @@ def test_the_decoders_training_resumes_exactly_and_leaves_the_encoder(
 
 
 def test_an_unknown_word_changes_no_stated_attribute(pipeline) -> None:  # noqa: ANN001
+    others = dict.fromkeys({"prompt_2", "prompt_3"} & signature(pipeline.encode_prompt).parameters.keys())
+
     def pooled(text: str) -> torch.Tensor:
-        return pipeline.encode_prompt(text, device="cpu", num_images_per_prompt=1)[2]
+        return pipeline.encode_prompt(text, **others, device="cpu", num_images_per_prompt=1)[2]
 
     base = pooled("a lake at night, the moon on the left, snowy mountains")
     unknown = pooled("a lake at night, the moon on the left, qwzxv snowy mountains")
