@@ -100,8 +100,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/landscapes/pictures"))
     parser.add_argument("--processes", type=int, default=2)
     known = by_name()
+    usual = [bucket.name for bucket in BUCKETS]
     parser.add_argument(
-        "--sizes", nargs="+", choices=known, default=[*known], help="those alone, in place of all"
+        "--sizes", nargs="+", choices=known, default=usual, help="in place of all but the smallest"
     )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Trains a small transformer on latents of drawn scenes and their captions, shaped as Stable Diffusion 3's.
 
-    python -m distriray.landscapes.training.transformer [--device cuda] [--steps 20000]
+    torchrun --nproc-per-node 2 -m distriray.landscapes.training.transformer --shares 128x128=1 [--compile]
 
 Needs what `dataset`, `vae` and `text_encoders` wrote. Resumable (`denoising`).
 `python -m distriray.landscapes.training.export --model landscapes-sd3` makes the model folder of it.
