@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from distriray.errors import ModelNotFound, UnsupportedModel
+from distriray.landscapes import MODELS
 
 if TYPE_CHECKING:
     import torch
 
 BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BUILT_IN = ", ".join(BUILTIN + name for name in MODELS)
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _ONE_FILE = ".safetensors"
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
@@ -61,13 +63,6 @@ class ModelSpec(BaseModel):
         return {"name": data} if isinstance(data, str) else data
 
 
-def builtin_models() -> dict[str, Path]:
-    """The models that come with distriray, by the name after `builtin:`."""
-    from distriray.landscapes import MODELS
-
-    return MODELS
-
-
 def locate(spec: ModelSpec) -> Path:
     """The local folder or single file of a model; from the Hugging Face Hub it is downloaded, if not cached.
 
@@ -78,12 +73,9 @@ def locate(spec: ModelSpec) -> Path:
     """
     name = spec.name
     if name.startswith(BUILTIN):
-        known = builtin_models()
-        folder = known.get(name.removeprefix(BUILTIN))
+        folder = MODELS.get(name.removeprefix(BUILTIN))
         if folder is None:
-            raise ModelNotFound(
-                f"no built-in model {name!r}; there is {', '.join(BUILTIN + k for k in known)}"
-            )
+            raise ModelNotFound(f"no built-in model {name!r}; there is {_BUILT_IN}")
         return _pipeline_folder(folder, name)
     local = Path(name).expanduser()
     if local.is_file():
@@ -95,8 +87,7 @@ def locate(spec: ModelSpec) -> Path:
     if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
         raise ModelNotFound(
             f"no model {name!r}: there is no folder {local.absolute()}, and it is not a Hugging Face id such "
-            "as stabilityai/stable-diffusion-xl-base-1.0; the built-in ones are "
-            + ", ".join(BUILTIN + each for each in builtin_models())
+            f"as stabilityai/stable-diffusion-xl-base-1.0; built in is {_BUILT_IN}"
         )
     # In the components' folders: beside them a repository often has the same weights again, in one file.
     weights = f"*/*.{spec.variant}.safetensors" if spec.variant else "*/*.safetensors"

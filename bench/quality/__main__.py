@@ -29,7 +29,7 @@ from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
 from bench.quality.work import Album, Job, Plan, estimate_s, make
 from distriray.arguments import non_negative_number, positive, positive_number
-from distriray.errors import InvalidRequest
+from distriray.errors import DistrirayError, InvalidRequest
 from distriray.models import BUILTIN, ModelSpec
 from distriray.steps import SchedulerName
 
@@ -39,10 +39,9 @@ def main() -> None:
     try:
         require("torchmetrics", "skimage")
         job = make_job(arguments)
-        judge = job.judge()
-    except (MissingExtra, ValueError, NotADirectoryError) as error:
+        judge, painter = job.judge(), job.painter()
+    except (MissingExtra, DistrirayError, ValueError, NotADirectoryError) as error:
         sys.exit(str(error))
-    painter = job.painter()
     scheduler: SchedulerName = "euler" if painter.flow else BASE.scheduler
     chosen = choose(arguments, scheduler)
     plan, album = Plan(chosen, job.at_once), Album(job.folder)

@@ -184,7 +184,11 @@ def test_a_training_takes_the_sizes_that_it_is_told_and_keeps_the_latents_of_tho
 def test_sizes_that_there_are_no_pictures_of_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     from distriray.landscapes.training.denoising import parse
 
-    for words, says in (("64x64=1", "no pictures of 64x64; there are 256x256"), ("128x128", "invalid")):
+    for words, says in (
+        ("64x64=1", "no pictures of 64x64; there are 256x256"),
+        ("128x128", "invalid"),
+        ("128x128=0", "'0' is no positive number"),
+    ):
         with pytest.raises(SystemExit):
             parse(None, ["--shares", words])
         assert says in capsys.readouterr().err

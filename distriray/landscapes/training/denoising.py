@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, distributed
 from torch.nn import functional
 
+from distriray.arguments import positive_number
 from distriray.landscapes.captions import caption
 from distriray.landscapes.pictures import to_float
 from distriray.landscapes.training import dataset
@@ -224,7 +225,7 @@ def train(arguments: argparse.Namespace, kind: type[Lesson]) -> None:
 
 def shares_of(words: str) -> dict[str, float]:
     """Shares of buckets by their names, of words such as 128x128=3,256x256=1."""
-    shares = {name: float(share) for name, share in (word.split("=") for word in words.split(","))}
+    shares = {name: positive_number(share) for name, share in (word.split("=") for word in words.split(","))}
     if unknown := shares.keys() - dataset.by_name():
         known = ", ".join(dataset.by_name())
         raise argparse.ArgumentTypeError(f"no pictures of {', '.join(sorted(unknown))}; there are {known}")

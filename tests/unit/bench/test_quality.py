@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
+from bench.quality.__main__ import main
 from bench.quality.design import BASE, Section, by_scheduler, sections
 from bench.quality.judges import (
     IDENTICAL_DB,
@@ -239,3 +241,21 @@ def test_photographs_are_judged_by_the_paper_s_measures(
     assert measures["lpips"] == pytest.approx(5 / 255, abs=1e-4)
     lpips, reference, alone = judge.summarize(measures, measures)
     assert (lpips, alone) == ("0.0196", "0.000") and float(reference) > 1
+
+
+@pytest.mark.parametrize(
+    ("model", "says"), [("builtin:portraits", "no built-in model"), (None, "AutoencoderTiny")]
+)
+def test_a_model_that_cannot_be_drawn_from_is_refused_in_a_line(
+    model: str | None, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if model is None:
+        pipeline = tiny_sd3()
+        pipeline.register_modules(vae=AutoencoderTiny(latent_channels=16))
+        save(pipeline, tmp_path)
+    words = ["--model", model or str(tmp_path), "--prompts", "docs/examples/landscapes.txt", "--count", "1"]
+    monkeypatch.setattr("sys.argv", ["bench.quality", *words])
+    monkeypatch.setattr("bench.quality.__main__.require", lambda *_: None)
+    monkeypatch.setattr("bench.quality.work.PhotoJudge", lambda *_: None)
+    with pytest.raises(SystemExit, match=says):
+        main()
