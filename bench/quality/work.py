@@ -167,8 +167,9 @@ def make(job: Job, plan: Plan, album: Album, workers: int, deadline: float) -> N
 def _work(job: Job, plan: Plan, album: Album, queue: Any, deadline: float, workers: int) -> None:
     if workers > 1:
         torch.set_num_threads(1)
-    painter, judge = job.painter(), job.judge()
-    while (unit := queue.get()) is not None:
+    painter, judge, parent = job.painter(), job.judge(), multiprocessing.parent_process()
+    assert parent is not None
+    while parent.is_alive() and (unit := queue.get()) is not None:
         if time.monotonic() > deadline:
             return
         started = time.monotonic()

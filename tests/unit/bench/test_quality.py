@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic, sleep
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,7 +22,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from bench.quality.__main__ import main
-from bench.quality.design import BASE, Section, by_scheduler, sections
+from bench.quality.design import BASE, Section, Setting, by_scheduler, sections
 from bench.quality.judges import (
     IDENTICAL_DB,
     LandscapeJudge,
@@ -27,11 +31,11 @@ from bench.quality.judges import (
     differences,
     frechet_distance,
 )
-from bench.quality.painter import Painter
+from bench.quality.painter import Paint, Painter
 from bench.quality.photos import PhotoJudge
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
-from bench.quality.work import Album, Plan, Unit
+from bench.quality.work import Album, Plan, Unit, make
 from distriray.denoise import Denoiser
 from distriray.errors import InvalidRequest
 from distriray.landscapes.draw import draw
@@ -127,6 +131,48 @@ def test_an_album_gives_what_is_finished_up_to_the_first_gap(tmp_path: Path) -> 
         album.keep(unit, {"psnr": np.arange(unit.start, unit.stop)})
     assert [album.has(unit) for unit in units] == [True, False, True]
     assert album.read(units)["psnr"].tolist() == list(range(10))
+
+
+class Crew:
+    """A job of grey pictures, a tenth of a second each; its folder has a file for each worker's process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.prompts = folder, (Prompt("a lake", 0),) * 1000
+
+    def painter(self) -> Crew:
+        (self.folder / f"{os.getpid()}.pid").touch()
+        return self
+
+    def judge(self) -> Crew:
+        return self
+
+    def paint(self, setting: Setting, prompts: list[Prompt]) -> Paint:
+        sleep(0.1)
+        return Paint(np.zeros((1, 1, 1, 1), np.float32), np.zeros(1, np.int64))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        return np.zeros((1, 1, 1, 3), np.uint8)
+
+    def measure(self, *pictures: Any) -> dict[str, np.ndarray]:
+        return {"psnr": np.zeros(1)}
+
+
+def make_by_a_crew(folder: str) -> None:
+    job, plan = Crew(Path(folder)), Plan([Section("", (BASE.alone,), 1000)], at_once=1)
+    make(job, plan, Album(job.folder), 2, math.inf)  # type: ignore[arg-type]
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    code = f"from {__name__} import make_by_a_crew; make_by_a_crew({str(tmp_path)!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as run:
+        while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2:
+            assert run.poll() is None
+            sleep(0.1)
+        run.kill()
+    deadline = monotonic() + 20
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert monotonic() < deadline, alive
+        sleep(0.1)
 
 
 def test_the_table_compares_each_picture_with_the_base_methods(tmp_path: Path) -> None:
