@@ -22,6 +22,8 @@ from PIL import Image
 from distriray.denoise import Denoiser
 from distriray.denoise.pipelines import megapixels
 from distriray.denoise.pipelines.families import flux
+from distriray.picture import Picture
+from distriray.references import Editing, Reference
 
 SHOWN = Image.radial_gradient("L").resize((120, 88)).convert("RGB")
 """What models that draw nothing from text alone are shown where a test says nothing."""
@@ -66,3 +68,17 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             module, "calculate_dimensions", lambda pixels, ratio, whole=whole: whole(pixels // 64, ratio)
         )
+
+
+def editing_of(denoiser: Denoiser) -> Editing:
+    assert denoiser.terms.editing is not None
+    return denoiser.terms.editing
+
+
+def as_taken(denoiser: Denoiser, pictures: list[Image.Image]) -> Any:
+    """Pictures to edit as the ordinary pipeline takes them."""
+    return pictures if editing_of(denoiser).max_references > 1 else pictures[0]
+
+
+def references(pictures: list[Image.Image]) -> tuple[Reference, ...]:
+    return tuple(Reference(image=Picture.of(picture)) for picture in pictures)

@@ -21,6 +21,7 @@ from distriray.requests import GenerationRequest
 from distriray.routing.latency import LatencyModel
 from distriray.routing.profile import Entry, Profile
 from tests.guiding import guiders_with
+from tests.likeness import LIKENESS, apart, differs
 from tests.models import (
     tiny_chroma,
     tiny_ernie_image,
@@ -34,8 +35,9 @@ from tests.models import (
     tiny_z_image,
 )
 from tests.unit.deployments.test_pool_state import FACTS
+from tests.unit.flow_matching.gangs import TALL, Gangs
+from tests.unit.flow_matching.ordinary import plain
 from tests.unit.test_denoise import begin, finish, finish_through_bytes
-from tests.unit.test_flow_matching import LIKENESS, TALL, Gangs, apart, differs, plain
 
 MODELS: dict[str, Callable[[], Any]] = {
     "sdxl": tiny_sdxl,

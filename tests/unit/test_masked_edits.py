@@ -24,23 +24,15 @@ from distriray.errors import InvalidRequest
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.edits import sized
+from tests.edits import as_taken, editing_of, references, shrink, sized
+from tests.likeness import LIKENESS, apart, differs
 from tests.models import save
 from tests.unit.deployments.test_pool_state import FACTS
+from tests.unit.flow_matching.families import MODELS
+from tests.unit.flow_matching.gangs import Gangs
+from tests.unit.flow_matching.ordinary import plain
 from tests.unit.gang.runners import Gang
 from tests.unit.test_denoise import begin, finish, finish_through_bytes, generators
-from tests.unit.test_flow_matching import (
-    LIKENESS,
-    MODELS,
-    Gangs,
-    apart,
-    as_taken,
-    differs,
-    editing_of,
-    plain,
-    references,
-)
-from tests.unit.test_flow_matching import small_megapixels as small_megapixels
 
 KINDS: dict[str, Any] = {
     "flux-kontext": FluxKontextInpaintPipeline,
@@ -56,6 +48,11 @@ FURTHER = Image.linear_gradient("L").resize((112, 80)).convert("RGB")
 MASK = Image.new("L", PICTURE.size)
 MASK.paste(255, (40, 24, 120, 96))
 SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
+
+
+@pytest.fixture(autouse=True)
+def small_megapixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
 
 
 def filling(edits: str, pipeline: Any) -> Any:

@@ -20,8 +20,9 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.picture import opaque, png
 from tests.edits import shrink
 from tests.models import tiny_qwen_image21
+from tests.unit.flow_matching.families import SMALL
+from tests.unit.flow_matching.ordinary import plain
 from tests.unit.test_denoise import PICTURE, SIZE, begin, finish
-from tests.unit.test_flow_matching import SMALL, plain
 
 GUIDED = {"guidance_scale": 3.0}
 
