@@ -16,9 +16,9 @@ from distriray.errors import GenerationCancelled
 from distriray.events import Repaired
 from distriray.gang.job import Job
 from distriray.results import GenerationResult
+from tests.likeness import apart
 from tests.unit.gang.runners import ask
 
-from .likeness import difference
 from .one_device import InProcess, OneDevice
 
 STEPS = 8
@@ -41,7 +41,7 @@ def do(scene: Coroutine[Any, Any, None]) -> None:
 
 
 def alike(result: GenerationResult, wanted: GenerationResult) -> bool:
-    return difference(result.images[0], wanted.images[0]) <= 1
+    return apart(result.images[0], wanted.images[0]) <= 1
 
 
 def test_gangs_and_lone_workers_draw_the_same_also_beside_each_other(host: Any) -> None:
@@ -68,7 +68,7 @@ def test_a_request_is_cancelled_in_a_step_and_its_gang_draws_the_next(host: Any)
             with pytest.raises(GenerationCancelled):
                 await job.ended
             after = await one.draw(ask(gang_size=2, num_inference_steps=STEPS))
-            assert difference(after.images[0], before.images[0]) == 0 and after.repairs == 0
+            assert apart(after.images[0], before.images[0]) == 0 and after.repairs == 0
 
     do(scene())
 

@@ -12,9 +12,9 @@ import pytest
 
 from distriray import ParallelConfig
 from distriray.gang.messages import RankResult, SegmentEnd
+from tests.likeness import apart
 from tests.unit.gang.runners import Gang, endings
 
-from .likeness import difference
 from .turns import Turns
 
 DISPLACED = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
@@ -34,7 +34,7 @@ def picture(results: list[RankResult]) -> Any:
 
 def test_a_gang_draws_what_a_lone_worker_draws_and_says_how_long_it_waited(gang: Gang) -> None:
     alone, together = gang.run(link="alone"), gang.run()
-    assert difference(picture(together), picture(alone)) <= 1
+    assert apart(picture(together), picture(alone)) <= 1
     assert all(rank.waited is not None and 0.0 <= rank.waited < 1.0 for rank in together)
     assert all(len(rank.fresh_s) == 2 and min(rank.fresh_s) > 0.0 for rank in together)
     assert sum(rank.images is not None for rank in together) == 1
@@ -47,7 +47,7 @@ def test_pictures_of_steps_that_were_met_before_are_those_of_steps_that_were_not
     )
     for _ in range(3):
         results = gang.run(parallel=DISPLACED, num_inference_steps=5)
-        assert difference(picture(results), launched) == 0
+        assert apart(picture(results), launched) == 0
         assert all((len(rank.fresh_s), len(rank.stale_s)) == (1, 4) for rank in results)
 
 
@@ -55,7 +55,7 @@ def test_previews_are_made_while_the_gang_goes_on(gang: Gang) -> None:
     first, second = gang.run(parallel=DISPLACED, num_inference_steps=6, previews=2)
     assert [step for step, _ in first.previews] == [2, 4] and not second.previews
     again, _ = gang.run(parallel=DISPLACED, num_inference_steps=6)
-    assert difference(picture([first, second]), picture([again, second])) == 0
+    assert apart(picture([first, second]), picture([again, second])) == 0
 
 
 @pytest.mark.parametrize("exchange", ["sync", "displaced"])
@@ -74,7 +74,7 @@ def test_a_request_leaves_its_gang_goes_on_alone_and_comes_back(gang: Gang, exch
     last = run(job=2, step=alone[0].step, blob=blob)
     assert picture(last)
     if exchange == "sync":
-        assert difference(picture(last), picture(whole)) <= 1
+        assert apart(picture(last), picture(whole)) <= 1
     else:
         left = 9 - alone[0].step
         assert all((len(rank.fresh_s), len(rank.stale_s)) == (1, left - 1) for rank in last)
