@@ -142,7 +142,10 @@ def test_what_longcat_cannot_edit_is_refused_by_name() -> None:
     begin(denoiser, [1], image=SHOWN, **{"prompt": "x" * 512, **CALL})
 
 
-def test_what_longcat_edits_is_shown_in_the_size_that_is_drawn_which_is_diffusers_own_by_default() -> None:
+def test_what_longcat_edits_is_shown_in_the_size_that_is_drawn_which_is_diffusers_own_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()  # of `small_megapixels`
     denoiser = Denoiser(tiny_longcat_image_edit())
     editing = denoiser.terms.editing
     assert editing is not None

@@ -24,7 +24,7 @@ from distriray.errors import InvalidRequest
 from distriray.gang.admission import admit
 from distriray.gang.config import HostConfig
 from distriray.requests import GenerationRequest, SamplingParams
-from tests.edits import as_taken, editing_of, references, shrink, sized
+from tests.edits import as_taken, editing_of, references, sized
 from tests.likeness import LIKENESS, apart, differs
 from tests.models import save
 from tests.unit.deployments.test_pool_state import FACTS
@@ -48,11 +48,6 @@ FURTHER = Image.linear_gradient("L").resize((112, 80)).convert("RGB")
 MASK = Image.new("L", PICTURE.size)
 MASK.paste(255, (40, 24, 120, 96))
 SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
-
-
-@pytest.fixture(autouse=True)
-def small_megapixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink(monkeypatch)
 
 
 def filling(edits: str, pipeline: Any) -> Any:

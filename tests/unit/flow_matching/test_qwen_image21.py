@@ -18,18 +18,12 @@ from distriray.denoise import Denoiser, DenoiseState
 from distriray.denoise.pipelines.families import qwen_image21
 from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.picture import opaque, png
-from tests.edits import shrink
 from tests.models import tiny_qwen_image21
 from tests.unit.flow_matching.families import SMALL
 from tests.unit.flow_matching.ordinary import plain
 from tests.unit.test_denoise import PICTURE, SIZE, begin, finish
 
 GUIDED = {"guidance_scale": 3.0}
-
-
-@pytest.fixture(autouse=True)
-def small_megapixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink(monkeypatch)
 
 
 @pytest.fixture
