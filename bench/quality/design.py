@@ -150,6 +150,7 @@ def sections(full: int, half: int, few: int) -> list[Section]:
         *_columns("mixes", full, _mixes, (4, 8)),
         *_columns("mixes", half, _mixes, (2,)),
         *_columns("warm-up of mixes", few, _mix_warmups, PATCHES),
+        *_columns("extrapolated keys and values", few, _extrapolated, (4,)),
         *_columns("kinds", few, _kinds, (4, 8)),
         *_columns("widths", few, _widths, (4,)),
         *_columns("mixes and steps", few, _mix_steps, (4, 8)),
@@ -237,6 +238,15 @@ def _mixes(base: Setting) -> tuple[Setting, ...]:
 def _mix_warmups(base: Setting) -> tuple[Setting, ...]:
     methods = _mixes(base)
     return tuple(replace(method, warmup=steps) for steps in (1, 2, 4) for method in methods)
+
+
+def _extrapolated(base: Setting) -> tuple[Setting, ...]:
+    """Old keys and values by their weight, behind few synchronous steps and more."""
+    return tuple(
+        replace(_attention(base, warmup=steps), keys_values=weight)
+        for steps in (2, 4)
+        for weight in (0.0, 0.5, 0.75, 1.0)
+    )
 
 
 def _mix_steps(base: Setting) -> tuple[Setting, ...]:
