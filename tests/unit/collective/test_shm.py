@@ -269,7 +269,7 @@ def test_the_memory_has_no_name_and_goes_with_the_communicator(make: Callable[[i
 
     gang = make(3)
     gang.each(id)
-    files, others = held()  # a gang of another test may end late
+    files, others = held()  # another test may have left some
     named = set(os.listdir("/dev/shm"))
     ranks = gang.join()
     for rank in ranks:
@@ -280,8 +280,7 @@ def test_the_memory_has_no_name_and_goes_with_the_communicator(make: Callable[[i
     gang.ranks = []
     for rank in ranks:
         rank.close()
-    files_left, shared_left = held()
-    assert files_left <= files and shared_left <= others
+    assert held() == (files, others)
 
 
 def test_memory_is_for_this_user_and_its_size_cannot_be_changed() -> None:

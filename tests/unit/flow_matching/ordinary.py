@@ -37,11 +37,12 @@ from diffusers import (
     ZImagePipeline,
 )
 
+from distriray.denoise import Denoiser
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from tests.edits import FILLED, SHOWN, TO_FILL, sized
 from tests.guiding import guiders_with
-from tests.unit.flow_matching.families import skip_unless_it_begins_from_pictures
-from tests.unit.test_denoise import generators
+from tests.unit.flow_matching.families import SMALL, begin, skip_unless_it_begins_from_pictures
+from tests.unit.test_denoise import SIZE, finish, generators
 
 BY_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
@@ -114,6 +115,14 @@ def plain(
         latents = pipeline._unpack_latents(images, call["height"], call["width"], *scale)
         return latents.squeeze(2) if latents.ndim == 5 else latents
     return images
+
+
+def check_numbers(pipeline: Any, **call: Any) -> None:
+    """Two images of three steps, bit for bit what diffusers' own pipeline gives for the same call."""
+    denoiser = Denoiser(pipeline)
+    state = begin(denoiser, [3, 4], **SMALL, **call)
+    expected = plain(pipeline, [3, 4], num_inference_steps=3, **SIZE, **call)
+    assert torch.equal(finish(denoiser, state), expected)
 
 
 def by_guider(pipeline: ModularPipeline, **call: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.picture import opaque, png
 from tests.models import tiny_qwen_image21
 from tests.unit.flow_matching.families import SMALL
-from tests.unit.flow_matching.ordinary import plain
+from tests.unit.flow_matching.ordinary import check_numbers, plain
 from tests.unit.test_denoise import PICTURE, SIZE, begin, finish
 
 GUIDED = {"guidance_scale": 3.0}
@@ -52,12 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str | None]]:
 def test_guidance_is_the_pipelines_whatever_the_lengths_of_the_texts(
     call: dict[str, Any],
 ) -> None:
-    pipeline = tiny_qwen_image21()
-    denoiser = Denoiser(pipeline)
-    state = begin(denoiser, [3, 4], **SMALL, **call)
-    assert torch.equal(
-        finish(denoiser, state), plain(pipeline, [3, 4], num_inference_steps=3, **SIZE, **call)
-    )
+    check_numbers(tiny_qwen_image21(), **call)
 
 
 def test_keys_and_values_of_a_text_are_made_once_for_a_branch_and_again_where_it_goes_on(
@@ -150,13 +145,7 @@ def test_what_is_transparent_in_a_picture_is_shown_so() -> None:
 
 
 def test_guidance_of_an_edit_is_the_pipelines() -> None:
-    pipeline = tiny_qwen_image21()
-    denoiser = Denoiser(pipeline)
-    call = {**GUIDED, "negative_prompt": "fog", "image": PICTURE}
-    state = begin(denoiser, [3, 4], **SMALL, **call)
-    assert torch.equal(
-        finish(denoiser, state), plain(pipeline, [3, 4], num_inference_steps=3, **SIZE, **call)
-    )
+    check_numbers(tiny_qwen_image21(), **GUIDED, negative_prompt="fog", image=PICTURE)
 
 
 def test_pictures_have_transparency_as_files_too() -> None:
