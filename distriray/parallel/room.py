@@ -107,9 +107,9 @@ class Room:
         )
 
     def _needed(self, network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
-        """`buffer_bytes`, worked out once for a shape and a rank's part of it."""
+        """`buffer_bytes`, worked out once for a shape, the adapters in use, and a rank's part of it."""
         part = share.communicator.rank, share.partition, share.images, share.exchanges
-        shape = part, call.sample.dtype, call.besides, config
+        shape = part, call.sample.dtype, call.besides, network.adapters_that_exchange(), config
         needed = self._known.pop(shape, None)
         if needed is None:
             needed = buffer_bytes(network, call, share, config)

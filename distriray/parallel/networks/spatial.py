@@ -16,7 +16,7 @@ from distriray.parallel.exchange.own import Computed
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.layers.attending import attend_to_all, of_queries
 from distriray.parallel.layers.attention import PatchSelfAttention, PatchSpatialAttention
-from distriray.parallel.layers.bare import has_class_forward
+from distriray.parallel.layers.bare import adapters_in_use, has_class_forward
 from distriray.parallel.layers.conv import PatchConv2d, pads_by_hand, patch_conv
 from distriray.parallel.layers.group_norm import PatchGroupNorm, patch_group_norm
 from distriray.parallel.partition import Window
@@ -88,6 +88,13 @@ def adapted_convolutions(network: nn.Module) -> list[LoraLayer]:
     return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Conv2d)]
 
 
+def _idle_convolutions(network: nn.Module) -> Iterator[nn.Module]:
+    """The convolutions of LoRAs that are loaded and not in use."""
+    for layer in adapted_convolutions(network):
+        in_use = adapters_in_use(layer)
+        yield from (conv for name, conv in layer.lora_A.items() if name not in in_use)
+
+
 def spare_messages(network: Any) -> None:
     """Let no convolution ask its peers for rows that come without a message of their own.
 
@@ -111,10 +118,13 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
     """Hand `step` what the layers of a network with diffusers' blocks would, in tensors without values."""
     partition, rank = share.partition, share.communicator.rank
 
-    def own(channels: int, level: int) -> torch.Tensor:
-        shape = share.images, channels, partition.counts(level)[rank], partition.shape(level)[1]
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def whole(channels: int, level: int) -> torch.Tensor:
+        return torch.empty((share.images, channels, *partition.shape(level)), dtype=dtype, device="meta")
 
+    def own(channels: int, level: int) -> torch.Tensor:
+        return whole(channels, level)[:, :, : partition.counts(level)[rank]]
+
+    idle = set(_idle_convolutions(network))
     for name, layer in network.named_modules():
         level = _level_of(name, partition.levels)
         if isinstance(layer, PatchGroupNorm):
@@ -123,11 +133,14 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
                 step.send_statistics(step.read_statistics(rows, layer.num_groups))
             else:
                 statistics = rows.new_empty((share.images, layer.num_groups, 2), dtype=torch.float32)
-                padded, _ = step.norm_padded(rows, layer.window, statistics)
-                step.keep_halos(padded.whole, layer.window)
+                step.norm_padded(rows, layer.window, statistics)
         elif isinstance(layer, PatchConv2d):
             reads_more = not layer.kernel_size[0] == layer.stride[0] == 1
-            if reads_more and layer.halos_from is None:
+            if not reads_more or layer in idle:
+                continue
+            if layer.halos_from == "norm":
+                step.keep_halos(step.cut(whole(layer.in_channels, level), layer.window), layer.window)
+            elif layer.halos_from is None:
                 step.padded(own(layer.in_channels, level), layer.window)
         elif isinstance(getattr(layer, "processor", None), PatchSelfAttention):
             key = own(layer.to_k.out_features, level).flatten(2).transpose(1, 2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
@@ -166,6 +167,49 @@ def test_what_is_known_of_a_shape_is_known_of_each_rank() -> None:
     own = [buffer_bytes(engine.network, calls[0], share, config) for share in shares]
     assert len(set(own)) > 1
     assert [room.needed(engine.network, calls[0], rank, config) for rank in ranks] == own
+
+
+def adapted_unet() -> Any:
+    torch.manual_seed(0)  # of the adapter
+    unet: Any = tiny_sdxl_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["conv1", "conv_shortcut", "to_k"]))
+    return unet
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_buffers_of_adapted_convolutions_are_what_was_estimated(in_use: bool) -> None:
+    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+
+    def draw_some(unet: Any) -> None:
+        engine = engine_of(unet)
+        assert engine is not None
+        with engine.image():
+            for step in range(2):
+                unet(sample(step), 900.0 - step, **INPUTS)
+
+    def rank(communicator: Communicator) -> tuple[int, int]:
+        unet = adapted_unet()
+        if not in_use:
+            unet.disable_adapters()
+        return told_and_held(communicator, unet, draw_some, config)
+
+    everyone = run_in_lockstep(3, rank)
+    assert {told for told, _ in everyone} == {max(held for _, held in everyone)}
+
+
+def test_what_is_known_of_a_shape_is_known_by_the_adapters_in_use() -> None:
+    config, peers = ParallelConfig(exchange="displaced"), AbsentPeers(1, 3, torch.device("meta"))
+    unet, room = adapted_unet(), Room(0, TOLD)
+    engine = engine_of(parallelize(unet, connect("local"), config))
+    assert engine is not None
+    calls = watched(engine.network)
+    unet(sample(0), 900.0, **INPUTS)
+    needed = partial(room.needed, engine.network, calls[0], peers, config)
+    adapted = needed()
+    unet.disable_adapters()
+    assert needed() < adapted
+    unet.enable_adapters()
+    assert needed() == adapted
 
 
 def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> None:
