@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -92,9 +92,10 @@ class Prediction(BaseModel):
 
     Attributes:
         statistics: of group norm's statistics; `auto` is 0.75 between two patches and 0.5 among more, where
-            a larger weight loses when steps are few (docs/measurements.md, Fidelity).
+            a larger weight loses when steps are few (docs/measurements.md, Fidelity), of `stale` ones, and 0
+            of `corrected` ones.
         halos: of the rows around a patch.
-        keys_values: of self-attention's keys and values; `auto` is 0.5 where they alone are stale, else 0.
+        keys_values: of self-attention's keys and values; `auto` is 0.75 where they alone are stale, else 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -107,9 +108,10 @@ class Prediction(BaseModel):
         """In numbers, for that mix among that many patches."""
         statistics, keys_values = self.statistics, self.keys_values
         if statistics == "auto":
-            statistics = 0.75 if patches == 2 else 0.5
+            statistics = (0.75 if patches == 2 else 0.5) if mix.statistics == "stale" else 0.0
         if keys_values == "auto":
-            keys_values = 0.5 if mix.statistics == mix.halos == "fresh" else 0.0
+            alone = mix.statistics == mix.halos == "fresh" and mix.keys_values == "stale"
+            keys_values = 0.75 if alone else 0.0
         return Weights(statistics, self.halos, keys_values)
 
 
@@ -133,7 +135,7 @@ class ParallelConfig(BaseModel):
         max_wait: largest share of a step that sending fresh values and waiting for them may take, for `auto`.
         warmup_steps: synchronous steps at the start of every image (the first one always is), or `auto`:
             until the drift of what is sent falls below `auto_warmup_drift`. None is as many as the mix needs:
-            4 where halos or statistics are stale, 2 where keys and values alone are, and 1 where nothing is.
+            4 where anything is stale, and 1 where nothing is.
         auto_warmup_drift: relative change of the sent activations between two steps, largest over ranks.
         prediction: extrapolation of stale values.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
@@ -170,6 +172,4 @@ class ParallelConfig(BaseModel):
         """Synchronous steps at the start of an image with that mix."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        if mix.is_stale("halos") or mix.is_stale("statistics"):
-            return 4
-        return 2 if mix.is_stale("keys_values") else 1
+        return 4 if any(map(mix.is_stale, get_args(Kind))) else 1

@@ -18,11 +18,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from bench.arguments import add_json, side
-from bench.quality.design import BASE, Section, by_scheduler, quick, sections
+from bench.quality.design import BASE, Section, by_schedulers, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
@@ -42,8 +43,8 @@ def main() -> None:
         judge, painter = job.judge(), job.painter()
     except (MissingExtra, DistrirayError, ValueError, NotADirectoryError) as error:
         sys.exit(str(error))
-    scheduler: SchedulerName = "euler" if painter.flow else BASE.scheduler
-    chosen = choose(arguments, scheduler)
+    scheduler: SchedulerName = BASE.scheduler if BASE.scheduler in painter.schedulers else "euler"
+    chosen = choose(arguments, scheduler, painter.schedulers)
     plan, album = Plan(chosen, job.at_once), Album(job.folder)
     if not arguments.report_only:
         try:
@@ -144,11 +145,13 @@ def make_job(arguments: argparse.Namespace) -> Job:
     return replace(job, folder=arguments.work / job.digest())
 
 
-def choose(arguments: argparse.Namespace, scheduler: SchedulerName) -> list[Section]:
-    """The sections asked for, by that scheduler."""
+def choose(
+    arguments: argparse.Namespace, scheduler: SchedulerName, taken: Collection[SchedulerName]
+) -> list[Section]:
+    """The sections asked for, with that scheduler as the base's, for a model that takes those `taken`."""
     full = arguments.count
     every = quick(full) if arguments.quick else sections(full, max(1, full * 2 // 5), max(1, full // 10))
-    every = by_scheduler(every, scheduler)
+    every = by_schedulers(every, scheduler, taken)
     known = list(dict.fromkeys(section.title for section in every))
     unknown = [title for title in arguments.rows or () if title not in known]
     if unknown:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 from distriray.config import MIXES, PAPER, ExchangeMode, Freshness, Mix, ParallelConfig, Prediction, Width
 from distriray.steps import SchedulerName
@@ -13,12 +13,18 @@ from distriray.steps import SchedulerName
 PATCHES = (2, 4, 8)
 SCHEDULERS: tuple[SchedulerName, ...] = ("ddim", "euler", "dpmpp-2m")
 STEPS = (10, 20, 50)
+CONVERGED = 200  # steps of a schedule that shorter ones are compared with
 SHOWN = 5  # pictures of a row of the figure
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to make the pictures. One patch is a single device: the model as diffusers runs it."""
+    """One way to make the pictures. One patch is a single device: the model as diffusers runs it.
+
+    Attributes:
+        against: the scheduler of one device's pictures of `CONVERGED` steps, which these are compared with;
+            None for one device's of the same scheduler and steps.
+    """
 
     patches: int = 4
     steps: int = 20
@@ -29,6 +35,7 @@ class Setting:
     halos: float = 0.0
     keys_values: float = 0.0
     cfg_parallel: bool = False
+    against: SchedulerName | None = None
 
     @property
     def config(self) -> ParallelConfig:
@@ -46,7 +53,9 @@ class Setting:
 
     @property
     def alone(self) -> Setting:
-        """The same picture by one device."""
+        """The same picture by one device, which this one is compared with."""
+        if self.against is not None:
+            return Setting(patches=1, steps=CONVERGED, scheduler=self.against)
         return Setting(patches=1, steps=self.steps, scheduler=self.scheduler)
 
     @property
@@ -58,7 +67,8 @@ class Setting:
     def method(self) -> str:
         """The exchange in words, without patches, steps and scheduler."""
         if self.patches == 1:
-            return "one device"
+            converged = f", against {CONVERGED} steps {self.against}" if self.against else ""
+            return f"one device{converged}"
         words: list[str] = [self.exchange] if isinstance(self.exchange, str) else _words(self.exchange)
         if not (self.config.mix is None or self.config.mix.exact):
             words.append(f"warm-up {self.warmup}")
@@ -125,16 +135,19 @@ METHODS: tuple[Setting, ...] = (
 )
 
 
-def _attention(base: Setting, **others: Any) -> Setting:
-    """Only keys and values stale, extrapolated as by default."""
-    return replace(base, exchange="displaced_attention", keys_values=0.5, **others)
+def _by_default(base: Setting, exchange: ExchangeMode | Mix) -> Setting:
+    """This exchange with the warm-up and the extrapolation that it has by default."""
+    config = ParallelConfig(exchange=exchange)
+    assert config.mix is not None
+    weights = config.prediction.weights(config.mix, base.patches)
+    return replace(base, exchange=exchange, warmup=config.warmup_of(config.mix), **weights._asdict())
 
 
 PICTURED: dict[str, Setting] = {
     "one device": BASE.alone,
     "eight patches that do not talk": replace(EIGHT, exchange="none"),
     "DistriFusion: after four steps, all that peers send is one step old": replace(EIGHT, exchange=PAPER),
-    "only keys and values are old, after two steps": _attention(EIGHT, warmup=2),
+    "after four steps, only keys and values are old": _by_default(EIGHT, "displaced_attention"),
 }
 """The rows of the figure, in words."""
 
@@ -155,6 +168,7 @@ def sections(full: int, half: int, few: int) -> list[Section]:
         *_columns("widths", few, _widths, (4,)),
         *_columns("mixes and steps", few, _mix_steps, (4, 8)),
         *_columns("mixes and schedulers", few, _mix_schedulers, (4,)),
+        Section("few steps", tuple(_few_steps()), few),
         *_columns("exchange", half, lambda base: (replace(base, exchange="none"), base), (2, 8)),
         *_columns("exchange", few, lambda base: (replace(base, exchange="sync"),), PATCHES),
         *_columns("warm-up", full, _warmups, (4,)),
@@ -181,14 +195,21 @@ def sections(full: int, half: int, few: int) -> list[Section]:
     ]
 
 
-def by_scheduler(sections: Iterable[Section], name: SchedulerName) -> list[Section]:
-    """The same by another scheduler than the base's, without the rows that compare schedulers."""
-    if name == BASE.scheduler:
+def by_schedulers(
+    sections: Iterable[Section], base: SchedulerName, known: Collection[SchedulerName]
+) -> list[Section]:
+    """The same by another base scheduler, for a model that takes those `known`.
+
+    Rows that compare schedulers of gangs are left out.
+    """
+    if base == BASE.scheduler:
         return [*sections]
     others: list[Section] = []
     for section in sections:
         settings = tuple(
-            replace(each, scheduler=name) for each in section.settings if each.scheduler == BASE.scheduler
+            _by(base, each)
+            for each in section.settings
+            if each.scheduler == BASE.scheduler or (each.against and each.scheduler in known)
         )
         others += [replace(section, settings=settings)] if settings else []
     return others
@@ -221,18 +242,13 @@ def _warmups(base: Setting) -> tuple[Setting, ...]:
 
 
 def _default_warmups(base: Setting) -> tuple[Setting, ...]:
-    weight = Prediction().weights(MIXES["displaced"], base.patches).statistics
-    return tuple(replace(base, statistics=weight, warmup=steps) for steps in (1, 2, 4, 8))
+    return tuple(replace(_by_default(base, "displaced"), warmup=steps) for steps in (1, 2, 4, 8))
 
 
 def _mixes(base: Setting) -> tuple[Setting, ...]:
-    """The mixes with a name and the paper's method, each with the warm-up that it has by default."""
-    return (
-        replace(base, exchange=PAPER),
-        replace(base, statistics=0.75 if base.patches == 2 else 0.5),
-        _attention(base, warmup=2),
-        replace(base, exchange="compressed", warmup=1),
-    )
+    """The paper's method and the mixes with a name that differ from one device, as they are by default."""
+    mixes: tuple[ExchangeMode | Mix, ...] = (PAPER, "displaced", "displaced_attention", "compressed")
+    return tuple(_by_default(base, mix) for mix in mixes)
 
 
 def _mix_warmups(base: Setting) -> tuple[Setting, ...]:
@@ -243,7 +259,7 @@ def _mix_warmups(base: Setting) -> tuple[Setting, ...]:
 def _extrapolated(base: Setting) -> tuple[Setting, ...]:
     """Old keys and values by their weight, behind few synchronous steps and more."""
     return tuple(
-        replace(_attention(base, warmup=steps), keys_values=weight)
+        replace(base, exchange="displaced_attention", warmup=steps, keys_values=weight)
         for steps in (2, 4)
         for weight in (0.0, 0.5, 0.75, 1.0)
     )
@@ -255,6 +271,18 @@ def _mix_steps(base: Setting) -> tuple[Setting, ...]:
 
 def _mix_schedulers(base: Setting) -> tuple[Setting, ...]:
     return tuple(method for name in SCHEDULERS[1:] for method in _mixes(replace(base, scheduler=name)))
+
+
+def _few_steps() -> Iterator[Setting]:
+    """One device by fewer steps than make its picture converge, of several schedulers."""
+    for scheduler in (*SCHEDULERS, "unipc"):
+        for steps in (10, 14, 20, 28):
+            yield Setting(patches=1, steps=steps, scheduler=scheduler, against=BASE.scheduler)
+
+
+def _by(base: SchedulerName, setting: Setting) -> Setting:
+    scheduler = base if setting.scheduler == BASE.scheduler else setting.scheduler
+    return replace(setting, scheduler=scheduler, against=setting.against and base)
 
 
 def _kinds(base: Setting) -> tuple[Setting, ...]:
@@ -274,7 +302,7 @@ def _widths(base: Setting) -> tuple[Setting, ...]:
         *(Mix(halos_width=width, keys_values_width="int4") for width in widths),
         Mix(keys_values="stale", keys_values_width="int4"),
     ]
-    return tuple(replace(base, exchange=mix, warmup=1) for mix in mixes)
+    return tuple(_by_default(base, mix) for mix in mixes)
 
 
 def _group_norms(base: Setting) -> tuple[Setting, ...]:

@@ -15,12 +15,12 @@ from bench.quality.design import Setting
 from bench.quality.prompts import Prompt
 from distriray.collective import LockstepCommunicator, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.denoise.schedulers import follows_flow
 from distriray.errors import InvalidRequest, NotFinite
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of, parallelize
 from distriray.parallel.networks.registry import network_of
 from distriray.requests import SamplingParams
+from distriray.steps import SchedulerName
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Painter:
         self._ranks: list[Any] = []
 
     @property
-    def flow(self) -> bool:
-        """Whether the model denoises by flow matching."""
-        return follows_flow(self.pipeline.scheduler)
+    def schedulers(self) -> tuple[SchedulerName, ...]:
+        """Those that the model takes."""
+        return self._alone.terms.schedulers
 
     def check(self, settings: Iterable[Setting]) -> None:
         """Raise InvalidRequest, with what would do, unless pictures have rows for all patches."""

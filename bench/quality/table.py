@@ -57,7 +57,7 @@ class Table:
     def _cells(self, setting: Setting, measures: dict[str, NDArray[Any]]) -> tuple[str, ...]:
         count = len(measures["psnr"])
         alone = self.measures(setting.alone, count)
-        single = setting.patches == 1
+        single = setting == setting.alone
         return (
             str(setting.patches),
             str(setting.steps),
@@ -69,14 +69,16 @@ class Table:
             f"{measures['ssim'].mean():.4f}",
             f"{measures['visible'].mean():.2%}",
             f"{alike(measures).mean():.0%}",
-            "-" if single or setting.exchange == "none" else f"{measures['synchronous'].mean():.1f}",
+            "-"
+            if setting.patches == 1 or setting.exchange == "none"
+            else f"{measures['synchronous'].mean():.1f}",
             *self._judge.summarize(measures, alone),
         )
 
     def _gain(self, setting: Setting, psnr: NDArray[np.float64]) -> str:
         """What a picture gains over the base method with the same prompt and seed."""
         plain = self.measures(setting.plain, len(psnr)).get("psnr")
-        if setting in (setting.plain, setting.alone) or plain is None or len(plain) < len(psnr):
+        if setting.patches == 1 or setting == setting.plain or plain is None or len(plain) < len(psnr):
             return "-"
         return _mean(psnr - plain, sign="+")
 

@@ -142,8 +142,8 @@ def make(job: Job, plan: Plan, album: Album, workers: int, deadline: float) -> N
     """
     missing = [unit for unit in plan if not album.has(unit)]
     for units in (
-        [unit for unit in missing if unit.setting.patches == 1],  # what the others are compared with
-        [unit for unit in missing if unit.setting.patches > 1],
+        [unit for unit in missing if unit.setting == unit.setting.alone],  # what the others are compared with
+        [unit for unit in missing if unit.setting != unit.setting.alone],
     ):
         queue = _CONTEXT.Queue()
         for unit in (*units, *[None] * workers):
@@ -180,7 +180,7 @@ def _work(job: Job, plan: Plan, album: Album, queue: Any, deadline: float, worke
             "latents": paint.latents,
             "synchronous": paint.synchronous_steps,
         }
-        if unit.setting.patches == 1:
+        if unit.setting == unit.setting.alone:
             values["pictures"] = alone = pictures
         else:
             kept = album.read(plan.units(unit.setting.alone), "pictures")["pictures"]

@@ -22,7 +22,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from bench.quality.__main__ import main
-from bench.quality.design import BASE, Section, Setting, by_scheduler, sections
+from bench.quality.design import BASE, Section, Setting, by_schedulers, sections
 from bench.quality.judges import (
     IDENTICAL_DB,
     LandscapeJudge,
@@ -119,8 +119,8 @@ def test_every_setting_is_planned_once_and_after_its_single_device() -> None:
         for setting in section.settings:
             for wanted in (setting, setting.alone):
                 assert sum(unit.stop - unit.start for unit in plan.units(wanted)) >= section.count
-    first_gang = next(i for i, unit in enumerate(units) if unit.setting.patches > 1)
-    assert all(unit.setting.patches > 1 for unit in units[first_gang:])
+    compared = [unit.setting != unit.setting.alone for unit in units]
+    assert all(compared[compared.index(True) :])
 
 
 def test_an_album_gives_what_is_finished_up_to_the_first_gap(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_another_models_gang_paints_what_one_device_paints(
     painter = Painter(ModelSpec(name=str(tmp_path)), "cpu", size=size, guidance_scale=None)
     prompts = [Prompt(text, seed) for seed, text in enumerate(("a lake", "a hill", "a tree"))]
     setting = replace(BASE, patches=2, steps=4, warmup=1, scheduler=scheduler)
-    assert painter.flow == (scheduler == "euler")
+    assert (BASE.scheduler in painter.schedulers) == (scheduler == BASE.scheduler)
     alone = painter.paint(setting.alone, prompts)
     sync = painter.paint(replace(setting, exchange="sync"), prompts)
     displaced = painter.paint(setting, prompts)
@@ -243,14 +243,48 @@ def test_another_models_gang_paints_what_one_device_paints(
 
 
 def test_models_by_scheduler_matching_are_asked_by_their_own_scheduler_alone() -> None:
-    every, flow = sections(100, 40, 10), by_scheduler(sections(100, 40, 10), "euler")
+    every = sections(100, 40, 10)
+    flow = by_schedulers(every, "euler", ["euler"])
     assert {setting.scheduler for section in flow for setting in section.settings} == {"euler"}
+    assert by_schedulers(every, BASE.scheduler, []) == every
     left_out = {section.title for section in every} - {section.title for section in flow}
     assert left_out == {"mixes and schedulers", "steps and schedulers"}
     (mixes, *_), (by_flow, *_) = (
         [section for section in each if section.title == "mixes"] for each in (every, flow)
     )
     assert [replace(each, scheduler="ddim") for each in by_flow.settings] == [*mixes.settings]
+
+
+def test_few_steps_are_compared_with_a_converged_schedule_by_what_a_model_takes() -> None:
+    def few(sections: list[Section]) -> set[tuple[str, int]]:
+        (section,) = (section for section in sections if section.title == "few steps")
+        every = {unit.setting.alone for unit in Plan([section], at_once=5) if unit.setting.against}
+        (converged,) = every
+        assert converged.steps > 100 and converged.alone == converged and converged.patches == 1
+        assert converged.scheduler == section.settings[0].scheduler
+        assert len({setting.name for setting in section.settings}) == len(set(section.settings))
+        return {(setting.scheduler, setting.steps) for setting in section.settings}
+
+    every = sections(100, 40, 10)
+    steps = {10, 14, 20, 28}
+    named = {(name, count) for name in ("ddim", "euler", "dpmpp-2m", "unipc") for count in steps}
+    assert few(every) == named
+    flow = by_schedulers(every, "euler", ["unipc", "euler"])
+    assert few(flow) == {(name, count) for name in ("euler", "unipc") for count in steps}
+
+
+def test_the_table_says_how_near_few_steps_of_one_device_are(tmp_path: Path) -> None:
+    few = replace(BASE.alone, steps=10, against="ddim")
+    section = Section("few steps", (few,), 2)
+    plan, album = Plan([section], at_once=2), Album(tmp_path)
+    for setting, psnr in ((few.alone, 100.0), (few, 40.0)):
+        values = {name: np.zeros(2) for name in ("ssim", "visible", "synchronous")}
+        album.keep(Unit(setting, 0, 2), {"psnr": psnr + np.array([-1.0, 1.0]), **values})
+    judge = SimpleNamespace(columns=(), summarize=lambda row, alone: ())
+    report = Table(album, plan, judge).report("", [section], seed=0, settings={})  # type: ignore[arg-type]
+    (row,) = (dict(zip(report.columns, row, strict=True)) for row in report.rows)
+    assert row["PSNR, dB"].startswith("40.0") and row["method"] == "one device, against 200 steps ddim"
+    assert row["against base, dB"] == row["synchronous steps"] == "-"
 
 
 def test_judging_photographs_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,41 @@ def test_fresher_is_nearer(alone: list[torch.Tensor]) -> None:
     assert off(Mix(halos_width="int4")) > off(Mix(halos_width="int8"))
 
 
+@pytest.mark.parametrize(
+    ("mix", "warmup", "weights"),
+    [
+        (MIXES["displaced"], 4, (0.5, 0.0, 0.0)),
+        (PAPER, 4, (0.0, 0.0, 0.0)),  # which extrapolates nothing
+        (MIXES["displaced_attention"], 4, (0.0, 0.0, 0.75)),
+        (STALE_INT4, 4, (0.0, 0.0, 0.75)),
+        (Mix(halos="stale"), 4, (0.0, 0.0, 0.0)),
+        (MIXES["compressed"], 1, (0.0, 0.0, 0.0)),
+        (MIXES["sync"], 1, (0.0, 0.0, 0.0)),
+    ],
+    ids=str,
+)
+def test_what_is_stale_has_its_warmup_and_extrapolation(
+    mix: Mix, warmup: int, weights: tuple[float, ...]
+) -> None:
+    config = ParallelConfig(exchange=mix)
+    assert config.warmup_of(mix) == warmup
+    assert config.prediction.weights(mix, patches=4) == weights
+
+
+def test_the_papers_own_extrapolates_nothing_unless_asked() -> None:
+    as_it_is, without, asked = (
+        run_in_lockstep(2, partial(_paper, prediction=prediction))[0]
+        for prediction in ({}, {"statistics": 0.0}, {"statistics": 0.5})
+    )
+    assert torch.equal(as_it_is, without) and not torch.equal(as_it_is, asked)
+
+
+def _paper(communicator: LockstepCommunicator, prediction: dict[str, float]) -> torch.Tensor:
+    """The third displaced step, the first that could be extrapolated by more than nothing."""
+    config: dict[str, Any] = {"exchange": PAPER, "warmup_steps": 1, "prediction": prediction}
+    return steps(tiny_sdxl_unet(), communicator, 4, **config)[0][-1]
+
+
 def test_a_mix_of_every_kind_by_hand_is_the_one_with_the_name() -> None:
     for name, mix in MIXES.items():
         (by_name, _), (by_hand, _) = (gang(2, exchange)[0] for exchange in (name, mix))
