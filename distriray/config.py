@@ -120,7 +120,8 @@ class ParallelConfig(BaseModel):
 
     Attributes:
         exchange: `auto` draws a first image of a shape in `sync`, and later ones in the freshest of `sync`,
-            `displaced_attention` and `displaced` in which messages cost at most `max_wait` of a step.
+            `displaced_attention` and `displaced` in which messages cost at most `max_wait` of a step, or in
+            `sync` where there is no room for that one's buffers.
             `displaced` uses the other patches' activations of the previous step (Li et al., CVPR
             2024); `displaced_attention` does so for self-attention's keys and values alone; `compressed`
             waits for those too, as changes of 4 bits; `sync` exchanges fresh ones at every layer and gives

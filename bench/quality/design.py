@@ -163,7 +163,8 @@ def sections(full: int, half: int, few: int) -> list[Section]:
         *_columns("mixes", full, _mixes, (4, 8)),
         *_columns("mixes", half, _mixes, (2,)),
         *_columns("warm-up of mixes", few, _mix_warmups, PATCHES),
-        *_columns("extrapolated keys and values", few, _extrapolated, (4,)),
+        *_columns("extrapolated keys and values", few, _extrapolated, (4, 8, 2)),
+        *_columns("extrapolated keys and values", few, _extrapolated_in_few_steps, (4, 8)),
         *_columns("kinds", few, _kinds, (4, 8)),
         *_columns("widths", few, _widths, (4,)),
         *_columns("mixes and steps", few, _mix_steps, (4, 8)),
@@ -262,6 +263,15 @@ def _extrapolated(base: Setting) -> tuple[Setting, ...]:
         replace(base, exchange="displaced_attention", warmup=steps, keys_values=weight)
         for steps in (2, 4)
         for weight in (0.0, 0.5, 0.75, 1.0)
+    )
+
+
+def _extrapolated_in_few_steps(base: Setting) -> tuple[Setting, ...]:
+    """Of few steps, four are a large part: two behind which old values are extrapolated less, or four."""
+    return tuple(
+        replace(base, exchange="displaced_attention", steps=steps, warmup=warmup, keys_values=weight)
+        for steps in (8, 10)
+        for warmup, weight in ((2, 0.5), (4, 0.5), (4, 0.75))
     )
 
 

@@ -44,9 +44,9 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
     needed, gang = _most(runner, config, facts, calls, own.height)
     if needed > room.nbytes:
         what = f"an image of {own.width}x{own.height} in a gang of {gang}"
-        raise UnsupportedModel(
-            f"{room.refusal(needed, what, config.parallel)}; `exchange: sync` and `gang_sizes: [1]` need less"
-        )
+        least = config.parallel.exchange in ("auto", "sync")
+        less = "`gang_sizes: [1]` needs" if least else "`exchange: sync` and `gang_sizes: [1]` need"
+        raise UnsupportedModel(f"{room.refusal(needed, what, config.parallel)}; {less} less")
     images = config.limits.max_images
     kinds = [(calls, images)]
     if facts.guides:

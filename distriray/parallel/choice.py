@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
@@ -113,8 +113,11 @@ class Chooser:
         """Choose for this gang; what was measured in others is kept as long as they live."""
         self._communicator, self._config = communicator, config
 
-    def mix(self, call: Call, share: Share) -> Mix | None:
+    def mix(self, call: Call, share: Share, has_room: Callable[[Mix], bool]) -> Mix | None:
         """The mix of an image that begins with a call; None where nothing is exchanged. All ranks call it.
+
+        Args:
+            has_room: whether this rank's device holds the buffers of a mix.
 
         Raises:
             GangBroken: a peer died or hung.
@@ -126,7 +129,7 @@ class Chooser:
             exchange = "sync"
             if self._measures:
                 place = self._choices.place(_shape(call, share), self._config.max_wait)
-                exchange = agreed(self._communicator, place)
+                exchange = agreed(self._communicator, place, has_room)
             mix = MIXES[exchange]
         self.exchange = exchange
         return mix
@@ -151,16 +154,19 @@ def expected_step_s(whole: float, rows: float, keys_values: float) -> tuple[floa
     return whole, whole - keys_values, whole - keys_values - rows
 
 
-def agreed(communicator: Communicator, place: int) -> ExchangeMode:
-    """The candidate for an image: the one that waits least of all ranks' choices, `sync` until each has one.
+def agreed(communicator: Communicator, place: int, has_room: Callable[[Mix], bool]) -> ExchangeMode:
+    """The candidate for an image: the one that waits least of all ranks' choices.
 
-    All ranks call it.
+    It is `sync` until each has one, and where a rank has no room for more. All ranks call it.
 
     Raises:
         GangBroken: a peer died or hung.
     """
     places = numbers_of_all(communicator, place)
-    return CANDIDATES[max(places) if min(places) >= 0 else 0]
+    exchange = CANDIDATES[max(places) if min(places) >= 0 else 0]
+    if exchange == "sync" or min(numbers_of_all(communicator, int(has_room(MIXES[exchange])))):
+        return exchange
+    return "sync"
 
 
 def _freshest(seconds: Sequence[Sequence[float]], max_wait: float) -> int:

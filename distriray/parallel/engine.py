@@ -29,7 +29,7 @@ from distriray.parallel.images import Images
 from distriray.parallel.network_graphs import NetworkGraphs
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.outline import Outline
-from distriray.parallel.room import most_buffer_bytes
+from distriray.parallel.room import first_mix, most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.statistics import StepStatistics
@@ -414,7 +414,8 @@ class Engine(Uncopied):
             if branch.fresh_start:
                 self._guiders.check()
             if takes_other_room:
-                self.exchanges.make_room(call, branch)
+                mix = first_mix(self.config) if branch.fresh_start else branch.mix
+                self.exchanges.make_room(call, branch, mix)
         except DistrirayError as error:
             refusal = error
         if takes_other_room and self.communicator.world_size > 1:  # what one rank refuses, all leave
@@ -435,7 +436,9 @@ class Engine(Uncopied):
         if refusal is not None:
             raise refusal
         if branch.fresh_start:
-            branch.mix = self._chooser.mix(call, share)
+            has_room = partial(self.exchanges.has_room, call, branch)
+            branch.mix = self._chooser.mix(call, share, has_room)
+            self.exchanges.make_room(call, branch, branch.mix)
         return share
 
     def _place(self, call: Call, moment: Moment, branch: Branch) -> Place | None:

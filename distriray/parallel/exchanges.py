@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from distriray.collective.base import Communicator
-from distriray.config import ParallelConfig
+from distriray.config import Mix, ParallelConfig
 from distriray.errors import OutOfMemory
 from distriray.parallel.exchange.cache import ExchangeCache, ExchangeKey
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
@@ -63,15 +63,28 @@ class Exchanges:
         """Memory of all buffers."""
         return self._cache.nbytes
 
-    def make_room(self, call: Call, branch: Branch) -> None:
-        """Raise OutOfMemory, with the bytes, unless there is room for a call's buffers beside others."""
+    def make_room(self, call: Call, branch: Branch, mix: Mix | None) -> None:
+        """Set room aside for a call's buffers in a mix, beside those of other images.
+
+        Raises:
+            OutOfMemory: there is not as much, with the bytes.
+        """
         if self.room is None:
             return
-        branch.needed = self.room.needed(self._network, call, self._communicator, self._config)
+        branch.needed = self._needed(call, mix)
         needed = sum(each.needed for each in self._images.begun)
         if needed > self.room.nbytes:
             raise OutOfMemory(self.room.refusal(needed, f"a batch of {call.batch} like this", self._config))
         self._most_idle = self.room.nbytes - needed
+
+    def has_room(self, call: Call, branch: Branch, mix: Mix) -> bool:
+        """Whether `make_room` would set it aside."""
+        others = sum(each.needed for each in self._images.begun if each is not branch)
+        return self.room is None or others + self._needed(call, mix) <= self.room.nbytes
+
+    def _needed(self, call: Call, mix: Mix | None) -> int:
+        assert self.room is not None
+        return self.room.needed(self._network, call, self._communicator, self._config, mix)
 
     def step(
         self, call: Call, branch: Branch, share: Share

@@ -10,7 +10,6 @@ import torch
 from distriray.collective.absent import AbsentPeers
 from distriray.collective.base import Communicator
 from distriray.config import MIXES, Mix, ParallelConfig
-from distriray.parallel.choice import CANDIDATES
 from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.share import Share
@@ -22,28 +21,34 @@ MAX_SHAPES = 1024
 """Shapes whose buffers are known, those used last: whoever asks for pictures chooses the shapes."""
 
 
-def buffer_bytes(network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
+def first_mix(config: ParallelConfig) -> Mix | None:
+    """The mix that a gang draws a first image in; None where nothing is exchanged."""
+    return MIXES["sync"] if config.exchange == "auto" else config.mix
+
+
+def buffer_bytes(
+    network: Network, call: Call, share: Share, config: ParallelConfig, mix: Mix | None = None
+) -> int:
     """Memory of the buffers that a call's exchange keeps on this rank, in bytes.
 
-    Where mixes are chosen by measurement, of the one that needs most. It is what an exchange itself says when
-    layers have handed it tensors without values: in a step that lays buffers out, and one that fills them.
+    It is what an exchange itself says when layers have handed it tensors without values: in a step that lays
+    buffers out, and one that fills them.
 
     Args:
         network: converted.
+        mix: that of a first image unless given.
     """
-    if not share.exchanges:
+    mix = mix or first_mix(config)
+    if mix is None or not share.exchanges:
         return 0
     patches = share.partition.world_size
     peers = AbsentPeers(share.communicator.rank, patches, META)
-    held = []
-    for mix in _mixes(network, config):
-        weights = config.prediction.weights(mix, patches)
-        exchange = Exchange(peers, share.partition, mix, weights, config.attention)
-        for _ in range(2):
-            with exchange.step() as step:
-                network.dry_run(call, share, step)
-        held.append(exchange.buffer_bytes)
-    return max(held)
+    weights = config.prediction.weights(mix, patches)
+    exchange = Exchange(peers, share.partition, mix, weights, config.attention)
+    for _ in range(2):
+        with exchange.step() as step:
+            network.dry_run(call, share, step)
+    return exchange.buffer_bytes
 
 
 def most_buffer_bytes(
@@ -77,15 +82,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return known or any(said in str(error) for said in words)
 
 
-def _mixes(network: Network, config: ParallelConfig) -> list[Mix]:
-    """The mixes that images may be drawn in."""
-    if config.exchange == "auto":
-        names = CANDIDATES if network.displacement_measured else CANDIDATES[:1]
-        return [MIXES[name] for name in names]
-    assert config.mix is not None
-    return [config.mix]
-
-
 class Room:
     """Memory that a device has left for the buffers of exchanges.
 
@@ -99,20 +95,29 @@ class Room:
         self.told = told
         self._known: OrderedDict[Hashable, int] = OrderedDict()
 
-    def needed(self, network: Network, call: Call, communicator: Communicator, config: ParallelConfig) -> int:
+    def needed(
+        self,
+        network: Network,
+        call: Call,
+        communicator: Communicator,
+        config: ParallelConfig,
+        mix: Mix | None = None,
+    ) -> int:
         """`buffer_bytes` of a call, or of the half's that takes most, so that both refuse it alike."""
         return max(
-            self._needed(network, each, network.share(each, communicator, config), config)
+            self._needed(network, each, network.share(each, communicator, config), config, mix)
             for each in call.of_halves
         )
 
-    def _needed(self, network: Network, call: Call, share: Share, config: ParallelConfig) -> int:
+    def _needed(
+        self, network: Network, call: Call, share: Share, config: ParallelConfig, mix: Mix | None
+    ) -> int:
         """`buffer_bytes`, worked out once for a shape, the adapters in use, and a rank's part of it."""
         part = share.communicator.rank, share.partition, share.images, share.exchanges
-        shape = part, call.sample.dtype, call.besides, network.adapters_that_exchange(), config
+        shape = part, call.sample.dtype, call.besides, network.adapters_that_exchange(), config, mix
         needed = self._known.pop(shape, None)
         if needed is None:
-            needed = buffer_bytes(network, call, share, config)
+            needed = buffer_bytes(network, call, share, config, mix)
         self._known[shape] = needed
         if len(self._known) > MAX_SHAPES:
             self._known.popitem(last=False)
@@ -121,7 +126,8 @@ class Room:
     def refusal(self, needed: int, what: str, config: ParallelConfig) -> str:
         """The message of an error where there is too little room."""
         exchange = config.exchange if isinstance(config.exchange, str) else "a mix"
+        begins = ", which begins with 'sync'" if exchange == "auto" else ""
         return (
             f"{what} would take {needed / 1e9:.1f} GB of exchange buffers on each worker of a gang, in "
-            f"exchange {exchange!r}, where {self.told}"
+            f"exchange {exchange!r}{begins}, where {self.told}"
         )

@@ -71,6 +71,9 @@ def test_a_model_whose_own_size_has_no_room_is_refused_with_the_bytes_of_each_pa
     )
     with pytest.raises(UnsupportedModel, match=said):
         started(1000, tiny_model, monkeypatch)
+    begins = r"in exchange 'auto', which begins with 'sync', where .*; `gang_sizes: \[1\]` needs less"
+    with pytest.raises(UnsupportedModel, match=begins):
+        started(1000, tiny_model, monkeypatch, parallel=ParallelConfig(cfg_parallel=False))
     started(1000, tiny_model, monkeypatch, workers=1)  # it exchanges nothing
     started(None, tiny_model, monkeypatch)  # nobody knows
 

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.collective.absent import AbsentPeers
+from distriray.config import MIXES
 from distriray.denoise import Denoiser
 from distriray.errors import OutOfMemory
 from distriray.parallel import engine_of
@@ -153,6 +154,43 @@ def test_buffers_of_controlnets_are_counted_where_a_call_names_them(exchange: An
     none, _, one, _ = known
     assert (none < one) == (exchange == "displaced")  # in sync layers borrow the same buffers
     assert engine.buffer_bytes == none + one  # exchanges of both are kept
+
+
+@pytest.mark.parametrize("lacks", [None, 0, 1])
+def test_a_mix_is_chosen_only_where_every_rank_has_room_for_it(lacks: int | None) -> None:
+    """`auto` needs what `sync` does, and is refused where there is not even that."""
+
+    def rank(communicator: Communicator) -> list[Any]:
+        config = ParallelConfig(max_wait=0.0, cfg_parallel=False)  # the mix that waits least is asked for
+        unet: Any = parallelize(tiny_sdxl_unet(), communicator, config)
+        engine, drawn = engine_of(unet), list[Any]()
+        assert engine is not None
+        calls = watched(engine.network)
+
+        def image() -> int:
+            with engine.image():
+                for step in range(6):
+                    unet(sample(step), 900.0 - step, **INPUTS)
+                drawn.append(engine.exchange)
+                return sum(branch.needed for branch in engine._images.begun)
+
+        image()
+        sync, displaced = (
+            Room(0, TOLD).needed(engine.network, calls[0], communicator, config, MIXES[name])
+            for name in ("sync", "displaced")
+        )
+        assert sync <= engine.buffer_bytes_of(calls[:1], 2, config) < displaced
+        engine.exchanges.room = Room(displaced - (communicator.rank == lacks), TOLD)
+        assert image() == (displaced if lacks is None else sync)
+        engine.exchanges.room = Room(sync, TOLD)
+        image()
+        engine.exchanges.room = Room(sync - 1, TOLD)
+        with pytest.raises(OutOfMemory, match="which begins with 'sync', where"):
+            image()
+        return drawn
+
+    chosen = "displaced" if lacks is None else "sync"
+    assert run_in_lockstep(2, rank) == [["sync", chosen, "sync"]] * 2
 
 
 def test_what_is_known_of_a_shape_is_known_of_each_rank() -> None:
