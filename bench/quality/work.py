@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from numpy.typing import NDArray
 
 from bench.quality.design import Section, Setting
@@ -165,6 +166,7 @@ def make(job: Job, plan: Plan, album: Album, workers: int, deadline: float) -> N
 
 
 def _work(job: Job, plan: Plan, album: Album, queue: Any, deadline: float, workers: int) -> None:
+    logging.set_verbosity_error()  # diffusers warns of guiders for every gang that is formed
     if workers > 1:
         torch.set_num_threads(1)
     painter, judge, parent = job.painter(), job.judge(), multiprocessing.parent_process()
