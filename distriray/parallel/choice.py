@@ -113,11 +113,15 @@ class Chooser:
         """Choose for this gang; what was measured in others is kept as long as they live."""
         self._communicator, self._config = communicator, config
 
-    def mix(self, call: Call, share: Share, has_room: Callable[[Mix], bool]) -> Mix | None:
+    def mix(
+        self, call: Call, share: Share, has_room: Callable[[Mix], bool], before: Mix | None = None
+    ) -> Mix | None:
         """The mix of an image that begins with a call; None where nothing is exchanged. All ranks call it.
 
         Args:
             has_room: whether this rank's device holds the buffers of a mix.
+            before: of its steps so far, where the gang is only laid out anew: one image is of one choice, so
+                that whoever asks for that by its name has it again.
 
         Raises:
             GangBroken: a peer died or hung.
@@ -128,7 +132,9 @@ class Chooser:
         elif exchange == "auto":
             exchange = "sync"
             if self._measures:
-                place = self._choices.place(_shape(call, share), self._config.max_wait)
+                place = _place(before)
+                if place is None:
+                    place = self._choices.place(_shape(call, share), self._config.max_wait)
                 exchange = agreed(self._communicator, place, has_room)
             mix = MIXES[exchange]
         self.exchange = exchange
@@ -152,6 +158,11 @@ def expected_step_s(whole: float, rows: float, keys_values: float) -> tuple[floa
         rows, keys_values: of it, of swapping statistics and halos, and keys and values.
     """
     return whole, whole - keys_values, whole - keys_values - rows
+
+
+def _place(mix: Mix | None) -> int | None:
+    """In `CANDIDATES`; None of what is none of them."""
+    return next((place for place, name in enumerate(CANDIDATES) if MIXES[name] == mix), None)
 
 
 def agreed(communicator: Communicator, place: int, has_room: Callable[[Mix], bool]) -> ExchangeMode:

@@ -437,7 +437,7 @@ class Engine(Uncopied):
             raise refusal
         if branch.fresh_start:
             has_room = partial(self.exchanges.has_room, call, branch)
-            branch.mix = self._chooser.mix(call, share, has_room)
+            branch.mix = self._chooser.mix(call, share, has_room, branch.mix)
             self.exchanges.make_room(call, branch, branch.mix)
         return share
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, LockstepCommunicator, Work, run_in_lockstep
@@ -197,6 +198,40 @@ def test_later_images_are_what_the_first_one_showed(
         return [engine.exchange]
 
     run_in_lockstep(2, rank)
+
+
+def test_an_image_whose_guidance_ends_is_of_one_choice_that_makes_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hours = Hours()
+    monkeypatch.setattr("distriray.parallel.stopwatch.time", hours)
+    guided = pytree.tree_map(lambda value: torch.cat([value] * 2), INPUTS)
+
+    def drawn(engine: Engine, unet: Any) -> tuple[Any, torch.Tensor]:
+        """An image of which the second half is without guidance."""
+        with engine.image():
+            for step in range(4):
+                unet(torch.cat([SAMPLE] * 2) * (1 + 0.1 * step), 900 - step, **guided)
+            outputs = [unet(SAMPLE * (1 + 0.1 * step), 900 - step, **INPUTS).sample for step in range(4, 8)]
+        return engine.exchange, torch.cat(outputs)
+
+    def rank(communicator: LockstepCommunicator) -> list[Any]:
+        gang = Slow(communicator, range(3), hours, byte_s=1e-4)
+        config = ParallelConfig(exchange="auto", max_wait=0.1)
+        unet = tiny_sdxl_unet()
+        unet.conv_in.register_forward_pre_hook(hours.compute)
+        parallelize(unet, gang, config, local=[hours.compute])
+        engine = engine_of(unet)
+        assert engine is not None
+        assert images(engine, unet, 2)[1][0] == "displaced", "without guidance this link is known"
+        exact, displaced = drawn(engine, unet), drawn(engine, unet)
+        assert (exact[0], displaced[0]) == ("sync", "displaced")
+        for name, output in (exact, displaced):
+            engine.join(gang, config.model_copy(update={"exchange": name}))
+            assert torch.equal(drawn(engine, unet)[1], output), f"{name} makes it again"
+        return [name for name, _ in (exact, displaced)]
+
+    run_in_lockstep(3, rank)
 
 
 def test_a_family_whose_displaced_pictures_nobody_has_measured_keeps_to_fresh_values() -> None:
