@@ -69,7 +69,8 @@ class SamplingParams(BaseModel):
     num_inference_steps: Count | None = None
     """Denoising steps; the model's own number by default."""
     guidance_scale: NonNegative | None = None
-    """Scale of guidance; classifier-free guidance is off at 1 and below. The model's own by default."""
+    """Scale of guidance; classifier-free guidance is off at 1 and below, of Z-Image and Krea 2 at 0
+    alone. The model's own by default."""
     guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """How far the guided noise is rescaled to the contrast of the unguided one, from 0 to 1."""
     guidance_end: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -298,7 +299,8 @@ class Defaults(BaseModel):
 
     Attributes:
         num_inference_steps: denoising steps.
-        guidance_scale: of guidance; 1 or less turns the classifier-free kind off.
+        guidance_scale: of guidance; 1 or less turns the classifier-free kind off, of Z-Image and Krea 2
+            0 alone.
         scheduler: noise scheduler.
     """
 
@@ -338,7 +340,8 @@ class GenerationRequest(SamplingParams):
     exchange: ExchangeMode | None = None
     """How the gang shares a step, in place of the host's own `parallel.exchange`.
 
-    What a segment of a result names, given here, makes its picture again.
+    What the only segment of a result names, given here, makes its picture again; a mix of the host's own is
+    had by leaving this out, or by `parallel`.
     """
     parallel: ParallelConfig | None = None
     """All of how the gang shares a step; None is the host's own configuration."""
