@@ -95,7 +95,8 @@ class Prediction(BaseModel):
             a larger weight loses when steps are few (docs/measurements.md, Fidelity), of `stale` ones, and 0
             of `corrected` ones.
         halos: of the rows around a patch.
-        keys_values: of self-attention's keys and values; `auto` is 0.75 where they alone are stale, else 0.
+        keys_values: of self-attention's keys and values; `auto` is 0.75 where they are stale and
+            statistics and halos fresh, else 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -143,7 +144,8 @@ class ParallelConfig(BaseModel):
             the unconditional and the conditional pass, in one call of the network or one each. `auto` does so
             whenever there are halves, True refuses what has none, and False never does.
         parallel_vae: the ranks decode the picture together, each its own rows, exactly; all of them must ask
-            for the picture then. Otherwise, and where the VAE cannot be cut, every rank decodes all of it.
+            for the picture then. Otherwise, and where the VAE cannot be cut, every rank that asks
+            for it decodes all of it: in hosts rank 0 alone.
         cuda_graphs: on a GPU, launch a step that was met before as a few CUDA graphs rather than kernel by
             kernel; elsewhere nothing changes.
         max_buffer_bytes: bound on exchange buffers kept for shapes and gangs not in use.

@@ -147,9 +147,10 @@ class ImageRequest(_Shared):
     style: Annotated[
         None, Field(description="null, for clients that always send it: the prompt decides.")
     ] = None
-    background: Annotated[Literal["auto", "opaque"] | None, Field(description="Every picture is opaque.")] = (
-        None
-    )
+    background: Annotated[
+        Literal["auto", "opaque"] | None,
+        Field(description="Pictures are opaque, but for Qwen-Image 2.1's, whatever this says."),
+    ] = None
     user: Annotated[
         str | None, Field(max_length=256, description="Your name for who asks; written to the log.")
     ] = None

@@ -207,8 +207,9 @@ class Denoiser:
 
         Raises:
             GenerationCancelled, GangBroken, GangMismatch: from the gang.
-            InvalidRequest: the state is another family's.
-            UnusableAdapter: as `adapt`.
+            InvalidRequest: the state is another family's, or a gang cannot share its call (`Engine.forward`).
+            OutOfMemory: the gang has no room for its buffers.
+            UnusableAdapter, UnusableControlNet, UnusableIPAdapter: as `adapt`.
             ValueError: the state is done.
         """
         self._check_family(state)
@@ -269,7 +270,8 @@ class Denoiser:
 
         Raises:
             NotFinite: latents or pixels are not, on all ranks alike; nothing is shown of such a picture.
-            GangBroken: from the gang.
+            InvalidRequest: the state is another family's.
+            GangBroken, GangMismatch: from the gang.
         """
         self._check_family(state)
         _check_latents(state)

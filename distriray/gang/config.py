@@ -55,15 +55,17 @@ class HostConfig(BaseModel):
         ip_adapters: IP-Adapters that requests may name; loaded and kept likewise, each image encoder once.
         compile: sizes of pictures, such as `1024x1024`, for which a worker lets torch compile the blocks that
             the network repeats when it starts. Others are drawn as without, and so are several images of a
-            request, guidance where the default is none, LoRAs and IP-Adapters.
+            request, steps with guidance where the default is none or without where it is some, LoRAs and
+            IP-Adapters.
         nccl_max_ctas: of a GPU's multiprocessors, how many a transfer takes at most; None leaves it to NCCL.
         max_queue: requests that may wait; beyond them `QueueFull`.
         timeout_s: after which a silent peer of a gang counts as hung; also for forming gangs.
         silence_s: after which a worker that answers no control call is replaced.
         stall_s: after which a gang is replaced that neither makes a step nor comes back; 30 times what its
-            longest step took, where that is more.
+            longest step took, or twice `timeout_s` and 10 s, where that is more.
         start_timeout_s: for resources to come free, and for the model to load and to be compiled.
-        max_attempts: gangs that may break under one request before it fails.
+        max_attempts: gangs that may break under one request: it fails with the last of them, or as soon as
+            two workers have failed under it by the same error.
         policy: who decides which request runs where: `elastic` plans ahead and regroups,
             `earliest_deadline` gives each the largest free gang, keeps a place for the first that finds
             none, and leaves alone what runs.

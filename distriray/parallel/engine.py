@@ -264,7 +264,9 @@ class Engine(Uncopied):
 
         Raises:
             UnsupportedModel: a layer or an input that patches cannot honour.
-            InvalidRequest: too few rows for the gang, or `cfg_parallel=True` with an odd batch.
+            InvalidRequest: too few rows for the gang, more ranks than heads that they are to deal, or
+                `cfg_parallel=True` with an odd batch or gang.
+            OutOfMemory: there is no room for its buffers (`Exchanges.room`).
             GangMismatch: the ranks were called with different inputs; where steps lag, in this call or in
                 the one before, whose output is garbage then.
             GangBroken: a peer died or hung.
