@@ -45,24 +45,24 @@ class TimedStep(NamedTuple):
 
 @dataclass
 class _Known:
-    """Of a shape: how many steps were timed, the seconds of those that were read, and what they led to."""
+    """Of a shape: how many steps were timed, the seconds of those that were read, and whether all are."""
 
     steps: int = 0
     seconds: list[tuple[float, ...]] = field(default_factory=list)
-    place: int | None = None
+    complete: bool = False
 
 
 class Choices:
-    """Measurements of one rank of a gang, and the choices made from them: once for every shape."""
+    """Measurements of one rank of a gang, and the choices made from them: once for every shape and bound."""
 
     def __init__(self) -> None:
         self._shapes: OrderedDict[Hashable, _Known] = OrderedDict()
         self._unread: list[tuple[_Known, TimedStep]] = []  # a step has hundreds of marks of a GPU
 
     def note(self, shape: Hashable, step: TimedStep) -> None:
-        """Remember a synchronous step of a shape, unless the choice is made."""
+        """Remember a synchronous step of a shape, unless a choice is made."""
         known = self._of(shape)
-        if known.place is None and known.steps <= MEASURED_STEPS:
+        if not known.complete and known.steps <= MEASURED_STEPS:
             known.steps += 1
             self._unread.append((known, step))
 
@@ -79,9 +79,8 @@ class Choices:
         self._unread.clear()
         known = self._of(shape)
         seconds = known.seconds[1:]  # the first prepares layers and makes buffers
-        if known.place is None and len(seconds) >= LEAST_STEPS:
-            known.place, known.seconds = _freshest(seconds, max_wait), []
-        return -1 if known.place is None else known.place
+        known.complete = known.complete or len(seconds) >= LEAST_STEPS
+        return _freshest(seconds, max_wait) if known.complete else -1
 
     def _of(self, shape: Hashable) -> _Known:
         known = self._shapes.setdefault(shape, _Known())
@@ -134,7 +133,7 @@ class Chooser:
             if self._measures:
                 place = _place(before)
                 if place is None:
-                    place = self._choices.place(_shape(call, share), self._config.max_wait)
+                    place = self._choices.place(self._shape(call, share), self._config.max_wait)
                 exchange = agreed(self._communicator, place, has_room)
             mix = MIXES[exchange]
         self.exchange = exchange
@@ -143,11 +142,17 @@ class Chooser:
     def note(self, call: Call, share: Share, step: TimedStep) -> None:
         """Remember how long a call's synchronous step took, if choices depend on it."""
         if self._measures and self._config.exchange == "auto":
-            self._choices.note(_shape(call, share), step)
+            self._choices.note(self._shape(call, share), step)
 
     @property
     def _choices(self) -> Choices:
         return self._choices_of.setdefault(self._communicator, Choices())
+
+    def _shape(self, call: Call, share: Share) -> Hashable:
+        """The facts that decide how much a rank computes and sends."""
+        batch = share.batch, share.predictions
+        how = share.layout, share.partition, self._config.attention
+        return *how, batch, call.sample.dtype, call.besides
 
 
 def expected_step_s(whole: float, rows: float, keys_values: float) -> tuple[float, ...]:
@@ -187,9 +192,3 @@ def _freshest(seconds: Sequence[Sequence[float]], max_wait: float) -> int:
     return next(
         place for place, (cost, step) in enumerate(zip(costs, steps, strict=True)) if cost <= max_wait * step
     )
-
-
-def _shape(call: Call, share: Share) -> Hashable:
-    """The facts that decide how much a rank computes and sends."""
-    batch = share.batch, share.predictions
-    return share.layout, share.partition, batch, call.sample.dtype, call.besides

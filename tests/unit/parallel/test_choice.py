@@ -84,6 +84,18 @@ def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
     assert choices.place("shape", 0.1) == 0
 
 
+def test_another_bound_is_kept_by_what_was_measured_for_the_first_one() -> None:
+    choices = Choices()
+    for _ in range(1 + LEAST_STEPS):
+        choices.note("shape", timed(1.0, 0.06, 0.1))
+    assert choices.place("shape", max_wait=0.1) == 1
+    for _ in range(2):
+        choices.note("shape", timed(1.0, 0.9, 0.0))
+        assert choices.place("shape", max_wait=0.2) == 0, "whoever may wait longer has one device's picture"
+        assert choices.place("shape", max_wait=0.01) == 2
+        assert choices.place("shape", max_wait=0.1) == 1
+
+
 def test_shapes_without_end_are_not_remembered_for_ever() -> None:
     choices = Choices()
     for shape in ("old", "used"):
