@@ -334,7 +334,7 @@ class GenerationRequest(SamplingParams):
     deadline_s: PositiveSeconds | None = None
     """Seconds from submission to the finished picture; a service refuses at once what it cannot meet."""
     priority: Annotated[int, Field(ge=-10, le=10)] = 0
-    """Larger is more important; each unit doubles its share."""
+    """Larger is more important, to hosts whose policy is `elastic`: each unit doubles its share."""
     previews: Annotated[int, Field(ge=0)] = 0
     """Intermediate pictures to send while it runs, evenly spread over the steps."""
     exchange: ExchangeMode | None = None
