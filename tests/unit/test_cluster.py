@@ -90,8 +90,9 @@ def test_every_pod_has_the_keys_and_every_volume_it_mounts(name: str) -> None:
         assert {mount["name"] for mount in container.get("volumeMounts", [])} == volumes
 
 
-def test_pods_outlast_the_requests_they_serve() -> None:
-    app, (group,) = app_of(service("sdxl")["spec"]["serveConfigV2"]), groups_of("sdxl")
+@pytest.mark.parametrize("name", SERVICES)
+def test_pods_outlast_the_requests_they_serve(name: str) -> None:
+    app, (group,) = app_of(service(name)["spec"]["serveConfigV2"]), groups_of(name)
     longest = max(app.drain_s, *(pool.drain_s for pool in app.pools))
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > longest
 
