@@ -123,17 +123,31 @@ class RouterConfig(BaseModel):
 
 
 def _as_fields(pool: Mapping[str, Any]) -> dict[str, Any]:
-    """`pool` with its limits as the fields that were set, also where they are `Limits` already."""
-    limits = pool.get("limits")
-    given = {"limits": limits.model_dump(exclude_unset=True)} if isinstance(limits, Limits) else {}
+    """`pool` with its model and limits as the fields that were set, also where they are objects already."""
+    given = {
+        field: value.model_dump(exclude_unset=True)
+        for field in ("model", "limits")
+        if isinstance(value := pool.get(field), ModelSpec | Limits)
+    }
+    if isinstance(pool.get("model"), str):
+        given["model"] = {"name": pool["model"]}
     return {**pool, **given}
+
+
+def _given_down(service: Mapping[str, Any], pool: Mapping[str, Any]) -> dict[str, Any]:
+    """`pool` with what it leaves to the service: a model only where it names none."""
+    service, pool = _as_fields(service), _as_fields(pool)
+    model = pool.get("model", {})
+    if not isinstance(model, Mapping) or "name" in model:
+        service.pop("model", None)
+    return merged(service, pool)
 
 
 class AppConfig(BaseModel):
     """The whole service.
 
     Attributes:
-        model: of pools that name none.
+        model: of pools that name none; such a pool may set some of its fields otherwise.
         limits: of all pools; a pool may set some of them otherwise.
         pools: at least one, each name once; the first one's model is drawn by whoever names none.
         aliases: further names of models, for clients that know no others, and the models that they are.
@@ -156,12 +170,8 @@ class AppConfig(BaseModel):
         """Give the pools what they leave to the service."""
         if not isinstance(data, dict) or not isinstance(data.get("pools"), list | tuple):
             return data
-        model = {"model": data["model"]} if "model" in data else {}
-        limits = {"limits": data["limits"]} if "limits" in data else {}
-        pools = [
-            {**model, **merged(_as_fields(limits), _as_fields(pool))} if isinstance(pool, dict) else pool
-            for pool in data["pools"]
-        ]
+        own = {field: data[field] for field in ("model", "limits") if field in data}
+        pools = [_given_down(own, pool) if isinstance(pool, dict) else pool for pool in data["pools"]]
         return {**data, "pools": pools}
 
     @model_validator(mode="after")

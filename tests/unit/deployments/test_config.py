@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from deployments.app import ingress_options, pool_options
 from deployments.config import AppConfig, PoolConfig
 from distriray.limits import Limits
+from distriray.models import ModelSpec
 
 ROOT = Path(__file__).parents[3]
 
@@ -73,6 +74,19 @@ def test_pools_take_what_they_leave_out_from_the_service() -> None:
     )
     assert [pool.model.name for pool in config.pools] == ["here/one", "here/two"] == list(config.models)
     assert [pool.limits.max_steps for pool in config.pools] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    "model", [{"name": "here/one", "variant": "fp16"}, ModelSpec(name="here/one", variant="fp16")]
+)
+@pytest.mark.parametrize("own", [{"quantize": "int8"}, ModelSpec(quantize="int8")])
+def test_a_pool_that_sets_a_models_field_and_no_name_has_the_services_model(model: Any, own: Any) -> None:
+    pools = [{"name": "a", "model": own}, {"name": "b", "model": {"name": "here/two", "quantize": "int8"}}]
+    first, second = AppConfig.model_validate({"model": model, "pools": pools}).pools
+    assert first.model == ModelSpec(name="here/one", variant="fp16", quantize="int8")
+    assert second.model == ModelSpec(name="here/two", quantize="int8"), "another model has fields of its own"
+    (alone,) = AppConfig.model_validate({"model": "here/one", "pools": [{"name": "a", "model": own}]}).pools
+    assert alone.model == ModelSpec(name="here/one", quantize="int8")
 
 
 def test_a_pool_that_sets_one_limit_keeps_the_services_others() -> None:
