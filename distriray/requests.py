@@ -340,8 +340,8 @@ class GenerationRequest(SamplingParams):
     exchange: ExchangeMode | None = None
     """How the gang shares a step, in place of the host's own `parallel.exchange`.
 
-    What the only segment of a result names, given here, makes its picture again; a mix of the host's own is
-    had by leaving this out, or by `parallel`.
+    What the only segment of a result names, given here, makes its picture again. A mix of the host's own, of
+    which it has the fields, is had by leaving this out.
     """
     parallel: ParallelConfig | None = None
     """All of how the gang shares a step; None is the host's own configuration."""
