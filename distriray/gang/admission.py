@@ -159,7 +159,15 @@ def admit(
     unguided_steps = num_steps - with_guidance if guided else 0
     shared = request.shared(config.parallel)
     auto = request.gang_size == "auto"
-    most = max(size for size in config.sizes if (size <= max_gang if auto else size == request.gang_size))
+    gangs = [size for size in config.sizes if (size <= max_gang if auto else size == request.gang_size)]
+    most = max(gangs)
+    odd = [size for size in gangs if size > 1 and size % 2]
+    if shared.cfg_parallel is True and odd:
+        raise InvalidRequest(
+            f"cfg_parallel=True splits gangs into halves, and of those that this may have {odd} are odd; use "
+            "'auto', or name another gang_size",
+            "gang_size",
+        )
     if shared.cfg_parallel is True and most > 1 and request.num_images % 2 and not guided:
         raise InvalidRequest(
             f"cfg_parallel=True splits the batch into halves, and {request.num_images} without guidance has "

@@ -254,3 +254,13 @@ def test_halves_that_must_have_a_branch_each_are_refused_with_what_would_do() ->
     assert error.value.param == "guidance_scale"
     for chosen in ({"num_images": 2}, {"gang_size": 1}):
         assert not ask(guidance_scale=1.0, **chosen).guided
+
+
+def test_a_request_that_must_have_halves_is_refused_at_once_where_it_may_have_an_odd_gang() -> None:
+    halves = ParallelConfig(cfg_parallel=True)
+    ask = partial(admitted, HostConfig(workers=6, gang_sizes=(1, 3, 6)), guidance_scale=5.0, parallel=halves)
+    for chosen in ({}, {"gang_size": 3}):
+        with pytest.raises(InvalidRequest, match=r"\[3\] are odd; use 'auto'") as error:
+            ask(**chosen)
+        assert error.value.param == "gang_size"
+    assert ask(gang_size=6).guided and ask(gang_size=1).guided
