@@ -137,8 +137,10 @@ class ParallelConfig(BaseModel):
         max_wait: largest share of a step that sending fresh values and waiting for them may take, for `auto`.
         warmup_steps: synchronous steps at the start of every image (the first one always is), or `auto`:
             until the drift of what is sent falls below `auto_warmup_drift`. None is as many as the mix needs:
-            4 where anything is stale, and 1 where nothing is.
-        auto_warmup_drift: relative change of the sent activations between two steps, largest over ranks.
+            4 where anything is stale, and 1 where nothing is; so is `auto` where neither keys and values nor
+            statistics are.
+        auto_warmup_drift: relative change between two steps of stale keys and values, or of stale statistics
+            where keys and values are fresh; largest over ranks.
         prediction: extrapolation of stale values.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
             the unconditional and the conditional pass, in one call of the network or one each. `auto` does so
@@ -173,6 +175,7 @@ class ParallelConfig(BaseModel):
 
     def warmup_of(self, mix: Mix) -> int | Literal["auto"]:
         """Synchronous steps at the start of an image with that mix."""
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        return 4 if any(map(mix.is_stale, get_args(Kind))) else 1
+        measured = mix.is_stale("keys_values") or mix.is_stale("statistics")
+        if self.warmup_steps is None or (self.warmup_steps == "auto" and not measured):
+            return 4 if any(map(mix.is_stale, get_args(Kind))) else 1
+        return self.warmup_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,16 @@ def test_automatic_warm_up_ends_and_is_kept_alike() -> None:
     stays, leaves = run(2, never, early)
     assert stays.statistics.synchronous and not leaves.statistics.synchronous
     assert difference(stays.latents, alone(never)) <= 1e-4
+
+
+@pytest.mark.parametrize("exchange", ["compressed", {"halos": "stale"}])
+def test_automatic_warm_up_ends_where_nothing_that_is_old_has_a_drift(exchange: Any) -> None:
+    patches = {"exchange": exchange, "cfg_parallel": False}
+    automatic, own = run(
+        2, *(Case(steps=6, config={**patches, "warmup_steps": each}) for each in ("auto", None))
+    )
+    assert not automatic.statistics.synchronous
+    assert torch.equal(automatic.latents, own.latents)
 
 
 def test_a_second_order_scheduler_is_one_image() -> None:
