@@ -36,6 +36,8 @@ class Reconstruction:
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """The message, uint8, that brings this reconstruction nearer to `values`, at both ends."""
+        if not self.values.numel():  # of a rank without tokens of the text, say
+            return values.new_empty(0, dtype=torch.uint8)
         return self._kernels.encode(values, self.values, self._bits)
 
     def decode(self, message: torch.Tensor, into: torch.Tensor | None = None) -> None:
@@ -44,7 +46,8 @@ class Reconstruction:
         Args:
             into: where it goes too.
         """
-        self._kernels.decode(message, self.values, self._bits, into)
+        if self.values.numel():
+            self._kernels.decode(message, self.values, self._bits, into)
 
 
 class Reconstructions:

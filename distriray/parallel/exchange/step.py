@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from math import prod
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -238,10 +239,13 @@ class Step(ABC):
         outbox = attended.transpose(0, 1).contiguous()  # a batch of one is that already
         parts = outbox.split(tokens)
         own = parts[self.rank]
-        of_a_head = own.numel() // heads[self.rank]
-        of_peers = [each * of_a_head for rank, each in enumerate(heads) if rank != self.rank]
+        multiple = own.shape[2] // heads[self.rank]
+        shapes = [
+            (*own.shape[:2], heads[peer] * multiple, own.shape[3]) for peer in self._patch.communicator.peers
+        ]
+        of_peers = [prod(shape) for shape in shapes]
         inbox = self._patch.scratch((sum(of_peers),), attended).split(of_peers)
-        received = [part.view(*own.shape[:2], -1, own.shape[3]) for part in inbox]
+        received = [part.view(shape) for part, shape in zip(inbox, shapes, strict=True)]
         received.insert(self.rank, own)
         self._swap_parts(parts, received)
         whole = torch.cat([part.flatten(2).transpose(0, 1) for part in received], 2)

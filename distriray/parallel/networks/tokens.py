@@ -260,6 +260,8 @@ class TokenNetwork(Network):
             if planned.sequence is None:
                 continue
             tokens = share.tokens.of_sequence(planned.sequence)
+            if not any(tokens):
+                continue  # nor is it called in a step
             queries, keys, channels = self.heads(layer)
             own = torch.empty(share.images, tokens[rank], dtype=call.sample.dtype, device="meta")
             query, key = (own[..., None, None].expand(-1, -1, n, channels) for n in (queries, keys))

@@ -201,6 +201,13 @@ def test_text_of_fewer_tokens_than_ranks_is_dealt_too(name: str) -> None:
     assert off(gang(3, name, shape, exchange="sync")[0], name, shape) < 1e-5
 
 
+def test_a_rank_without_text_takes_part_in_the_texts_own_layers_however_they_exchange() -> None:
+    shape = Shape(text=2)
+    dealt, _ = gang(3, "flux3", shape, heads=12, steps=LONG, exchange="sync", attention="ulysses")
+    assert max(map(error, dealt, alone_with_twelve_heads("flux3", shape))) < 1e-5
+    assert off(gang(3, "flux3", shape, exchange="compressed")[0], "flux3", shape) < 0.05
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_halves_of_a_gang_compute_halves_of_the_batch(name: str, ranks: int) -> None:
