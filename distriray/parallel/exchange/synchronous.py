@@ -27,11 +27,15 @@ class SynchronousStep(Step):
 
     displaced = False
     statistics = "fresh"
-    fuses = True
 
     def __init__(self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, memory: Memory) -> None:
         super().__init__(patch, carriers, mix)
         self._memory = memory
+
+    @property
+    def fuses(self) -> bool:
+        # Changes in few bits go on from what is kept here: the rows that displaced steps send, one by one.
+        return self.mix.statistics == "fresh" or self.mix.bits("halos") is None
 
     @property
     def drift(self) -> torch.Tensor | float:

@@ -129,7 +129,7 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
         level = _level_of(name, partition.levels)
         if isinstance(layer, PatchGroupNorm):
             rows = own(layer.num_channels, level)
-            if layer.window is None:
+            if layer.window is None or not step.fuses:
                 step.send_statistics(step.read_statistics(rows, layer.num_groups))
             else:
                 statistics = rows.new_empty((share.images, layer.num_groups, 2), dtype=torch.float32)
@@ -138,9 +138,9 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
             reads_more = not layer.kernel_size[0] == layer.stride[0] == 1
             if not reads_more or layer in idle:
                 continue
-            if layer.halos_from == "norm":
+            if layer.halos_from == "norm" and step.fuses:
                 step.keep_halos(step.cut(whole(layer.in_channels, level), layer.window), layer.window)
-            elif layer.halos_from is None:
+            elif layer.halos_from != "whole":
                 step.padded(own(layer.in_channels, level), layer.window)
         elif isinstance(getattr(layer, "processor", None), PatchSelfAttention):
             key = own(layer.to_k.out_features, level).flatten(2).transpose(1, 2)

@@ -253,6 +253,17 @@ def test_stale_keys_and_values_in_few_bits_send_fewer_bytes() -> None:
     assert few < 0.6 * whole
 
 
+@pytest.mark.parametrize("statistics", ["stale", "corrected"])
+def test_halos_in_few_bits_are_changes_of_what_displaced_steps_send(
+    statistics: Any, alone: list[torch.Tensor]
+) -> None:
+    few, whole = (
+        error(gang(2, Mix(statistics=statistics, halos_width=width))[0][0], alone, 1)
+        for width in ("int4", "whole")
+    )
+    assert few < 1.5 * whole
+
+
 def test_widths_that_nothing_sends_are_refused() -> None:
     with pytest.raises(ValueError, match="stale halos are sent whole"):
         Mix(halos="stale", halos_width="int8")
