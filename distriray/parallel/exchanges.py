@@ -51,6 +51,8 @@ class Exchanges:
     def clear(self) -> None:
         """Drop all: what was laid out no longer holds."""
         self._cache.clear()
+        if self.room is not None:
+            self.room.forget()
         for branch in self._images.begun:
             branch.exchange = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -105,6 +106,10 @@ class Partition:
         columns = self.shape(level)[1]
         return tuple(rows * columns for rows in self.counts(level))
 
+    def buffers_of(self, rank: int) -> Hashable:
+        """A mark of a rank's buffers: of ranks that have the same, none has larger ones than the first."""
+        return rank > 0  # the first has most rows, the second halos on both sides
+
     def level_of(self, rank: int, size: tuple[int, ...]) -> int:
         """The level at which `rank`'s patch has `size`: (rows, columns), or (tokens,)."""
         for level in range(self.levels + 1):
@@ -184,6 +189,10 @@ class TokenPartition(Partition):
         """The tokens [start, stop) of a stream that `rank` owns."""
         bounds = self._bounds[stream]
         return bounds[rank], bounds[rank + 1]
+
+    def buffers_of(self, rank: int) -> Hashable:
+        # Sequences of as many tokens share buffers, so that of two ranks the one with fewer may need more.
+        return tuple(counts[rank] for counts in self._counts.values())
 
     def of_sequence(self, sequence: Sequence) -> tuple[int, ...]:
         """Numbers of tokens of a sequence that each rank owns."""

@@ -59,17 +59,21 @@ def most_buffer_bytes(
     Raises:
         InvalidRequest: such a gang cannot share such a call.
     """
-    # The first has most rows, tokens and heads, the second halos on both sides.
-    gang = [AbsentPeers(rank, world_size, META) for rank in {0, min(1, world_size - 1)}]
-    calls = list(calls)
+    calls, first = list(calls), AbsentPeers(0, world_size, META)
+    dealt = network.deal(calls, first, config)
+    made = calls if dealt is None else dealt.of_halves
+    shares = [network.share(call, first, config) for call in made]
 
-    def of_step(rank: Communicator) -> int:
-        dealt = network.deal(calls, rank, config)
-        made = calls if dealt is None else dealt.of_halves
-        each = (buffer_bytes(network, call, network.share(call, rank, config), config) for call in made)
+    def of_step(rank: int) -> int:
+        own = AbsentPeers(rank, world_size, META)
+        each = (buffer_bytes(network, call, network.share(call, own, config), config) for call in made)
         return sum(each) if dealt is None else max(each)
 
-    return max(map(of_step, gang))
+    unlike = {
+        tuple(share.partition.buffers_of(rank) for share in shares): rank
+        for rank in reversed(range(min(share.partition.world_size for share in shares)))
+    }
+    return max(map(of_step, unlike.values()))
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -122,6 +126,10 @@ class Room:
         if len(self._known) > MAX_SHAPES:
             self._known.popitem(last=False)
         return needed
+
+    def forget(self) -> None:
+        """Forget what is known of shapes: the network's layers are others."""
+        self._known.clear()
 
     def refusal(self, needed: int, what: str, config: ParallelConfig) -> str:
         """The message of an error where there is too little room."""

@@ -43,10 +43,12 @@ class Patch:
     def padded(self, input: torch.Tensor, window: Window) -> PaddedPatch:
         """The buffer between whose halo rows `input` goes, one for all layers that are alike.
 
+        It is in the memory format of the first one's input.
+
         Args:
             input: (batch, channels, this rank's rows, columns).
         """
-        key = (input.shape, input.stride(), input.dtype, window)
+        key = (input.shape, input.dtype, window)
         padded = self._padded.get(key)
         if padded is None:
             padded = self._padded[key] = PaddedPatch(self.partition, self.rank, input, window)

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.collective.absent import AbsentPeers
-from distriray.config import MIXES
+from distriray.config import MIXES, Mix
 from distriray.denoise import Denoiser
 from distriray.errors import OutOfMemory
 from distriray.parallel import engine_of
@@ -50,6 +50,8 @@ U_NETS = [
     partial(tiny_sdxl, **SHALLOW | {"attention_head_dim": (1, 8)}),
     partial(tiny_sd15, **SHALLOW_SD | {"attention_head_dim": 4}),
 ]
+STALE_STATISTICS = Mix(statistics="stale", halos_width="int8")
+"""Of which no step may send a norm's statistics with the rows of its convolution."""
 TOLD = "gpu7 has 0.0 GB free beside weights of 1.0 GB"
 
 
@@ -92,7 +94,10 @@ def test_buffers_of_a_transformer_are_what_was_estimated(name: str, ranks: int, 
     assert told == {max(held for _, held in everyone)}
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("flux", 4), ("flux", 5), ("flux3-references", 4)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("flux", 4), ("flux", 5), ("flux3", 3), ("flux3-references", 4), ("flux3-references", 6)],
+)
 def test_the_rank_that_needs_most_is_among_those_that_an_estimate_looks_at(name: str, ranks: int) -> None:
     transformer = TRANSFORMERS[name]
     config = ParallelConfig(exchange="sync", attention="ulysses", cfg_parallel=False)
@@ -207,23 +212,29 @@ def test_what_is_known_of_a_shape_is_known_of_each_rank() -> None:
     assert [room.needed(engine.network, calls[0], rank, config) for rank in ranks] == own
 
 
-def adapted_unet() -> Any:
+def draw_some(unet: Any, **inputs: Any) -> None:
+    engine = engine_of(unet)
+    assert engine is not None
+    with engine.image():
+        for step in range(2):
+            unet(sample(step), 900.0 - step, **INPUTS, **inputs)
+
+
+def adapt(network: Any, *layers: str) -> Any:
     torch.manual_seed(0)  # of the adapter
-    unet: Any = tiny_sdxl_unet()
-    unet.add_adapter(LoraConfig(r=2, target_modules=["conv1", "conv_shortcut", "to_k"]))
-    return unet
+    network.add_adapter(LoraConfig(r=2, target_modules=list(layers)))
+    return network
 
 
-@pytest.mark.parametrize("in_use", [True, False])
-def test_buffers_of_adapted_convolutions_are_what_was_estimated(in_use: bool) -> None:
-    config = ParallelConfig(exchange="displaced", warmup_steps=1, cfg_parallel=False)
+def adapted_unet() -> Any:
+    return adapt(tiny_sdxl_unet(**SHALLOW), "conv1", "conv_shortcut", "to_k")
 
-    def draw_some(unet: Any) -> None:
-        engine = engine_of(unet)
-        assert engine is not None
-        with engine.image():
-            for step in range(2):
-                unet(sample(step), 900.0 - step, **INPUTS)
+
+@pytest.mark.parametrize(
+    ("exchange", "in_use"), [("displaced", True), ("displaced", False), (STALE_STATISTICS, True)], ids=str
+)
+def test_buffers_of_adapted_convolutions_are_what_was_estimated(exchange: Any, in_use: bool) -> None:
+    config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
 
     def rank(communicator: Communicator) -> tuple[int, int]:
         unet = adapted_unet()
@@ -248,6 +259,51 @@ def test_what_is_known_of_a_shape_is_known_by_the_adapters_in_use() -> None:
     assert needed() < adapted
     unet.enable_adapters()
     assert needed() == adapted
+
+
+def test_what_is_known_of_a_shape_is_known_by_the_adapters_of_controlnets() -> None:
+    config, peers = ParallelConfig(exchange="displaced"), AbsentPeers(1, 3, torch.device("meta"))
+    unet, room = tiny_sdxl_unet(), Room(0, TOLD)
+    control = tiny_controlnet(unet)
+    embed, engine = split(adapt(control, "conv1")), engine_of(parallelize(unet, connect("local"), config))
+    assert engine is not None
+    network: Any = engine.network
+    network.controls = {"edges": control}
+    calls = watched(network)
+    controls = [UsedControl("edges", control, embed(torch.zeros(1, 3, 160, 96)), 1.0)]
+    unet(sample(0), 900.0, **INPUTS, controls=controls)
+    needed = partial(room.needed, network, calls[0], peers, config)
+    adapted = needed()
+    control.disable_adapters()
+    assert needed() < adapted
+
+
+def test_what_is_known_of_a_shape_is_forgotten_where_an_adapter_is_replaced_by_another_of_its_name() -> None:
+    config, peers = ParallelConfig(exchange="displaced"), AbsentPeers(1, 3, torch.device("meta"))
+    unet: Any = tiny_sdxl_unet()
+    engine = engine_of(parallelize(unet, connect("local"), config))
+    assert engine is not None
+    room = engine.exchanges.room = Room(10**9, TOLD)
+    calls, known = watched(engine.network), []
+    for layer in ("conv1", "conv2"):  # there are as many of both
+        draw_some(adapt(unet, layer))
+        share = engine.network.share(calls[-1], peers, config)
+        known.append(buffer_bytes(engine.network, calls[-1], share, config))
+        assert room.needed(engine.network, calls[-1], peers, config) == known[-1]
+        unet.unload_lora()
+    assert known[0] != known[1]
+
+
+@pytest.mark.parametrize("exchange", ["sync", "displaced"])
+def test_layers_of_one_shape_share_a_buffer_whatever_memory_formats_their_inputs_have(exchange: Any) -> None:
+    config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
+
+    def rank(communicator: Communicator) -> tuple[int, int]:
+        unet: Any = tiny_sdxl_unet(**SHALLOW).to(memory_format=torch.channels_last)
+        return told_and_held(communicator, unet, draw_some, config)
+
+    everyone = run_in_lockstep(2, rank)
+    assert {told for told, _ in everyone} == {max(held for _, held in everyone)}
 
 
 def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> None:

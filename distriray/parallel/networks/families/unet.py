@@ -126,7 +126,7 @@ class UNet(Network):
                 patch_downsample(module)
         for network in self._networks().values():
             spare_messages(network)
-        self._adapted = adapted_convolutions(self.module)
+        self._adapted = [conv for each in self._networks().values() for conv in adapted_convolutions(each)]
         self._text_layers = [
             layer
             for _, module in self._image_layers()
