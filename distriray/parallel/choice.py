@@ -97,8 +97,8 @@ class Chooser:
         measures: whether it is measured where a gang's configuration says `auto`; without it that is `sync`.
 
     Attributes:
-        exchange: of the image that was begun last, what `auto` came to for one; `sync` where there is nothing
-            to exchange.
+        exchange: of the image that this gang began last, what `auto` came to for one; `sync` before it has
+            begun any, and where there is nothing to exchange.
     """
 
     def __init__(self, measures: bool) -> None:
@@ -111,6 +111,7 @@ class Chooser:
     def join(self, communicator: Communicator, config: ParallelConfig) -> None:
         """Choose for this gang; what was measured in others is kept as long as they live."""
         self._communicator, self._config = communicator, config
+        self.exchange = "sync"
 
     def mix(
         self, call: Call, share: Share, has_room: Callable[[Mix], bool], before: Mix | None = None

@@ -112,7 +112,7 @@ class Engine(Uncopied):
             self.communicator = communicator
             self.config = config
             self.lags = communicator.device.type == "cuda"
-            self._chooser.join(communicator, config)
+        self._chooser.join(communicator, config)
         if self.decoder is not None:
             together = config.parallel_vae and communicator.world_size > 1
             self.decoder.communicator = communicator if together else None
@@ -161,9 +161,9 @@ class Engine(Uncopied):
 
     @property
     def exchange(self) -> ExchangeMode | Mix:
-        """How the image that was begun last is shared: what `auto` has chosen, for one.
+        """How the image that the gang began last is shared: what `auto` has chosen, for one.
 
-        `sync` where there is nothing to exchange.
+        `sync` before it has begun any since it was joined, and where there is nothing to exchange.
         """
         return self._chooser.exchange
 

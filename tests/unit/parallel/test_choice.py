@@ -199,6 +199,7 @@ def test_later_images_are_what_the_first_one_showed(
         assert (first[0], second[0], third[0]) == ("sync", expected, expected)
         assert torch.equal(second[1], third[1])
         engine.join(gang, config)  # as for the next request
+        assert engine.exchange == "sync", "which may be done but for its decoding"
         assert images(engine, unet, 1)[0][0] == expected
         pinned = config.model_copy(update={"exchange": expected})
         engine.join(gang, pinned)
