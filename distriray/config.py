@@ -173,6 +173,11 @@ class ParallelConfig(BaseModel):
             return self.exchange
         return MIXES.get(self.exchange)
 
+    @property
+    def first_mix(self) -> Mix | None:
+        """The mix of a gang's first image of a shape, which `auto` measures; None for `none`."""
+        return MIXES["sync"] if self.exchange == "auto" else self.mix
+
     def warmup_of(self, mix: Mix) -> int | Literal["auto"]:
         """Synchronous steps at the start of an image with that mix."""
         measured = mix.is_stale("keys_values") or mix.is_stale("statistics")

@@ -29,7 +29,7 @@ from distriray.parallel.images import Images
 from distriray.parallel.network_graphs import NetworkGraphs
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.outline import Outline
-from distriray.parallel.room import first_mix, most_buffer_bytes
+from distriray.parallel.room import most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
 from distriray.parallel.share import Share
 from distriray.parallel.statistics import StepStatistics
@@ -416,7 +416,7 @@ class Engine(Uncopied):
             if branch.fresh_start:
                 self._guiders.check()
             if takes_other_room:
-                mix = first_mix(self.config) if branch.fresh_start else branch.mix
+                mix = self.config.first_mix if branch.fresh_start else branch.mix
                 self.exchanges.make_room(call, branch, mix)
         except DistrirayError as error:
             refusal = error

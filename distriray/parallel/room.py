@@ -9,7 +9,7 @@ import torch
 
 from distriray.collective.absent import AbsentPeers
 from distriray.collective.base import Communicator
-from distriray.config import MIXES, Mix, ParallelConfig
+from distriray.config import Mix, ParallelConfig
 from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.networks.base import Call, Network
 from distriray.parallel.share import Share
@@ -19,11 +19,6 @@ META = torch.device("meta")
 
 MAX_SHAPES = 1024
 """Shapes whose buffers are known, those used last: whoever asks for pictures chooses the shapes."""
-
-
-def first_mix(config: ParallelConfig) -> Mix | None:
-    """The mix that a gang draws a first image in; None where nothing is exchanged."""
-    return MIXES["sync"] if config.exchange == "auto" else config.mix
 
 
 def buffer_bytes(
@@ -38,7 +33,7 @@ def buffer_bytes(
         network: converted.
         mix: that of a first image unless given.
     """
-    mix = mix or first_mix(config)
+    mix = mix or config.first_mix
     if mix is None or not share.exchanges:
         return 0
     patches = share.partition.world_size

@@ -175,16 +175,21 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
         sleep(0.1)
 
 
+def rows_of(section: Section, psnr: dict[Setting, float], folder: Path) -> list[dict[str, str]]:
+    """The table of two pictures of each setting, a decibel below and above its PSNR."""
+    plan, album = Plan([section], at_once=2), Album(folder)
+    for setting, mean in psnr.items():
+        values = {name: np.zeros(2) for name in ("ssim", "visible", "synchronous")}
+        album.keep(Unit(setting, 0, 2), {"psnr": mean + np.array([-1.0, 1.0]), **values})
+    judge = SimpleNamespace(columns=("count",), summarize=lambda row, alone: (str(len(alone["psnr"])),))
+    report = Table(album, plan, judge).report("", [section], seed=0, settings={})  # type: ignore[arg-type]
+    return [dict(zip(report.columns, row, strict=True)) for row in report.rows]
+
+
 def test_the_table_compares_each_picture_with_the_base_methods(tmp_path: Path) -> None:
     better = replace(BASE, statistics=0.5)
     section = Section("prediction", (BASE, better, replace(BASE, halos=0.5)), 2)
-    plan, album = Plan([section], at_once=2), Album(tmp_path)
-    for setting, psnr in ((BASE.alone, 100.0), (BASE, 40.0), (better, 42.0)):
-        values = {name: np.zeros(2) for name in ("ssim", "visible", "synchronous")}
-        album.keep(Unit(setting, 0, 2), {"psnr": psnr + np.array([-1.0, 1.0]), **values})
-    judge = SimpleNamespace(columns=("count",), summarize=lambda row, alone: (str(len(alone["psnr"])),))
-    report = Table(album, plan, judge).report("", [section], seed=0, settings={})  # type: ignore[arg-type]
-    rows = [dict(zip(report.columns, row, strict=True)) for row in report.rows]
+    rows = rows_of(section, {BASE.alone: 100.0, BASE: 40.0, better: 42.0}, tmp_path)
     assert [row["against base, dB"] for row in rows] == ["-", "+2.0 ± 0.0"], "what was not made is left out"
     assert rows[1]["PSNR, dB"].startswith("42.0") and rows[1]["count"] == "2"
 
@@ -275,14 +280,7 @@ def test_few_steps_are_compared_with_a_converged_schedule_by_what_a_model_takes(
 
 def test_the_table_says_how_near_few_steps_of_one_device_are(tmp_path: Path) -> None:
     few = replace(BASE.alone, steps=10, against="ddim")
-    section = Section("few steps", (few,), 2)
-    plan, album = Plan([section], at_once=2), Album(tmp_path)
-    for setting, psnr in ((few.alone, 100.0), (few, 40.0)):
-        values = {name: np.zeros(2) for name in ("ssim", "visible", "synchronous")}
-        album.keep(Unit(setting, 0, 2), {"psnr": psnr + np.array([-1.0, 1.0]), **values})
-    judge = SimpleNamespace(columns=(), summarize=lambda row, alone: ())
-    report = Table(album, plan, judge).report("", [section], seed=0, settings={})  # type: ignore[arg-type]
-    (row,) = (dict(zip(report.columns, row, strict=True)) for row in report.rows)
+    (row,) = rows_of(Section("few steps", (few,), 2), {few.alone: 100.0, few: 40.0}, tmp_path)
     assert row["PSNR, dB"].startswith("40.0") and row["method"] == "one device, against 200 steps ddim"
     assert row["against base, dB"] == row["synchronous steps"] == "-"
 

@@ -212,12 +212,12 @@ def test_what_is_known_of_a_shape_is_known_of_each_rank() -> None:
     assert [room.needed(engine.network, calls[0], rank, config) for rank in ranks] == own
 
 
-def draw_some(unet: Any, **inputs: Any) -> None:
+def draw_some(unet: Any) -> None:
     engine = engine_of(unet)
     assert engine is not None
     with engine.image():
         for step in range(2):
-            unet(sample(step), 900.0 - step, **INPUTS, **inputs)
+            unet(sample(step), 900.0 - step, **INPUTS)
 
 
 def adapt(network: Any, *layers: str) -> Any:
