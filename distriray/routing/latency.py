@@ -87,13 +87,24 @@ class LatencyModel:
         self.profile = profile
         self.observations = 0
         self._observed: dict[Case, deque[float]] = {}
-        self._shared: deque[float] = deque(maxlen=WINDOW)
+        self._plain: deque[float] = deque(maxlen=WINDOW)  # ratios to the profile, of all cases together
+        self._others: deque[float] = deque(maxlen=WINDOW)  # of those that compute something besides
         self._times: dict[tuple[Case, bool], Times] = {}
 
     @property
     def knows(self) -> bool:
         """Whether anything was measured or observed: nobody is refused by a guess."""
         return not self.profile.guessed or len(self._shared) >= MIN_OBSERVATIONS
+
+    @property
+    def _shared(self) -> deque[float]:
+        """What counts for cases that were not observed.
+
+        Steps with something besides, whose share is guessed, are better than a guess of all, and worse than
+        measurements.
+        """
+        alone = not self.profile.guessed or len(self._plain) >= MIN_OBSERVATIONS
+        return self._plain if alone else self._others
 
     def times(
         self,
@@ -141,7 +152,8 @@ class LatencyModel:
     ) -> None:
         """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive.
 
-        What else it computed teaches nothing of other cases.
+        Where something else was computed too, it teaches of other cases only a model whose profile is
+        guessed, until that has observed some without.
         """
         key = (gang, height, width, batch, guided, besides)
         ratio = math.log(step_s / self._step_from_profile(lambda e: e.step_s, *key))
@@ -150,8 +162,7 @@ class LatencyModel:
         self._observed[key] = own  # last in order: the first one is forgotten first
         if len(self._observed) > MAX_OBSERVED:
             del self._observed[next(iter(self._observed))]
-        if not besides:
-            self._shared.append(ratio)
+        (self._others if besides else self._plain).append(ratio)
         self.observations += 1
         self._times.clear()
 

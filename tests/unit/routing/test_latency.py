@@ -206,11 +206,21 @@ def test_profiles_from_before_guidance_was_part_of_a_case_are_of_guided_steps(tm
 
 
 def test_a_guess_is_no_knowledge_until_three_segments_were_observed():
-    model, edges = LatencyModel(FOUR.model_copy(update={"guessed": True})), (("control edges 0 1", 0.3),)
-    for _ in range(3):
-        model.observe(1, 512, 512, 1, 0.2, besides=edges)  # which says nothing of other cases
-        assert not model.knows
+    model = LatencyModel(FOUR.model_copy(update={"guessed": True}))
     for _ in range(3):
         assert not model.knows
         model.observe(1, 512, 512, 1, 0.01)
     assert model.knows and LatencyModel(FOUR).knows
+
+
+def test_a_guess_learns_of_steps_with_something_besides_until_it_has_seen_some_without():
+    model, edges = LatencyModel(FOUR.model_copy(update={"guessed": True})), (("references 262144", 1.0),)
+    for _ in range(3):
+        assert not model.knows
+        model.observe(1, 512, 512, 1, 20.0, besides=edges)  # a hundred times what was guessed
+    assert model.knows
+    assert model.step_s(1, 512, 512, 1) == pytest.approx(10.0)
+    assert model.step_s(4, 1024, 1024, 1) == pytest.approx(10.0), "the others too"
+    for _ in range(3):
+        model.observe(1, 1024, 1024, 1, 0.8)
+    assert model.step_s(4, 1024, 1024, 1) == pytest.approx(0.2), "plain steps count where there are enough"
