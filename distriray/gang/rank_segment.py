@@ -51,7 +51,7 @@ class RankSegment:
         self._states, self._mailbox = states, mailbox
         self._state: DenoiseState | None = None  # once this rank was ready
         self._begun = False  # once all were
-        self._awaited = False  # from then on, until no other rank needs this one any more
+        self._awaited = False  # once this rank is to say so, until no other needs it any more
         self._adapters_s = self._prepare_s = self._decode_s = 0.0
         self._fresh_s: list[float] = []
         self._stale_s: list[float] = []
@@ -114,9 +114,10 @@ class RankSegment:
         self._adapters_s = adapters.seconds - switching_s
         self._prepare_s = time.perf_counter() - began - self._adapters_s if order.step == 0 else 0.0
         self._formed_at = self._left_at = time.time() - self._prepare_s - self._adapters_s
+        self._awaited = True
         if not all(numbers_of_all(communicator, True)):
             return SegmentEnd.NOT_BEGUN
-        self._begun = self._awaited = True
+        self._begun = True
         try:
             end = self._steps(state)
         finally:

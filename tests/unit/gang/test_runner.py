@@ -153,6 +153,23 @@ def test_one_rank_that_can_neither_prepare_nor_say_so_lets_the_others_go_at_once
     assert isinstance(outcomes[1].error, OutOfMemory) and time.monotonic() - began < 8.0
 
 
+def test_one_rank_that_is_ready_and_cannot_say_so_lets_the_others_go_at_once(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang = Gang(tiny_model, 2)
+    mute = gang.runners[1]._communicators["all"]
+
+    def tell(communicator: Communicator, ready: int) -> list[int]:
+        if communicator is mute:
+            raise torch.OutOfMemoryError("CUDA")
+        return numbers_of_all(communicator, ready)
+
+    monkeypatch.setattr("distriray.gang.rank_segment.numbers_of_all", tell)
+    began, outcomes = time.monotonic(), gang.run()
+    assert [outcome.end for outcome in outcomes] == [SegmentEnd.BROKEN, SegmentEnd.REFUSED]
+    assert isinstance(outcomes[1].error, OutOfMemory) and time.monotonic() - began < 8.0
+
+
 @pytest.mark.parametrize(
     "error",
     [
