@@ -151,11 +151,13 @@ class Job:
         self._become(JobState.RUNNING)
         self.workers, self.serial = workers, serial
         self._first_step, self._sent_at, self._sent = self.step, time.time(), time.monotonic()
-        self._started = self._started or self._sent
-        if self.segments:
-            self.tell(Regrouped(self.request.id, workers, self.step))
-        else:
+        if self.step >= self.num_steps:
+            self._become(JobState.DECODING)
+        if self._started is None:
+            self._started = self._sent
             self.tell(Started(self.request.id, workers))
+        else:
+            self.tell(Regrouped(self.request.id, workers, self.step))
 
     def yield_(self) -> bool:
         """Its workers are wanted elsewhere; whether it has to be told."""

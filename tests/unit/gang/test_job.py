@@ -83,6 +83,18 @@ def test_it_decodes_once_its_steps_are_done_and_yields_no_more() -> None:
     do(scene)
 
 
+def test_a_gang_that_takes_up_what_has_no_steps_left_decodes() -> None:
+    async def scene(job: Job) -> None:
+        job.start((0, 1), 1)
+        job.progress(Progress(6, 6, False))
+        job.break_off()
+        back(job, left(6, B, end=SegmentEnd.BROKEN))
+        job.start((1,), 2)
+        assert job.decoding and job.view().pinned and not job.yield_()
+
+    do(scene)
+
+
 def test_it_is_told_to_yield_once_and_not_when_it_is_cancelled() -> None:
     async def scene(job: Job) -> None:
         job.start((0,), 1)
@@ -102,6 +114,19 @@ def test_a_stream_hears_of_the_first_gang_and_then_of_others() -> None:
         told = [job.events.get_nowait() for _ in range(job.events.qsize())]
         name = job.request.id
         assert told == [Started(name, (0,)), Regrouped(name, (0, 1), 2)]
+
+    do(scene)
+
+
+def test_a_stream_hears_once_that_its_request_is_started_though_nothing_comes_of_the_first_gang() -> None:
+    async def scene(job: Job) -> None:
+        job.start((0,), 1)
+        job.break_off()
+        back(job, SegmentResult({}, lost=(A,)))
+        job.start((1,), 2)
+        told = [job.events.get_nowait() for _ in range(job.events.qsize())]
+        name = job.request.id
+        assert told == [Started(name, (0,)), Regrouped(name, (1,), 0)]
 
     do(scene)
 
