@@ -264,7 +264,7 @@ class Dispatcher:
             waiting=self.waiting,
             running=len(running),
             free=len(self.free),
-            busy=sum(len(job.workers or ()) for job in running),
+            busy=len(self.group.healthy & self.leased),
             down=self.config.workers - len(self.group.healthy),
             repairs=self.group.repaired,
             backlog_s=self.backlog_s(),

@@ -61,7 +61,7 @@ class SegmentOrder:
 
 
 class StateLost(Exception):
-    """A process has not sent the state that it was to: it died before it had, or it cannot."""
+    """What a gang was to be sent, a state or pictures, has not come: its sender died, or cannot send it."""
 
 
 class StopSignal(StrEnum):

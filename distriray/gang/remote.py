@@ -169,7 +169,7 @@ def _own_error(error: BaseException) -> BaseException:
     if isinstance(error, RayTaskError):
         if not isinstance(error.cause, RayActorError | ObjectLostError | RayTaskError):
             return error.cause
-        lost = StateLost(f"the state's sender is gone: {error.cause}")  # an argument's error
+        lost = StateLost(f"lost on the way: {_why(error.cause)}")  # an argument's error
         lost.__cause__ = error
         return lost
     if isinstance(error, RayError):

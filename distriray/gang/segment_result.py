@@ -21,12 +21,14 @@ class SegmentResult:
         lost: the processes that died, hung or failed.
         failures: what the failed ones reported.
         mute: the process that was to send the request's state and has not: what it holds is of no use.
+        unsent: why that, or the request's pictures where nobody was to send a state, have not come.
     """
 
     ranks: dict[WorkerId, RankResult]
     lost: tuple[WorkerId, ...] = ()
     failures: tuple[str, ...] = ()
     mute: WorkerId | None = None
+    unsent: str = ""
 
     @property
     def held(self) -> dict[WorkerId, int]:
@@ -81,5 +83,7 @@ class SegmentResult:
         """Why the gang was interrupted, for the request's owner."""
         causes = {rank.cause for rank in self.ranks.values() if rank.cause} | set(self.failures)
         if self.mute is not None:
-            causes.add(f"worker {self.mute.index} did not send the request's state")
+            causes.add(f"worker {self.mute.index} did not send the request's state: {self.unsent}")
+        elif self.unsent:
+            causes.add(f"the request's pictures did not come: {self.unsent}")
         return sorted(causes) or [f"lost workers {[worker.index for worker in self.lost]}"]

@@ -96,6 +96,7 @@ class RunningSegment:
         lost: list[WorkerId] = []
         failures: list[str] = []
         mute: WorkerId | None = None
+        unsent = ""
         pending, trouble, grace_s = set(self._running), False, 0.0
 
         def give_up(worker: WorkerId, cause: str) -> None:
@@ -118,8 +119,8 @@ class RunningSegment:
                     rank = future.result()
                 except WorkerDied as error:
                     give_up(worker, f"died: {error}")
-                except StateLost:  # it has not begun, as if it were not there
-                    mute = self._sender
+                except StateLost as error:  # it has not begun, as if it were not there
+                    mute, unsent = self._sender, str(error)
                 except Exception as error:
                     give_up(worker, f"failed: {error!r}")
                     failures.append(repr(error))
@@ -142,7 +143,7 @@ class RunningSegment:
                 give_up(self._running[future], cause)
             break  # whatever they say yet, and however long they take to die
         in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
-        return SegmentResult(in_order, tuple(lost), tuple(failures), mute)
+        return SegmentResult(in_order, tuple(lost), tuple(failures), mute, unsent)
 
     def _may_leave_s(self) -> float:
         """Seconds that a rank may take to leave once others left: it hears of it when it next exchanges.

@@ -30,7 +30,15 @@ from distriray.gang.admission import admit
 from distriray.gang.calibrate import calibrate
 from distriray.gang.host import Host
 from distriray.gang.job import Job
-from distriray.gang.messages import Progress, RankResult, SegmentEnd, SegmentOrder, StopSignal, WorkerId
+from distriray.gang.messages import (
+    Progress,
+    RankResult,
+    SegmentEnd,
+    SegmentOrder,
+    StateLost,
+    StopSignal,
+    WorkerId,
+)
 from distriray.gang.metrics import HostMetrics, Name
 from distriray.gang.patience import Patience
 from distriray.gang.profile import make_profile
@@ -353,7 +361,7 @@ def test_holders_that_die_while_a_request_waits_send_it_back_to_the_step_of_the_
 @pytest.mark.parametrize("gang", [(0, 1), (1,)], ids=str)
 @pytest.mark.parametrize("earlier", [(), (2, 3)], ids=["no other has it", "others have an earlier one"])
 def test_a_worker_that_cannot_send_a_state_costs_what_only_it_had_and_no_worker(
-    earlier: tuple[int, ...], gang: tuple[int, ...]
+    earlier: tuple[int, ...], gang: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scene() -> None:
         gangs = [each for each in (earlier, (0,), gang) if each]
@@ -368,6 +376,22 @@ def test_a_worker_that_cannot_send_a_state_costs_what_only_it_had_and_no_worker(
             result = await job.ended
             assert result.segments[-1].workers == gang and result.segments[-1].first_step == kept
             assert len(host.fleet.launched) == 4 and (kept >= 20) == bool(earlier)
+            assert "did not send the request's state: its sender died, or cannot" in caplog.text
+
+    do(scene())
+
+
+def test_a_gang_that_does_not_get_its_pictures_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(*_: object) -> RankResult:
+        raise StateLost("lost on the way: no room in the object store")
+
+    monkeypatch.setattr(FakeWorker, "_run", run)
+
+    async def scene() -> None:
+        async with FakeHost(2, max_attempts=2) as host:
+            with pytest.raises(GangBroken, match="pictures did not come: lost on the way: no room in the"):
+                await host.accept(gang_size=2, image=png(Image.new("RGB", (128, 128)))).ended
+            assert len(host.fleet.launched) == 2
 
     do(scene())
 
@@ -454,6 +478,33 @@ def test_a_host_that_is_closed_shows_no_worker_and_no_request(monkeypatch: pytes
             host.accept()
             await until(lambda: shown.get((Name.WAITING,)) and shown.get((Name.WORKERS, "busy")))
         assert len(shown) == 6 and not any(shown.values())
+
+    do(scene())
+
+
+def test_each_worker_is_busy_free_or_down_while_a_gang_that_lost_one_has_not_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: dict[str, float] = {}
+
+    def note(name: str, value: float, **tags: str) -> None:
+        if name == Name.WORKERS:
+            shown[tags["state"]] = value
+
+    async def scene() -> None:
+        async with FakeHost(4, **opened()) as host:
+            host.fleet.load_s, host.fleet.timeout_s = 1.0, 1.0
+            monkeypatch.setattr(host.dispatcher.metrics, "_set", note)
+            job = host.accept(gang_size=2, num_inference_steps=LONG)
+            await at(job, 3)
+            assert job.workers is not None
+            first, second = (host.fleet.at(index) for index in job.workers)
+            first.hangs = True
+            second.die()
+            await until(lambda: shown.get("down"))
+            assert job.breaking and shown == {"busy": 1, "free": 2, "down": 1}
+            first.hangs = False
+            host.dispatcher.cancel(job)
 
     do(scene())
 
