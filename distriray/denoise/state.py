@@ -182,10 +182,16 @@ class DenoiseState:
     def snapshot(self) -> Snapshot:
         """A snapshot with which `restore` undoes the steps that follow.
 
-        Families and schedulers replace the tensors they remember, and schedulers write into lists; so these
-        are what is copied.
+        Families replace the tensors they remember. Schedulers write into lists, and PNDM's Runge-Kutta steps
+        into a tensor of the latents' shape; so these are what is copied.
         """
-        memory = {k: v.copy() if isinstance(v, list | deque) else v for k, v in vars(self.scheduler).items()}
+
+        def kept(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.shape == self.latents.shape:
+                return value.clone()
+            return value.copy() if isinstance(value, list | deque) else value
+
+        memory = {name: kept(value) for name, value in vars(self.scheduler).items()}
         drawn = [generator.get_state() for generator in self.generators]
         return Snapshot(self.step, dict(self.values), self.network_output, memory, drawn)
 
