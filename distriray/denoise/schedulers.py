@@ -66,6 +66,8 @@ def make_scheduler(model_scheduler: SchedulerMixin, name: SchedulerName | None) 
     """
     config = dict(model_scheduler.config)
     if name is None:
+        # Else what a pipeline set is lost, where the scheduler's file says nothing of it.
+        config.pop("_use_default_values", None)
         return scheduler_class(type(model_scheduler).__name__).from_config(config)
     if not follows_flow(model_scheduler):
         kind, options = SCHEDULERS[name]

@@ -15,9 +15,11 @@ from diffusers import (
     AsymmetricAutoencoderKL,
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
+    DDIMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
     StableDiffusionUpscalePipeline,
 )
 from PIL import Image
@@ -223,6 +225,16 @@ def test_the_users_pipeline_keeps_its_scheduler() -> None:
     finish(denoiser, begin(denoiser, [1], **SMALL, scheduler="euler"))
     assert pipeline.scheduler is scheduler
     assert (dict(scheduler.config), dict(vars(scheduler))) == before
+
+
+def test_what_the_pipeline_sets_of_a_scheduler_whose_file_does_not_say_it_counts() -> None:
+    """It leaves samples unclipped and moves timesteps by one, whatever the scheduler has by default."""
+    parts = {**tiny_sd15(**SHALLOW_SD).components, "scheduler": DDIMScheduler(beta_schedule="scaled_linear")}
+    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    denoiser = Denoiser(pipeline)
+    latents = finish(denoiser, begin(denoiser, [1], **SMALL, guidance_scale=5.0))
+    assert torch.equal(latents, ordinary(pipeline, None, [1], num_inference_steps=3, guidance_scale=5.0))
 
 
 @pytest.mark.parametrize("field", OF_THE_NETWORK)
