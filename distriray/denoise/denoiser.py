@@ -21,7 +21,14 @@ from distriray.denoise.network_output import NetworkOutput
 from distriray.denoise.pipelines.base import Commission, check_finite
 from distriray.denoise.pipelines.registry import PIPELINES, family_of
 from distriray.denoise.pipelines.sizes import configs_of
-from distriray.denoise.schedulers import follows_flow, make_scheduler, scheduler_class, step_count
+from distriray.denoise.schedulers import (
+    FLOW_SCHEDULERS,
+    SCHEDULERS,
+    follows_flow,
+    make_scheduler,
+    scheduler_class,
+    step_count,
+)
 from distriray.denoise.state import DenoiseState
 from distriray.denoise.unused import unused
 from distriray.errors import GangBroken, GangMismatch, InvalidRequest, UnsupportedModel
@@ -29,6 +36,7 @@ from distriray.parallel import engine_of
 from distriray.parallel.networks.base import Call
 from distriray.picture import mask_of, opaque
 from distriray.requests import SamplingParams, image_of
+from distriray.steps import SchedulerName
 
 PREVIEW_SCALE, PREVIEW_SIDE = 0.25, 128  # of the picture, and pixels at most
 
@@ -72,7 +80,7 @@ class Denoiser:
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
         self.terms = PIPELINES[self.family].terms(configs_of(pipeline))
         self.guides = self._steps.guides
-        _check_scheduler(pipeline, self._steps.flow)
+        _check_scheduler(pipeline, self._steps.flow, self.terms.schedulers)
         self.own_steps = step_count(pipeline.scheduler)
         self.scheduler: Any = None  # of the state at hand: the engine looks it up here
         self._last: weakref.ref[DenoiseState] | None = None  # whose step came last,
@@ -332,8 +340,8 @@ def _check_latents(state: DenoiseState) -> None:
     )
 
 
-def _check_scheduler(pipeline: Any, flow: bool) -> None:
-    """Raise `UnsupportedModel` unless a state may hold the model's own scheduler, of the family's kind."""
+def _check_scheduler(pipeline: Any, flow: bool, names: Sequence[SchedulerName]) -> None:
+    """Raise `UnsupportedModel` unless a state may hold the model's own scheduler, one of the family's."""
     own = pipeline.scheduler
     try:
         scheduler_class(type(own).__name__)
@@ -346,6 +354,12 @@ def _check_scheduler(pipeline: Any, flow: bool) -> None:
         raise UnsupportedModel(
             f"the model's own scheduler {type(own).__name__} follows {kinds[not flow]}, and "
             f"{type(pipeline).__name__} denoises by {kinds[flow]}"
+        )
+    taken = [(FLOW_SCHEDULERS if flow else SCHEDULERS)[name].kind.__name__ for name in names]
+    if type(own).__name__ not in taken:  # its steps would not be at the noise levels that the pipeline names
+        raise UnsupportedModel(
+            f"the model's own scheduler {type(own).__name__} is not one for {type(pipeline).__name__}; save "
+            f"the model with {' or '.join(dict.fromkeys(taken))}"
         )
 
 

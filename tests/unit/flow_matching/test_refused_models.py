@@ -14,7 +14,9 @@ from diffusers import (
 )
 
 from distriray.denoise import Denoiser
+from distriray.denoise.schedulers import make_scheduler
 from distriray.errors import UnsupportedModel
+from distriray.steps import SchedulerName
 from tests.models import tiny_sdxl
 from tests.unit.flow_matching.families import MODELS
 
@@ -33,6 +35,19 @@ def test_a_model_with_a_scheduler_of_the_other_kind_or_of_none_is_refused(
     sdxl.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(UnsupportedModel, match="follows flow matching, and .* denoises by noise"):
         Denoiser(sdxl)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"), [("flux-dev", "heun"), ("qwen-image", "unipc"), ("chroma", "dpmpp-2m")]
+)
+def test_a_model_with_a_scheduler_that_its_pipeline_steps_otherwise_is_refused(
+    model: str, kind: SchedulerName
+) -> None:
+    """diffusers' pipeline names the noise levels of its steps, which that scheduler has otherwise or not."""
+    pipeline = MODELS[model]()
+    pipeline.scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler(), kind)
+    with pytest.raises(UnsupportedModel, match=r"is not one for .*; save the model with .*FlowMatchEuler"):
+        Denoiser(pipeline)
 
 
 @pytest.mark.parametrize("model", ["sd3", "flux-dev"])
