@@ -187,6 +187,17 @@ def test_inpainting_equals_the_ordinary_pipeline_also_through_bytes(channels: in
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_network_that_takes_a_mask_draws_from_noise_alone_as_the_ordinary_pipeline() -> None:
+    """Which draws nothing for a picture that neither the noise nor the network begins from."""
+    pipeline = tiny_sdxl(**SHALLOW, in_channels=9)
+    denoiser, other = Denoiser(pipeline), AutoPipelineForInpainting.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    call = {"image": PICTURE, "mask_image": MASK, "num_inference_steps": 2, "guidance_scale": 5.0, **SIZE}
+    expected = other("x", generator=generators([1]), strength=1.0, output_type="latent", **call).images
+    latents = finish(denoiser, begin(denoiser, prompt="x", seeds=[1], **call))
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_keeps_the_rest_with_latents_of_any_width(strength: float) -> None:
     denoiser = Denoiser(tiny_sdxl(latent_channels=8))  # which the ordinary inpainting pipeline refuses

@@ -116,6 +116,17 @@ class InpaintVaeEncoder(StableDiffusionXLInpaintVaeEncoderStep):
     # The inpainting block's own reads `self.vae`, which it has not, where a VAE has latent means.
     _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
 
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        generators = state.get("generator")
+        before = [generator.get_state() for generator in generators]
+        components, state = super().__call__(components, state)
+        if components.num_channels_unet != 4 and state.get("strength") == 1.0:
+            # All begins from noise, and the network takes the masked picture: this one is not looked at.
+            for generator, drawn in zip(generators, before, strict=True):
+                generator.set_state(drawn)
+        return components, state
+
     def prepare_mask_latents(
         self, components: Any, mask: torch.Tensor, masked_image: torch.Tensor, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
