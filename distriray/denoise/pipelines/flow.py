@@ -153,7 +153,8 @@ class FlowMatching(PipelineSteps):
         """The prompt of each branch of guidance, by what the names of the branch's values begin with."""
         prompts = {"": commission.params.prompt}
         if self.is_guided(commission.guidance_scale):
-            prompts["negative_"] = commission.params.negative_prompt or self.unsaid
+            negative = commission.params.negative_prompt
+            prompts["negative_"] = self.unsaid if negative is None else negative
         return prompts
 
     def shift(self, commission: Commission, tokens: int) -> float:

@@ -19,6 +19,7 @@ from tests.unit.flow_matching.ordinary import check_numbers
     [
         {"guidance_scale": 1.0},
         {"guidance_scale": 3.0, "negative_prompt": "fog"},
+        {"guidance_scale": 3.0, "negative_prompt": ""},  # against nothing, and not against what is unsaid
         {"guidance_scale": 3.0, "negative_prompt": "fog over all of the lake, " * 30},  # more than it reads
     ],
 )
