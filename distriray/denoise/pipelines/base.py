@@ -100,6 +100,11 @@ class Commission:
         return self.params.num_inference_steps
 
     @property
+    def scheduler_name(self) -> str:
+        """As it was asked for, or the class of the model's own."""
+        return self.params.scheduler or type(self.scheduler).__name__
+
+    @property
     def guidance_scale(self) -> float:
         assert self.params.guidance_scale is not None
         return self.params.guidance_scale

@@ -310,7 +310,7 @@ class FlowMatching(PipelineSteps):
         if config.get("use_dynamic_shifting", False):
             if "mu" not in signature(scheduler.set_timesteps).parameters:
                 raise InvalidRequest(
-                    f"scheduler {commission.params.scheduler} cannot shift by the size, as this model does",
+                    f"scheduler {commission.scheduler_name} cannot shift by the size, as this model does",
                     "scheduler",
                 )
             options["mu"] = self.shift(commission, prod(self.grid(commission.height, commission.width)))
@@ -326,7 +326,7 @@ class FlowMatching(PipelineSteps):
         """The timesteps of a request's strength; raises InvalidRequest."""
         if not hasattr(commission.scheduler, "scale_noise"):
             raise InvalidRequest(
-                f"scheduler {commission.params.scheduler} cannot begin from an image with this model; use "
+                f"scheduler {commission.scheduler_name} cannot begin from an image with this model; use "
                 "euler",
                 "scheduler",
             )

@@ -10,6 +10,7 @@ import torch
 from diffusers import FluxFillPipeline, FluxPipeline
 
 from distriray.denoise import Denoiser
+from distriray.denoise.schedulers import make_scheduler
 from distriray.errors import InvalidRequest, UnsupportedModel
 from tests.models import tiny_chroma, tiny_flux, tiny_flux2, tiny_flux_fill, tiny_flux_schnell
 from tests.unit.flow_matching.families import SMALL, begin
@@ -26,6 +27,13 @@ def test_the_scale_of_guidance_is_an_input_of_flux_dev(scale: float) -> None:
     latents = finish(denoiser, begin(denoiser, [3], prompt="a lake", **call))
     assert torch.equal(latents, plain(pipeline, [3], **call))
     assert not torch.equal(latents, plain(pipeline, [3], **{**call, "guidance_scale": 3.5}))
+
+
+def test_a_scheduler_of_the_models_own_that_begins_from_no_image_is_named() -> None:
+    pipeline = tiny_flux()
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, "unipc")
+    with pytest.raises(InvalidRequest, match="^scheduler UniPCMultistepScheduler cannot begin from an image"):
+        begin(Denoiser(pipeline), [1], **SMALL, image=PICTURE)
 
 
 @pytest.mark.parametrize("make", [tiny_flux, tiny_flux_schnell])
