@@ -50,9 +50,13 @@ def make_profile(
 
 
 def device_of(config: HostConfig, facts: WorkerFacts) -> str:
-    """The hardware that a profile applies to: "N x device", and for what that was compiled."""
+    """The hardware that a profile applies to: "N x device", the gangs lent, and for what that was compiled.
+
+    A gang that gains nothing by a profile is never tried: a size that it lacks would never be lent.
+    """
+    gangs = f" in gangs of {' '.join(map(str, config.sizes))}"
     compiled = f" compiled for {' '.join(config.compile)}" if config.compile else ""
-    return f"{config.workers} x {facts.device_name}{compiled}"
+    return f"{config.workers} x {facts.device_name}{gangs}{compiled}"
 
 
 def warmup_steps(config: HostConfig) -> int:

@@ -37,7 +37,7 @@ def kept(folder: Path, **config: Any) -> Profile:
 
 
 def path_in(folder: Path) -> Path:
-    return Profile.path(folder, "m", "4 x cpu", __version__)
+    return Profile.path(folder, "m", "4 x cpu in gangs of 1 2 4", __version__)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,13 @@ def test_limits_for_clients_are_none_for_a_host_that_measures(tmp_path: Path, co
     assert {entry.gang for entry in profile.entries} == {1, 2, 4}
     assert {busy for busy, _ in profile.contention} == {1, 2, 4}
     assert Profile.load(path_in(tmp_path)) == profile and not profile.guessed
+
+
+def test_a_host_that_lends_other_gangs_measures_its_own(tmp_path: Path) -> None:
+    """By a profile of lone workers alone no gang gains anything, so that none would ever be lent."""
+    lone, all_sizes = kept(tmp_path, gang_sizes=(1,)), kept(tmp_path)
+    assert [{entry.gang for entry in each.entries} for each in (lone, all_sizes)] == [{1}, {1, 2, 4}]
+    assert kept(tmp_path, gang_sizes=(1,)) == lone
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": "m"}', "\x00"])
