@@ -160,12 +160,6 @@ class PoolState:
         """Whether predictions are guesses, by which nobody is refused."""
         return self._latency is None or not self._latency.knows
 
-    def error(self, view: RequestView) -> float:
-        """The relative error to expect of predictions for such a request."""
-        if self._latency is None:
-            return 0.0
-        return self._latency.times(1, *view.shape).error
-
 
 def choose(
     pools: Sequence[PoolState],
@@ -191,7 +185,7 @@ def choose(
     open_ = [(index, r) for index, r in routes if r.host is not None]
     if not open_:
         return min(routes, key=lambda option: option[1].finish_s)
-    best_index, best = min(open_, key=lambda option: (not option[1].meets, option[1].finish_s))
-    slack = error_margin * pools[best_index].error(views[best_index]) * (best.finish_s - now_s)
+    _, best = min(open_, key=lambda option: (not option[1].meets, option[1].finish_s))
+    slack = error_margin * best.error * (best.finish_s - now_s)
     near = [o for o in open_ if o[1].meets == best.meets and o[1].finish_s - best.finish_s <= slack]
     return draw.choices(near, weights=[len(pools[index].members) for index, _ in near])[0]

@@ -331,7 +331,7 @@ class Router:
                 # rounded up, so that it is one that could be met
                 raise DeadlineUnmet(f"{message}; {ceil(10 * could_s) / 10:g} s is possible now", could_s)
             if not client.state.guesses:
-                self._check_patience(attempts, chosen[1].finish_s - now, client.state.error(view), now)
+                self._check_patience(attempts, chosen[1].finish_s - now, chosen[1].error, now)
             client.state.send(chosen[1], view, now)
             return client, chosen[1].host, asked
         down = [(client, asked) for client, asked, _ in fits if not drawn[client]]

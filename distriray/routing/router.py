@@ -66,6 +66,7 @@ class Route:
         finish_s: one of two times: with a host, when the request would be done there; without, when a place
             in a queue may come free.
         meets: whether that is by its deadline, within what the model is sure of; a guess is sure of nothing.
+        error: relative, of the prediction for the gang that it would have there; 0 without a host.
         state: the chosen host's state with the request in it, for the router to go on with until the host
             publishes again.
     """
@@ -73,13 +74,15 @@ class Route:
     host: str | None
     finish_s: float
     meets: bool
+    error: float = 0.0
     state: HostState | None = None
 
 
 class _Option(NamedTuple):
-    """A host that a request could go to, and how it would run there, done at `finish_s`."""
+    """A host that a request could go to, and how it would run there; `finish_s` and `error` as in `Route`."""
 
     finish_s: float
+    error: float
     state: HostState
     reservation: Reservation
     candidate: Candidate
@@ -157,16 +160,16 @@ def route(
     options = [option for state in states if (option := _option(state, request, now_s, model)) is not None]
     if not options:
         return Route(None, now_s + min((_drain_s(state) for state in states), default=inf), False)
-    best = min(option.finish_s for option in options)
-    error = model.times(1, *request.shape).error
-    slack_s = error_margin * error * (best - now_s)
+    soonest = min(options, key=lambda option: option.finish_s)
+    best = soonest.finish_s
+    slack_s = error_margin * soonest.error * (best - now_s)
 
     def near(option: _Option) -> bool:
         return option.finish_s - best <= slack_s + max(0.0, now_s - option.state.published_s)
 
     good = [option for option in options if near(option)]
     most = max(option.state.holds(request.adapters) for option in good)
-    finish_s, state, reservation, candidate = draw.choice(
+    finish_s, error, state, reservation, candidate = draw.choice(
         [option for option in good if option.state.holds(request.adapters) == most]
     )
     meets = request.deadline_s is None or not model.knows or best - slack_s <= request.deadline_s
@@ -183,7 +186,7 @@ def route(
         waiting=state.waiting + 1,
         adapters=state.adapters.union(request.adapters),
     )
-    return Route(state.host, finish_s, meets, after)
+    return Route(state.host, finish_s, meets, error, after)
 
 
 def _option(state: HostState, request: RequestView, now_s: float, model: LatencyModel) -> _Option | None:
@@ -202,7 +205,8 @@ def _option(state: HostState, request: RequestView, now_s: float, model: Latency
     reservation = _soonest(Timeline.of(steps, now_s), candidate)
     if reservation is None:
         return None
-    return _Option(reservation.end_s + delay_s, state, reservation, candidate)
+    error = model.times(reservation.spans[-1].size, *request.shape).error
+    return _Option(reservation.end_s + delay_s, error, state, reservation, candidate)
 
 
 def predicted_s(view: HostView, request: RequestView, model: LatencyModel) -> float:

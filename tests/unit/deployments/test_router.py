@@ -470,6 +470,20 @@ def test_what_would_be_given_up_before_it_is_done_is_refused_and_says_so() -> No
     assert len(handle.calls) == 2 and handle.calls[0][1].deadline_s is None
 
 
+def test_the_patience_of_a_client_is_held_against_what_is_known_of_the_gang_that_it_would_have() -> None:
+    """Nobody has measured a lone worker where none is lent."""
+    lent = {"workers": 8, "gang_sizes": (8,)}
+    handle = FakeHandle("a")
+    handle.config = HostConfig(**lent)  # type: ignore[arg-type]
+    profile = model_of().profile
+    entries = tuple(entry.model_copy(update={"gang": 8}) for entry in profile.entries)
+    handle.latency = LatencyModel(profile.model_copy(update={"entries": entries}))
+    pools = AppConfig.model_validate({"pools": [{"name": "pool", **lent}]})
+    service = Router(pools, {"pool": handle}, random.Random(0), CREATED)  # type: ignore[dict-item]
+    with pytest.raises(TooLong, match="about 10 s"):
+        asyncio.run(service.generate(request(), 8.0))
+
+
 def test_what_is_queued_counts_against_the_patience_of_a_client() -> None:
     handle = FakeHandle("a", waiting=2)
     with pytest.raises(TooLong, match="about 30 s"):

@@ -66,6 +66,25 @@ def test_a_deadline_goes_before_what_has_none_and_may_be_met_on_a_full_host():
     assert route([late], request(deadline=2.0), 0.0, MODEL, random.Random(0)).meets
 
 
+def test_a_prediction_is_as_sure_as_the_gang_that_it_is_of():
+    """A pool that lends one size is measured in that size alone, and a lone worker is far from it."""
+    model = LatencyModel(MODEL.profile.model_copy(update={"entries": MODEL.profile.entries[-1:]}))
+    alone, eight = (model.times(gang, 2048, 2048, 1) for gang in (1, 8))
+    assert (alone.error, eight.error) == pytest.approx((0.5, 0.05))
+    takes_s = eight.run_s(0, 50)
+
+    def published(name, *requests):
+        return publish(name, HostView(0.0, tuple(range(8)), (8,), requests), model)
+
+    def chosen(states, deadline=None, seed=0):
+        return route(states, request("new", 2048, deadline=deadline), 0.0, model, random.Random(seed))
+
+    free, later = published("a"), published("b", request("r", 2048, done=30, workers=tuple(range(8))))
+    assert chosen([free]).error == pytest.approx(0.05)
+    assert not chosen([free], 0.9 * takes_s).meets and chosen([free], 0.96 * takes_s).meets
+    assert {chosen([free, later], seed=seed).host for seed in range(20)} == {"a"}
+
+
 def test_full_queues_say_when_to_come_back():
     full = busy("a", max_waiting=0)
     chosen = route([full], request(), 0.0, MODEL, random.Random(0))
