@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from contextvars import Context
+from math import inf
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -82,6 +83,7 @@ class PoolClient:
         await self._meet()
         state, now_s = self.state, time.monotonic()
         since_s = now_s if news else now_s - self._refresh_s
+        until_s = inf if news else now_s + PATIENCE_S
         drawn = self._draw.sample(state.members, min(choices, len(state.members)))
         if adapters and drawn and (holders := state.holders(adapters)) and not set(holders) & set(drawn):
             drawn[-1] = self._draw.choice(holders)
@@ -92,14 +94,15 @@ class PoolClient:
                 if host in self._asking or state.asked_s(host) < since_s
             }
             if waited := [ask for host, ask in asks.items() if host not in state.silent]:
-                await self._wait(waited, drawn, None if news else PATIENCE_S)
+                await self._wait(waited, drawn, until_s)
         answered = [host for host in drawn if state.knows(host, since_s)]
         known = [host for host in drawn if host in state.hosts]
         return answered or [host for host in known if host not in state.silent] or known
 
-    async def _wait(self, asks: list[asyncio.Task[None]], drawn: list[str], patience_s: float | None) -> None:
+    async def _wait(self, asks: list[asyncio.Task[None]], drawn: list[str], until_s: float) -> None:
         """Wait for reports, each of which comes or fails within `REPORT_S`."""
-        _, rest = await asyncio.wait(asks, timeout=patience_s)
+        left_s = None if until_s == inf else max(0.0, until_s - time.monotonic())
+        _, rest = await asyncio.wait(asks, timeout=left_s)
         if rest and not any(host in self.state.hosts for host in drawn):
             await asyncio.wait(rest, return_when=asyncio.FIRST_COMPLETED)
 
@@ -263,7 +266,7 @@ class PoolClient:
 
         They end with `Finished` or an error.
         """
-        if again:
+        if again or (host, request.id) in self._calling_off:  # of an earlier caller, who left
             await self._cleared(host, request)
         response = getattr(self._streaming, method).remote(host, request, self._router)
         events, leaves, over = aiter(response), True, False

@@ -256,7 +256,7 @@ class Router:
     async def _look(
         self, clients: list[PoolClient], choices: int, request: GenerationRequest, news: bool = False
     ) -> dict[PoolClient, list[str]]:
-        adapters = [lora.name for lora in request.loras]
+        adapters = [lora.name for lora in request.loras if lora.scale]
         found = await asyncio.gather(*(client.look(choices, news, adapters) for client in clients))
         return dict(zip(clients, found, strict=True))
 
@@ -308,8 +308,11 @@ class Router:
     def _choose(
         self, attempts: Attempts, drawn: Mapping[PoolClient, list[str]]
     ) -> tuple[PoolClient, str | None, GenerationRequest]:
-        """`_find` by what is known of the hosts that were drawn."""
+        """`_find` by what is known of the hosts that were drawn, of which some may be lost meanwhile."""
         now = time.monotonic()
+        drawn = {
+            client: [host for host in hosts if host in client.state.hosts] for client, hosts in drawn.items()
+        }
         request, left_s = attempts.request, attempts.left_s(now)
         if left_s is not None:
             request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})

@@ -705,6 +705,54 @@ def test_a_host_that_hangs_is_waited_for_once_by_the_requests_that_draw_it() -> 
     assert all(host != "host-0" for host, _ in handle.calls[1:])
 
 
+def test_a_request_waits_for_a_host_that_hangs_no_longer_than_for_its_patience() -> None:
+    async def scene() -> float:
+        await service.generate(request())
+        handle.deaf = {"a"}
+        began_s = time.monotonic()
+        await service.generate(request())
+        return time.monotonic() - began_s
+
+    handle = FakeHandle("a", "b")
+    service = front(refresh_s=0.0, pool=handle)
+    assert asyncio.run(scene()) < 1.5 * pool_client.PATIENCE_S
+
+
+def test_a_host_that_dies_while_others_are_asked_is_not_compared() -> None:
+    """It was drawn, and another request found it dead before the reports of another pool were there."""
+
+    async def scene() -> None:
+        one, _ = service._clients
+        await one.look(8)
+        alive.deaf = {"b"}
+        asked = asyncio.ensure_future(service.generate(request()))
+        while not alive.asked["report"]:
+            await asyncio.sleep(0)
+        one.state.lost("a", time.monotonic())
+        dies.hosts, alive.deaf = [], set()
+        assert (await asked).images
+
+    dies, alive = FakeHandle("a"), FakeHandle("b", waiting=4)
+    service = front(dies=dies, alive=alive)
+    asyncio.run(scene())
+    assert [host for host, _ in dies.calls] == ["woken-0"] and not alive.calls
+
+
+def test_an_adapter_that_is_to_do_nothing_decides_for_no_host() -> None:
+    async def scene() -> None:
+        client = service._clients[0]
+        await client.look(20)
+        state = client.state.hosts["host-19"]
+        client.state.hosts["host-19"] = replace(state, adapters=frozenset({"ink"}))
+        loras = [{"name": "ink"}, {"name": "neon", "scale": 0.0}]
+        for _ in range(10):
+            (drawn,) = (await service._look([client], 1, request(loras=loras))).values()
+            assert drawn == ["host-19"]
+
+    service = front(pool=FakeHandle(*(f"host-{i}" for i in range(20))))
+    asyncio.run(scene())
+
+
 def test_a_host_that_answers_when_it_has_left_is_not_taken_back() -> None:
     async def scene() -> set[str]:
         await service.generate(request())
@@ -1246,6 +1294,27 @@ def test_the_only_host_gets_it_again_when_it_wakes_and_nothing_of_before_is_in_t
         asyncio.get_running_loop().call_later(0.35, handle.hears.set)
         assert (await service.generate(request(id="mine"))).images
         assert not handle.jobs
+
+    asyncio.run(scene())
+
+
+def test_what_was_called_off_takes_nothing_of_the_same_name_with_it_that_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program that gave up waiting asks for the same again, before the host knew of it."""
+
+    async def scene() -> None:
+        monkeypatch.setattr(pool_client, "CALL_OFF_S", 0.005)
+        handle = Deaf(heard_late=False)
+        handle.takes_s = 0.2
+        handle.hears.set()
+        service, asked = front(refresh_s=0.0, accept_s=60.0, pool=handle), request(id="mine")
+        leaving = asyncio.create_task(service.generate(asked))
+        while not handle.came:
+            await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        assert (await service.generate(asked)).images
 
     asyncio.run(scene())
 
