@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distriray.arguments import non_negative_number, positive, positive_number, writable
+from distriray.routing.buddy import check_gang_sizes
 from distriray.routing.latency import LatencyModel
 from distriray.routing.profile import Profile
 from distriray.routing.simulation.comparison import LoadCase, Row, contenders, measure
@@ -42,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--gang-sizes {max(options.gang_sizes)} exceeds the {options.workers} workers of a host"
         )
     try:
+        check_gang_sizes(options.gang_sizes)
         profile = (
             Profile.load(options.profile)
             if options.profile
             else trial_profile(options.regroup_s, options.sync)
         )
-        if options.trace and not any(read_trace(options.trace)):
+        if options.trace and not sum(1 for _ in read_trace(options.trace)):
             parser.error(f"--trace {options.trace} has no request")
     except (OSError, ValueError) as error:
         parser.error(str(error))

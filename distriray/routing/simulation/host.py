@@ -245,5 +245,7 @@ def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: b
         pinned=pinned,
         guided=view.guided,
         unguided_steps=view.unguided_steps,
+        fresh=view.fresh,
+        adapters=view.adapters,
         besides=view.besides,
     )

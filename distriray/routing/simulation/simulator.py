@@ -34,7 +34,10 @@ class _Routers:
         self.states: list[dict[int, HostState]] = [{} for _ in range(fleet.routers)]
 
     def send(self, request: RequestView, report: TraceReport) -> None:
-        """Give a request to a host, or refuse it."""
+        """Give a request to a host, or refuse it, as what no host has a gang for."""
+        if not any(map(request.allows, self.fleet.gang_sizes)):
+            report.refused += 1
+            return
         if len(self.hosts) == 1 and not self.fleet.refuse:
             self.hosts[0].submit(request)
             return

@@ -87,11 +87,18 @@ class Workload:
 
 
 def read_trace(path: Path | str) -> Iterator[Arrival]:
-    """The requests of a trace file, one at a time; raises pydantic.ValidationError at a bad line."""
+    """The requests of a trace file, one at a time; raises ValueError at a bad line, or one out of order."""
+    last_s = 0.0
     with Path(path).open(encoding="utf-8") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                yield Arrival.model_validate(json.loads(line))
+                arrival = Arrival.model_validate(json.loads(line))
+                if arrival.at_s < last_s:
+                    raise ValueError(
+                        f"line {number}: at_s {arrival.at_s:g} is before {last_s:g}; sort by at_s"
+                    )
+                last_s = arrival.at_s
+                yield arrival
 
 
 def kinds_of(profile: Profile) -> tuple[Kind, ...]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from distriray.routing.profile import Entry, Profile
 from distriray.routing.quantiles import Quantiles
 from distriray.routing.simulation.__main__ import main
 from distriray.routing.simulation.fleet import SimulatedFleet
+from distriray.routing.simulation.host import _with
 from distriray.routing.simulation.simulator import simulate
 from distriray.routing.simulation.workload import (
     SKEWED_KINDS,
@@ -26,6 +28,7 @@ from distriray.routing.simulation.workload import (
     read_trace,
     trial_profile,
 )
+from tests.unit.routing.test_policies import request
 
 MODEL = LatencyModel(trial_profile())
 EXACT = LatencyModel(
@@ -249,6 +252,20 @@ def test_refusing_keeps_latencies_short():
     assert report.latency.at(0.99) < 20
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_what_no_gang_fits_is_refused_and_not_waited_for(hosts):
+    arrivals = [arrival(0.0, gang_size=3), arrival(1.0, max_gang=1), arrival(2.0)]
+    fleet = SimulatedFleet(hosts=hosts, workers=4, gang_sizes=(2, 4))
+    report = simulate(arrivals, Elastic(), EXACT, fleet)
+    assert (report.arrived, report.refused, report.latency.count) == (3, 2, 1)
+
+
+def test_what_runs_is_in_all_else_as_it_came():
+    view = request(fresh=True, adapters=("ink",), besides=(("lora ink", 0.3),), unguided_steps=3, priority=2)
+    seen = replace(view, steps_done=4, workers=(0, 1), prepared=True, pinned=True)
+    assert _with(view, 4, (0, 1), True) == seen
+
+
 def test_a_trace_file_is_read_line_by_line(tmp_path, capsys):
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(arrival(float(i), deadline_s=60.0).model_dump_json() + "\n" for i in range(3)))
@@ -293,12 +310,17 @@ def test_the_command_names_the_policies_that_there_are(capsys):
         ("--trace bad", "Expecting value"),
         ("--trace tall.jsonl", "height\n  Input should be greater than or equal to 1"),
         ("--trace empty.jsonl", "--trace empty.jsonl has no request"),
+        ("--trace back.jsonl", "line 2: at_s 1 is before 2; sort by at_s"),
+        ("--gang-sizes 3 4", "gang sizes [3, 4] do not nest"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_simulate(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").write_text("nothing")
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "back.jsonl").write_text(
+        "".join(f'{{"at_s": {at_s}, "height": 64, "width": 64}}\n' for at_s in (2.0, 1.0))
+    )
     (tmp_path / "tall.jsonl").write_text('{"at_s": 0.0, "height": 0, "width": 64}')
     with pytest.raises(SystemExit) as end:
         main(arguments.split())
