@@ -41,6 +41,7 @@ class Script:
     gangs: list[Workers]
     every: int = 1
     review_s: float | None = 0.005
+    regroups: bool = True
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         (request,) = view.requests

@@ -143,6 +143,7 @@ class Dispatcher:
             workers=tuple(sorted(self.group.healthy - breaking)),
             gang_sizes=self.config.sizes,
             requests=tuple(job.view() for job in self.jobs.values() if not job.breaking),
+            regroups=self.policy.regroups,
         )
 
     def repair_s(self) -> float | None:

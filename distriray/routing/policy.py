@@ -85,12 +85,14 @@ class HostView:
         workers: ids of the healthy workers, out of 0 … n-1 (a gang is aligned by these ids).
         gang_sizes: what the pool allows, ascending, each dividing the next.
         requests: every unfinished request, waiting or running, in order of arrival.
+        regroups: as its policy's.
     """
 
     now_s: float
     workers: Workers
     gang_sizes: tuple[int, ...]
     requests: tuple[RequestView, ...]
+    regroups: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,11 @@ class HostPolicy(Protocol):
     @property
     def review_s(self) -> float | None:
         """Ask again so many seconds after the last time, if nothing has happened by then; None: never."""
+        ...
+
+    @property
+    def regroups(self) -> bool:
+        """Whether what runs may have to leave for others; if not, predictions leave it its gang."""
         ...
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:

@@ -32,7 +32,8 @@ class HostState:
     """The state that a host publishes when asked. Times are seconds on a clock that the fleet shares.
 
     Attributes:
-        capacity_beside_deadlines: over time, beside the requests whose deadlines can be met.
+        capacity_beside_deadlines: over time, beside the requests whose deadlines can be met, and beside those
+            that run where nobody has to leave.
         capacity_beside_all: over time, beside all requests that were fitted one by one.
         backlog_s: seconds of all its workers that stand before a new request and that
             `capacity_beside_all` does not count.
@@ -105,6 +106,9 @@ def publish(
     if repaired:
         view = replace(view, workers=tuple(repaired))
         steps.append(CapacityStep(now + repair_s, Capacity.of(view)))
+    if not view.regroups:
+        held = (r if r.workers is None else replace(r, gang_size=len(r.workers)) for r in view.requests)
+        view = replace(view, requests=tuple(held))
     workers, capacity = len(view.workers), steps[-1].capacity
     costs_of = costs_by_request(view, model)
     known = [(r, costs) for r in view.requests if (costs := costs_of(r)).sizes]
@@ -112,7 +116,9 @@ def publish(
     with_deadline: list[Candidate] = []
     best_effort: list[Candidate] = []
     for r, costs in known:
-        if r.deadline_s is not None and now + costs.soonest_s <= r.deadline_s:
+        if r.workers is not None and not view.regroups:  # it goes before whoever comes
+            with_deadline.append(candidate_of(r, costs))
+        elif r.deadline_s is not None and now + costs.soonest_s <= r.deadline_s:
             with_deadline.append(candidate_of(r, costs, r.deadline_s))
         else:  # late, or without a deadline: it ends when it ends
             best_effort.append(candidate_of(r, costs))

@@ -24,6 +24,10 @@ class Changeable:
     def review_s(self) -> float | None:
         return self.inner.review_s
 
+    @property
+    def regroups(self) -> bool:
+        return self.inner.regroups
+
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         held = [w for request in view.requests for w in request.workers or ()]
         assert len(held) == len(set(held)), f"a worker is in two gangs: {view}"
@@ -35,6 +39,7 @@ class Script:
     for a gang whose workers are not all there."""
 
     review_s = 0.01
+    regroups = True
 
     def __init__(self, gangs: Sequence[Workers], every: int) -> None:
         self.gangs, self.every = gangs, every
@@ -56,6 +61,7 @@ class Shuffle:
     """Requests stay, leave or change their gang at random."""
 
     review_s = 0.05
+    regroups = True
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -78,6 +84,7 @@ class NewestFirst:
     """The request that came last has all workers; the others yield to it."""
 
     review_s = None
+    regroups = True
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         pinned = [request for request in view.requests if request.pinned]

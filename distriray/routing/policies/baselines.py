@@ -16,6 +16,7 @@ class FixedSize:
     """Every request on a gang of one size, in order of arrival (DistriFusion as a service)."""
 
     review_s: float | None = None
+    regroups = False
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -40,6 +41,7 @@ class SizePerShape:
     """
 
     review_s: float | None = None
+    regroups = False
 
     def __init__(self, sizes: dict[Shape, int], backfill: bool) -> None:
         self.sizes = sizes
@@ -68,6 +70,7 @@ class Leases:
     """
 
     review_s: float | None = None
+    regroups = False
 
     def __init__(self, late_last: bool = False) -> None:
         self.late_last = late_last

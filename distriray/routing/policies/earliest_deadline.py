@@ -22,6 +22,7 @@ class EarliestDeadlineFirst:
     """
 
     review_s: float | None = None
+    regroups = False
 
     def plan(self, view: HostView, model: LatencyModel) -> Plan:
         """See `HostPolicy.plan`."""

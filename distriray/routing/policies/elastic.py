@@ -64,6 +64,8 @@ class _Schedule:
 class Elastic:
     """Meets the most deadlines with the fewest worker-seconds, and starves nobody (see the module)."""
 
+    regroups = True
+
     def __init__(self, config: ElasticConfig | None = None) -> None:
         self.config = config or ElasticConfig()
 

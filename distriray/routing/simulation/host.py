@@ -104,7 +104,9 @@ class SimulatedHost:
         # by way of a list: CPython makes a tuple of a generator by cutting a longer one, and every cut one
         # that is freed goes to a free list from which none is taken, so that memory would grow
         seen = [self._seen(live) for live in self.live.values()]
-        return HostView(self.events.now_s, self.workers, self.fleet.gang_sizes, tuple(seen))
+        return HostView(
+            self.events.now_s, self.workers, self.fleet.gang_sizes, tuple(seen), self.policy.regroups
+        )
 
     def decide(self) -> None:
         """Ask the policy, carry out what it says, and look again in a while."""

@@ -427,6 +427,7 @@ def test_a_policy_that_fails_fails_the_host_and_nobody_waits_for_ever(
 ) -> None:
     class Fails:
         review_s = None
+        regroups = False
 
         def plan(self, view: Any, model: Any) -> Any:
             raise own
@@ -478,6 +479,16 @@ def test_a_host_that_is_closed_shows_no_worker_and_no_request(monkeypatch: pytes
             host.accept()
             await until(lambda: shown.get((Name.WAITING,)) and shown.get((Name.WORKERS, "busy")))
         assert len(shown) == 6 and not any(shown.values())
+
+    do(scene())
+
+
+def test_a_host_predicts_that_a_request_waits_for_those_that_its_policy_leaves_alone() -> None:
+    async def scene() -> None:
+        async with FakeHost(1, **opened()) as host:
+            long = host.accept(num_inference_steps=LONG)
+            await at(long, 1)
+            assert host.accept(deadline_s=60.0).predicted_s > 0.9 * long.predicted_s
 
     do(scene())
 

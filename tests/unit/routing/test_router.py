@@ -121,6 +121,24 @@ def test_any_state_gives_a_route_with_a_finite_time(queue, broken, deadline):
     assert all(left >= 0 for _, capacity in steps for left in capacity.free.values())
 
 
+def test_a_deadline_waits_for_what_runs_where_nobody_has_to_leave():
+    held = (
+        request("late", 2048, deadline=-1.0, workers=(0, 1, 2, 3)),
+        request("none", 1024, workers=(4, 5)),
+        request("due", 2048, deadline=60.0, workers=(6, 7)),
+    )
+    elastic = HostView(0.0, tuple(range(8)), SIZES, held)
+    new = request(gang_size=4, deadline=3.0)
+    ends_s = {}
+    for view in (elastic, replace(elastic, regroups=False)):
+        chosen = route([publish("a", view, MODEL)], new, 0.0, MODEL, random.Random(0))
+        ends_s[view.regroups] = chosen.finish_s
+        assert chosen.meets == view.regroups
+    assert ends_s[True] == pytest.approx(3.5 / 2.62, rel=0.05)
+    assert ends_s[False] == pytest.approx(18.0 / 3.6 + 3.5 / 2.62, rel=0.05), "behind the gang of 4"
+    assert predicted_s(replace(elastic, regroups=False), new, MODEL) == pytest.approx(ends_s[False])
+
+
 def test_what_a_host_predicts_for_a_new_request_counts_what_it_has():
     idle = HostView(0.0, tuple(range(8)), SIZES, ())
     full = replace(idle, requests=tuple(request(str(i), 2048, workers=(i,)) for i in range(8)))

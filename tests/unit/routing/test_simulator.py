@@ -60,6 +60,7 @@ class Scripted:
     """Both workers for the first request until another comes, then one each to the end."""
 
     review_s = None
+    regroups = True
 
     def plan(self, view, model):
         names = [r.id for r in view.requests]
@@ -264,6 +265,13 @@ def test_what_runs_is_in_all_else_as_it_came():
     view = request(fresh=True, adapters=("ink",), besides=(("lora ink", 0.3),), unguided_steps=3, priority=2)
     seen = replace(view, steps_done=4, workers=(0, 1), prepared=True, pinned=True)
     assert _with(view, 4, (0, 1), True) == seen
+
+
+@pytest.mark.parametrize("policy", [Elastic(), EarliestDeadlineFirst()], ids=["elastic", "earliest_deadline"])
+def test_a_deadline_behind_a_long_run_is_met_where_that_makes_way_and_else_refused(policy):
+    arrivals = [Arrival(at_s=0.0, height=64, width=64, steps=100), arrival(1.0, deadline_s=60.0)]
+    report = simulate(arrivals, policy, EXACT, SimulatedFleet(workers=1, gang_sizes=(1,), refuse=True))
+    assert (report.met, report.refused) == ((1, 0) if policy.regroups else (0, 1))
 
 
 def test_a_trace_file_is_read_line_by_line(tmp_path, capsys):
