@@ -98,11 +98,9 @@ class Pool:
         """The host's name and what it is doing."""
         return self._name, self._host.status()
 
-    async def news(self, target: str | None, since: int) -> tuple[HostNews, float]:
-        """Changes since an edition, and the seconds that a request arriving now would wait."""
-        wait = wait_s([state_of(self._name, self._host)], 0.0)
-        assert wait is not None, "there is a host"
-        return self._host.news(since), wait
+    async def news(self, target: str | None, since: int) -> tuple[HostNews, float | None]:
+        """Changes since an edition, and the seconds that a request arriving now would wait, as `wait_s`."""
+        return self._host.news(since), wait_s([state_of(self._name, self._host)], 0.0)
 
     async def ping(self, target: str | None) -> int:
         """The number of workers that answer."""

@@ -201,11 +201,11 @@ class PoolClient:
         await self._meet()
         return self.state.members
 
-    async def news(self, host: str, since: int) -> tuple[HostNews, float] | None:
+    async def news(self, host: str, since: int) -> tuple[HostNews, float | None] | None:
         """As `Pool.news`; None from a host that does not answer."""
         return await asyncio.shield(self._background.spawn(self._news(host, since)))
 
-    async def _news(self, host: str, since: int) -> tuple[HostNews, float] | None:
+    async def _news(self, host: str, since: int) -> tuple[HostNews, float | None] | None:
         try:
             return await self._call(host, "news", REPORT_S, since)
         except UNANSWERED:

@@ -22,7 +22,7 @@ REMEMBERED = 256  # requests sent to one host between two of its reports
 
 
 def wait_s(states: Sequence[HostState], now_s: float) -> float | None:
-    """Predicted seconds until a gang fits for a request that comes now; None without a host."""
+    """Predicted seconds until a gang fits for a request that comes now; None without a host that has any."""
     waits = [
         state.backlog_s
         + next(
@@ -31,6 +31,7 @@ def wait_s(states: Sequence[HostState], now_s: float) -> float | None:
         )
         - now_s
         for state in states
+        if state.gang_sizes
     ]
     return max(0.0, min(waits)) if waits else None
 

@@ -21,7 +21,7 @@ class _Pool:
     def __init__(self, client: PoolClient) -> None:
         self.client = client
         self._there: tuple[str, ...] = ()
-        self._told: dict[str, tuple[HostNews, float]] = {}
+        self._told: dict[str, tuple[HostNews, float | None]] = {}
         self._silent: set[str] = set()
 
     async def meet(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -53,7 +53,7 @@ class _Pool:
             self._told[host] = now
         return PoolNews(
             model=self.client.config.model.name,
-            predicted_wait_s=min((wait for _, wait in self._told.values()), default=None),
+            predicted_wait_s=min((wait for _, wait in self._told.values() if wait is not None), default=None),
             hosts=news,
             silent=tuple(silent),
             gone=gone,
@@ -106,6 +106,6 @@ def _on_clock(news: HostNews, now: float) -> HostNews:
     return news.model_copy(update={"now": news.now + by, "segments": segments, "outages": outages})
 
 
-def _same(one: tuple[HostNews, float], other: tuple[HostNews, float]) -> bool:
+def _same(one: tuple[HostNews, float | None], other: tuple[HostNews, float | None]) -> bool:
     """Whether nothing has changed but the time."""
     return one == (other[0].model_copy(update={"now": one[0].now}), other[1])

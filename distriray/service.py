@@ -53,7 +53,7 @@ class ModelCard(BaseModel):
 
 class PoolReport(BaseModel):
     """The hosts of one pool that are up; `predicted_wait_s` is how long a request that came now would wait
-    for a gang, in seconds, or None while no host is up."""
+    for a gang, in seconds, or None while no host is up that has one."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -262,3 +262,5 @@ def test_a_gang_that_needs_the_worker_under_repair_waits_for_it_and_others_do_no
     assert pick(state, one, 0.0).finish_s == pytest.approx(10.0)
     assert pick(state, two, 0.0).finish_s == pytest.approx(40.0)
     assert wait_s(list(repairing().hosts.values()), 0.0) == pytest.approx(30.0)
+    beyond_repair, works = (list(repairing(*healthy, repair_s=None).hosts.values()) for healthy in ((), (0,)))
+    assert wait_s(beyond_repair, 0.0) is None and wait_s(beyond_repair + works, 0.0) == 0.0

@@ -24,13 +24,13 @@ class FakeClient:
     def __init__(self, name: str, **hosts: HostNews | None) -> None:
         self.config = SimpleNamespace(name=name, model=SimpleNamespace(name="m"))
         self.hosts = hosts
-        self.wait_s = 2.0
+        self.wait_s: float | None = 2.0
         self.asked: list[tuple[str, int]] = []
 
     async def members(self) -> tuple[str, ...]:
         return tuple(self.hosts)
 
-    async def news(self, host: str, since: int) -> tuple[HostNews, float] | None:
+    async def news(self, host: str, since: int) -> tuple[HostNews, float | None] | None:
         self.asked.append((host, since))
         answer = self.hosts[host]
         return None if answer is None else (answer, self.wait_s)
@@ -111,6 +111,8 @@ def test_a_wait_that_changes_is_news() -> None:
         await anext(looking)
         pool.wait_s = 7.0
         assert (await anext(looking)).pools["one"].predicted_wait_s == 7.0
+        pool.wait_s = None
+        assert (await anext(looking)).pools["one"].predicted_wait_s is None
 
     do(scene())
 
