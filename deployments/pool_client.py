@@ -202,10 +202,12 @@ class PoolClient:
         return self.state.members
 
     async def news(self, host: str, since: int) -> tuple[HostNews, float | None] | None:
-        """As `Pool.news`; None from a host that does not answer."""
+        """As `Pool.news`; None from a host that does not answer, or is not there any more."""
         return await asyncio.shield(self._background.spawn(self._news(host, since)))
 
     async def _news(self, host: str, since: int) -> tuple[HostNews, float | None] | None:
+        if host not in (members_of(self._handle) or ()):
+            return None  # any other would answer in its place
         try:
             return await self._call(host, "news", REPORT_S, since)
         except UNANSWERED:

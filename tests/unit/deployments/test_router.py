@@ -753,6 +753,22 @@ def test_an_adapter_that_is_to_do_nothing_decides_for_no_host() -> None:
     asyncio.run(scene())
 
 
+def test_another_host_gives_no_news_of_one_that_has_left() -> None:
+    """Serve hands a call for a host that it has no more to any other."""
+
+    async def told() -> str:
+        return "b's"
+
+    async def scene() -> None:
+        client = front(pool=handle)._clients[0]
+        assert await client.news("b", 0) == "b's"  # type: ignore[comparison-overlap]
+        assert await client.news("a", 0) is None
+
+    handle = FakeHandle("b")
+    handle.news = SimpleNamespace(remote=lambda *_: Answer(told()))
+    asyncio.run(scene())
+
+
 def test_a_host_that_answers_when_it_has_left_is_not_taken_back() -> None:
     async def scene() -> set[str]:
         await service.generate(request())
