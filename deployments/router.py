@@ -329,7 +329,7 @@ class Router:
         if chosen is not None and chosen[1].host is not None:
             client, asked, view = up[chosen[0]]
             if not chosen[1].meets:
-                could_s = chosen[1].finish_s - now
+                could_s = chosen[1].possible_s - now
                 message = f"deadline_s {attempts.request.deadline_s:g} cannot be met"
                 # rounded up, so that it is one that could be met
                 raise DeadlineUnmet(f"{message}; {ceil(10 * could_s) / 10:g} s is possible now", could_s)

@@ -67,6 +67,8 @@ class Route:
         finish_s: one of two times: with a host, when the request would be done there; without, when a place
             in a queue may come free.
         meets: whether that is by its deadline, within what the model is sure of; a guess is sure of nothing.
+        possible_s: with a deadline, the soonest that it could name and be done by: what misses its own goes
+            behind all that a host has.
         error: relative, of the prediction for the gang that it would have there; 0 without a host.
         state: the chosen host's state with the request in it, for the router to go on with until the host
             publishes again.
@@ -75,14 +77,16 @@ class Route:
     host: str | None
     finish_s: float
     meets: bool
+    possible_s: float = inf
     error: float = 0.0
     state: HostState | None = None
 
 
 class _Option(NamedTuple):
-    """A host that a request could go to, and how it would run there; `finish_s` and `error` as in `Route`."""
+    """A host that a request could go to, and how it would run there; times and `error` as in `Route`."""
 
     finish_s: float
+    possible_s: float
     error: float
     state: HostState
     reservation: Reservation
@@ -175,13 +179,14 @@ def route(
 
     good = [option for option in options if near(option)]
     most = max(option.state.holds(request.adapters) for option in good)
-    finish_s, error, state, reservation, candidate = draw.choice(
+    finish_s, _, error, state, reservation, candidate = draw.choice(
         [option for option in good if option.state.holds(request.adapters) == most]
     )
+    possible_s = min(option.possible_s for option in options)
     meets = request.deadline_s is None or not model.knows or best - slack_s <= request.deadline_s
     beside_deadlines = Timeline.of(state.capacity_beside_deadlines, now_s)
     beside_all = Timeline.of(state.capacity_beside_all, now_s)
-    if request.deadline_s is not None:
+    if candidate.deadline_s < inf:
         reservation = _in_time(beside_deadlines, candidate) or reservation
         beside_deadlines.reserve(reservation)
     beside_all.reserve(reservation)
@@ -192,27 +197,33 @@ def route(
         waiting=state.waiting + 1,
         adapters=state.adapters.union(request.adapters),
     )
-    return Route(state.host, finish_s, meets, error, after)
+    return Route(state.host, finish_s, meets, possible_s, error, after)
 
 
 def _option(state: HostState, request: RequestView, now_s: float, model: LatencyModel) -> _Option | None:
-    """The request on the gang of a host where it is done first; None if it takes no more, or has no gang."""
+    """The request on the gang of a host where it is done first; None if it takes no more, or has no gang.
+
+    One that cannot be done by its deadline has no more right to workers than one that has none.
+    """
     if state.waiting >= state.max_waiting or not state.gang_sizes:
         return None
     empty = HostView(now_s, tuple(range(state.workers)), state.gang_sizes, (request,))
     costs = costs_by_request(empty, model)(request)
     if not costs.sizes:
         return None
-    if request.deadline_s is None:
-        candidate, steps, delay_s = candidate_of(request, costs), state.capacity_beside_all, state.backlog_s
+    candidate, possible_s, due_s = candidate_of(request, costs), inf, request.deadline_s
+    if due_s is not None:
+        reservation = _soonest(Timeline.of(state.capacity_beside_deadlines, now_s), candidate)
+        possible_s = inf if reservation is None else reservation.end_s
+    if due_s is not None and possible_s <= due_s:
+        candidate, delay_s = replace(candidate, deadline_s=due_s), 0.0
     else:
-        candidate = candidate_of(request, costs, request.deadline_s)
-        steps, delay_s = state.capacity_beside_deadlines, 0.0
-    reservation = _soonest(Timeline.of(steps, now_s), candidate)
+        reservation = _soonest(Timeline.of(state.capacity_beside_all, now_s), candidate)
+        delay_s = state.backlog_s
     if reservation is None:
         return None
     error = model.times(reservation.spans[-1].size, *request.shape).error
-    return _Option(reservation.end_s + delay_s, error, state, reservation, candidate)
+    return _Option(reservation.end_s + delay_s, possible_s, error, state, reservation, candidate)
 
 
 def predicted_s(view: HostView, request: RequestView, model: LatencyModel) -> float:

@@ -85,6 +85,32 @@ def test_a_prediction_is_as_sure_as_the_gang_that_it_is_of():
     assert {chosen([free, later], seed=seed).host for seed in range(20)} == {"a"}
 
 
+@pytest.mark.parametrize("guessed", [False, True])
+def test_what_will_be_late_goes_behind_all_that_is_late_already(guessed):
+    """By a hair it is not refused for itself, by a guess nothing is; a host gives it no more for that."""
+    model = LatencyModel(MODEL.profile.model_copy(update={"guessed": guessed}))
+    alone_s = model.times(8, 1024, 1024, 1).run_s(0, 50)
+
+    def late(name, **more):
+        return request(name, deadline=0.97 * alone_s, **more)
+
+    def published(name, *requests):
+        return publish(name, HostView(0.0, tuple(range(8)), SIZES, requests), model)
+
+    def chosen(*states, seed=0):
+        return route(states, late("new"), 0.0, model, random.Random(seed))
+
+    queue = (late(str(i), workers=tuple(range(8)) if i == 0 else None) for i in range(20))
+    free, busy = published("free"), published("busy", *queue)
+    assert chosen(free).meets
+    assert {chosen(busy, free, seed=seed).host for seed in range(20)} == {"free"}
+    behind = chosen(busy)
+    assert behind.meets == guessed and behind.finish_s > 5 * alone_s
+    assert behind.possible_s == pytest.approx(alone_s)
+    view = HostView(0.0, tuple(range(8)), SIZES, tuple(late(str(i)) for i in range(20)))
+    assert predicted_s(view, late("new"), model) > 5 * alone_s
+
+
 def test_full_queues_say_when_to_come_back():
     full = busy("a", max_waiting=0)
     chosen = route([full], request(), 0.0, MODEL, random.Random(0))

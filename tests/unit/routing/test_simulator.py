@@ -267,6 +267,13 @@ def test_what_runs_is_in_all_else_as_it_came():
     assert _with(view, 4, (0, 1), True) == seen
 
 
+def test_deadlines_that_are_missed_by_a_hair_are_not_taken_without_end():
+    arrivals = [arrival(1.0 * i, deadline_s=0.97 * 18.0) for i in range(100)]  # each takes one worker 18 s
+    fleet = SimulatedFleet(workers=1, gang_sizes=(1,), refuse=True)
+    report = simulate(arrivals, Elastic(), EXACT, fleet)
+    assert report.refused > 90 and report.latency.at(1.0) < 1.1 * 18.0
+
+
 @pytest.mark.parametrize("policy", [Elastic(), EarliestDeadlineFirst()], ids=["elastic", "earliest_deadline"])
 def test_a_deadline_behind_a_long_run_is_met_where_that_makes_way_and_else_refused(policy):
     arrivals = [Arrival(at_s=0.0, height=64, width=64, steps=100), arrival(1.0, deadline_s=60.0)]
