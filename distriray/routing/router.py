@@ -37,6 +37,7 @@ class HostState:
         capacity_beside_all: over time, beside all requests that were fitted one by one.
         backlog_s: seconds of all its workers that stand before a new request and that
             `capacity_beside_all` does not count.
+        deadlines_backlog_s: those of them that `capacity_beside_deadlines` does not count either.
         waiting, max_waiting: its queue, and the bound at which it takes no more.
         workers, gang_sizes: those that it has, or will have once it is repaired, and what they can form.
         adapters: the names of those that a worker of it holds, or will hold.
@@ -49,6 +50,7 @@ class HostState:
     capacity_beside_deadlines: tuple[CapacityStep, ...]
     capacity_beside_all: tuple[CapacityStep, ...]
     backlog_s: float
+    deadlines_backlog_s: float
     waiting: int
     max_waiting: int
     adapters: frozenset[str] = frozenset()
@@ -138,7 +140,8 @@ def publish(
         if reservation is not None:
             beside_all.reserve(reservation)
     fitted = {candidate.id for candidate in (*first, *second)}
-    behind = sum(costs.worker_seconds for r, costs in known if r.id not in fitted)
+    behind = {r.id: costs.worker_seconds for r, costs in known if r.id not in fitted}
+    due_behind = (behind.get(candidate.id, 0.0) for candidate in with_deadline)
     return HostState(
         host=host,
         published_s=now,
@@ -146,7 +149,8 @@ def publish(
         gang_sizes=tuple(size for size, free in capacity.free.items() if free),
         capacity_beside_deadlines=beside_deadlines.steps,
         capacity_beside_all=beside_all.steps,
-        backlog_s=behind / max(1, workers),
+        backlog_s=sum(behind.values()) / max(1, workers),
+        deadlines_backlog_s=sum(due_behind) / max(1, workers),
         waiting=sum(r.workers is None for r in view.requests),
         max_waiting=max_waiting,
     )
@@ -214,9 +218,10 @@ def _option(state: HostState, request: RequestView, now_s: float, model: Latency
     candidate, possible_s, due_s = candidate_of(request, costs), inf, request.deadline_s
     if due_s is not None:
         reservation = _soonest(Timeline.of(state.capacity_beside_deadlines, now_s), candidate)
-        possible_s = inf if reservation is None else reservation.end_s
+        delay_s = state.deadlines_backlog_s
+        possible_s = inf if reservation is None else reservation.end_s + delay_s
     if due_s is not None and possible_s <= due_s:
-        candidate, delay_s = replace(candidate, deadline_s=due_s), 0.0
+        candidate = replace(candidate, deadline_s=due_s)
     else:
         reservation = _soonest(Timeline.of(state.capacity_beside_all, now_s), candidate)
         delay_s = state.backlog_s

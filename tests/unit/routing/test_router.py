@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distriray.routing.latency import LatencyModel
 from distriray.routing.policy import HostView
-from distriray.routing.router import backlog_s, predicted_s, publish, route
+from distriray.routing.router import PUBLISHED_REQUESTS, backlog_s, predicted_s, publish, route
 from distriray.routing.simulation.workload import trial_profile
 from tests.unit.routing.test_policies import SIZES, request
 
@@ -109,6 +109,17 @@ def test_what_will_be_late_goes_behind_all_that_is_late_already(guessed):
     assert behind.possible_s == pytest.approx(alone_s)
     view = HostView(0.0, tuple(range(8)), SIZES, tuple(late(str(i)) for i in range(20)))
     assert predicted_s(view, late("new"), model) > 5 * alone_s
+
+
+def test_deadlines_behind_those_that_are_told_one_by_one_count_before_a_deadline_too():
+    takes_s, count = 1.2, PUBLISHED_REQUESTS + 16
+    queue = tuple(request(str(i), 512, deadline=takes_s * (i + 1.5)) for i in range(count))
+    published = publish("a", HostView(0.0, (0,), (1,), queue), MODEL)
+    ends_s = takes_s * (count + 1)
+    for deadline_s, meets in ((0.9 * ends_s, False), (1.01 * ends_s, True)):
+        new = request("new", 512, deadline=deadline_s)
+        chosen = route([published], new, 0.0, MODEL, random.Random(0))
+        assert (chosen.meets, chosen.possible_s) == (meets, pytest.approx(ends_s, rel=0.02))
 
 
 def test_full_queues_say_when_to_come_back():
