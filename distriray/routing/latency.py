@@ -232,7 +232,8 @@ class LatencyModel:
         besides: Besides,
     ) -> float:
         """One field of a step, interpolated over what the network evaluates at once."""
-        evaluated = [(e, _evaluated(e.batch, e.guided)) for e in self.profile.entries]
+        likest = sorted(self.profile.entries, key=lambda e: e.guided != guided)
+        evaluated = [(e, _evaluated(e.batch, e.guided)) for e in likest]
         plain = _from_profile(evaluated, field, gang, height, width, _evaluated(batch, guided))
         return plain * (1.0 + _added(besides))
 
@@ -255,12 +256,15 @@ def _from_profile(
     width: int,
     batch: int,
 ) -> float:
-    """One field of one case, interpolated over pixels, then batch, then gang; each entry has its batch."""
+    """One field of one case, interpolated over pixels, then batch, then gang; each entry has its batch.
+
+    Of entries that are alike in these the first one counts.
+    """
     by_gang: dict[int, dict[int, dict[int, float]]] = {}
     for e, size in entries:
         if (e.gang, e.height, e.width, size) == (gang, height, width, batch):
             return field(e)
-        by_gang.setdefault(e.gang, {}).setdefault(size, {})[e.height * e.width] = field(e)
+        by_gang.setdefault(e.gang, {}).setdefault(size, {}).setdefault(e.height * e.width, field(e))
     # beyond what is measured, a larger picture or batch is never faster, a batch costs at most its size,
     # and a larger gang is never slower and speeds up by at most its size
     pixels = math.log(height * width)

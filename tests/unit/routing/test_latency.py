@@ -153,6 +153,14 @@ def test_a_step_without_guidance_is_half_a_step_with_it():
     assert plain.run_s(0, 10) == pytest.approx(0.1 + 9 * 0.1 + 0.15 + 0.4)
 
 
+def test_a_step_that_was_measured_is_not_taken_for_another_of_as_many_branches():
+    pair = entry(1, 512, 0.9, batch=2, guided=False), entry(1, 512, 0.2)
+    for entries in (pair, pair[::-1]):
+        model = LatencyModel(profile(*entries))
+        assert (model.step_s(1, 512, 512, 1), model.step_s(1, 512, 512, 2, False)) == (0.2, 0.9)
+        assert model.step_s(1, 256, 512, 1) == pytest.approx(0.1), "nor what is interpolated from it"
+
+
 def test_a_picture_of_synchronous_steps_takes_their_time_and_teaches_what_the_others_take():
     model = LatencyModel(profile(entry(2, 512, 0.2, sync_step_s=0.3), regroup_s=0.05, warmup_steps=4))
     displaced, fresh = model.times(2, 512, 512, 1), model.times(2, 512, 512, 1, fresh=True)
