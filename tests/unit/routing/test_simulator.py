@@ -268,10 +268,10 @@ def test_what_runs_is_in_all_else_as_it_came():
 
 
 def test_deadlines_that_are_missed_by_a_hair_are_not_taken_without_end():
-    arrivals = [arrival(1.0 * i, deadline_s=0.97 * 18.0) for i in range(100)]  # each takes one worker 18 s
+    arrivals = [arrival(1.0 * i, deadline_s=0.97 * 18.0) for i in range(40)]  # each takes one worker 18 s
     fleet = SimulatedFleet(workers=1, gang_sizes=(1,), refuse=True)
     report = simulate(arrivals, Elastic(), EXACT, fleet)
-    assert report.refused > 90 and report.latency.at(1.0) < 1.1 * 18.0
+    assert report.refused > 35 and report.latency.at(1.0) < 1.1 * 18.0
 
 
 @pytest.mark.parametrize("policy", [Elastic(), EarliestDeadlineFirst()], ids=["elastic", "earliest_deadline"])
