@@ -7,6 +7,7 @@ differ from channel to channel. An error of one layer therefore shows in the out
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -68,6 +69,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.loaders import FluxIPAdapterMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -331,6 +333,23 @@ def tiny_ip_adapter(
     return {"image_proj": tokens, "ip_adapter": layers}
 
 
+def tiny_flux_ip_adapter(transformer: FluxTransformer2DModel, seed: int = 0) -> dict[str, Any]:
+    """One for that transformer and `tiny_image_encoder`, as `load_ip_adapter` takes it."""
+    generator = torch.Generator().manual_seed(seed)
+    width = transformer.config.joint_attention_dim
+
+    def linear(name: str, outer: int, inner: int) -> dict[str, torch.Tensor]:
+        weight = torch.randn((outer, inner), generator=generator) * inner**-0.5
+        return {f"{name}.weight": weight, f"{name}.bias": torch.randn(outer, generator=generator)}
+
+    layers: dict[str, torch.Tensor] = {}
+    for index in range(len(transformer.transformer_blocks)):
+        for projection in ("to_k_ip", "to_v_ip"):
+            layers |= linear(f"{index}.{projection}", transformer.inner_dim, width)
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    return {"image_proj": {**linear("proj", 4 * width, IMAGE_WIDTH), **norm}, "ip_adapter": layers}
+
+
 def save_ip_adapter(folder: Path, weights: dict[str, Any], name: str = "ip-adapter") -> None:
     """As `<name>.safetensors`, with `tiny_image_encoder` beside it."""
     tensors = {f"{part}.{key}": value for part, own in weights.items() for key, value in own.items()}
@@ -358,6 +377,16 @@ def tiny_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DMode
         "axes_dims_rope": (4, 6, 6),
     }
     return ready(FluxTransformer2DModel(**{**settings, **config}), seed)
+
+
+def tiny_prompted_flux_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DModel:
+    """FLUX.1's with two IP-Adapters in it."""
+    transformer = tiny_flux_transformer(seed, **config)
+    weights = [tiny_flux_ip_adapter(transformer, seed + each) for each in (1, 2)]
+    FluxIPAdapterMixin.load_ip_adapter(SimpleNamespace(transformer=transformer), weights, ["", ""])
+    for block in transformer.transformer_blocks:
+        block.attn.processor.scale = [0.7, -0.4]
+    return transformer
 
 
 def tiny_longcat_image_transformer(seed: int = 0, **config: Any) -> LongCatImageTransformer2DModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -52,16 +53,29 @@ class PatchTokenAttention(Opaque):
         context: where the step is looked up.
         tokens: of the call.
         sequence: that this attention is over.
+
+    Attributes:
+        own: what the processor of diffusers is made with.
+        kept: the attributes that it has of the processor whose place it takes.
     """
 
+    own: ClassVar[Mapping[str, Any]] = {}
+    kept: ClassVar[tuple[str, ...]] = ("_attention_backend",)
     # By these names `set_attention_backend` and diffusers' own context parallelism find them.
     _attention_backend: AttentionBackendName | None = None
     _parallel_config: Any = None
 
-    def __init__(self, context: PatchContext, tokens: Tokens, sequence: Sequence) -> None:
-        super().__init__()
-        self.context = context
-        self.tokens = tokens
+    def __init__(
+        self,
+        context: PatchContext | None = None,
+        tokens: Tokens | None = None,
+        sequence: Sequence = "joint",
+    ) -> None:
+        # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; they are
+        # found and replaced before the next step.
+        super().__init__(**self.own)
+        self.context = context or PatchContext()
+        self.tokens = tokens or Tokens()
         self.sequence = sequence
         self.enroll()
 
@@ -142,8 +156,24 @@ class PatchJointAttention(PatchTokenAttention):
         self.check(attention_mask)
         if encoder_hidden_states_mask is not None and self.tokens.key_mask is None:
             raise UnsupportedModel("attention that is given a text mask, where the network was given none")
-        image, text = hidden_states, encoder_hidden_states
-        projected = projections_of(attn, image, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        return self.joined(attn, self.of_image(attn, hidden_states), encoder_hidden_states, image_rotary_emb)
+
+    @staticmethod
+    def of_image(attn: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, keys and values of the image's own tokens, (batch, tokens, heads, channels of a head)."""
+        return projections_of(attn, tokens, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+
+    def joined(
+        self, attn: Any, projected: list[torch.Tensor], text: torch.Tensor | None, image_rotary_emb: Any
+    ) -> Any:
+        """Attention of the image's tokens and of the text's to both, as diffusers' processors give it.
+
+        Only within a step.
+
+        Args:
+            projected: `of_image` of the image's.
+        """
+        image_tokens = projected[0].shape[1]
         if text is not None:
             of_text = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             both = projections_of(attn, text, *of_text), projected
@@ -156,9 +186,9 @@ class PatchJointAttention(PatchTokenAttention):
         if text is None:
             return attended if attn.pre_only else output_of(attn, attended)
         if self.text_first:
-            text, image = attended.split([text.shape[1], image.shape[1]], 1)
+            text, image = attended.split([text.shape[1], image_tokens], 1)
         else:
-            image, text = attended.split([image.shape[1], text.shape[1]], 1)
+            image, text = attended.split([image_tokens, text.shape[1]], 1)
         if not getattr(attn, "context_pre_only", False):
             text = attn.to_add_out(text)
         return output_of(attn, image), text

@@ -53,7 +53,7 @@ class Call:
     text_scale: Any = None
     branch: Hashable = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    besides: Hashable = None
+    besides: tuple[Hashable, ...] | None = None
     replaces_layers: bool = False
     dealt: Sequence[Call] = ()
 
@@ -66,6 +66,13 @@ class Call:
     def predictions(self) -> int:
         """Images that all ranks have a prediction for after it: of both halves where calls are dealt."""
         return self.batch * max(1, len(self.dealt))
+
+    def with_image_prompts(self, names: Sequence[str]) -> Call:
+        """This call, where those IP-Adapters are in the network for its image and not for others."""
+        if not names:
+            return self
+        besides = *(self.besides or ()), *(f"{name} (IP)" for name in names)
+        return replace(self, besides=besides, replaces_layers=True)
 
     @property
     def of_halves(self) -> Sequence[Call]:

@@ -125,9 +125,10 @@ class Beside:
         What these exchange goes by the first one's text, of which a call's own text says nothing.
         """
         first = calls[0]
-        if first.besides is None:
+        controls = Beside.of(first)
+        if not controls:
             return calls
-        controls, besides = first.arguments[ARGUMENT].residuals.controls, (first.besides, first.text.shape[1])
+        besides = first.besides, first.text.shape[1]
         return [
             replace(
                 call,
@@ -137,7 +138,8 @@ class Beside:
             for call in calls
         ]
 
-    def of(self, call: Call) -> Sequence[UsedControl]:
+    @staticmethod
+    def of(call: Call) -> Sequence[UsedControl]:
         """Those that a call names."""
         asked: Asked = call.arguments.get(ARGUMENT, NOTHING)
         return asked.residuals.controls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,11 +24,20 @@ class Attention:
         replaces: the class of processors that it has in diffusers.
         processor: the class of those that take their place; None where they stay, and see all tokens.
         sequence: the tokens that it is over; None if it is to text that every rank has.
+        others: further classes that diffusers may put there in place of the first, which exchange the same,
+            and of what takes their place.
     """
 
     replaces: type
     processor: type | None
     sequence: Sequence | None = "joint"
+    others: Mapping[type, type] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> Mapping[type, type | None]:
+        """By each class of processors that may stand there, the class that takes its place, or its own."""
+        replaced = {self.replaces: self.processor, **self.others}
+        return {**{kind: kind for kind in replaced.values() if kind is not None}, **replaced}
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class Plan:
         attention: by module.
         gather: the module whose output, (batch, this rank's tokens of the image, channels), is gathered.
         inputs: by the name of the network's argument. Others are refused unless they have their default.
-        kwargs: the argument for attention processors, of which only a LoRA's `scale` works; None if there is
-            none.
+        kwargs: the argument for attention processors, of which only a LoRA's `scale` works, and what a family
+            takes out of it (`TokenNetwork.scale_of`); None if there is none.
         whole: the modules that see all tokens, and are not cut.
         mask: the argument that says which tokens of the text are attended to, bool (batch, tokens).
         residuals: the arguments that are lists of what ControlNets add to the image's tokens after blocks,

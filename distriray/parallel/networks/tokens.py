@@ -140,10 +140,11 @@ class TokenNetwork(Network):
                 raise UnsupportedModel(f"{name} is a {type(attention).__name__}, which has no processor")
             if self.local.says(processor):
                 continue
-            if type(processor) not in (planned.replaces, planned.processor):
+            if type(processor) not in planned.kinds:
+                known = " and ".join(kind.__name__ for kind in (planned.replaces, *planned.others))
                 raise UnsupportedModel(
-                    f"{name} uses {type(processor).__name__}; known is {planned.replaces.__name__}: undo "
-                    "IP-Adapters, fused projections, PAG and the like first"
+                    f"{name} uses {type(processor).__name__}; known is {known}: undo IP-Adapters, fused "
+                    "projections, PAG and the like first"
                 )
             if getattr(attention, "fused_projections", False):
                 raise UnsupportedModel(f"{name} has fused projections; call unfuse_qkv_projections()")
@@ -169,15 +170,17 @@ class TokenNetwork(Network):
             before = attention.processor
             if self.local.says(before):
                 continue
-            if planned.processor is None:
+            kind = planned.kinds[type(before)]
+            if kind is None:
                 continue
             if getattr(before, "context", None) is not context:
                 arguments = () if planned.sequence is None else (self._tokens, planned.sequence)
-                processor = planned.processor(context, *arguments)
-                if getattr(before, "_attention_backend", None) is not None:
-                    processor._attention_backend = before._attention_backend
+                processor = kind(context, *arguments)
+                for set_before in getattr(kind, "kept", ()):
+                    if getattr(before, set_before, None) is not None:
+                        setattr(processor, set_before, getattr(before, set_before))
                 attention.processor = processor
-                converted = True
+                converted |= type(before) not in planned.others  # these exchange what the layer did before
             if planned.sequence is not None:
                 self._attending[name] = attention.processor
         return self._beside.convert(self.controls, self.local, context) | converted
@@ -200,7 +203,7 @@ class TokenNetwork(Network):
             default, given = self._signature.parameters[name].default, arguments[name]
             if given is not None and (default is None or given != default):
                 raise UnsupportedModel(f"{name}, which is not cut into patches")
-        scale = None if self.plan.kwargs is None else arguments[self.plan.kwargs]
+        scale = self.scale_of(arguments)
         check_scale_alone(self.plan.kwargs, scale)
         latents, timestep, text = (arguments[name] for name in self.names)
         if text is None:
@@ -216,6 +219,11 @@ class TokenNetwork(Network):
         if given:
             raise UnsupportedModel(f"{given[0]} beside ControlNets that are cut into patches")
         return self._beside.read(call, residuals, self.controls)
+
+    def scale_of(self, arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What attention processors are given in a call, by name, where a LoRA's scale is all that works."""
+        given: Mapping[str, Any] | None = None if self.plan.kwargs is None else arguments[self.plan.kwargs]
+        return given
 
     def sample_of(self, latents: Any) -> torch.Tensor:
         """Latents as they were given as one tensor: (batch, tokens, channels), or with rows and columns."""

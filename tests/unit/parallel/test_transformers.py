@@ -545,7 +545,7 @@ def test_skipped_layers_are_refused() -> None:
 
 def ip_adapter(network: Any) -> None:
     processor = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=TEXT_WIDTH)
-    network.transformer_blocks[0].attn.set_processor(processor)
+    network.single_transformer_blocks[0].attn.set_processor(processor)
 
 
 def spread(network: Any) -> None:
@@ -584,7 +584,7 @@ def bypass(network: Any) -> None:
     ("change", "message"),
     [
         (lambda network: network.fuse_qkv_projections(), "transformer_blocks.0.attn has fused projections"),
-        (ip_adapter, "transformer_blocks.0.attn uses FluxIPAdapterAttnProcessor"),
+        (ip_adapter, "single_transformer_blocks.0.attn uses FluxIPAdapterAttnProcessor"),
         (lambda network: network.enable_cache(FirstBlockCacheConfig()), "FirstBlockCacheConfig: a cache"),
         (lambda network: apply_first_block_cache(network, FirstBlockCacheConfig()), "FBCHeadBlockHook"),
         (

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from distriray import ParallelConfig, parallelize
 from distriray.parallel import StepStatistics, engine_of
 from tests.models import (
+    IMAGE_WIDTH,
     TEXT_WIDTH,
     tiny_chroma_transformer,
     tiny_ernie_image_transformer,
@@ -25,6 +26,7 @@ from tests.models import (
     tiny_longcat_image_transformer,
     tiny_ovis_image_transformer,
     tiny_pixart_transformer,
+    tiny_prompted_flux_transformer,
     tiny_qwen_image21_transformer,
     tiny_qwen_image_transformer,
     tiny_sd3_transformer,
@@ -110,6 +112,12 @@ def flux(shape: Shape) -> dict[str, Any]:
         "img_ids": positions(shape, 3),
         "txt_ids": torch.zeros(shape.text, 3),
     }
+
+
+def flux_with_image_prompts(shape: Shape) -> dict[str, Any]:
+    """One picture for the first IP-Adapter, two for the other one."""
+    embeds = [noise(4 + pictures, shape.batch, pictures, IMAGE_WIDTH) for pictures in (1, 2)]
+    return {**flux(shape), "joint_attention_kwargs": {"ip_adapter_image_embeds": embeds}}
 
 
 def chroma(shape: Shape) -> dict[str, Any]:
@@ -277,6 +285,7 @@ def _by_steps(network: Any, timestep: torch.Tensor, inputs: dict[str, Any]) -> t
 HEADS = {"num_attention_heads": 12}
 TRANSFORMERS = {
     "flux": Transformer(tiny_flux_transformer, flux, HEADS),
+    "flux-image-prompts": Transformer(tiny_prompted_flux_transformer, flux_with_image_prompts, HEADS),
     "chroma": Transformer(tiny_chroma_transformer, chroma, HEADS),
     "longcat-image": Transformer(tiny_longcat_image_transformer, longcat_image, HEADS),
     "ovis-image": Transformer(tiny_ovis_image_transformer, ovis_image, HEADS),

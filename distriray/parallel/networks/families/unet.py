@@ -189,16 +189,15 @@ class UNet(Network):
             "return_dict": return_dict,
             "controls": controls,
         }
-        return Call(
+        call = Call(
             sample,
             timestep,
             encoder_hidden_states,
             cross_attention_kwargs,
             arguments=arguments,
-            besides=(*(control.name for control in controls), *(f"{name} (IP)" for name in image_prompts))
-            or None,
-            replaces_layers=bool(image_prompts),
+            besides=tuple(control.name for control in controls) or None,
         )
+        return call.with_image_prompts(image_prompts)
 
     def beside(self, call: Call) -> Sequence[nn.Module]:
         return [control.network for control in call.arguments["controls"]]
