@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from distriray.errors import ModelNotFound, UnusableIPAdapter
-from distriray.models import ModelSpec, download
+from distriray.models import ModelSpec, download, is_hub_id
 from distriray.names import NAME
 from distriray.picture import CarriedPicture
 
@@ -44,8 +44,10 @@ class IPAdapterSpec(BaseModel):
         file: of a folder or a Hugging Face id: which of its files, such as
             `models/ip-adapter_sd15.safetensors`.
         image_encoder: folder of the `CLIPVisionModelWithProjection` that reads its pictures: beside the file,
-            or with a `/` from the source, as diffusers has it. IP-Adapters with one folder share it.
-        revision: branch, tag or commit of a Hugging Face id.
+            or with a `/` from the source, as diffusers has it; or an absolute path, or where the source has
+            no such folder a Hugging Face id such as `openai/clip-vit-large-patch14`. IP-Adapters with one
+            folder share it.
+        revision: branch, tag or commit of a source that is a Hugging Face id.
         families: of pipelines that it is for, such as `StableDiffusionXL`; empty leaves it to its weights.
     """
 
@@ -68,14 +70,17 @@ class IPAdapterSpec(BaseModel):
         is_file = local.suffix == ".safetensors"
         folder, file = (local.parent, local.name) if is_file else (local, self.file)
         inside = PurePosixPath(file).parent if "/" not in self.image_encoder else PurePosixPath()
-        encoder = inside / self.image_encoder
-        if not is_file and not folder.is_dir():
-            try:
+        encoder = inside / Path(self.image_encoder).expanduser()
+        try:
+            if not is_file and not folder.is_dir():
                 model = ModelSpec(name=self.source, revision=self.revision)
                 folder = download(model, local, (file, *(str(encoder / each) for each in _ENCODER_FILES)))
-            except ModelNotFound as error:
-                raise UnusableIPAdapter(f"{what}: {error}") from error
-        found = IPAdapterFiles(folder / file, folder / encoder)
+            found = IPAdapterFiles(folder / file, folder / encoder)
+            if is_hub_id(self.image_encoder) and not found.image_encoder.is_dir():
+                own = download(ModelSpec(name=self.image_encoder), found.image_encoder, _ENCODER_FILES)
+                found = found._replace(image_encoder=own)
+        except ModelNotFound as error:
+            raise UnusableIPAdapter(f"{what}: {error}") from error
         for path in (found.weights, found.image_encoder / "config.json"):
             if not path.is_file():
                 raise UnusableIPAdapter(f"{what}: there is no {path}; only safetensors are read")

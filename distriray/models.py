@@ -84,7 +84,7 @@ def locate(spec: ModelSpec) -> Path:
         return _pipeline_folder(local, name)
     if local.suffix == _ONE_FILE:
         raise ModelNotFound(f"no model {name!r}: there is no file {local.absolute()}")
-    if not _HUB_ID.fullmatch(name) or name.startswith(("./", "../")):
+    if not is_hub_id(name):
         raise ModelNotFound(
             f"no model {name!r}: there is no folder {local.absolute()}, and it is not a Hugging Face id such "
             f"as stabilityai/stable-diffusion-xl-base-1.0; built in is {_BUILT_IN}"
@@ -92,6 +92,11 @@ def locate(spec: ModelSpec) -> Path:
     # In the components' folders: beside them a repository often has the same weights again, in one file.
     weights = f"*/*.{spec.variant}.safetensors" if spec.variant else "*/*.safetensors"
     return _pipeline_folder(download(spec, local, (*_FILES, weights)), name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name looks like a Hugging Face id, and not like a path from here."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith(("./", "../"))
 
 
 def _single_file(file: Path, name: str) -> Path:

@@ -16,6 +16,7 @@ from diffusers import (
     AutoPipelineForInpainting,
     StableDiffusionXLControlNetPipeline,
 )
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -436,8 +437,36 @@ def test_files_are_found_as_diffusers_finds_them(tmp_path: Path, monkeypatch: py
         "main",
         [file, "models/image_encoder/config.json"],
     )
+    own = {"source": str(tmp_path / file), "revision": "main"}
+    (tmp_path / "config.json").touch()
+    one = IPAdapterSpec(name="one", image_encoder="openai/clip-vit-large-patch14", **own)
+    assert one.locate() == (tmp_path / file, tmp_path)
+    assert asked[1:] == [
+        ("openai/clip-vit-large-patch14", None, "config.json", "*.safetensors", "*.safetensors.index.json")
+    ]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for encoder in ("~/models/image_encoder", str(tmp_path / "models/image_encoder")):
+        one = IPAdapterSpec(name="one", image_encoder=encoder, **own)
+        assert one.locate().image_encoder == tmp_path / "models/image_encoder"
+    for nothing in ("image_encodr", "/models/image_encoder", "openai/clip/vision", "./models"):
+        one = IPAdapterSpec(name="one", image_encoder=nothing, **own)
+        with pytest.raises(UnusableIPAdapter, match=f"IP-Adapter 'one': there is no .*{nothing.strip('./')}"):
+            one.locate()
+    assert len(asked) == 2
     with pytest.raises(ValueError, match="file"):
         IPAdapterSpec(name="one", source="h94/IP-Adapter", file="models/one.bin")
+
+
+def test_an_image_encoder_that_nobody_has_is_said_with_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(name: str, **_: object) -> str:
+        raise LocalEntryNotFoundError(f"no {name}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    one = IPAdapterSpec(name="one", source=str(tmp_path), image_encoder="models/image_encodr")
+    with pytest.raises(UnusableIPAdapter, match="'one': no model 'models/image_encodr': looked for"):
+        one.locate()
 
 
 def test_a_state_goes_on_only_where_its_ip_adapters_are(folder: Path, tmp_path: Path) -> None:
