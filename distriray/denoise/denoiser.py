@@ -76,7 +76,7 @@ class Denoiser:
         self._pipeline = pipeline
         self._steps = PIPELINES[self.family].steps(pipeline)
         self.controls = Controls(pipeline, self.family, self._steps)
-        self.ip_adapters = IPAdapters(pipeline, self.family)
+        self.ip_adapters = IPAdapters(pipeline, self.family, self._steps)
         self.sizes = PIPELINES[self.family].sizes(configs_of(pipeline))
         self.terms = PIPELINES[self.family].terms(configs_of(pipeline))
         self.guides = self._steps.guides

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from distriray.denoise.pipelines.image_prompts import ImagePrompt
+from distriray.denoise.pipelines.prompted import Prompted
 from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
 from distriray.errors import InvalidRequest, NotFinite
@@ -153,6 +154,7 @@ class PipelineSteps(ABC):
         kinds: the classes of the pipelines.
         flow: whether they denoise by flow matching.
         unguided: the largest scale of guidance that takes no second branch, as in the family's `Terms`.
+        prompted: the kind of its network that IP-Adapters are put into; None where none are drawn with.
         control_range: black and white, as its ControlNets are shown them unless their makers say otherwise.
         controls: the ControlNets of the next step.
         image_prompts: what the IP-Adapters in the network are to attend to, in their order.
@@ -164,6 +166,7 @@ class PipelineSteps(ABC):
     kinds: ClassVar[tuple[type, ...]]
     flow: ClassVar[bool] = False
     unguided: ClassVar[float] = 1.0
+    prompted: ClassVar[type[Prompted] | None] = None
     control_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     controls: tuple[UsedControl, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()

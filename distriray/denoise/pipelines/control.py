@@ -11,6 +11,7 @@ from diffusers import ControlNetModel
 
 from distriray.denoise.pipelines.base import Commission, PictureOf, PipelineSteps
 from distriray.denoise.pipelines.image_prompts import ImagePrompt, embeds_of
+from distriray.denoise.pipelines.prompted import PromptedUNet
 from distriray.parallel import engine_of
 from distriray.parallel.networks.controlnet import Embedder, check_fits, residuals_of, split
 from distriray.parallel.networks.controls import UsedControl
@@ -18,6 +19,8 @@ from distriray.parallel.networks.controls import UsedControl
 
 class UNetSteps(PipelineSteps):
     """A pipeline around a U-Net."""
+
+    prompted = PromptedUNet
 
     @property
     def control_kind(self) -> type[Any]:

@@ -12,7 +12,7 @@ from distriray.steps import SchedulerName
 FLUX2_EDITING = Editing(10)
 """As its makers say."""
 
-_NO_IP_ADAPTERS = {"ip_adapters": "IP-Adapters are for Stable Diffusion and Stable Diffusion XL here"}
+_NO_IP_ADAPTERS = {"ip_adapters": "IP-Adapters are for Stable Diffusion 1, 2 and XL, and FLUX.1 but for Fill"}
 _NO_CONTROL = {
     "control": "ControlNets are for Stable Diffusion (XL, 3), FLUX.1 dev and schnell, Qwen-Image and Z-Image",
     **_NO_IP_ADAPTERS,
@@ -76,7 +76,7 @@ def flux_terms(config: Configs) -> Terms:
         "negative_prompt_2": "FLUX.1 was distilled from guidance, and has no branch for it",
         **_NO_SIZES,
         **_NO_THIRD,
-        **_ON_PICTURES,
+        **_NO_REFERENCES,
     }
     if config("transformer")["guidance_embeds"]:
         return Terms(28, 3.5, schedulers, lacks, rounds_up=True)
@@ -263,7 +263,7 @@ def _of_text_alone(no_rescale: str) -> dict[str, str]:
 def _editing(terms: Terms, editing: Editing) -> Terms:
     """Of a model that edits, where the terms are those of one of its family that begins from pictures."""
     lacks = {name: why for name, why in terms.lacks.items() if name != "references"}
-    return replace(terms, lacks={**lacks, **_NO_CONTROL}, editing=editing)
+    return replace(terms, lacks={**lacks, "control": _NO_CONTROL["control"]}, editing=editing)
 
 
 def _has(config: Configs, part: str) -> bool:

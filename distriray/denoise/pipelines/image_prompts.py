@@ -22,5 +22,5 @@ class ImagePrompt(NamedTuple):
 
 
 def embeds_of(prompts: Sequence[ImagePrompt], branches: int, images: int) -> list[torch.Tensor]:
-    """A U-Net's `image_embeds`: (branches x images, 1, ...) each, like its batch."""
+    """What a network takes for each: (branches x images, 1, ...), like its batch."""
     return [prompt.embeds[-branches:].repeat_interleave(images, dim=0) for prompt in prompts]

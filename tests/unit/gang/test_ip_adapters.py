@@ -15,7 +15,14 @@ from distriray.gang.messages import SegmentEnd
 from distriray.gang.runner import SegmentRunner
 from distriray.ip_adapters import IPAdapterSpec
 from distriray.models import ModelSpec
-from tests.models import save_ip_adapter, tiny_ip_adapter, tiny_sd15, tiny_sdxl
+from tests.models import (
+    save_ip_adapter,
+    tiny_flux,
+    tiny_flux_ip_adapter,
+    tiny_ip_adapter,
+    tiny_sd15,
+    tiny_sdxl,
+)
 
 from .runners import Gang, endings
 
@@ -28,11 +35,18 @@ def runner_of(model: Path, *specs: IPAdapterSpec) -> SegmentRunner:
     return SegmentRunner(named, torch.device("cpu"), HashStore(), timeout_s=10.0, ip_adapters=specs)
 
 
-def test_a_worker_loads_what_is_listed_and_a_gang_draws_with_it(tiny_model: Path, tmp_path: Path) -> None:
-    save_ip_adapter(tmp_path, tiny_ip_adapter(tiny_sdxl().unet, 1))
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_a_worker_loads_what_is_listed_and_a_gang_draws_with_it(
+    family: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model, weights = tiny_model, tiny_ip_adapter(tiny_sdxl().unet, 1)
+    if family == "flux":
+        (flux := tiny_flux()).save_pretrained(model := tmp_path / "flux")
+        weights = tiny_flux_ip_adapter(flux.transformer, 1)
+    save_ip_adapter(tmp_path, weights)
     style = IPAdapterSpec(name="style", source=str(tmp_path))
-    assert runner_of(tiny_model, style)._denoiser.ip_adapters._loaded.keys() == {"style"}
-    gang = Gang(tiny_model, 2)
+    assert runner_of(model, style)._denoiser.ip_adapters._loaded.keys() == {"style"}
+    gang = Gang(model, 2)
     for runner in gang.runners:
         runner._denoiser.ip_adapters.load(style)
 

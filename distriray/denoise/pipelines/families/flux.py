@@ -20,10 +20,13 @@ from PIL import Image
 from torch import nn
 
 from distriray.denoise.pipelines.base import Commission, PictureOf, TokenCount, tokens_of
+from distriray.denoise.pipelines.image_prompts import embeds_of
 from distriray.denoise.pipelines.masks import outside
 from distriray.denoise.pipelines.packed import PackedFlowMatching
+from distriray.denoise.pipelines.prompted import Prompted, PromptedFlux
 from distriray.denoise.state import DenoiseState
-from distriray.parallel.networks.families.flux import FluxControl
+from distriray.parallel import engine_of
+from distriray.parallel.networks.families.flux import IMAGE_EMBEDS, FluxControl
 from distriray.parallel.networks.token_control import TokenControl
 
 
@@ -38,6 +41,7 @@ class Flux(PackedFlowMatching):
     max_clip_skip = 0
     guides = False
     control: ClassVar[type[TokenControl] | None] = FluxControl
+    prompted: ClassVar[type[Prompted] | None] = PromptedFlux
 
     def tokens(self, text: str) -> list[TokenCount]:
         return [
@@ -85,7 +89,19 @@ class Flux(PackedFlowMatching):
 
     def arguments(self, state: DenoiseState, branch: str) -> dict[str, Any]:
         pooled, scale = state.values["pooled_prompt_embeds"], state.values.get("guidance")
-        return {**super().arguments(state, branch), "pooled_projections": pooled, "guidance": scale}
+        given = {**super().arguments(state, branch), "pooled_projections": pooled, "guidance": scale}
+        return {**given, **self._prompts(state.batch)}
+
+    def _prompts(self, images: int) -> dict[str, Any]:
+        """Arguments of the network for what the IP-Adapters in it attend to, if there are any."""
+        if not self.image_prompts:
+            return {}
+        embeds = embeds_of(self.image_prompts, 1, images)
+        names = tuple(prompt.name for prompt in self.image_prompts)
+        return {
+            "joint_attention_kwargs": {IMAGE_EMBEDS: embeds},
+            **({} if engine_of(self._transformer) is None else {"image_prompts": names}),
+        }
 
 
 class FluxFill(Flux):
@@ -93,6 +109,7 @@ class FluxFill(Flux):
 
     kinds = (FluxFillPipeline,)
     control = None
+    prompted = None
 
     @property
     def input_channels(self) -> int:
