@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from tests.models import (
     tiny_prompted_flux_transformer,
 )
 from tests.parameters import pairwise
-from tests.unit.parallel.transformers import TRANSFORMERS, Shape, error, noise, step
+from tests.unit.parallel.transformers import TRANSFORMERS, Shape, draw, error, noise, step
 
 SCALES: dict[int, Any] = {1: 0.7, 2: [0.7, -0.4]}
 """By the number of IP-Adapters."""
@@ -104,6 +104,26 @@ def test_sync_mode_equals_diffusers_own_pipeline(name: str, adapters: int, ranks
 def test_nothing_more_is_sent() -> None:
     with_two, without = (run_in_lockstep(2, lambda c, n=n: drawn(c, "plain", n)[1]) for n in (2, 0))
     assert with_two == without and all(with_two)
+
+
+def test_buffers_are_those_without_and_known_before() -> None:
+    def rank(communicator: Communicator, name: str) -> tuple[int, int]:
+        transformer, config = TRANSFORMERS[name], ParallelConfig(exchange="displaced", cfg_parallel=False)
+        network = parallelize(transformer.make(), communicator, config)
+        engine, inputs = engine_of(network), transformer.inputs(Shape())
+        assert engine is not None
+        timestep = torch.ones(len(inputs["hidden_states"]))
+        calls = [engine.network.read(**inputs, timestep=timestep)]
+        estimate = engine.buffer_bytes_of(calls, 2, config)
+        draw(network, transformer, Shape())
+        return estimate, engine.buffer_bytes
+
+    with_two, without = (
+        run_in_lockstep(2, partial(rank, name=name)) for name in ("flux-image-prompts", "flux")
+    )
+    assert with_two == without
+    estimates, taken = zip(*with_two, strict=True)
+    assert max(taken) <= min(estimates)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
