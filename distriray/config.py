@@ -15,7 +15,8 @@ Freshness = Literal["stale", "fresh"]
 Width = Literal["whole", "int8", "int4", "int2"]
 AttentionMode = Literal["auto", "gather", "ulysses"]
 
-Weight = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Fraction | Literal["fitted"]
 
 
 class Mix(BaseModel):
@@ -82,19 +83,21 @@ PAPER = Mix(statistics="corrected", halos="stale", keys_values="stale")
 class Weights(NamedTuple):
     """Extrapolation weights of each kind of stale value."""
 
-    statistics: float = 0.0
-    halos: float = 0.0
+    statistics: Weight = 0.0
+    halos: Weight = 0.0
     keys_values: float = 0.0
 
 
 class Prediction(BaseModel):
     """Extrapolation weights w of stale values: last + w * (last - one before). 0 turns a kind off.
 
+    `fitted` gives each layer and each peer a weight of its own: that with which the image's changes from step
+    to step so far would have followed from those before. It is 0 until three steps came before.
+
     Attributes:
-        statistics: of group norm's statistics; `auto` is 0.75 between two patches and 0.5 among more, where
-            a larger weight loses when steps are few (docs/measurements.md, Fidelity), of `stale` ones, and 0
-            of `corrected` ones.
-        halos: of the rows around a patch.
+        statistics: of group norm's statistics; `auto` is `fitted` of `stale` ones, and 0 of `corrected` ones.
+        halos: of the rows around a patch; `auto` is `fitted`, and 0 beside `corrected` statistics, for these
+            are the paper's method.
         keys_values: of self-attention's keys and values; `auto` is 0.75 where they are stale and
             statistics and halos fresh, else 0.
     """
@@ -102,18 +105,20 @@ class Prediction(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     statistics: Weight | Literal["auto"] = "auto"
-    halos: Weight = 0.0
-    keys_values: Weight | Literal["auto"] = "auto"
+    halos: Weight | Literal["auto"] = "auto"
+    keys_values: Fraction | Literal["auto"] = "auto"
 
-    def weights(self, mix: Mix, patches: int) -> Weights:
-        """In numbers, for that mix among that many patches."""
-        statistics, keys_values = self.statistics, self.keys_values
+    def weights(self, mix: Mix) -> Weights:
+        """What `auto` stands for, for that mix."""
+        statistics, halos, keys_values = self.statistics, self.halos, self.keys_values
         if statistics == "auto":
-            statistics = (0.75 if patches == 2 else 0.5) if mix.statistics == "stale" else 0.0
+            statistics = "fitted" if mix.statistics == "stale" else 0.0
+        if halos == "auto":
+            halos = "fitted" if mix.halos == "stale" and mix.statistics != "corrected" else 0.0
         if keys_values == "auto":
             alone = mix.statistics == mix.halos == "fresh" and mix.keys_values == "stale"
             keys_values = 0.75 if alone else 0.0
-        return Weights(statistics, self.halos, keys_values)
+        return Weights(statistics, halos, keys_values)
 
 
 class ParallelConfig(BaseModel):

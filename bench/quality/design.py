@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-from distriray.config import MIXES, PAPER, ExchangeMode, Freshness, Mix, ParallelConfig, Prediction, Width
+from distriray.config import (
+    MIXES,
+    PAPER,
+    ExchangeMode,
+    Freshness,
+    Mix,
+    ParallelConfig,
+    Prediction,
+    Weight,
+    Width,
+)
 from distriray.steps import SchedulerName
 
 PATCHES = (2, 4, 8)
@@ -31,8 +41,8 @@ class Setting:
     scheduler: SchedulerName = "ddim"
     exchange: ExchangeMode | Mix = "displaced"
     warmup: int | Literal["auto"] = 4
-    statistics: float = 0.0
-    halos: float = 0.0
+    statistics: Weight = 0.0
+    halos: Weight = 0.0
     keys_values: float = 0.0
     cfg_parallel: bool = False
     against: SchedulerName | None = None
@@ -72,12 +82,16 @@ class Setting:
         words: list[str] = [self.exchange] if isinstance(self.exchange, str) else _words(self.exchange)
         if not (self.config.mix is None or self.config.mix.exact):
             words.append(f"warm-up {self.warmup}")
-            weights = {
+            weights: dict[str, Weight] = {
                 "statistics": self.statistics,
                 "halos": self.halos,
                 "keys and values": self.keys_values,
             }
-            words += [f"{kind} {weight:g}" for kind, weight in weights.items() if weight]
+            words += [
+                f"{kind} {weight if isinstance(weight, str) else format(weight, 'g')}"
+                for kind, weight in weights.items()
+                if weight
+            ]
         if self.cfg_parallel:
             words.append("guidance split")
         return ", ".join(words)
@@ -139,7 +153,7 @@ def _by_default(base: Setting, exchange: ExchangeMode | Mix) -> Setting:
     """This exchange with the warm-up and the extrapolation that it has by default."""
     config = ParallelConfig(exchange=exchange)
     assert config.mix is not None
-    weights = config.prediction.weights(config.mix, base.patches)
+    weights = config.prediction.weights(config.mix)
     return replace(base, exchange=exchange, warmup=config.warmup_of(config.mix), **weights._asdict())
 
 
@@ -165,6 +179,9 @@ def sections(full: int, half: int, few: int) -> list[Section]:
         *_columns("warm-up of mixes", few, _mix_warmups, PATCHES),
         *_columns("extrapolated keys and values", few, _extrapolated, (4, 8, 2)),
         *_columns("extrapolated keys and values", few, _extrapolated_in_few_steps, (4, 8)),
+        *_columns("fitted extrapolation", few, _fitted, (8, 4, 2)),
+        *_columns("fitted extrapolation", few, lambda base: _fitted(replace(base, steps=10)), (8, 4)),
+        *_columns("fitted extrapolation", few, _fitted_beside_fresh_halos, (8, 4)),
         *_columns("kinds", few, _kinds, (4, 8)),
         *_columns("widths", few, _widths, (4,)),
         *_columns("mixes and steps", few, _mix_steps, (4, 8)),
@@ -273,6 +290,18 @@ def _extrapolated_in_few_steps(base: Setting) -> tuple[Setting, ...]:
         for steps in (8, 10)
         for warmup, weight in ((2, 0.5), (4, 0.5), (4, 0.75))
     )
+
+
+def _fitted(base: Setting) -> tuple[Setting, ...]:
+    """Old statistics and halos by one weight for all layers, and by one for each."""
+    weights: tuple[Weight, ...] = (0.0, 0.5, 0.75, "fitted")
+    both = replace(base, statistics="fitted", halos="fitted")
+    return *(replace(base, statistics=weight) for weight in weights), both
+
+
+def _fitted_beside_fresh_halos(base: Setting) -> tuple[Setting, ...]:
+    mix = Mix(statistics="stale", keys_values="stale")
+    return tuple(replace(each, exchange=mix) for each in _fitted(base)[:-1])
 
 
 def _mix_steps(base: Setting) -> tuple[Setting, ...]:

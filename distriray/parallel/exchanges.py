@@ -129,7 +129,7 @@ class Exchanges:
             share.communicator,
             share.partition,
             key.mix,
-            key.config.prediction.weights(key.mix, share.partition.world_size),
+            key.config.prediction.weights(key.mix),
             key.config.attention,
             self.bucket_count,
             None if call.replaces_layers else self._graphs.new(),

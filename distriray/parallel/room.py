@@ -38,7 +38,7 @@ def buffer_bytes(
         return 0
     patches = share.partition.world_size
     peers = AbsentPeers(share.communicator.rank, patches, META)
-    weights = config.prediction.weights(mix, patches)
+    weights = config.prediction.weights(mix)
     exchange = Exchange(peers, share.partition, mix, weights, config.attention)
     for _ in range(2):
         with exchange.step() as step:

@@ -73,7 +73,7 @@ class Bucket:
     def launch(self) -> None:
         """Send this step's values, and receive the peers' for the next one, in the background."""
         self.statistics.pack()
-        self.remember()
+        self.remember(read=True)
         exchange = self._communicator.exchange
         sends = {peer: self._outbox[peer, : self._sent[peer]] for peer in self._peers if self._sent[peer]}
         receives = {
@@ -95,15 +95,20 @@ class Bucket:
         for region in self._levels:
             region.arrive()
 
-    def remember(self) -> None:
-        """Before new values arrive, make the received ones those of the step before."""
+    def begin(self) -> None:
+        """Begin an image."""
         for region in self._regions:
-            region.remember()
+            region.begin()
 
-    def predict(self, extrapolates: bool) -> None:
-        """Make what layers read from what was received; a copy unless two steps came before."""
+    def remember(self, read: bool) -> None:
+        """Before new values arrive, make the received ones, `read` or not, those of the step before."""
         for region in self._regions:
-            region.predict(extrapolates)
+            region.remember(read)
+
+    def predict(self, steps: int) -> None:
+        """Make what layers read from what was received, `steps` of the image having come before."""
+        for region in self._regions:
+            region.predict(steps)
 
     def _lay_out_flat(self, slots: Mapping[int, Slot], weights: Weights) -> None:
         """One row of bytes per rank: all statistics first, then the halos that this pair of ranks swaps."""
@@ -207,6 +212,11 @@ class Buckets:
     def nbytes(self) -> int:
         """Memory of the buffers."""
         return sum(bucket.nbytes for bucket in self._buckets)
+
+    def begin(self) -> None:
+        """Begin an image."""
+        for bucket in self._buckets:
+            bucket.begin()
 
     def wait(self) -> None:
         """Wait for the transfers in flight."""

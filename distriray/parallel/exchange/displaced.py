@@ -24,17 +24,17 @@ class DisplacedStep(Step):
 
     Args:
         buckets: filled by the step before.
-        predicts: whether two steps came before, from which stale values can be extrapolated.
+        steps: of the image that came before, from which stale values can be extrapolated.
     """
 
     displaced = True
 
     def __init__(
-        self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, buckets: Buckets, predicts: bool
+        self, patch: Patch, carriers: Mapping[Kind, Carrier], mix: Mix, buckets: Buckets, steps: int
     ) -> None:
         super().__init__(patch, carriers, mix)
         self._buckets = buckets
-        self._predicts = predicts
+        self._steps = steps
         self._index = 0
         self._complete: Bucket | None = None
 
@@ -124,4 +124,4 @@ class DisplacedStep(Step):
             self.waits += 1
             with self.waiting.buckets:
                 entered.wait()
-            entered.predict(self._predicts)
+            entered.predict(self._steps)

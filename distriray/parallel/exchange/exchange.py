@@ -93,7 +93,7 @@ class Exchange:
             assert self._buckets is not None, "no step came before"
             changes = AsChanges(self._reconstructions)
             carriers = {kind: changes if self._bits[kind] else Carrier() for kind in self._bits}
-            step = DisplacedStep(self._patch, carriers, self._mix, self._buckets, predicts=self._steps > 1)
+            step = DisplacedStep(self._patch, carriers, self._mix, self._buckets, self._steps)
         else:
             self.drain()
             carriers = {
@@ -111,6 +111,8 @@ class Exchange:
         """Forget the previous steps: the next one must be synchronous."""
         self.drain()
         self._steps = 0
+        if self._buckets is not None:
+            self._buckets.begin()
 
     def drain(self) -> None:
         """Wait for the transfers in flight."""

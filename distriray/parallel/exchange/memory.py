@@ -144,7 +144,7 @@ class Refilling(Memory):
             return self._give_up().expect(slot)
         bucket = self._buckets[self._index]
         if self._index == bucket.first:
-            bucket.remember()
+            bucket.remember(read=False)
         return self
 
     def keep(self, everyone: Values) -> None:

@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import prod
 
 import torch
 
+from distriray.config import Weight
+from distriray.parallel.exchange.extrapolation import Extrapolation
+from distriray.parallel.exchange.extrapolation import extrapolation as extrapolation_of
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.reconstructions import Reconstruction
 from distriray.parallel.exchange.slots import Shapes, Slot
 
 
 class Region(ABC):
-    """One kind of value of a bucket's slots.
-
-    Two buffers of one layout: what arrives, and what had arrived the step before. In the latter's place
-    is what layers read, from `predict` until `remember`. Without prediction layers read what arrives, and
-    nothing is kept of the step before.
+    """One kind of value of a bucket's slots: what arrives, and what layers read.
 
     Args:
         received: where values arrive.
         rank: this rank.
-        weight: extrapolation weight w of what is read: last + w * (last - one before).
+        extrapolation: from that to what layers read; None where they read what arrives.
     """
 
-    def __init__(self, received: torch.Tensor, rank: int, weight: float) -> None:
+    def __init__(self, received: torch.Tensor, rank: int, extrapolation: Extrapolation | None) -> None:
         self.rank = rank
-        self._weight = weight
         self._received = received
-        self._readable = torch.zeros_like(received) if weight else received
+        self._extrapolation = extrapolation
+        self._readable = received if extrapolation is None else extrapolation.readable
 
     @property
     def prediction_bytes(self) -> int:
         """Memory for prediction, which comes on top of what is received."""
-        return self._readable.nbytes if self._weight else 0
+        return 0 if self._extrapolation is None else self._extrapolation.nbytes
 
     @abstractmethod
     def stored(self, index: int) -> dict[int, torch.Tensor]:
@@ -47,19 +46,20 @@ class Region(ABC):
         for rank, kept in self.stored(index).items():
             kept.copy_(everyone[rank])
 
-    def remember(self) -> None:
-        """Make the received values those of the step before: layers have read, and new ones arrive."""
-        if self._weight:
-            self._readable.copy_(self._received)
+    def begin(self) -> None:
+        """Begin an image."""
+        if self._extrapolation is not None:
+            self._extrapolation.begin()
 
-    def predict(self, extrapolates: bool) -> None:
-        """Make what layers read: what was received, or what follows from that and the step before."""
-        if not self._weight:
-            return
-        if extrapolates:
-            self._readable.lerp_(self._received, 1.0 + self._weight)
-        else:
-            self._readable.copy_(self._received)
+    def remember(self, read: bool) -> None:
+        """Make the received values, which layers have `read` or not, those of the step before."""
+        if self._extrapolation is not None:
+            self._extrapolation.remember(read)
+
+    def predict(self, steps: int) -> None:
+        """Make what layers read: what was received, or what follows from that and the steps before."""
+        if self._extrapolation is not None:
+            self._extrapolation.predict(steps)
 
 
 class StatisticsRegion(Region):
@@ -71,9 +71,10 @@ class StatisticsRegion(Region):
     """
 
     def __init__(
-        self, slots: Mapping[int, Slot], outbox: torch.Tensor, inbox: torch.Tensor, rank: int, weight: float
+        self, slots: Mapping[int, Slot], outbox: torch.Tensor, inbox: torch.Tensor, rank: int, weight: Weight
     ) -> None:
-        super().__init__(inbox, rank, weight)
+        lengths = [prod(slot.send[0][1]) for slot in slots.values()]
+        super().__init__(inbox, rank, _extrapolated(inbox, weight, [lengths] * len(inbox)))
         self._outbox = outbox
         self._arrived = self._views(slots, inbox)
         self._statistics = self._views(slots, self._readable)
@@ -91,7 +92,7 @@ class StatisticsRegion(Region):
         """Put this rank's row into the message to every peer."""
         own = self._readable[self.rank]
         self._outbox.copy_(own.expand_as(self._outbox))
-        if self._weight:  # nothing arrives in this row: what was last sent stays there
+        if self._extrapolation is not None:  # nothing arrives in this row: what was last sent stays there
             self._received[self.rank].copy_(own)
 
     def stored(self, index: int) -> dict[int, torch.Tensor]:
@@ -126,9 +127,9 @@ class HaloRegion(Region):
         outbox: torch.Tensor,
         inbox: torch.Tensor,
         rank: int,
-        weight: float,
+        weight: Weight,
     ) -> None:
-        super().__init__(inbox, rank, weight)
+        super().__init__(inbox, rank, _extrapolated(inbox, weight, received.parts))
         self._outbox = sent.views(outbox)
         self._arrived = received.views(inbox)
         self._halos = received.views(self._readable)
@@ -158,11 +159,14 @@ class Packing:
     def __init__(self, messages: Mapping[int, Shapes], ranks: int) -> None:
         self.lengths = [0] * ranks
         """Numbers in the row of each rank."""
+        self.parts: list[list[int]] = [[] for _ in range(ranks)]
+        """Numbers of each message in the row of each rank."""
         self._places: dict[int, dict[int, tuple[int, tuple[int, ...]]]] = {}
         for index, pairs in messages.items():
             self._places[index] = {}
             for peer, shape in pairs:
                 self._places[index][peer] = self.lengths[peer], shape
+                self.parts[peer].append(prod(shape))
                 self.lengths[peer] += prod(shape)
 
     def views(self, rows: torch.Tensor) -> dict[int, dict[int, torch.Tensor]]:
@@ -195,7 +199,8 @@ class KeysValuesRegion(Region):
         slot = next(iter(slots.values()))
         shapes = {index: slot.send[0][1][1:] for index, slot in slots.items()}
         size = (sum(slot.extents), sum(map(prod, shapes.values())))
-        super().__init__(torch.zeros(size, dtype=slot.dtype, device=device), rank, weight)
+        received = torch.zeros(size, dtype=slot.dtype, device=device)
+        super().__init__(received, rank, extrapolation_of(received, weight))
         self._tokens = slot.extents
         self._arrived = self._views(shapes, self._received)
         self._keys_values = self._views(shapes, self._readable) if weight else self._arrived
@@ -257,3 +262,13 @@ class KeysValuesRegion(Region):
             index: buffer[:, start : start + prod(shape)].unflatten(1, shape)
             for (index, shape), start in zip(shapes.items(), starts, strict=False)
         }
+
+
+def _extrapolated(
+    rows: torch.Tensor, weight: Weight, lengths: Sequence[Sequence[int]]
+) -> Extrapolation | None:
+    """Extrapolation of rows that have parts of these lengths, and something left over."""
+    if not any(lengths):
+        return None
+    parts = [part for row in lengths for part in (*row, rows.shape[1] - sum(row))]
+    return extrapolation_of(rows, weight, parts)

@@ -18,16 +18,16 @@ SDXL = PUBLISHED["sdxl"]
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("split", "most"), [(True, 1.0), (False, 1.05)])
+@pytest.mark.parametrize(("split", "launches", "moves"), [(True, 1.0, 1.1), (False, 1.05, 1.2)])
 def test_a_displaced_step_launches_and_moves_little_more_than_without_an_exchange(
-    split: bool, most: float
+    split: bool, launches: float, moves: float
 ) -> None:
     alone = alone_of(SDXL, 1024)
     (none, *_), (displaced, peers, buffers) = (
         share(SDXL, 1024, 8, split, mode) for mode in ("none", "displaced")
     )
-    assert none.launches < displaced.launches <= most * alone.launches
-    assert none.nbytes < displaced.nbytes <= 1.15 * none.nbytes
+    assert none.launches < displaced.launches <= launches * alone.launches
+    assert none.nbytes < displaced.nbytes <= moves * none.nbytes
     sent = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
     assert len(sent) == 11 and buffers > 4e8
 

@@ -85,10 +85,10 @@ def test_the_largest_request_that_limits_allow_is_said_to_fit_or_not(
     runner, config = started(10**10, tiny_model, monkeypatch)
     (fits,) = (record for record in caplog.records if "largest request" in record.message)
     assert fits.levelno == logging.INFO
-    assert "2 of 512x512 in a gang of 2, would take" in fits.message
+    assert "2 of 512x512 in a gang of 4, would take" in fits.message
     caplog.clear()
     largest = SamplingParams(prompt="a lake", seed=1, height=512, width=512, num_images=2)
-    needed = runner.buffer_bytes_of(runner.calls(largest), 2, config.parallel)
+    needed = runner.buffer_bytes_of(runner.calls(largest), 4, config.parallel)
     started(needed, tiny_model, monkeypatch)
     started(needed - 1, tiny_model, monkeypatch)
     levels = [record.levelno for record in caplog.records if "largest request" in record.message]
@@ -157,7 +157,7 @@ def test_a_picture_of_which_a_mask_is_filled_in_counts_there_as_large_as_it_is_d
     picture, mask = Image.new("RGB", (1536, 1536)), Picture.of(Image.new("L", (1536, 1536)))
     largest = SamplingParams(prompt="a lake", seed=1, height=1536, width=1536, image=picture, mask_image=mask)
     runner, config = started(10**10, tmp_path, monkeypatch, workers=2)
-    needed = runner.buffer_bytes_of(runner.calls(largest), 2, config.parallel)
+    needed = runner.buffer_bytes_of(runner.calls(largest), 4, config.parallel)
     caplog.clear()
     for free in (needed * 11 // 10, needed * 9 // 10):
         started(free, tmp_path, monkeypatch, workers=2)

@@ -233,8 +233,8 @@ def test_pipelines_that_are_called_with_something_else(
         ({"warmup_steps": 3}, "warmup_steps 1 and 3;"),
         (
             {"prediction": {"statistics": 0.9}},
-            """prediction {"statistics": "auto", "halos": 0.0, "keys_values": "auto"} and """
-            """{"statistics": 0.9, "halos": 0.0, "keys_values": "auto"};""",
+            """prediction {"statistics": "auto", "halos": "auto", "keys_values": "auto"} and """
+            """{"statistics": 0.9, "halos": "auto", "keys_values": "auto"};""",
         ),
         ({"cfg_parallel": "auto"}, """cfg_parallel false and "auto";"""),
         ({"parallel_vae": False}, "parallel_vae true and false;"),

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import LockstepCommunicator, run_in_lockstep
-from distriray.config import MIXES, PAPER, Mix
+from distriray.config import MIXES, PAPER, Mix, Weight
 from distriray.errors import InvalidRequest
 from distriray.parallel import StepStatistics, engine_of
 from distriray.parallel.layers.conv import PatchConv2d
@@ -102,22 +102,22 @@ def test_fresher_is_nearer(alone: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("mix", "warmup", "weights"),
     [
-        (MIXES["displaced"], 4, (0.5, 0.0, 0.0)),
+        (MIXES["displaced"], 4, ("fitted", "fitted", 0.0)),
         (PAPER, 4, (0.0, 0.0, 0.0)),  # which extrapolates nothing
         (MIXES["displaced_attention"], 4, (0.0, 0.0, 0.75)),
         (STALE_INT4, 4, (0.0, 0.0, 0.75)),
-        (Mix(halos="stale"), 4, (0.0, 0.0, 0.0)),
+        (Mix(halos="stale"), 4, (0.0, "fitted", 0.0)),
         (MIXES["compressed"], 1, (0.0, 0.0, 0.0)),
         (MIXES["sync"], 1, (0.0, 0.0, 0.0)),
     ],
     ids=str,
 )
 def test_what_is_stale_has_its_warmup_and_extrapolation(
-    mix: Mix, warmup: int, weights: tuple[float, ...]
+    mix: Mix, warmup: int, weights: tuple[Weight, ...]
 ) -> None:
     config = ParallelConfig(exchange=mix)
     assert config.warmup_of(mix) == warmup
-    assert config.prediction.weights(mix, patches=4) == weights
+    assert config.prediction.weights(mix) == weights
 
 
 def test_the_papers_own_extrapolates_nothing_unless_asked() -> None:
