@@ -134,7 +134,9 @@ class Fitted(Extrapolation):
         return torch.segment_reduce(values.flatten(), "sum", lengths=self._parts, unsafe=True)
 
 
-def extrapolation(received: torch.Tensor, weight: Weight, parts: Sequence[int] = ()) -> Extrapolation | None:
+def extrapolation_of(
+    received: torch.Tensor, weight: Weight, parts: Sequence[int] = ()
+) -> Extrapolation | None:
     """That of one kind of value; None where layers read what arrives.
 
     Args:

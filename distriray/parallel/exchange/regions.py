@@ -10,8 +10,7 @@ from math import prod
 import torch
 
 from distriray.config import Weight
-from distriray.parallel.exchange.extrapolation import Extrapolation
-from distriray.parallel.exchange.extrapolation import extrapolation as extrapolation_of
+from distriray.parallel.exchange.extrapolation import Extrapolation, extrapolation_of
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.reconstructions import Reconstruction
 from distriray.parallel.exchange.slots import Shapes, Slot
@@ -157,17 +156,19 @@ class Packing:
     """
 
     def __init__(self, messages: Mapping[int, Shapes], ranks: int) -> None:
-        self.lengths = [0] * ranks
-        """Numbers in the row of each rank."""
         self.parts: list[list[int]] = [[] for _ in range(ranks)]
         """Numbers of each message in the row of each rank."""
         self._places: dict[int, dict[int, tuple[int, tuple[int, ...]]]] = {}
         for index, pairs in messages.items():
             self._places[index] = {}
             for peer, shape in pairs:
-                self._places[index][peer] = self.lengths[peer], shape
+                self._places[index][peer] = sum(self.parts[peer]), shape
                 self.parts[peer].append(prod(shape))
-                self.lengths[peer] += prod(shape)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Numbers in the row of each rank."""
+        return [sum(parts) for parts in self.parts]
 
     def views(self, rows: torch.Tensor) -> dict[int, dict[int, torch.Tensor]]:
         """Each slot's messages within `rows` (ranks, numbers), by peer."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distriray.config import Weight
-from distriray.parallel.exchange.extrapolation import Extrapolation, extrapolation
+from distriray.parallel.exchange.extrapolation import Extrapolation, extrapolation_of
 
 PARTS = [2, 3, 0, 1, 2]
 """Numbers that grow evenly, half as fast from step to step, none, back and forth, and not at all."""
@@ -33,7 +33,7 @@ def read(of: Extrapolation, received: torch.Tensor, steps: int) -> list[torch.Te
 
 def made(weight: Weight) -> tuple[Extrapolation, torch.Tensor]:
     received = torch.zeros(2, 4)
-    made = extrapolation(received, weight, PARTS)
+    made = extrapolation_of(received, weight, PARTS)
     assert made is not None
     return made, received
 
@@ -79,4 +79,4 @@ def test_a_wild_part_leaves_the_others_alone() -> None:
 
 
 def test_no_weight_is_no_extrapolation() -> None:
-    assert extrapolation(torch.zeros(2, 4), 0.0, PARTS) is None
+    assert extrapolation_of(torch.zeros(2, 4), 0.0, PARTS) is None
