@@ -3,8 +3,8 @@
 A step of a published network, in the dtype that it is used in, runs on torch's meta device, which knows
 shapes and computes nothing. Counted are the operations that launch something on a GPU, and the bytes that
 they read and write: for diffusers alone, and for one rank of a gang in each mode of the exchange, kernel by
-kernel; and what that rank sends. Attention counts as one launch, group norm and changes in few bits as their
-kernels (`distriray.parallel.kernels.fused`). Beside them stands one rank of diffusers' own context
+kernel; and what that rank sends. Attention counts as one launch, and what has kernels of its own
+(`distriray.parallel.kernels.fused`) as these. Beside them stands one rank of diffusers' own context
 parallelism, by Ulysses, where the network has a plan for it.
 """
 
@@ -39,7 +39,7 @@ from distriray.config import AttentionMode, ExchangeMode
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
 from distriray.parallel.engine import Engine
-from distriray.parallel.exchange import reconstructions
+from distriray.parallel.exchange import extrapolation, reconstructions
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
 from distriray.parallel.partition import dealt_heads
@@ -172,11 +172,14 @@ def standing_in(count: Count) -> Iterator[None]:
             (Schedules, "read", lambda *_: Moment(0.0)),
             (group_norm, "kernels_of", lambda device_type: fused),
             (reconstructions, "kernels_of", lambda device_type: fused),
+            (extrapolation, "kernels_of", lambda device_type: fused),
             (fused.group_norm, "_part_moments", Kernel(count, lambda args: args[:2])),
             (fused.group_norm, "_merge_parts", Kernel(count, lambda args: args[:2])),
             (fused.group_norm, "_normalize", Kernel(count, lambda args: args[:6])),
             (fused.few_bits, "_encode", Kernel(count, lambda args: (*args[:3], args[1]))),
             (fused.few_bits, "_decode", Kernel(count, lambda args: (*args[:3], args[1]))),
+            (fused.fit, "_add", Kernel(count, lambda args: args[:5])),
+            (fused.fit, "_extrapolate", Kernel(count, lambda args: (*args[:5], *args[1:3]))),
         ):
             patches.enter_context(patch.object(owner, name, stand_in))
         yield
@@ -316,7 +319,7 @@ def in_gang(
 ) -> tuple[Any, dict[str, Any], Engine, NotedPeers]:
     """The network of one rank, what a step calls it with, its engine, and its peers, which are absent."""
     (network, inputs), device = on_meta(model, size), torch.device("meta")
-    peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, device)
+    peers = NotedPeers(1 if ranks > 2 else 0, ranks, device)
     peers.fills = False
     parallelizing = import_module("distriray.parallel.parallelize")  # which the function of that name hides
     with patch.object(parallelizing, "_share_random_state", lambda communicator: None):
@@ -337,10 +340,13 @@ def share(
     exchange: ExchangeMode,
     attention: AttentionMode = "gather",
 ) -> tuple[Count, NotedPeers, int]:
-    """One rank's part of the third step: its count, its peers, and the bytes of its buffers."""
+    """One rank's part of a step that three came before: its count, its peers, and the bytes of its buffers.
+
+    All that a step does is done from the fourth one on: two changes come before the first fit of weights.
+    """
     network, inputs, engine, peers = in_gang(model, size, ranks, split, exchange, attention)
     with engine.image():
-        for step in range(3):
+        for step in range(4):
             engine.announce_more()
             peers.begin_step()
             with counting() as count:

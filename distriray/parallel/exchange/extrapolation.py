@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from distriray.config import Weight
+from distriray.parallel.kernels.choice import kernels_of
 
 FORGETTING = 0.7
 """What a step counts for in a fit, relative to the step after it."""
@@ -92,20 +93,16 @@ class Fitted(Extrapolation):
     def __init__(self, received: torch.Tensor, parts: Sequence[int]) -> None:
         super().__init__(received)
         self._change = torch.zeros_like(received)
-        self._parts = torch.tensor(parts, device=received.device)
-        numbers = torch.arange(len(parts), dtype=torch.int32, device=received.device)
-        self._part_of = numbers.repeat_interleave(self._parts, output_size=received.numel())
-        self._sums = torch.zeros((2, len(parts)), device=received.device)
-        self._zero = self._sums.new_zeros(())
+        self._fit = kernels_of(received.device.type).Fit(received, parts)
 
     @property
     def nbytes(self) -> int:
-        of_numbers = self.readable, self._change, self._part_of
-        return sum(tensor.nbytes for tensor in (*of_numbers, self._parts, self._sums))
+        return self.readable.nbytes + self._change.nbytes
 
     def begin(self) -> None:
-        with torch.inference_mode(self._sums.is_inference()):
-            self._sums.zero_()
+        sums = self._fit.sums
+        with torch.inference_mode(sums.is_inference()):
+            sums.zero_()
 
     def remember(self, read: bool) -> None:
         if not read:
@@ -113,25 +110,10 @@ class Fitted(Extrapolation):
         self.readable.copy_(self._received)
 
     def predict(self, steps: int) -> None:
-        change = self._received - self.readable
-        if steps < 3:
-            self.readable.copy_(self._received)
+        if steps > 2:
+            self._fit.extrapolate(self._received, self.readable, self._change, FORGETTING)
         else:
-            weights = self._fit(change.float(), self._change.float()).to(change.dtype)
-            each = weights.index_select(0, self._part_of)
-            torch.addcmul(self._received, each.view_as(change), change, out=self.readable)
-        self._change.copy_(change)
-
-    def _fit(self, change: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """The weight of each part, float32, from the last change and the one before it."""
-        sums = torch.stack((self._sum(change * before), self._sum(before.square())))
-        torch.add(sums, self._sums, alpha=FORGETTING, out=self._sums)
-        follows, squares = self._sums.unbind()
-        return follows.div(squares).fmax(self._zero).clamp_max_(1.0)  # 0 / 0 where nothing changed: 0
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """That of each part."""
-        return torch.segment_reduce(values.flatten(), "sum", lengths=self._parts, unsafe=True)
+            self.remember(read=False)
 
 
 def extrapolation_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from math import prod
+from math import gcd, prod
 
 import torch
 
@@ -128,10 +128,14 @@ class HaloRegion(Region):
         rank: int,
         weight: Weight,
     ) -> None:
-        super().__init__(inbox, rank, _extrapolated(inbox, weight, received.parts))
+        peers = range(len(inbox))[received.rows]
+        parts = [received.parts[peer] for peer in peers]
+        super().__init__(inbox, rank, _extrapolated(inbox[received.rows], weight, parts))
         self._outbox = sent.views(outbox)
         self._arrived = received.views(inbox)
-        self._halos = received.views(self._readable)
+        self._halos = self._arrived
+        if self._extrapolation is not None:
+            self._halos = received.views(dict(zip(peers, self._readable, strict=True)))
 
     def read(self, index: int) -> dict[int, torch.Tensor]:
         """Each peer's rows, (batch, channels, rows, columns)."""
@@ -170,11 +174,17 @@ class Packing:
         """Numbers in the row of each rank."""
         return [sum(parts) for parts in self.parts]
 
-    def views(self, rows: torch.Tensor) -> dict[int, dict[int, torch.Tensor]]:
-        """Each slot's messages within `rows` (ranks, numbers), by peer."""
+    @property
+    def rows(self) -> slice:
+        """Those that hold messages, and as few others as one slice can have."""
+        held = [peer for peer, parts in enumerate(self.parts) if parts] or [0]
+        return slice(held[0], held[-1] + 1, gcd(*(peer - held[0] for peer in held)) or 1)
+
+    def views(self, rows: torch.Tensor | Mapping[int, torch.Tensor]) -> dict[int, dict[int, torch.Tensor]]:
+        """Each slot's messages within `rows`, each of numbers, by peer."""
         return {
             index: {
-                peer: rows[peer, start : start + prod(shape)].view(shape)
+                peer: rows[peer][start : start + prod(shape)].view(shape)
                 for peer, (start, shape) in places.items()
             }
             for index, places in self._places.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
@@ -13,8 +14,42 @@ from distriray.parallel.kernels import plain
 log = logging.getLogger(__name__)
 
 
+class FittedWeights(Protocol):
+    """Weights of extrapolation, one for each part of what is received, fitted to an image's steps.
+
+    Attributes:
+        sums: what is known of the image's steps, float32; zeros if nothing is.
+    """
+
+    sums: torch.Tensor
+
+    def extrapolate(
+        self, received: torch.Tensor, before: torch.Tensor, change: torch.Tensor, forgetting: float
+    ) -> None:
+        """Make what follows from the values received, each part by the weight of least squares so far.
+
+        That is the sum over steps of d(t) * d(t - 1), over that of d(t - 1) ** 2, from 0 to 1, where d(t) is
+        the change from one step to the next.
+
+        Args:
+            received: of the place, shape and dtype that the weights were made for.
+            before: what had been received the step before, of the same shape and dtype, contiguous; written:
+                received + weight * d(t).
+            change: d(t - 1), like `before`; written: d(t).
+            forgetting: what a step counts for, relative to the step after it.
+        """
+
+
 class Kernels(Protocol):
-    """A group norm in two halves, between which ranks swap statistics; and changes in few bits."""
+    """A group norm in two halves, between which ranks swap statistics; changes in few bits; extrapolation."""
+
+    def Fit(self, received: torch.Tensor, parts: Sequence[int]) -> FittedWeights:
+        """Weights that know of no step.
+
+        Args:
+            received: where values arrive, (rows, numbers), contiguous rows.
+            parts: numbers of each part; they are behind one another, row by row, and fill `received`.
+        """
 
     def group_statistics(
         self, input: torch.Tensor, groups: int, out: torch.Tensor | None = None
@@ -90,8 +125,8 @@ def kernels_of(device_type: str) -> Kernels:
         raise
     except Exception as error:  # no triton, no C compiler for its launchers, a GPU that is too old
         log.warning(
-            "group norms, and changes in few bits, launch some 20 kernels each instead of 3, because Triton "
-            "does not work here: %s: %s",
+            "group norms, changes in few bits and extrapolation launch 10 to 20 kernels each instead of 2 or "
+            "3, because Triton does not work here: %s: %s",
             type(error).__name__,
             error,
         )

@@ -116,7 +116,8 @@ class StandIn(TorchDispatchMode):
         goes = target is not None and torch.device(target) == DEVICE
         if name == "aten::_fused_sdp_choice":
             return 0  # attention by matrix products, which knows no devices
-        if self._stops(name, ours, hosts, goes, leaves=target is not None and not goes):
+        sized = kwargs.get("output_size") is not None  # what is repeated need not be counted
+        if not sized and self._stops(name, ours, hosts, goes, leaves=target is not None and not goes):
             self.stops.append(f"{name} of {[tuple(t.shape) for t in (*ours, *hosts)]}: {_caller()}")
         inner = {id(leaf): leaf.inner for leaf in ours}
         outer = {id(leaf.inner): leaf for leaf in ours}

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from distriray.parallel.kernels.fused import few_bits, group_norm  # noqa: E402
+from distriray.parallel.kernels.fused import few_bits, fit, group_norm  # noqa: E402
 from tests.parameters import pairwise  # noqa: E402
 
 FLOATS = ["fp32", "fp16", "bf16"]
@@ -20,9 +20,9 @@ CAPABILITIES = [80, 90, 120]
 
 
 def machine_code(kernel: Any, capability: int, constants: dict[str, Any], **pointers: str) -> bytes:
-    """What a kernel becomes; arguments that are neither constants nor pointers are integers, `eps` apart."""
+    """What a kernel becomes; arguments are constants, pointers, integers, and these two floats."""
     warps = constants.pop("num_warps")
-    types = {"eps": "fp32", **dict.fromkeys(constants, "constexpr"), **pointers}
+    types = {"eps": "fp32", "forgetting": "fp32", **dict.fromkeys(constants, "constexpr"), **pointers}
     source = ASTSource(
         kernel,
         signature={name: types.get(name, "i64") for name in kernel.arg_names},
@@ -54,3 +54,15 @@ def test_group_norm(capability: int, dtype: str) -> None:
     pointers = {"statistics": numbers, "shares": numbers}
     pointers |= dict.fromkeys(("input", "output", "weight", "bias"), values)
     assert machine_code(group_norm._normalize, capability, tiles, **pointers)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), zip(CAPABILITIES, FLOATS, strict=True))
+def test_fitted_weights(capability: int, dtype: str) -> None:
+    constants = {"UNIT": 8, "BLOCK": fit._BLOCK, "num_warps": fit._WARPS}
+    pointers = {
+        **dict.fromkeys(("received", "before", "change"), f"*{dtype}"),
+        "blocks": "*i32",
+        "sums": "*fp32",
+    }
+    assert machine_code(fit._add, capability, dict(constants), **pointers)
+    assert machine_code(fit._extrapolate, capability, {"SUMS": fit._SUMS, **constants}, **pointers)
