@@ -27,7 +27,7 @@ def buffer_bytes(
     """Memory of the buffers that a call's exchange keeps on this rank, in bytes.
 
     It is what an exchange itself says when layers have handed it tensors without values: in a step that lays
-    buffers out, and one that fills them.
+    buffers out, one that fills them, and one that reads old values if any are read.
 
     Args:
         network: converted.
@@ -40,8 +40,8 @@ def buffer_bytes(
     peers = AbsentPeers(share.communicator.rank, patches, META)
     weights = config.prediction.weights(mix)
     exchange = Exchange(peers, share.partition, mix, weights, config.attention)
-    for _ in range(2):
-        with exchange.step() as step:
+    for displaced in (False, False) if mix.exact else (False, False, True):
+        with exchange.step(displaced) as step:
             network.dry_run(call, share, step)
     return exchange.buffer_bytes
 

@@ -20,8 +20,8 @@ class Carrier:
     """
 
     def pack(self, slot: Slot, values: Values) -> dict[int, torch.Tensor]:
-        """The tensor that is sent to each peer, contiguous, for these values."""
-        return {peer: tensor.contiguous() for peer, tensor in values.items()}
+        """The tensor that is sent to each peer for these values."""
+        return dict(values)
 
     def room(self, slot: Slot, into: Values) -> dict[int, torch.Tensor]:
         """Room to receive what each peer sends; in place if values travel as they are.

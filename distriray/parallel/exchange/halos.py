@@ -8,17 +8,21 @@ import torch
 import torch.nn.functional as F
 
 from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.kernels.rows_around import RowsAround
 from distriray.parallel.partition import Partition, Window
 
 
 class PaddedPatch:
-    """A convolution's input between its halo rows, in a buffer that all layers of one shape fill in turn.
+    """A convolution's input and the rows around it, for all layers of one shape.
 
     Args:
         partition: who owns which rows.
         rank: whose patch it is.
         input: (batch, channels, this rank's rows, columns).
         window: the convolution that reads them.
+
+    Attributes:
+        shape: of the input with the rows around it.
     """
 
     def __init__(self, partition: Partition, rank: int, input: torch.Tensor, window: Window) -> None:
@@ -26,13 +30,12 @@ class PaddedPatch:
         halo = partition.halo(rank, partition.level_of(rank, (rows, columns)), window)
         counts = {**halo.receive, rank: rows}
         heights = [halo.zeros[0], *(counts.get(peer, 0) for peer in range(partition.world_size))]
-        above = sum(heights[: rank + 1])
-        below = sum(heights[rank + 2 :]) + halo.zeros[1]
-        self.whole = F.pad(torch.zeros_like(input), (0, 0, above, below))  # keeps the memory format
+        self.shape = torch.Size((batch, channels, sum(heights) + halo.zeros[1], columns))
         self._rank = rank
+        self._zeros = halo.zeros
+        self._whole: torch.Tensor | None = None
+        self._like = input.new_empty(0)
         self._places = {peer: slice(sum(heights[: peer + 1]), sum(heights[: peer + 2])) for peer in counts}
-        self._edges = [slice(0, halo.zeros[0]), slice(sum(heights), sum(heights) + halo.zeros[1])]
-        self._rows = {peer: self.whole[:, :, place] for peer, place in self._places.items()}
         self._send = halo.send
         self.slot = Slot(
             "halos",
@@ -49,21 +52,41 @@ class PaddedPatch:
 
     def room(self) -> dict[int, torch.Tensor]:
         """Tensors for the rows of each peer."""
-        return {peer: self.whole.new_empty(shape) for peer, shape in self.slot.receive}
+        return {peer: self._like.new_empty(shape) for peer, shape in self.slot.receive}
 
     def halos(self, padded: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The rows of each peer in a tensor of the shape of `whole`, as views."""
+        """The rows of each peer in a tensor of this shape, as views."""
         return {peer: padded[:, :, place] for peer, place in self._places.items() if peer != self._rank}
 
-    def clear_edges(self, padded: torch.Tensor) -> None:
-        """Put zeros where the image ends into a tensor of the shape of `whole`."""
-        for place in self._edges:
-            if place.start < place.stop:
-                padded[:, :, place] = 0
+    def around(self, received: Mapping[int, torch.Tensor]) -> RowsAround:
+        """The rows `received` from each peer, and zeros where the image ends."""
+        ranks = sorted(received)
+        above, below = (
+            [received[peer] for peer in ranks if (peer < self._rank) is over] for over in (True, False)
+        )
+        return RowsAround(_one(above), _one(below), self._zeros)
 
     def fill(self, input: torch.Tensor, received: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """`input` between the rows `received` from each peer, and zeros where the image ends."""
+        """`input` between the rows `received` from each peer, and zeros where the image ends.
+
+        Returns:
+            A buffer that the next layer of this shape overwrites, in the memory format of the first input.
+        """
+        if self._whole is None:
+            above, below = self._places[self._rank].start, self.shape[2] - self._places[self._rank].stop
+            self._whole = F.pad(torch.zeros_like(input), (0, 0, above, below))
+            self._rows = {peer: self._whole[:, :, place] for peer, place in self._places.items()}
         self._rows[self._rank].copy_(input)
         for peer, rows in received.items():
             self._rows[peer].copy_(rows)
-        return self.whole
+        return self._whole
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffer."""
+        return 0 if self._whole is None else self._whole.nbytes
+
+
+def _one(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Rows of several peers, if patches are lower than what a convolution reads, in one tensor."""
+    return torch.cat(parts, 2) if len(parts) > 1 else next(iter(parts), None)

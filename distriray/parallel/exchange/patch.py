@@ -37,13 +37,11 @@ class Patch:
     @property
     def nbytes(self) -> int:
         """Memory of the padded inputs and of what steps scribble on."""
-        padded = sum(padded.whole.nbytes for padded in self._padded.values())
+        padded = sum(padded.nbytes for padded in self._padded.values())
         return padded + sum(scratch.nbytes for scratch in self._scratch.values())
 
     def padded(self, input: torch.Tensor, window: Window) -> PaddedPatch:
-        """The buffer between whose halo rows `input` goes, one for all layers that are alike.
-
-        It is in the memory format of the first one's input.
+        """The rows around `input`, one object for all layers that are alike.
 
         Args:
             input: (batch, channels, this rank's rows, columns).
@@ -52,11 +50,11 @@ class Patch:
         padded = self._padded.get(key)
         if padded is None:
             padded = self._padded[key] = PaddedPatch(self.partition, self.rank, input, window)
-            self._of_shape[padded.whole.shape, window] = padded
+            self._of_shape[padded.shape, window] = padded
         return padded
 
     def like(self, padded: torch.Tensor, window: Window) -> PaddedPatch:
-        """A buffer that `padded` has made for this shape, halo rows included."""
+        """What `padded` has made for layers whose input has this shape with the rows around it."""
         return self._of_shape[padded.shape, window]
 
     def cut(self, whole: torch.Tensor, window: Window) -> torch.Tensor:

@@ -23,6 +23,7 @@ from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.exchange.statistics_and_rows import StatisticsAndRows
 from distriray.parallel.graphs import Recorder
+from distriray.parallel.kernels.rows_around import RowsAround
 from distriray.parallel.partition import Window
 from distriray.parallel.stopwatch import Stopwatch
 
@@ -105,32 +106,38 @@ class Step(ABC):
         peers = {peer: parts[peer] for peer in self._patch.communicator.peers}
         self._swap("rows", dict.fromkeys(peers, parts[self.rank]), peers)
 
-    def norm_padded(
-        self, input: torch.Tensor, window: Window, own: torch.Tensor
-    ) -> tuple[PaddedPatch, torch.Tensor]:
-        """Input of a group norm for all rows that the convolution behind it reads, in one message.
+    def rows_around(
+        self,
+        input: torch.Tensor,
+        window: Window,
+        groups: int,
+        measure: Callable[[torch.Tensor], object],
+    ) -> tuple[RowsAround, torch.Tensor]:
+        """Statistics of a group norm, and its input for the other rows that the convolution behind it reads.
 
-        Only in a step that `fuses`.
+        Both travel in one message; only in a step that `fuses`.
 
         Args:
             input: of the norm, (batch, channels, this rank's rows, columns).
             window: of the convolution.
-            own: this rank's statistics, float32 (batch, groups, 2).
+            groups: of the norm.
+            measure: puts this rank's statistics into what it is given, float32 (batch, groups, 2).
 
         Returns:
-            `input` between its halo rows and the statistics of all ranks, float32 (ranks, batch, groups, 2).
+            The rows, and the statistics of all ranks, float32 (ranks, batch, groups, 2).
         """
-        padded = self._patch.padded(input, window)
+        padded, communicator = self._patch.padded(input, window), self._patch.communicator
         slot, carrier = padded.slot, self._carriers["halos"]
         rows = carrier.pack(slot, padded.sends(input))
         room = carrier.room(slot, padded.room())
-        messages = StatisticsAndRows(self._patch.communicator.peers, own, rows, room)
-        self._swap("rows", messages.sends, messages.receives)
-        padded.fill(input, carrier.unpack(slot, messages.rows))
-        return padded, messages.statistics(self.rank)
+        shape = communicator.world_size, len(input), groups, 2
+        messages = StatisticsAndRows(self.rank, shape, rows, room, input.device)
+        measure(messages.statistics[self.rank])
+        self._swap("rows", messages.sends(), messages.receives)
+        return padded.around(carrier.unpack(slot, messages.rows)), messages.statistics
 
     def keep_halos(self, padded: torch.Tensor, window: Window) -> None:  # noqa: B027 - most need nothing
-        """Take note of what a convolution reads that has got its halo rows by `norm_padded`.
+        """Take note of what a convolution reads that has got its halo rows from `rows_around`.
 
         Args:
             padded: (batch, channels, halo rows and this rank's, columns).
@@ -297,7 +304,12 @@ class Step(ABC):
         self._swap("keys_values", *of_peers)
 
     def _swap(self, what: Literal["rows", "keys_values"], sends: Values, receives: Values) -> None:
-        """Send and receive now, and wait."""
+        """Send and receive now, and wait.
+
+        Args:
+            receives: contiguous.
+        """
+        sends = {peer: tensor.contiguous() for peer, tensor in sends.items()}
         if self.recorder is not None:  # the same tensors in every replay
             sends, receives = map(self._patch.communicator.messages, (sends, receives))
         self._talk(lambda step: step._swap_now(what, sends, receives))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
 from distriray.config import Kind, Mix
 from distriray.parallel.exchange.bucket import Buckets
 from distriray.parallel.exchange.carriers import Carrier, Values
-from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.memory import Memory
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.exchange.step import Step
+from distriray.parallel.kernels.rows_around import RowsAround
 from distriray.parallel.partition import Window
 
 
@@ -49,13 +49,17 @@ class SynchronousStep(Step):
         super().send_statistics(everyone)
         self._keep("statistics", dict(enumerate(everyone)))
 
-    def norm_padded(
-        self, input: torch.Tensor, window: Window, own: torch.Tensor
-    ) -> tuple[PaddedPatch, torch.Tensor]:
-        self._expect(self._patch.statistics_slot(input, own.shape[1]))
-        padded, everyone = super().norm_padded(input, window, own)
+    def rows_around(
+        self,
+        input: torch.Tensor,
+        window: Window,
+        groups: int,
+        measure: Callable[[torch.Tensor], object],
+    ) -> tuple[RowsAround, torch.Tensor]:
+        self._expect(self._patch.statistics_slot(input, groups))
+        around, everyone = super().rows_around(input, window, groups, measure)
         self._keep("statistics", dict(enumerate(everyone)))
-        return padded, everyone
+        return around, everyone
 
     def keep_halos(self, padded: torch.Tensor, window: Window) -> None:
         if self.mix.is_stale("halos"):

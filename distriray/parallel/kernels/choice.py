@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from distriray.parallel.kernels import plain
+from distriray.parallel.kernels.rows_around import RowsAround
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Kernels(Protocol):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
+        around: RowsAround | None = None,
     ) -> torch.Tensor:
         """`input` normalized by the merged statistics of all ranks, scaled and shifted, in its dtype.
 
@@ -82,6 +84,7 @@ class Kernels(Protocol):
             shares: float32 (ranks, 1, 1), each rank's share of the elements; None where the one row of the
                 statistics is of the whole.
             weight, bias: (channels,).
+            around: rows that are normalized too, and are then around it, as zeros are where the image ends.
         """
 
     def encode(self, values: torch.Tensor, known: torch.Tensor, bits: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,11 +54,9 @@ class PatchGroupNorm(nn.GroupNorm, Opaque):
         if self.window is None or not step.fuses:
             statistics, shares = self._statistics(input, step, kernels)
             return kernels.normalize(input, statistics, shares, *affine)
-        own = kernels.group_statistics(input, self.num_groups)
-        padded, statistics = step.norm_padded(input, self.window, own)
-        output = kernels.normalize(padded.whole, statistics, step.shares(input), *affine)
-        padded.clear_edges(output)
-        return output
+        measure = partial(kernels.group_statistics, input, self.num_groups)
+        around, statistics = step.rows_around(input, self.window, self.num_groups, measure)
+        return kernels.normalize(input, statistics, step.shares(input), *affine, around)
 
     def _statistics(
         self, input: torch.Tensor, step: Step, kernels: Kernels

@@ -132,8 +132,7 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
             if layer.window is None or not step.fuses:
                 step.send_statistics(step.read_statistics(rows, layer.num_groups))
             else:
-                statistics = rows.new_empty((share.images, layer.num_groups, 2), dtype=torch.float32)
-                step.norm_padded(rows, layer.window, statistics)
+                step.rows_around(rows, layer.window, layer.num_groups, lambda own: None)
         elif isinstance(layer, PatchConv2d):
             reads_more = not layer.kernel_size[0] == layer.stride[0] == 1
             if not reads_more or layer in idle:

@@ -32,6 +32,9 @@ def test_patches_between_their_halos_convolve_as_the_whole(
             received = {peer: rows[rank] for peer, rows in enumerate(sends) if rank in rows}
             whole = patch.fill(part, received)
             assert whole.is_contiguous(memory_format=memory_format)
+            between = patch.around(received).put(part)
+            assert torch.equal(between, whole) and between.stride() == whole.stride()
+            assert between.shape == patch.shape and patch.nbytes == whole.nbytes
             outputs.append(F.conv2d(whole, weight, stride=stride, padding=(0, kernel // 2)))
         expected = F.conv2d(image, weight, stride=stride, padding=kernel // 2)
         torch.testing.assert_close(torch.cat(outputs, 2), expected)

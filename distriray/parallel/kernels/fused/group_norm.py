@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from distriray.parallel.kernels.rows_around import RowsAround
+
 _STATISTICS_TILE = 8192
 _NORMALIZED_TILE = 4096
 _WARPS = 8
@@ -75,6 +77,7 @@ def normalize(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
+    around: RowsAround | None = None,
 ) -> torch.Tensor:
     """`Kernels.normalize`.
 
@@ -82,8 +85,11 @@ def normalize(
         ValueError: no elements.
     """
     maps = _maps(input)
-    output = torch.empty_like(maps)
-    batch, channels, positions = maps.shape
+    target = torch.empty_like(maps).view(input.shape) if around is None else _between(input, around.heights)
+    above, below = (None, None) if around is None else (around.above, around.below)
+    output = _maps(target)
+    batch, channels, positions = output.shape
+    first = 0 if around is None else sum(around.heights[:2]) * input.shape[3]
     ranks, _, groups, _ = statistics.shape
     if maps.stride(1) == 1:  # channels last
         channel_tile = min(triton.next_power_of_2(channels), 64)
@@ -95,6 +101,7 @@ def normalize(
     with torch.cuda.device_of(input):
         _normalize[grid](
             maps,
+            *(maps if rows is None else _maps(rows) for rows in (above, below)),
             output,
             statistics,
             statistics if shares is None else shares,
@@ -102,6 +109,9 @@ def normalize(
             statistics if bias is None else bias,
             channels,
             positions,
+            first,
+            maps.shape[2],
+            *(0 if rows is None else rows.shape[2] * rows.shape[3] for rows in (above, below)),
             groups,
             channels // groups,
             ranks,
@@ -109,6 +119,8 @@ def normalize(
             *maps.stride(),
             *output.stride(),
             eps,
+            ABOVE=above is not None,
+            BELOW=below is not None,
             WHOLE=shares is None,
             SCALES=weight is not None,
             SHIFTS=bias is not None,
@@ -117,7 +129,19 @@ def normalize(
             POSITION_TILE=position_tile,
             num_warps=_WARPS,
         )
-    return output.view(input.shape)
+    return target
+
+
+def _between(input: torch.Tensor, heights: tuple[int, ...]) -> torch.Tensor:
+    """Room for `input` and as many rows more as these, in its memory format."""
+    batch, channels, rows, columns = input.shape
+    last = channels > 1 and input.stride(1) == 1
+    return torch.empty(
+        (batch, channels, rows + sum(heights), columns),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
 
 
 def _maps(input: torch.Tensor) -> torch.Tensor:
@@ -199,6 +223,8 @@ def _merge_parts(moments, merged, columns, span, PARTS: tl.constexpr):
 @triton.jit
 def _normalize(
     input,
+    above,
+    below,
     output,
     statistics,
     shares,
@@ -206,6 +232,10 @@ def _normalize(
     bias,
     channels,
     positions,
+    first,
+    input_positions,
+    above_positions,
+    below_positions,
     groups,
     group_channels,
     ranks,
@@ -217,6 +247,8 @@ def _normalize(
     output_channel_stride,
     output_position_stride,
     eps,
+    ABOVE: tl.constexpr,
+    BELOW: tl.constexpr,
     WHOLE: tl.constexpr,
     SCALES: tl.constexpr,
     SHIFTS: tl.constexpr,
@@ -224,7 +256,11 @@ def _normalize(
     CHANNEL_TILE: tl.constexpr,
     POSITION_TILE: tl.constexpr,
 ):
-    """One tile of the output, from its channels' statistics of all ranks."""
+    """One tile of the output, from its channels' statistics of all ranks.
+
+    Positions of the input are in the output from `first` on, those above and below, which are contiguous,
+    next to them, and zeros beyond.
+    """
     batch = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
     known = channel < channels
@@ -249,13 +285,28 @@ def _normalize(
     position = tl.program_id(0).to(tl.int64) * POSITION_TILE + tl.arange(0, POSITION_TILE)
     row = channel.to(tl.int64)[:, None]
     column = position[None, :]
-    inside = known[:, None] & (column < positions)
-    source = input + batch * input_batch_stride + row * input_channel_stride + column * input_position_stride
-    values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    place = column - first
+    source = input + batch * input_batch_stride + row * input_channel_stride + place * input_position_stride
+    inside = (place >= 0) & (place < input_positions)
+    values = tl.load(source, mask=known[:, None] & inside, other=0.0).to(tl.float32)
+    map = batch * channels + row
+    if ABOVE:
+        place += above_positions
+        there = (place >= 0) & (place < above_positions)
+        source = above + map * above_positions + place
+        values += tl.load(source, mask=known[:, None] & there, other=0.0).to(tl.float32)
+        inside |= there
+    if BELOW:
+        place = column - first - input_positions
+        there = (place >= 0) & (place < below_positions)
+        source = below + map * below_positions + place
+        values += tl.load(source, mask=known[:, None] & there, other=0.0).to(tl.float32)
+        inside |= there
     values = (values - mean[:, None]) * scale[:, None]
     if SHIFTS:
         values += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[:, None]
+    values = tl.where(inside, values, 0.0)
     target = (
         output + batch * output_batch_stride + row * output_channel_stride + column * output_position_stride
     )
-    tl.store(target, values.to(output.dtype.element_ty), mask=inside)
+    tl.store(target, values.to(output.dtype.element_ty), mask=known[:, None] & (column < positions))

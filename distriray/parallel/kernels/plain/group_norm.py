@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from distriray.parallel.kernels.rows_around import RowsAround
 from distriray.parallel.moments import merge
 
 
@@ -25,8 +26,11 @@ def normalize(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
+    around: RowsAround | None = None,
 ) -> torch.Tensor:
     """`Kernels.normalize`."""
+    if around is not None:
+        input = around.put(input)
     whole = statistics[0] if shares is None else merge(statistics, shares)
     mean, variance = whole.split(1, -1)
     channels, groups = input.shape[1], whole.shape[1]
@@ -37,5 +41,7 @@ def normalize(
     shift = -mean * scale if bias is None else bias.view(groups, -1) - mean * scale
     shape = (input.shape[0], channels, *(1 for _ in input.shape[2:]))
     # In float32: half precision scales and shifts would cost ten times the rounding of `nn.GroupNorm`.
-    output = (input.float() * scale.reshape(shape)).add_(shift.reshape(shape))
-    return output.to(input.dtype)
+    output = (input.float() * scale.reshape(shape)).add_(shift.reshape(shape)).to(input.dtype)
+    if around is not None:
+        around.clear_zeros(output)
+    return output

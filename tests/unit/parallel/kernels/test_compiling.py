@@ -49,10 +49,10 @@ def test_group_norm(capability: int, dtype: str) -> None:
     assert machine_code(group_norm._part_moments, capability, tiles, input=values, moments=numbers)
     parts = {"PARTS": group_norm._MAX_PARTS, **warps}
     assert machine_code(group_norm._merge_parts, capability, parts, moments=numbers, merged=numbers)
-    whole = {"WHOLE": False, "SCALES": True, "SHIFTS": True}
+    whole = {"ABOVE": True, "BELOW": True, "WHOLE": False, "SCALES": True, "SHIFTS": True}
     tiles = {"RANK_TILE": 4, "CHANNEL_TILE": 64, "POSITION_TILE": 64, **whole, **warps}
     pointers = {"statistics": numbers, "shares": numbers}
-    pointers |= dict.fromkeys(("input", "output", "weight", "bias"), values)
+    pointers |= dict.fromkeys(("input", "above", "below", "output", "weight", "bias"), values)
     assert machine_code(group_norm._normalize, capability, tiles, **pointers)
 
 

@@ -14,6 +14,7 @@ from distriray.config import StatisticsMode
 from distriray.parallel.context import PatchContext
 from distriray.parallel.kernels import plain
 from distriray.parallel.kernels.choice import kernels_of
+from distriray.parallel.kernels.rows_around import RowsAround
 from distriray.parallel.layers import group_norm
 from distriray.parallel.layers.group_norm import patch_group_norm
 from tests.parameters import pairwise
@@ -141,6 +142,45 @@ def test_patches_of_any_gang_make_the_norm_of_the_whole(
     run: Run, ranks: int, dtype: torch.dtype, layout: str
 ) -> None:
     run(check_ranks, ranks, dtype, layout)
+
+
+def check_around(device: str, dtype: torch.dtype, layout: str, rows: tuple[int, int, int, int]) -> None:
+    """Rows above the patch, below it, and zeros beyond those."""
+    from distriray.parallel.kernels import fused
+
+    above, below, *zeros = rows
+    whole = feature_map(device, (2, 12, above + 6 + below, 5), dtype, "contiguous").add_(3)
+    image = whole[:, :, above : above + 6].contiguous()
+    if layout == "channels last":
+        image = image.to(memory_format=torch.channels_last)
+    parts = [
+        part.contiguous() if part.shape[2] else None
+        for part in (whole[:, :, :above], whole[:, :, above + 6 :])
+    ]
+    around = RowsAround(*parts, (zeros[0], zeros[1]))
+    statistics = plain.group_statistics(whole, 3)
+    case = image, statistics[None], None, *affine(12, image), 1e-5
+    padded = plain.normalize(*case, around)
+    assert padded.is_contiguous(memory_format=torch.channels_last) == (layout == "channels last")
+    inner = plain.normalize(whole, *case[1:])
+    assert torch.equal(padded, F.pad(inner, (0, 0, *zeros)))
+    output = fused.normalize(*case, around)
+    assert output.stride() == padded.stride()
+    torch.testing.assert_close(output, padded, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    assert torch.equal(output == 0, padded == 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "rows"),
+    pairwise(
+        DTYPES, ["contiguous", "channels last"], [(1, 1, 0, 0), (0, 2, 1, 0), (2, 0, 0, 3), (0, 0, 1, 1)]
+    ),
+    ids=str,
+)
+def test_rows_around_a_patch_are_normalized_with_it(
+    run: Run, dtype: torch.dtype, layout: str, rows: tuple[int, int, int, int]
+) -> None:
+    run(check_around, dtype, layout, rows)
 
 
 def check_prediction(device: str) -> None:
