@@ -8,11 +8,12 @@ import torch
 
 from distriray.config import Kind, Mix, StatisticsMode
 from distriray.parallel.exchange.bucket import Bucket, Buckets
-from distriray.parallel.exchange.carriers import Carrier
+from distriray.parallel.exchange.carriers import Carrier, Values
+from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
-from distriray.parallel.exchange.step import Step
+from distriray.parallel.exchange.step import Measure, Step
 from distriray.parallel.partition import Window
 
 
@@ -36,15 +37,11 @@ class DisplacedStep(Step):
         self._buckets = buckets
         self._steps = steps
         self._index = 0
-        self._complete: Bucket | None = None
+        self._complete: list[Bucket] = []
 
     @property
     def statistics(self) -> StatisticsMode:
         return self.mix.statistics
-
-    @property
-    def fuses(self) -> bool:
-        return self.mix.statistics == self.mix.halos == "fresh"
 
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
         if not self.mix.is_stale("statistics"):
@@ -57,6 +54,22 @@ class DisplacedStep(Step):
             return super().send_statistics(everyone)
         self._leave(self._buckets[self._index])  # they leave with the bucket, from where the layer put them
         return None
+
+    def _swap_norm(
+        self, padded: PaddedPatch, input: torch.Tensor, groups: int, measure: Measure
+    ) -> tuple[Values, torch.Tensor]:
+        if self.mix.statistics == self.mix.halos == "fresh":
+            return super()._swap_norm(padded, input, groups, measure)
+        everyone = self.read_statistics(input, groups)
+        measure(everyone[self.rank])
+        self.send_statistics(everyone)
+        if not self.mix.is_stale("halos"):
+            return self._swap_halos(padded, input), everyone
+        bucket = self._enter(padded.slot, launches=False)  # statistics of the one before are still to be read
+        received = bucket.halos.read(self._index)
+        bucket.halos.send(self._index, padded.sends(input))
+        self._leave(bucket)
+        return received, everyone
 
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
         if not self.mix.is_stale("halos"):
@@ -89,7 +102,7 @@ class DisplacedStep(Step):
         super().skip()
         self._index = len(self._buckets.slots)
         if self._index:
-            self._complete = self._buckets[self._index - 1]
+            self._complete = [self._buckets[self._index - 1]]
 
     def end(self) -> Buckets:
         self._turn(self._complete, None)
@@ -97,29 +110,35 @@ class DisplacedStep(Step):
             raise RuntimeError(LAYERS_CHANGED)
         return self._buckets
 
-    def _enter(self, slot: Slot) -> Bucket:
-        """The bucket of the next slot, ready to be read."""
+    def _enter(self, slot: Slot, launches: bool = True) -> Bucket:
+        """The bucket of the next slot, ready to be read.
+
+        Args:
+            launches: whether buckets before it may leave, since nothing of them is read any more.
+        """
         if not self._buckets.has(self._index, slot):
             raise RuntimeError(LAYERS_CHANGED)
         bucket = self._buckets[self._index]
-        complete, self._complete = self._complete, None
+        complete = list[Bucket]()
+        if launches:
+            complete, self._complete = self._complete, complete
         entered = bucket if self._index == bucket.first else None
-        if complete is not None or entered is not None:
+        if complete or entered is not None:
             self._talk(lambda step: step._turn(complete, entered))
         return bucket
 
     def _leave(self, bucket: Bucket) -> None:
         if self._index == bucket.last:
-            self._complete = bucket
+            self._complete.append(bucket)
         self._index += 1
 
-    def _turn(self, complete: Bucket | None, entered: Bucket | None) -> None:
-        """Send the bucket whose last slot is over, and wait for the one whose first slot begins.
+    def _turn(self, complete: list[Bucket], entered: Bucket | None) -> None:
+        """Send buckets whose last slot is over, and wait for the one whose first slot begins.
 
         Not earlier: messages are received into the buffers that the layer of the last slot was still reading.
         """
-        if complete is not None:
-            complete.launch()
+        for bucket in complete:
+            bucket.launch()
         if entered is not None:
             self.waits += 1
             with self.waiting.buckets:

@@ -54,10 +54,6 @@ class PaddedPatch:
         """Tensors for the rows of each peer."""
         return {peer: self._like.new_empty(shape) for peer, shape in self.slot.receive}
 
-    def halos(self, padded: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The rows of each peer in a tensor of this shape, as views."""
-        return {peer: padded[:, :, place] for peer, place in self._places.items() if peer != self._rank}
-
     def around(self, received: Mapping[int, torch.Tensor]) -> RowsAround:
         """The rows `received` from each peer, and zeros where the image ends."""
         ranks = sorted(received)

@@ -30,7 +30,6 @@ class Patch:
         self.attention = attention
         self.rank = communicator.rank
         self._padded: dict[tuple[object, ...], PaddedPatch] = {}
-        self._of_shape: dict[tuple[object, ...], PaddedPatch] = {}
         self._scratch: dict[tuple[object, ...], torch.Tensor] = {}
         self._shares: dict[torch.Size, torch.Tensor] = {}
 
@@ -50,12 +49,7 @@ class Patch:
         padded = self._padded.get(key)
         if padded is None:
             padded = self._padded[key] = PaddedPatch(self.partition, self.rank, input, window)
-            self._of_shape[padded.shape, window] = padded
         return padded
-
-    def like(self, padded: torch.Tensor, window: Window) -> PaddedPatch:
-        """What `padded` has made for layers whose input has this shape with the rows around it."""
-        return self._of_shape[padded.shape, window]
 
     def cut(self, whole: torch.Tensor, window: Window) -> torch.Tensor:
         """The rows that a convolution reads for this rank's output, zeros outside the image.
@@ -80,7 +74,6 @@ class Patch:
     def drop_buffers(self) -> None:
         """Give the memory of the padded inputs and of the scratch back."""
         self._padded.clear()
-        self._of_shape.clear()
         self._scratch.clear()
 
     def shares(self, input: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,9 @@ from distriray.parallel.kernels.rows_around import RowsAround
 from distriray.parallel.partition import Window
 from distriray.parallel.stopwatch import Stopwatch
 
+Measure = Callable[[torch.Tensor], object]
+"""Puts this rank's statistics into what it is given, float32 (batch, groups, 2)."""
+
 
 class Waiting(NamedTuple):
     """The time that messages cost a rank: of sending fresh values, and of waiting for the peers'.
@@ -81,9 +84,12 @@ class Step(ABC):
         """Whose statistics a group norm uses."""
 
     @property
-    @abstractmethod
     def fuses(self) -> bool:
-        """Whether a group norm swaps the rows of the convolution behind it too: where both are fresh."""
+        """Whether a group norm normalizes the rows around its patch too, for the convolution behind it.
+
+        Not where ranks normalize by other statistics than their peers: of these, the peers' rows would be.
+        """
+        return self.mix.statistics in ("fresh", "stale")
 
     def read_statistics(self, input: torch.Tensor, groups: int) -> torch.Tensor:
         """Everyone's statistics; this rank puts its own into its row, and `send_statistics` ends the slot.
@@ -107,15 +113,11 @@ class Step(ABC):
         self._swap("rows", dict.fromkeys(peers, parts[self.rank]), peers)
 
     def rows_around(
-        self,
-        input: torch.Tensor,
-        window: Window,
-        groups: int,
-        measure: Callable[[torch.Tensor], object],
+        self, input: torch.Tensor, window: Window, groups: int, measure: Measure
     ) -> tuple[RowsAround, torch.Tensor]:
         """Statistics of a group norm, and its input for the other rows that the convolution behind it reads.
 
-        Both travel in one message; only in a step that `fuses`.
+        Only in a step that `fuses`; where both are fresh, they travel in one message.
 
         Args:
             input: of the norm, (batch, channels, this rank's rows, columns).
@@ -126,22 +128,9 @@ class Step(ABC):
         Returns:
             The rows, and the statistics of all ranks, float32 (ranks, batch, groups, 2).
         """
-        padded, communicator = self._patch.padded(input, window), self._patch.communicator
-        slot, carrier = padded.slot, self._carriers["halos"]
-        rows = carrier.pack(slot, padded.sends(input))
-        room = carrier.room(slot, padded.room())
-        shape = communicator.world_size, len(input), groups, 2
-        messages = StatisticsAndRows(self.rank, shape, rows, room, input.device)
-        measure(messages.statistics[self.rank])
-        self._swap("rows", messages.sends(), messages.receives)
-        return padded.around(carrier.unpack(slot, messages.rows)), messages.statistics
-
-    def keep_halos(self, padded: torch.Tensor, window: Window) -> None:  # noqa: B027 - most need nothing
-        """Take note of what a convolution reads that has got its halo rows from `rows_around`.
-
-        Args:
-            padded: (batch, channels, halo rows and this rank's, columns).
-        """
+        padded = self._patch.padded(input, window)
+        rows, everyone = self._swap_norm(padded, input, groups, measure)
+        return padded.around(rows), everyone
 
     def cut(self, whole: torch.Tensor, window: Window) -> torch.Tensor:
         """The rows that a convolution with `window` reads, of an input that every rank has.
@@ -275,6 +264,19 @@ class Step(ABC):
     def shares(self, input: torch.Tensor) -> torch.Tensor:
         """Every rank's share of the rows at the level of `input`, float32 (ranks, 1, 1)."""
         return self._patch.shares(input)
+
+    def _swap_norm(
+        self, padded: PaddedPatch, input: torch.Tensor, groups: int, measure: Measure
+    ) -> tuple[Values, torch.Tensor]:
+        """The rows around `input`, by the peer that they come from, and the statistics of all ranks."""
+        slot, carrier = padded.slot, self._carriers["halos"]
+        rows = carrier.pack(slot, padded.sends(input))
+        room = carrier.room(slot, padded.room())
+        shape = self._patch.communicator.world_size, len(input), groups, 2
+        messages = StatisticsAndRows(self.rank, shape, rows, room, input.device)
+        measure(messages.statistics[self.rank])
+        self._swap("rows", messages.sends(), messages.receives)
+        return carrier.unpack(slot, messages.rows), messages.statistics
 
     def _swap_halos(self, padded: PaddedPatch, input: torch.Tensor) -> Values:
         """The rows around `input`, fresh, by the peer that they come from."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 
 from distriray.config import Kind, Mix
 from distriray.parallel.exchange.bucket import Buckets
 from distriray.parallel.exchange.carriers import Carrier, Values
+from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.memory import Memory
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import Slot
-from distriray.parallel.exchange.step import Step
-from distriray.parallel.kernels.rows_around import RowsAround
+from distriray.parallel.exchange.step import Measure, Step
 from distriray.parallel.partition import Window
 
 
@@ -33,11 +33,6 @@ class SynchronousStep(Step):
         self._memory = memory
 
     @property
-    def fuses(self) -> bool:
-        # Changes in few bits go on from what is kept here: the rows that displaced steps send, one by one.
-        return self.mix.statistics == "fresh" or self.mix.bits("halos") is None
-
-    @property
     def drift(self) -> torch.Tensor | float:
         return self._memory.drift
 
@@ -49,30 +44,22 @@ class SynchronousStep(Step):
         super().send_statistics(everyone)
         self._keep("statistics", dict(enumerate(everyone)))
 
-    def rows_around(
-        self,
-        input: torch.Tensor,
-        window: Window,
-        groups: int,
-        measure: Callable[[torch.Tensor], object],
-    ) -> tuple[RowsAround, torch.Tensor]:
-        self._expect(self._patch.statistics_slot(input, groups))
-        around, everyone = super().rows_around(input, window, groups, measure)
-        self._keep("statistics", dict(enumerate(everyone)))
-        return around, everyone
-
-    def keep_halos(self, padded: torch.Tensor, window: Window) -> None:
-        if self.mix.is_stale("halos"):
-            buffer = self._patch.like(padded, window)
-            self._expect(buffer.slot)
-            self._keep("halos", buffer.halos(padded))
-
     def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
         padded = self._patch.padded(input, window)
         self._expect(padded.slot)
         received = self._swap_halos(padded, input)
         self._keep("halos", received)
         return padded.fill(input, received)
+
+    def _swap_norm(
+        self, padded: PaddedPatch, input: torch.Tensor, groups: int, measure: Measure
+    ) -> tuple[Values, torch.Tensor]:
+        self._expect(self._patch.statistics_slot(input, groups))
+        rows, everyone = super()._swap_norm(padded, input, groups, measure)
+        self._keep("statistics", dict(enumerate(everyone)))
+        self._expect(padded.slot)
+        self._keep("halos", rows)
+        return rows, everyone
 
     def keys_values(self, own: OwnKeysValues, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(own, tokens)

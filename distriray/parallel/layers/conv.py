@@ -48,7 +48,6 @@ class PatchConv2d(nn.Conv2d, Opaque):
             read = step.cut(input, self.window)
         elif self._has_halos:
             read = input
-            step.keep_halos(read, self.window)
         else:
             read = step.padded(input, self.window)
         if self.pads_end:

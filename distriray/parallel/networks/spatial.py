@@ -137,9 +137,7 @@ def dry_run_layers(network: Any, dtype: torch.dtype, share: Share, step: Step) -
             reads_more = not layer.kernel_size[0] == layer.stride[0] == 1
             if not reads_more or layer in idle:
                 continue
-            if layer.halos_from == "norm" and step.fuses:
-                step.keep_halos(step.cut(whole(layer.in_channels, level), layer.window), layer.window)
-            elif layer.halos_from != "whole":
+            if layer.halos_from is None or (layer.halos_from == "norm" and not step.fuses):
                 step.padded(own(layer.in_channels, level), layer.window)
         elif isinstance(getattr(layer, "processor", None), PatchSelfAttention):
             key = own(layer.to_k.out_features, level).flatten(2).transpose(1, 2)

@@ -227,7 +227,7 @@ def adapt(network: Any, *layers: str) -> Any:
 
 
 def adapted_unet() -> Any:
-    return adapt(tiny_sdxl_unet(**SHALLOW), "conv1", "conv_shortcut", "to_k")
+    return adapt(tiny_sdxl_unet(**SHALLOW), "conv1", "conv", "conv_shortcut", "to_k")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_what_is_known_of_a_shape_is_known_by_the_adapters_of_controlnets() -> N
     config, peers = ParallelConfig(exchange="displaced"), AbsentPeers(1, 3, torch.device("meta"))
     unet, room = tiny_sdxl_unet(), Room(0, TOLD)
     control = tiny_controlnet(unet)
-    embed, engine = split(adapt(control, "conv1")), engine_of(parallelize(unet, connect("local"), config))
+    embed, engine = split(adapt(control, "conv")), engine_of(parallelize(unet, connect("local"), config))
     assert engine is not None
     network: Any = engine.network
     network.controls = {"edges": control}
@@ -285,7 +285,7 @@ def test_what_is_known_of_a_shape_is_forgotten_where_an_adapter_is_replaced_by_a
     assert engine is not None
     room = engine.exchanges.room = Room(10**9, TOLD)
     calls, known = watched(engine.network), []
-    for layer in ("conv1", "conv2"):  # there are as many of both
+    for layer in ("downsamplers.0.conv", "upsamplers.0.conv"):  # there are as many of both
         draw_some(adapt(unet, layer))
         share = engine.network.share(calls[-1], peers, config)
         known.append(buffer_bytes(engine.network, calls[-1], share, config))
