@@ -12,7 +12,7 @@ class TrailingSlash:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if scope["type"] == "http" and len(path) > 1 and path.endswith("/") and not path.endswith("//"):
+        path, root = scope.get("path", ""), scope.get("root_path", "")  # which stands before the path
+        if scope["type"] == "http" and path != f"{root}/" and path.endswith("/") and not path.endswith("//"):
             scope = {**scope, "path": path[:-1], "raw_path": scope.get("raw_path", b"").removesuffix(b"/")}
         await self._app(scope, receive, send)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import httpx
 import pytest
 
-from deployments.http import HttpConfig
+from deployments.http import HttpConfig, build_http
 from deployments.http.site import FOLDER, TYPES
 from tests.unit.conftest import serving
 from tests.unit.http.fake import FakeService
@@ -28,6 +29,19 @@ def test_the_page_and_all_its_files_are_sent_as_what_they_are(http: httpx.Client
         assert file.content == (FOLDER / name).read_bytes()
         assert file.headers["content-type"] == TYPES[(FOLDER / name).suffix]
         assert http.head(f"/page/{name}").headers["content-length"] == str(len(file.content))
+
+
+def test_below_a_route_prefix_the_page_is_where_the_prefix_ends_in_a_slash() -> None:
+    """Serve's proxy leaves the prefix in the path, and says which it is."""
+
+    async def statuses() -> list[int]:
+        app = build_http(FakeService(), HttpConfig(keys_env="NO_SUCH_VARIABLE"))
+        below = httpx.ASGITransport(app, root_path="/draw", client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=below, base_url="http://localhost/draw") as http:
+            paths = ("/", "/page/main.js", "/healthz", "/v1/models", "/v1/models/")
+            return [(await http.get(path)).status_code for path in paths]
+
+    assert asyncio.run(statuses()) == [200] * 5
 
 
 @pytest.mark.parametrize("path", ["/", "/page/main.js"])
