@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import queue
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 KEY_VARIABLE, URL_VARIABLE = "DISTRIRAY_API_KEY", "DISTRIRAY_URL"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -45,10 +48,12 @@ def events(
         ServiceError: the service refused or failed, or cannot be reached.
     """
     connection, key = _connection(url), _key_for(url)
+    headers, body = _encoded(fields, files, key)
     news: queue.Queue[Fields | Exception | None] = queue.Queue()
+    left = threading.Event()
+    ask = partial(connection.request, "POST", urlsplit(url).path.rstrip("/") + path, body, headers)
+    threading.Thread(target=_follow, args=(url, connection, ask, news, left), daemon=True).start()
     try:
-        answer = _ask(connection, urlsplit(url).path.rstrip("/") + path, fields, files, key)
-        threading.Thread(target=_read, args=(answer, news), daemon=True).start()
         while True:
             check()
             try:
@@ -58,26 +63,34 @@ def events(
             if event is None:
                 raise ServiceError("the service broke off before the picture was finished")
             if isinstance(event, Exception):
-                raise ServiceError(f"the connection to {url} broke: {event}") from event
+                raise event
             if event["type"] == "error":
                 raise ServiceError(_told(event["error"]))
             yield event
             if event["type"].endswith(".completed"):
                 return
-    except (OSError, HTTPException) as error:
-        raise ServiceError(f"{url} cannot be reached: {error}") from error
     finally:
-        if connection.sock is not None:
-            connection.sock.close()
-        connection.close()
+        left.set()
+        if (open_yet := connection.sock) is not None:
+            with suppress(OSError):  # it is closed meanwhile
+                open_yet.shutdown(socket.SHUT_RDWR)  # which wakes whoever waits for it
 
 
 def _connection(url: str) -> HTTPConnection:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ServiceError(f"{url!r} is no address of a service; write one such as http://127.0.0.1:8000")
+    parts = _parts(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     return kind(parts.hostname, parts.port, timeout=CONNECT_S)
+
+
+def _parts(url: str) -> SplitResult:
+    """The parts of a service's address; raises ServiceError."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # a port that is no number, or half a bracket
+        pass
+    raise ServiceError(f"{url!r} is no address of a service; write one such as {DEFAULT_URL}")
 
 
 def _key_for(url: str) -> str | None:
@@ -101,42 +114,67 @@ def _key_for(url: str) -> str | None:
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
+    parts = _parts(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _ask(
-    connection: HTTPConnection, path: str, fields: Fields, files: Files | None, key: str | None
-) -> HTTPResponse:
+def _follow(
+    url: str,
+    connection: HTTPConnection,
+    ask: Callable[[], None],
+    news: queue.Queue[Fields | Exception | None],
+    left: threading.Event,
+) -> None:
+    """Ask, and put what is heard into `news`, whose end is None or an exception; not if `left` is set before.
+
+    In a thread of its own, since a service may not say anything, nor take what is sent.
+    """
+    try:
+        try:
+            connection.connect()
+            if left.is_set():  # whoever left before found nothing to shut
+                return
+            connection.sock.settimeout(None)  # a picture takes its time; `check` is for the impatient
+            ask()
+            answer = connection.getresponse()
+        except (OSError, HTTPException, ValueError) as error:
+            raise ServiceError(f"{url} cannot be reached: {error}") from error
+        try:
+            _check(answer)
+            for line in answer:
+                if line.startswith(b"data:"):
+                    news.put(json.loads(line[5:]))
+        except (OSError, HTTPException, ValueError) as error:
+            raise ServiceError(f"the connection to {url} broke: {error}") from error
+        news.put(None)
+    except Exception as error:
+        news.put(error)
+    finally:
+        connection.close()
+
+
+def _check(answer: HTTPResponse) -> None:
+    """Raise ServiceError, with what it says, unless it is a stream of events."""
+    if answer.status == 200 and answer.headers.get_content_type() == "text/event-stream":
+        return
+    text = answer.read()
+    try:
+        told = _told(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        told = f"the service answered {answer.status}: {text[:200].decode(errors='replace')}"
+    raise ServiceError(told)
+
+
+def _encoded(fields: Fields, files: Files | None, key: str | None) -> tuple[dict[str, str | bytes], bytes]:
+    """Headers and body of a request."""
     if files:
         body, content_type = _form(fields, files)
     else:
         body, content_type = json.dumps(fields).encode(), "application/json"
-    headers = {"Content-Type": content_type, "Accept": "text/event-stream"}
+    headers: dict[str, str | bytes] = {"Content-Type": content_type, "Accept": "text/event-stream"}
     if key:
-        headers["Authorization"] = f"Bearer {key}"
-    connection.connect()
-    connection.sock.settimeout(None)  # a picture takes as long as it takes; `check` is for the impatient
-    connection.request("POST", path, body, headers)
-    answer = connection.getresponse()
-    if answer.status == 200:
-        return answer
-    text = answer.read()
-    try:
-        raise ServiceError(_told(json.loads(text)["error"]))
-    except (ValueError, KeyError, TypeError):
-        shown = text[:200].decode(errors="replace")
-        raise ServiceError(f"the service answered {answer.status}: {shown}") from None
-
-
-def _read(answer: HTTPResponse, news: queue.Queue[Fields | Exception | None]) -> None:
-    try:
-        for line in answer:
-            if line.startswith(b"data:"):
-                news.put(json.loads(line[5:]))
-        news.put(None)
-    except Exception as error:  # of a connection that may have been closed on purpose
-        news.put(error)
+        headers["Authorization"] = f"Bearer {key}".encode()
+    return headers, body
 
 
 def _form(fields: Fields, files: Files) -> tuple[bytes, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 import threading
 import time
@@ -142,6 +143,9 @@ def test_every_widget_reaches_the_service(nodes: dict[str, Any]) -> None:
         ({"loras": "ink:much"}, "no name with a scale"),
         ({"model": "none"}, "there is no model 'none'"),
         ({"url": "localhost"}, "is no address of a service"),
+        ({"url": "http://localhost:port"}, "is no address of a service"),
+        ({"url": "http://[::1"}, "is no address of a service"),
+        ({"url": "http://127.0.0.1:9/é"}, "cannot be reached"),
         ({"url": "http://127.0.0.1:9"}, "cannot be reached"),
     ],
 )
@@ -165,7 +169,7 @@ def test_an_error_of_the_service_is_the_nodes(nodes: dict[str, Any], service: Fa
 
 
 def test_a_key_comes_from_the_environment(nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_KEYS", "secret")
+    monkeypatch.setenv("SOME_KEYS", "secret, schlüssel")
     with serving(FakeService(), HttpConfig(keys_env="SOME_KEYS")) as url:
         with pytest.raises(RuntimeError, match="a key is needed"):
             run(nodes["DistrirayGenerate"], url=url)
@@ -176,6 +180,10 @@ def test_a_key_comes_from_the_environment(nodes: dict[str, Any], monkeypatch: py
         with pytest.raises(RuntimeError, match="^the environment variable DISTRIRAY_API_KEY has") as refused:
             run(nodes["DistrirayGenerate"], url=url)
         assert "secret" not in str(refused.value)
+    with serving(FakeService(), HttpConfig(keys_env="SOME_KEYS")) as url:
+        monkeypatch.setenv("DISTRIRAY_URL", url)
+        monkeypatch.setenv("DISTRIRAY_API_KEY", "schlüssel")
+        assert run(nodes["DistrirayGenerate"], url=url)[0].shape[0] == 1
     kinds = nodes["DistrirayGenerate"].INPUT_TYPES()
     assert not any("key" in name for kind in kinds.values() for name in kind)
 
@@ -212,6 +220,48 @@ def test_cancelling_in_comfyui_cancels_at_the_service(nodes: dict[str, Any], com
                 break
             time.sleep(0.05)
     assert service.ended == ["cancelled"]
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("service", [FakeService(pace_s=60), FakeService(wakes_s=60)], ids=["step", "host"])
+def test_cancelling_waits_for_nothing_that_the_service_has_to_say(
+    service: FakeService, nodes: dict[str, Any], comfy: Comfy
+) -> None:
+    with serving(service) as url:
+        threading.Timer(0.3, setattr, (comfy, "cancelled", True)).start()
+        with pytest.raises(Interrupted):
+            run(nodes["DistrirayGenerate"], url=url)
+        while service.ended != ["cancelled"]:
+            time.sleep(0.01)
+
+
+@pytest.mark.timeout(10)
+def test_a_service_that_does_not_answer_can_be_cancelled(nodes: dict[str, Any], comfy: Comfy) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        threading.Timer(0.3, setattr, (comfy, "cancelled", True)).start()
+        with pytest.raises(Interrupted):
+            run(nodes["DistrirayGenerate"], url=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        heard, _ = silent.accept()
+        with heard:
+            while heard.recv(4096):  # to its end
+                pass
+
+
+def test_what_is_answered_by_another_program_is_quoted(nodes: dict[str, Any]) -> None:
+    def answer() -> None:
+        asked, _ = other.accept()
+        with asked:
+            asked.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n<h1>Log in")
+            asked.shutdown(socket.SHUT_WR)
+            while asked.recv(65536):  # what is not heard breaks the connection
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with pytest.raises(RuntimeError, match="answered 200: <h1>Log in"):
+            run(nodes["DistrirayGenerate"], url=f"http://127.0.0.1:{other.getsockname()[1]}")
+        answering.join()
 
 
 def test_pictures_and_masks_are_sent_one_by_one_and_come_back_as_a_batch(
