@@ -205,7 +205,11 @@ def _draw(url: str, path: str, fields: Fields, files: Files | None = None) -> tu
 
 
 def _image(event: Fields) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(event["b64_json"]))).convert("RGB")
+    """The picture of an event: RGB, white where it is transparent."""
+    image = Image.open(io.BytesIO(base64.b64decode(event["b64_json"])))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _tensor(image: Image.Image) -> torch.Tensor:
@@ -213,8 +217,9 @@ def _tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _png(picture: torch.Tensor) -> bytes:
+    """A PNG of the picture, with its transparency, if it has any."""
     values = (picture.clamp(0, 1) * 255).round().byte().cpu().numpy()
-    return _encoded(Image.fromarray(values).convert("RGB"))
+    return _encoded(Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values))
 
 
 def _holes(mask: torch.Tensor, picture: torch.Tensor) -> bytes:

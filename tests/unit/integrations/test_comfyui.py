@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deployments.http import HttpConfig
 from distriray.adapters import Lora
 from distriray.errors import GangBroken, QueueFull
 from distriray.picture import mask_of
+from distriray.requests import GenerationRequest
+from distriray.results import GenerationResult
 from tests.unit.conftest import serving
-from tests.unit.http.fake import FakeService
+from tests.unit.http import fake
+from tests.unit.http.fake import FakeService, result_of
 
 FOLDER = Path(__file__).parents[3] / "integrations" / "comfyui"
 
@@ -262,6 +266,31 @@ def test_what_is_answered_by_another_program_is_quoted(nodes: dict[str, Any]) ->
         with pytest.raises(RuntimeError, match="answered 200: <h1>Log in"):
             run(nodes["DistrirayGenerate"], url=f"http://127.0.0.1:{other.getsockname()[1]}")
         answering.join()
+
+
+def test_what_is_transparent_in_a_picture_shows_white(
+    nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def transparent(request: GenerationRequest) -> GenerationResult:
+        image = Image.new("RGBA", (request.width or 0, request.height or 0), (200, 0, 0, 0))
+        return result_of(request).model_copy(update={"images": [image]})
+
+    monkeypatch.setattr(fake, "result_of", transparent)
+    with serving(FakeService()) as url:
+        image, _ = run(nodes["DistrirayGenerate"], url=url)
+    assert image.shape == (1, 64, 96, 3) and float(image.min()) == 1.0
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "RGB"), (3, "RGB"), (4, "RGBA")])
+def test_a_picture_is_sent_with_the_channels_that_it_has(
+    nodes: dict[str, Any], channels: int, mode: str
+) -> None:
+    service, image = FakeService(), torch.full((1, 64, 96, channels), 0.5)
+    with serving(service) as url:
+        run(nodes["DistrirayEdit"], url=url, image=image, prompt="a hill", seed=3)
+    (asked,) = service.asked
+    assert asked.image is not None and asked.image.load().mode == mode
+    assert set(np.array(asked.image.load()).flat) == {128}
 
 
 def test_pictures_and_masks_are_sent_one_by_one_and_come_back_as_a_batch(
