@@ -45,6 +45,14 @@ class _InMemory(MultiPartParser):
         except MultiPartException as error:
             raise too_large(self.max_part_size, "a text in the form") from error
 
+    def on_part_end(self) -> None:
+        name, text = self._current_part.field_name, self._current_part.data
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:  # which would be read as if it were Latin-1
+            raise Refusal(400, InvalidRequest.code, f"{name[:100]} is no UTF-8", name) from error
+        super().on_part_end()
+
 
 async def read_form(request: Request, config: HttpConfig) -> dict[str, str | bytes | list[bytes]]:
     """The fields of a form by name: a text, the content of a file, or that of several.

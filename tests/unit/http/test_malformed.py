@@ -103,6 +103,19 @@ def test_a_form_is_read_as_utf8_whatever_its_charset(
     assert answer.status_code == 400 and answer.json()["error"]["param"] == text
 
 
+@pytest.mark.parametrize("charset", ["latin-1", "gbk", "utf-16"])
+def test_a_text_that_is_no_utf8_is_refused_by_its_field(
+    charset: str, http: httpx.Client, service: FakeService
+) -> None:
+    text, asked = "湖" if charset == "gbk" else "été", len(service.asked)
+    part = form(("image", picture()), ("prompt", text)).replace(text.encode(), text.encode(charset))
+    headers = {"Content-Type": f'multipart/form-data; boundary="{BOUNDARY}"; charset={charset}'}
+    answer = http.post(EDITS, content=part, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["message"]) == (400, "prompt", "prompt is no UTF-8")
+    assert len(service.asked) == asked
+
+
 def held() -> int:
     """Bytes of everything that is there."""
     gc.collect()
