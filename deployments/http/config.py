@@ -51,7 +51,7 @@ class HttpConfig(BaseModel):
         """
         keys = os.environ.get(self.keys_env, "").replace(",", " ").split()
         if self.keys_file is not None:
-            lines = [line.strip() for line in self.keys_file.read_text().splitlines()]
+            lines = [line.strip() for line in self.keys_file.read_text("utf-8-sig").splitlines()]
             in_file = [line for line in lines if line and not line.startswith("#")]
             if not in_file:
                 raise ValueError(

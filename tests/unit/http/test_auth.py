@@ -67,6 +67,12 @@ def test_keys_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert get(config, "/v1/models", headers={"Authorization": "Basic in-file"}).status_code == 401
 
 
+def test_a_mark_of_utf8_at_the_begin_of_a_file_belongs_to_no_line(tmp_path: Path) -> None:
+    for text, keys in (("first\r\nsecond\r\n", ["first", "second"]), ("# a comment\r\nfirst", ["first"])):
+        (tmp_path / "keys").write_text(text, encoding="utf-8-sig")  # as editors on Windows write it
+        assert HttpConfig(keys_env="NO_SUCH_VARIABLE", keys_file=tmp_path / "keys").keys() == keys
+
+
 def test_a_file_without_keys_does_not_open_the_service(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# none yet\n")
     with pytest.raises(ValueError, match="holds no key"):
