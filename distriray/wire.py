@@ -20,7 +20,7 @@ from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.service import ModelCard
 
-IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
+IMAGES, EDITS, VARIATIONS = (f"/v1/images/{name}" for name in ("generations", "edits", "variations"))
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """The form of an X-Request-ID."""
 
@@ -51,7 +51,7 @@ _NOT_CARRIED = ("priority", "parallel")
 CARRIED = GenerationRequest.model_fields.keys() - {"id", *_NOT_CARRIED}
 """The fields of a GenerationRequest that an HTTP body has; the id is a header."""
 OF_PICTURES = ("image", "mask_image", "strength")
-"""Those of a picture to draw on: `EDITS` takes them, `IMAGES` does not."""
+"""Those of a picture to draw on: `EDITS` takes them, `IMAGES` does not, and `VARIATIONS` all but a mask."""
 _FIELDS = {param: field for field, param in reversed(PARAMS.items())}  # of two, the first
 _KINDS = {kind.code: kind for kind in DistrirayError.__subclasses__() if "code" in vars(kind)}
 
@@ -115,7 +115,8 @@ def encode_request(request: GenerationRequest, stream: bool) -> dict[str, Any]:
     }
     # Of a list httpx would make several fields; a form has it as the JSON that it is.
     form = {name: json.dumps(value) if isinstance(value, list) else value for name, value in body.items()}
-    return {"url": EDITS, "data": form, "files": files}
+    # An edit without a mask takes what is transparent for one, and needs a prompt.
+    return {"url": VARIATIONS if request.mask_image is None else EDITS, "data": form, "files": files}
 
 
 def _picture(encoded: str) -> Image.Image:

@@ -25,7 +25,7 @@ from deployments.http.routes.models import card_of
 from distriray.errors import DistrirayError
 from distriray.events import Event, Finished
 from distriray.service import Service
-from distriray.wire import EDITS, IMAGES, Code
+from distriray.wire import EDITS, IMAGES, VARIATIONS, Code
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def image_routes(service: Service, config: HttpConfig, cancel: Callable[[str], A
     async def edit_images(request: Request) -> Response:
         return await drawing.answer(request, _with_pictures(request, EditRequest, config))
 
-    @router.post("/v1/images/variations", **_described(VariationRequest, "Draw pictures like another"))
+    @router.post(VARIATIONS, **_described(VariationRequest, "Draw pictures like another"))
     async def vary_images(request: Request) -> Response:
         return await drawing.answer(request, _with_pictures(request, VariationRequest, config))
 

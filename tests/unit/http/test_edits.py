@@ -27,10 +27,10 @@ from distriray.names import KINDS
 from distriray.picture import Picture, png
 from distriray.references import Reference
 from distriray.requests import SamplingParams
+from distriray.wire import VARIATIONS
 from tests.unit.http.fake import CARDS, FakeService
 from tests.unit.http.malformed import BOUNDARY, EDITS, form, picture
 
-VARIATIONS = "/v1/images/variations"
 NAMED = sorted(KINDS.keys() & set(SamplingParams.WITH_IMAGES))
 
 
@@ -307,6 +307,19 @@ def test_the_clients_send_a_request_with_pictures_as_a_form(url: str, service: F
         assert (result.width, result.height) == (96, 64) and np.array_equal(asked_mask(service), LEFT)
         *events, finished = own.stream("a hut", previews=1, **fields)
         assert isinstance(finished, Finished) and len(events) > 3
+
+
+def test_the_clients_ask_for_a_picture_without_a_mask_as_a_handle_does(
+    url: str, service: FakeService
+) -> None:
+    """Neither is its transparent part one, nor does it need a prompt."""
+    image = Picture.of(clear_on_the_left())
+    with Client(url) as own:
+        own.generate("a hut", image=image, strength=0.5)
+        list(own.stream("", image=image, references=({"image": picture()},)))
+    first, second = service.asked[-2:]
+    assert first.image == second.image == image and first.mask_image is second.mask_image is None
+    assert (first.prompt, first.strength, second.prompt, len(second.references)) == ("a hut", 0.5, "", 1)
 
 
 def test_a_mask_of_the_first_of_the_references_is_sent_as_one_of_an_image(
