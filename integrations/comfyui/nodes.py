@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .service import Fields, Files, ServiceError, events, own_url
+from .service import Fields, ServiceError, events, own_url
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 LARGEST_SEED = 2**63 - 1
@@ -78,8 +78,7 @@ class DistrirayControl:
         """
         if image.shape[0] != 1:
             raise ServiceError(f"control {name!r} goes by one picture; there are {image.shape[0]}")
-        url = f"data:image/png;base64,{base64.b64encode(_png(image[0])).decode()}"
-        own = {"name": name.strip(), "image": url, "scale": scale, "start": start, "end": end}
+        own = {"name": name.strip(), "image": _png(image[0]), "scale": scale, "start": start, "end": end}
         return ((*control, own),)
 
 
@@ -144,10 +143,10 @@ class DistrirayEdit:
             raise ServiceError(f"there are {masks.shape[0]} masks for {image.shape[0]} pictures")
         drawn = []
         for index, picture in enumerate(image):
-            files = {"image": _png(picture)}
+            pictures = {"image": _png(picture)}
             if masks is not None:
-                files["mask"] = _holes(masks[index % masks.shape[0]], picture)
-            drawn.append(_draw(url, EDITS, fields, files)[0])
+                pictures["mask"] = _holes(masks[index % masks.shape[0]], picture)
+            drawn.append(_draw(url, EDITS, {**fields, **pictures})[0])
         return (torch.cat(drawn),)
 
 
@@ -186,13 +185,13 @@ def _loras(text: str) -> list[Fields]:
     return found
 
 
-def _draw(url: str, path: str, fields: Fields, files: Files | None = None) -> tuple[torch.Tensor, int]:
+def _draw(url: str, path: str, fields: Fields) -> tuple[torch.Tensor, int]:
     """Follow a request in ComfyUI's bar; its picture and seed. Raises what ComfyUI does when cancelled."""
     bar: Any = None
     last: Any = None
     asked = {**fields, "stream": True, "progress": True}
     check = comfy.model_management.throw_exception_if_processing_interrupted
-    for event in events(url.strip().rstrip("/"), path, asked, files, check):
+    for event in events(url.strip().rstrip("/"), path, asked, check):
         kind = event["type"].rpartition(".")[2]
         if kind == "completed":
             return _tensor(_image(event)), event["seed"]
@@ -216,13 +215,13 @@ def _tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255.0)[None]
 
 
-def _png(picture: torch.Tensor) -> bytes:
-    """A PNG of the picture, with its transparency, if it has any."""
+def _png(picture: torch.Tensor) -> str:
+    """A PNG of the picture, as the service takes it, with its transparency, if it has any."""
     values = (picture.clamp(0, 1) * 255).round().byte().cpu().numpy()
     return _encoded(Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values))
 
 
-def _holes(mask: torch.Tensor, picture: torch.Tensor) -> bytes:
+def _holes(mask: torch.Tensor, picture: torch.Tensor) -> str:
     """A PNG of the picture's size that is transparent where `mask` is above one half."""
     height, width = picture.shape[:2]
     if tuple(mask.shape) != (height, width):
@@ -234,7 +233,7 @@ def _holes(mask: torch.Tensor, picture: torch.Tensor) -> bytes:
     return _encoded(image)
 
 
-def _encoded(image: Image.Image) -> bytes:
+def _encoded(image: Image.Image) -> str:
     out = io.BytesIO()
     image.save(out, "PNG")
-    return out.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -7,7 +7,6 @@ import os
 import queue
 import socket
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -21,7 +20,6 @@ CONNECT_S = 10.0
 POLL_S = 0.25  # between two looks whether the user has cancelled
 
 Fields = dict[str, Any]
-Files = dict[str, bytes]
 
 
 def own_url() -> str:
@@ -33,25 +31,23 @@ class ServiceError(RuntimeError):
     """What the service has against a request, in its own words."""
 
 
-def events(
-    url: str, path: str, fields: Fields, files: Files | None, check: Callable[[], None]
-) -> Iterator[Fields]:
+def events(url: str, path: str, fields: Fields, check: Callable[[], None]) -> Iterator[Fields]:
     """The events of a request, the last of which has the picture.
 
     `check` is called a few times a second and may raise; then, as when the iterator is closed, the service
     hears that nobody waits any more.
 
-    Args:
-        files: PNGs by field; with them the request is a form.
-
     Raises:
         ServiceError: the service refused or failed, or cannot be reached.
     """
     connection, key = _connection(url), _key_for(url)
-    headers, body = _encoded(fields, files, key)
+    headers: dict[str, str | bytes] = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}".encode()
     news: queue.Queue[Fields | Exception | None] = queue.Queue()
     left = threading.Event()
-    ask = partial(connection.request, "POST", urlsplit(url).path.rstrip("/") + path, body, headers)
+    whole, body = urlsplit(url).path.rstrip("/") + path, json.dumps(fields).encode()
+    ask = partial(connection.request, "POST", whole, body, headers)
     threading.Thread(target=_follow, args=(url, connection, ask, news, left), daemon=True).start()
     try:
         while True:
@@ -163,32 +159,6 @@ def _check(answer: HTTPResponse) -> None:
     except (ValueError, KeyError, TypeError):
         told = f"the service answered {answer.status}: {text[:200].decode(errors='replace')}"
     raise ServiceError(told)
-
-
-def _encoded(fields: Fields, files: Files | None, key: str | None) -> tuple[dict[str, str | bytes], bytes]:
-    """Headers and body of a request."""
-    if files:
-        body, content_type = _form(fields, files)
-    else:
-        body, content_type = json.dumps(fields).encode(), "application/json"
-    headers: dict[str, str | bytes] = {"Content-Type": content_type, "Accept": "text/event-stream"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}".encode()
-    return headers, body
-
-
-def _form(fields: Fields, files: Files) -> tuple[bytes, str]:
-    boundary = uuid.uuid4().hex
-    parts = []
-    for name, value in fields.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        parts.append(f'Content-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + text.encode())
-    for name, content in files.items():
-        head = f'Content-Disposition: form-data; name="{name}"; filename="{name}.png"\r\n'
-        parts.append(f"{head}Content-Type: image/png\r\n\r\n".encode() + content)
-    mark = f"--{boundary}".encode()
-    body = b"".join(mark + b"\r\n" + part + b"\r\n" for part in parts) + mark + b"--\r\n"
-    return body, f"multipart/form-data; boundary={boundary}"
 
 
 def _told(error: Fields) -> str:

@@ -335,6 +335,16 @@ def test_control_is_chained(nodes: dict[str, Any], node: str) -> None:
     assert [each.name for each in service.asked[1].control] == ["canny"], "a chain is not changed by its next"
 
 
+def test_a_control_of_an_edit_may_be_as_large_as_one_of_a_drawing(nodes: dict[str, Any]) -> None:
+    service, noise = FakeService(), torch.rand(1, 400, 400, 3)
+    (control,) = run(nodes["DistrirayControl"], name="tile", image=noise)
+    with serving(service) as url:
+        run(nodes["DistrirayGenerate"], url=url, control=control)
+        run(nodes["DistrirayEdit"], url=url, control=control, image=torch.zeros(1, 64, 96, 3))
+    drawn, edited = (asked.control[0].image for asked in service.asked)
+    assert drawn is not None and drawn == edited and len(drawn.data) > HttpConfig().max_body_bytes
+
+
 def test_a_control_goes_by_one_picture(nodes: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="control 'canny' goes by one picture; there are 2"):
         run(nodes["DistrirayControl"], name="canny", image=torch.zeros(2, 8, 8, 3))
