@@ -77,7 +77,7 @@ class PoolNews(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     model: str
-    predicted_wait_s: Seconds | None
+    predicted_wait_s: Seconds | None = None
     hosts: dict[str, HostNews] = {}
     silent: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.http import HttpConfig, watch
+from deployments.http import HttpConfig, build_http, watch
 from deployments.http.errors import Refusal
 from deployments.http.watch import BEHIND, Watch, merged
 from distriray.service import FleetNews, PoolNews
@@ -71,6 +71,16 @@ class Endless(FakeService):
                 yield fleet(a=host(float(count), segment(count)))
         finally:
             self.over += 1
+
+
+def test_news_have_whatever_the_document_says_that_they_have() -> None:
+    """Also of a pool without a host, of which nobody knows how long it takes to wait."""
+    schemas = build_http(FakeService(), HttpConfig()).openapi()["components"]["schemas"]
+    news = FleetNews(now=7.0, pools={"pool": PoolNews(model="m", predicted_wait_s=None)})
+    with serving(FakeService(news=[news])) as url:
+        (told,) = frames(url, 1)
+    assert told.keys() >= set(schemas["FleetNews"]["required"])
+    assert told["pools"]["pool"].keys() >= set(schemas["PoolNews"]["required"])
 
 
 @pytest.fixture
