@@ -137,7 +137,7 @@ class ImageRequest(_Shared):
         Field(description="Quality of jpeg and webp; 100, the best, by default and for png."),
     ] = None
     quality: Annotated[
-        Literal["auto", "low", "medium", "high", "standard", "hd"] | None,
+        Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None,
         Field(description="For clients that always send it: num_inference_steps decides, whatever it says."),
     ] = None
     moderation: Annotated[

@@ -31,6 +31,11 @@ def picture(encoded: str | None) -> Image.Image:
     return Image.open(BytesIO(b64decode(encoded or "")))
 
 
+@pytest.mark.parametrize("quality", ["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"])
+def test_every_quality_of_openai_is_one_that_a_client_may_send(client: openai.OpenAI, quality: str) -> None:
+    assert client.images.generate(prompt="a lake", extra_body={"quality": quality}).data
+
+
 def test_an_image_comes_with_its_seed_gang_and_timings(client: openai.OpenAI) -> None:
     answer = client.images.generate(
         prompt="a lake",
