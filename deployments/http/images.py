@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, Self, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -347,7 +348,11 @@ class VariationRequest(EditRequest):
 
     FILES = ("image",)
 
-    prompt: Annotated[str, Field(description="What the picture shows; nothing by default.")] = ""
+    prompt: Annotated[
+        str | None,
+        Field(description="What the picture shows; nothing by default."),
+        AfterValidator(lambda prompt: prompt or ""),
+    ] = ""  # type: ignore[assignment]  # it is a text, whatever was sent
     mask: None = None
     mask_image: None = None
 

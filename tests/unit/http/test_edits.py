@@ -261,8 +261,10 @@ def test_pictures_come_in_json_as_they_do_in_a_form(http: httpx.Client, service:
         by_json = service.asked[-1]
         assert in_form.status_code == in_json.status_code == 200
         assert by_json.model_copy(update={"id": by_form.id}) == by_form
-    varied = http.post(VARIATIONS, json={"image": image.url})
-    assert varied.status_code == 200 and service.asked[-1].image == image
+    for absent in ({}, {"prompt": None}):
+        varied = http.post(VARIATIONS, json={"image": image.url, **absent})
+        assert varied.status_code == 200, varied.text
+        assert (service.asked[-1].image, service.asked[-1].prompt) == (image, "")
 
 
 @pytest.mark.parametrize(
