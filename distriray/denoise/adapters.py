@@ -168,11 +168,11 @@ class Adapters:
 
     def _use(self, adapters: tuple[Adapter, ...], files: Mapping[str, AdapterFile]) -> None:
         """Switch to adapters that are held or read; what fails leaves none in use."""
-        new = {name: digest for name, _, digest in adapters if digest not in self._held}
+        new = {digest: name for name, _, digest in adapters if digest not in self._held}
         if new:
             self._switch(())
-            self._make_room({digest for _, _, digest in adapters}, [files[digest] for digest in new.values()])
-            for name, digest in new.items():
+            self._make_room({digest for _, _, digest in adapters}, [files[digest] for digest in new])
+            for digest, name in new.items():
                 self._load(name, files[digest])
         for _, _, digest in adapters:
             self._held[digest] = self._held.pop(digest)
@@ -182,7 +182,9 @@ class Adapters:
             self._switch(adapters)
 
     def _switch(self, adapters: tuple[Adapter, ...]) -> None:
-        scales = {_key(digest): scale for _, scale, digest in adapters}
+        scales: dict[str, float] = {}
+        for _, scale, digest in adapters:  # two names may be of the same weights
+            scales[_key(digest)] = scales.get(_key(digest), 0.0) + scale
         for layer in self._layers:
             here = [key for key in scales if key in layer.lora_A]
             if here:

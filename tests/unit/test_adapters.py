@@ -395,6 +395,15 @@ def test_files_that_are_none_and_families_that_are_not_the_models_are_refused(tm
         huge.adapters.check(AdapterSpec(name="x", source=str(good)))
 
 
+def test_two_names_of_the_same_weights_count_together(tmp_path: Path) -> None:
+    for name in ("ink", "copy"):
+        write(tmp_path / f"{name}.safetensors", MODELS["sdxl"](), 1)
+    denoiser = denoiser_of(MODELS["sdxl"](), tmp_path)
+    once = draw(denoiser_of(MODELS["sdxl"](), tmp_path), ("ink", 0.75))
+    for _ in ("loaded", "held"):
+        assert torch.equal(draw(denoiser, ("ink", 0.5), ("copy", 0.25)), once)
+
+
 def test_a_file_that_is_replaced_is_read_anew_and_not_mixed_with_what_it_was(tmp_path: Path) -> None:
     path = write(tmp_path / "ink.safetensors", MODELS["sdxl"](), 1)
     denoiser = denoiser_of(MODELS["sdxl"](), tmp_path)
