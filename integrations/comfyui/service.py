@@ -18,6 +18,7 @@ KEY_VARIABLE, URL_VARIABLE = "DISTRIRAY_API_KEY", "DISTRIRAY_URL"
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_S = 10.0
 POLL_S = 0.25  # between two looks whether the user has cancelled
+SILENCE_S = 60.0  # after which a stream is taken for dead: the service says something every 15
 
 Fields = dict[str, Any]
 
@@ -130,9 +131,11 @@ def _follow(
             connection.connect()
             if left.is_set():  # whoever left before found nothing to shut
                 return
-            connection.sock.settimeout(None)  # a picture takes its time; `check` is for the impatient
+            to_service = connection.sock
+            to_service.settimeout(None)  # it may be busy; `check` is for the impatient
             ask()
             answer = connection.getresponse()
+            to_service.settimeout(SILENCE_S)
         except (OSError, HTTPException, ValueError) as error:
             raise ServiceError(f"{url} cannot be reached: {error}") from error
         try:

@@ -251,6 +251,29 @@ def test_a_service_that_does_not_answer_can_be_cancelled(nodes: dict[str, Any], 
                 pass
 
 
+@pytest.mark.timeout(10)
+def test_a_stream_in_which_nothing_comes_any_more_is_an_error(
+    nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a service whose machine has lost its network: nobody closes the connection."""
+
+    def answer() -> None:
+        asked, _ = lost.accept()
+        with asked:
+            head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+            asked.sendall(f"{head}3\r\n:\n\n\r\n".encode())
+            while asked.recv(65536):
+                pass
+
+    monkeypatch.setattr(sys.modules["custom_nodes.distriray.service"], "SILENCE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as lost:
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with pytest.raises(RuntimeError, match="the connection to .* broke: timed out"):
+            run(nodes["DistrirayGenerate"], url=f"http://127.0.0.1:{lost.getsockname()[1]}")
+        answering.join()
+
+
 def test_what_is_answered_by_another_program_is_quoted(nodes: dict[str, Any]) -> None:
     def answer() -> None:
         asked, _ = other.accept()
