@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import cache
@@ -178,7 +179,8 @@ class ImageRequest(_Shared):
             )
             raise Refusal(400, Code.INVALID_JSON, message)
         try:
-            request = cls.model_validate_json(body)
+            # Editors on Windows begin a file with it, and a parser may ignore it (RFC 8259, 8.1).
+            request = cls.model_validate_json(body.removeprefix(BOM_UTF8))
         except ValidationError as error:
             raise refusal_of_fields(error) from None
         request._check_together()

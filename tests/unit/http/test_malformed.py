@@ -91,6 +91,13 @@ def test_a_text_in_a_form_that_is_longer_than_one_may_be_is_too_large() -> None:
     assert "1000 bytes" in answer.json()["error"]["message"]
 
 
+def test_a_mark_of_utf8_before_json_is_no_part_of_it(http: httpx.Client, service: FakeService) -> None:
+    for body, status in ((b'{"prompt": "a lake"}', 200), (b"\xef\xbb\xbf", 400), (b"", 400)):
+        answer = Malformed(b"\xef\xbb\xbf" + body).send(http)
+        assert answer.status_code == status, answer.text
+    assert service.asked[-1].prompt == "a lake"
+
+
 @pytest.mark.parametrize("charset", ["punycode", "unicode_escape", "zlib", "utf-8"])
 def test_a_form_is_read_as_utf8_whatever_its_charset(
     charset: str, http: httpx.Client, service: FakeService
