@@ -145,15 +145,21 @@ class Folder:
         with self._writing:
             self.made.add(prompt.id)
 
-    def begin_errors(self, bad: Iterable[BadLine]) -> None:
-        """Start the list of what went wrong in this run, with the lines that cannot be made.
+    def begin(self, good: Iterable[Prompt], bad: Iterable[BadLine]) -> None:
+        """Begin a run: the manifest says on which lines of the file its prompts are now, None of the others.
 
-        How the run before ended is no longer said.
+        The list of what goes wrong begins with the lines that cannot be made. How the run before ended is no
+        longer said.
         """
-        lines = b"".join(_line(_error(b.line, b.message, b.param)) for b in bad)
+        errors = b"".join(_line(_error(b.line, b.message, b.param)) for b in bad)
+        now = {prompt.id: prompt.line for prompt in good}
         with self._written():
             self.summary.unlink(missing_ok=True)
-            _replace(self.errors, lines)
+            _replace(self.errors, errors)
+            before = self.manifest.read_bytes() if self.manifest.exists() else b""
+            after = b"".join(_on_line(text, now) for text in before.splitlines())
+            if after != before:
+                _replace(self.manifest, after)
 
     def fail(self, prompt: Prompt, error: Exception) -> None:
         """Note that a prompt was not made; the next run tries it again."""
@@ -177,6 +183,12 @@ def _is_entry(entry: Any) -> bool:
     """Whether a line of a manifest is one that a job wrote."""
     kinds = {"prompt_id": str, "index": int, "of": int, "file": str}
     return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
+
+
+def _on_line(text: bytes, lines: Mapping[str, int]) -> bytes:
+    """A line of a manifest, with the line of the file that its prompt is on by now."""
+    entry = json.loads(text)
+    return _line({**entry, "line": lines.get(entry["prompt_id"])}) if _is_entry(entry) else text + b"\n"
 
 
 def _part_of(path: Path) -> Path:

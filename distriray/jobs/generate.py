@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Literal
@@ -25,7 +26,7 @@ from distriray.jobs.folder import Folder
 from distriray.jobs.makers import own_hosts, running_app
 from distriray.jobs.prompts import BadLine, Prompt, plain, read_prompts
 from distriray.jobs.run import Maker, Run
-from distriray.limits import Limits
+from distriray.jobs.settings import settings_of
 from distriray.results import GenerationResult
 
 ALL_MADE, SOME_MISSING, STOPPED = 0, 1, 130
@@ -101,15 +102,16 @@ def generate(
         }
         if app:
             _refuse({**own, "hosts": hosts, "cpus": cpus})
-            good, bad = _read(prompts, model, None)
+            good, bad = _read(prompts, model=model)
             makers, each = running_app(app, address=address), in_flight or 8
         else:
             config = _config(model, **own)
-            good, bad = _read(prompts, config.model.name, config.limits)
+            settings = partial(settings_of, config)
+            good, bad = _read(prompts, model=config.model.name, limits=config.limits, settings=settings)
             makers = own_hosts(config, hosts or 1, address=address, cpus=cpus)
             each = in_flight or config.workers // config.sizes[0] + 1
         with Folder(out) as folder:
-            folder.begin_errors(bad)
+            folder.begin(good, bad)
             before = sum(prompt.id in folder.made for prompt in good)
             run = _finish(good, folder, makers, each, before) if before < len(good) else None
             facts = {
@@ -141,9 +143,9 @@ def _config(
     return read_config(pool, {"model": {"name": model}, "gang_sizes": sizes, **options}, {"gang_sizes": [1]})
 
 
-def _read(path: Path, model: str | None, limits: Limits | None) -> tuple[list[Prompt], list[BadLine]]:
+def _read(path: Path, **terms: Any) -> tuple[list[Prompt], list[BadLine]]:
     try:
-        return read_prompts(path, model=model, limits=limits)
+        return read_prompts(path, **terms)
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}", "prompts") from error
 

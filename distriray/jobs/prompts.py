@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ meant to draw."""
 
 @dataclass(frozen=True)
 class Prompt:
-    """One good line, counted from 1. `id` is its content's digest, so it stays when lines move.
+    """One good line, counted from 1. `id` is the digest of what it draws, so it stays when lines move.
 
     `request` is without the pictures that lie in files, since of many lines they would fill the memory;
     `files` are these, and `whole` reads them again.
@@ -54,7 +54,11 @@ class BadLine:
 
 
 def read_prompts(
-    path: Path, *, model: str | None = None, limits: Limits | None = None
+    path: Path,
+    *,
+    model: str | None = None,
+    limits: Limits | None = None,
+    settings: Callable[[GenerationRequest], Mapping[str, Any]] = lambda _: {},
 ) -> tuple[list[Prompt], list[BadLine]]:
     """The good and the bad lines of a file, in order. Empty lines are neither.
 
@@ -66,6 +70,7 @@ def read_prompts(
     Args:
         model: the model of lines that name none.
         limits: lines beyond them are bad ones, too.
+        settings: what decides the picture of a line besides itself; with others it is another prompt.
 
     Raises:
         OSError: the file cannot be read.
@@ -90,7 +95,7 @@ def read_prompts(
                 bad.append(BadLine(number, plain(error), param))
                 continue
             request = request.model_copy(update={"model": request.model or model})
-            digest = _digest(request)
+            digest = _digest(request, settings(request))
             seen[digest] += 1
             name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
             files = {of: picture.path for of, picture in request.pictures.items() if picture.path}
@@ -160,9 +165,11 @@ def plain(error: Exception) -> str:
     return error.unquoted if isinstance(error, InvalidRequest) else str(error)
 
 
-def _digest(request: GenerationRequest) -> str:
+def _digest(request: GenerationRequest, settings: Mapping[str, Any]) -> str:
     fields = request.model_dump(mode="json", exclude_unset=True)
     fields["model"] = request.model
+    if settings:
+        fields["settings"] = settings
     return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -34,7 +34,7 @@ def test_a_job_waits_where_the_queues_are_full_and_reports_what_the_service_refu
     prompts, bad = read_prompts(tmp_path / "prompts.jsonl")
     assert len(prompts) == 13 and not bad
     with running_app(APP, address=None) as makers, Folder(tmp_path / "out") as folder:
-        folder.begin_errors(bad)
+        folder.begin(prompts, bad)
         run = Run(prompts, folder, makers, in_flight=8)  # its pool lends two gangs and lets two wait
         run.finish()
     assert (run.completed, run.failed) == (12, 1)

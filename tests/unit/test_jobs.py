@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from distriray.config import ParallelConfig
+from distriray.controls import ControlNetSpec
 from distriray.errors import GangBroken, GenerationCancelled, InvalidRequest, NotEnoughDevices, QueueFull
 from distriray.gang import HostConfig
 from distriray.jobs import generate
@@ -27,6 +29,7 @@ from distriray.jobs.generate import _signals_stop, main
 from distriray.jobs.makers import OwnHost
 from distriray.jobs.prompts import read_prompts
 from distriray.jobs.run import MAX_TRIES, MakerLost, Run
+from distriray.jobs.settings import settings_of
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.picture import Picture, png
@@ -86,7 +89,7 @@ def file(tmp_path: Path) -> Path:
 def run(file: Path, out: Path, painter: Painter, in_flight: int = 2) -> Run:
     good, bad = read_prompts(file)
     with Folder(out) as folder:
-        folder.begin_errors(bad)
+        folder.begin(good, bad)
         work = Run(good, folder, [painter], in_flight=in_flight, pause_s=0.001)
         work.finish()
     return work
@@ -137,9 +140,81 @@ def test_ids_and_seeds_stay_when_lines_move(file: Path) -> None:
     assert {(prompt.id, prompt.request.seed) for prompt in read_prompts(file)[0]} == before
 
 
+def test_the_manifest_names_the_lines_of_the_file_as_it_is_now(file: Path, tmp_path: Path) -> None:
+    """Prompts are in none of its fields: by their lines alone pictures are known."""
+    out = tmp_path / "out"
+    run(file, out, Painter())
+    (out / "manifest.jsonl").open("a").write('{"line": 3}\n')  # of somebody else's
+    before = {entry.get("prompt_id"): entry for entry in lines(out / "manifest.jsonl")}
+    ids = {prompt.line: prompt.id for prompt in read_prompts(file)[0]}
+    file.write_text(
+        '{"prompt": "a hill"}\n{"prompt": "a moor", "seed": 5, "id": "mine"}\n{"prompt": "a lake"}'
+    )
+    run(file, out, Painter())
+    now = {entry.get("prompt_id"): entry for entry in lines(out / "manifest.jsonl")}
+    (new,) = now.keys() - before.keys()
+    where = {new: 1, ids[7]: 2, ids[1]: 3, ids[2]: None, ids[6]: None, None: 3}
+    assert {name: entry["line"] for name, entry in now.items()} == where
+    assert all({**now[name], "line": entry["line"]} == entry for name, entry in before.items())
+
+
 def test_another_model_is_another_prompt(file: Path) -> None:
     one, other = ({prompt.id for prompt in read_prompts(file, model=name)[0]} for name in ("a", "b"))
     assert not one & other
+
+
+HOST = HostConfig(workers=2)
+LINE = GenerationRequest(prompt="a lake", control=[{"name": "canny", "image": Image.new("RGB", (64, 64))}])
+CANNY = ControlNetSpec(name="canny", source="some/canny")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        {"model": {"revision": "v2"}},
+        {"model": {"dtype": "bfloat16"}},
+        {"model": {"quantize": "int8"}},
+        {"defaults": {"num_inference_steps": 4}},
+        {"controls": [CANNY]},
+        {"parallel": {"exchange": "displaced"}},
+    ],
+)
+def test_other_settings_of_hosts_that_decide_a_picture_are_told(host: dict[str, Any]) -> None:
+    assert settings_of(HostConfig(workers=2, **host), LINE) != settings_of(HOST, LINE) == {}
+
+
+@pytest.mark.parametrize(
+    ("host", "line"),
+    [
+        ({"model": {"offload_text": True}, "max_queue": 3, "policy": "earliest_deadline"}, {}),
+        ({"defaults": {"num_inference_steps": 4}}, {"num_inference_steps": 9}),
+        ({"controls": [CANNY.model_copy(update={"name": "depth"})]}, {}),
+        ({"parallel": {"exchange": "displaced"}}, {"exchange": "sync"}),
+        ({"parallel": {"exchange": "displaced"}}, {"gang_size": 1}),
+        ({"parallel": {"exchange": "displaced"}}, {"parallel": ParallelConfig()}),
+        ({"parallel": {"exchange": "displaced"}, "gang_sizes": [1]}, {}),
+        ({"parallel": {"cuda_graphs": False, "max_buffer_bytes": 0}}, {}),
+    ],
+)
+def test_settings_that_leave_a_picture_as_it_is_are_not_told(
+    host: dict[str, Any], line: dict[str, Any]
+) -> None:
+    assert settings_of(HostConfig(workers=2, **host), LINE.model_copy(update=line)) == {}
+
+
+def test_a_job_with_other_defaults_draws_anew_what_they_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def own_hosts(*_: object, **__: object) -> AbstractContextManager[list[Painter]]:
+        return nullcontext([Painter()])
+
+    monkeypatch.setattr(generate, "own_hosts", own_hosts)
+    prompts, pool = tmp_path / "prompts.jsonl", tmp_path / "pool.yaml"
+    prompts.write_text('{"prompt": "a lake"}\n{"prompt": "a moor", "num_inference_steps": 9}\n')
+    for steps, made in ((4, 2), (4, 0), (5, 1)):
+        pool.write_text(f"defaults: {{num_inference_steps: {steps}}}\n")
+        assert command(str(prompts), "--out", str(tmp_path / "out"), "--pool", str(pool)) == 0
+        assert json.loads(capsys.readouterr().out)["made"] == made
 
 
 def test_every_image_has_a_file_and_a_line(file: Path, tmp_path: Path) -> None:
