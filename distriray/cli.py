@@ -221,6 +221,11 @@ def generate(
         for name, picture in request.pictures.items():
             picture.load(name)
         _check_out(out)
+        check_ray(address, cpus)
+        if compare and gang_size == 1:
+            raise InvalidRequest(
+                "--compare is of a gang with one worker; use --gang-size 2 or more", "compare"
+            )
         weights = {"revision": revision, "variant": variant, "dtype": dtype, "quantize": quantize}
         options = {
             "model": {"name": model, "offload_text": offload_text, **weights},
@@ -245,7 +250,7 @@ def generate(
             start = bar.add_task(f"starting {gang_size} worker{'s' * (gang_size > 1)}", total=None)
             with open_host(config, address=address, cpus=cpus) as host:
                 bar.remove_task(start)
-                alone = _compare(host, request, bar) if compare and gang_size > 1 else None
+                alone = _compare(host, request, bar) if compare else None
                 result = _draw(host, request, bar)
         paths = _save(result, out)
         _tell(result, paths, alone, as_json)
@@ -272,6 +277,14 @@ def _compare(host: BlockingHost, request: GenerationRequest, bar: Progress) -> G
     for size in (1, request.gang_size):
         host.generate(request.model_copy(update={**few, "id": f"warm-up {size}", "gang_size": size}))
     return _draw(host, request.model_copy(update={"id": "alone", "gang_size": 1}), bar)
+
+
+def check_ray(address: str | None, cpus: int | None) -> None:
+    """Raise InvalidRequest for what a Ray is to be started with where none is."""
+    if address is not None and cpus is not None:
+        raise InvalidRequest(
+            f"--cpus is for a Ray started here, and {address} is to be joined; leave one of them out", "cpus"
+        )
 
 
 def _check_out(out: Path) -> None:
@@ -334,7 +347,10 @@ def _tell(result: GenerationResult, paths: list[Path], alone: GenerationResult |
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Errors on purpose become one line and an exit status; an interrupt or SIGTERM ends what was started."""
+    """Errors on purpose become one line and an exit status; an interrupt or SIGTERM ends what was started.
+
+    Ray, once it is begun, makes a SIGTERM a SystemExit with a status of its own.
+    """
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -348,7 +364,7 @@ def errors_as_messages() -> Iterator[None]:
         _fail(str(error), 2)
     except (DistrirayError, ConnectionError) as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         _fail("interrupted", 130)
     finally:
         signal.signal(signal.SIGTERM, former)

@@ -1,10 +1,14 @@
-"""A Ray cluster that runs already."""
+"""How a process comes to Ray: to a cluster that runs already, or to one that it starts."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray._private.services import get_ray_address_from_environment
@@ -29,7 +33,24 @@ def join(address: str) -> None:
             socket.create_connection((place[1].strip("[]"), int(place[2])), PATIENCE_S).close()
         except (OSError, OverflowError, UnicodeError) as error:
             raise ConnectionError(f"no Ray cluster answers at {meant}{whence}: {error}") from error
-    ray.init(address, logging_level="ERROR", log_to_driver=False)
+    with own_sigterm():
+        ray.init(address, logging_level="ERROR", log_to_driver=False)
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Begin Ray in the block, and let a SIGTERM mean to this process what it meant before.
+
+    Ray's own handler prints a stack and aborts the process 3 s later, whatever that has to give back still.
+    Where the program has none, a SIGTERM raises SystemExit, as in Ray's.
+    """
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # no other may
+            rays = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, rays if former in (signal.SIG_DFL, None) else former)
 
 
 def _found() -> tuple[str, str]:

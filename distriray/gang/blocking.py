@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from distriray.cluster import join
+from distriray.cluster import join, own_sigterm
 from distriray.errors import NotEnoughDevices
 from distriray.events import Event
 from distriray.gang import reaper
@@ -63,11 +63,11 @@ class BlockingHost:
         return self.do(ask())
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the host's event loop; an interrupt cancels it."""
+        """Run a coroutine on the host's event loop; an interrupt or a SIGTERM cancels it."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             future.cancel()
             raise
 
@@ -109,7 +109,7 @@ def open_host(
             starting = asyncio.run_coroutine_threadsafe(start(), loop)
             try:
                 starting.result()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):
                 starting.cancel()
                 raise
             yield BlockingHost(hosts[0], loop)
@@ -145,14 +145,15 @@ def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] |
         return None
     others = reaper.children()
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus or len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        with own_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=cpus or len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
     except (OSError, ValueError) as error:
         raise NotEnoughDevices(f"Ray does not start on this machine: {error}") from error
     return reaper.start(others)

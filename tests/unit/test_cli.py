@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,11 @@ finally:
         (["--image", __file__], "image cannot be read; send a PNG, JPEG or WebP file"),
         (["--strength", "0.5"], "strength is of an image, and there is none"),
         (["--mask", __file__], "mask_image cannot be read"),
+        (["--compare"], "--compare is of a gang with one worker; use --gang-size 2 or more"),
+        (
+            ["--address", "head:6379", "--cpus", "2"],
+            "--cpus is for a Ray started here, and head:6379 is to be joined; leave one of them out",
+        ),
         (["--warmup-steps", "few"], "parallel.warmup_steps 'few': input should be"),
     ],
 )
@@ -231,6 +237,22 @@ def test_a_disk_that_is_full_is_said_with_what_makes_the_picture_again(
     said = capsys.readouterr().err.strip()
     assert said.startswith(f"distriray: {out} cannot be written: No space left on device; ")
     assert "--seed 3" in said
+
+
+def test_a_sigterm_is_an_interrupt_before_and_after_ray_has_taken_it_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def before(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+
+    def after(*_: Any, **__: Any) -> Any:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    for open_host in (before, after):
+        monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+        assert app(["generate", "a lake", f"--out={tmp_path / 'x.png'}"], standalone_mode=False) == 130
+        assert capsys.readouterr().err.strip() == "distriray: interrupted"
 
 
 @pytest.mark.parametrize(

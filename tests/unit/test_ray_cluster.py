@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +64,17 @@ def test_what_may_be_one_is_ray_s_to_join(address: str, monkeypatch: pytest.Monk
         address = address.format(listens=f"127.0.0.1:{server.getsockname()[1]}")
         cluster.join(address)
     assert joined == [address]
+
+
+@pytest.mark.parametrize("former", [signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
+def test_a_sigterm_means_what_it_meant_before_ray_was_begun(former: Any) -> None:
+    def of_ray(number: int, _: object) -> None:
+        sys.exit(number)
+
+    before = signal.signal(signal.SIGTERM, former)
+    try:
+        with cluster.own_sigterm():
+            signal.signal(signal.SIGTERM, of_ray)
+        assert signal.getsignal(signal.SIGTERM) is (of_ray if former is signal.SIG_DFL else former)
+    finally:
+        signal.signal(signal.SIGTERM, before)
