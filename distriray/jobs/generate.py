@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distriray.cli import errors_as_messages
+from distriray.cli import check_ray, errors_as_messages
 from distriray.errors import DistrirayError, InvalidRequest
 from distriray.gang.config import HostConfig
 from distriray.gang.config_file import read_config
@@ -36,6 +36,10 @@ IN_A_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 class _Notes(Console):
+    def say(self, text: str) -> None:
+        """One line, as it is, also where it is longer than a terminal's."""
+        self.print(text, markup=False, emoji=False, soft_wrap=True)
+
     def on_broken_pipe(self) -> None:
         """Say no more; rich would close standard output, where the summary goes, and end the thread."""
         self.quiet = True
@@ -100,11 +104,12 @@ def generate(
             "lora_dir": lora_dir,
             "pool": pool,
         }
-        if app:
+        if app is not None:
             _refuse({**own, "hosts": hosts, "cpus": cpus})
             good, bad = _read(prompts, model=model)
             makers, each = running_app(app, address=address), in_flight or 8
         else:
+            check_ray(address, cpus)
             config = _config(model, **own)
             settings = partial(settings_of, config)
             good, bad = _read(prompts, model=config.model.name, limits=config.limits, settings=settings)
@@ -168,13 +173,13 @@ def _finish(
         def note(prompt: Prompt, end: GenerationResult | DistrirayError) -> None:
             bar.advance(task)
             if isinstance(end, DistrirayError):
-                notes.print(f"line {prompt.line}: {plain(end)}", markup=False)
+                notes.say(f"line {prompt.line}: {plain(end)}")
                 return
             for warning in end.warnings:
-                notes.print(f"line {prompt.line}: {warning}", markup=False)
+                notes.say(f"line {prompt.line}: {warning}")
             if not notes.is_terminal:
                 done = before + run.completed + run.failed
-                notes.print(f"{done} of {len(prompts)}: line {prompt.line}, {end.timings.total_s:.1f} s")
+                notes.say(f"{done} of {len(prompts)}: line {prompt.line}, {end.timings.total_s:.1f} s")
 
         with makers as started:
             run = Run(prompts, folder, started, in_flight=in_flight, tell=tell)

@@ -27,17 +27,17 @@ class Prompt:
     """One good line, counted from 1. `id` is the digest of what it draws, so it stays when lines move.
 
     `request` is without the pictures that lie in files, since of many lines they would fill the memory;
-    `files` are these, and `whole` reads them again.
+    `files` are these, with the digests of what was in them, and `whole` reads them again.
     """
 
     id: str
     line: int
     request: GenerationRequest
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, tuple[Path, bytes]] = field(default_factory=dict)
 
     def whole(self) -> GenerationRequest:
         """The request with its pictures; raises InvalidRequest where a file is not what it was any more."""
-        pictures = {name: Picture.of(path, name) for name, path in self.files.items()}
+        pictures = {name: _as_it_was(name, *file) for name, file in self.files.items()}
         return self.request.with_pictures(pictures)
 
 
@@ -98,10 +98,23 @@ def read_prompts(
             digest = _digest(request, settings(request))
             seen[digest] += 1
             name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-            files = {of: picture.path for of, picture in request.pictures.items() if picture.path}
+            files = {
+                of: (picture.path, sha256(picture.data).digest())
+                for of, picture in request.pictures.items()
+                if picture.path
+            }
             named = _named(request, name).with_pictures(dict.fromkeys(files))
             good.append(Prompt(name, number, named, files))
     return good, bad
+
+
+def _as_it_was(name: str, path: Path, digest: bytes) -> Picture:
+    """The picture in a file; raises InvalidRequest unless its content has that digest."""
+    picture = Picture.of(path, name)
+    if sha256(picture.data).digest() != digest:
+        why = "has changed since the job began; run the same command again for it"
+        raise InvalidRequest(f"{name} {str(path)!r} {why}", name, f"{name} {why}")
+    return picture
 
 
 def _with_paths(line: bytes, folder: Path) -> dict[str, Any] | bytes:

@@ -649,6 +649,33 @@ def test_a_job_makes_every_line_though_nobody_hears_how_it_goes(
     assert json.loads(capsys.readouterr().out)["made"] == 2
 
 
+def test_what_a_job_says_of_a_line_is_one_line_however_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log, where lines are looked for by their beginnings, is 80 columns wide for rich."""
+
+    def own_hosts(*_: object, **__: object) -> AbstractContextManager[list[Painter]]:
+        return nullcontext([Painter(refuse)])
+
+    def refuse(_: GenerationRequest) -> None:
+        raise GangBroken(why)
+
+    why, log = "[bold] :smile: " + "a long story " * 20 + "ends", StringIO()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a lake"}\n')
+    monkeypatch.setattr(generate, "own_hosts", own_hosts)
+    monkeypatch.setattr(generate, "notes", type(generate.notes)(file=log))
+    assert command(str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")) == 1
+    assert log.getvalue().strip() == f"line 1: {why}"
+
+
+def test_cpus_of_a_ray_that_is_not_started_are_refused(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert command(str(file), "--out", str(tmp_path / "out"), "--cpus", "2") == 2
+    assert "--cpus is for a Ray started here, and head:6379 is to be joined" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("room", [0, 1, 2, 3])
 def test_a_disk_that_is_full_is_said_in_a_line_and_loses_nothing(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -731,9 +758,10 @@ def test_pictures_lie_beside_the_prompts_and_are_read_when_it_is_their_turn(tmp_
     assert not bad and second.id == f"{first.id}-2", "a path is no content"
     assert not first.request.pictures, "of thousands of lines they would fill the memory"
     assert first.whole().image == Picture.of(tmp_path / "job" / "a.png") and first.whole().strength == 0.5
+    url = first.whole().image.url  # type: ignore[union-attr]
     Image.new("RGB", (64, 96), "blue").save(tmp_path / "job" / "a.png")
     assert read_prompts(file)[0][0].id != first.id, "another picture is another prompt"
-    (inline,), _ = read_prompts(with_picture(tmp_path / "job", first.whole().image.url))  # type: ignore[union-attr]
+    (inline,), _ = read_prompts(with_picture(tmp_path / "job", url))
     assert inline.whole().image == inline.request.image is not None
 
 
@@ -766,6 +794,20 @@ def test_a_picture_that_is_no_text_is_said_to_be_a_path_in_the_file_of_a_job(tmp
         f"{name} is no text; write the path of a picture, or a data: URL"
         for name in ("image", "control.0.image")
     ]
+
+
+def test_a_picture_that_is_another_when_it_is_its_turn_is_not_drawn_on_as_if_it_were_the_first(
+    tmp_path: Path,
+) -> None:
+    file, painter = with_picture(tmp_path / "job", "a.png"), Painter()
+    good, _ = read_prompts(file)
+    Image.new("RGB", (64, 96), "blue").save(tmp_path / "job" / "a.png")
+    with Folder(tmp_path / "out") as folder:
+        Run(good, folder, [painter], in_flight=1).finish()
+    (failed,) = lines(tmp_path / "out" / "errors.jsonl")
+    assert failed["param"] == "image" and "image has changed since the job began" in str(failed["error"])
+    assert not painter.asked and "a.png" not in str(failed)
+    assert run(file, tmp_path / "out", painter).completed == 1
 
 
 def test_a_picture_that_is_gone_when_it_is_its_turn_fails_its_prompt_alone(tmp_path: Path) -> None:
