@@ -246,6 +246,7 @@ def generate(
             TimeElapsedColumn(),
             console=notes,
             transient=True,
+            disable=not notes.is_terminal,
         ) as bar:
             start = bar.add_task(f"starting {gang_size} worker{'s' * (gang_size > 1)}", total=None)
             with open_host(config, address=address, cpus=cpus) as host:
@@ -305,6 +306,9 @@ def _check_out(out: Path) -> None:
 _TRANSPARENT = "PNG", "TIFF", "WEBP"
 """Forms of files that hold transparency."""
 
+_LOSSY = "JPEG", "WEBP", "AVIF"
+"""Those that lose something; as over HTTP they are to lose as little as they can."""
+
 
 def _save(result: GenerationResult, out: Path) -> list[Path]:
     if len(result.images) == 1:
@@ -312,9 +316,10 @@ def _save(result: GenerationResult, out: Path) -> list[Path]:
     else:
         paths = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result.images))]
     for image, path in zip(result.images, paths, strict=True):
-        keeps = Image.EXTENSION[path.suffix.lower()] in _TRANSPARENT
+        form = Image.EXTENSION[path.suffix.lower()]
+        options: dict[str, Any] = {"quality": 100} if form in _LOSSY else {}
         try:
-            (image if keeps else opaque(image)).save(path)
+            (image if form in _TRANSPARENT else opaque(image)).save(path, **options)
         except OSError as error:
             again = f"with --seed {result.seeds[0]} the same command draws it again"
             raise DistrirayError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -129,8 +130,16 @@ def generate(
                 "seconds": round(time.monotonic() - began, 2),
             }
             folder.write_summary(facts)
-    print(json.dumps(facts))
+    _tell(json.dumps(facts))
     raise typer.Exit(_exit_code(facts))
+
+
+def _tell(summary: str) -> None:
+    """Print what `summary.json` has; a log that is full, or read by nobody, is not the job's end."""
+    try:
+        print(summary, flush=True)
+    except OSError:  # and what is left of it would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(options: dict[str, Any]) -> None:

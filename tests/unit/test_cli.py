@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from deployments.http.encode import encode
 from distriray.cli import app
 from distriray.config import ParallelConfig
 from distriray.gang import HostConfig
@@ -228,7 +230,7 @@ def test_a_disk_that_is_full_is_said_with_what_makes_the_picture_again(
         monkeypatch.setattr(Image.Image, "save", save)
         yield Recorder()
 
-    def save(*_: object) -> None:
+    def save(*_: object, **__: object) -> None:
         raise OSError(ENOSPC, "No space left on device")
 
     monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
@@ -276,3 +278,24 @@ def test_transparency_is_white_in_files_that_hold_none(
     with Image.open(out) as picture:
         assert picture.mode == mode
         assert picture.convert("RGBA").getpixel((1, 1)) == ((255, 0, 0, 0) if mode == "RGBA" else (255,) * 4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_a_picture_is_as_good_in_a_file_that_loses_something_as_over_http(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str
+) -> None:
+    drawn = Image.effect_noise((96, 64), 90).convert("RGB")
+
+    class Noise(Recorder):
+        def generate(self, request: GenerationRequest) -> GenerationResult:
+            return super().generate(request).model_copy(update={"images": [drawn]})
+
+    @contextmanager
+    def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
+        yield Noise()
+
+    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+    out = tmp_path / f"lake.{suffix}"
+    app(["generate", "a lake", "--seed", "3", "--out", str(out)], standalone_mode=False)
+    sent = encode(drawn, "jpeg" if suffix == "jpg" else "webp")
+    assert b64encode(out.read_bytes()).decode() == sent

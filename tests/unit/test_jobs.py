@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -647,6 +649,15 @@ def test_a_job_makes_every_line_though_nobody_hears_how_it_goes(
     args = (str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out"), "--in-flight", "1")
     assert command(*args) == 0
     assert json.loads(capsys.readouterr().out)["made"] == 2
+
+
+def test_a_job_that_made_everything_ends_so_though_its_output_is_full(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").touch()
+    arguments = [str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        job = [sys.executable, "-m", "distriray.jobs.generate", *arguments]
+        done = subprocess.run(job, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_a_job_says_of_a_line_is_one_line_however_long(
