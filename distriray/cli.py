@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -240,14 +240,11 @@ def generate(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it logs while it is imported
         from distriray.gang import open_host
 
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=notes,
-            transient=True,
-            disable=not notes.is_terminal,
-        ) as bar:
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with (
+            redirect_stdout(sys.stderr),  # what Ray says of a worker that died
+            Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar,
+        ):
             start = bar.add_task(f"starting {gang_size} worker{'s' * (gang_size > 1)}", total=None)
             with open_host(config, address=address, cpus=cpus) as host:
                 bar.remove_task(start)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -172,7 +172,10 @@ def _finish(
     before: int,
 ) -> Run:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+    with (
+        redirect_stdout(sys.stderr),  # what Ray says of a worker that died
+        Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar,
+    ):
         task = bar.add_task("starting", total=len(prompts), completed=before)
 
         def tell(prompt: Prompt, end: GenerationResult | DistrirayError) -> None:

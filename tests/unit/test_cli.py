@@ -198,6 +198,7 @@ def test_one_command_draws_pictures_and_says_how(
     @contextmanager
     def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
         assert (config.workers, config.gang_sizes, address, cpus) == (2, (2,), None, 4)
+        print("(raylet) A worker died or was killed")  # as Ray does
         yield Recorder()
 
     monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)

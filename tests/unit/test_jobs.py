@@ -679,6 +679,19 @@ def test_what_a_job_says_of_a_line_is_one_line_however_long(
     assert log.getvalue().strip() == f"line 1: {why}"
 
 
+def test_what_ray_prints_of_a_worker_that_died_is_not_printed_beside_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def own_hosts(*_: object, **__: object) -> AbstractContextManager[list[Painter]]:
+        return nullcontext([Painter(lambda _: print("(raylet) A worker died or was killed"))])
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a lake"}\n')
+    monkeypatch.setattr(generate, "own_hosts", own_hosts)
+    assert command(str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out")) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["made"] == 1 and "(raylet) A worker died" in told.err
+
+
 def test_cpus_of_a_ray_that_is_not_started_are_refused(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
