@@ -71,13 +71,17 @@ def locate(spec: ModelSpec) -> Path:
     Raises:
         ModelNotFound: saying what was looked for, and where.
     """
-    name = spec.name
+    name, local = spec.name, Path(spec.name).expanduser()
+    if spec.revision is not None and (name.startswith(BUILTIN) or local.exists()):
+        where = "is built in" if name.startswith(BUILTIN) else f"is {local.absolute()} here"
+        raise ModelNotFound(
+            f"no model {name!r} at revision {spec.revision!r}: it {where}, and has no revisions; leave it out"
+        )
     if name.startswith(BUILTIN):
         folder = MODELS.get(name.removeprefix(BUILTIN))
         if folder is None:
             raise ModelNotFound(f"no built-in model {name!r}; there is {_BUILT_IN}")
         return _pipeline_folder(folder, name)
-    local = Path(name).expanduser()
     if local.is_file():
         return _single_file(local, name)
     if local.exists():

@@ -45,6 +45,16 @@ def test_a_missing_model_says_what_was_looked_for(name: str, says: str) -> None:
     assert name in str(missing.value)
 
 
+@pytest.mark.parametrize("name", ["builtin:landscapes", "some/model"])
+def test_a_revision_of_what_is_not_on_the_hub_is_not_taken_for_what_is_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("some/model").mkdir(parents=True)
+    with pytest.raises(ModelNotFound, match=f"no model '{name}' at revision 'v2': it is .* has no revisions"):
+        locate(ModelSpec(name=name, revision="v2"))
+
+
 def test_a_missing_hub_model_names_folder_cache_and_hub(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
