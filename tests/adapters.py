@@ -25,15 +25,16 @@ def random_weights(
     pipeline: Any,
     seed: int,
     layers: Sequence[str] = ATTENTION + CONVOLUTIONS,
-    text: bool = False,
+    text: bool | Sequence[str] = False,
     rank: int = 2,
 ) -> Weights:
-    """Of an adapter on layers whose names end so, and of the text encoders too; by diffusers' names."""
+    """Of an adapter on layers whose names end so, and of the text encoders too, or of layers of them."""
     generator = torch.Generator().manual_seed(seed)
     weights: Weights = {}
     parts = {network_of(pipeline): layers}
     if text:
-        parts |= {part: TEXT for part in ("text_encoder", "text_encoder_2") if part in pipeline.components}
+        ends = TEXT if text is True else text
+        parts |= {part: ends for part in ("text_encoder", "text_encoder_2") if part in pipeline.components}
     for part, ends in parts.items():
         for name, layer in getattr(pipeline, part).named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(tuple(ends)):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -21,11 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from distriray.denoise.adapter_scales import scales_of
+from distriray.denoise.adapter_origins import converted
+from distriray.denoise.adapter_scales import alphas_said, scales_of
 from distriray.denoise.weight_files import first_lines
 from distriray.errors import UnusableAdapter
 
+T = TypeVar("T")
+
 _FACTORS = "lora_A", "lora_B"
+_OTHER_KINDS = {"dora": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
+"""What is no LoRA, by a part of the names of its weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +41,7 @@ class AdapterFile:
         mark: of the file as it was read (`mark_of`).
         digest: of its content.
         weights: by names that begin with the part of the pipeline that they are for.
-        alphas, metadata: what diffusers scales them by, whichever the file has (`scales_of`).
+        scales: what diffusers is told of how much they count (`scales_of`).
         factors: PEFT's names of the weights, by part.
         nbytes: in memory, in the dtypes of the parts.
     """
@@ -44,8 +49,7 @@ class AdapterFile:
     mark: tuple[str, int, int]
     digest: str
     weights: dict[str, Tensor]
-    alphas: dict[str, float] | None
-    metadata: dict[str, Any] | None
+    scales: dict[str, Any]
     factors: Mapping[str, frozenset[str]]
     nbytes: int
 
@@ -69,7 +73,7 @@ class AdapterFile:
                     "(lora_cache_bytes)"
                 )
             content = path.read_bytes()
-            tensors, metadata = load(content), _metadata(content)
+            tensors, metadata = dict(sorted(load(content).items())), _metadata(content)
         except (OSError, SafetensorError, ValueError) as error:
             if isinstance(error, UnusableAdapter):
                 raise
@@ -78,7 +82,7 @@ class AdapterFile:
         try:
             return cls._fitting(mark, digest, pipeline, tensors, metadata)
         except Exception as error:
-            raise UnusableAdapter(f"{what} does not fit the model: {first_lines(error, 1)}") from error
+            raise UnusableAdapter(f"{what} does not fit the model: {first_lines(error)}") from error
 
     @classmethod
     def _fitting(
@@ -91,8 +95,8 @@ class AdapterFile:
     ) -> Self:
         """With weights in diffusers' form; raises ValueError, naming what does not fit."""
         for name, tensor in tensors.items():
-            if "dora" in name:
-                raise ValueError(f"{name} is of a DoRA, which is not read")
+            if kind := next((kind for mark, kind in _OTHER_KINDS.items() if mark in name), None):
+                raise ValueError(f"{name} is of a {kind}, which is not read")
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, and no float")
             if not bool(torch.isfinite(tensor.float()).all()):
@@ -100,12 +104,8 @@ class AdapterFile:
         if not hasattr(pipeline, "lora_state_dict"):
             raise ValueError(f"diffusers' {type(pipeline).__name__} reads no LoRA")
         components = parts_of(pipeline)
-        network = components.get("unet")
-        options = {} if network is None else {"unet_config": network.config}
-        result = pipeline.lora_state_dict(dict(tensors), return_alphas=True, **options)
-        weights, alphas = result if isinstance(result, tuple) else (result, None)
-        factors, nbytes, left = {}, 0, dict(weights)
-        told, scales = None if alphas else metadata, dict[str, Any]()
+        weights, alphas = converted(pipeline, tensors)
+        factors, nbytes, left, scales = {}, 0, dict(weights), dict[str, Any]()
         for part, component in components.items():
             own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
             if not own:
@@ -113,17 +113,23 @@ class AdapterFile:
             if any(weight.is_meta for weight in component.parameters()):
                 raise ValueError(f"it changes the {part}, which offload_text keeps in the host's memory")
             own = {name.removeprefix(f"{part}."): tensor for name, tensor in own.items()}
-            own = _as_peft(own, component, text=part.startswith("text_encoder"))
+            names = _as_peft({name: name for name in own}, component, text=part.startswith("text_encoder"))
+            own = {name: own[theirs] for name, theirs in names.items()}
             _check_shapes(own, part, component)
             factors[part] = frozenset(own)
-            if told is not None:
-                scales |= scales_of(told, part, _ranks(own))
+            ranks = _ranks(own)
+            if alphas or metadata is None:
+                scales |= scales_of(part, ranks, _alphas_of(names, part, alphas))
+            else:
+                scales |= scales_of(part, ranks, *alphas_said(metadata, part, ranks))
             nbytes += sum(tensor.numel() for tensor in own.values()) * component.dtype.itemsize
         if left:
             raise ValueError(f"{next(iter(left))} is for no part of it; it has {', '.join(components)}")
         if not factors:
             raise ValueError("it has no weights")
-        return cls(mark, digest, weights, alphas or None, None if told is None else scales, factors, nbytes)
+        if alphas:
+            raise ValueError(f"{next(iter(alphas))} is of no layer that it has weights for")
+        return cls(mark, digest, weights, scales, factors, nbytes)
 
 
 def mark_of(path: Path) -> tuple[str, int, int]:
@@ -153,11 +159,14 @@ def _metadata(content: bytes) -> dict[str, Any] | None:
     return metadata
 
 
-def _as_peft(weights: dict[str, Tensor], component: Any, text: bool) -> dict[str, Tensor]:
+def _as_peft(weights: dict[str, T], component: Any, text: bool) -> dict[str, T]:
     """The weights of one part by the names that PEFT gives them."""
     if not text:
         first = next(iter(weights))
-        return weights if "lora_A" in first else convert_unet_state_dict_to_peft(weights)
+        if "lora_A" in first:
+            return weights
+        renamed: dict[str, T] = convert_unet_state_dict_to_peft(weights)
+        return renamed
     weights = convert_state_dict_to_peft(convert_state_dict_to_diffusers(weights))
     if hasattr(component, "text_model"):
         return weights
@@ -191,6 +200,21 @@ def _check_shapes(weights: Mapping[str, Tensor], part: str, component: nn.Module
             if tuple(pair[factor].shape) != wanted or not rank:
                 given = _times(pair[factor].shape)
                 raise ValueError(f"{factor} of {what} is {given}, and the layer takes {_times(wanted)}")
+
+
+def _alphas_of(names: Mapping[str, str], part: str, alphas: dict[str, float]) -> dict[str, float]:
+    """The alphas of the layers of a part, which are taken out of `alphas`.
+
+    Args:
+        names: what diffusers calls the weights, by PEFT's names.
+    """
+    found: dict[str, float] = {}
+    for name, theirs in names.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
+        key = f"{part}.{theirs.split('.lora.')[0].split('.lora_A.')[0]}.alpha"
+        if factor == "lora_A" and key in alphas:
+            found[layer] = alphas.pop(key)
+    return found
 
 
 def _ranks(weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -39,8 +39,10 @@ _DEFAULT_ALPHA = 8
 _NAME = re.compile(r"[\w.]+")
 
 
-def scales_of(metadata: Mapping[str, Any], part: str, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What diffusers is told of one part of an adapter: ranks, alphas and names of its layers.
+def alphas_said(
+    metadata: Mapping[str, Any], part: str, ranks: Mapping[str, int]
+) -> tuple[Mapping[str, float], bool]:
+    """The alphas of the layers of one part, and whether they are over the roots of ranks.
 
     Args:
         metadata: as the file has it, of all parts.
@@ -59,10 +61,25 @@ def scales_of(metadata: Mapping[str, Any], part: str, ranks: Mapping[str, int]) 
         if value and not known and value not in _UNUSED.get(name, ()):
             raise ValueError(f"its {part}.{name} is {str(value)[:60]!r}, which is not read")
     alphas = _alphas(given, part, ranks) if given else ranks
+    return alphas, bool(given.get("use_rslora"))
+
+
+def scales_of(
+    part: str, ranks: Mapping[str, int], alphas: Mapping[str, float], over_roots: bool = False
+) -> dict[str, Any]:
+    """What diffusers is told of one part of an adapter: ranks, alphas and names of its layers.
+
+    Left to itself it gives many layers the alpha that most have, of those by which kohya's trainers say one
+    for each.
+
+    Args:
+        alphas: by layer; of those that have none it is the rank.
+        over_roots: they are over the roots of ranks.
+    """
     told = {
         **_most_common(ranks, "r", "rank_pattern"),
-        **_most_common(alphas, "lora_alpha", "alpha_pattern"),
-        "use_rslora": bool(given.get("use_rslora")),
+        **_most_common({**ranks, **alphas}, "lora_alpha", "alpha_pattern"),
+        "use_rslora": over_roots,
         "target_modules": list(ranks),
     }
     return {f"{part}.{name}": value for name, value in told.items()}

@@ -226,7 +226,7 @@ class Adapters:
     def _load(self, name: str, file: AdapterFile) -> None:
         """Put the weights of a file into the pipeline, all of them or none."""
         key = _key(file.digest)
-        common = {"network_alphas": file.alphas, "metadata": file.metadata, "adapter_name": key}
+        common = {"network_alphas": None, "metadata": file.scales, "adapter_name": key}
         self._names[file.digest] = name
         try:
             for part in file.factors:

@@ -13,6 +13,6 @@ def digest_of(path: Path) -> str:
 
 
 def first_lines(error: Exception, most: int = 2) -> str:
-    """The first lines of what an error says, as one of 300 characters at most."""
-    lines = str(error).strip().splitlines()
-    return " ".join(line.strip() for line in lines[:most])[:300] if lines else type(error).__name__
+    """The first lines of what an error says, empty ones aside, as one of 300 characters at most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:most])[:300] if lines else type(error).__name__
