@@ -94,6 +94,10 @@ class AdapterFile:
         metadata: dict[str, Any] | None,
     ) -> Self:
         """With weights in diffusers' form; raises ValueError, naming what does not fit."""
+        tensors = {  # an alpha may be a whole number, as diffusers' `convert_state_dict_to_kohya` writes them
+            name: tensor.float() if name.endswith(".alpha") and not tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
         for name, tensor in tensors.items():
             if kind := next((kind for mark, kind in _OTHER_KINDS.items() if mark in name), None):
                 raise ValueError(f"{name} is of a {kind}, which is not read")

@@ -51,7 +51,7 @@ def test_each_layer_has_the_alpha_that_its_file_says(make: Callable[[], Any], tm
     weights = of_ranks(pipeline, ("to_q", "to_out.0", "conv1", "ff.net.2"))
     save_file(weights, tmp_path / "bare.safetensors")
     save_file(kohya(weights, lambda rank: rank / 2), tmp_path / "half.safetensors")
-    save_file(kohya(weights, lambda rank: 1.0), tmp_path / "one.safetensors")
+    save_file(kohya(weights, lambda rank: 1), tmp_path / "one.safetensors")  # a whole number
     over_rank = {
         name: weight / weight.shape[1] if "lora_B" in name else weight for name, weight in weights.items()
     }
