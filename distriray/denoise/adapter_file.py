@@ -99,7 +99,7 @@ class AdapterFile:
             for name, tensor in tensors.items()
         }
         for name, tensor in tensors.items():
-            if kind := next((kind for mark, kind in _OTHER_KINDS.items() if mark in name), None):
+            if kind := next((kind for part, kind in _OTHER_KINDS.items() if part in name), None):
                 raise ValueError(f"{name} is of a {kind}, which is not read")
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, and no float")
@@ -109,6 +109,7 @@ class AdapterFile:
             raise ValueError(f"diffusers' {type(pipeline).__name__} reads no LoRA")
         components = parts_of(pipeline)
         weights, alphas = converted(pipeline, tensors)
+        said = None if alphas else metadata
         factors, nbytes, left, scales = {}, 0, dict(weights), dict[str, Any]()
         for part, component in components.items():
             own = {name: left.pop(name) for name in weights if name.startswith(f"{part}.")}
@@ -122,10 +123,10 @@ class AdapterFile:
             _check_shapes(own, part, component)
             factors[part] = frozenset(own)
             ranks = _ranks(own)
-            if alphas or metadata is None:
+            if said is None:
                 scales |= scales_of(part, ranks, _alphas_of(names, part, alphas))
             else:
-                scales |= scales_of(part, ranks, *alphas_said(metadata, part, ranks))
+                scales |= scales_of(part, ranks, *alphas_said(said, part, ranks))
             nbytes += sum(tensor.numel() for tensor in own.values()) * component.dtype.itemsize
         if left:
             raise ValueError(f"{next(iter(left))} is for no part of it; it has {', '.join(components)}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,8 +58,12 @@ def test_each_layer_has_the_alpha_that_its_file_says(make: Callable[[], Any], tm
         name: weight / weight.shape[1] if "lora_B" in name else weight for name, weight in weights.items()
     }
     save_file(over_rank, tmp_path / "over-rank.safetensors")
+    about = {LORA_ADAPTER_METADATA_KEY: json.dumps({f"{part}.lora_alpha": 100 for part in KOHYA})}
+    save_file(kohya(weights, lambda rank: rank / 2), tmp_path / "told.safetensors", metadata=about)
     denoiser = denoiser_of(pipeline, tmp_path)
-    assert torch.equal(draw(denoiser, ("half", 1.0)), draw(denoiser, ("bare", 0.5)))
+    half = draw(denoiser, ("half", 1.0))
+    assert torch.equal(half, draw(denoiser, ("bare", 0.5)))
+    assert torch.equal(half, draw(denoiser, ("told", 1.0))), "alphas go before what is said of them"
     expected = draw(denoiser, ("over-rank", 1.0))
     torch.testing.assert_close(draw(denoiser, ("one", 1.0)), expected, rtol=1e-4, atol=1e-4)
 
