@@ -14,7 +14,6 @@ from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
 from distriray.parallel.exchange.step import Measure, Step
-from distriray.parallel.partition import Window
 
 
 class DisplacedStep(Step):
@@ -63,23 +62,16 @@ class DisplacedStep(Step):
         everyone = self.read_statistics(input, groups)
         measure(everyone[self.rank])
         self.send_statistics(everyone)
+        return self._swap_halos(padded, input), everyone
+
+    def _swap_halos(self, padded: PaddedPatch, input: torch.Tensor) -> Values:
         if not self.mix.is_stale("halos"):
-            return self._swap_halos(padded, input), everyone
-        bucket = self._enter(padded.slot, launches=False)  # statistics of the one before are still to be read
+            return super()._swap_halos(padded, input)
+        bucket = self._enter(padded.slot)
         received = bucket.halos.read(self._index)
         bucket.halos.send(self._index, padded.sends(input))
         self._leave(bucket)
-        return received, everyone
-
-    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
-        if not self.mix.is_stale("halos"):
-            return super().padded(input, window)
-        padded = self._patch.padded(input, window)
-        bucket = self._enter(padded.slot)
-        whole = padded.fill(input, bucket.halos.read(self._index))
-        bucket.halos.send(self._index, padded.sends(input))
-        self._leave(bucket)
-        return whole
+        return received
 
     def keys_values(self, own: OwnKeysValues, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._patch.keys_values_slot(own, tokens)
@@ -100,9 +92,10 @@ class DisplacedStep(Step):
 
     def skip(self) -> None:
         super().skip()
-        self._index = len(self._buckets.slots)
-        if self._index:
-            self._complete = [self._buckets[self._index - 1]]
+        slots = self._buckets.slots
+        self._index = len(slots)
+        entered = max((i for i, slot in enumerate(slots) if slot.kind != "halos"), default=0)
+        self._complete = list(dict.fromkeys(self._buckets[i] for i in range(entered, len(slots))))
 
     def end(self) -> Buckets:
         self._turn(self._complete, None)
@@ -110,18 +103,18 @@ class DisplacedStep(Step):
             raise RuntimeError(LAYERS_CHANGED)
         return self._buckets
 
-    def _enter(self, slot: Slot, launches: bool = True) -> Bucket:
+    def _enter(self, slot: Slot) -> Bucket:
         """The bucket of the next slot, ready to be read.
 
-        Args:
-            launches: whether buckets before it may leave, since nothing of them is read any more.
+        What is complete leaves, unless the slot is of halos: a norm may read them beside its statistics, the
+        slot before.
         """
         if not self._buckets.has(self._index, slot):
             raise RuntimeError(LAYERS_CHANGED)
         bucket = self._buckets[self._index]
-        complete = list[Bucket]()
-        if launches:
-            complete, self._complete = self._complete, complete
+        complete: list[Bucket] = []
+        if slot.kind != "halos":
+            complete, self._complete = self._complete, []
         entered = bucket if self._index == bucket.first else None
         if complete or entered is not None:
             self._talk(lambda step: step._turn(complete, entered))

@@ -20,9 +20,6 @@ class PaddedPatch:
         rank: whose patch it is.
         input: (batch, channels, this rank's rows, columns).
         window: the convolution that reads them.
-
-    Attributes:
-        shape: of the input with the rows around it.
     """
 
     def __init__(self, partition: Partition, rank: int, input: torch.Tensor, window: Window) -> None:
@@ -30,9 +27,9 @@ class PaddedPatch:
         halo = partition.halo(rank, partition.level_of(rank, (rows, columns)), window)
         counts = {**halo.receive, rank: rows}
         heights = [halo.zeros[0], *(counts.get(peer, 0) for peer in range(partition.world_size))]
-        self.shape = torch.Size((batch, channels, sum(heights) + halo.zeros[1], columns))
         self._rank = rank
         self._zeros = halo.zeros
+        self._beside = sum(heights[: rank + 1]), sum(heights[rank + 2 :]) + halo.zeros[1]
         self._whole: torch.Tensor | None = None
         self._like = input.new_empty(0)
         self._places = {peer: slice(sum(heights[: peer + 1]), sum(heights[: peer + 2])) for peer in counts}
@@ -69,8 +66,7 @@ class PaddedPatch:
             A buffer that the next layer of this shape overwrites, in the memory format of the first input.
         """
         if self._whole is None:
-            above, below = self._places[self._rank].start, self.shape[2] - self._places[self._rank].stop
-            self._whole = F.pad(torch.zeros_like(input), (0, 0, above, below))
+            self._whole = F.pad(torch.zeros_like(input), (0, 0, *self._beside))
             self._rows = {peer: self._whole[:, :, place] for peer, place in self._places.items()}
         self._rows[self._rank].copy_(input)
         for peer, rows in received.items():

@@ -15,7 +15,6 @@ from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
 from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.exchange.step import Measure, Step
-from distriray.parallel.partition import Window
 
 
 class SynchronousStep(Step):
@@ -44,12 +43,11 @@ class SynchronousStep(Step):
         super().send_statistics(everyone)
         self._keep("statistics", dict(enumerate(everyone)))
 
-    def padded(self, input: torch.Tensor, window: Window) -> torch.Tensor:
-        padded = self._patch.padded(input, window)
+    def _swap_halos(self, padded: PaddedPatch, input: torch.Tensor) -> Values:
         self._expect(padded.slot)
-        received = self._swap_halos(padded, input)
+        received = super()._swap_halos(padded, input)
         self._keep("halos", received)
-        return padded.fill(input, received)
+        return received
 
     def _swap_norm(
         self, padded: PaddedPatch, input: torch.Tensor, groups: int, measure: Measure

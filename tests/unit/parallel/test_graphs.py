@@ -56,17 +56,17 @@ STEPS = 4
 
 
 def drawn(
-    ranks: int, config: dict[str, Any], images: list[dict[str, int]], graphs: bool
+    ranks: int, config: dict[str, Any], images: list[dict[str, int]], graphs: bool, buckets: int = 4
 ) -> tuple[list[list[torch.Tensor]], list[int]]:
     """The latents of images by each rank, and how often its graphs were replayed."""
     replays = []
 
     def rank(communicator: LockstepCommunicator) -> list[torch.Tensor]:
         pipeline = parallelize(tiny_sdxl(**SHALLOW), communicator, ParallelConfig(**config))
-        maker = RecordedGraphs()
+        maker, engine = RecordedGraphs(), engine_of(pipeline)
+        assert engine is not None
+        engine.exchanges.bucket_count = buckets
         if graphs:
-            engine = engine_of(pipeline)
-            assert engine is not None
             engine.capture_with(maker)
         found = [call(pipeline, Case(steps=STEPS, config=config, **image)) for image in images]
         replays.append(sum(graph.replays for graph in maker.made))
@@ -85,6 +85,15 @@ def test_captured_steps_draw_the_same_bit_for_bit(ranks: int, config: dict[str, 
         for index, (here, image) in enumerate(zip(ours, images, strict=True)):
             assert torch.equal(here, theirs[others.index(image)]), index
     assert min(replays) > 5
+
+
+def test_captured_steps_send_all_buckets_where_each_slot_has_its_own() -> None:
+    """The last two leave together, as the step ends: of a norm's statistics and of the rows around it."""
+    config = {"exchange": "displaced", "warmup_steps": 1, "cfg_parallel": False}
+    (found, replays), (wanted, _) = (
+        drawn(2, config, IMAGES[:1] * 2, graphs, buckets=1000) for graphs in (True, False)
+    )
+    assert all(map(torch.equal, sum(found, []), sum(wanted, []))) and min(replays) > 5
 
 
 def test_graphs_outlast_an_image_and_nothing_is_captured_again() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distriray.config import StatisticsMode
+from distriray.collective.base import Communicator
+from distriray.collective.lockstep import run_in_lockstep
+from distriray.config import Mix, StatisticsMode, Weights
 from distriray.parallel.context import PatchContext
+from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.kernels.plain import group_statistics
 from distriray.parallel.layers.group_norm import patch_group_norm
 from distriray.parallel.moments import correct, merge
+from distriray.parallel.partition import Partition, Window
 
 
 class OneRank:
@@ -133,3 +139,37 @@ def test_a_displaced_norm_uses_the_statistics_of_its_mode(
     torch.testing.assert_close(norm(image), (image - mean) / variance.sqrt())
     sent = mode != "local"
     assert torch.equal(step.everyone[0], own) == sent, "others read what was sent, one step later"
+
+
+@pytest.mark.parametrize("statistics", ["fresh", "stale"])
+def test_old_rows_around_a_patch_are_normalized_by_the_statistics_of_this_step(
+    statistics: Literal["fresh", "stale"],
+) -> None:
+    mix, window = Mix(statistics=statistics, halos="stale"), Window(3, 1, 1, (1, 1))
+    partition = Partition(height=5, width=4, levels=0, world_size=2)  # patches of 3 and 2 rows
+    generator = torch.Generator().manual_seed(0)
+    before, now = (torch.randn((2, 8, 5, 4), generator=generator) * size for size in (1.0, 3.0))
+
+    def rank(communicator: Communicator) -> torch.Tensor:
+        norm, context = nn.GroupNorm(4, 8, affine=False), PatchContext()
+        patch_group_norm(norm, context)
+        norm.window = window  # type: ignore[assignment]
+        exchange = Exchange(communicator, partition, mix, Weights())
+        own = slice(*partition.rows(communicator.rank))
+        for displaced, image in ((False, before), (True, now)):
+            with exchange.step(displaced) as step, context.during(step):
+                output: torch.Tensor = norm(image[:, :, own])
+        return output
+
+    upper, lower = run_in_lockstep(2, rank)
+    shares = torch.tensor([3 / 5, 2 / 5]).view(-1, 1, 1)
+    for own, output in enumerate((upper, lower)):
+        parts = [
+            (before if statistics == "stale" and peer != own else now).split([3, 2], 2) for peer in (0, 1)
+        ]
+        whole = merge(torch.stack([group_statistics(parts[peer][peer], 4) for peer in (0, 1)]), shares)
+        rows = [(now if peer == own else before).split([3, 2], 2)[peer] for peer in (0, 1)]
+        read = torch.cat([rows[0][:, :, -1:], rows[1]] if own else [rows[0], rows[1][:, :, :1]], 2)
+        mean, variance = whole.repeat_interleave(2, 1)[..., None, None].unbind(2)
+        inner = (read - mean) / (variance + 1e-5).sqrt()
+        torch.testing.assert_close(output, F.pad(inner, (0, 0, *((0, 1) if own else (1, 0)))))

@@ -34,7 +34,7 @@ def test_patches_between_their_halos_convolve_as_the_whole(
             assert whole.is_contiguous(memory_format=memory_format)
             between = patch.around(received).put(part)
             assert torch.equal(between, whole) and between.stride() == whole.stride()
-            assert between.shape == patch.shape and patch.nbytes == whole.nbytes
+            assert patch.nbytes == whole.nbytes
             outputs.append(F.conv2d(whole, weight, stride=stride, padding=(0, kernel // 2)))
         expected = F.conv2d(image, weight, stride=stride, padding=kernel // 2)
         torch.testing.assert_close(torch.cat(outputs, 2), expected)
