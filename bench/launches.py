@@ -61,6 +61,8 @@ COLUMNS = (
     "MB of buffers",
 )
 NAMES: tuple[ExchangeMode, ...] = ("displaced", "displaced_attention", "compressed", "sync")
+RANK = 1
+"""Whose part is counted: in gangs of three and more it has peers on both sides, as the slowest have."""
 OVERWRITES = {"copy_", "fill_", "zero_"}
 """Operations that do not read what they write to."""
 
@@ -325,7 +327,7 @@ def in_gang(
 ) -> tuple[Any, dict[str, Any], Engine, NotedPeers]:
     """The network of one rank, what a step calls it with, its engine, and its peers, which are absent."""
     (network, inputs), device = on_meta(model, size), torch.device("meta")
-    peers = NotedPeers(1 if ranks > 2 else 0, ranks, device)
+    peers = NotedPeers(RANK, ranks, device)
     peers.fills = False
     parallelizing = import_module("distriray.parallel.parallelize")  # which the function of that name hides
     with patch.object(parallelizing, "_share_random_state", lambda communicator: None):

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.launches import alone_of, by_diffusers, on_meta, share
+from bench.launches import RANK, alone_of, by_diffusers, on_meta, share
 from bench.published import PUBLISHED, Published
 from distriray.config import AttentionMode
 from distriray.parallel.partition import dealt_heads
@@ -18,7 +18,7 @@ SDXL = PUBLISHED["sdxl"]
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("split", "launches", "moves"), [(True, 1.0, 1.1), (False, 1.05, 1.2)])
+@pytest.mark.parametrize(("split", "launches", "moves"), [(True, 1.0, 1.1), (False, 1.0, 1.15)])
 def test_a_displaced_step_launches_and_moves_little_more_than_without_an_exchange(
     split: bool, launches: float, moves: float
 ) -> None:
@@ -50,13 +50,13 @@ LAYERS = ((10, 64**2, 640, 10), (60, 32**2, 1280, 20))
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(
-    ("split", "attention", "most"), [(True, "ulysses", 0.51), (False, "ulysses", 0.27), (False, "auto", 0.45)]
+    ("split", "attention", "most"), [(True, "ulysses", 0.52), (False, "ulysses", 0.28), (False, "auto", 0.46)]
 )
 def test_a_step_of_sdxl_that_deals_heads_sends_what_arithmetic_says(
     split: bool, attention: AttentionMode, most: float
 ) -> None:
     ranks, patches, batch = 8, 4 if split else 8, 1 if split else 2
-    rank = ranks // 2 % patches
+    rank = RANK % patches
     (gathered, of_gathered, _), (dealing, of_dealing, _) = (
         share(SDXL, 1024, ranks, split, "sync", way) for way in ("gather", attention)
     )
