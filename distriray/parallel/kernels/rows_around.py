@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -27,18 +26,30 @@ class RowsAround:
         above, below = (0 if rows is None else rows.shape[2] for rows in (self.above, self.below))
         return self.zeros[0], above, below, self.zeros[1]
 
+    def room(self, input: torch.Tensor) -> torch.Tensor:
+        """Uninitialized memory for `input` (batch, channels, rows, columns) and these rows, in its format."""
+        batch, channels, rows, columns = input.shape
+        last = channels > 1 and input.stride(1) == 1
+        return torch.empty(
+            (batch, channels, rows + sum(self.heights), columns),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )
+
     def put(self, input: torch.Tensor) -> torch.Tensor:
         """`input` (batch, channels, rows, columns) between these rows, in its memory format."""
-        zeros, above, below, _ = heights = self.heights
-        padded = F.pad(input, (0, 0, sum(heights[:2]), sum(heights[2:])))
-        if self.above is not None:
-            padded[:, :, zeros : zeros + above].copy_(self.above)
-        if self.below is not None:
-            padded[:, :, -sum(heights[2:]) :][:, :, :below].copy_(self.below)
+        zeros, above, below, _ = self.heights
+        padded = self.room(input)
+        parts = padded[:, :, zeros:].split([above, input.shape[2], below, self.zeros[1]], 2)
+        for part, rows in zip(parts, (self.above, input, self.below), strict=False):
+            if rows is not None:
+                part.copy_(rows)
+        self.clear_zeros(padded)
         return padded
 
     def clear_zeros(self, padded: torch.Tensor) -> None:
-        """Have zeros where the image ends, in a tensor like that of `put`."""
+        """Have zeros where the image ends, in a tensor that has this `room`."""
         first, last = self.zeros
         if first:
             padded[:, :, :first].zero_()

@@ -85,7 +85,7 @@ def normalize(
         ValueError: no elements.
     """
     maps = _maps(input)
-    target = torch.empty_like(maps).view(input.shape) if around is None else _between(input, around.heights)
+    target = torch.empty_like(maps).view(input.shape) if around is None else around.room(input)
     above, below = (None, None) if around is None else (around.above, around.below)
     output = _maps(target)
     batch, channels, positions = output.shape
@@ -130,18 +130,6 @@ def normalize(
             num_warps=_WARPS,
         )
     return target
-
-
-def _between(input: torch.Tensor, heights: tuple[int, ...]) -> torch.Tensor:
-    """Room for `input` and as many rows more as these, in its memory format."""
-    batch, channels, rows, columns = input.shape
-    last = channels > 1 and input.stride(1) == 1
-    return torch.empty(
-        (batch, channels, rows + sum(heights), columns),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
 
 
 def _maps(input: torch.Tensor) -> torch.Tensor:
