@@ -242,7 +242,9 @@ def test_another_models_gang_paints_what_one_device_paints(
     state = denoiser.prepare(SamplingParams(prompt="a hill", seed=1, **asked))
     while not state.done:
         denoiser.step(state)
-    assert np.array_equal(pictures[1], np.asarray(denoiser.decode(state)[0])), "as it is served"
+    served = np.asarray(denoiser.decode(state)[0], np.int16)
+    # Where weights lie in memory decides, on some CPUs, how products of matrices are rounded.
+    assert np.abs(pictures[1] - served).max() <= 1, "as it is served"
     alone.latents[1] = np.nan
     assert (painter.decode(alone.latents)[1] == 0).all()
 
