@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 
 from distriray.parallel.exchange.slots import Slot
 from distriray.parallel.kernels.rows_around import RowsAround
@@ -25,14 +24,10 @@ class PaddedPatch:
     def __init__(self, partition: Partition, rank: int, input: torch.Tensor, window: Window) -> None:
         batch, channels, rows, columns = input.shape
         halo = partition.halo(rank, partition.level_of(rank, (rows, columns)), window)
-        counts = {**halo.receive, rank: rows}
-        heights = [halo.zeros[0], *(counts.get(peer, 0) for peer in range(partition.world_size))]
         self._rank = rank
         self._zeros = halo.zeros
-        self._beside = sum(heights[: rank + 1]), sum(heights[rank + 2 :]) + halo.zeros[1]
         self._whole: torch.Tensor | None = None
         self._like = input.new_empty(0)
-        self._places = {peer: slice(sum(heights[: peer + 1]), sum(heights[: peer + 2])) for peer in counts}
         self._send = halo.send
         self.slot = Slot(
             "halos",
@@ -65,13 +60,11 @@ class PaddedPatch:
         Returns:
             A buffer that the next layer of this shape overwrites, in the memory format of the first input.
         """
+        around = self.around(received)
         if self._whole is None:
-            self._whole = F.pad(torch.zeros_like(input), (0, 0, *self._beside))
-            self._rows = {peer: self._whole[:, :, place] for peer, place in self._places.items()}
-        self._rows[self._rank].copy_(input)
-        for peer, rows in received.items():
-            self._rows[peer].copy_(rows)
-        return self._whole
+            self._whole = around.room(input)
+            around.clear_zeros(self._whole)
+        return around.put(input, self._whole)
 
     @property
     def nbytes(self) -> int:

@@ -37,19 +37,17 @@ class RowsAround:
             memory_format=torch.channels_last if last else torch.contiguous_format,
         )
 
-    def put(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` (batch, channels, rows, columns) between these rows, in its memory format."""
+    def put(self, input: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
+        """`padded`, a `room`, with `input` between these rows; where the image ends it stays as it is."""
         zeros, above, below, _ = self.heights
-        padded = self.room(input)
         parts = padded[:, :, zeros:].split([above, input.shape[2], below, self.zeros[1]], 2)
         for part, rows in zip(parts, (self.above, input, self.below), strict=False):
             if rows is not None:
                 part.copy_(rows)
-        self.clear_zeros(padded)
         return padded
 
     def clear_zeros(self, padded: torch.Tensor) -> None:
-        """Have zeros where the image ends, in a tensor that has this `room`."""
+        """Have zeros where the image ends, in a `room`."""
         first, last = self.zeros
         if first:
             padded[:, :, :first].zero_()

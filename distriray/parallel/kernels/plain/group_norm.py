@@ -30,7 +30,7 @@ def normalize(
 ) -> torch.Tensor:
     """`Kernels.normalize`."""
     if around is not None:
-        input = around.put(input)
+        input = around.put(input, around.room(input))
     whole = statistics[0] if shares is None else merge(statistics, shares)
     mean, variance = whole.split(1, -1)
     channels, groups = input.shape[1], whole.shape[1]
