@@ -258,24 +258,29 @@ def test_a_sigterm_is_an_interrupt_before_and_after_ray_has_taken_it_over(
         assert capsys.readouterr().err.strip() == "distriray: interrupted"
 
 
+def write(drawn: Image.Image, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command write to `out` what a host has drawn."""
+
+    class Drawing(Recorder):
+        def generate(self, request: GenerationRequest) -> GenerationResult:
+            return super().generate(request).model_copy(update={"images": [drawn]})
+
+    @contextmanager
+    def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
+        yield Drawing()
+
+    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
+    app(["generate", "a lake", "--seed", "3", "--out", str(out)], standalone_mode=False)
+
+
 @pytest.mark.parametrize(
     ("suffix", "mode"), [("png", "RGBA"), ("tiff", "RGBA"), ("jpg", "RGB"), ("bmp", "RGB")]
 )
 def test_transparency_is_white_in_files_that_hold_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str, mode: str
 ) -> None:
-    class Clear(Recorder):
-        def generate(self, request: GenerationRequest) -> GenerationResult:
-            clear = Image.new("RGBA", (96, 64), (255, 0, 0, 0))
-            return super().generate(request).model_copy(update={"images": [clear]})
-
-    @contextmanager
-    def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
-        yield Clear()
-
-    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
     out = tmp_path / f"lake.{suffix}"
-    app(["generate", "a lake", "--seed", "3", "--out", str(out)], standalone_mode=False)
+    write(Image.new("RGBA", (96, 64), (255, 0, 0, 0)), out, monkeypatch)
     with Image.open(out) as picture:
         assert picture.mode == mode
         assert picture.convert("RGBA").getpixel((1, 1)) == ((255, 0, 0, 0) if mode == "RGBA" else (255,) * 4)
@@ -287,16 +292,7 @@ def test_a_picture_is_as_good_in_a_file_that_loses_something_as_over_http(
 ) -> None:
     drawn = Image.effect_noise((96, 64), 90).convert("RGB")
 
-    class Noise(Recorder):
-        def generate(self, request: GenerationRequest) -> GenerationResult:
-            return super().generate(request).model_copy(update={"images": [drawn]})
-
-    @contextmanager
-    def open_host(config: HostConfig, address: str | None, cpus: int | None) -> Iterator[Any]:
-        yield Noise()
-
-    monkeypatch.setattr("distriray.gang.open_host", open_host, raising=False)
     out = tmp_path / f"lake.{suffix}"
-    app(["generate", "a lake", "--seed", "3", "--out", str(out)], standalone_mode=False)
+    write(drawn, out, monkeypatch)
     sent = encode(drawn, "jpeg" if suffix == "jpg" else "webp")
     assert b64encode(out.read_bytes()).decode() == sent

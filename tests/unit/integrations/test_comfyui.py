@@ -7,7 +7,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -251,44 +252,47 @@ def test_a_service_that_does_not_answer_can_be_cancelled(nodes: dict[str, Any], 
                 pass
 
 
+@contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a program that answers its one client so, and then hears it to its end."""
+
+    def talk() -> None:
+        asked, _ = program.accept()
+        with asked:
+            answer(asked)
+            while asked.recv(65536):  # what is not heard breaks the connection
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as program:
+        talking = threading.Thread(target=talk)
+        talking.start()
+        yield f"http://127.0.0.1:{program.getsockname()[1]}"
+        talking.join()
+
+
 @pytest.mark.timeout(10)
 def test_a_stream_in_which_nothing_comes_any_more_is_an_error(
     nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a service whose machine has lost its network: nobody closes the connection."""
 
-    def answer() -> None:
-        asked, _ = lost.accept()
-        with asked:
-            head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-            asked.sendall(f"{head}3\r\n:\n\n\r\n".encode())
-            while asked.recv(65536):
-                pass
+    head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    def answer(asked: socket.socket) -> None:
+        asked.sendall(f"{head}3\r\n:\n\n\r\n".encode())
 
     monkeypatch.setattr(sys.modules["custom_nodes.distriray.service"], "SILENCE_S", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as lost:
-        answering = threading.Thread(target=answer)
-        answering.start()
-        with pytest.raises(RuntimeError, match="the connection to .* broke: timed out"):
-            run(nodes["DistrirayGenerate"], url=f"http://127.0.0.1:{lost.getsockname()[1]}")
-        answering.join()
+    with answering(answer) as url, pytest.raises(RuntimeError, match="the connection to .* broke: timed out"):
+        run(nodes["DistrirayGenerate"], url=url)
 
 
 def test_what_is_answered_by_another_program_is_quoted(nodes: dict[str, Any]) -> None:
-    def answer() -> None:
-        asked, _ = other.accept()
-        with asked:
-            asked.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n<h1>Log in")
-            asked.shutdown(socket.SHUT_WR)
-            while asked.recv(65536):  # what is not heard breaks the connection
-                pass
+    def answer(asked: socket.socket) -> None:
+        asked.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n<h1>Log in")
+        asked.shutdown(socket.SHUT_WR)
 
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        answering = threading.Thread(target=answer)
-        answering.start()
-        with pytest.raises(RuntimeError, match="answered 200: <h1>Log in"):
-            run(nodes["DistrirayGenerate"], url=f"http://127.0.0.1:{other.getsockname()[1]}")
-        answering.join()
+    with answering(answer) as url, pytest.raises(RuntimeError, match="answered 200: <h1>Log in"):
+        run(nodes["DistrirayGenerate"], url=url)
 
 
 def test_what_is_transparent_in_a_picture_shows_white(
