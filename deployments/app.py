@@ -17,6 +17,13 @@ from distriray.gang.placement import resolve_device
 
 REQUESTS_PER_REPLICA = 4096  # hosts bound their queues themselves; Serve's bound must never come first
 
+# Where a caller has died an actor ends its calls one after another, and does nothing else while Ray finds out
+# for each that nobody takes its result: by default it asks after a second.
+ASK_AT_ONCE = {
+    "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "0",
+    "RAY_grpc_client_check_connection_status_interval_milliseconds": "10",
+}
+
 
 def build_app(args: AppConfig) -> Application:
     """The service that `args` describe: one deployment a pool, and the router in front of them."""
@@ -37,7 +44,7 @@ def ingress_options(args: AppConfig) -> dict[str, Any]:
             target_ongoing_requests=router.target_requests,
         ),
         "max_ongoing_requests": REQUESTS_PER_REPLICA,
-        "ray_actor_options": {"num_cpus": router.cpus},
+        "ray_actor_options": {"num_cpus": router.cpus, "runtime_env": {"env_vars": ASK_AT_ONCE}},
         "graceful_shutdown_timeout_s": args.drain_s,
     }
 
@@ -47,7 +54,7 @@ def pool_options(pool: PoolConfig) -> dict[str, Any]:
     worker = worker_resources(pool.device, pool.cpus_per_worker)
     options: dict[str, Any] = {
         "name": pool.name,
-        "ray_actor_options": {"num_cpus": pool.cpus_per_host},
+        "ray_actor_options": {"num_cpus": pool.cpus_per_host, "runtime_env": {"env_vars": ASK_AT_ONCE}},
         "placement_group_bundles": [{"CPU": pool.cpus_per_host}] + [worker] * pool.workers,
         "placement_group_strategy": pool.strategy,
         "max_ongoing_requests": REQUESTS_PER_REPLICA,

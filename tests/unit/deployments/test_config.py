@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from pydantic import ValidationError
 
-from deployments.app import ingress_options, pool_options
+from deployments.app import ASK_AT_ONCE, ingress_options, pool_options
 from deployments.config import AppConfig, PoolConfig
 from distriray.limits import Limits
 from distriray.models import ModelSpec
@@ -132,6 +134,21 @@ def test_a_pool_reserves_a_bundle_for_the_host_and_one_for_each_worker() -> None
     assert options["num_replicas"] == 1
     scaled = pool_options(PoolConfig(name="a", device="cpu", min_hosts=0, max_hosts=3))
     assert scaled["autoscaling_config"].max_replicas == 3 and "num_replicas" not in scaled
+
+
+def test_routers_and_hosts_ask_at_once_whether_a_caller_has_died() -> None:
+    config = AppConfig.model_validate({"pools": [{"name": "a", "device": "cpu"}]})
+    for options in (ingress_options(config), pool_options(config.pools[0])):
+        assert options["ray_actor_options"]["runtime_env"] == {"env_vars": ASK_AT_ONCE}
+
+
+def test_ray_knows_the_settings_by_which_an_actor_asks_at_once() -> None:
+    with (
+        open(ray._raylet.__file__, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library,
+    ):
+        for name in ASK_AT_ONCE:
+            assert library.find(name.encode()) >= 0, "Ray says nothing of a setting that it does not know"
 
 
 @pytest.mark.parametrize(
