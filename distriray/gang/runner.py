@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -17,11 +18,17 @@ from distriray.collective.absent import AbsentPeers
 from distriray.config import ParallelConfig
 from distriray.controls import ControlNetSpec
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.denoise.pipelines.sizes import Sizes
-from distriray.denoise.pipelines.terms import Terms
 from distriray.gang.devices import DEVICES
 from distriray.gang.mailbox import Mailbox
-from distriray.gang.messages import ALONE, GangMembership, RankResult, SegmentEnd, SegmentOrder, StopSignal
+from distriray.gang.messages import (
+    ALONE,
+    GangMembership,
+    RankResult,
+    SegmentEnd,
+    SegmentOrder,
+    StopSignal,
+    WorkerFacts,
+)
 from distriray.gang.rank_segment import RankSegment, told
 from distriray.ip_adapters import IPAdapterSpec
 from distriray.models import ModelSpec, load_pipeline
@@ -30,7 +37,6 @@ from distriray.parallel.networks.base import Call
 from distriray.parallel.room import Room
 from distriray.picture import Picture
 from distriray.requests import SamplingParams
-from distriray.steps import StepCount
 from distriray.weights import free_bytes, told_beside
 
 log = logging.getLogger("ray.serve.distriray.worker")
@@ -51,7 +57,6 @@ class SegmentRunner:
 
     Attributes:
         mailbox: takes signals for the segment that runs, and says how far it is.
-        load_s: seconds that loading the pipeline took.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class SegmentRunner:
         began = time.perf_counter()
         self.pipeline: Any = load_pipeline(spec, device)
         self.device = device
+        self._model = spec.name
         self._store = store
         self._timeout_s = timeout_s
         self.mailbox = Mailbox(self._signal, on_progress)
@@ -92,7 +98,7 @@ class SegmentRunner:
         free = free_bytes(device)
         if free is not None:
             engine.exchanges.room = Room(free, told_beside(self.pipeline, device, free))
-        self.load_s = time.perf_counter() - began
+        self._load_s = time.perf_counter() - began
 
     def link(self, memberships: Sequence[GangMembership]) -> None:
         """Make communicators, in this order; one of a group that has one replaces it.
@@ -164,6 +170,26 @@ class SegmentRunner:
             peers.close()
             self._engine.join(self._communicators[ALONE], parallel)
 
+    def facts(self) -> WorkerFacts:
+        """What the host is told of this worker."""
+        device, network, sizes = DEVICES[self.device.type], self._engine.network, self._denoiser.sizes
+        return WorkerFacts(
+            pid=os.getpid(),
+            device=str(self.device),
+            device_name=device.product(),
+            model=self._model,
+            default_size=sizes.default,
+            size_unit=sizes.unit,
+            row_unit=network.row_unit * sizes.latent_row,
+            cuts_vae=self._engine.decoder is not None,
+            key_heads=min(network.key_heads, default=None),
+            load_s=self._load_s,
+            memory=device.memory(),
+            terms=self._denoiser.terms,
+            own_steps=self._denoiser.own_steps,
+            guides=self._denoiser.guides,
+        )
+
     @property
     def room(self) -> Room | None:
         """For the buffers of gangs; None where the device's memory is not known."""
@@ -181,41 +207,6 @@ class SegmentRunner:
     def pads_text(self) -> bool:
         """Whether all prompts are of as many tokens to the network."""
         return self._engine.network.pads_text
-
-    @property
-    def sizes(self) -> Sizes:
-        """The sizes of the model's pictures."""
-        return self._denoiser.sizes
-
-    @property
-    def terms(self) -> Terms:
-        """The model's terms for a request's fields besides its size."""
-        return self._denoiser.terms
-
-    @property
-    def row_unit(self) -> int:
-        """Pixel rows of the smallest patch."""
-        return self._engine.network.row_unit * self.sizes.latent_row
-
-    @property
-    def key_heads(self) -> int | None:
-        """The most ranks that heads of attention are dealt to; None where they are never dealt."""
-        return min(self._engine.network.key_heads, default=None)
-
-    @property
-    def cuts_vae(self) -> bool:
-        """Whether the VAE's decoder can be cut into patches."""
-        return self._engine.decoder is not None
-
-    @property
-    def own_steps(self) -> StepCount:
-        """Network calls by the model's own scheduler."""
-        return self._denoiser.own_steps
-
-    @property
-    def guides(self) -> bool:
-        """Whether guidance above 1 takes a second branch."""
-        return self._denoiser.guides
 
     @property
     def held(self) -> int:

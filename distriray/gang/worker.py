@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -78,23 +77,7 @@ class Worker:
         runner = await loop.run_in_executor(self._compute, make)
         from distriray.gang.room import check_room  # which is loaded by now
 
-        sizes = runner.sizes
-        facts = WorkerFacts(
-            pid=os.getpid(),
-            device=str(runner.device),
-            device_name=self._kind.product(),
-            model=self._config.model.name,
-            default_size=sizes.default,
-            size_unit=sizes.unit,
-            row_unit=runner.row_unit,
-            cuts_vae=runner.cuts_vae,
-            key_heads=runner.key_heads,
-            load_s=runner.load_s,
-            memory=self._kind.memory(),
-            terms=runner.terms,
-            own_steps=runner.own_steps,
-            guides=runner.guides,
-        )
+        facts = runner.facts()
         await loop.run_in_executor(self._compute, check_room, runner, self._config, facts)
         if self._config.compile:
             from distriray.gang.rehearsal import rehearse

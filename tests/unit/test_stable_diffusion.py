@@ -469,10 +469,10 @@ def test_a_gang_of_runners_draws_the_picture_of_one(tmp_path: Path) -> None:
     pipeline.register_modules(**tiny_safety_checker())
     pipeline.save_pretrained(tmp_path)
     gang = Gang(tmp_path, 2)
-    sizes = gang.runners[0].sizes
-    assert sizes == sizes_of(ModelSpec(name=str(tmp_path))) == Sizes((128, 128), unit=8, latent_row=8)
-    assert gang.runners[0].terms == terms_of(ModelSpec(name=str(tmp_path)))
-    assert gang.runners[0].row_unit == 64
+    assert sizes_of(ModelSpec(name=str(tmp_path))) == Sizes((128, 128), unit=8, latent_row=8)
+    facts = gang.runners[0].facts()
+    assert (facts.default_size, facts.size_unit, facts.row_unit) == ((128, 128), 8, 64)
+    assert facts.terms == terms_of(ModelSpec(name=str(tmp_path)))
     together, alone = gang.run(guidance_rescale=0.5), gang.run(link="alone", guidance_rescale=0.5)
     (picture,), (other,) = together[0].images or (), alone[0].images or ()
     assert np.abs(np.array(picture, int) - np.array(other, int)).max() <= 1

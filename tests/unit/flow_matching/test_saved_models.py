@@ -37,11 +37,11 @@ def test_a_gang_of_runners_draws_the_picture_of_the_pipeline(
     pipeline: Any, denoiser: Denoiser, folder: Path
 ) -> None:
     gang = Gang(folder, 2)
-    runner = gang.runners[0]
-    assert runner.sizes == sizes_of(ModelSpec(name=str(folder))) == denoiser.sizes
-    assert runner.terms == terms_of(ModelSpec(name=str(folder))) == denoiser.terms
-    assert runner.row_unit == 16
-    assert runner.cuts_vae == (not folder.name.startswith(("qwen-image", "hunyuan-image", "krea2")))
+    facts, sizes = gang.runners[0].facts(), sizes_of(ModelSpec(name=str(folder)))
+    assert sizes == denoiser.sizes
+    assert (facts.default_size, facts.size_unit, facts.row_unit) == (sizes.default, sizes.unit, 16)
+    assert facts.terms == terms_of(ModelSpec(name=str(folder))) == denoiser.terms
+    assert facts.cuts_vae == (not folder.name.startswith(("qwen-image", "hunyuan-image", "krea2")))
     call = {"num_inference_steps": 3}
     asked = shown(denoiser, **call)
     outcome, _ = gang.run(seed=3, **asked)

@@ -14,9 +14,7 @@ import torch
 from distriray.adapters import AdapterSpec
 from distriray.errors import UnsupportedModel
 from distriray.gang.config import HostConfig
-from distriray.gang.messages import WorkerFacts
 from distriray.gang.rehearsal import rehearse
-from distriray.gang.runner import SegmentRunner
 from distriray.parallel import compile_blocks
 from tests.adapters import write
 from tests.compiling import CountingCompiler
@@ -25,25 +23,6 @@ from tests.models import tiny_sdxl
 from .runners import Gang
 
 COMPILED, OTHER = 128, 192
-
-
-def facts_of(runner: SegmentRunner) -> WorkerFacts:
-    return WorkerFacts(
-        pid=0,
-        device="cpu",
-        device_name="cpu",
-        model="tiny",
-        default_size=runner.sizes.default,
-        size_unit=runner.sizes.unit,
-        row_unit=runner.row_unit,
-        cuts_vae=runner.cuts_vae,
-        key_heads=runner.key_heads,
-        load_s=0.0,
-        memory=0,
-        own_steps=runner.own_steps,
-        guides=runner.guides,
-        terms=runner.terms,
-    )
 
 
 def config(*sizes: str, workers: int = 2) -> HostConfig:
@@ -62,10 +41,10 @@ def test_gangs_of_what_was_rehearsed_compile_nothing_and_draw_the_same(
     monkeypatch.setattr("distriray.gang.runner.compile_blocks", partial(compile_blocks, backend=compiler))
     plain, gang = Gang(tiny_model, 2), Gang(tiny_model, 2)
     size = f"{COMPILED}x{COMPILED}"
-    rehearse(gang.runners[0], config(size), facts_of(gang.runners[0]))
+    rehearse(gang.runners[0], config(size), gang.runners[0].facts())
     of_one = compiler.graphs
     torch.compiler.set_stance("default")
-    rehearse(gang.runners[1], config(size), facts_of(gang.runners[1]))
+    rehearse(gang.runners[1], config(size), gang.runners[1].facts())
     assert compiler.graphs == of_one > 0, "alike blocks share what is compiled"
     assert not any(runner._engine.buffer_bytes for runner in gang.runners), "of gangs that were never there"
     for link in ("all", "alone"):
@@ -84,7 +63,7 @@ def test_blocks_with_adapters_in_them_run_as_they_are(
     write(tmp_path / "ink.safetensors", tiny_sdxl(), 1)
     ink = AdapterSpec(name="ink", source=str(tmp_path / "ink.safetensors"))
     plain, gang = Gang(tiny_model, 1), Gang(tiny_model, 1)
-    rehearse(gang.runners[0], config(f"{COMPILED}x{COMPILED}", workers=1), facts_of(gang.runners[0]))
+    rehearse(gang.runners[0], config(f"{COMPILED}x{COMPILED}", workers=1), gang.runners[0].facts())
     compiled = compiler.graphs
     drawn = []
     for loras in ((), ({"name": "ink", "scale": 0.8},), ()):
@@ -101,7 +80,7 @@ def test_gangs_that_a_picture_is_too_small_for_are_not_rehearsed(
 ) -> None:
     (runner,) = Gang(tiny_model, 1).runners
     monkeypatch.setattr("distriray.gang.runner.compile_blocks", partial(compile_blocks, backend=compiler))
-    facts, gangs = facts_of(runner), list[int]()
+    facts, gangs = runner.facts(), list[int]()
     rehearsing = runner.rehearse
     monkeypatch.setattr(
         runner,
@@ -123,6 +102,6 @@ def test_what_cannot_be_compiled_is_refused_by_name(
 
     monkeypatch.setattr("distriray.gang.runner.compile_blocks", partial(compile_blocks, backend=failing))
     with pytest.raises(UnsupportedModel, match="compile 128x129: .*129"):
-        rehearse(runner, config("128x129", workers=1), facts_of(runner))
-    with pytest.raises(UnsupportedModel, match="(?s)cannot compile the blocks of tiny here: .*no compiler"):
-        rehearse(runner, config("128x128", workers=1), facts_of(runner))
+        rehearse(runner, config("128x129", workers=1), runner.facts())
+    with pytest.raises(UnsupportedModel, match="(?s)cannot compile the blocks of .*sdxl here: .*no compiler"):
+        rehearse(runner, config("128x128", workers=1), runner.facts())

@@ -40,7 +40,6 @@ from tests.models import (
 )
 
 from .runners import Gang, endings
-from .test_rehearsal import facts_of
 
 LIMITS = Limits(max_images=2, max_side=512)
 PATCHES = ParallelConfig(exchange="displaced", cfg_parallel=False)
@@ -57,7 +56,7 @@ def started(
     monkeypatch.setattr("distriray.gang.runner.free_bytes", lambda device: free)
     runner = SegmentRunner(ModelSpec(name=str(model)), torch.device("cpu"), HashStore(), timeout_s=10.0)
     config = HostConfig(workers=workers, limits=LIMITS, parallel=parallel)
-    check_room(runner, config, facts_of(runner))
+    check_room(runner, config, runner.facts())
     return runner, config
 
 
