@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from distriray.parallel.layers.attending import attend_to_all
 from distriray.parallel.layers.bare import is_bare, without_idle_adapters
 from distriray.parallel.layers.opaque import Opaque
 
-if TYPE_CHECKING:
-    from distriray.parallel.exchange.step import Step
-
 
 class _Processor(AttnProcessor2_0, Opaque):
     """diffusers' own processor, except for where the keys and values come from."""
@@ -28,18 +25,8 @@ class _Processor(AttnProcessor2_0, Opaque):
         # diffusers makes new processors of a class without arguments when an IP-Adapter is loaded; they are
         # found and replaced before the next step.
         super().__init__()
-        self.context = context
+        self.context = context or PatchContext()
         self.enroll()
-
-    @property
-    def step(self) -> Step | None:
-        """The step of the exchange that is under way."""
-        return None if self.context is None else self.context.step
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether a step of an exchange is under way."""
-        return self.context is not None and self.context.exchanges
 
     @abstractmethod
     def sources(
@@ -79,7 +66,7 @@ class _Processor(AttnProcessor2_0, Opaque):
         **kwargs: object,
     ) -> torch.Tensor:
         # diffusers passes on what this signature names, and warns of the rest.
-        if self.exchanges:
+        if self.context.exchanges:
             if args or kwargs:
                 unused = ", ".join(sorted(kwargs)) or f"{len(args)} more arguments"
                 raise UnsupportedModel(f"attention that is given {unused}, which is not used")
@@ -134,7 +121,7 @@ class PatchSelfAttention(_Processor):
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...] | None:
         """Keys and values of this rank's tokens; or what they are products of, and both weights."""
-        if not self.exchanges:
+        if not self.context.exchanges:
             return None
         projections = [without_idle_adapters(projection) for projection in (attn.to_k, attn.to_v)]
         if all(is_bare(projection, hidden_states) for projection in projections):
@@ -143,9 +130,10 @@ class PatchSelfAttention(_Processor):
 
     def exchanged(self, *inputs: Any) -> torch.Tensor:
         query, _, *sources = inputs
-        assert self.step is not None
+        step = self.context.step
+        assert step is not None
         own = Computed(*sources) if len(sources) == 2 else Projected(*sources)
-        attended = attend_to_all(self.step, query, own, self.step.tokens_like(query.shape[1]), _attended)
+        attended = attend_to_all(step, query, own, step.tokens_like(query.shape[1]), _attended)
         return attended.to(query.dtype)
 
 
@@ -158,7 +146,7 @@ class PatchSpatialAttention(PatchSelfAttention):
     def attend(
         self, attn: Attention, hidden_states: torch.Tensor, *inputs: torch.Tensor | None
     ) -> torch.Tensor:
-        if not self.exchanges:
+        if not self.context.exchanges:
             return super().attend(attn, hidden_states, *inputs)
         normalized = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
         output = super().attend(attn, normalized.flatten(2).transpose(1, 2))
@@ -199,7 +187,7 @@ class CachedCrossAttention(_Processor):
         self, attn: Attention, hidden_states: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...] | None:
         """Keys and values of a text that is new; the text itself if it is that of the step before."""
-        if self.context is None or text is None or not self.context.caches_text:
+        if text is None or not self.context.caches_text:
             return None
         return (attn.to_k(text), attn.to_v(text)) if self.context.new_text else (text,)
 
