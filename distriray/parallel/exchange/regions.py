@@ -72,16 +72,17 @@ class StatisticsRegion(Region):
     def __init__(
         self, slots: Mapping[int, Slot], outbox: torch.Tensor, inbox: torch.Tensor, rank: int, weight: Weight
     ) -> None:
-        lengths = [prod(slot.send[0][1]) for slot in slots.values()]
+        shapes = {index: slot.shape for index, slot in slots.items()}
+        lengths = [prod(shape) for shape in shapes.values()]
         super().__init__(inbox, rank, _extrapolated(inbox, weight, [lengths] * len(inbox)))
         self._outbox = outbox
-        self._arrived = self._views(slots, inbox)
-        self._statistics = self._views(slots, self._readable)
+        self._arrived = _columns(shapes, inbox)
+        self._statistics = _columns(shapes, self._readable)
 
     @staticmethod
     def row_bytes(slots: Mapping[int, Slot]) -> int:
         """Bytes of a row."""
-        return sum(4 * prod(slot.send[0][1]) for slot in slots.values())
+        return sum(4 * prod(slot.shape) for slot in slots.values())
 
     def read(self, index: int) -> torch.Tensor:
         """(ranks, batch, groups, 2); this rank's row is what it last sent, until it puts in what it sends."""
@@ -100,15 +101,6 @@ class StatisticsRegion(Region):
     def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
         super().store(index, everyone)
         self._statistics[index][self.rank].copy_(everyone[self.rank])
-
-    @staticmethod
-    def _views(slots: Mapping[int, Slot], rows: torch.Tensor) -> dict[int, torch.Tensor]:
-        shapes = {index: slot.send[0][1] for index, slot in slots.items()}
-        starts = accumulate((prod(shape) for shape in shapes.values()), initial=0)
-        return {
-            index: rows[:, start : start + prod(shape)].view(len(rows), *shape)
-            for (index, shape), start in zip(shapes.items(), starts, strict=False)
-        }
 
 
 class HaloRegion(Region):
@@ -208,18 +200,18 @@ class KeysValuesRegion(Region):
         self, slots: Mapping[int, Slot], device: torch.device, rank: int, weight: float, bits: int | None
     ) -> None:
         slot = next(iter(slots.values()))
-        shapes = {index: slot.send[0][1][1:] for index, slot in slots.items()}
+        shapes = {index: slot.shape[1:] for index, slot in slots.items()}
         size = (sum(slot.extents), sum(map(prod, shapes.values())))
         received = torch.zeros(size, dtype=slot.dtype, device=device)
         super().__init__(received, rank, extrapolation_of(received, weight))
         self._tokens = slot.extents
-        self._arrived = self._views(shapes, self._received)
-        self._keys_values = self._views(shapes, self._readable) if weight else self._arrived
+        self._arrived = _columns(shapes, self._received)
+        self._keys_values = _columns(shapes, self._readable) if weight else self._arrived
         self._parts = self._received.split(self._tokens)
         self._sent: Reconstruction | None = None
         if bits is not None:
             self._sent = Reconstruction(torch.zeros_like(self._parts[rank]), bits)
-            self._known = self._views(shapes, self._sent.values)
+            self._known = _columns(shapes, self._sent.values)
             self._reconstructions = {
                 peer: Reconstruction(part, bits) for peer, part in enumerate(self._parts) if peer != rank
             }
@@ -266,13 +258,14 @@ class KeysValuesRegion(Region):
         if self._sent is not None:
             self._known[index].copy_(everyone[self.rank])
 
-    @staticmethod
-    def _views(shapes: Mapping[int, tuple[int, ...]], buffer: torch.Tensor) -> dict[int, torch.Tensor]:
-        starts = accumulate(map(prod, shapes.values()), initial=0)
-        return {
-            index: buffer[:, start : start + prod(shape)].unflatten(1, shape)
-            for (index, shape), start in zip(shapes.items(), starts, strict=False)
-        }
+
+def _columns(shapes: Mapping[int, tuple[int, ...]], rows: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Each slot's columns within `rows`, which hold all slots' side by side: (rows, *its shape)."""
+    starts = accumulate(map(prod, shapes.values()), initial=0)
+    return {
+        index: rows[:, start : start + prod(shape)].unflatten(1, shape)
+        for (index, shape), start in zip(shapes.items(), starts, strict=False)
+    }
 
 
 def _extrapolated(

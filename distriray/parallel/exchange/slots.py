@@ -38,9 +38,14 @@ class Slot:
     extents: tuple[int, ...] = ()
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the statistics, or of this rank's keys and values, that all peers are sent."""
+        return self.send[0][1]
+
+    @property
     def whole(self) -> tuple[int, ...]:
         """Shape of keys and values of all ranks, (tokens, 2, batch, channels)."""
-        return sum(self.extents), *self.send[0][1][1:]
+        return sum(self.extents), *self.shape[1:]
 
 
 @lru_cache(4096)
