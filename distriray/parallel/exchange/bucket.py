@@ -16,7 +16,7 @@ from distriray.parallel.exchange.regions import (
     Region,
     StatisticsRegion,
 )
-from distriray.parallel.exchange.slots import ALIGN, Slot, aligned
+from distriray.parallel.exchange.slots import ALIGN, Slot, Values, aligned
 
 
 class Bucket:
@@ -168,7 +168,7 @@ class Buckets:
         self,
         communicator: Communicator,
         slots: list[Slot],
-        values: list[dict[int, torch.Tensor]],
+        values: list[Values],
         count: int,
         weights: Weights,
         keys_values_bits: int | None = None,

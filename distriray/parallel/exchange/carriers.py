@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from distriray.parallel.exchange.reconstructions import Reconstructions
-from distriray.parallel.exchange.slots import Slot
-
-Values = Mapping[int, torch.Tensor]
-"""By peer."""
+from distriray.parallel.exchange.slots import Slot, Values
 
 
 class Carrier:
@@ -19,17 +14,17 @@ class Carrier:
     For each slot `pack`, `room` and `unpack` are called in this order.
     """
 
-    def pack(self, slot: Slot, values: Values) -> dict[int, torch.Tensor]:
+    def pack(self, slot: Slot, values: Values) -> Values:
         """The tensor that is sent to each peer for these values."""
-        return dict(values)
+        return values
 
-    def room(self, slot: Slot, into: Values) -> dict[int, torch.Tensor]:
+    def room(self, slot: Slot, into: Values) -> Values:
         """Room to receive what each peer sends; in place if values travel as they are.
 
         Args:
             into: where the values are to be.
         """
-        return dict(into)
+        return into
 
     def unpack(self, slot: Slot, arrived: Values) -> Values:
         """The values of each peer in what has arrived: there, or where they were to be."""
@@ -58,7 +53,7 @@ class WholeAndKept(_Reconstructing):
         super().__init__(reconstructions)
         self._bits = bits
 
-    def pack(self, slot: Slot, values: Values) -> dict[int, torch.Tensor]:
+    def pack(self, slot: Slot, values: Values) -> Values:
         self._sent = values
         return super().pack(slot, values)
 
@@ -70,13 +65,13 @@ class WholeAndKept(_Reconstructing):
 class AsChanges(_Reconstructing):
     """As the change since the last reconstruction."""
 
-    def pack(self, slot: Slot, values: Values) -> dict[int, torch.Tensor]:
+    def pack(self, slot: Slot, values: Values) -> Values:
         sent, self._received = self._reconstructions.next(slot)
         alike = {known: values[peer] for peer, known in sent.items()}  # all peers may be sent the same
         messages = {known: known.encode(tensor) for known, tensor in alike.items()}
         return {peer: messages[known] for peer, known in sent.items()}
 
-    def room(self, slot: Slot, into: Values) -> dict[int, torch.Tensor]:
+    def room(self, slot: Slot, into: Values) -> Values:
         self._into = into
         return {
             peer: tensor.new_empty(self._received[peer].message_bytes, dtype=torch.uint8)

@@ -8,11 +8,11 @@ import torch
 
 from distriray.config import Kind, Mix, StatisticsMode
 from distriray.parallel.exchange.bucket import Bucket, Buckets
-from distriray.parallel.exchange.carriers import Carrier, Values
+from distriray.parallel.exchange.carriers import Carrier
 from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
+from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot, Values
 from distriray.parallel.exchange.step import Measure, Step
 
 

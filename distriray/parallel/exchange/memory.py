@@ -9,10 +9,7 @@ from typing import ClassVar
 import torch
 
 from distriray.parallel.exchange.bucket import Buckets
-from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot
-
-Values = dict[int, torch.Tensor]
-"""What each rank has contributed to a slot."""
+from distriray.parallel.exchange.slots import LAYERS_CHANGED, Slot, Values
 
 
 class Memory(ABC):
@@ -164,5 +161,5 @@ class Refilling(Memory):
     def _give_up(self) -> Recording:
         if self._follows:
             raise RuntimeError(LAYERS_CHANGED)
-        values = [self._buckets.region(index).stored(index) for index in range(self._index)]
+        values: list[Values] = [self._buckets.region(index).stored(index) for index in range(self._index)]
         return self._record(self._buckets.slots[: self._index], values)

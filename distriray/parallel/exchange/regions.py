@@ -13,7 +13,7 @@ from distriray.config import Weight
 from distriray.parallel.exchange.extrapolation import Extrapolation, extrapolation_of
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.reconstructions import Reconstruction
-from distriray.parallel.exchange.slots import Shapes, Slot
+from distriray.parallel.exchange.slots import Shapes, Slot, Values
 
 
 class Region(ABC):
@@ -40,7 +40,7 @@ class Region(ABC):
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         """The values that `store` stored for a slot, by rank."""
 
-    def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
+    def store(self, index: int, everyone: Values) -> None:
         """Keep what a synchronous step has moved, as if it had arrived."""
         for rank, kept in self.stored(index).items():
             kept.copy_(everyone[rank])
@@ -98,7 +98,7 @@ class StatisticsRegion(Region):
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         return dict(enumerate(self._arrived[index]))
 
-    def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
+    def store(self, index: int, everyone: Values) -> None:
         super().store(index, everyone)
         self._statistics[index][self.rank].copy_(everyone[self.rank])
 
@@ -133,7 +133,7 @@ class HaloRegion(Region):
         """Each peer's rows, (batch, channels, rows, columns)."""
         return self._halos[index]
 
-    def send(self, index: int, sends: Mapping[int, torch.Tensor]) -> None:
+    def send(self, index: int, sends: Values) -> None:
         """Put the rows that each peer needs into the message to it."""
         outbox = self._outbox[index]
         for peer, rows in sends.items():
@@ -253,7 +253,7 @@ class KeysValuesRegion(Region):
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         return dict(enumerate(self._arrived[index].split(self._tokens)))
 
-    def store(self, index: int, everyone: Mapping[int, torch.Tensor]) -> None:
+    def store(self, index: int, everyone: Values) -> None:
         super().store(index, everyone)
         if self._sent is not None:
             self._known[index].copy_(everyone[self.rank])

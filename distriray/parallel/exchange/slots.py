@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +20,9 @@ LAYERS_CHANGED = "the network's layers changed in the middle of an image"
 
 Shapes = tuple[tuple[int, tuple[int, ...]], ...]
 """The shape of the message for each peer, or from it."""
+
+Values = Mapping[int, torch.Tensor]
+"""Values of a slot: for each peer, from it, or of each rank."""
 
 
 @dataclass(frozen=True)

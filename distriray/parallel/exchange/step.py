@@ -16,11 +16,11 @@ import torch
 
 from distriray.config import Kind, Mix, StatisticsMode
 from distriray.parallel.exchange.bucket import Buckets
-from distriray.parallel.exchange.carriers import Carrier, Values
+from distriray.parallel.exchange.carriers import Carrier
 from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.exchange.slots import Slot, Values
 from distriray.parallel.exchange.statistics_and_rows import StatisticsAndRows
 from distriray.parallel.graphs import Recorder
 from distriray.parallel.kernels.rows_around import RowsAround

@@ -8,12 +8,12 @@ import torch
 
 from distriray.config import Kind, Mix
 from distriray.parallel.exchange.bucket import Buckets
-from distriray.parallel.exchange.carriers import Carrier, Values
+from distriray.parallel.exchange.carriers import Carrier
 from distriray.parallel.exchange.halos import PaddedPatch
 from distriray.parallel.exchange.memory import Memory
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.patch import Patch
-from distriray.parallel.exchange.slots import Slot
+from distriray.parallel.exchange.slots import Slot, Values
 from distriray.parallel.exchange.step import Measure, Step
 
 
@@ -85,4 +85,4 @@ class SynchronousStep(Step):
 
     def _keep(self, kind: Kind, everyone: Values) -> None:
         if self.mix.is_stale(kind):
-            self._memory.keep(dict(everyone))
+            self._memory.keep(everyone)
