@@ -253,13 +253,11 @@ class PoolClient:
                     return event.result
         raise AssertionError("events end with the result or an error")
 
-    async def stream(
+    def stream(
         self, host: str, request: GenerationRequest, again: bool = False
     ) -> AsyncGenerator[Event, None]:
         """Events of `request` on `host`; closing the generator cancels it. As `generate`."""
-        async with aclosing(self._events("stream", host, request, again)) as events:
-            async for event in events:
-                yield event
+        return self._events("stream", host, request, again)
 
     async def _events(
         self, method: str, host: str, request: GenerationRequest, again: bool
