@@ -46,9 +46,9 @@ class Candidate:
         """Position of the largest of its sizes within `size`; -1 when none is so small."""
         return bisect_right(self.sizes, size) - 1
 
-    def worker_seconds(self, index: int) -> float:
-        """Worker-seconds to its end on its size number `index`."""
-        return self.sizes[index] * self.left_s[index]
+    def worker_seconds(self) -> float:
+        """Worker-seconds to its end on the smallest gang."""
+        return self.sizes[0] * self.left_s[0]
 
     def least_worker_seconds(self) -> float:
         """Worker-seconds to its end on the gang that wastes least."""

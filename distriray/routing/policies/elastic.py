@@ -143,7 +143,7 @@ class Elastic:
             if found is not None:
                 timeline.reserve(found, hold)
                 schedule.reservations[c.id] = found
-                extra = found.worker_seconds - c.worker_seconds(0)
+                extra = found.worker_seconds - c.worker_seconds()
                 schedule.value += c.weight * (1.0 - self.config.worker_second_price * extra)
         return schedule
 
@@ -194,7 +194,7 @@ class Elastic:
 def _pace(candidates: Candidates, sizes: dict[str, int]) -> float:
     """Work done each second, in worker-seconds of the smallest gangs."""
     return sum(
-        c.worker_seconds(0) / c.left_s[c.index(sizes[c.id])]
+        c.worker_seconds() / c.left_s[c.index(sizes[c.id])]
         for c in candidates.all
         if c.id in sizes and c.left_s[0] > 0
     )
