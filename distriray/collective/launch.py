@@ -48,9 +48,8 @@ def launch(
         NotEnoughDevices: there are fewer GPUs than ranks.
         RankFailed: a rank raised or died. The message holds its traceback, then those of the ranks that
             failed with it; all others are ended.
-        ValueError: `world_size` is less than 1, `backend`, or no backend, moves tensors of `device`, or the
-            function or an
-            argument cannot be sent to another process.
+        ValueError: `world_size` is less than 1, `backend` does not move tensors of `device`, or no backend
+            does, or the function or an argument cannot be sent to another process.
     """
     if world_size < 1:
         raise ValueError(f"a gang has at least one rank, not {world_size}")
