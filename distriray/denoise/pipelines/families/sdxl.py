@@ -11,11 +11,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from PIL import Image
 
 from distriray.denoise.pipelines.base import Commission, TokenCount, check_pixels, tokens_of
 from distriray.denoise.pipelines.control import UNetSteps
-from distriray.denoise.pipelines.families.sdxl_blocks import DECODE, make_components, make_tasks, set_guidance
+from distriray.denoise.pipelines.families.sdxl_blocks import make_components, make_tasks, set_guidance
 from distriray.denoise.state import DenoiseState
 from distriray.errors import UnsupportedModel
 
@@ -32,7 +33,7 @@ class StableDiffusionXL(UNetSteps):
         super().__init__(pipeline)
         self.components = make_components(pipeline)
         self._tasks = make_tasks()
-        self._decode = DECODE()
+        self._decode = StableDiffusionXLDecodeStep()
 
     def check(self) -> None:
         components, what = self.pipeline.components, type(self.pipeline).__name__

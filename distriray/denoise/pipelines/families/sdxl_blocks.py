@@ -13,7 +13,6 @@ from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLInpaintPrepareLatentsStep,
     StableDiffusionXLInputStep,
 )
-from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import (
     StableDiffusionXLDenoiseStep,
     StableDiffusionXLInpaintDenoiseStep,
@@ -249,6 +248,3 @@ def set_guidance(components: Any, scale: float, rescale: float) -> None:
         guider.enable()
     else:
         guider.disable()
-
-
-DECODE = StableDiffusionXLDecodeStep

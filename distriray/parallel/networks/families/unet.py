@@ -353,9 +353,8 @@ class UNet(Network):
         elif type(processor) in (AttnProcessor, AttnProcessor2_0, CachedCrossAttention):
             attn.processor = CachedCrossAttention(context)
         elif self.local.attends_locally(processor):
-            return (
-                False  # to text or image-prompt tokens, which are on every rank; only the default is cached
-            )
+            # To tokens of text or an image prompt, which are on every rank; only the default is cached.
+            return False
         else:
             raise UnsupportedModel(f"{name} uses {type(processor).__name__}: {ADVICE}")
         return True
