@@ -40,32 +40,13 @@ def check_room(runner: SegmentRunner, config: HostConfig, facts: WorkerFacts) ->
     own = settle(example(facts, prompt=prompt, seed=0), config, facts)
     own = own.model_copy(update={"prompt": _taken(runner, own)})
     assert own.height is not None and own.width is not None
-    calls, size = runner.calls(own), (own.height, own.width)
-    needed, gang = _most(runner, config, facts, calls, own.height)
+    needed, gang = _most(runner, config, facts, runner.calls(own), own.height)
     if needed > room.nbytes:
         what = f"an image of {own.width}x{own.height} in a gang of {gang}"
         least = config.parallel.exchange in ("auto", "sync")
         less = "`gang_sizes: [1]` needs" if least else "`exchange: sync` and `gang_sizes: [1]` need"
         raise UnsupportedModel(f"{room.refusal(needed, what, config.parallel)}; {less} less")
-    images = config.limits.max_images
-    kinds = [(calls, images)]
-    if facts.guides:
-        scale, none = config.limits.max_guidance_scale, facts.terms.unguided
-        guided, without = (
-            runner.calls(own.model_copy(update={"guidance_scale": each})) for each in (scale, none)
-        )
-        kinds = [(guided, images), (without, images - 1 + images % 2)]  # odd: halves of a gang need less
-    side = min(config.limits.max_side, isqrt(config.limits.max_pixels)) // facts.size_unit * facts.size_unit
-    editing = facts.terms.editing
-    drawn = own.height * own.width
-    own_shown = editing.shown_pixels(own.references, facts.size_unit, drawn) if editing else 0
-    masked = 0 if "mask_image" in facts.terms.lacks else side**2
-    shown = editing.most_exchanged_pixels(config.limits.max_references, masked) if editing else 0
-    largest = []
-    for calls, images in kinds:
-        enlarged = [_enlarged(call, images, size, own_shown, side, shown) for call in calls]
-        largest.append((*_most(runner, config, facts, enlarged, side), images))
-    needed, gang, images = max(largest)
+    needed, gang, images, side = _largest(runner, config, facts, own)
     what = f"the largest request that limits allow, {images} of {side}x{side} in a gang of {gang},"
     told = room.refusal(needed, what, config.parallel)
     if needed > room.nbytes:
@@ -92,6 +73,39 @@ def _taken(runner: SegmentRunner, request: GenerationRequest) -> str:
     if not refused(whole):
         return request.prompt
     return request.prompt[: bisect_left(range(1, whole), True, key=refused)]
+
+
+def _largest(
+    runner: SegmentRunner, config: HostConfig, facts: WorkerFacts, own: GenerationRequest
+) -> tuple[int, int, int, int]:
+    """The most bytes that a request takes which limits allow: in a gang of how many, images of which side.
+
+    Args:
+        own: a request for one image of the pool's own size.
+
+    Returns:
+        The bytes, the gang's size, the number of images, and their side in pixels.
+    """
+    limits, editing = config.limits, facts.terms.editing
+    assert own.height is not None and own.width is not None
+    kinds = [(own, limits.max_images)]
+    if facts.guides:
+        guided, without = (
+            own.model_copy(update={"guidance_scale": each})
+            for each in (limits.max_guidance_scale, facts.terms.unguided)
+        )
+        odd = limits.max_images - 1 + limits.max_images % 2  # halves of a gang need less
+        kinds = [(guided, limits.max_images), (without, odd)]
+    side = min(limits.max_side, isqrt(limits.max_pixels)) // facts.size_unit * facts.size_unit
+    size, drawn = (own.height, own.width), own.height * own.width
+    own_shown = editing.shown_pixels(own.references, facts.size_unit, drawn) if editing else 0
+    masked = 0 if "mask_image" in facts.terms.lacks else side**2
+    shown = editing.most_exchanged_pixels(limits.max_references, masked) if editing else 0
+    found = []
+    for request, images in kinds:
+        calls = [_enlarged(call, images, size, own_shown, side, shown) for call in runner.calls(request)]
+        found.append((*_most(runner, config, facts, calls, side), images, side))
+    return max(found)
 
 
 def _most(
