@@ -163,30 +163,22 @@ class PoolState:
 
 
 def choose(
-    pools: Sequence[PoolState],
-    hosts: Sequence[Sequence[str]],
-    views: Sequence[RequestView],
-    now_s: float,
-    draw: random.Random,
-    error_margin: float,
-) -> tuple[int, Route] | None:
-    """The pool, by index, and the host where a request would be done first.
+    routes: Sequence[Route], members: Sequence[int], now_s: float, draw: random.Random, error_margin: float
+) -> int | None:
+    """The pool, by index, where a request would be done first.
 
-    `hosts` are those of each pool that are compared, and `views` the request as each pool sees it. Pools that
-    are as good within the error of the prediction are drawn from by their number of hosts. A route without a
-    host says when a queue may have a place; None means that there is no host to compare.
+    `routes` are the best of each pool, and `members` how many hosts it has: pools that are as good within the
+    error of the prediction are drawn from by that. A route without a host says when a queue may have a place;
+    None means that there is no pool.
     """
-    routes = [
-        (index, pool.route(names, view, now_s, draw, error_margin))
-        for index, (pool, names, view) in enumerate(zip(pools, hosts, views, strict=True))
-        if names
-    ]
-    if not routes:
-        return None
-    open_ = [(index, r) for index, r in routes if r.host is not None]
+    open_ = [index for index, route in enumerate(routes) if route.host is not None]
     if not open_:
-        return min(routes, key=lambda option: option[1].finish_s)
-    _, best = min(open_, key=lambda option: (not option[1].meets, option[1].finish_s))
+        return min(range(len(routes)), key=lambda index: routes[index].finish_s, default=None)
+    best = min((routes[index] for index in open_), key=lambda route: (not route.meets, route.finish_s))
     slack = error_margin * best.error * (best.finish_s - now_s)
-    near = [o for o in open_ if o[1].meets == best.meets and o[1].finish_s - best.finish_s <= slack]
-    return draw.choices(near, weights=[len(pools[index].members) for index, _ in near])[0]
+    near = [
+        index
+        for index in open_
+        if routes[index].meets == best.meets and routes[index].finish_s - best.finish_s <= slack
+    ]
+    return draw.choices(near, weights=[members[index] for index in near])[0]

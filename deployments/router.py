@@ -317,26 +317,26 @@ class Router:
         if left_s is not None:
             request = request.model_copy(update={"deadline_s": max(left_s, 1e-3)})
         fits = fitting(request, list(drawn), now, left_s)
-        up = [(client, asked, view) for client, asked, view in fits if drawn[client] and view is not None]
-        chosen = choose(
-            [client.state for client, *_ in up],
-            [drawn[client] for client, *_ in up],
-            [view for *_, view in up],
-            now,
-            self._draw,
-            self._config.router.error_margin,
-        )
-        if chosen is not None and chosen[1].host is not None:
-            client, asked, view = up[chosen[0]]
-            if not chosen[1].meets:
-                could_s = chosen[1].possible_s - now
+        margin = self._config.router.error_margin
+        up = [
+            (client, asked, view, client.state.route(drawn[client], view, now, self._draw, margin))
+            for client, asked, view in fits
+            if drawn[client] and view is not None
+        ]
+        routes = [route for *_, route in up]
+        members = [len(client.state.members) for client, *_ in up]
+        best = choose(routes, members, now, self._draw, margin)
+        if best is not None and routes[best].host is not None:
+            client, asked, view, route = up[best]
+            if not route.meets:
+                could_s = route.possible_s - now
                 message = f"deadline_s {attempts.request.deadline_s:g} cannot be met"
                 # rounded up, so that it is one that could be met
                 raise DeadlineUnmet(f"{message}; {ceil(10 * could_s) / 10:g} s is possible now", could_s)
             if not client.state.guesses:
-                self._check_patience(attempts, chosen[1].finish_s - now, chosen[1].error, now)
-            client.state.send(chosen[1], view, now)
-            return client, chosen[1].host, asked
+                self._check_patience(attempts, route.finish_s - now, route.error, now)
+            client.state.send(route, view, now)
+            return client, route.host, asked
         down = [(client, asked) for client, asked, _ in fits if not drawn[client]]
         for client, asked in down:
             if client.waking < client.config.max_queue:
@@ -344,7 +344,7 @@ class Router:
         hosts = [client.state.hosts[host] for client, *_ in up for host in drawn[client]]
         if hosts and not down and all(host.waiting < host.max_waiting for host in hosts):
             raise NotEnoughDevices("too many workers are down for a gang that could serve this")
-        retry_s = chosen[1].finish_s - now if chosen else down[0][0].config.scale_up_after_s
+        retry_s = routes[best].finish_s - now if best is not None else down[0][0].config.scale_up_after_s
         retry_s = min(max(0.1, retry_s), LONGEST_RETRY_S)
         raise QueueFull(f"every queue is full; try again in {retry_s:.1f} s", retry_s)
 

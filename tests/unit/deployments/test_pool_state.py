@@ -84,7 +84,10 @@ def pick(state: PoolState, view: RequestView, now_s: float, seed: int = 0) -> Ro
 
 
 def choose_any(pools: list[PoolState], views: list[RequestView], seed: int = 0) -> tuple[int, Route] | None:
-    return choose(pools, [pool.members for pool in pools], views, 0.0, random.Random(seed), 1.0)
+    draw = random.Random(seed)
+    routes = [pool.route(pool.members, view, 0.0, draw, 1.0) for pool, view in zip(pools, views, strict=True)]
+    best = choose(routes, [len(pool.members) for pool in pools], 0.0, draw, 1.0)
+    return None if best is None else (best, routes[best])
 
 
 def test_a_report_is_read_on_the_routers_own_clock() -> None:
@@ -176,7 +179,7 @@ def test_a_host_that_refused_or_died_gets_nothing_until_it_reports() -> None:
 
 
 def test_no_host_means_no_choice_and_no_wait() -> None:
-    assert choose_any([pool()], [ask("n", 0.0)]) is None
+    assert choose_any([], []) is None
     assert wait_s([], 0.0) is None
 
 
