@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import log2
 from typing import Any, NamedTuple
 
@@ -138,55 +138,71 @@ def admit(
         config.limits.check(request, sent)
     request.check_size(facts.size_unit)
     assert request.height is not None and request.width is not None
-    check_gang_size(request, config.sizes)
-    max_gang = facts.max_gang(request.height)
-    if request.gang_size != "auto" and request.gang_size > max_gang:
-        raise InvalidRequest(
-            f"height {request.height} is too small for a gang of {request.gang_size}; use at most {max_gang}",
-            "gang_size",
-        )
-    if min(config.sizes) > max_gang:
-        raise InvalidRequest(
-            f"height {request.height} is too small for the gangs lent here, of {min(config.sizes)} or more",
-            "height",
-        )
-    if request.parallel is not None and request.gang_size == "auto":  # else its gang says so at once
-        check_heads(request.parallel, [size for size in config.sizes if size <= max_gang], facts)
+    gangs = _gangs_of(request, config.sizes, facts)
     assert request.guidance_scale is not None
     num_steps = request.num_steps(facts.own_steps, rounds_up=facts.terms.rounds_up)
     with_guidance = guided_steps(request.guidance_end, num_steps)
     guided = facts.guides and request.guidance_scale > facts.terms.unguided and with_guidance > 0
     unguided_steps = num_steps - with_guidance if guided else 0
     shared = request.shared(config.parallel)
-    auto = request.gang_size == "auto"
-    gangs = [size for size in config.sizes if (size <= max_gang if auto else size == request.gang_size)]
-    most = max(gangs)
-    odd = [size for size in gangs if size > 1 and size % 2]
-    if shared.cfg_parallel is True and odd:
-        raise InvalidRequest(
-            f"cfg_parallel=True splits gangs into halves, and of those that this may have {odd} are odd; use "
-            "'auto', or name another gang_size",
-            "gang_size",
-        )
-    if shared.cfg_parallel is True and most > 1 and request.num_images % 2 and not guided:
-        raise InvalidRequest(
-            f"cfg_parallel=True splits the batch into halves, and {request.num_images} without guidance has "
-            f"none for a gang of {most}; use 'auto', or gangs of 1",
-            "guidance_scale",
-        )
-    if unguided_steps and shared.cfg_parallel is True and request.num_images % 2:
-        raise InvalidRequest(
-            f"guidance_end {request.guidance_end:g} leaves steps with one branch, which cfg_parallel=True "
-            "cannot split; use cfg_parallel='auto', or leave guidance_end out",
-            "guidance_end",
-        )
+    if shared.cfg_parallel is True:
+        _check_halves(request, gangs, guided, unguided_steps)
     fresh = shared.mix is not None and shared.mix.exact
     editing = facts.terms.editing
     shown_pixels = 0
     if editing:
         drawn, masked = request.height * request.width, request.mask_image is not None
         shown_pixels = editing.shown_pixels(request.references, facts.size_unit, drawn, masked)
+    max_gang = facts.max_gang(request.height)
     return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps, shown_pixels)
+
+
+def _gangs_of(request: GenerationRequest, sizes: Collection[int], facts: WorkerFacts) -> list[int]:
+    """Those of `sizes` that a request may have; raises InvalidRequest where that is none."""
+    assert request.height is not None
+    check_gang_size(request, sizes)
+    max_gang = facts.max_gang(request.height)
+    if request.gang_size != "auto" and request.gang_size > max_gang:
+        raise InvalidRequest(
+            f"height {request.height} is too small for a gang of {request.gang_size}; use at most {max_gang}",
+            "gang_size",
+        )
+    if min(sizes) > max_gang:
+        raise InvalidRequest(
+            f"height {request.height} is too small for the gangs lent here, of {min(sizes)} or more",
+            "height",
+        )
+    if request.gang_size != "auto":
+        return [request.gang_size]
+    gangs = [size for size in sizes if size <= max_gang]
+    if request.parallel is not None:  # a gang that is named says so at once
+        check_heads(request.parallel, gangs, facts)
+    return gangs
+
+
+def _check_halves(
+    request: GenerationRequest, gangs: Sequence[int], guided: bool, unguided_steps: int
+) -> None:
+    """Raise InvalidRequest unless `cfg_parallel=True` can split each of `gangs`, and the batch."""
+    odd = [size for size in gangs if size > 1 and size % 2]
+    if odd:
+        raise InvalidRequest(
+            f"cfg_parallel=True splits gangs into halves, and of those that this may have {odd} are odd; use "
+            "'auto', or name another gang_size",
+            "gang_size",
+        )
+    if max(gangs) > 1 and request.num_images % 2 and not guided:
+        raise InvalidRequest(
+            f"cfg_parallel=True splits the batch into halves, and {request.num_images} without guidance has "
+            f"none for a gang of {max(gangs)}; use 'auto', or gangs of 1",
+            "guidance_scale",
+        )
+    if unguided_steps and request.num_images % 2:
+        raise InvalidRequest(
+            f"guidance_end {request.guidance_end:g} leaves steps with one branch, which cfg_parallel=True "
+            "cannot split; use cfg_parallel='auto', or leave guidance_end out",
+            "guidance_end",
+        )
 
 
 def settle(request: GenerationRequest, config: HostConfig, facts: WorkerFacts) -> GenerationRequest:
