@@ -191,13 +191,15 @@ def _check_halves(
             "'auto', or name another gang_size",
             "gang_size",
         )
-    if max(gangs) > 1 and request.num_images % 2 and not guided:
+    if max(gangs) == 1 or request.num_images % 2 == 0:
+        return
+    if not guided:
         raise InvalidRequest(
             f"cfg_parallel=True splits the batch into halves, and {request.num_images} without guidance has "
             f"none for a gang of {max(gangs)}; use 'auto', or gangs of 1",
             "guidance_scale",
         )
-    if unguided_steps and request.num_images % 2:
+    if unguided_steps:
         raise InvalidRequest(
             f"guidance_end {request.guidance_end:g} leaves steps with one branch, which cfg_parallel=True "
             "cannot split; use cfg_parallel='auto', or leave guidance_end out",

@@ -254,6 +254,7 @@ def test_halves_that_must_have_a_branch_each_are_refused_with_what_would_do() ->
     assert error.value.param == "guidance_scale"
     for chosen in ({"num_images": 2}, {"gang_size": 1}):
         assert not ask(guidance_scale=1.0, **chosen).guided
+    assert ask(guidance_end=0.5, gang_size=1).unguided_steps > 0, "a gang of one has no halves"
 
 
 def test_a_request_that_must_have_halves_is_refused_at_once_where_it_may_have_an_odd_gang() -> None:
