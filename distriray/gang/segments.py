@@ -51,7 +51,12 @@ class RunningSegment:
             sender = group.remote(self._sender)
             assert sender is not None, "a job loses its holders when they die"
             state = sender.export(job.number)
-        self._stepped = False
+        self._stepped = self._trouble = False
+        self._ranks: dict[WorkerId, RankResult] = {}
+        self._lost: list[WorkerId] = []
+        self._failures: list[str] = []
+        self._mute: WorkerId | None = None
+        self._unsent = ""
         self.workers = [member.id for member in gang]
         self._first: RemoteWorker = gang[0].remote
         begins = job.step == 0 and not holders
@@ -92,58 +97,58 @@ class RunningSegment:
         return result
 
     async def _all_back(self) -> SegmentResult:
-        ranks: dict[WorkerId, RankResult] = {}
-        lost: list[WorkerId] = []
-        failures: list[str] = []
-        mute: WorkerId | None = None
-        unsent = ""
-        pending, trouble, grace_s = set(self._running), False, 0.0
-
-        def give_up(worker: WorkerId, cause: str) -> None:
-            self._group.replace(worker, cause)
-            lost.append(worker)
-
+        pending, may_leave_s = set(self._running), 0.0
         while pending:
             done, pending = await asyncio.wait(
                 pending,
-                timeout=grace_s if trouble else self._patience.left_s(time.monotonic()),
+                timeout=may_leave_s if self._trouble else self._patience.left_s(time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if done:
-                if not trouble:  # since the last step they may have waited for whoever hangs
-                    grace_s = self._may_leave_s()
+                if not self._trouble:  # since the last step they may have waited for whoever hangs
+                    may_leave_s = self._may_leave_s()
                 self._patience.heard(time.monotonic())
-            for future in done:
-                worker = self._running[future]
-                try:
-                    rank = future.result()
-                except WorkerDied as error:
-                    give_up(worker, f"died: {error}")
-                except StateLost as error:  # it has not begun, as if it were not there
-                    mute, unsent = self._sender, str(error)
-                except Exception as error:
-                    give_up(worker, f"failed: {error!r}")
-                    failures.append(repr(error))
-                else:
-                    if rank.end is SegmentEnd.FAILED:
-                        give_up(worker, rank.cause)
-                        failures.append(rank.cause)
-                    else:
-                        ranks[worker] = rank
-                        trouble |= rank.broken
-                        continue
-                trouble = True
-            if done or not (trouble or self._patience.left_s(time.monotonic()) == 0.0):
+                for future in done:
+                    self._take(future)
                 continue
-            cause = f"did not leave its broken gang within {grace_s:g} s"
-            if not trouble:
+            if self._trouble:
+                cause = f"did not leave its broken gang within {may_leave_s:g} s"
+            elif self._patience.left_s(time.monotonic()) == 0.0:
                 cause = f"neither made a step nor came back for {self._patience.bound_s:g} s (`stall_s`)"
-                failures.append(cause)
+                self._failures.append(cause)
+            else:
+                continue
             for future in pending:
-                give_up(self._running[future], cause)
+                self._give_up(self._running[future], cause)
             break  # whatever they say yet, and however long they take to die
-        in_order = {worker: ranks[worker] for worker in self.workers if worker in ranks}
-        return SegmentResult(in_order, tuple(lost), tuple(failures), mute, unsent)
+        in_order = {worker: self._ranks[worker] for worker in self.workers if worker in self._ranks}
+        return SegmentResult(in_order, tuple(self._lost), tuple(self._failures), self._mute, self._unsent)
+
+    def _take(self, future: asyncio.Future[RankResult]) -> None:
+        """Note what came of a member: its result, or why it is given up."""
+        worker = self._running[future]
+        trouble = True
+        try:
+            rank = future.result()
+        except WorkerDied as error:
+            self._give_up(worker, f"died: {error}")
+        except StateLost as error:  # it has not begun, as if it were not there
+            self._mute, self._unsent = self._sender, str(error)
+        except Exception as error:
+            self._give_up(worker, f"failed: {error!r}")
+            self._failures.append(repr(error))
+        else:
+            if rank.end is SegmentEnd.FAILED:
+                self._give_up(worker, rank.cause)
+                self._failures.append(rank.cause)
+            else:
+                self._ranks[worker] = rank
+                trouble = rank.broken
+        self._trouble |= trouble
+
+    def _give_up(self, worker: WorkerId, cause: str) -> None:
+        self._group.replace(worker, cause)
+        self._lost.append(worker)
 
     def _may_leave_s(self) -> float:
         """Seconds that a rank may take to leave once others left: it hears of it when it next exchanges.
