@@ -406,33 +406,15 @@ class Engine(Uncopied):
 
     def _prepare(self, call: Call, moment: Moment, branch: Branch) -> Share:
         """This rank's share of a call that all ranks make alike, on a network that can be cut."""
-        refusal: DistrirayError | None = None
         before = branch.exchange
         takes_other_room = branch.fresh_start or before is not None and before.besides != call.besides
+        refusal: DistrirayError | None = None
         try:
-            share = self.network.share(call, self.communicator, self.config)
-            if branch.fresh_start or self._outline is None or not self._outline.holds():
-                self._convert()
-            if branch.fresh_start:
-                self._guiders.check()
-            if takes_other_room:
-                mix = self.config.first_mix if branch.fresh_start else branch.mix
-                self.exchanges.make_room(call, branch, mix)
+            share = self._cut(call, branch, takes_other_room)
         except DistrirayError as error:
             refusal = error
-        if takes_other_room and self.communicator.world_size > 1:  # what one rank refuses, all leave
-            compared, refused = [*map(self.network.compared, call.of_halves)], refusal is not None
-            num_steps = self._images.current.num_steps or moment.num_steps
-            with suppress(GangMismatch) if refused else nullcontext():
-                check_same_image(
-                    self.communicator,
-                    compared,
-                    self.config,
-                    branch.step,
-                    moment.timestep,
-                    num_steps,
-                    refused,
-                )
+        if takes_other_room:
+            self._compare(call, moment, branch, refusal is not None)
         if branch.fresh_start:
             self.graphs.begin_image()
         if refusal is not None:
@@ -442,6 +424,29 @@ class Engine(Uncopied):
             branch.mix = self._chooser.mix(call, share, has_room, branch.mix)
             self.exchanges.make_room(call, branch, branch.mix)
         return share
+
+    def _cut(self, call: Call, branch: Branch, takes_other_room: bool) -> Share:
+        """This rank's share of a call, on a network that is converted and has room for it here."""
+        share = self.network.share(call, self.communicator, self.config)
+        if branch.fresh_start or self._outline is None or not self._outline.holds():
+            self._convert()
+        if branch.fresh_start:
+            self._guiders.check()
+        if takes_other_room:
+            mix = self.config.first_mix if branch.fresh_start else branch.mix
+            self.exchanges.make_room(call, branch, mix)
+        return share
+
+    def _compare(self, call: Call, moment: Moment, branch: Branch, refused: bool) -> None:
+        """Compare a call with those of the other ranks: what one refuses, all leave."""
+        if self.communicator.world_size == 1:
+            return
+        compared = [*map(self.network.compared, call.of_halves)]
+        num_steps = self._images.current.num_steps or moment.num_steps
+        with suppress(GangMismatch) if refused else nullcontext():
+            check_same_image(
+                self.communicator, compared, self.config, branch.step, moment.timestep, num_steps, refused
+            )
 
     def _place(self, call: Call, moment: Moment, branch: Branch) -> Place | None:
         """Position of this rank, for the others to compare; None without others."""
