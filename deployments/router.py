@@ -139,7 +139,7 @@ class Router:
         for name in self._config.models:
             clients = self._clients_of(name)
             limits, gang_sizes = offer(clients)
-            default_size, size_unit = self._sizes_of(name)
+            (default_size, size_unit), terms = self._sizes_of(name), self._terms_of(name)
             cards.append(
                 ModelCard(
                     id=name,
@@ -148,7 +148,7 @@ class Router:
                     size_unit=size_unit,
                     limits=limits,
                     gang_sizes=gang_sizes,
-                    lacks=dict(self._lacks_of(name)),
+                    lacks=dict(terms.lacks) if terms else {},
                     defaults=clients[0].config.defaults,
                     controls=tuple(sorted({spec.name for each in clients for spec in each.config.controls})),
                     ip_adapters=tuple(
@@ -279,12 +279,8 @@ class Router:
         else:
             request.check_size(unit)
 
-    def _lacks_of(self, name: str) -> Mapping[str, str]:
-        """The fields that a model refuses, and why, as far as they are known."""
-        terms = self._terms_of(name)
-        return terms.lacks if terms else {}
-
     def _terms_of(self, name: str) -> Terms | None:
+        """Terms of a model, as far as they are known."""
         facts = self._facts_of(name)
         return facts.terms if facts else self._terms[name]
 
