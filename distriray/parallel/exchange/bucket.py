@@ -10,6 +10,7 @@ import torch
 from distriray.collective.base import Communicator, Work
 from distriray.config import Kind, Weights
 from distriray.parallel.exchange.regions import (
+    ChangingKeysValues,
     HaloRegion,
     KeysValuesRegion,
     Packing,
@@ -147,7 +148,10 @@ class Bucket:
         attentions = _of_kind(slots, "keys_values")
         for tokens in dict.fromkeys(slot.extents for slot in attentions.values()):
             level = {index: slot for index, slot in attentions.items() if slot.extents == tokens}
-            region = KeysValuesRegion(level, self._communicator.device, self._rank, weights.keys_values, bits)
+            where = self._communicator.device, self._rank, weights.keys_values
+            region = (
+                KeysValuesRegion(level, *where) if bits is None else ChangingKeysValues(level, *where, bits)
+            )
             self._levels.append(region)
             self.keys_values |= dict.fromkeys(level, region)
 

@@ -189,53 +189,31 @@ class KeysValuesRegion(Region):
     The layout is (tokens, slots x 2 x batch x channels): a peer's tokens are contiguous over all slots, so
     they are received in place, into the buffer that attention reads.
 
-    Or, as changes in few bits, beside it.
-
     Args:
         slots: by index, all of the same tokens and dtype.
-        bits: of a number of a change; None where values travel whole.
     """
 
-    def __init__(
-        self, slots: Mapping[int, Slot], device: torch.device, rank: int, weight: float, bits: int | None
-    ) -> None:
+    def __init__(self, slots: Mapping[int, Slot], device: torch.device, rank: int, weight: float) -> None:
         slot = next(iter(slots.values()))
-        shapes = {index: slot.shape[1:] for index, slot in slots.items()}
-        size = (sum(slot.extents), sum(map(prod, shapes.values())))
+        self._shapes = {index: slot.shape[1:] for index, slot in slots.items()}
+        size = (sum(slot.extents), sum(map(prod, self._shapes.values())))
         received = torch.zeros(size, dtype=slot.dtype, device=device)
         super().__init__(received, rank, extrapolation_of(received, weight))
         self._tokens = slot.extents
-        self._arrived = _columns(shapes, self._received)
-        self._keys_values = _columns(shapes, self._readable) if weight else self._arrived
+        self._arrived = _columns(self._shapes, self._received)
+        self._keys_values = _columns(self._shapes, self._readable) if weight else self._arrived
         self._parts = self._received.split(self._tokens)
-        self._sent: Reconstruction | None = None
-        if bits is not None:
-            self._sent = Reconstruction(torch.zeros_like(self._parts[rank]), bits)
-            self._known = _columns(shapes, self._sent.values)
-            self._reconstructions = {
-                peer: Reconstruction(part, bits) for peer, part in enumerate(self._parts) if peer != rank
-            }
-            self._changes = {
-                peer: known.values.new_empty(known.message_bytes, dtype=torch.uint8)
-                for peer, known in self._reconstructions.items()
-            }
 
     @property
     def nbytes(self) -> int:
-        changes = () if self._sent is None else (self._sent.values, *self._changes.values())
-        return self._received.nbytes + self.prediction_bytes + sum(tensor.nbytes for tensor in changes)
+        return self._received.nbytes + self.prediction_bytes
 
-    def messages(self, peers: tuple[int, ...]) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    def messages(self, peers: tuple[int, ...]) -> tuple[Values, Values]:
         """Messages for each peer, and room for those from it."""
-        if self._sent is None:
-            return dict.fromkeys(peers, self._parts[self.rank]), {peer: self._parts[peer] for peer in peers}
-        return dict.fromkeys(peers, self._sent.encode(self._parts[self.rank])), self._changes
+        return dict.fromkeys(peers, self._parts[self.rank]), {peer: self._parts[peer] for peer in peers}
 
     def arrive(self) -> None:
         """Make values of the messages that have arrived."""
-        if self._sent is not None:
-            for peer, known in self._reconstructions.items():
-                known.decode(self._changes[peer])
 
     def read(self, index: int) -> torch.Tensor:
         """(tokens of all ranks, 2, batch, channels)."""
@@ -253,10 +231,42 @@ class KeysValuesRegion(Region):
     def stored(self, index: int) -> dict[int, torch.Tensor]:
         return dict(enumerate(self._arrived[index].split(self._tokens)))
 
+
+class ChangingKeysValues(KeysValuesRegion):
+    """Keys and values that are sent as their changes in few bits, and received beside what layers read.
+
+    Args:
+        bits: of a number of a change.
+    """
+
+    def __init__(
+        self, slots: Mapping[int, Slot], device: torch.device, rank: int, weight: float, bits: int
+    ) -> None:
+        super().__init__(slots, device, rank, weight)
+        self._sent = Reconstruction(torch.zeros_like(self._parts[rank]), bits)
+        self._known = _columns(self._shapes, self._sent.values)
+        self._reconstructions = {
+            peer: Reconstruction(part, bits) for peer, part in enumerate(self._parts) if peer != rank
+        }
+        self._changes = {
+            peer: known.values.new_empty(known.message_bytes, dtype=torch.uint8)
+            for peer, known in self._reconstructions.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(buffer.nbytes for buffer in (self._sent.values, *self._changes.values()))
+
+    def messages(self, peers: tuple[int, ...]) -> tuple[Values, Values]:
+        return dict.fromkeys(peers, self._sent.encode(self._parts[self.rank])), self._changes
+
+    def arrive(self) -> None:
+        for peer, known in self._reconstructions.items():
+            known.decode(self._changes[peer])
+
     def store(self, index: int, everyone: Values) -> None:
         super().store(index, everyone)
-        if self._sent is not None:
-            self._known[index].copy_(everyone[self.rank])
+        self._known[index].copy_(everyone[self.rank])
 
 
 def _columns(shapes: Mapping[int, tuple[int, ...]], rows: torch.Tensor) -> dict[int, torch.Tensor]:
