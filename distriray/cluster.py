@@ -53,6 +53,20 @@ def own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, rays if former in (signal.SIG_DFL, None) else former)
 
 
+@contextmanager
+def deaf_to_sigterm() -> Iterator[None]:
+    """What is started in the block hears no SIGTERM, as nothing that Ray starts hears a Ctrl-C.
+
+    systemd, among others, sends one to all processes of a program at once. The program says what it means for
+    them: Ray's servers would leave it waiting for them, for a minute.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _found() -> tuple[str, str]:
     """The address that Ray takes `auto` for, and what to do about it where a file of Ray's alone says so.
 

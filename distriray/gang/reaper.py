@@ -1,7 +1,8 @@
 """Ends what a local Ray leaves behind when its driver is killed.
 
 Ray ends its own processes when their driver dies, but in Ray 2.60 two agents wait a minute for the head
-that died with them. This process waits for the end of its standard input, which comes with the driver's.
+that died with them. This process waits for the end of its standard input, which comes with the driver's, and
+kills what is left.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from collections.abc import Collection
 from contextlib import suppress
 
 import psutil
-
-GRACE_S = 3.0
 
 
 def children() -> set[psutil.Process]:
@@ -43,19 +42,14 @@ def start(others: Collection[psutil.Process] = ()) -> subprocess.Popen[str]:
 
 
 def main() -> None:
-    """Wait for the driver's end, give what it started a moment to go, and end the rest."""
+    """Wait for the driver's end, and end what it started."""
     started = json.loads(sys.stdin.readline())
     sys.stdin.read()
-    left = []
     for pid, created in started:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             if process.create_time() == created:
-                left.append(process)
-    _, left = psutil.wait_procs(left, timeout=GRACE_S)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+                process.kill()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -86,13 +87,16 @@ def test_a_job_killed_half_way_makes_every_good_prompt_exactly_once(
     assert [error["line"] for error in errors] == sorted(BAD)
 
 
+@pytest.mark.parametrize("everybody", [False, True], ids=["the job", "with all that it started"])
 def test_a_job_that_is_terminated_finishes_what_is_under_way(
-    prompts: Path, tmp_path: Path, tiny_model: Path
+    prompts: Path, tmp_path: Path, tiny_model: Path, everybody: bool
 ) -> None:
     out = tmp_path / "out"
     job = start(prompts, out, tiny_model)
     wait_for(5, out, job)
-    job.send_signal(signal.SIGTERM)
+    process = psutil.Process(job.pid)
+    for each in (process, *(process.children(recursive=True) if everybody else ())):  # as systemd does
+        each.send_signal(signal.SIGTERM)
     told, _ = job.communicate(timeout=60)
     summary = json.loads(told)
     assert job.returncode == 130 and summary["stopped"] and summary["failed"] == 0

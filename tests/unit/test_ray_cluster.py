@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,22 @@ def test_a_sigterm_means_what_it_meant_before_ray_was_begun(former: Any) -> None
         assert signal.getsignal(signal.SIGTERM) is (of_ray if former is signal.SIG_DFL else former)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+HEARS = "import signal; print(signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+
+
+@pytest.mark.distributed
+def test_what_is_started_deaf_hears_no_sigterm_and_the_program_hears_its_own_afterwards() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with cluster.deaf_to_sigterm():
+            deaf = subprocess.check_output([sys.executable, "-c", HEARS], text=True)
+            signal.raise_signal(signal.SIGTERM)
+            assert not heard
+        assert heard == [signal.SIGTERM]
+        hears = subprocess.check_output([sys.executable, "-c", HEARS], text=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (deaf, hears) == ("False\n", "True\n")
