@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private import ray_constants
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
@@ -21,6 +22,7 @@ from tests.unit.cluster_schema import RAY_SERVICE
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 SERVICES = ["cpu", "sdxl"]
+DRAINING = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 RAY = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
@@ -94,7 +96,14 @@ def test_every_pod_has_the_keys_and_every_volume_it_mounts(name: str) -> None:
 def test_pods_outlast_the_requests_they_serve(name: str) -> None:
     app, (group,) = app_of(service(name)["spec"]["serveConfigV2"]), groups_of(name)
     longest = max(app.drain_s, *(pool.drain_s for pool in app.pools))
-    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > longest
+    spec = group["template"]["spec"]
+    variables = {each["name"]: each.get("value") for each in spec["containers"][0]["env"]}
+    rays = float(variables[DRAINING])  # which by itself ends a node 30 s after its SIGTERM
+    assert longest < rays < spec["terminationGracePeriodSeconds"]
+
+
+def test_ray_reads_how_long_a_node_may_drain() -> None:
+    assert hasattr(ray_constants, DRAINING)
 
 
 @pytest.mark.parametrize("name", SERVICES)
