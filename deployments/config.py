@@ -12,7 +12,7 @@ from distriray.gang.config import LIVE_FIELDS, HostConfig, merged
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.names import check_unique
-from distriray.quantities import Count, NonNegative, PositiveSeconds, Seconds
+from distriray.quantities import Count, NonNegative, PositiveSeconds, ReservedCpus, Seconds
 from distriray.routing.router import CHOICES
 
 ROUTERS = "Ingress"
@@ -46,7 +46,7 @@ class PoolConfig(HostConfig):
     look_back_s: PositiveSeconds = 20.0
     scale_up_after_s: Seconds = 5.0
     scale_down_after_s: Seconds = 300.0
-    cpus_per_host: NonNegative = 0.1
+    cpus_per_host: ReservedCpus = 0.1
     drain_s: PositiveSeconds = 120.0
     health_period_s: PositiveSeconds = 10.0
 

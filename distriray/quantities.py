@@ -9,5 +9,6 @@ from pydantic import Field
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+ReservedCpus = Annotated[float, Field(ge=1e-4, allow_inf_nan=False)]  # Ray's smallest amount of anything
 Seconds = NonNegative
 PositiveSeconds = Positive

@@ -15,7 +15,7 @@ from distriray.ip_adapters import IPAdapterSpec
 from distriray.limits import Limits
 from distriray.models import ModelSpec
 from distriray.names import KINDS, MOST_LOADED, check_unique
-from distriray.quantities import Count, Positive, PositiveSeconds
+from distriray.quantities import Count, PositiveSeconds, ReservedCpus
 from distriray.requests import Defaults, Sides
 from distriray.routing.buddy import check_gang_sizes
 from distriray.routing.policies import check_policy
@@ -79,7 +79,7 @@ class HostConfig(BaseModel):
     workers: Count = 1
     gang_sizes: tuple[Count, ...] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpus_per_worker: Positive = 1.0
+    cpus_per_worker: ReservedCpus = 1.0
     strategy: Literal["STRICT_PACK", "PACK", "SPREAD"] = "STRICT_PACK"
     parallel: ParallelConfig = ParallelConfig()
     limits: Limits = Limits()

@@ -53,6 +53,8 @@ HALVES = {"parallel": {"cfg_parallel": True}}
         ),
         ({"pools": [{"name": "a"}], "router": {"min_replicas": 5}}, "use at least 5"),
         ({"pools": [{"name": "a"}], "colour": "red"}, "colour"),
+        ({"pools": [{"name": "a", "cpus_per_host": 0}]}, r"(?s)cpus_per_host.*equal to 0\.0001"),
+        ({"pools": [{"name": "a", "cpus_per_worker": 1e-5}]}, r"(?s)cpus_per_worker.*equal to 0\.0001"),
     ],
 )
 def test_a_bad_configuration_is_refused(args: dict[str, Any], message: str) -> None:
