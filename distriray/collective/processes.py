@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from types import TracebackType
@@ -30,7 +32,7 @@ class RankProcesses:
 
     The function is defined at the top level of a module. If it is a generator function, each value that it
     yields is a report, and what it returns is the rank's value. Arguments, reports and values are copied.
-    Leaving the `with` block kills the processes that are left.
+    Leaving the `with` block kills the processes that are left, and so does the end of this process.
 
     Attributes:
         outcomes: by rank, in the order in which ranks ended.
@@ -121,6 +123,7 @@ def start_method(device_type: str) -> BaseContext:
 
 
 def _run(connection: Connection, work: bytes, rank: int, world_size: int) -> None:
+    threading.Thread(target=_end_with_parent, name="distriray-parent", daemon=True).start()
     torch.set_num_threads(1)
     try:
         function, arguments = pickle.loads(work)
@@ -131,6 +134,14 @@ def _run(connection: Connection, work: bytes, rank: int, world_size: int) -> Non
     except BaseException:
         message = pickle.dumps(Outcome(error=traceback.format_exc()))
     connection.send_bytes(message)  # not `send`, which would share tensors' memory, and that ends here
+
+
+def _end_with_parent() -> None:
+    """Nobody is left to take what this rank may yet find, or to end it."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _reported(generator: Any, connection: Connection) -> Any:

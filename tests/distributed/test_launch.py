@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 
+import psutil
 import pytest
 import torch
 
@@ -98,6 +102,34 @@ def _parent(rank: int, world_size: int) -> tuple[int, bool]:
 def test_processes_for_cuda_are_not_forked() -> None:
     """Forked after CUDA was initialized, a process cannot use it, and importing diffusers initializes it."""
     assert run_processes(1, _parent, device_type="cuda") == [(os.getpid(), False)]
+
+
+def _stays(rank: int, world_size: int) -> Iterator[int]:
+    yield os.getpid()
+    time.sleep(600)
+
+
+PARENT = """
+import sys
+from tests.distributed.ranks import Ranks
+from tests.distributed.test_launch import _stays
+with Ranks(2, _stays, device_type=sys.argv[1]) as ranks:
+    print(*map(ranks.milestone, range(2)), flush=True)
+    ranks.listen()
+"""
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_ranks_end_with_the_program_that_is_killed(device_type: str) -> None:
+    arguments = [sys.executable, "-c", PARENT, device_type]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        ranks = [psutil.Process(int(pid)) for pid in program.stdout.readline().split()]
+        program.kill()
+    _, left = psutil.wait_procs(ranks, timeout=60)
+    for rank in left:
+        rank.kill()
+    assert len(ranks) == 2 and not left
 
 
 def _on_the_gpu(communicator: Communicator) -> tuple[str, float]:
