@@ -1,4 +1,4 @@
-"""How a process comes to Ray: to a cluster that runs already, or to one that it starts."""
+"""How a process comes to Ray, a cluster that runs already or one that it starts, and leaves it."""
 
 from __future__ import annotations
 
@@ -37,12 +37,25 @@ def join(address: str) -> None:
         ray.init(address, logging_level="ERROR", log_to_driver=False)
 
 
+def leave() -> None:
+    """Disconnect this process from its cluster, and end what it has started of that.
+
+    What `deaf_to_sigterm` started has nothing to save; Ray would wait a second for each process of it.
+    """
+    node = ray._private.worker._global_node
+    if node is not None:
+        kill = node.kill_all_processes
+        node.kill_all_processes = lambda **_: kill(check_alive=False)
+    with deaf_to_sigterm(), own_sigterm():
+        ray.shutdown()
+
+
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Begin Ray in the block, and let a SIGTERM mean to this process what it meant before.
+    """Begin or end Ray in the block, and let a SIGTERM mean to this process what it meant before.
 
     Ray's own handler prints a stack and aborts the process 3 s later, whatever that has to give back still.
-    Where the program has none, a SIGTERM raises SystemExit, as in Ray's.
+    Where the program has none, a SIGTERM raises SystemExit, as in Ray's. At its end Ray takes away any.
     """
     former = signal.getsignal(signal.SIGTERM)
     try:

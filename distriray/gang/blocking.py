@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from distriray.cluster import deaf_to_sigterm, join, own_sigterm
+from distriray.cluster import deaf_to_sigterm, join, leave, own_sigterm
 from distriray.errors import NotEnoughDevices
 from distriray.events import Event
 from distriray.gang import reaper
@@ -121,7 +121,7 @@ def open_host(
         thread.join()
         loop.close()
         if started:
-            _shut_down()
+            leave()
         if watcher is not None:
             watcher.communicate()
 
@@ -159,18 +159,6 @@ def _start_ray(address: str | None, cpus: int | None) -> subprocess.Popen[str] |
     except (OSError, ValueError) as error:
         raise NotEnoughDevices(f"Ray does not start on this machine: {error}") from error
     except BaseException:  # an interrupt, or the SIGTERM that has waited
-        _shut_down()
+        leave()
         raise
     return watcher
-
-
-def _shut_down() -> None:
-    """Leave Ray, and end what this process has started of it.
-
-    That hears no SIGTERM and has nothing to save; Ray would wait a second for each of its processes.
-    """
-    node = ray._private.worker._global_node
-    if node is not None:
-        kill = node.kill_all_processes
-        node.kill_all_processes = lambda **_: kill(check_alive=False)
-    ray.shutdown()

@@ -67,6 +67,7 @@ def running_app(name: str, *, address: str | None) -> Iterator[list[Maker]]:
     import ray
     from ray.serve.exceptions import RayServeException
 
+    from distriray.cluster import leave
     from distriray.handle import HandleClient
 
     joined = ray.is_initialized()
@@ -76,4 +77,4 @@ def running_app(name: str, *, address: str | None) -> Iterator[list[Maker]]:
         raise ConnectionError(f"Serve application {name!r} cannot be used: {error}") from error
     finally:
         if not joined:
-            ray.shutdown()
+            leave()

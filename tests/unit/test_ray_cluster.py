@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,22 @@ def test_a_sigterm_means_what_it_meant_before_ray_was_begun(former: Any) -> None
         assert signal.getsignal(signal.SIGTERM) is (of_ray if former is signal.SIG_DFL else former)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_sigterm_means_what_it_meant_before_once_ray_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes the handler away from the process, and Python does not know."""
+    heard: list[int] = []
+    no_handler = partial(ctypes.CDLL(None).signal, signal.SIGTERM, None)
+    monkeypatch.setattr(cluster.ray, "shutdown", no_handler)
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        cluster.leave()
+        handled = int(re.search(r"SigCgt:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)  # type: ignore[index]
+        assert handled >> (signal.SIGTERM - 1) & 1
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
 
 
 HEARS = "import signal; print(signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
