@@ -211,8 +211,13 @@ def _signals_stop(run: Run) -> Iterator[None]:
     signals: SimpleQueue[int | None] = SimpleQueue()  # to put something there takes no lock
 
     def obey() -> None:
+        told = False
         while signals.get() is not None:
             run.stop()
+            if not told:
+                told = True
+                with suppress(OSError):
+                    notes.say("stopping; what is under way is finished first, unless you stop it again")
 
     thread = threading.Thread(target=obey, name="stop", daemon=True)
     thread.start()

@@ -588,6 +588,15 @@ def test_every_signal_has_stopped_its_run_when_that_is_over() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_whoever_stops_a_run_is_told_once_that_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = StringIO()
+    monkeypatch.setattr(generate, "notes", type(generate.notes)(file=log))
+    with _signals_stop(SimpleNamespace(stop=lambda: None)):  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert log.getvalue() == "stopping; what is under way is finished first, unless you stop it again\n"
+
+
 def test_two_jobs_cannot_share_a_folder(tmp_path: Path) -> None:
     with Folder(tmp_path), pytest.raises(InvalidRequest, match="another job"), Folder(tmp_path):
         pass
