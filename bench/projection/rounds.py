@@ -33,7 +33,12 @@ class Case:
     @property
     def exchanges(self) -> bool:
         """Whether the ranks share the rows of a picture at all."""
-        return self.ranks > (2 if self.split else 1)
+        return self.patches > 1
+
+    @property
+    def patches(self) -> int:
+        """Ranks that share the rows of a picture; the first ones of the gang do."""
+        return self.ranks // (2 if self.split else 1)
 
     @property
     def config(self) -> ParallelConfig:
@@ -67,9 +72,9 @@ def alone(case: Case, exchanges: Sequence[ExchangeMode]) -> Case:
     return Case(case.size, 1, False, exchanges[0])
 
 
-def places(ranks: int) -> list[int]:
-    """The ranks whose shares are measured: an outer one, and one with a neighbour on each side."""
-    return sorted({0, ranks // 2})
+def places(patches: int) -> list[int]:
+    """The ranks whose shares are measured: an outer one, and one with a neighbour on each side if one has."""
+    return sorted({0, patches // 2})
 
 
 def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[Round]:
@@ -86,7 +91,7 @@ def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[R
             taken.loopback = measure_loopback(communicator)
         for case in cases(arguments.sizes, arguments.ranks, arguments.exchange):
             barrier(communicator)
-            own = places(case.ranks)[communicator.rank :: communicator.world_size]
+            own = places(case.patches)[communicator.rank :: communicator.world_size]
             shares = [
                 measure_share(unet, rank, case.ranks, case.size, arguments.steps, case.config) for rank in own
             ]

@@ -92,6 +92,31 @@ def test_a_rank_of_each_published_network_has_its_share_timed(name: str, exchang
     assert timing.step_ms > 0 and buffers > 0
 
 
+@pytest.mark.parametrize(("split", "rank"), [(True, 2), (False, 4)])
+def test_the_share_of_a_rank_with_a_neighbour_on_each_side_is_timed_for_as_many_steps_as_asked(
+    split: bool, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks: list[int] = []
+
+    class Noted(shares.NotedPeers):
+        def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+            super().__init__(rank, world_size, device)
+            ranks.append(rank)
+
+    monkeypatch.setattr(shares, "NotedPeers", Noted)
+    model, cpu = PUBLISHED["sdxl"], torch.device("cpu")
+    network = random_network(model.small, cpu, torch.float32)
+    called = 0
+
+    def count(*given: Any) -> None:
+        nonlocal called
+        called += 1
+
+    monkeypatch.setattr(type(model), "call", count)
+    share(model, network, 8, 256, split, "sync", graphs=False, steps=200)
+    assert ranks == [rank] and called > 200
+
+
 def test_a_share_that_fails_keeps_no_other_from_being_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
