@@ -191,7 +191,8 @@ def test_the_table_compares_each_picture_with_the_base_methods(tmp_path: Path) -
     section = Section("prediction", (BASE, better, replace(BASE, halos=0.5)), 2)
     rows = rows_of(section, {BASE.alone: 100.0, BASE: 40.0, better: 42.0}, tmp_path)
     assert [row["against base, dB"] for row in rows] == ["-", "+2.0 ± 0.0"], "what was not made is left out"
-    assert rows[1]["PSNR, dB"].startswith("42.0") and rows[1]["count"] == "2"
+    assert rows[1]["PSNR, dB"] == "42.0 ± 12.7", "of two pictures, by Student's distribution"
+    assert rows[1]["count"] == "2"
 
 
 def test_a_size_without_rows_for_as_many_patches_is_refused_before_anything_is_painted() -> None:
