@@ -35,7 +35,7 @@ from bench.quality.painter import Paint, Painter
 from bench.quality.photos import PhotoJudge
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
-from bench.quality.work import Album, Plan, Unit, make
+from bench.quality.work import Album, Job, Plan, Unit, make
 from distriray.denoise import Denoiser
 from distriray.errors import InvalidRequest
 from distriray.landscapes.draw import draw
@@ -131,6 +131,18 @@ def test_an_album_gives_what_is_finished_up_to_the_first_gap(tmp_path: Path) -> 
         album.keep(unit, {"psnr": np.arange(unit.start, unit.stop)})
     assert [album.has(unit) for unit in units] == [True, False, True]
     assert album.read(units)["psnr"].tolist() == list(range(10))
+
+
+def test_pictures_are_kept_apart_by_the_code_and_the_device_that_draw_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(ModelSpec(), "cpu", 64, 4.0, 1, (Prompt("a lake", 0),), tmp_path)
+    monkeypatch.setattr("bench.quality.work.CODE", (tmp_path,), raising=False)
+    digests = [job.digest(), job.digest(), replace(job, device="cuda").digest()]
+    for code in ("1", "2"):
+        (tmp_path / "step.py").write_text(code)
+        digests.append(job.digest())
+    assert digests[0] == digests[1] and len(set(digests)) == 4
 
 
 class Crew:
