@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as stages
-from bench.gpu import serve, shares
+from bench.gpu import figure, serve, shares
 from bench.gpu.shares import COLUMNS, share, whole_step
 from bench.published import PUBLISHED, random_network
 from distriray.config import MIXES, ExchangeMode
@@ -136,6 +136,20 @@ def test_a_share_that_fails_keeps_no_other_from_being_measured(
     ):
         shares.main()
     assert [row["share of"] for row in json.loads(out.read_text())["rows"]] == ["diffusers", "a gang of 2"]
+
+
+def test_the_figure_takes_from_other_files_only_what_the_measurement_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(gang: str, step_ms: float) -> dict[str, str]:
+        given = {"size": "1024x1024", "share of": gang, "guidance": "split", "launched by": "graph"}
+        return {**given, "step, ms": str(step_ms)}
+
+    for name, rows in (("shares-8", [("8", 1.0), ("4", 2.0)]), ("shares", [("4", 3.0)])):
+        measured = {"rows": [row(f"a gang of {gang}", step_ms) for gang, step_ms in rows]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(measured))
+    monkeypatch.setattr(figure, "FOLDER", tmp_path)
+    assert figure.shares("shares", "1024x1024", "graph") == {"4": 3.0, "8": 1.0}
 
 
 @pytest.mark.parametrize("device", sorted(serve.SCENES))
