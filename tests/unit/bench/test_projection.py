@@ -120,6 +120,11 @@ def test_a_rank_with_a_neighbour_on_each_side_is_measured_where_one_has(ranks, m
         assert any(0 < patch < patches - 1 for patch, patches in found)
 
 
+def test_two_ranks_with_a_branch_each_are_measured_at_a_time():
+    (split, together) = cases([SIZE], [2], ["sync"])
+    assert [places(case.patches, case.halves) for case in (split, together)] == [[0, 1], [0, 1]]
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_steps_that_are_timed_do_all_that_later_ones_do(steps, monkeypatch):
     fits = []
