@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from bench import routing
 from bench.arguments import add_json, measurement
 from bench.report import Report
 from bench.routing import decision_times
@@ -96,6 +98,17 @@ def test_what_was_measured_is_written_with_what_the_command_was_told(tmp_path: P
     here = subprocess.run(("git", "rev-parse", "HEAD"), capture_output=True, text=True).stdout
     commit = written["commit"]
     assert here.startswith(commit.removesuffix("-dirty")) if here else commit is None
+
+
+def test_times_of_decisions_are_written_with_what_they_were_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for table in ("decision_times", "against_optimum", "burst_bound"):
+        monkeypatch.setattr(routing, table, lambda *given: {"requests": 1.0})
+    assert routing.main(["--seed", "3", "--json", str(tmp_path / "x.json")]) == 0
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["seed"] == 3 and written["decision"] == 3 * [{"requests": 1.0}]
+    assert written.keys() >= {"date", "commit", "machine", "versions", "settings"}
 
 
 def test_no_quantile_of_decisions_is_above_the_longest() -> None:
