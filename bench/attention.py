@@ -29,7 +29,7 @@ from bench.launches import Collectives, spread_by_diffusers
 from bench.published import PUBLISHED, SDXL, Published
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.arguments import positive
+from distriray.arguments import at_least, positive
 from distriray.collective import Communicator, connect, launch, serve_store
 from distriray.collective.store import open_store
 from distriray.config import AttentionMode
@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--network", choices=NETWORKS, default="flux")
     parser.add_argument("--size", type=side, default=512, help="pixels of a side (default 512)")
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4])
+    parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[2, 4])
     add_backends(parser)
     parser.add_argument("--heads", type=positive, default=12, help="of 64 channels (default 12)")
     parser.add_argument("--rounds", type=positive, default=5)

@@ -18,7 +18,7 @@ import torch
 
 from bench.arguments import add_backends, add_json
 from bench.report import Report
-from distriray.arguments import at_least, positive
+from distriray.arguments import at_least
 from distriray.collective import Communicator, all_gather, connect, launch, serve_store
 
 SIZES = {"1 KiB": 1 << 10, "64 KiB": 1 << 16, "1 MiB": 1 << 20, "16 MiB": 1 << 24}
@@ -32,7 +32,7 @@ Samples = dict[tuple[str, str], list[tuple[float, float]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_backends(parser)
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4])
+    parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[2, 4])
     parser.add_argument(
         "--repeats", type=at_least(10 * TURNS), default=400, help="of the small ones; 16 MiB: a tenth of it"
     )

@@ -25,7 +25,7 @@ from bench.arguments import add_backends, add_json, side
 from bench.barrier import barrier
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
-from distriray.arguments import positive
+from distriray.arguments import at_least, positive
 from distriray.collective import Communicator, Work, connect, launch, serve_store
 from distriray.collective.local import NothingInFlight
 from distriray.collective.subgroup import Subgroup
@@ -35,6 +35,8 @@ from distriray.parallel import engine_of
 from distriray.parallel.choice import CANDIDATES, expected_step_s
 
 ALONE, UNSENT = "one rank", "unsent"
+SETTLING = 3
+"""Steps of an image before one does all that later ones do: two changes come before weights are fitted."""
 EXCHANGES: Mapping[str, ExchangeMode | Mix] = {
     "none": "none",
     UNSENT: "displaced",
@@ -77,7 +79,7 @@ class _Layers(Subgroup):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=side, default=512, help="pixels of a side (default 512)")
-    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--ranks", type=at_least(2), default=2)
     add_backends(parser)
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--steps", type=positive, default=6, help="timed steps a round")
@@ -164,14 +166,14 @@ def _time_mode(
     inputs = unet_inputs(unet, size)
     statistics = []
     with engine.image():
-        for step in range(steps + 2):
+        for step in range(SETTLING + steps):
             unet(timestep=900 - step, **inputs)
             statistics.append(engine.statistics)
             if mode == UNSENT:
                 gang.mute = True
     if mode == ALONE:
         barrier(communicator)
-    kept = statistics[2:]  # the first fills the buffers, the second is the first displaced one
+    kept = statistics[SETTLING:]
     step_s, wait_s = median(s.seconds for s in kept), median(s.wait_s for s in kept)
     expected: dict[str, float] = {}
     if mode == "sync":

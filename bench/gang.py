@@ -58,8 +58,7 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
 
-    settings = {"model": options.model, "size": options.size, "steps": options.steps}
-    report = Report("gangs on Ray, 4 CPU workers", COLUMNS, seed=1, settings=settings)
+    report = Report("gangs on Ray, 4 CPU workers", COLUMNS, seed=1, settings=vars(options))
     policy = Script([(0,)])
     config = HostConfig(
         model=ModelSpec(name=options.model),

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.arguments import add_json, side
+from bench.exchange import SETTLING
 from bench.projection.peers import NotedPeers
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
@@ -62,7 +63,7 @@ COLUMNS = (
 )
 NAMES: tuple[ExchangeMode, ...] = ("displaced", "displaced_attention", "compressed", "sync")
 RANK = 1
-"""Whose part is counted: in gangs of three and more it has peers on both sides, as the slowest have."""
+"""Whose part is counted: of three patches and more it has peers on both sides, as the slowest have."""
 OVERWRITES = {"copy_", "fill_", "zero_"}
 """Operations that do not read what they write to."""
 
@@ -348,13 +349,10 @@ def share(
     exchange: ExchangeMode,
     attention: AttentionMode = "gather",
 ) -> tuple[Count, NotedPeers, int]:
-    """One rank's part of a step that three came before: its count, its peers, and the bytes of its buffers.
-
-    All that a step does is done from the fourth one on: two changes come before the first fit of weights.
-    """
+    """One rank's part of a step of an image that has settled: its count, its peers, its buffers' bytes."""
     network, inputs, engine, peers = in_gang(model, size, ranks, split, exchange, attention)
     with engine.image():
-        for step in range(4):
+        for step in range(SETTLING + 1):
             engine.announce_more()
             peers.begin_step()
             with counting() as count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 
 class Report:
-    """Rows of one measurement, with its date, versions, machine and seed."""
+    """Rows of one measurement, with its date, commit, versions, machine and seed."""
 
     def __init__(self, title: str, columns: tuple[str, ...], *, seed: int, settings: dict[str, Any]) -> None:
         self.title = title
@@ -20,6 +21,7 @@ class Report:
         self.rows: list[tuple[str, ...]] = []
         self.context = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": _commit(),
             "seed": seed,
             "settings": settings,
             "machine": f"{_processor()}, {os.cpu_count()} cores",
@@ -59,6 +61,18 @@ class Report:
         Path(path).write_text(
             json.dumps({"title": self.title, **self.context, "rows": rows}, indent=2, default=str) + "\n"
         )
+
+
+def _commit() -> str | None:
+    """Of what is measured, `-dirty` where files differ from it; None outside a clone."""
+    described = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        found = subprocess.run(
+            described, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _version(package: str) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.arguments import add_json
+from bench.report import Report
 from bench.routing_optimum import most_deadlines
 from distriray.arguments import at_least, positive
 from distriray.routing.latency import LatencyModel
@@ -119,8 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         command = "python -m bench.routing " + " ".join(arguments or sys.argv[1:])
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"command": command, "decision": times, "optimum": optimum, "bursts": bursts}
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        context = Report("", (), seed=options.seed, settings=vars(options)).context
+        found = {"command": command, **context, "decision": times, "optimum": optimum, "bursts": bursts}
+        options.json.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
     return 0
 
 

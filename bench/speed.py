@@ -142,20 +142,19 @@ def measure(communicator: Communicator, compared: list[Way], arguments: argparse
     pipeline = load_pipeline(spec, communicator.device)
     untouched = load_pipeline(spec, communicator.device) if communicator.rank == 0 else None
     rounds: list[Round] = []
-    for round_ in range(arguments.rounds + 1):
-        steps = arguments.steps if round_ else 2  # the first one warms every shape up and is not kept
+    for _ in range(arguments.rounds + 1):
         taken = {}
         for size in arguments.sizes:
             for way in compared:
                 barrier(communicator)
                 if communicator.rank < max(way.ranks, 1):
                     if way.ranks:
-                        taken[size, way.name] = _by_gang(pipeline, communicator, way, size, steps)
+                        taken[size, way.name] = _by_gang(pipeline, communicator, way, size, arguments.steps)
                     else:
-                        taken[size, way.name] = _alone(untouched, way.threads, size, steps)
+                        taken[size, way.name] = _alone(untouched, way.threads, size, arguments.steps)
         barrier(communicator)
         rounds.append(taken)
-    return rounds[1:]
+    return rounds[1:]  # the first one met every shape and kind of step for the first time
 
 
 def _alone(pipeline: Any, threads: int, size: int, steps: int) -> Phases:
@@ -207,7 +206,7 @@ def measure_host(arguments: argparse.Namespace) -> list[Round]:
         model=ModelSpec(name=arguments.model), workers=max(arguments.gangs), device=arguments.device
     )
     with open_host(config, cpus=None if arguments.device == "cuda" else config.workers) as host:
-        for round_ in range(arguments.rounds + 1):
+        for _ in range(arguments.rounds + 1):
             taken = {}
             for size in arguments.sizes:
                 for ranks in arguments.gangs:
@@ -215,7 +214,7 @@ def measure_host(arguments: argparse.Namespace) -> list[Round]:
                         prompt=PROMPT,
                         height=size,
                         width=size,
-                        num_inference_steps=arguments.steps if round_ else 2,
+                        num_inference_steps=arguments.steps,
                         seed=0,
                         gang_size=ranks,
                     )

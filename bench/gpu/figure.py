@@ -50,9 +50,12 @@ def draw(axis: Any, size: str) -> None:
 
 
 def shares(name: str, size: str, launched: str, of: str = "a gang of ") -> dict[str, float]:
-    """Milliseconds of a step by gang; guidance is split where the gang is even."""
+    """Milliseconds of a step by gang; guidance is split where the gang is even.
+
+    What the measurement of that name has is taken from it, and the rest from those that complete it.
+    """
     found: dict[str, float] = {}
-    for path in sorted(FOLDER.glob(f"{name}*.json")):
+    for path in sorted(FOLDER.glob(f"{name}*.json"), key=lambda path: (path.stem != name, path)):
         if name == "shares" and "before" in path.stem:
             continue
         for row in json.loads(path.read_text())["rows"]:

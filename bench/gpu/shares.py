@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.arguments import add_json
+from bench.arguments import add_json, side
 from bench.barrier import finish
+from bench.exchange import SETTLING
 from bench.projection.peers import NotedPeers, filled_once
+from bench.projection.rounds import places
 from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
@@ -63,7 +65,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=PUBLISHED, default="sdxl")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run, small")
-    parser.add_argument("--sizes", type=positive, nargs="+", help="pixels of a side; default 1024 2048 3840")
+    parser.add_argument("--sizes", type=side, nargs="+", help="pixels of a side; default 1024 2048 3840")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument(
         "--exchange", choices=MIXES, nargs="+", help="default: displaced of a U-Net, sync of a transformer"
@@ -167,7 +169,7 @@ def share(
 
     The rank has a neighbour on each side, where one of the gang does.
     """
-    peers = NotedPeers(ranks // 2 if ranks > 2 else 0, ranks, network.device)
+    peers = NotedPeers(max(places(ranks // (2 if split else 1))), ranks, network.device)
     parallelize(
         network,
         peers,
@@ -180,7 +182,7 @@ def share(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     inputs = model.inputs_of(network, size)
-    timesteps = iter([_on(network.device, model.timestep(timestep)) for timestep in range(999, 899, -1)])
+    timesteps = iter([_on(network.device, model.timestep(999 - at)) for at in range(SETTLING + steps + 3)])
 
     def step() -> None:
         engine.announce_more()
@@ -189,7 +191,7 @@ def share(
     with engine.image():
         step()
         peers.fills = not filled_once(MIXES[exchange])
-        for _ in range(3):
+        for _ in range(SETTLING):
             step()
         timing = timed(step, steps, network.device)
     if graphs and engine.graphs.obstacle:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench.arguments import add_json
+from bench.arguments import add_json, side
 from bench.projection.links import Link, parse_link
 from bench.projection.rounds import Round, alone, cases, measure, slowest
 from bench.projection.share import Share
@@ -71,7 +71,7 @@ def main() -> None:
         help="the U-Net; default landscapes on a CPU, sdxl (with random weights) on a GPU",
     )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--sizes", type=positive, nargs="+", help="pixels of a side")
+    parser.add_argument("--sizes", type=side, nargs="+", help="pixels of a side")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--exchange", choices=tuple(MIXES), nargs="+", default=["displaced", "sync"])
     parser.add_argument(

@@ -33,7 +33,17 @@ class Case:
     @property
     def exchanges(self) -> bool:
         """Whether the ranks share the rows of a picture at all."""
-        return self.ranks > (2 if self.split else 1)
+        return self.patches > 1
+
+    @property
+    def patches(self) -> int:
+        """Ranks that share the rows of a picture, the first ones of the gang for one."""
+        return self.ranks // self.halves
+
+    @property
+    def halves(self) -> int:
+        """Into how many the guidance branches split it."""
+        return 2 if self.split else 1
 
     @property
     def config(self) -> ParallelConfig:
@@ -67,9 +77,12 @@ def alone(case: Case, exchanges: Sequence[ExchangeMode]) -> Case:
     return Case(case.size, 1, False, exchanges[0])
 
 
-def places(ranks: int) -> list[int]:
-    """The ranks whose shares are measured: an outer one, and one with a neighbour on each side."""
-    return sorted({0, ranks // 2})
+def places(patches: int, halves: int = 1) -> list[int]:
+    """The ranks whose shares are measured: an outer one, and one with a neighbour on each side if one has.
+
+    Where halves share no rows it is a rank of each, so that two cores compute as they would.
+    """
+    return sorted({0, patches // 2 or halves - 1})
 
 
 def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[Round]:
@@ -86,7 +99,7 @@ def measure(communicator: Communicator, arguments: argparse.Namespace) -> list[R
             taken.loopback = measure_loopback(communicator)
         for case in cases(arguments.sizes, arguments.ranks, arguments.exchange):
             barrier(communicator)
-            own = places(case.ranks)[communicator.rank :: communicator.world_size]
+            own = places(case.patches, case.halves)[communicator.rank :: communicator.world_size]
             shares = [
                 measure_share(unet, rank, case.ranks, case.size, arguments.steps, case.config) for rank in own
             ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
-from bench.exchange import unet_inputs
+from bench.exchange import SETTLING, unet_inputs
 from bench.projection.links import Link, exposed_s
 from bench.projection.peers import NotedPeers, Step, filled_once
 from bench.published import placed
@@ -19,7 +19,10 @@ from distriray.parallel import engine_of
 
 @dataclass(frozen=True)
 class Share:
-    """Steps of one rank: the first one, which is synchronous, and later ones, as the exchange has them."""
+    """Steps of one rank: the first one, which is synchronous, and later ones, as the exchange has them.
+
+    The first of the later ones is not timed: what it sends, the one after it waits for.
+    """
 
     first: Step
     later: list[Step]
@@ -50,14 +53,14 @@ def measure_share(
     """What rank `rank` of `world_size` does in a guided step at `size` pixels, its peers' buffers filled.
 
     Args:
-        steps: later steps that count; one more goes before them.
+        steps: later steps that are timed.
         config: with one synchronous step at most.
     """
     peers = NotedPeers(rank, world_size, unet.device)
     parallelize(unet, peers, config)
-    taken = _steps(unet, peers, size, steps + 2, fills_once=filled_once(config.mix))
+    taken = _steps(unet, peers, size, SETTLING + steps, fills_once=filled_once(config.mix))
     peers.close()  # nobody joins them again
-    return Share(taken[0], taken[1:])
+    return Share(taken[0], taken[SETTLING - 1 :])
 
 
 def measure_gang(
@@ -69,11 +72,11 @@ def measure_gang(
     assert engine is not None
     inputs, seconds = step_inputs(unet, size), []
     with engine.image():
-        for step in range(steps + 2):
+        for step in range(SETTLING + steps):
             engine.announce_more()
             unet(timestep=900 - step, **inputs)
             seconds.append(engine.statistics.seconds)
-    return median(seconds[2:])
+    return median(seconds[SETTLING:])
 
 
 def _steps(

@@ -3,7 +3,8 @@
 Every picture is compared with the one that a single device makes of the same prompt and seed. The ranks of a
 gang take turns in one process (`distriray.collective.lockstep`), which gives the pictures that separate
 processes give.
-Finished parts are kept in `--work`, so the command can be stopped and repeated.
+Finished parts are kept in `--work`, so the command can be stopped and repeated, while the code that draws is
+the same.
 
 With the built-in model nothing is downloaded. For a model of one's own, on a GPU, with COCO's captions and
 pictures, as in the paper:

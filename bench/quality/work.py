@@ -15,6 +15,7 @@ import torch
 from diffusers.utils import logging
 from numpy.typing import NDArray
 
+import distriray
 from bench.quality.design import Section, Setting
 from bench.quality.judges import Judge, LandscapeJudge
 from bench.quality.painter import Painter
@@ -25,6 +26,9 @@ from distriray.models import BUILTIN, ModelSpec, locate
 # A setting's step in steps of one device, measured on one core with the built-in U-Net at 256x256.
 STEP_COST = {1: 1.0, 2: 1.6, 4: 2.0, 8: 3.3}
 PICTURE_COST = 4.5  # decoding and judging
+
+CODE = tuple(Path(distriray.__file__).parent / name for name in ("collective", "denoise", "parallel"))
+"""What draws: pictures of other code are not those that a command of today measures."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -73,13 +77,14 @@ class Job:
         return PhotoJudge(self.reference, self.device)
 
     def digest(self) -> str:
-        """Of the model's files, the prompts and what else the pictures depend on."""
-        total = hashlib.sha256(repr((self.size, self.guidance_scale, self.spec.dtype, self.prompts)).encode())
-        folder = locate(self.spec)
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".json", ".txt", ".safetensors"):
-                with path.open("rb") as file:
-                    total.update(hashlib.file_digest(file, "sha256").digest())
+        """Of the model's files, the prompts, the code that draws, and what else the pictures depend on."""
+        told = self.device, self.size, self.guidance_scale, self.spec.dtype, self.prompts
+        total = hashlib.sha256(repr(told).encode())
+        for folder in (locate(self.spec), *CODE):
+            for path in sorted(folder.rglob("*")):
+                if path.suffix in (".json", ".txt", ".safetensors", ".py"):
+                    with path.open("rb") as file:
+                        total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()[:16]
 
 

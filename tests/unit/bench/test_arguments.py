@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
+from bench import routing
 from bench.arguments import add_json, measurement
 from bench.report import Report
 from bench.routing import decision_times
@@ -27,9 +30,13 @@ from bench.routing import decision_times
         ("bench.simulator_truth", "--load nan"),
         ("bench.projection.__main__", "--warmup-steps -1"),
         ("bench.gpu.serve", "--deadline nan"),
+        ("bench.projection.__main__", "--sizes 1000"),
+        ("bench.gpu.shares", "--sizes 1000"),
         ("bench.exchange", "--size 132"),
+        ("bench.exchange", "--ranks 1"),
         ("bench.exchange", "--backends nothing"),
         ("bench.attention", "--size 132"),
+        ("bench.attention", "--ranks 2 1"),
         ("bench.attention", "--backends local"),
         ("bench.launches", "--sizes 1024 1000"),
         ("bench.launches", "--ranks 1"),
@@ -39,6 +46,7 @@ from bench.routing import decision_times
         ("bench.speed", "--sizes 250"),
         ("bench.state", "--sizes 250"),
         ("bench.collective", "--backends nccl"),
+        ("bench.collective", "--ranks 1"),
     ],
 )
 def test_a_number_that_nothing_can_be_measured_with_is_refused(
@@ -85,7 +93,22 @@ def test_what_was_measured_is_written_with_what_the_command_was_told(tmp_path: P
     report = Report("rows", ("what",), seed=0, settings=vars(told))
     report.add("a row")
     report.publish(told.json)
-    assert measurement(str(told.json))["rows"] == [{"what": "a row"}]
+    written = measurement(str(told.json))
+    assert written["rows"] == [{"what": "a row"}]
+    here = subprocess.run(("git", "rev-parse", "HEAD"), capture_output=True, text=True).stdout
+    commit = written["commit"]
+    assert here.startswith(commit.removesuffix("-dirty")) if here else commit is None
+
+
+def test_times_of_decisions_are_written_with_what_they_were_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for table in ("decision_times", "against_optimum", "burst_bound"):
+        monkeypatch.setattr(routing, table, lambda *given: {"requests": 1.0})
+    assert routing.main(["--seed", "3", "--json", str(tmp_path / "x.json")]) == 0
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["seed"] == 3 and written["decision"] == 3 * [{"requests": 1.0}]
+    assert written.keys() >= {"date", "commit", "machine", "versions", "settings"}
 
 
 def test_no_quantile_of_decisions_is_above_the_longest() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as stages
-from bench.gpu import serve, shares
+from bench.gpu import figure, serve, shares
 from bench.gpu.shares import COLUMNS, share, whole_step
 from bench.published import PUBLISHED, random_network
 from distriray.config import MIXES, ExchangeMode
@@ -92,6 +92,31 @@ def test_a_rank_of_each_published_network_has_its_share_timed(name: str, exchang
     assert timing.step_ms > 0 and buffers > 0
 
 
+@pytest.mark.parametrize(("split", "rank"), [(True, 2), (False, 4)])
+def test_the_share_of_a_rank_with_a_neighbour_on_each_side_is_timed_for_as_many_steps_as_asked(
+    split: bool, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks: list[int] = []
+
+    class Noted(shares.NotedPeers):
+        def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+            super().__init__(rank, world_size, device)
+            ranks.append(rank)
+
+    monkeypatch.setattr(shares, "NotedPeers", Noted)
+    model, cpu = PUBLISHED["sdxl"], torch.device("cpu")
+    network = random_network(model.small, cpu, torch.float32)
+    called = 0
+
+    def count(*given: Any) -> None:
+        nonlocal called
+        called += 1
+
+    monkeypatch.setattr(type(model), "call", count)
+    share(model, network, 8, 256, split, "sync", graphs=False, steps=200)
+    assert ranks == [rank] and called > 200
+
+
 def test_a_share_that_fails_keeps_no_other_from_being_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +136,20 @@ def test_a_share_that_fails_keeps_no_other_from_being_measured(
     ):
         shares.main()
     assert [row["share of"] for row in json.loads(out.read_text())["rows"]] == ["diffusers", "a gang of 2"]
+
+
+def test_the_figure_takes_from_other_files_only_what_the_measurement_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(gang: str, step_ms: float) -> dict[str, str]:
+        given = {"size": "1024x1024", "share of": gang, "guidance": "split", "launched by": "graph"}
+        return {**given, "step, ms": str(step_ms)}
+
+    for name, rows in (("shares-8", [("8", 1.0), ("4", 2.0)]), ("shares", [("4", 3.0)])):
+        measured = {"rows": [row(f"a gang of {gang}", step_ms) for gang, step_ms in rows]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(measured))
+    monkeypatch.setattr(figure, "FOLDER", tmp_path)
+    assert figure.shares("shares", "1024x1024", "graph") == {"4": 3.0, "8": 1.0}
 
 
 @pytest.mark.parametrize("device", sorted(serve.SCENES))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench.exchange import unet_inputs
+from bench.exchange import SETTLING, unet_inputs
 from bench.projection.__main__ import COLUMNS, tabulate
 from bench.projection.links import Link, exposed_s, parse_link
 from bench.projection.peers import Moment, NotedPeers, Step
@@ -20,6 +20,8 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import connect, run_in_lockstep
 from distriray.config import MIXES
 from distriray.parallel import engine_of
+from distriray.parallel.kernels import plain
+from distriray.parallel.layout import GangLayout
 from tests.models import tiny_sdxl_unet
 from tests.parameters import sweep
 
@@ -87,7 +89,7 @@ def test_a_rank_alone_computes_with_values_and_no_garbage(exchange):
     unet = parallelize(tiny_sdxl_unet(), connect("local"), local=[keep])
     unet.conv_out.register_forward_hook(keep)
     measure_share(unet, 1, 4, SIZE, 2, config(exchange))
-    assert len(outputs) == 4
+    assert len(outputs) == SETTLING + 2
     assert all(output.isfinite().all() and output.abs().max() < 1e3 for output in outputs)
 
 
@@ -96,6 +98,43 @@ def test_neighbours_are_sent_halos_too_and_the_one_below_those_of_the_downsampli
     sent = share.later[-1].sent
     assert sent.keys() == {0, 1, 3}
     assert sent[3] > sent[1] > sent[0] > 0
+
+
+@pytest.mark.parametrize("ranks", [3, 6, 8])
+def test_a_rank_with_a_neighbour_on_each_side_is_measured_where_one_has(ranks, monkeypatch):
+    measured = []
+
+    def note(unet, rank, world_size, size, steps, config):
+        measured.append((GangLayout.of(world_size, 2, config.cfg_parallel), rank))
+        return Share(step(), [step(), step()])
+
+    monkeypatch.setattr("bench.projection.rounds.measure_share", note)
+    monkeypatch.setattr("bench.projection.rounds.random_network", lambda *options: None)
+    arguments = argparse.Namespace(
+        model="sdxl", dtype="float32", sizes=[SIZE], ranks=[ranks], exchange=["sync"], rounds=1, steps=1
+    )
+    measure(connect("local"), arguments)
+    for halves in {layout.halves for layout, _ in measured}:
+        found = {(layout.patch(rank), layout.patches) for layout, rank in measured if layout.halves == halves}
+        assert any(patch == 0 for patch, _ in found)
+        assert any(0 < patch < patches - 1 for patch, patches in found)
+
+
+def test_two_ranks_with_a_branch_each_are_measured_at_a_time():
+    (split, together) = cases([SIZE], [2], ["sync"])
+    assert [places(case.patches, case.halves) for case in (split, together)] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_steps_that_are_timed_do_all_that_later_ones_do(steps, monkeypatch):
+    fits = []
+    extrapolate = plain.Fit.extrapolate
+    monkeypatch.setattr(plain.Fit, "extrapolate", lambda *given: (fits.append(1), extrapolate(*given)))
+    for count in (steps, steps + 1):
+        measure_share(tiny_sdxl_unet(), 1, 2, SIZE, count, config())
+        fits.append(-1)
+    fewer, more = (len(list(fitted)) for of_step, fitted in itertools.groupby(fits) if of_step == 1)
+    assert fewer == steps * (more - fewer) > 0
 
 
 def test_with_split_guidance_two_ranks_swap_only_the_noise():

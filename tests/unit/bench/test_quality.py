@@ -35,7 +35,7 @@ from bench.quality.painter import Paint, Painter
 from bench.quality.photos import PhotoJudge
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
 from bench.quality.table import Table
-from bench.quality.work import Album, Plan, Unit, make
+from bench.quality.work import Album, Job, Plan, Unit, make
 from distriray.denoise import Denoiser
 from distriray.errors import InvalidRequest
 from distriray.landscapes.draw import draw
@@ -133,6 +133,18 @@ def test_an_album_gives_what_is_finished_up_to_the_first_gap(tmp_path: Path) -> 
     assert album.read(units)["psnr"].tolist() == list(range(10))
 
 
+def test_pictures_are_kept_apart_by_the_code_and_the_device_that_draw_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(ModelSpec(), "cpu", 64, 4.0, 1, (Prompt("a lake", 0),), tmp_path)
+    monkeypatch.setattr("bench.quality.work.CODE", (tmp_path,), raising=False)
+    digests = [job.digest(), job.digest(), replace(job, device="cuda").digest()]
+    for code in ("1", "2"):
+        (tmp_path / "step.py").write_text(code)
+        digests.append(job.digest())
+    assert digests[0] == digests[1] and len(set(digests)) == 4
+
+
 class Crew:
     """A job of grey pictures, a tenth of a second each; its folder has a file for each worker's process."""
 
@@ -191,7 +203,8 @@ def test_the_table_compares_each_picture_with_the_base_methods(tmp_path: Path) -
     section = Section("prediction", (BASE, better, replace(BASE, halos=0.5)), 2)
     rows = rows_of(section, {BASE.alone: 100.0, BASE: 40.0, better: 42.0}, tmp_path)
     assert [row["against base, dB"] for row in rows] == ["-", "+2.0 ± 0.0"], "what was not made is left out"
-    assert rows[1]["PSNR, dB"].startswith("42.0") and rows[1]["count"] == "2"
+    assert rows[1]["PSNR, dB"] == "42.0 ± 12.7", "of two pictures, by Student's distribution"
+    assert rows[1]["count"] == "2"
 
 
 def test_a_size_without_rows_for_as_many_patches_is_refused_before_anything_is_painted() -> None:

@@ -1,8 +1,10 @@
 """Every way is timed once, and its phases add up to the image."""
 
+from argparse import Namespace
+
 import pytest
 
-from bench.speed import PROMPT, Way, _alone, _by_gang, ways
+from bench.speed import PROMPT, Phases, Way, _alone, _by_gang, measure, ways
 from distriray.collective import connect
 from tests.models import tiny_sdxl
 
@@ -27,6 +29,21 @@ def test_phases_of_a_gang_add_up_to_its_image():
     phases = _by_gang(tiny_sdxl(), connect("local"), Way("gang of 1", 1), size=64, steps=2)
     assert phases.image == pytest.approx(phases.prompt + phases.denoising + phases.decoding)
     assert phases.waiting == 0.0
+
+
+def test_the_round_that_warms_up_does_the_steps_of_those_that_are_kept(monkeypatch):
+    drawn = []
+
+    def draw(pipeline, communicator, way, size, steps):
+        drawn.append(steps)
+        return Phases(float(len(drawn)))
+
+    monkeypatch.setattr("bench.speed._by_gang", draw)
+    monkeypatch.setattr("bench.speed.load_pipeline", lambda *options: None)
+    way = Way("gang of 1", 1)
+    rounds = measure(connect("local"), [way], Namespace(model="any", rounds=2, steps=10, sizes=[64]))
+    assert drawn == [10, 10, 10]
+    assert [taken[64, way.name].image for taken in rounds] == [2.0, 3.0]
 
 
 def test_diffusers_alone_is_given_the_same_prompt():

@@ -277,15 +277,15 @@ def sdxl_layers() -> UNet2DConditionModel:
 
 
 @pytest.mark.parametrize(
-    ("mix", "most"),
-    sweep([("displaced", 5), ("sync", 125), ("compressed", 125), ("displaced_attention", 55)]),
+    ("mix", "published"),
+    sweep([("displaced", 5), ("sync", 121), ("compressed", 121), ("displaced_attention", 55)]),
 )
-def test_a_step_of_sdxl_waits_seldom(mix: Any, most: int) -> None:
+def test_a_step_of_sdxl_waits_as_seldom_as_is_published(mix: Any, published: int) -> None:
     def rank(communicator: LockstepCommunicator) -> int:
         return steps(sdxl_layers(), communicator, count=2, exchange=mix, warmup_steps=1)[1].waits
 
     waits = run_in_lockstep(2, rank)
-    assert waits[0] == waits[1] <= most
+    assert waits == [published] * 2
 
 
 def test_norms_bring_the_rows_of_their_convolutions_and_the_first_convolution_needs_none() -> None:
