@@ -292,11 +292,8 @@ def _aborted(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> 
 def test_abort_wakes_the_waiting_thread_and_the_peers(backend: str, gang) -> None:
     first, *rest = run_processes(size(backend), _aborted, backend, gang, device_type=device_type(backend))
     assert "aborted" in first[0] and 0.4 < first[1] < 1.5
-    assert all(seconds < 2.5 for _, seconds in rest)
-    if backend != "nccl":
-        blamed = [re.findall(r"rank (\d)", message)[0] for message, _ in rest]
-        assert "0" in blamed, "whoever looks first finds rank 0 gone"
-        assert set(blamed) <= {"0", "1", "2"}, "and whoever looks late may find another gone too, for that"
+    for message, seconds in rest:
+        assert ("rank 0 " in message or backend == "nccl") and seconds < 2.5
 
 
 def _exchanging(rank: int, world_size: int, backend: str, gang: dict[str, Any]) -> Any:
