@@ -58,10 +58,10 @@ class BackendCommunicator(ABC):
         return Subgroup(self, ranks)
 
     def abort(self) -> None:
-        self._fail("the communicator was aborted on this rank")
+        self._fail(f"the communicator was aborted on rank {self.rank}")
 
     def close(self) -> None:
-        self._fail("the communicator was closed on this rank")
+        self._fail(f"the communicator was closed on rank {self.rank}")
 
     def _fail(self, cause: str) -> GangBroken:
         """Record the first cause, release the connections once, and return the error that names the cause."""

@@ -53,7 +53,7 @@ class Card(NamedTuple):
 
 
 class Tie(NamedTuple):
-    """Connection of two processes: shared memory, and a silent connection that ends with either of them."""
+    """Connection of two processes: shared memory, and a connection that ends with either of them."""
 
     connection: socket.socket
     memory: mmap.mmap

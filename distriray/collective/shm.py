@@ -34,6 +34,9 @@ NAP_SHARE = 1 / 32
 NAPS_S = (50e-6, 2e-3)
 """The shortest and the longest such sleep."""
 
+LAST_WORD_BYTES = 1000
+"""Of why a rank leaves, as much as its peers are told."""
+
 LOOK_EVERY = 64
 """Offers of the core between looks at the peers' connections and the clock; it looks after every sleep."""
 
@@ -60,6 +63,23 @@ class Link:
         self._reader = Reader(tie.memory, (1 - outward) * SPAN)
         self.sends: deque[Transfer] = deque()
         self.receives: deque[Transfer] = deque()
+
+    @property
+    def last_word(self) -> str:
+        """Why the peer left, once the connection has ended; empty if it died."""
+        try:
+            word = self.connection.recv(LAST_WORD_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return ""
+        return word.decode(errors="replace")
+
+    def leave(self, why: str) -> None:
+        """End the connection, in forked children too."""
+        with contextlib.suppress(OSError):
+            self.connection.send(why.encode()[:LAST_WORD_BYTES], socket.MSG_DONTWAIT)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
 
     def push(self) -> bool:
         """Copy in what there is room for; whether anything was."""
@@ -88,8 +108,9 @@ class ShmCommunicator(BackendCommunicator):
     call of a rank moves all that it can, for this and for other works. A send that does not fit into the
     ring, which holds 64 MiB, goes on in later calls; so does a peer's when this rank has made room.
 
-    A silent connection to each peer ends when either process does. A rank that waits looks at it now and
-    then, after it has taken what the peer had sent.
+    A connection to each peer ends when either process does. A rank that waits looks at it now and then,
+    after it has taken what the peer had sent. All that is ever sent on it is why a rank leaves: it ends one
+    connection after another, and a peer that hears first may have left before another hears at all.
 
     Args:
         ties: to every other rank.
@@ -117,7 +138,7 @@ class ShmCommunicator(BackendCommunicator):
         if outgoing:
             lost = self._lost()
             if gone := [peer for peer, _ in outgoing if peer in lost]:
-                raise self._fail(f"rank {gone[0]} died or left (sending to it)")
+                raise self._left(gone[0], "sending to")
         taken = [Transfer(peer, False, message.numpy()) for peer, message in incoming]
         given = [Transfer(peer, True, message.numpy()) for peer, message in outgoing]
         with self._turn:
@@ -184,7 +205,7 @@ class ShmCommunicator(BackendCommunicator):
             self._move()  # what it had sent before it left
         for transfer in pending:
             if transfer.peer in lost and not transfer.over:
-                raise self._fail(f"rank {transfer.peer} died or left ({_what(transfer)} it)")
+                raise self._left(transfer.peer, _what(transfer))
         if time.monotonic() > deadline:
             late = next((transfer for transfer in pending if not transfer.over), None)
             if late is not None:
@@ -193,19 +214,23 @@ class ShmCommunicator(BackendCommunicator):
                 )
 
     def _lost(self) -> Collection[int]:
-        """The peers whose connection has ended; nothing is ever sent on it."""
+        """The peers whose connection has ended."""
         with self._turn:  # an object to poll with is for one thread at a time
             ended = self._connections.poll(0)
         if ended:
             self.check()  # another thread may have closed the connections
         return [self._descriptors[descriptor] for descriptor, _ in ended]
 
+    def _left(self, peer: int, what: str) -> GangBroken:
+        links = self._links  # before the check, as above
+        self.check()
+        why = links[peer].last_word
+        return self._fail(f"rank {peer} died or left ({what} it)" + (f": {why}" if why else ""))
+
     def _release(self) -> None:
         links, self._links = self._links, {}
         for link in links.values():
-            with contextlib.suppress(OSError):
-                link.connection.shutdown(socket.SHUT_RDWR)  # in forked children too
-            link.connection.close()
+            link.leave(str(self._failure))
 
 
 def _what(transfer: Transfer) -> str:

@@ -178,7 +178,7 @@ def test_abort_ends_what_is_pending_and_the_peers_notice(machine: Machine) -> No
     until(lambda: second.broken)
     for rank, work in enumerate(works):
         assert machine.on(rank, lambda work=work: failure_of(work.wait))[1] < AT_ONCE_S
-    assert "aborted on this rank" in failure_of(first.check)[0]
+    assert "aborted on rank 0" in failure_of(first.check)[0]
 
 
 def test_calls_fail_at_once_while_the_abort_still_waits_for_the_device(machine: Machine) -> None:

@@ -198,8 +198,20 @@ def test_what_was_sent_before_a_rank_left_still_arrives(make: Callable[[int], Ga
     third.exchange({1: received}, {}).wait()
     second.exchange({}, {2: received}).wait()
     assert not second.broken
-    assert failure_of(second.exchange({}, {0: received}).wait)[0] == "rank 0 died or left (receiving from it)"
-    assert failure_of(lambda: third.exchange({0: received}, {}))[0] == "rank 0 died or left (sending to it)"
+    closed = "the communicator was closed on rank 0"
+    said = f"rank 0 died or left (receiving from it): {closed}"
+    assert failure_of(second.exchange({}, {0: received}).wait)[0] == said
+    said = f"rank 0 died or left (sending to it): {closed}"
+    assert failure_of(lambda: third.exchange({0: received}, {}))[0] == said
+
+
+def test_who_left_because_of_another_says_so(make: Callable[[int], Gang]) -> None:
+    first, second, third = make(3).join()
+    first.abort()
+    because = failure_of(second.exchange({}, {0: torch.zeros(1)}).wait)[0]
+    assert because.endswith("aborted on rank 0")
+    said = failure_of(third.exchange({}, {1: torch.zeros(1)}).wait)[0]
+    assert said == f"rank 1 died or left (receiving from it): {because}"
 
 
 # ---------------------------------------------------------------------------------------------- failure
@@ -236,8 +248,8 @@ def test_an_abort_wakes_who_waits_here_and_there(pair: Gang) -> None:
         return failure_of(communicator.exchange({}, {other: torch.zeros(1)}).wait)
 
     (here, here_s), (there, there_s) = pair.each(wait)
-    assert here == "the communicator was aborted on this rank" and here_s < 1
-    assert there == "rank 0 died or left (receiving from it)" and there_s < 1
+    assert here == "the communicator was aborted on rank 0" and here_s < 1
+    assert there == f"rank 0 died or left (receiving from it): {here}" and there_s < 1
 
 
 def test_an_interrupt_in_mid_copy_breaks_the_gang(pair: Gang, monkeypatch: pytest.MonkeyPatch) -> None:
