@@ -205,6 +205,12 @@ def generate(
         str | None,
         typer.Option(help="Synchronous steps at the start, or auto; by default as --exchange needs."),
     ] = None,
+    cache_interval: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Compute one of so many steps whole, the others by their first block; else all."
+        ),
+    ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Of the workers; auto unless given.")
     ] = None,
@@ -232,7 +238,11 @@ def generate(
             "workers": gang_size,
             "gang_sizes": sorted({1, gang_size} if compare else {gang_size}),
             "device": device,
-            "parallel": {"exchange": exchange, "warmup_steps": warmup_steps},
+            "parallel": {
+                "exchange": exchange,
+                "warmup_steps": warmup_steps,
+                "cache_interval": cache_interval,
+            },
             "lora_dir": lora_dir,
         }
         config = read_config(pool, options)

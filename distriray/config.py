@@ -147,6 +147,10 @@ class ParallelConfig(BaseModel):
         auto_warmup_drift: relative change between two steps of stale keys and values, or of stale statistics
             where keys and values are fresh; largest over ranks.
         prediction: extrapolation of stale values.
+        cache_interval: of so many steps of a transformer, one computes all blocks, and the others are short:
+            these compute the first block, and add what the other blocks added in the last whole step. With 1
+            every step is whole, as are the first three of an image, and those with ControlNets or with
+            IP-Adapters of a request. U-Nets refuse others.
         cfg_parallel: give each half of an even gang one half of the batch: with classifier-free guidance
             the unconditional and the conditional pass, in one call of the network or one each. `auto` does so
             whenever there are halves, True refuses what has none, and False never does.
@@ -166,6 +170,7 @@ class ParallelConfig(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     auto_warmup_drift: Annotated[float, Field(gt=0.0)] = 0.12
     prediction: Prediction = Prediction()
+    cache_interval: Annotated[int, Field(ge=1)] = 1
     cfg_parallel: bool | Literal["auto"] = "auto"
     parallel_vae: bool = True
     cuda_graphs: bool = True

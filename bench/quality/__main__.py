@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.arguments import add_json, side
-from bench.quality.design import BASE, Section, by_schedulers, quick, sections
+from bench.quality.design import BASE, SHORT_STEPS, Section, by_schedulers, quick, sections
 from bench.quality.figures import draw_pictures, plot_warmup
 from bench.quality.judges import ALIKE_SHARE, JUST_NOTICEABLE, LandscapeJudge, MissingExtra, require
 from bench.quality.prompts import Prompt, landscape_prompts, read_prompts
@@ -45,7 +45,7 @@ def main() -> None:
     except (MissingExtra, DistrirayError, ValueError, NotADirectoryError) as error:
         sys.exit(str(error))
     scheduler: SchedulerName = BASE.scheduler if BASE.scheduler in painter.schedulers else "euler"
-    chosen = choose(arguments, scheduler, painter.schedulers)
+    chosen = choose(arguments, scheduler, painter.schedulers, painter.has_short_steps)
     plan, album = Plan(chosen, job.at_once), Album(job.folder)
     if not arguments.report_only:
         try:
@@ -147,12 +147,16 @@ def make_job(arguments: argparse.Namespace) -> Job:
 
 
 def choose(
-    arguments: argparse.Namespace, scheduler: SchedulerName, taken: Collection[SchedulerName]
+    arguments: argparse.Namespace,
+    scheduler: SchedulerName,
+    taken: Collection[SchedulerName],
+    has_short_steps: bool,
 ) -> list[Section]:
     """The sections asked for, with that scheduler as the base's, for a model that takes those `taken`."""
     full = arguments.count
     every = quick(full) if arguments.quick else sections(full, max(1, full * 2 // 5), max(1, full // 10))
     every = by_schedulers(every, scheduler, taken)
+    every = [each for each in every if has_short_steps or each.title != SHORT_STEPS]
     known = list(dict.fromkeys(section.title for section in every))
     unknown = [title for title in arguments.rows or () if title not in known]
     if unknown:

@@ -24,6 +24,7 @@ PATCHES = (2, 4, 8)
 SCHEDULERS: tuple[SchedulerName, ...] = ("ddim", "euler", "dpmpp-2m")
 STEPS = (10, 20, 50)
 CONVERGED = 200  # steps of a schedule that shorter ones are compared with
+SHORT_STEPS = "short steps"  # a question for transformers alone
 SHOWN = 5  # pictures of a row of the figure
 
 
@@ -45,6 +46,7 @@ class Setting:
     halos: Weight = 0.0
     keys_values: float = 0.0
     cfg_parallel: bool = False
+    cache_interval: int = 1
     against: SchedulerName | None = None
 
     @property
@@ -54,6 +56,7 @@ class Setting:
             warmup_steps=self.warmup,
             prediction=Prediction(statistics=self.statistics, halos=self.halos, keys_values=self.keys_values),
             cfg_parallel=self.cfg_parallel,
+            cache_interval=self.cache_interval,
             parallel_vae=False,  # one device decodes all latents
         )
 
@@ -77,8 +80,9 @@ class Setting:
     def method(self) -> str:
         """The exchange in words, without patches, steps and scheduler."""
         if self.patches == 1:
+            cached = f", one of {self.cache_interval} steps whole" if self.cache_interval > 1 else ""
             converged = f", against {CONVERGED} steps {self.against}" if self.against else ""
-            return f"one device{converged}"
+            return f"one device{cached}{converged}"
         words: list[str] = [self.exchange] if isinstance(self.exchange, str) else _words(self.exchange)
         if not (self.config.mix is None or self.config.mix.exact):
             words.append(f"warm-up {self.warmup}")
@@ -94,6 +98,8 @@ class Setting:
             ]
         if self.cfg_parallel:
             words.append("guidance split")
+        if self.cache_interval > 1:
+            words.append(f"one of {self.cache_interval} steps whole")
         return ", ".join(words)
 
     @property
@@ -187,6 +193,8 @@ def sections(full: int, half: int, few: int) -> list[Section]:
         *_columns("mixes and steps", few, _mix_steps, (4, 8)),
         *_columns("mixes and schedulers", few, _mix_schedulers, (4,)),
         Section("few steps", tuple(_few_steps()), few),
+        Section(SHORT_STEPS, tuple(_short_steps()), few),
+        *_columns(SHORT_STEPS, few, _short_steps_of_gangs, (8,)),
         *_columns("exchange", half, lambda base: (replace(base, exchange="none"), base), (2, 8)),
         *_columns("exchange", few, lambda base: (replace(base, exchange="sync"),), PATCHES),
         *_columns("warm-up", full, _warmups, (4,)),
@@ -317,6 +325,24 @@ def _few_steps() -> Iterator[Setting]:
     for scheduler in (*SCHEDULERS, "unipc"):
         for steps in (10, 14, 20, 28):
             yield Setting(patches=1, steps=steps, scheduler=scheduler, against=BASE.scheduler)
+
+
+def _short_steps() -> Iterator[Setting]:
+    """One device that computes one of two or three steps whole, against itself and against many steps."""
+    schedulers: tuple[SchedulerName, ...] = (BASE.scheduler, "unipc")
+    for scheduler in schedulers:
+        for steps in (20, 28, 50):
+            for interval in (2, 3):
+                short = Setting(patches=1, steps=steps, scheduler=scheduler, cache_interval=interval)
+                yield short
+                yield replace(short, against=BASE.scheduler)
+
+
+def _short_steps_of_gangs(base: Setting) -> tuple[Setting, ...]:
+    """Gangs whose whole steps are displaced behind short ones, beside those without any."""
+    mixes: tuple[ExchangeMode, ...] = ("displaced", "displaced_attention")
+    methods = (_by_default(replace(base, steps=28), mix) for mix in mixes)
+    return tuple(replace(each, cache_interval=interval) for each in methods for interval in (1, 2, 3))
 
 
 def _by(base: SchedulerName, setting: Setting) -> Setting:

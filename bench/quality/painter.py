@@ -15,7 +15,7 @@ from bench.quality.design import Setting
 from bench.quality.prompts import Prompt
 from distriray.collective import LockstepCommunicator, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.errors import InvalidRequest, NotFinite
+from distriray.errors import InvalidRequest, NotFinite, UnsupportedModel
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of, parallelize
 from distriray.parallel.networks.registry import network_of
@@ -54,6 +54,15 @@ class Painter:
         """Those that the model takes."""
         return self._alone.terms.schedulers
 
+    @property
+    def has_short_steps(self) -> bool:
+        """Whether the model takes `cache_interval`."""
+        try:
+            network_of(self.pipeline).check_short_steps()
+        except UnsupportedModel:
+            return False
+        return True
+
     def check(self, settings: Iterable[Setting]) -> None:
         """Raise InvalidRequest, with what would do, unless pictures have rows for all patches."""
         unit = network_of(self.pipeline).row_unit
@@ -91,7 +100,7 @@ class Painter:
         """The latents of one prompt, (1, channels, rows, columns), and the synchronous steps."""
         asked = self._asked(prompt, num_inference_steps=setting.steps, scheduler=setting.scheduler)
         state = self._alone.prepare(asked)
-        if setting.patches == 1:
+        if setting.patches == 1 and setting.cache_interval == 1:
             while not state.done:
                 self._alone.step(state)
             return state.latents.float().cpu().numpy(), state.num_steps

@@ -27,7 +27,7 @@ from distriray.parallel.guiders import Guiders
 from distriray.parallel.image import Branch, Image
 from distriray.parallel.images import Images
 from distriray.parallel.network_graphs import NetworkGraphs
-from distriray.parallel.networks.base import Call, Network
+from distriray.parallel.networks.base import Call, Network, Reuse
 from distriray.parallel.outline import Outline
 from distriray.parallel.room import most_buffer_bytes
 from distriray.parallel.schedules import Moment, Schedules
@@ -103,6 +103,8 @@ class Engine(Uncopied):
         What was laid out and captured for other gangs is kept, within `max_buffer_bytes`, until they are
         joined again: gangs that change go back and forth between a few.
         """
+        if config.cache_interval > 1:
+            self.network.check_short_steps()
         if not self._is_in(communicator, config):
             how = communicator.device, config.cuda_graphs
             if self.generation == 0 or how != (self.communicator.device, self.config.cuda_graphs):
@@ -324,21 +326,26 @@ class Engine(Uncopied):
         if call.branch is None:
             call = replace(call, branch=self._guiders.branch)
         with Stopwatch(call.sample.device) as whole:
-            output, step, share = self._run(call, follows)
-        if step is not None and not step.displaced:
+            output, step, share, reuse = self._run(call, follows)
+        if step is not None and not step.displaced and not reuse.short:
             timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
             self._chooser.note(call, share, timed)
         sent = self.communicator.bytes_sent - sent
-        self.statistics = StepStatistics.of(whole, step, self._collector.waiting, sent)
+        self.statistics = StepStatistics.of(whole, step, self._collector.waiting, sent, reuse.in_turn)
         return output
 
-    def _run(self, call: Call, follows: bool) -> tuple[Any, Step | None, Share]:
-        """The network's output, the step of the exchange that it was computed in, and this rank's share."""
+    def _run(self, call: Call, follows: bool) -> tuple[Any, Step | None, Share, Reuse]:
+        """The network's output, the step of the exchange that it was computed in, this rank's share, and what
+        it took from a step before."""
         moment = self._schedules.read(call.timestep, call.branch)
         follows = follows or moment.more_follow
         branch = self._branch(call, moment)
         try:
             share = self._prepare(call, moment, branch)
+            if self.config.cache_interval > 1 and self.network.may_be_short(call):
+                call = replace(call, reuse=branch.reuses(self.config.cache_interval))
+            else:
+                branch.reuse = Reuse()
             self._look_at_text(call, branch)
             place = self._place(call, moment, branch)
             exchange = branch.exchange
@@ -354,7 +361,7 @@ class Engine(Uncopied):
             raise
         branch.step += 1
         branch.fresh_start = False
-        return *passed, share
+        return *passed, share, branch.reuse
 
     def _pass(
         self, call: Call, branch: Branch, share: Share, place: Place | None, follows: bool

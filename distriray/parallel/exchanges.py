@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from distriray.collective.base import Communicator
-from distriray.config import Mix, ParallelConfig
+from distriray.config import MIXES, Mix, ParallelConfig
 from distriray.errors import OutOfMemory
 from distriray.parallel.exchange.cache import ExchangeCache, ExchangeKey
 from distriray.parallel.exchange.exchange import BUCKETS, Exchange
@@ -96,10 +96,12 @@ class Exchanges:
         The step is None without patches or without an exchange.
         """
         config, mix, before = self._config, branch.mix, branch.exchange
+        if mix is not None and call.short:
+            mix = MIXES["sync"]
         if mix is None:
             branch.exchange = None
             return nullcontext(), None if call.replaces_layers else self._graphs.alone
-        key = branch.exchange = ExchangeKey(
+        key = ExchangeKey(
             self._communicator,
             config,
             self._images.current.stream,
@@ -109,10 +111,14 @@ class Exchanges:
             share.partition,
             call.sample.dtype,
             call.besides,
+            call.short,
             self._network.adapters_that_exchange(),
             torch.is_inference_mode_enabled(),
         )
         exchange = self._cache.use(key, lambda: self._made(key, call, share))
+        if call.short:  # whole steps go on from whole ones
+            return exchange.step(), exchange.graphs
+        branch.exchange = key
         follows = not branch.fresh_start and key == before
         if not follows:
             in_use = {branch.exchange for branch in self._images.begun if branch.exchange is not None}

@@ -12,8 +12,11 @@ import torch
 
 from distriray.config import Mix
 from distriray.parallel.exchange.cache import ExchangeKey
-from distriray.parallel.networks.base import Call
+from distriray.parallel.networks.base import Call, Reuse
 from distriray.parallel.schedules import Element, Moment, Turn
+
+WHOLE_AT_FIRST = 3
+"""Steps at the start of an image that are never short: in these it changes most."""
 
 
 class Text:
@@ -59,6 +62,7 @@ class Branch:
             out otherwise.
         text: of the last call.
         text_changed: whether the next step has another one than the last.
+        reuse: what its short steps take from whole ones.
     """
 
     step: int
@@ -72,6 +76,7 @@ class Branch:
     batch: int | None = None
     text: Text | None = None
     text_changed: bool = True
+    reuse: Reuse = field(default_factory=Reuse)
 
     def takes_again(self, moment: Moment) -> bool:
         """Whether a call has the very timestep of the last one: it is of another region or image."""
@@ -86,6 +91,14 @@ class Branch:
         if self.text is None or self.element is None or moment.element is None or not self.alone:
             return False
         return moment.element.follows(self.element) and text.reads_as(self.text)
+
+    def reuses(self, interval: int) -> Reuse:
+        """What the next step, of `interval`, takes from a whole one, if it is short; on all ranks alike."""
+        reuse = self.reuse
+        reuse.in_turn = self.step >= WHOLE_AT_FIRST and not (self.fresh_start or self.text_changed)
+        reuse.short = reuse.in_turn and reuse.added is not None and reuse.age + 1 < interval
+        reuse.age = reuse.age + 1 if reuse.short else 0
+        return reuse
 
     def look_at(self, moment: Moment, text: Text, again: bool) -> None:
         """Remember a call as the last one."""

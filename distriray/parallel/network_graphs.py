@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -104,13 +105,37 @@ class NetworkGraphs:
             CaptureFailed: as `StepGraphs.run`.
         """
         call, share, graphs, _ = self._under_way
+        if call.reuse is not None:
+            given = call.reuse.added if call.short else None
+            output, added = self._run(partial(self._reusing, forward), given, *args, **kwargs)
+            if given is None:
+                call.reuse.added = added
+            return output
+        return self._run(forward, *args, **kwargs)
+
+    def _reusing(
+        self, forward: Callable[..., Any], added: torch.Tensor | None, /, *args: Any, **kwargs: Any
+    ) -> tuple[Any, torch.Tensor | None]:
+        """The output of a short step, or, if nothing is `added`, that of a whole one and what others add."""
+        with self._network.reusing(added) as of_whole:
+            output = forward(*args, **kwargs)
+        return output, of_whole() if added is None else None
+
+    def _run(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, by graphs where steps like this one were captured."""
+        call, share, graphs, _ = self._under_way
         step = self._context.step
         kind = "alone" if step is None else step.kind
         if graphs is None or kind is None:
             return forward(*args, **kwargs)
         part = share.communicator.rank, share.part.start, share.part.stop
         shared = share.layout, share.partition, share.batch, part
-        modes = self._context.new_text, torch.is_inference_mode_enabled(), self._network.switches()
+        modes = (
+            call.reuse is None,
+            self._context.new_text,
+            torch.is_inference_mode_enabled(),
+            self._network.switches(),
+        )
         baked, beside = self._as_it_is(), self._beside(call)
         key = baked, kind, beside, *shared, *modes, *arithmetic()
         self.obstacle = self._obstacle(call, baked, *beside) or graphs.failed.get(key)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 
 import torch
 
 from distriray.collective.absent import AbsentPeers
 from distriray.collective.base import Communicator
-from distriray.config import Mix, ParallelConfig
+from distriray.config import MIXES, Mix, ParallelConfig
 from distriray.parallel.exchange.exchange import Exchange
-from distriray.parallel.networks.base import Call, Network
+from distriray.parallel.networks.base import Call, Network, Reuse
 from distriray.parallel.share import Share
 
 META = torch.device("meta")
@@ -36,6 +37,10 @@ def buffer_bytes(
     mix = mix or config.first_mix
     if mix is None or not share.exchanges:
         return 0
+    of_short = 0
+    if config.cache_interval > 1 and not call.short and network.may_be_short(call):
+        short = replace(call, reuse=Reuse(short=True))
+        of_short = buffer_bytes(network, short, share, config, MIXES["sync"])
     patches = share.partition.world_size
     peers = AbsentPeers(share.communicator.rank, patches, META)
     weights = config.prediction.weights(mix)
@@ -43,7 +48,7 @@ def buffer_bytes(
     for displaced in (False, False) if mix.exact else (False, False, True):
         with exchange.step(displaced) as step:
             network.dry_run(call, share, step)
-    return exchange.buffer_bytes
+    return exchange.buffer_bytes + of_short
 
 
 def most_buffer_bytes(

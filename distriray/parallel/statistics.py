@@ -17,7 +17,7 @@ class StepStatistics:
         waiting: the time of it in which this rank waited for peers.
         waits: how often it did.
         bytes_sent: by this rank, to all peers.
-        synchronous: whether all values were fresh.
+        synchronous: whether all values were fresh, in a step before those that are short and whole in turn.
     """
 
     whole: tuple[Stopwatch, ...] = ()
@@ -28,16 +28,22 @@ class StepStatistics:
 
     @classmethod
     def of(
-        cls, whole: Stopwatch, step: Step | None, gathering: tuple[Stopwatch, ...], bytes_sent: int
+        cls,
+        whole: Stopwatch,
+        step: Step | None,
+        gathering: tuple[Stopwatch, ...],
+        bytes_sent: int,
+        in_turn: bool = False,
     ) -> StepStatistics:
         """Figures of a call.
 
         Args:
             step: what it exchanged in, if anything.
             gathering: the time in which it waited for what others predict.
+            in_turn: as of `Reuse`.
         """
         waiting, waits = ((), 0) if step is None else (tuple(step.waiting), step.waits)
-        synchronous = step is None or not step.displaced
+        synchronous = (step is None or not step.displaced) and not in_turn
         return cls((whole,), (*waiting, *gathering), waits + len(gathering), bytes_sent, synchronous)
 
     def __add__(self, other: StepStatistics) -> StepStatistics:

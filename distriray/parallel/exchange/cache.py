@@ -26,6 +26,7 @@ class ExchangeKey(NamedTuple):
         partition: who owns which rows.
         dtype: of the sample.
         besides: names what else runs in the call.
+        short: whether it is of short steps.
         adapters: those in use, of which some layers exchange too.
         inference: whether buffers are made in inference mode: such cannot be written outside it.
     """
@@ -39,6 +40,7 @@ class ExchangeKey(NamedTuple):
     partition: Partition
     dtype: torch.dtype
     besides: Hashable
+    short: bool
     adapters: Hashable
     inference: bool
 

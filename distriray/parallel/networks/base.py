@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -26,6 +27,24 @@ Collect = Callable[[torch.Tensor], torch.Tensor]
 """End the exchange of a step, and gather the whole output from every rank's part of it."""
 
 
+@dataclass(eq=False)
+class Reuse:
+    """What short steps of an image take from its last whole one (`ParallelConfig.cache_interval`).
+
+    Attributes:
+        added: what the blocks that short steps leave out have added, or made, for this rank's part: a tensor
+            on its device. None before the first whole step.
+        short: whether the call under way is a short step; a whole one changes `added`.
+        age: number of short steps since the whole one.
+        in_turn: whether the image is so far that some of its steps are short.
+    """
+
+    added: torch.Tensor | None = None
+    short: bool = False
+    age: int = 0
+    in_turn: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of a network, in the engine's terms.
@@ -43,6 +62,7 @@ class Call:
             nothing.
         replaces_layers: whether some of that stands in the place of layers, as IP-Adapters do; such a step is
             launched kernel by kernel.
+        reuse: where some steps are short; else None.
         dealt: where each half of a gang makes a call of its own, those of both, of which this is one; else
             none.
     """
@@ -55,6 +75,7 @@ class Call:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     besides: tuple[Hashable, ...] | None = None
     replaces_layers: bool = False
+    reuse: Reuse | None = None
     dealt: Sequence[Call] = ()
 
     @property
@@ -73,6 +94,11 @@ class Call:
             return self
         besides = *(self.besides or ()), *(f"{name} (IP)" for name in names)
         return replace(self, besides=besides, replaces_layers=True)
+
+    @property
+    def short(self) -> bool:
+        """Whether it is a short step."""
+        return self.reuse is not None and self.reuse.short
 
     @property
     def of_halves(self) -> Sequence[Call]:
@@ -191,6 +217,24 @@ class Network(ABC):
     def beside(self, call: Call) -> Sequence[nn.Module]:
         """The ControlNets that `forward` runs in a call."""
         return ()
+
+    def check_short_steps(self) -> None:
+        """Raise `UnsupportedModel` unless it is known which blocks short steps may leave out."""
+        raise UnsupportedModel(
+            f"cache_interval of a {self.kind.__name__}; it is for transformers: take fewer steps, by `unipc`"
+        )
+
+    def may_be_short(self, call: Call) -> bool:
+        """Whether a call may be a short step, as far as its arguments go."""
+        return call.besides is None
+
+    def reusing(self, added: torch.Tensor | None) -> AbstractContextManager[Callable[[], torch.Tensor]]:
+        """Let the module's own forward be a short step with what others have `added`, or a whole one.
+
+        Yields:
+            What gives, after it, the same of a whole step.
+        """
+        raise NotImplementedError("a network without short steps")
 
     def cached(self, call: Call) -> Any:
         """Tensors that a call reads, and that the network's own code keeps elsewhere than in modules.

@@ -56,6 +56,38 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A family's blocks, as short steps know them (`ParallelConfig.cache_interval`).
+
+    Attributes:
+        first: the one that short steps compute, the first of a list.
+        others: lists of which they compute none.
+        output: which of the first one's outputs is the image's tokens.
+        after: the module whose first argument is what all blocks made of them, which are the last of their
+            tokens where there are fewer.
+    """
+
+    first: str = "transformer_blocks.0"
+    others: tuple[str, ...] = ()
+    output: int = 1
+    after: str = "norm_out"
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """All lists of which short steps leave blocks out; that of the first block is the first."""
+        return self.first.rpartition(".")[0], *self.others
+
+    def are_short(self, layer: str) -> bool:
+        """Whether short steps compute a layer, by its name."""
+        within = f"{layer}.".startswith
+        return within(f"{self.first}.") or not any(within(f"{each}.") for each in self.lists)
+
+
+OF_TWO_KINDS = Blocks(others=("single_transformer_blocks",))
+"""Blocks of two streams of tokens, and after them blocks of one."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A family's plan: where tensors are cut to a rank's tokens, and what attends across them.
 
@@ -73,6 +105,7 @@ class Plan:
         mask: the argument that says which tokens of the text are attended to, bool (batch, tokens).
         residuals: the arguments that are lists of what ControlNets add to the image's tokens after blocks,
             (batch, tokens, channels) each.
+        blocks: those that short steps compute, and those that they do not; None of ControlNets.
     """
 
     cuts: Mapping[str, Mapping[str | int, Cut]]
@@ -83,6 +116,7 @@ class Plan:
     whole: tuple[str, ...] = ()
     mask: str | None = None
     residuals: tuple[str, ...] = ()
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)

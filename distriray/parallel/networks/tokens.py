@@ -36,7 +36,7 @@ from distriray.parallel.networks.beside import Beside, CutControl
 from distriray.parallel.networks.controls import Residuals
 from distriray.parallel.networks.likeness import likeness_of
 from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
-from distriray.parallel.networks.plan import Attention, Cut, Cutter, Plan, key_mask
+from distriray.parallel.networks.plan import Attention, Blocks, Cut, Cutter, Plan, key_mask
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
 
@@ -94,6 +94,7 @@ class TokenNetwork(Network):
         self._tokens = tokens or Tokens()
         self._beside = Beside(self.control, self._tokens)
         self._branch: str | None = None
+        self._is_short = False
         self._shared: tuple[Share, Collect]
         self._attending: dict[str, Any] = {}
         self._key_heads: set[int] | None = None
@@ -264,8 +265,8 @@ class TokenNetwork(Network):
     def dry_run(self, call: Call, share: Share, step: Step) -> None:
         self._beside.dry_run(call, share, step)
         rank = share.communicator.rank
-        for _, layer, planned in self._attentions():
-            if planned.sequence is None:
+        for name, layer, planned in self._attentions():
+            if planned.sequence is None or (call.short and not self._blocks.are_short(name)):
                 continue
             tokens = share.tokens.of_sequence(planned.sequence)
             if not any(tokens):
@@ -277,6 +278,55 @@ class TokenNetwork(Network):
 
     def beside(self, call: Call) -> Sequence[nn.Module]:
         return self._beside.run_in(call)
+
+    def may_be_short(self, call: Call) -> bool:
+        added = (call.arguments[name] for name in self.plan.residuals)
+        return super().may_be_short(call) and all(each is None for each in added)
+
+    def check_short_steps(self) -> None:
+        """All families of transformers have them."""
+
+    @contextmanager
+    def reusing(self, added: torch.Tensor | None) -> Iterator[Callable[[], torch.Tensor]]:
+        blocks, of = self._blocks, dict[str, torch.Tensor]()
+
+        def of_first(module: nn.Module, inputs: Any, output: Any) -> None:
+            of["first"] = output if isinstance(output, torch.Tensor) else output[blocks.output]
+
+        def of_all(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            of["all"] = inputs[0]
+            return None if added is None else (inputs[0] + added, *inputs[1:])
+
+        with ExitStack() as during:
+            if added is not None:
+                during.enter_context(self._first_block_alone())
+            first, after = map(self.module.get_submodule, (blocks.first, blocks.after))
+            during.enter_context(first.register_forward_hook(of_first))
+            during.enter_context(after.register_forward_pre_hook(of_all))
+            yield lambda: of["all"] - of["first"][:, -of["all"].shape[1] :]
+
+    @contextmanager
+    def _first_block_alone(self) -> Iterator[None]:
+        """Let the module have no other block."""
+        lists: dict[str, Any] = {name: self.module.get_submodule(name) for name in self._blocks.lists}
+        try:
+            for name, whole in lists.items():
+                self._put(name, _Shortened(whole, 1 if name == self._blocks.lists[0] else 0))
+            self._is_short = True
+            yield
+        finally:
+            self._is_short = False
+            for name, whole in lists.items():
+                self._put(name, whole)
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, own = name.rpartition(".")
+        setattr(self.module.get_submodule(parent), own, module)
+
+    @property
+    def _blocks(self) -> Blocks:
+        assert self.plan.blocks is not None, "ControlNets alone do without"
+        return self.plan.blocks
 
     def switches(self) -> Hashable:
         return _AttentionBackendRegistry.get_active_backend()[0]
@@ -351,6 +401,8 @@ class TokenNetwork(Network):
     def check_entered(self, exchanges: bool) -> None:
         """Raise `UnsupportedModel` unless each layer of attention has exchanged once in this step."""
         for name, processor in self._attending.items():
+            if self._is_short and not self._blocks.are_short(name):
+                continue
             times = self._tokens.entered[processor]
             if times != 1 and exchanges and any(self._tokens.of(processor.sequence)):
                 raise UnsupportedModel(f"{name} was called {times} times in a step, not once")
@@ -386,6 +438,18 @@ class TokenNetwork(Network):
         for pattern, planned in self.plan.attention.items():
             for name, module in self._modules(pattern):
                 yield name, module, planned
+
+
+class _Shortened(nn.ModuleList):
+    """The first blocks of a list, which says that it has all: some networks number modulations by that."""
+
+    def __init__(self, blocks: nn.ModuleList, first: int) -> None:
+        self._left_out = 0
+        super().__init__(blocks[:first])
+        self._left_out = len(blocks) - first
+
+    def __len__(self) -> int:
+        return super().__len__() + self._left_out
 
 
 def _in_branch(

@@ -20,7 +20,7 @@ from torch import nn
 
 from distriray.errors import InvalidRequest
 from distriray.parallel.networks.families.flux import CUTS, POSITIONS, PatchFluxAttention
-from distriray.parallel.networks.plan import Attention, Input, Plan, of_all_ranks
+from distriray.parallel.networks.plan import OF_TWO_KINDS, Attention, Input, Plan, of_all_ranks
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 
@@ -51,6 +51,7 @@ class Chroma(TokenNetwork):
             "single_transformer_blocks.*.attn": Attention(FluxAttnProcessor, PatchChromaAttention),
         },
         inputs={"attention_mask": Input("mask of the text's and the image's tokens"), **POSITIONS},
+        blocks=OF_TWO_KINDS,
     )
     layers = frozenset[type](
         {

@@ -21,7 +21,7 @@ from distriray.errors import InvalidRequest
 from distriray.parallel.layers.tokens import PatchTokenAttention, projections_of
 from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.networks.plan import Attention, Cutter, Input, Plan, of_all_ranks
+from distriray.parallel.networks.plan import Attention, Blocks, Cutter, Input, Plan, of_all_ranks
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
@@ -73,6 +73,7 @@ class ErnieImage(TokenNetwork):
         gather="final_linear",
         kwargs=None,
         whole=("x_embedder",),
+        blocks=Blocks("layers.0", after="final_norm"),
     )
     layers = frozenset[type](
         {

@@ -25,7 +25,7 @@ from distriray.parallel.layers.tokens import PatchJointAttention, Tokens
 from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
+from distriray.parallel.networks.plan import OF_TWO_KINDS, Attention, Cut, Input, Plan
 from distriray.parallel.networks.token_control import Added, TokenControl, repeated
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.share import Share
@@ -207,6 +207,7 @@ class Flux(TokenNetwork):
             **POSITIONS,
         },
         residuals=("controlnet_block_samples", "controlnet_single_block_samples"),
+        blocks=OF_TWO_KINDS,
     )
     layers = LAYERS | {FluxIPAdapterAttnProcessor, PatchPromptedFluxAttention}
 

@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 
 from distriray.parallel.layers.tokens import PatchJointAttention, PatchTokenAttention
 from distriray.parallel.networks.families.flux import CUTS, POSITIONS
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import OF_TWO_KINDS, Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
@@ -73,6 +73,7 @@ class Flux2(TokenNetwork):
             "guidance": Input("embedded guidance scale"),
             **POSITIONS,
         },
+        blocks=OF_TWO_KINDS,
     )
     layers = frozenset[type](
         {

@@ -24,7 +24,7 @@ from distriray.parallel.agreement import Compared
 from distriray.parallel.layers.tokens import PatchTokenAttention, output_of
 from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.families.flux import CUTS, POSITIONS
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Blocks, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 
@@ -89,6 +89,9 @@ class Flux3(TokenNetwork):
             "target_timestep": Input("timesteps that the step goes to"),
         },
         kwargs="attention_kwargs",
+        blocks=Blocks(
+            "mode_blocks.image.0", ("txt_mode_blocks", "mode_blocks.image_cond", "single_transformer_blocks")
+        ),
     )
     layers = frozenset[type](
         {

@@ -23,7 +23,7 @@ from distriray.errors import InvalidRequest, UnsupportedModel
 from distriray.parallel.agreement import Compared
 from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.base import Call
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Blocks, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 
@@ -91,6 +91,7 @@ class HunyuanImage(TokenNetwork):
         kwargs="attention_kwargs",
         whole=("x_embedder", "rope", "context_embedder", "context_embedder_2"),
         mask=MASK,
+        blocks=Blocks(others=("single_transformer_blocks",), output=0),
     )
     layers = frozenset[type](
         {

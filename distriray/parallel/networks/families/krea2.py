@@ -22,7 +22,7 @@ from torch import nn
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchTokenAttention
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Blocks, Input, Plan
 from distriray.parallel.networks.tokens import Heads, TokenNetwork
 
 
@@ -85,6 +85,7 @@ class Krea2(TokenNetwork):
         kwargs="attention_kwargs",
         whole=("text_fusion",),
         mask="encoder_attention_mask",
+        blocks=Blocks(after="final_layer"),
     )
     layers = frozenset[type](
         {

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_longcat_image import (
 
 from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.families.flux import CUTS, POSITIONS
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import OF_TWO_KINDS, Attention, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
@@ -38,6 +38,7 @@ class LongCatImage(TokenNetwork):
         },
         inputs={"guidance": Input("embedded guidance scale"), **POSITIONS},
         kwargs=None,
+        blocks=OF_TWO_KINDS,
     )
     layers = frozenset[type](
         {

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_ovis_image import (
 
 from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.families.flux import CUTS, POSITIONS
-from distriray.parallel.networks.plan import Attention, Plan
+from distriray.parallel.networks.plan import OF_TWO_KINDS, Attention, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
@@ -35,6 +35,7 @@ class OvisImage(TokenNetwork):
             "single_transformer_blocks.*.attn": Attention(OvisImageAttnProcessor, PatchOvisImageAttention),
         },
         inputs=dict(POSITIONS),
+        blocks=OF_TWO_KINDS,
     )
     layers = frozenset[type](
         {

@@ -15,7 +15,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.attention import CachedCrossAttention, check_plain_attention
 from distriray.parallel.layers.tokens import PatchTokenAttention, output_of, projections_of
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Blocks, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 
 
@@ -59,6 +59,7 @@ class PixArt(TokenNetwork):
         },
         kwargs="cross_attention_kwargs",
         whole=("pos_embed",),
+        blocks=Blocks(),
     )
     layers = frozenset[type](
         {AttentionLayer, BasicTransformerBlock, AdaLayerNormSingle, PixArtAlphaCombinedTimestepSizeEmbeddings}

@@ -23,7 +23,7 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention
 from distriray.parallel.networks.base import Call
 from distriray.parallel.networks.controls import UsedControl
-from distriray.parallel.networks.plan import Attention, Cut, Input, Plan
+from distriray.parallel.networks.plan import Attention, Blocks, Cut, Input, Plan
 from distriray.parallel.networks.token_control import Added, TokenControl, repeated
 from distriray.parallel.networks.tokens import TokenNetwork
 
@@ -107,6 +107,7 @@ class QwenImage(TokenNetwork):
         whole=("pos_embed",),
         mask=MASK,
         residuals=("controlnet_block_samples",),
+        blocks=Blocks(),
     )
     layers = LAYERS
 

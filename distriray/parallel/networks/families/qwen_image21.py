@@ -38,7 +38,7 @@ from distriray.parallel.layers.tokens import PatchTokenAttention, Tokens, output
 from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.families.qwen_image21_prefixes import Prefixes, keys_and_values
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Blocks, Input, Plan
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
@@ -154,6 +154,7 @@ class QwenImage21(TokenNetwork):
         },
         kwargs="attention_kwargs",
         whole=("pos_embed",),
+        blocks=Blocks(),
     )
     layers = frozenset[type](
         {

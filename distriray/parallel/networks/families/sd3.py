@@ -18,7 +18,7 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel.layers.tokens import PatchJointAttention, Tokens
 from distriray.parallel.networks.controls import UsedControl, check_same
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.networks.plan import Attention, Input, Plan
+from distriray.parallel.networks.plan import Attention, Blocks, Input, Plan
 from distriray.parallel.networks.token_control import Added, TokenControl
 from distriray.parallel.networks.tokens import TokenNetwork
 
@@ -105,5 +105,6 @@ class SD3(TokenNetwork):
         inputs={"pooled_projections": Input("pooled prompt embeddings", "near")},
         whole=("pos_embed",),
         residuals=("block_controlnet_hidden_states",),
+        blocks=Blocks(),
     )
     layers = LAYERS

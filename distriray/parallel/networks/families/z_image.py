@@ -30,7 +30,7 @@ from distriray.parallel.layers.tokens import PatchTokenAttention, Tokens, output
 from distriray.parallel.networks.base import Call, Collect
 from distriray.parallel.networks.controls import UsedControl
 from distriray.parallel.networks.local import LocalCode
-from distriray.parallel.networks.plan import Attention, Plan, of_all_ranks
+from distriray.parallel.networks.plan import Attention, Blocks, Plan, of_all_ranks
 from distriray.parallel.networks.token_control import Added, TokenControl
 from distriray.parallel.networks.tokens import TokenNetwork
 from distriray.parallel.partition import TokenPartition
@@ -172,6 +172,7 @@ class ZImage(TokenNetwork):
         inputs={},
         whole=WHOLE,
         residuals=("controlnet_block_samples",),
+        blocks=Blocks("layers.0", after=f"all_final_layer.{PATCH}-1"),
     )
     layers = LAYERS
 
