@@ -41,6 +41,7 @@ from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
 from distriray.parallel.engine import Engine
 from distriray.parallel.exchange import extrapolation, reconstructions
+from distriray.parallel.image import WHOLE_AT_FIRST
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
 from distriray.parallel.partition import dealt_heads
@@ -62,6 +63,8 @@ COLUMNS = (
     "MB of buffers",
 )
 NAMES: tuple[ExchangeMode, ...] = ("displaced", "displaced_attention", "compressed", "sync")
+SHORT: Sequence[tuple[ExchangeMode, AttentionMode]] = [("sync", "auto")]
+"""How all short steps are shared."""
 RANK = 1
 """Whose part is counted: of three patches and more it has peers on both sides, as the slowest have."""
 OVERWRITES = {"copy_", "fill_", "zero_"}
@@ -201,10 +204,17 @@ def main() -> None:
     parser.add_argument("--model", choices=PUBLISHED, default="sdxl")
     parser.add_argument("--sizes", type=side, nargs="+", default=[1024, 2048, 3840], help="pixels of a side")
     parser.add_argument("--ranks", type=at_least(2), nargs="+", default=[2, 4, 8])
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="a short step of a transformer in place of a whole one, as cache_interval has them",
+    )
     add_json(parser)
     arguments = parser.parse_args()
     logging.set_verbosity_error()  # diffusers warns of a cast that it has no objection to
     model = PUBLISHED[arguments.model]
+    if arguments.short and model.spatial:
+        parser.error(f"--short is for transformers, which {model.name} is not")
     dtype = str(model.dtype).removeprefix("torch.")
     report = Report(
         f"bench.launches: {model.name} in {dtype}, counted on the meta device",
@@ -219,8 +229,11 @@ def main() -> None:
             if split and (not model.splits or ranks % 2):
                 continue
             least: Count | None = None
-            for exchange, attention in ways(model, ranks // 2 if split else ranks):
-                count, peers, buffers = share(model, size, ranks, split, exchange, attention)
+            patches = ranks // 2 if split else ranks
+            for exchange, attention in SHORT if arguments.short else ways(model, patches):
+                count, peers, buffers = share(
+                    model, size, ranks, split, exchange, attention, short=arguments.short
+                )
                 least = least or count
                 sent = [moment.sent for moment, _ in peers.marks if moment.kind == "launch"]
                 guidance = "split" if split else "together"
@@ -231,7 +244,7 @@ def main() -> None:
                     f"{sum(sum(bytes_.values()) for bytes_ in sent) / 1e6:.0f}",
                     f"{buffers / 1e6:.0f}",
                 )
-            theirs = None if split else by_diffusers(model, size, ranks)
+            theirs = None if split or arguments.short else by_diffusers(model, size, ranks)
             if theirs is not None:
                 count, to_each = theirs
                 report.add(
@@ -324,7 +337,13 @@ def spread_by_diffusers(network: Any, ranks: int) -> Any:
 
 
 def in_gang(
-    model: Published, size: int, ranks: int, split: bool, exchange: ExchangeMode, attention: AttentionMode
+    model: Published,
+    size: int,
+    ranks: int,
+    split: bool,
+    exchange: ExchangeMode,
+    attention: AttentionMode,
+    short: bool = False,
 ) -> tuple[Any, dict[str, Any], Engine, NotedPeers]:
     """The network of one rank, what a step calls it with, its engine, and its peers, which are absent."""
     (network, inputs), device = on_meta(model, size), torch.device("meta")
@@ -333,7 +352,12 @@ def in_gang(
     parallelizing = import_module("distriray.parallel.parallelize")  # which the function of that name hides
     with patch.object(parallelizing, "_share_random_state", lambda communicator: None):
         config = ParallelConfig(
-            exchange=exchange, attention=attention, warmup_steps=1, cfg_parallel=split, cuda_graphs=False
+            exchange=exchange,
+            attention=attention,
+            warmup_steps=1,
+            cache_interval=2 if short else 1,
+            cfg_parallel=split,
+            cuda_graphs=False,
         )
         parallelize(network, peers, config)
     engine = engine_of(network)
@@ -348,11 +372,12 @@ def share(
     split: bool,
     exchange: ExchangeMode,
     attention: AttentionMode = "gather",
+    short: bool = False,
 ) -> tuple[Count, NotedPeers, int]:
     """One rank's part of a step of an image that has settled: its count, its peers, its buffers' bytes."""
-    network, inputs, engine, peers = in_gang(model, size, ranks, split, exchange, attention)
+    network, inputs, engine, peers = in_gang(model, size, ranks, split, exchange, attention, short)
     with engine.image():
-        for step in range(SETTLING + 1):
+        for step in range(WHOLE_AT_FIRST + 1 if short else SETTLING + 1):
             engine.announce_more()
             peers.begin_step()
             with counting() as count:

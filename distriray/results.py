@@ -18,8 +18,9 @@ class Segment(BaseModel):
 
     The order was sent at `sent_at`; all ranks were ready at `formed_at` (not counting prompt encoding); the
     last step ended at `left_at`, all in seconds since the epoch. `fresh_step_s` and `stale_step_s` are the
-    mean seconds of a synchronous and of a displaced step. `exchange` is how the steps were shared, where
-    `auto` has chosen too: a request for it with the same seed and gang makes the same picture again.
+    mean seconds of a synchronous and of a displaced step, among the latter all that are short and whole in
+    turn. `exchange` is how the steps were shared, where `auto` has chosen too: a request for it with the same
+    seed and gang makes the same picture again.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -235,7 +235,7 @@ def by_schedulers(
         settings = tuple(
             _by(base, each)
             for each in section.settings
-            if each.scheduler == BASE.scheduler or (each.against and each.scheduler in known)
+            if each.scheduler == BASE.scheduler or (each.patches == 1 and each.scheduler in known)
         )
         others += [replace(section, settings=settings)] if settings else []
     return others

@@ -15,7 +15,7 @@ from bench.quality.design import Setting
 from bench.quality.prompts import Prompt
 from distriray.collective import LockstepCommunicator, run_in_lockstep
 from distriray.denoise import Denoiser, DenoiseState
-from distriray.errors import InvalidRequest, NotFinite, UnsupportedModel
+from distriray.errors import InvalidRequest, NotFinite
 from distriray.models import ModelSpec, load_pipeline
 from distriray.parallel import engine_of, parallelize
 from distriray.parallel.networks.registry import network_of
@@ -57,11 +57,7 @@ class Painter:
     @property
     def has_short_steps(self) -> bool:
         """Whether the model takes `cache_interval`."""
-        try:
-            network_of(self.pipeline).check_short_steps()
-        except UnsupportedModel:
-            return False
-        return True
+        return network_of(self.pipeline).has_short_steps
 
     def check(self, settings: Iterable[Setting]) -> None:
         """Raise InvalidRequest, with what would do, unless pictures have rows for all patches."""

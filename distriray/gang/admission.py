@@ -30,10 +30,21 @@ def check_gang_size(request: GenerationRequest, sizes: Collection[int]) -> None:
         )
 
 
-def check_heads(parallel: ParallelConfig, sizes: Collection[int], facts: WorkerFacts) -> None:
+def check_parallel(parallel: ParallelConfig, sizes: Collection[int], facts: WorkerFacts) -> None:
+    """Raise InvalidRequest unless gangs of all `sizes` can share steps so, whatever the request."""
+    if parallel.cache_interval > 1 and not facts.has_short_steps:
+        raise InvalidRequest(
+            f"cache_interval is for transformers, which {facts.model} is not; fewer steps, by `unipc`, cost "
+            "its pictures no more",
+            "parallel",
+        )
+    _check_heads(parallel, sizes, facts)
+
+
+def _check_heads(parallel: ParallelConfig, sizes: Collection[int], facts: WorkerFacts) -> None:
     """Raise InvalidRequest unless heads can be dealt to the gangs of all `sizes`, if they are to be.
 
-    Whatever the request: one without guidance is cut by all ranks of a gang that shares others by halves.
+    One without guidance is cut by all ranks of a gang that shares others by halves.
     """
     heads, halves = facts.key_heads, 2 if parallel.cfg_parallel is True else 1
     if heads is None or parallel.attention != "ulysses" or parallel.exchange == "none":
@@ -70,7 +81,7 @@ class Admitted(NamedTuple):
         num_steps: calls of the network that it takes.
         guided: each of them is of two branches,
         unguided_steps: but for so many of the last.
-        fresh: each of them is synchronous.
+        fresh: each of them is synchronous, and none short.
         shown_pixels: of references, whose tokens go through the network beside the picture's own.
     """
 
@@ -147,7 +158,7 @@ def admit(
     shared = request.shared(config.parallel)
     if shared.cfg_parallel is True:
         _check_halves(request, gangs, guided, unguided_steps)
-    fresh = shared.mix is not None and shared.mix.exact
+    fresh = shared.mix is not None and shared.mix.exact and shared.cache_interval == 1
     editing = facts.terms.editing
     shown_pixels = 0
     if editing:
@@ -176,7 +187,7 @@ def _gangs_of(request: GenerationRequest, sizes: Collection[int], facts: WorkerF
         return [request.gang_size]
     gangs = [size for size in sizes if size <= max_gang]
     if request.parallel is not None:  # a gang that is named says so at once
-        check_heads(request.parallel, gangs, facts)
+        check_parallel(request.parallel, gangs, facts)
     return gangs
 
 

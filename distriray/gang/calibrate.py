@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -54,7 +55,8 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     workers are busy is found with gangs of the least size.
     """
     guided = admit(example(facts), config, facts, limited=False).guided
-    least, steps = config.sizes[0], max(1, warmup_steps(config)) + MEASURED_STEPS
+    least, interval = config.sizes[0], config.parallel.cache_interval
+    steps = max(1, warmup_steps(config)) + math.ceil(MEASURED_STEPS / interval) * interval
     warming = CHOOSING_STEPS if config.parallel.exchange == "auto" else 1
     most = config.workers // least
     warm = warming if least > 1 else 1  # a lone worker has nothing to choose

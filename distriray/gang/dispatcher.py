@@ -21,7 +21,7 @@ from distriray.errors import (
     UnsupportedModel,
 )
 from distriray.events import Queued, Repaired
-from distriray.gang.admission import Admitted, admit, check_heads, check_listed, example, settle
+from distriray.gang.admission import Admitted, admit, check_listed, check_parallel, example, settle
 from distriray.gang.background import Background
 from distriray.gang.config import HostConfig
 from distriray.gang.job import Job, JobState
@@ -98,7 +98,7 @@ class Dispatcher:
         except InvalidRequest as error:
             raise UnsupportedModel(f"defaults of {self.config.model.name}: {error}") from error
         try:
-            check_heads(self.config.parallel, self.config.sizes, self.facts)
+            check_parallel(self.config.parallel, self.config.sizes, self.facts)
         except InvalidRequest as error:
             raise UnsupportedModel(f"parallel: {error}") from error
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from distriray.adapters import Catalogue
 from distriray.errors import GangBroken
 from distriray.events import Event, Finished
-from distriray.gang.admission import check_heads
+from distriray.gang.admission import check_parallel
 from distriray.gang.calibrate import keep_profile
 from distriray.gang.config import LIVE_FIELDS, HostConfig
 from distriray.gang.dispatcher import Dispatcher
@@ -187,7 +187,7 @@ class Host:
         ]
         if fixed:
             raise ValueError(f"{fixed} cannot change while a host runs; {sorted(LIVE_FIELDS)} can")
-        check_heads(config.parallel, config.sizes, self.facts)
+        check_parallel(config.parallel, config.sizes, self.facts)
         if config.policy != self.config.policy:
             self._dispatcher.policy = make_policy(config.policy)
         self.config = self._dispatcher.config = config

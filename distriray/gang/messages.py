@@ -89,7 +89,8 @@ class RankResult:
 
     Attributes:
         step: where it holds the request's state, unless it refused or failed.
-        fresh_s, stale_s: seconds of each synchronous and of each displaced step.
+        fresh_s, stale_s: seconds of each synchronous and of each displaced step, among the latter all that
+            are short and whole in turn.
         images: from rank 0 of a gang that is done.
         error: why the request was refused.
         cause: why the gang broke or this worker failed.
@@ -144,6 +145,7 @@ class WorkerFacts:
         size_unit: pixels; heights and widths are multiples of it.
         row_unit: pixel rows of the smallest patch.
         cuts_vae: the VAE's decoder can be cut into patches.
+        has_short_steps: it takes a `cache_interval`.
         key_heads: the most ranks that `attention: ulysses` deals heads to; None where it deals none.
         load_s: seconds that loading took, and compiling.
         memory: in bytes.
@@ -165,6 +167,7 @@ class WorkerFacts:
     own_steps: StepCount
     guides: bool
     terms: Terms = Terms()
+    has_short_steps: bool = False
     key_heads: int | None = None
 
     @property

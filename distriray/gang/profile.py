@@ -6,6 +6,7 @@ from distriray.config import MIXES
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import WorkerFacts
+from distriray.parallel.image import WHOLE_AT_FIRST
 from distriray.routing.profile import Entry, Profile
 from distriray.version import __version__
 
@@ -50,17 +51,20 @@ def make_profile(
 
 
 def device_of(config: HostConfig, facts: WorkerFacts) -> str:
-    """The hardware that a profile applies to: "N x device", the gangs lent, and for what that was compiled.
+    """What a profile applies to: "N x device", the gangs lent, what that was compiled for, and short steps.
 
     A gang that gains nothing by a profile is never tried: a size that it lacks would never be lent.
     """
     gangs = f" in gangs of {' '.join(map(str, config.sizes))}"
     compiled = f" compiled for {' '.join(config.compile)}" if config.compile else ""
-    return f"{config.workers} x {facts.device_name}{gangs}{compiled}"
+    short = f" with 1 of {interval} steps whole" if (interval := config.parallel.cache_interval) > 1 else ""
+    return f"{config.workers} x {facts.device_name}{gangs}{compiled}{short}"
 
 
 def warmup_steps(config: HostConfig) -> int:
-    """Synchronous steps at the beginning of every image, as far as the configuration says."""
+    """Synchronous steps at the beginning of every image, as far as the configuration says; before steps that
+    are short and whole in turn, those that are never short."""
     parallel = config.parallel
-    steps = parallel.warmup_of(parallel.mix or MIXES["displaced"])
-    return GUESSED_AUTO_WARMUP if steps == "auto" else steps
+    asked = parallel.warmup_of(parallel.mix or MIXES["displaced"])
+    steps = GUESSED_AUTO_WARMUP if asked == "auto" else asked
+    return max(steps, WHOLE_AT_FIRST) if parallel.cache_interval > 1 else steps

@@ -182,6 +182,7 @@ class SegmentRunner:
             size_unit=sizes.unit,
             row_unit=network.row_unit * sizes.latent_row,
             cuts_vae=self._engine.decoder is not None,
+            has_short_steps=network.has_short_steps,
             key_heads=min(network.key_heads, default=None),
             load_s=self._load_s,
             memory=device.memory(),

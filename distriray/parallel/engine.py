@@ -13,7 +13,7 @@ import torch
 
 from distriray.collective.base import Communicator
 from distriray.config import ExchangeMode, Mix, ParallelConfig
-from distriray.errors import DistrirayError, GangMismatch
+from distriray.errors import DistrirayError, GangMismatch, UnsupportedModel
 from distriray.parallel.agreement import check_same_image
 from distriray.parallel.choice import Chooser, TimedStep
 from distriray.parallel.collector import Collector
@@ -103,8 +103,11 @@ class Engine(Uncopied):
         What was laid out and captured for other gangs is kept, within `max_buffer_bytes`, until they are
         joined again: gangs that change go back and forth between a few.
         """
-        if config.cache_interval > 1:
-            self.network.check_short_steps()
+        if config.cache_interval > 1 and not self.network.has_short_steps:
+            kind = self.network.kind.__name__
+            raise UnsupportedModel(
+                f"cache_interval of a {kind}: it is for transformers; take fewer steps, by `unipc`"
+            )
         if not self._is_in(communicator, config):
             how = communicator.device, config.cuda_graphs
             if self.generation == 0 or how != (self.communicator.device, self.config.cuda_graphs):

@@ -35,7 +35,7 @@ class RequestView:
         pinned: it holds workers and cannot yield any more (it decodes).
         guided: its steps are of two branches, with guidance and without,
         unguided_steps: but for so many of the last.
-        fresh: its steps are all synchronous.
+        fresh: its steps are all synchronous, and none short.
         adapters: the names of those that it is drawn with.
         besides: what its steps compute beside the network, on the average.
     """

@@ -218,11 +218,10 @@ class Network(ABC):
         """The ControlNets that `forward` runs in a call."""
         return ()
 
-    def check_short_steps(self) -> None:
-        """Raise `UnsupportedModel` unless it is known which blocks short steps may leave out."""
-        raise UnsupportedModel(
-            f"cache_interval of a {self.kind.__name__}; it is for transformers: take fewer steps, by `unipc`"
-        )
+    @property
+    def has_short_steps(self) -> bool:
+        """Whether it is known which blocks short steps may leave out."""
+        return False
 
     def may_be_short(self, call: Call) -> bool:
         """Whether a call may be a short step, as far as its arguments go."""

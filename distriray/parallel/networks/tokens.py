@@ -283,8 +283,9 @@ class TokenNetwork(Network):
         added = (call.arguments[name] for name in self.plan.residuals)
         return super().may_be_short(call) and all(each is None for each in added)
 
-    def check_short_steps(self) -> None:
-        """All families of transformers have them."""
+    @property
+    def has_short_steps(self) -> bool:
+        return self.plan.blocks is not None
 
     @contextmanager
     def reusing(self, added: torch.Tensor | None) -> Iterator[Callable[[], torch.Tensor]]:

@@ -110,6 +110,18 @@ def test_a_transformer_sends_what_arithmetic_says(name: str, tokens: int, width:
     assert sent == {"gather": keys_values * (ranks - 1), "ulysses": keys_values * (ranks - 1) * 2 // ranks}
 
 
+def test_a_short_step_asks_for_one_block_however_many_there_are() -> None:
+    (three, _), (two, _) = shallow("flux", 3), shallow("flux", 2)
+    (ours, peers, _), (theirs, others, _) = (
+        share(model, 1024, 8, False, "sync", "auto", short=True) for model in (three, two)
+    )
+    whole, of_whole, _ = share(two, 1024, 8, False, "sync", "auto")
+    assert (ours.launches, ours.nbytes) == (theirs.launches, theirs.nbytes)
+    waits = [sum(moment.kind == "launch" for moment, _ in each.marks) for each in (peers, others, of_whole)]
+    assert waits == [3, 3, 9], "heads of a block are dealt in two messages, and the output is gathered"
+    assert ours.launches < whole.launches and ours.nbytes < whole.nbytes / 2
+
+
 def test_heads_that_ranks_do_not_divide_are_sent_once_too_and_cost_three_launches_a_layer() -> None:
     model, ranks, heads, channels = PUBLISHED["z-image"], 8, 30, 128
     (gathered, *_), (dealt, peers, _) = (

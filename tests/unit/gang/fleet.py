@@ -91,6 +91,7 @@ class FakeWorker:
                 default_size=(128, 128), size_unit=8, row_unit=16, cuts_vae=self.fleet.cuts_vae,
                 load_s=0.0, memory=1, own_steps=self.fleet.own_steps, guides=self.fleet.guides,
                 terms=self.fleet.terms, key_heads=self.fleet.key_heads,
+                has_short_steps=self.fleet.has_short_steps,
             )  # fmt: skip
 
         return self._call(load())
@@ -267,6 +268,7 @@ class FakeFleet:
         self.warnings: tuple[str, ...] = ()
         self.own_steps, self.guides, self.terms = StepCount(), True, Terms()
         self.key_heads: int | None = None
+        self.has_short_steps = True
         self.load_s = 0.005
         self.load_raises: dict[int, Exception] = {}
         self.launched: list[FakeWorker] = []

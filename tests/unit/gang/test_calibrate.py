@@ -22,13 +22,15 @@ from distriray.routing.profile import Profile
 from .fleet import FakeHost, until
 
 
-def kept(folder: Path, **config: Any) -> Profile:
-    """What a host of four workers starts from."""
+def kept(folder: Path, asked: list[GenerationRequest] | None = None, **config: Any) -> Profile:
+    """What a host of four workers starts from; `asked` has then what it has drawn for it."""
 
     async def scene() -> Profile:
         async with FakeHost(4, **config) as host:
 
             async def generate(request: GenerationRequest) -> GenerationResult:
+                if asked is not None:
+                    asked.append(request)
                 return await host.dispatcher.accept_own(request).ended
 
             return await keep_profile(folder, host.config, host.dispatcher.facts, generate)
@@ -55,6 +57,18 @@ def test_a_host_that_lends_other_gangs_measures_its_own(tmp_path: Path) -> None:
     lone, all_sizes = kept(tmp_path, gang_sizes=(1,)), kept(tmp_path)
     assert [{entry.gang for entry in each.entries} for each in (lone, all_sizes)] == [{1}, {1, 2, 4}]
     assert kept(tmp_path, gang_sizes=(1,)) == lone
+
+
+@pytest.mark.parametrize(("exchange", "first"), [("sync", 3), ("displaced", 4)])
+def test_a_host_with_short_steps_measures_its_own_in_whole_turns(
+    tmp_path: Path, exchange: str, first: int
+) -> None:
+    asked: list[GenerationRequest] = []
+    kept(tmp_path, parallel={"exchange": exchange})
+    profile = kept(tmp_path, asked, parallel={"exchange": exchange, "cache_interval": 3})
+    assert profile.device == "4 x cpu in gangs of 1 2 4 with 1 of 3 steps whole"
+    assert profile.warmup_steps == first
+    assert {request.num_inference_steps for request in asked} == {1, first + 9}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": "m"}', "\x00"])

@@ -751,6 +751,33 @@ def test_heads_that_cannot_be_dealt_to_a_gang_are_found_when_the_host_starts() -
     do(scene())
 
 
+def test_short_steps_of_a_model_without_any_are_found_when_the_host_starts_or_they_are_asked_for() -> None:
+    short = ParallelConfig(cache_interval=2)
+
+    async def scene() -> None:
+        refusing, host = FakeHost(1, parallel=short), FakeHost(1)
+        for each in (refusing, host):
+            each.fleet.has_short_steps = False
+        with pytest.raises(UnsupportedModel, match="cache_interval is for transformers, which m is not"):
+            await refusing.dispatcher.start()
+        await refusing.dispatcher.close()
+        async with host:
+            with pytest.raises(InvalidRequest, match="cache_interval is for transformers") as refused:
+                host.accept(parallel=short)
+            assert refused.value.param == "parallel"
+
+    do(scene())
+
+
+def test_steps_that_are_short_in_turn_are_not_predicted_as_those_that_are_all_fresh() -> None:
+    async def scene() -> None:
+        async with FakeHost(2, parallel=ParallelConfig(exchange="sync", cache_interval=2)) as host:
+            assert not host.accept().view().fresh
+            assert host.accept(parallel=ParallelConfig(exchange="sync")).view().fresh
+
+    do(scene())
+
+
 @pytest.mark.parametrize(
     ("heads", "parallel"),
     [

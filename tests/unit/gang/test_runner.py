@@ -75,11 +75,15 @@ def test_ranks_say_what_share_of_a_step_they_waited_and_a_lone_worker_has_nobody
     assert all(rank.waited is None for rank in gang.run(link="alone"))
 
 
-def test_a_worker_says_how_many_heads_it_could_deal(gang: Gang, tmp_path: Path) -> None:
-    """As the layer of its network that has fewest."""
-    assert gang.runners[0].facts().key_heads == 2
+def test_a_worker_says_how_many_heads_it_could_deal_and_whether_steps_may_be_short(
+    gang: Gang, tmp_path: Path
+) -> None:
+    """Heads as the layer of its network that has fewest."""
+    facts = gang.runners[0].facts()
+    assert facts.key_heads == 2 and not facts.has_short_steps
     tiny_flux2_klein_distilled().save_pretrained(tmp_path)
-    assert Gang(tmp_path, 1).runners[0].facts().key_heads == 2
+    facts = Gang(tmp_path, 1).runners[0].facts()
+    assert facts.key_heads == 2 and facts.has_short_steps
 
 
 def test_what_a_scheduler_does_not_take_is_refused_by_all_ranks(gang: Gang) -> None:

@@ -52,12 +52,14 @@ def arguments(
     return given
 
 
-def drawn(network: Any, transformer: Transformer, apart: bool, batch: int = 2) -> list[torch.Tensor]:
+def drawn(
+    network: Any, transformer: Transformer, apart: bool, batch: int = 2, steps: int = STEPS
+) -> list[torch.Tensor]:
     """Latents after each step, with guidance, by a call for each branch or by one for both."""
     latents, found, engine = None, [], engine_of(network)
     with engine.image() if engine is not None else torch.no_grad():
-        for step in range(STEPS):
-            given = arguments(transformer, latents, 1 - step / STEPS, batch, network.device)
+        for step in range(steps):
+            given = arguments(transformer, latents, 1 - step / steps, batch, network.device)
             before = given["cond"]["hidden_states"]
             if apart:
                 outputs = [network(**call, return_dict=False)[0] for call in given.values()]
@@ -72,7 +74,7 @@ def drawn(network: Any, transformer: Transformer, apart: bool, batch: int = 2) -
             conditional, without = (output[:, -size:] if output.ndim == 3 else output for output in outputs)
             if conditional.shape != before.shape:  # variances that nobody asks for
                 conditional, without = conditional[:, :size], without[:, :size]
-            latents = before - (without + 2.0 * (conditional - without)) / STEPS
+            latents = before - (without + 2.0 * (conditional - without)) / steps
             found.append(latents)
     return found
 

@@ -18,6 +18,8 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
 from tests.unit.parallel.recorded import RecordedGraphs
+from tests.unit.parallel.test_branches import FAMILIES
+from tests.unit.parallel.test_branches import drawn as drawn_by_branches
 from tests.unit.parallel.test_room import told_and_held
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, error, step
 
@@ -118,6 +120,43 @@ def test_a_gang_that_waits_for_fresh_values_equals_one_device(name: str, ranks: 
 
     everyone = run_in_lockstep(ranks, rank)
     assert all(max(map(error, predicted, expected)) < 1e-5 for predicted in everyone)
+
+
+@pytest.mark.parametrize(("name", "ranks"), zip(FAMILIES, cycle([2, 4])))
+def test_halves_of_a_gang_each_take_what_their_own_branch_had(name: str, ranks: int) -> None:
+    transformer, by_halves = TRANSFORMERS[name], {"exchange": "sync", "cfg_parallel": "auto"}
+    lone = parallelize(made(name), connect("local"), EVERY_SECOND)
+    expected = drawn_by_branches(lone, transformer, apart=False, steps=STEPS)
+
+    def rank(communicator: Communicator) -> list[torch.Tensor]:
+        network = parallelize(made(name), communicator, EVERY_SECOND.model_copy(update=by_halves))
+        return drawn_by_branches(network, transformer, apart=False, steps=STEPS)
+
+    for latents in run_in_lockstep(ranks, rank):
+        assert max(map(error, latents, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_where_guidance_ends_is_whole_and_so_is_the_first_of_a_picture_that_is_drawn_on(
+    ranks: int,
+) -> None:
+    transformer = TRANSFORMERS["sd3"]
+    both = transformer.inputs(Shape())
+    one = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in both.items()}
+
+    def rank(communicator: Communicator) -> list[bool]:
+        config = EVERY_SECOND.model_copy(update={"exchange": "sync", "cfg_parallel": "auto"})
+        network, short = parallelize(transformer.make(), communicator, config), []
+        engine = engine_of(network)
+        assert engine is not None
+        with engine.image(at_step=20) as image:
+            for number in range(8):
+                step(network, transformer, both if number < 4 else one, 1.0 - 0.03 * number)
+                short.append(image.branches[None].reuse.short)
+        return short
+
+    everyone = run_in_lockstep(ranks, rank)
+    assert everyone == [[False, True] * 4] * ranks
 
 
 @pytest.mark.parametrize(("name", "ranks", "way"), IN_TURN)
