@@ -16,6 +16,7 @@ from distriray.config import PAPER
 from distriray.denoise import SCHEDULERS, Denoiser
 from distriray.parallel import engine_of
 from distriray.parallel.gather import HeaderOnItsWay
+from distriray.parallel.image import WHOLE_AT_FIRST
 from distriray.parallel.networks.registry import denoising_module
 from distriray.requests import SamplingParams
 from tests.models import SHALLOW, tiny_flux, tiny_flux2, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
@@ -54,10 +55,11 @@ def test_a_step_stops_no_device(monkeypatch: pytest.MonkeyPatch, exchange: Any) 
 @pytest.mark.parametrize(
     "make", sweep([tiny_qwen_image, tiny_flux, tiny_sd3, tiny_z_image, tiny_flux2], first=2)
 )
+@pytest.mark.parametrize("interval", [1, 2])
 def test_a_step_of_a_transformer_stops_no_device(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], interval: int
 ) -> None:
-    assert _stops(monkeypatch, ParallelConfig(), make=make) == 0
+    assert _stops(monkeypatch, ParallelConfig(cache_interval=interval), make=make) == 0
 
 
 @pytest.mark.parametrize("scheduler", sweep(sorted(SCHEDULERS)))
@@ -150,7 +152,8 @@ def _stops(
             assert isinstance(state.latents, OnDevice) and not engine.settled
             if state.step > 1:
                 stops.append(device.stops.copy())
-                assert engine.statistics.synchronous == (engine.exchange == "sync")
+                in_turn = config.cache_interval > 1 and state.step > WHOLE_AT_FIRST
+                assert engine.statistics.synchronous == (engine.exchange == "sync" and not in_turn)
         denoiser.step(state)
         assert engine.settled and state.unsettled is None
     assert len(stops) >= STEPS - 2
