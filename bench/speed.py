@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from statistics import median
 from typing import Any
 
@@ -25,7 +26,7 @@ from bench.arguments import add_json, side
 from bench.barrier import barrier, finish
 from bench.report import Report
 from distriray import GenerationRequest, HostConfig, ParallelConfig, SamplingParams, parallelize
-from distriray.arguments import positive
+from distriray.arguments import at_least, positive
 from distriray.collective import Communicator, connect, launch
 from distriray.denoise import Denoiser
 from distriray.models import ModelSpec, load_pipeline
@@ -72,8 +73,12 @@ Round = dict[tuple[int, str], Phases]
 """By size and name of the way."""
 
 
-def ways(gangs: list[int], device: str) -> list[Way]:
-    """Everything that is compared; with the guidance split, a gang of 2 has nothing to exchange."""
+def ways(gangs: list[int], device: str, intervals: Sequence[int] = ()) -> list[Way]:
+    """Everything that is compared; with the guidance split, a gang of 2 has nothing to exchange.
+
+    Args:
+        intervals: `cache_interval` of further gangs, which wait for fresh values.
+    """
     found = [Way(ALONE if device == "cpu" else "diffusers")]
     if device == "cpu":
         found.append(Way("diffusers, all threads", threads=os.cpu_count() or 1))
@@ -90,6 +95,10 @@ def ways(gangs: list[int], device: str) -> list[Way]:
                 )
                 config = ParallelConfig.model_validate({"exchange": exchange, "cfg_parallel": split})
                 found.append(Way(name, ranks, parallel=config))
+    fresh = [way for way in found if way.ranks == 1 or way.parallel.exchange == "sync"]
+    for way, interval in product(fresh, intervals):
+        config = way.parallel.model_copy(update={"cache_interval": interval})
+        found.append(Way(f"{way.name}, one of {interval} steps whole", way.ranks, parallel=config))
     return found
 
 
@@ -104,10 +113,13 @@ def main() -> None:
     parser.add_argument("--gangs", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=positive, default=10)
     parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument(
+        "--cache-intervals", type=at_least(2), nargs="+", default=(), help="gangs with short steps too"
+    )
     parser.add_argument("--no-host", action="store_true", help="leave out the hosts, which need Ray")
     add_json(parser)
     arguments = parser.parse_args()
-    compared = ways(arguments.gangs, arguments.device)
+    compared = ways(arguments.gangs, arguments.device, arguments.cache_intervals)
     report = Report(
         f"bench.speed: one image of {arguments.model}, {arguments.steps} steps with guidance",
         COLUMNS,

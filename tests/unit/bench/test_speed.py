@@ -21,6 +21,13 @@ def test_gangs_are_compared_in_every_mode_split_and_not():
     assert found == {(mode, split) for mode in ("displaced", "sync", "none") for split in (True, False)}
 
 
+def test_short_steps_are_compared_where_gangs_wait_for_fresh_values():
+    more = {way.name: way.parallel for way in ways([1, 4], "cpu", [2, 3])[len(ways([1, 4], "cpu")) :]}
+    whole = ("gang of 1", "gang of 4, sync, guidance split", "gang of 4, sync")
+    assert list(more) == [f"{name}, one of {n} steps whole" for name in whole for n in (2, 3)]
+    assert [config.cache_interval for config in more.values()] == [2, 3] * 3
+
+
 def test_diffusers_has_one_row_on_a_gpu():
     assert [way.name for way in ways([1], "cuda")] == ["diffusers", "gang of 1"]
 
