@@ -412,7 +412,8 @@ class Engine(Uncopied):
         weights, inference = self.network.text_weights(), torch.is_inference_mode_enabled()
         made_by = branch, call.besides, weights, inference
         self.context.new_text = branch.fresh_start or branch.text_changed or made_by != self._cached_text
-        self._cached_text = made_by
+        # Blocks that a short step leaves out still have those of the call before.
+        self._cached_text = None if call.short and self.context.new_text else made_by
 
     def _prepare(self, call: Call, moment: Moment, branch: Branch) -> Share:
         """This rank's share of a call that all ranks make alike, on a network that can be cut."""

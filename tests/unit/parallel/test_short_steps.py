@@ -213,6 +213,31 @@ def test_a_step_with_another_text_or_in_another_gang_is_whole() -> None:
     assert short == [False, False, False, True, False, False, True, False, False, True]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", ["pixart", "sd3"])
+def test_whole_steps_of_images_in_turn_attend_to_their_own_text(name: str, graphs: bool) -> None:
+    """Of text whose keys and values layers keep, a short step computes those of the first block alone."""
+
+    def drawn_in_order(order: str) -> dict[str, list[torch.Tensor]]:
+        network = parallelize(made(name), connect("local"), EVERY_SECOND)
+        engine, inputs = engine_of(network), TRANSFORMERS[name].inputs(Shape())
+        assert engine is not None
+        if graphs:
+            engine.capture_with(RecordedGraphs())
+        texts = {"a": inputs["encoder_hidden_states"], "b": inputs["encoder_hidden_states"] + 1.0}
+        images, found = {each: engine.image() for each in texts}, {each: [] for each in texts}
+        for each in order:
+            with images[each]:
+                given = {**inputs, "encoder_hidden_states": texts[each]}
+                sigma = 1.0 - 0.03 * len(found[each])
+                found[each].append(step(network, TRANSFORMERS[name], given, sigma))
+        return found
+
+    one_by_one, in_turn = (drawn_in_order(order) for order in ("a" * 8 + "b" * 8, "aaabaabbbabbbaab"))
+    for each, expected in one_by_one.items():
+        assert max(map(error, in_turn[each], expected)) < 1e-6
+
+
 def test_steps_with_what_a_controlnet_adds_are_whole_and_so_is_the_one_after_them() -> None:
     network, inputs = (
         parallelize(made("flux"), connect("local"), EVERY_SECOND),
