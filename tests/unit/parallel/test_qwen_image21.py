@@ -87,15 +87,20 @@ PADDED_EDIT = Scene(conditions=((2, 2), (4, 4)), padded=1)
 SCENES = [PLAIN, PADDED, EDIT, PADDED_EDIT]
 
 
-def draw(network: Any, scene: Scene, keeps: bool, batch: int = 2, steps: int = STEPS) -> list[torch.Tensor]:
-    """The latents after each step, with a call for each branch, as the pipeline makes them."""
+def draw(
+    network: Any, scene: Scene, keeps: bool, batch: int = 2, steps: int = STEPS, at_step: int = 0
+) -> list[torch.Tensor]:
+    """The latents after each step, with a call for each branch, as the pipeline makes them.
+
+    `at_step` is where a gang goes on with the image of another one.
+    """
     latents, references, drawn = scene.latents(batch), scene.references(batch), []
     latents, references = latents.to(network.device), references.to(network.device)
     caches = [QwenImage21KVCache(LAYERS) if keeps else None for _ in BRANCHES]
     inputs = [scene.inputs(index, batch) for index in range(len(BRANCHES))]
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(network.device), inputs)
     engine = engine_of(network)
-    with nullcontext() if engine is None else engine.image():
+    with nullcontext() if engine is None else engine.image(at_step):
         for step in range(steps):
             said = []
             for name, cache, given in zip(BRANCHES, caches, inputs, strict=True):
@@ -326,6 +331,30 @@ def test_steps_whose_prefix_is_kept_are_captured(scene: Scene, ranks: int, excha
         engine.capture_with(None)
         for latents in found:
             assert all(map(torch.equal, latents, draw(network, scene, True, steps=5)))
+
+    run_in_lockstep(ranks, rank)
+
+
+@pytest.mark.parametrize("at_step", [0, 20])
+@pytest.mark.parametrize(
+    ("scene", "ranks", "exchange"),
+    [(PLAIN, 1, "sync"), (EDIT, 1, "sync"), (PADDED_EDIT, 2, "sync"), (EDIT, 3, "displaced")],
+)
+def test_short_steps_take_the_kept_keys_and_values_of_the_first_block(
+    scene: Scene, ranks: int, exchange: Any, at_step: int
+) -> None:
+    config = {"exchange": exchange, "warmup_steps": 1, "cfg_parallel": False, "cache_interval": 2}
+
+    def rank(communicator: Communicator) -> None:
+        network, engine, _ = captured(communicator, **config)
+        found = [draw(network, scene, True, steps=8, at_step=at_step) for _ in range(2)]
+        assert engine.graphs.obstacle is None
+        engine.capture_with(None)
+        launched = draw(network, scene, True, steps=8, at_step=at_step)
+        for latents in found:
+            assert all(map(torch.equal, latents, launched))
+        if exchange == "sync" and not at_step:  # a cache is filled in a whole step, and the next one is too
+            assert furthest(launched, draw(network, scene, False, steps=8)) < CLOSE
 
     run_in_lockstep(ranks, rank)
 

@@ -194,6 +194,10 @@ class QwenImage21(TokenNetwork):
         places = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in self._read_in_place]
         return super().switches(), *places
 
+    def may_be_short(self, call: Call) -> bool:
+        # All blocks fill a cache, and what they add to its prefix is nothing for later steps.
+        return super().may_be_short(call) and call.arguments["kv_cache_mode"] != "extract"
+
     def partition(self, call: Call, patches: int) -> TokenPartition:
         *conditions, _ = call.arguments["img_shapes"][0]
         image = self.image_tokens(call.sample) - sum(map(math.prod, conditions))
@@ -232,6 +236,8 @@ class QwenImage21(TokenNetwork):
         """`compute` of a call whose prefix this rank has kept."""
         self._shared = share, collect
         standing, keys_values = self._prefixes.standing(call, self.module.pos_embed), keys_and_values(kept)
+        if call.short:
+            keys_values = keys_values[:2]  # of the first block
         copied = sum(each.nbytes for each in keys_values) <= MOST_COPIED
         self._read_in_place = [] if copied else keys_values
         try:
