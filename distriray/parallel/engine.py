@@ -346,7 +346,7 @@ class Engine(Uncopied):
         try:
             share = self._prepare(call, moment, branch)
             if self.config.cache_interval > 1 and self.network.may_be_short(call):
-                call = replace(call, reuse=branch.reuses(self.config.cache_interval))
+                call = replace(call, reuse=branch.reuses(self.config.cache_interval, call))
             else:
                 branch.reuse = Reuse()
             self._look_at_text(call, branch)

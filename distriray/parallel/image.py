@@ -92,9 +92,11 @@ class Branch:
             return False
         return moment.element.follows(self.element) and text.reads_as(self.text)
 
-    def reuses(self, interval: int) -> Reuse:
+    def reuses(self, interval: int, call: Call) -> Reuse:
         """What the next step, of `interval`, takes from a whole one, if it is short; on all ranks alike."""
-        reuse = self.reuse
+        reuse, like = self.reuse, (call.sample.shape, call.sample.dtype)
+        if reuse.like != like:
+            reuse = self.reuse = Reuse(like=like)
         reuse.in_turn = self.step >= WHOLE_AT_FIRST and not (self.fresh_start or self.text_changed)
         reuse.short = reuse.in_turn and reuse.added is not None and reuse.age + 1 < interval
         reuse.age = reuse.age + 1 if reuse.short else 0

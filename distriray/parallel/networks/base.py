@@ -34,12 +34,14 @@ class Reuse:
     Attributes:
         added: what the blocks that short steps leave out have added, or made, for this rank's part: a tensor
             on its device. None before the first whole step.
+        like: shape and dtype of the latents, whole, that it is of.
         short: whether the call under way is a short step; a whole one changes `added`.
         age: number of short steps since the whole one.
         in_turn: whether the image is so far that some of its steps are short.
     """
 
     added: torch.Tensor | None = None
+    like: tuple[torch.Size, torch.dtype] | None = None
     short: bool = False
     age: int = 0
     in_turn: bool = False

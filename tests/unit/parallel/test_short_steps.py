@@ -213,6 +213,25 @@ def test_a_step_with_another_text_or_in_another_gang_is_whole() -> None:
     assert short == [False, False, False, True, False, False, True, False, False, True]
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image-edit"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_of_another_size_is_whole(name: str, ranks: int) -> None:
+    def rank(communicator: Communicator) -> list[bool]:
+        config = EVERY_SECOND.model_copy(update={"exchange": "sync"})
+        network, short = parallelize(made(name), communicator, config), []
+        engine = engine_of(network)
+        assert engine is not None
+        with engine.image() as image:
+            for number in range(8):
+                inputs = TRANSFORMERS[name].inputs(Shape(rows=4 if number < 5 else 6))
+                step(network, TRANSFORMERS[name], inputs, 1.0 - 0.03 * number)
+                short.append(image.branches[None].reuse.short)
+        return short
+
+    everyone = run_in_lockstep(ranks, rank)
+    assert everyone == [[False, False, False, True, False, False, True, False]] * ranks
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
 def test_whole_steps_of_images_in_turn_attend_to_their_own_text(name: str, graphs: bool) -> None:
