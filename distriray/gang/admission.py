@@ -32,13 +32,17 @@ def check_gang_size(request: GenerationRequest, sizes: Collection[int]) -> None:
 
 def check_parallel(parallel: ParallelConfig, sizes: Collection[int], facts: WorkerFacts) -> None:
     """Raise InvalidRequest unless gangs of all `sizes` can share steps so, whatever the request."""
+    _check_short_steps(parallel, facts)
+    _check_heads(parallel, sizes, facts)
+
+
+def _check_short_steps(parallel: ParallelConfig, facts: WorkerFacts) -> None:
     if parallel.cache_interval > 1 and not facts.has_short_steps:
         raise InvalidRequest(
             f"cache_interval is for transformers, which {facts.model} is not; fewer steps, by `unipc`, cost "
             "its pictures no more",
             "parallel",
         )
-    _check_heads(parallel, sizes, facts)
 
 
 def _check_heads(parallel: ParallelConfig, sizes: Collection[int], facts: WorkerFacts) -> None:
@@ -183,11 +187,13 @@ def _gangs_of(request: GenerationRequest, sizes: Collection[int], facts: WorkerF
             f"height {request.height} is too small for the gangs lent here, of {min(sizes)} or more",
             "height",
         )
+    if request.parallel is not None:
+        _check_short_steps(request.parallel, facts)
     if request.gang_size != "auto":
         return [request.gang_size]
     gangs = [size for size in sizes if size <= max_gang]
     if request.parallel is not None:  # a gang that is named says so at once
-        check_parallel(request.parallel, gangs, facts)
+        _check_heads(request.parallel, gangs, facts)
     return gangs
 
 

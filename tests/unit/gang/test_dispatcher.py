@@ -762,9 +762,10 @@ def test_short_steps_of_a_model_without_any_are_found_when_the_host_starts_or_th
             await refusing.dispatcher.start()
         await refusing.dispatcher.close()
         async with host:
-            with pytest.raises(InvalidRequest, match="cache_interval is for transformers") as refused:
-                host.accept(parallel=short)
-            assert refused.value.param == "parallel"
+            for asked in ({}, {"gang_size": 1}):
+                with pytest.raises(InvalidRequest, match="cache_interval is for transformers") as refused:
+                    host.accept(parallel=short, **asked)
+                assert refused.value.param == "parallel"
 
     do(scene())
 
