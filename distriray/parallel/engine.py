@@ -302,7 +302,7 @@ class Engine(Uncopied):
 
         def read(name: str) -> Call:
             given = {**kwargs, **branches[name], "return_dict": False}
-            return replace(self.network.read(*args, **given), branch=name)
+            return replace(self.network.read(*args, **given), branch=name, branches=len(branches))
 
         calls = {name: read(name) for name in branches}
         dealt = self.network.deal([*calls.values()], self.communicator, self.config)

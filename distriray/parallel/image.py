@@ -94,7 +94,7 @@ class Branch:
 
     def reuses(self, interval: int, call: Call) -> Reuse:
         """What the next step, of `interval`, takes from a whole one, if it is short; on all ranks alike."""
-        reuse, like = self.reuse, (call.sample.shape, call.sample.dtype)
+        reuse, like = self.reuse, (call.sample.shape, call.sample.dtype, call.branches)
         if reuse.like != like:
             reuse = self.reuse = Reuse(like=like)
         reuse.in_turn = self.step >= WHOLE_AT_FIRST and not (self.fresh_start or self.text_changed)

@@ -34,14 +34,14 @@ class Reuse:
     Attributes:
         added: what the blocks that short steps leave out have added, or made, for this rank's part: a tensor
             on its device. None before the first whole step.
-        like: shape and dtype of the latents, whole, that it is of.
+        like: shape and dtype of the latents, whole, that it is of, and `Call.branches`.
         short: whether the call under way is a short step; a whole one changes `added`.
         age: number of short steps since the whole one.
         in_turn: whether the image is so far that some of its steps are short.
     """
 
     added: torch.Tensor | None = None
-    like: tuple[torch.Size, torch.dtype] | None = None
+    like: tuple[torch.Size, torch.dtype, int] | None = None
     short: bool = False
     age: int = 0
     in_turn: bool = False
@@ -65,6 +65,7 @@ class Call:
         replaces_layers: whether some of that stands in the place of layers, as IP-Adapters do; such a step is
             launched kernel by kernel.
         reuse: where some steps are short; else None.
+        branches: of guidance that have calls of their own in the step, as far as the caller says how many.
         dealt: where each half of a gang makes a call of its own, those of both, of which this is one; else
             none.
     """
@@ -78,6 +79,7 @@ class Call:
     besides: tuple[Hashable, ...] | None = None
     replaces_layers: bool = False
     reuse: Reuse | None = None
+    branches: int = 1
     dealt: Sequence[Call] = ()
 
     @property

@@ -18,7 +18,7 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
 from tests.models import tiny_sdxl_unet
 from tests.unit.parallel.recorded import RecordedGraphs
-from tests.unit.parallel.test_branches import FAMILIES
+from tests.unit.parallel.test_branches import FAMILIES, arguments
 from tests.unit.parallel.test_branches import drawn as drawn_by_branches
 from tests.unit.parallel.test_room import told_and_held
 from tests.unit.parallel.transformers import TRANSFORMERS, Shape, error, step
@@ -211,6 +211,29 @@ def test_a_step_with_another_text_or_in_another_gang_is_whole() -> None:
             step(network, transformer, inputs, 1.0 - 0.03 * number)
             short.append(image.branches[None].reuse.short)
     assert short == [False, False, False, True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_step_where_one_of_two_calls_ends_is_whole_in_every_gang(ranks: int) -> None:
+    """Also where all ranks make both, so that the picture is the one of halves."""
+    transformer = TRANSFORMERS["qwen-image"]
+
+    def rank(communicator: Communicator) -> list[bool]:
+        config = EVERY_SECOND.model_copy(update={"exchange": "sync", "cfg_parallel": "auto"})
+        network, short = parallelize(transformer.make(), communicator, config), []
+        engine = engine_of(network)
+        assert engine is not None
+        with engine.image() as image:
+            for number in range(9):
+                given = arguments(transformer, None, 1.0 - 0.03 * number)
+                if number > 4:
+                    del given["uncond"]
+                network(branches=given)
+                short.append(image.branches["cond"].reuse.short)
+        return short
+
+    everyone = run_in_lockstep(ranks, rank)
+    assert everyone == [[False, False, False, True, False, False, True, False, True]] * ranks
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image-edit"])
