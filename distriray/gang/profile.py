@@ -63,8 +63,9 @@ def device_of(config: HostConfig, facts: WorkerFacts) -> str:
 
 def warmup_steps(config: HostConfig) -> int:
     """Synchronous steps at the beginning of every image, as far as the configuration says; before steps that
-    are short and whole in turn, those that are never short."""
+    are short and whole in turn, those that are never short, whichever of the others are synchronous."""
     parallel = config.parallel
-    asked = parallel.warmup_of(parallel.mix or MIXES["displaced"])
-    steps = GUESSED_AUTO_WARMUP if asked == "auto" else asked
-    return max(steps, WHOLE_AT_FIRST) if parallel.cache_interval > 1 else steps
+    if parallel.cache_interval > 1:
+        return WHOLE_AT_FIRST
+    steps = parallel.warmup_of(parallel.mix or MIXES["displaced"])
+    return GUESSED_AUTO_WARMUP if steps == "auto" else steps

@@ -16,6 +16,7 @@ from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
+from distriray.parallel.image import WHOLE_AT_FIRST
 from tests.models import tiny_sdxl_unet
 from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.test_branches import FAMILIES, arguments
@@ -319,6 +320,28 @@ def test_short_steps_wait_for_fresh_values_and_whole_ones_take_those_of_the_last
         "one for the output, and one a layer or bucket"
     )
     assert [synchronous for _, synchronous in figures] == [True] + [False] * (STEPS - 1)
+
+
+@pytest.mark.parametrize("way", [{"exchange": "sync"}, {"exchange": "displaced"}])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_steps_in_turn_begin_behind_the_first_three_however_many_are_synchronous(
+    interval: int, way: dict[str, Any]
+) -> None:
+    """So what hosts measure of three steps and some turns is the mean of whole turns."""
+
+    def rank(communicator: Communicator) -> list[bool]:
+        config = EVERY_SECOND.model_copy(update={"cache_interval": interval, **way})
+        network, whole = parallelize(made("sd3"), communicator, config), []
+        engine = engine_of(network)
+        assert engine is not None
+        with engine.image() as image:
+            for number in range(WHOLE_AT_FIRST + 2 * interval):
+                predict(network, "sd3", 1.0 - 0.03 * number)
+                if not engine.statistics.synchronous:
+                    whole.append(not image.branches[None].reuse.short)
+        return whole
+
+    assert run_in_lockstep(2, rank) == [([False] * (interval - 1) + [True]) * 2] * 2
 
 
 @pytest.mark.parametrize(("name", "ranks", "way"), IN_TURN)
