@@ -69,8 +69,8 @@ STAGES = (
     *(
         Stage(
             f"shares of a step of {name}, compiled too",
-            f"{shares} --compiled --sizes 1024 2048 --steps 4 --json {{out}}/{model}.json",
-            f"{shares} --compiled --device cpu --steps 1 --ranks 1 2 --json {{out}}/{model}.json",
+            f"{shares} --short --compiled --sizes 1024 2048 --steps 4 --json {{out}}/{model}.json",
+            f"{shares} --short --compiled --device cpu --steps 1 --ranks 1 2 --json {{out}}/{model}.json",
         )
         for name, model in (("FLUX.1", "flux"), ("Qwen-Image", "qwen-image"), ("Z-Image", "z-image"))
         for shares in [f"bench.gpu.shares --model {model}"]

@@ -2,10 +2,11 @@
 
 A published network with random weights does a step for diffusers alone, and one rank's share of it in a gang
 of 1, 2, 4 and 8, its peers absent (`bench.projection.peers`): kernel by kernel and as CUDA graphs; with
---compiled once more, with the blocks compiled that it repeats; with --exchange in other modes of it. Each row
-has the time until the host has given everything to the device, and until the device is done. What is waited
-for is copied from what the rank sends, one launch a transfer, and that is in it; what a link between GPUs
-costs is not: `bench.projection` adds that.
+--compiled once more, with the blocks compiled that it repeats; with --exchange in other modes of it; with
+--short a transformer's short step too, as `cache_interval` has them. Each row has the time until the host has
+given everything to the device, and until the device is done. What is waited for is copied from what the rank
+sends, one launch a transfer, and that is in it; what a link between GPUs costs is not: `bench.projection`
+adds that.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--exchange", choices=MIXES, nargs="+", help="default: displaced of a U-Net, sync of a transformer"
     )
+    parser.add_argument("--short", action="store_true", help="a transformer's short steps too")
     parser.add_argument("--steps", type=positive, default=8, help="steps that are timed")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
     parser.add_argument("--compiled", action="store_true", help="also with compiled blocks")
@@ -78,6 +80,8 @@ def main() -> None:
     on_gpu = arguments.device == "cuda"
     arguments.sizes = arguments.sizes or ([1024, 2048, 3840] if on_gpu else [128])
     model = PUBLISHED[arguments.model]
+    if arguments.short and model.spatial:
+        parser.error(f"--short is for transformers, which {model.name} is not")
     arguments.exchange = arguments.exchange or ["displaced" if model.spatial else "sync"]
     usual = str(model.dtype).removeprefix("torch.") if on_gpu else "float32"
     arguments.dtype = arguments.dtype or usual
@@ -115,6 +119,7 @@ def main() -> None:
             report.write(arguments.json)  # after each row: what was measured is kept if time runs out
 
     modes: Sequence[ExchangeMode] = arguments.exchange
+    kinds = (False, True) if arguments.short else (False,)
     alone = {}
     failed: list[str] = []
     for size in arguments.sizes:
@@ -131,12 +136,14 @@ def main() -> None:
             guidance, launched = "split" if split else "together", "graph" if graphs else "kernel"
             launched += ", compiled" * compiled
             exchanged = ranks > (2 if split else 1)
-            for exchange in modes if exchanged else modes[:1]:
-                row = size, f"a gang of {ranks}", guidance, exchange if exchanged else "-", launched
+            for exchange, short in product(modes if exchanged else modes[:1], kinds):
+                said = (exchange if exchanged else "", "a short step" if short else "")
+                exchanges = ", ".join(filter(None, said)) or "-"
+                row = size, f"a gang of {ranks}", guidance, exchanges, launched
                 try:
                     with many_shapes():
                         measured = share(
-                            model, network, ranks, size, split, exchange, graphs, arguments.steps
+                            model, network, ranks, size, split, exchange, graphs, arguments.steps, short
                         )
                 except RuntimeError as error:  # no graph, or no memory: the rows that follow are measured
                     failed.append(f"{size}x{size}, {', '.join(row[1:])}: {error}")
@@ -164,17 +171,22 @@ def share(
     exchange: ExchangeMode,
     graphs: bool,
     steps: int,
+    short: bool = False,
 ) -> tuple[Timing, int]:
     """Timing of one rank's share of a step, and the bytes of its buffers.
 
     The rank has a neighbour on each side, where one of the gang does.
     """
     peers = NotedPeers(max(places(ranks // (2 if split else 1))), ranks, network.device)
-    parallelize(
-        network,
-        peers,
-        ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=split, cuda_graphs=graphs),
+    timesteps = SETTLING + steps + 3
+    config = ParallelConfig(
+        exchange=exchange,
+        warmup_steps=1,
+        cache_interval=timesteps if short else 1,  # all short behind the first
+        cfg_parallel=split,
+        cuda_graphs=graphs,
     )
+    parallelize(network, peers, config)
     engine = engine_of(network)
     assert engine is not None
     engine.give_back()  # what is kept of the gang before
@@ -182,11 +194,11 @@ def share(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     inputs = model.inputs_of(network, size)
-    timesteps = iter([_on(network.device, model.timestep(999 - at)) for at in range(SETTLING + steps + 3)])
+    elements = iter([_on(network.device, model.timestep(999 - at)) for at in range(timesteps)])
 
     def step() -> None:
         engine.announce_more()
-        model.call(network, next(timesteps), inputs)
+        model.call(network, next(elements), inputs)
 
     with engine.image():
         step()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bench.gpu import figure, serve, shares
 from bench.gpu.shares import COLUMNS, share, whole_step
 from bench.published import PUBLISHED, random_network
 from distriray.config import MIXES, ExchangeMode
+from distriray.parallel import engine_of
 
 
 @pytest.mark.distributed  # it starts processes
@@ -115,6 +117,27 @@ def test_the_share_of_a_rank_with_a_neighbour_on_each_side_is_timed_for_as_many_
     monkeypatch.setattr(type(model), "call", count)
     share(model, network, 8, 256, split, "sync", graphs=False, steps=200)
     assert ranks == [rank] and called > 200
+
+
+def test_steps_that_are_timed_are_short_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, waits = PUBLISHED["flux"], []
+
+    def timed(step: Callable[[], Any], steps: int, device: torch.device) -> shares.Timing:
+        taken = []
+        for _ in range(steps):
+            step()
+            engine = engine_of(network)
+            assert engine is not None
+            taken.append(engine.statistics.waits)
+        waits.append(taken)
+        return shares.Timing(1.0, 1.0)
+
+    monkeypatch.setattr(shares, "timed", timed)
+    for short in (False, True):
+        network = random_network(model.small, torch.device("cpu"), torch.float32)
+        share(model, network, 2, 128, False, "sync", False, 4, short)
+    whole, short_ones = waits
+    assert len({*whole}) == len({*short_ones}) == 1 and 0 < short_ones[0] < whole[0]
 
 
 def test_a_share_that_fails_keeps_no_other_from_being_measured(
