@@ -120,19 +120,25 @@ def test_steps_that_were_captured_draw_what_they_draw_without(dtype: torch.dtype
 
 @pytest.mark.parametrize(("ranks", "exchange"), [(1, "sync"), (2, "sync"), (3, "sync"), (3, "compressed")])
 @pytest.mark.parametrize("name", sorted(TRANSFORMERS.keys() - {"qwen-image-2.1"}))  # its prefix is not kept
+@pytest.mark.parametrize("interval", [1, 2])
 def test_captured_steps_of_transformers_draw_what_they_draw_without(
-    name: str, ranks: int, exchange: ExchangeMode
+    name: str, ranks: int, exchange: ExchangeMode, interval: int
 ) -> None:
+    steps = 8 if interval > 1 else 4  # of which three are short
+
     def rank(communicator: Communicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
+        config = ParallelConfig(
+            exchange=exchange, warmup_steps=1, cache_interval=interval, cfg_parallel=False
+        )
         network = TRANSFORMERS[name].make(**TRANSFORMERS[name].twelve_heads).to(communicator.device)
         parallelize(network, communicator, config)
         engine = engine_of(network)
         assert engine is not None
-        captured = [latents for _ in range(3) for latents in draw(network, TRANSFORMERS[name], Shape())]
+        transformer = TRANSFORMERS[name]
+        captured = [each for _ in range(3) for each in draw(network, transformer, Shape(), steps)]
         assert engine.graphs.obstacle is None
         parallelize(network, communicator, config.model_copy(update={"cuda_graphs": False}))
-        return captured, draw(network, TRANSFORMERS[name], Shape()) * 3
+        return captured, draw(network, transformer, Shape(), steps) * 3
 
     for captured, launched in run_in_lockstep(ranks, rank, "cuda"):
         assert all(map(torch.equal, captured, launched))
