@@ -208,7 +208,9 @@ def generate(
     cache_interval: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Compute one of so many steps whole, the others by their first block; else all."
+            min=1,
+            max=100,
+            help="Compute one of so many steps whole, the others by their first block; else all.",
         ),
     ] = None,
     device: Annotated[

@@ -170,7 +170,7 @@ class ParallelConfig(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     auto_warmup_drift: Annotated[float, Field(gt=0.0)] = 0.12
     prediction: Prediction = Prediction()
-    cache_interval: Annotated[int, Field(ge=1)] = 1
+    cache_interval: Annotated[int, Field(ge=1, le=100)] = 1
     cfg_parallel: bool | Literal["auto"] = "auto"
     parallel_vae: bool = True
     cuda_graphs: bool = True

@@ -298,6 +298,13 @@ def test_steps_with_what_a_controlnet_adds_are_whole_and_so_is_the_one_after_the
     assert short == [False] * 6 + [True, False]
 
 
+@pytest.mark.parametrize("interval", [0, 101, 1.5])
+def test_turns_are_of_1_to_100_steps(interval: float) -> None:
+    """A host that measures itself draws whole ones."""
+    with pytest.raises(ValueError, match="cache_interval"):
+        ParallelConfig(cache_interval=interval)
+
+
 def test_u_nets_refuse_short_steps() -> None:
     with pytest.raises(UnsupportedModel, match="take fewer steps"):
         parallelize(tiny_sdxl_unet(), connect("local"), EVERY_SECOND)
