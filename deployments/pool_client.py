@@ -35,6 +35,7 @@ REPORT_S = 1.0  # timeout of a host's report
 PATIENCE_S = 0.2  # longest wait of a request for reports where something is known already
 MEET_AGAIN_S = 0.01  # between two looks at whether Serve has said who is there
 CALL_OFF_S, CALL_OFF_TRIES = 0.1, 20  # between two looks whether a host that woke has begun, and how many
+OTHERS_S = 0.5  # between two looks for a host of the model where others still serve
 ASK_AGAIN_S = 10.0  # wait for the report of a first host before any host is asked once more
 
 UNANSWERED = (TimeoutError, RayError, RayServeException)
@@ -84,7 +85,8 @@ class PoolClient:
         state, now_s = self.state, time.monotonic()
         since_s = now_s if news else now_s - self._refresh_s
         until_s = inf if news else now_s + PATIENCE_S
-        drawn = self._draw.sample(state.members, min(choices, len(state.members)))
+        members = [host for host in state.members if host not in state.others]
+        drawn = self._draw.sample(members, min(choices, len(members)))
         if adapters and drawn and (holders := state.holders(adapters)) and not set(holders) & set(drawn):
             drawn[-1] = self._draw.choice(holders)
         for _ in range(2):  # a host may be asked already, but since before now
@@ -135,12 +137,12 @@ class PoolClient:
             del self._asking[host]
 
     async def wake(self) -> None:
-        """Wait until a host is up, which Serve starts because somebody waits, and has reported.
+        """Wait until a host of the model is up, which Serve starts because somebody waits, and has reported.
 
         The request itself stays here meanwhile: its deadline runs, and it can be called off.
 
         Raises:
-            NotEnoughDevices: Serve cannot run the pool.
+            NotEnoughDevices: Serve cannot run the pool, or it has another model by now.
         """
         self.waking += 1
         try:
@@ -160,7 +162,13 @@ class PoolClient:
                 try:
                     async with asyncio.timeout(ASK_AGAIN_S):
                         report = await answer
-                    break
+                    self.state.learn(report, time.monotonic())
+                    if (host := report.state.host) not in self.state.others:
+                        return
+                    if self.state.replaced_by(host):
+                        raise NotEnoughDevices(f"pool {self.config.name} has another model by now")
+                    await asyncio.sleep(OTHERS_S)
+                    answer = self._handle.report.remote(None, None)
                 except TimeoutError:  # Serve may have given the call to a host that hangs
                     former, answer = answer, self._handle.report.remote(None, None)
                     former.cancel()  # not before: while nobody waits, Serve starts no host
@@ -174,8 +182,6 @@ class PoolClient:
             raise self._unavailable() from error
         except (RayError, RayServeException) as error:
             log.warning("a host of pool %s was lost as it came up: %s", self.config.name, error)
-            return
-        self.state.learn(report, time.monotonic())
 
     def _log(self, error: Exception) -> None:
         log.error("pool %s does not say how it is", self.config.name, exc_info=error)

@@ -43,6 +43,7 @@ class PoolState:
         members: the names of all hosts, as Serve has told this router.
         hosts: by name, those of them that have reported.
         silent: hosts that left the last question unanswered.
+        others: hosts of the same name with another model, which serve while the pool is described anew.
         facts: of the pool's workers, also while it has no host; None before the first report.
         config: the hosts' configuration as they report it; without hosts, the one they start with.
     """
@@ -52,6 +53,8 @@ class PoolState:
         self.members: tuple[str, ...] = ()
         self.hosts: dict[str, HostState] = {}
         self.silent: set[str] = set()
+        self.others: set[str] = set()
+        self._first: frozenset[str] | None = None
         self.facts: WorkerFacts | None = None
         self._listed = Catalogue(config.model.name, config.loras).names
         self._latency: LatencyModel | None = None
@@ -61,6 +64,8 @@ class PoolState:
 
     def meet(self, members: tuple[str, ...]) -> None:
         """Forget the hosts that Serve does not name any more."""
+        if self._first is None:
+            self._first = frozenset(members)
         if members is self.members:
             return
         self.members, there = members, set(members)
@@ -68,6 +73,7 @@ class PoolState:
             for host in table.keys() - there:
                 del table[host]
         self.silent &= there
+        self.others &= there
         if not members:
             self.config = self._initial
 
@@ -90,6 +96,13 @@ class PoolState:
         """The last known edition of a host, so that it reports only what is new."""
         return self._known[host][0] if host in self._known else None
 
+    def replaced_by(self, host: str) -> bool:
+        """Whether a host has another model because the pool was described anew since this router began.
+
+        Those that it found when it began, and that have another, are of before.
+        """
+        return host in self.others and host not in (self._first or ())
+
     def asked_s(self, host: str) -> float:
         """When a host was last asked for a report, or given up; minus infinity if never."""
         return self._asked_s.get(host, -inf)
@@ -111,6 +124,9 @@ class PoolState:
         host = state.host
         self.silent.discard(host)
         self._asked_s[host] = max(asked_s, self.asked_s(host))
+        if report.knowledge is not None and report.knowledge.config.model.name != self._initial.model.name:
+            self.others.add(host)
+            return
         if report.knowledge is not None:
             self._known[host] = (report.edition, report.knowledge)
         elif host not in self._known:

@@ -63,7 +63,7 @@ class Router:
                     client, host, asked = await self._place(attempts)
                     try:
                         return await client.generate(host, asked, host in attempts.sent)
-                    except (QueueFull, RayActorError, HostSilent) as error:
+                    except (QueueFull, RayActorError, HostSilent, ModelNotFound) as error:
                         self._again(attempts, client, host, error)
 
     async def stream(
@@ -84,7 +84,7 @@ class Router:
                                 finished = event
                             elif attempts.shows(event):
                                 yield event
-                except (QueueFull, RayActorError, HostSilent) as error:
+                except (QueueFull, RayActorError, HostSilent, ModelNotFound) as error:
                     self._again(attempts, client, host, error)
         yield finished  # what happens to the host from now on is nobody's trouble, and the id is free
 
@@ -361,9 +361,12 @@ class Router:
         attempts: Attempts,
         client: PoolClient,
         host: str,
-        error: QueueFull | RayActorError | HostSilent,
+        error: QueueFull | RayActorError | HostSilent | ModelNotFound,
     ) -> None:
-        """A host refused a request, did not accept it or died: try another, unless that was tried enough."""
+        """A host refused a request, did not accept it or died: try another, unless that was tried enough.
+
+        One with another model is a host that Serve took instead of the one chosen, which had gone.
+        """
         attempts.host = None
         if attempts.unwanted:
             raise attempts.cancelled() from error
@@ -371,12 +374,13 @@ class Router:
             client.state.refused(host)
         else:
             client.state.lost(host, time.monotonic())
-            attempts.sent.add(host)
+            if not isinstance(error, ModelNotFound):
+                attempts.sent.add(host)
         attempts.count += 1
         if attempts.count >= self._config.router.max_attempts:
             if isinstance(error, QueueFull):
                 raise error
-            if isinstance(error, HostSilent):
+            if isinstance(error, HostSilent | ModelNotFound):
                 raise NotEnoughDevices(f"{attempts.count} hosts failed to take it: {error}") from error
             raise GangBroken(
                 f"request {attempts.request.id}: {attempts.count} hosts died under it: {error}"

@@ -85,7 +85,7 @@ class FakeHandle:
 
     Without hosts, a call to any of them waits `wakes_s`, and then there is one, which `woken` counts. Hosts
     that are `hung` take calls and never answer; those in `cuts` end one, after so many events, with neither a
-    result nor an error; `cancelled` are those that were told to stop.
+    result nor an error; `cancelled` are those that were told to stop. `others` have another model.
     """
 
     def __init__(self, *hosts: str, waiting: int = 0) -> None:
@@ -101,6 +101,7 @@ class FakeHandle:
         self.workers, self.takes_s = 1, 0.0
         self.wakes_s, self.woken = 0.0, 0
         self.hung: set[str] = set()
+        self.others: set[str] = set()
         self.cuts: dict[str, int] = {}
         self.cancelled: list[str] = []
         self.called_off: list[str] = []
@@ -122,7 +123,8 @@ class FakeHandle:
         requests = (view_of(f"r{i}", 100.0) for i in range(0 if host in self.free else self.waiting))
         told = report(host, *requests, max_queue=4, sizes=self.config.sizes)
         assert told.knowledge is not None
-        knowledge = replace(told.knowledge, config=self.config, facts=self.facts, latency=self.latency)
+        config = HostConfig(model=ModelSpec(name="other")) if host in self.others else self.config
+        knowledge = replace(told.knowledge, config=config, facts=self.facts, latency=self.latency)
         sizes = told.state.gang_sizes if self.gang_sizes is None else self.gang_sizes
         return replace(told, knowledge=knowledge, state=replace(told.state, gang_sizes=sizes))
 
@@ -168,6 +170,8 @@ class FakeHandle:
     def _do(self, host: str, request: GenerationRequest) -> Any:
         self.calls.append((host, request))
         self.over.discard((host, request.id))
+        if host in self.others:
+            raise ModelNotFound(f"no model {request.model!r} here; this host has 'other'")
         return self.deeds.pop(0)(host, request) if self.deeds else result_of(request)
 
     def _generate(self, host: str, request: GenerationRequest, router: str | None) -> Stream:
@@ -334,6 +338,7 @@ def test_a_picture_of_any_size_is_edited_in_whole_units() -> None:
 def test_a_picture_of_any_size_goes_to_a_model_of_which_nothing_is_known_yet() -> None:
     handle = FakeHandle()
     handle.facts = replace(FACTS, size_unit=16, terms=Terms(editing=Editing(1)))
+    handle.config = HostConfig(model=ModelSpec(name="some/hub-model"))
     pool = {"name": "hub", "model": "some/hub-model", "min_hosts": 0}
     service = Router(AppConfig.model_validate({"pools": [pool]}), {"hub": handle}, random.Random(0), CREATED)  # type: ignore[dict-item]
     generate(service, image=Image.new("RGB", (500, 333)))
@@ -935,6 +940,62 @@ def test_hosts_that_come_up_and_are_gone_are_not_waited_for_without_end() -> Non
     handle = FakeHandle()
     handle.lost_at_start, handle.answer = True, TaskCancelledError()
     with pytest.raises(NotEnoughDevices, match="come up and are gone"):
+        generate(front(refresh_s=0.0, pool=handle))
+
+
+def test_hosts_of_before_that_have_another_model_get_nothing_and_others_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_client, "OTHERS_S", 0.01)
+    handle = FakeHandle("a", "b")
+    handle.others = {"a", "b"}
+    service = front(pool=handle)
+
+    async def scene() -> None:
+        drawn = asyncio.ensure_future(service.generate(request()))
+        await asyncio.sleep(0.1)
+        assert not drawn.done() and not handle.calls
+        handle.hosts = ["new", "b"]
+        await drawn
+        await service.generate(request())
+
+    asyncio.run(scene())
+    assert [host for host, _ in handle.calls] == ["new", "new"]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_has_lost_its_host_to_one_of_another_model_is_unavailable_and_not_the_clients_mistake(
+    streams: bool,
+) -> None:
+    handle = FakeHandle("a")
+    service = front(pool=handle)
+
+    def is_replaced(host: str, request: GenerationRequest) -> Any:
+        handle.hosts, handle.others = ["new"], {"new"}
+        raise ActorDiedError
+
+    async def scene() -> None:
+        with pytest.raises(NotEnoughDevices, match="pool pool has another model by now"):
+            if streams:
+                assert [event async for event in service.stream(request())]
+            else:
+                await service.generate(request())
+
+    handle.deeds = [is_replaced]
+    asyncio.run(scene())
+    assert [host for host, _ in handle.calls] == ["a"]
+
+
+def test_a_host_of_another_model_that_gets_a_request_instead_of_one_that_left_does_not_end_it() -> None:
+    def is_anothers(host: str, request: GenerationRequest) -> Any:
+        raise ModelNotFound("no model 'm' here; this host has 'other'")
+
+    handle = FakeHandle("a", "b")
+    handle.deeds = [is_anothers]
+    generate(front(pool=handle))
+    assert {host for host, _ in handle.calls} == {"a", "b"}
+    handle.deeds = [is_anothers] * 3
+    with pytest.raises(NotEnoughDevices, match="3 hosts failed"):
         generate(front(refresh_s=0.0, pool=handle))
 
 
