@@ -76,7 +76,7 @@ class Link:
     def leave(self, why: str) -> None:
         """End the connection, in forked children too."""
         with contextlib.suppress(OSError):
-            self.connection.send(why.encode()[:LAST_WORD_BYTES], socket.MSG_DONTWAIT)
+            self.connection.send(why.encode()[:LAST_WORD_BYTES], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -212,6 +213,18 @@ def test_who_left_because_of_another_says_so(make: Callable[[int], Gang]) -> Non
     assert because.endswith("aborted on rank 0")
     said = failure_of(third.exchange({}, {1: torch.zeros(1)}).wait)[0]
     assert said == f"rank 1 died or left (receiving from it): {because}"
+
+
+def test_whoever_leaves_after_its_peer_gets_no_signal(pair: Gang) -> None:
+    """A program may have it end the process, as those do that print into a pipe."""
+    signals: list[int] = []
+    former = signal.signal(signal.SIGPIPE, lambda number, _: signals.append(number))
+    try:
+        pair.ranks[0].close()
+        failure_of(pair.ranks[1].exchange({}, {0: torch.zeros(1)}).wait)
+    finally:
+        signal.signal(signal.SIGPIPE, former)
+    assert not signals
 
 
 # ---------------------------------------------------------------------------------------------- failure
