@@ -79,8 +79,8 @@ class Setting:
     @property
     def method(self) -> str:
         """The exchange in words, without patches, steps and scheduler."""
+        cached = f", one of {self.cache_interval} steps whole" if self.cache_interval > 1 else ""
         if self.patches == 1:
-            cached = f", one of {self.cache_interval} steps whole" if self.cache_interval > 1 else ""
             converged = f", against {CONVERGED} steps {self.against}" if self.against else ""
             return f"one device{cached}{converged}"
         words: list[str] = [self.exchange] if isinstance(self.exchange, str) else _words(self.exchange)
@@ -98,9 +98,7 @@ class Setting:
             ]
         if self.cfg_parallel:
             words.append("guidance split")
-        if self.cache_interval > 1:
-            words.append(f"one of {self.cache_interval} steps whole")
-        return ", ".join(words)
+        return ", ".join(words) + cached
 
     @property
     def name(self) -> str:
