@@ -8,12 +8,13 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from deployments.autoscaling import QueuedWork
-from deployments.config import ROUTERS, AppConfig, PoolConfig
+from deployments.config import AppConfig, PoolConfig
 from deployments.ingress import Ingress
 from deployments.pool import Pool
 from deployments.request_router import ToNamedHost
 from distriray.gang.devices import worker_resources
 from distriray.gang.placement import resolve_device
+from distriray.service import ROUTERS
 
 REQUESTS_PER_REPLICA = 4096  # hosts bound their queues themselves; Serve's bound must never come first
 

@@ -14,9 +14,7 @@ from distriray.models import ModelSpec
 from distriray.names import check_unique
 from distriray.quantities import Count, NonNegative, PositiveSeconds, ReservedCpus, Seconds
 from distriray.routing.router import CHOICES
-
-ROUTERS = "Ingress"
-"""The name of the routers' deployment."""
+from distriray.service import ROUTERS
 
 ANSWERED_S = 10.0
 """Seconds in which the pictures of a request that has just been drawn are encoded and sent."""

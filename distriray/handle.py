@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray import serve
@@ -17,9 +17,7 @@ from distriray.errors import DistrirayError, GenerationCancelled
 from distriray.events import Event
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
-
-if TYPE_CHECKING:
-    from distriray.service import Fleet, ModelCard
+from distriray.service import ROUTERS, Fleet, ModelCard
 
 
 class HandleClient:
@@ -47,12 +45,16 @@ class HandleClient:
             address: of the Ray cluster, unless this process is connected already.
 
         Raises:
-            ConnectionError: there is no cluster at `address`.
-            ray.serve.exceptions.RayServeException: it has no such application.
+            ConnectionError: there is no cluster at `address`, or no such application on it.
         """
         if not ray.is_initialized():
             join(address)
-        return cls(serve.get_app_handle(app))
+        try:
+            # Not `get_app_handle`: it denies an application that Serve is building anew, or failed to, though
+            # its routers go on.
+            return cls(serve.get_deployment_handle(ROUTERS, app))
+        except (KeyError, RayServeException) as error:
+            raise ConnectionError(f"Serve application {app!r} is not on this cluster, or not yet") from error
 
     def generate(self, request: GenerationRequest | str, **fields: Any) -> GenerationResult:
         """The images of a request. Leaving early, as with Ctrl-C, cancels it."""

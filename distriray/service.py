@@ -14,6 +14,9 @@ from distriray.requests import MULTIPLE_OF, Defaults, GenerationRequest
 from distriray.results import GenerationResult
 from distriray.status import HostNews, HostStatus
 
+ROUTERS = "Ingress"
+"""The name of the Serve deployment that has the service's interface."""
+
 
 class ModelCard(BaseModel):
     """One model on offer.

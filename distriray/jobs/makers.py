@@ -65,7 +65,6 @@ def running_app(name: str, *, address: str | None) -> Iterator[list[Maker]]:
         ConnectionError: no cluster there, or no such application on it.
     """
     import ray
-    from ray.serve.exceptions import RayServeException
 
     from distriray.cluster import leave
     from distriray.handle import HandleClient
@@ -73,8 +72,6 @@ def running_app(name: str, *, address: str | None) -> Iterator[list[Maker]]:
     joined = ray.is_initialized()
     try:
         yield [HandleClient.connect(name, address or "auto")]
-    except RayServeException as error:
-        raise ConnectionError(f"Serve application {name!r} cannot be used: {error}") from error
     finally:
         if not joined:
             leave()

@@ -16,7 +16,7 @@ from distriray.events import Finished, Preview, Queued, Started, Step
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
 
-from .conftest import APP, until
+from .conftest import APP, Service, until
 
 pytestmark = pytest.mark.ray
 Ask = Callable[..., GenerationRequest]
@@ -40,6 +40,28 @@ def test_a_handle_makes_the_same_picture_every_time(client: HandleClient, ask: A
     assert first.seeds == second.seeds == [7, 8]
     for one, other in zip(first.images, second.images, strict=True):
         assert ImageChops.difference(one, other).getbbox() is None
+
+
+def test_clients_connect_while_serve_builds_the_application_anew_and_where_it_failed_to(
+    service: Service, client: HandleClient, ask: Ask
+) -> None:
+    good = service.args
+    service.args = {**good, "pools": []}
+    try:
+        service.deploy()
+        assert serve.status().applications[APP].status == "DEPLOYING"
+        assert HandleClient.connect(APP).generate(ask()).images
+        until(lambda: serve.status().applications[APP].status == "DEPLOY_FAILED")
+        assert HandleClient.connect(APP).generate(ask()).images
+    finally:
+        service.args = good
+        service.deploy()
+        until(service.is_up)
+
+
+def test_an_application_that_is_not_there_is_not_connected_to(client: HandleClient) -> None:
+    with pytest.raises(ConnectionError, match="'nothing-here' is not on this cluster"):
+        HandleClient.connect("nothing-here")
 
 
 def test_a_handle_streams_what_happens(client: HandleClient, ask: Ask) -> None:
