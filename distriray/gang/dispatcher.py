@@ -382,7 +382,7 @@ class Dispatcher:
         """Count what a gang has done, and learn its speed and its adapters."""
         if result.worked:
             self.metrics.segment(job, result.worked)
-            self.speed.learn(job, began)
+            self.speed.learn(job, result, began)
         for worker, rank in result.ranks.items():
             member = self.group.member(worker.index)
             if member is not None and member.id == worker:

@@ -15,20 +15,15 @@ GUESSED_AUTO_WARMUP = 4
 
 
 def guessed_profile(config: HostConfig, facts: WorkerFacts) -> Profile:
-    """A gang of g is taken to be g ** 0.8 times as fast as one worker."""
+    """A gang of g is taken to be g ** 0.8 times as fast as one worker, and to decode as long as it steps."""
     height, width = facts.default_size
-    step_s = DEVICES[facts.device_type].guessed_step_s
-    entries = tuple(
-        Entry(
-            gang=size,
-            height=height,
-            width=width,
-            guided=facts.guides,
-            step_s=step_s / size**GUESSED_SPEEDUP,
+    entries = []
+    for size in config.sizes:
+        step_s = DEVICES[facts.device_type].guessed_step_s / size**GUESSED_SPEEDUP
+        entries.append(
+            Entry(gang=size, height=height, width=width, guided=facts.guides, step_s=step_s, decode_s=step_s)
         )
-        for size in config.sizes
-    )
-    return make_profile(config, facts, entries).model_copy(update={"guessed": True})
+    return make_profile(config, facts, tuple(entries)).model_copy(update={"guessed": True})
 
 
 def make_profile(

@@ -6,6 +6,8 @@ import time
 from typing import NamedTuple
 
 from distriray.gang.job import Job
+from distriray.gang.segment_result import SegmentResult
+from distriray.results import Segment
 from distriray.routing.host_clock import HostClock
 from distriray.routing.latency import LatencyModel
 from distriray.routing.profile import Profile
@@ -33,22 +35,35 @@ class Speed:
         """From now on so many workers are at work."""
         self._time.change(self.model.pace(workers), time.monotonic())
 
-    def learn(self, job: Job, began: Moment) -> None:
-        """From the last segment of `job`, which began then and has just ended."""
+    def learn(self, job: Job, result: SegmentResult, began: Moment) -> None:
+        """From the last segment of `job`, which began then and has just ended with `result`."""
         segment, view, now = job.segments[-1], job.view(), self.now()
         case = len(segment.workers), view.height, view.width, view.batch
-        guided = view.guided
-        if guided and (end := view.steps_total - view.unguided_steps) < segment.last_step:
-            if segment.first_step < end:
-                return  # a mean of steps with guidance and without is neither's
-            guided = False
         in_part = any(each.scale and (each.start, each.end) != (0.0, 1.0) for each in job.request.control)
         if in_part and (segment.first_step, segment.last_step) != (0, view.steps_total):
-            return  # nor is a part of the steps what all are on the average
+            return  # a part of the steps is not what all are on the average
+        guidance_ends = view.steps_total - view.unguided_steps
+        guided = view.guided and segment.first_step < guidance_ends
         step_s = segment.stale_step_s
-        if step_s is None and segment.fresh_step_s is not None:  # a lone worker has no other
+        if guided and guidance_ends < segment.last_step:
+            step_s = None  # a mean of steps with guidance and without is neither's
+        elif step_s is None and segment.fresh_step_s is not None:  # a lone worker has no other
             times = self.model.times(*case, guided, besides=view.besides)
             step_s = segment.fresh_step_s * times.step_s / times.sync_step_s
-        if step_s is not None:
-            full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
-            self.model.observe(*case, step_s * full, guided, view.besides)
+        prepare_s, decode_s = _ends(segment, result)
+        full = (now.host_s - began.host_s) / (now.clock_s - began.clock_s)
+        step_s, prepare_s, decode_s = (
+            None if seconds is None else seconds * full for seconds in (step_s, prepare_s, decode_s)
+        )
+        self.model.observe(*case, step_s, guided, view.besides, prepare_s, decode_s)
+
+
+def _ends(segment: Segment, result: SegmentResult) -> tuple[float | None, float | None]:
+    """Seconds before the first step of an image, sending the gang off and its result back included, and those
+    behind its last step; None where the segment does not have them."""
+    if result.interrupted:
+        return None, None
+    rank = result.worked[0]
+    besides_s = segment.seconds - (rank.left_at - rank.formed_at) - rank.decode_s  # without adapters
+    prepare_s = besides_s + rank.prepare_s if segment.first_step == 0 else None
+    return prepare_s, None if result.finished is None else rank.decode_s

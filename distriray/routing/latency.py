@@ -22,8 +22,9 @@ MEASURED_ERROR = 0.05  # relative, of a case that the profile holds and nobody h
 ERROR_PER_DOUBLING = 0.15  # relative, for each factor of two away from the nearest measured case
 GUESSED_ERROR = 0.5  # of the share of a step that is guessed for what nobody has observed
 MIN_OBSERVATIONS = 3  # the smallest number whose median one outlier cannot move
-SHARED_WEIGHT = 3  # how many own observations outweigh what the other cases say
+SHARED_WEIGHT = 3  # how many own observations of steps outweigh what the other cases say
 MAX_OBSERVED = 64  # cases that a model keeps observations of; clients choose the shapes, so there is no end
+SHORTEST_S = 1e-6  # that any time is taken for: ratios to nothing would be infinite
 MAX_PREDICTED = 1024  # cases whose times are kept so that they need not be predicted again
 WINDOW = 15
 """Observations of one case that count. Their median is the correction, so that fewer than half of them may be
@@ -65,6 +66,61 @@ class Times:
         return seconds if steps_done or prepared else seconds + self.prepare_s
 
 
+class _Observed:
+    """What was observed of one of a profile's times, as logarithms of ratios to it, and what follows.
+
+    It is kept by case, the last part of which is what was computed besides.
+
+    Args:
+        guessed: whether nothing of the profile was measured.
+        shared_weight: how many of a case's own observations outweigh what the other cases say.
+    """
+
+    def __init__(self, guessed: bool, shared_weight: int = 0) -> None:
+        self._guessed, self._shared_weight = guessed, shared_weight
+        self._own: dict[tuple[Any, ...], deque[float]] = {}
+        self._plain: deque[float] = deque(maxlen=WINDOW)  # of all cases together
+        self._others: deque[float] = deque(maxlen=WINDOW)  # of those that compute something besides
+
+    def add(self, case: tuple[Any, ...], seconds: float, profile_s: float) -> None:
+        """Seconds were observed, of which the profile says `profile_s`."""
+        ratio = math.log(max(seconds, SHORTEST_S) / profile_s)
+        own = self._own.pop(case, deque(maxlen=WINDOW))
+        own.append(ratio)
+        self._own[case] = own  # last in order: the first one is forgotten first
+        if len(self._own) > MAX_OBSERVED:
+            del self._own[next(iter(self._own))]
+        (self._others if case[-1] else self._plain).append(ratio)
+
+    @property
+    def shared(self) -> float | None:
+        """The logarithm of the factor for cases that were not observed; None before enough were.
+
+        Of a guess, what was observed beside something else, whose share is guessed, is better than nothing,
+        and worse than what was observed alone.
+        """
+        alone = not self._guessed or len(self._plain) >= MIN_OBSERVATIONS
+        ratios = self._plain if alone else self._others
+        return statistics.median(ratios) if len(ratios) >= MIN_OBSERVATIONS else None
+
+    def factor(self, case: tuple[Any, ...], otherwise: float = 1.0) -> float:
+        """What the profile is multiplied by for one case: `otherwise` while nothing is known of any."""
+        shared = math.log(otherwise) if self.shared is None else self.shared
+        own = self._own.get(case, ())
+        if len(own) < MIN_OBSERVATIONS:
+            return math.exp(shared)
+        share = len(own) / (len(own) + self._shared_weight)
+        return math.exp(share * statistics.median(own) + (1 - share) * shared)
+
+    def spread(self, case: tuple[Any, ...]) -> float | None:
+        """The relative spread of a case's own observations; None of too few."""
+        own = self._own.get(case, ())
+        if len(own) < MIN_OBSERVATIONS:
+            return None
+        middle = statistics.median(own)
+        return 1.4826 * statistics.median(abs(ratio - middle) for ratio in own)  # a robust deviation
+
+
 class LatencyModel:
     """Seconds for every (gang size, height, width, batch, guidance, what else is computed), measured or not.
 
@@ -86,25 +142,14 @@ class LatencyModel:
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.observations = 0
-        self._observed: dict[Case, deque[float]] = {}
-        self._plain: deque[float] = deque(maxlen=WINDOW)  # ratios to the profile, of all cases together
-        self._others: deque[float] = deque(maxlen=WINDOW)  # of those that compute something besides
+        self._steps = _Observed(profile.guessed, SHARED_WEIGHT)
+        self._prepares, self._decodes = _Observed(profile.guessed), _Observed(profile.guessed)
         self._times: dict[tuple[Case, bool], Times] = {}
 
     @property
     def knows(self) -> bool:
         """Whether anything was measured or observed: nobody is refused by a guess."""
-        return not self.profile.guessed or len(self._shared) >= MIN_OBSERVATIONS
-
-    @property
-    def _shared(self) -> deque[float]:
-        """What counts for cases that were not observed.
-
-        Steps with something besides, whose share is guessed, are better than a guess of all, and worse than
-        measurements.
-        """
-        alone = not self.profile.guessed or len(self._plain) >= MIN_OBSERVATIONS
-        return self._plain if alone else self._others
+        return not self.profile.guessed or self._steps.shared is not None
 
     def times(
         self,
@@ -146,23 +191,31 @@ class LatencyModel:
         height: int,
         width: int,
         batch: int,
-        step_s: float,
+        step_s: float | None = None,
         guided: bool = True,
         besides: Besides = (),
+        prepare_s: float | None = None,
+        decode_s: float | None = None,
     ) -> None:
-        """Learn from one segment: its mean seconds per displaced step, at `pace` 1; must be positive.
+        """Learn from one segment, at `pace` 1; what it does not tell is None.
 
         Where something else was computed too, it teaches of other cases only a model whose profile is
         guessed, until that has observed some without.
+
+        Args:
+            step_s: its mean seconds per displaced step.
+            prepare_s: seconds before its first step.
+            decode_s: seconds behind its last one.
         """
-        key = (gang, height, width, batch, guided, besides)
-        ratio = math.log(step_s / self._step_from_profile(lambda e: e.step_s, *key))
-        own = self._observed.pop(key, deque(maxlen=WINDOW))
-        own.append(ratio)
-        self._observed[key] = own  # last in order: the first one is forgotten first
-        if len(self._observed) > MAX_OBSERVED:
-            del self._observed[next(iter(self._observed))]
-        (self._others if besides else self._plain).append(ratio)
+        step, images = (gang, height, width, batch, guided, besides), (gang, height, width, batch)
+        if step_s is not None:
+            self._steps.add(step, step_s, self._step_from_profile(lambda e: e.step_s, *step))
+        if prepare_s is not None:
+            profile_s = self._of_images(lambda e: e.prepare_s, *images)
+            self._prepares.add((*images, besides), prepare_s, profile_s)
+        if decode_s is not None:
+            profile_s = self._of_images(lambda e: e.decode_s, *images)
+            self._decodes.add((*images, besides), decode_s, profile_s)
         self.observations += 1
         self._times.clear()
 
@@ -173,21 +226,20 @@ class LatencyModel:
     def _predict(
         self, gang: int, height: int, width: int, batch: int, guided: bool, besides: Besides
     ) -> Times:
-        key = (gang, height, width, batch, guided, besides)
-        correction, error = self._correction(key)
-        step = self._step_from_profile(lambda e: e.step_s, *key) * correction
+        case, images = (gang, height, width, batch, guided, besides), (gang, height, width, batch)
+        factor = self._steps.factor(case)
+        step = self._step_from_profile(lambda e: e.step_s, *case) * factor
         unguided = 1.0
         if guided:
             alone = (gang, height, width, batch, False, besides)
-            unguided_s = self._step_from_profile(lambda e: e.step_s, *alone) * self._correction(alone)[0]
+            unguided_s = self._step_from_profile(lambda e: e.step_s, *alone) * self._steps.factor(alone)
             unguided = min(1.0, unguided_s / step)
-        sync = self._step_from_profile(lambda e: e.sync_step_s or e.step_s, *key) * correction
-        images = [(e, e.batch) for e in self.profile.entries]
-        around, _ = self._correction((gang, height, width, batch, guided, ()))
-        prepare, decode = (
-            _from_profile(images, field, gang, height, width, batch) * around
-            for field in (lambda e: e.prepare_s, lambda e: e.decode_s)
-        )
+        sync = self._step_from_profile(lambda e: e.sync_step_s or e.step_s, *case) * factor
+        around = self._steps.factor((gang, height, width, batch, guided, ()))
+        prepare = self._of_images(lambda e: e.prepare_s, *images)
+        prepare *= self._prepares.factor((*images, besides), around)
+        decode = self._of_images(lambda e: e.decode_s, *images)
+        decode *= self._decodes.factor((*images, besides), around)
         regroup = self.profile.regroup_s + max(0.0, sync - step)
         return Times(
             step_s=step,
@@ -196,21 +248,17 @@ class LatencyModel:
             decode_s=decode,
             regroup_s=regroup,
             warmup_steps=self.profile.warmup_steps,
-            error=error,
+            error=self._error(case),
             unguided=unguided,
         )
 
-    def _correction(self, key: Case) -> tuple[float, float]:
-        """The factor that observations put on the profile, and the relative error that remains."""
-        own = self._observed.get(key, ())
-        shared = statistics.median(self._shared) if len(self._shared) >= MIN_OBSERVATIONS else 0.0
-        if len(own) < MIN_OBSERVATIONS:
-            error = MEASURED_ERROR + ERROR_PER_DOUBLING * self._distance(*key[:5])
-            return math.exp(shared), error + GUESSED_ERROR * _added(key[5])
-        middle = statistics.median(own)
-        spread = 1.4826 * statistics.median(abs(ratio - middle) for ratio in own)  # a robust deviation
-        share = len(own) / (len(own) + SHARED_WEIGHT)
-        return math.exp(share * middle + (1 - share) * shared), max(spread, MEASURED_ERROR / 2)
+    def _error(self, case: Case) -> float:
+        """The relative error that remains of a step."""
+        spread = self._steps.spread(case)
+        if spread is not None:
+            return max(spread, MEASURED_ERROR / 2)
+        distance = ERROR_PER_DOUBLING * self._distance(*case[:5])
+        return MEASURED_ERROR + distance + GUESSED_ERROR * _added(case[5])
 
     def _distance(self, gang: int, height: int, width: int, batch: int, guided: bool) -> float:
         """Doublings between a case and the nearest one in the profile."""
@@ -236,6 +284,13 @@ class LatencyModel:
         evaluated = [(e, _evaluated(e.batch, e.guided)) for e in likest]
         plain = _from_profile(evaluated, field, gang, height, width, _evaluated(batch, guided))
         return plain * (1.0 + _added(besides))
+
+    def _of_images(
+        self, field: Callable[[Entry], float], gang: int, height: int, width: int, batch: int
+    ) -> float:
+        """One field of what is done once an image, before its steps or behind them."""
+        images = [(e, e.batch) for e in self.profile.entries]
+        return max(SHORTEST_S, _from_profile(images, field, gang, height, width, batch))
 
 
 def _added(besides: Besides) -> float:
@@ -285,8 +340,8 @@ def _from_profile(
 
 
 def _logs(values: dict[int, float]) -> list[tuple[float, float]]:
-    """As points on logarithmic scales, ascending; nothing is faster than a microsecond."""
-    return sorted((math.log(x), math.log(max(y, 1e-6))) for x, y in values.items())
+    """As points on logarithmic scales, ascending."""
+    return sorted((math.log(x), math.log(max(y, SHORTEST_S))) for x, y in values.items())
 
 
 def _on_line(

@@ -27,6 +27,7 @@ class _Segment:
     Attributes:
         began_s: when the gang was formed, in simulated time.
         first_s: when the first step begins.
+        prepare_s: what came before it; None unless it is the first one of the image.
         slow: number of steps, at the start, that are synchronous.
         ends: number of steps after which it leaves.
         decoding: it has made its steps.
@@ -36,6 +37,7 @@ class _Segment:
     workers: Workers
     began_s: float
     first_s: float
+    prepare_s: float | None
     slow: int
     sync_step_s: float
     step_s: float
@@ -142,12 +144,12 @@ class SimulatedHost:
         left = view.steps_total - view.steps_done
         warm = self.truth.profile.warmup_steps - view.steps_done
         slow = min(left, max(warm, 1 if view.steps_done else 0))
-        before = self.truth.profile.regroup_s if view.steps_done else times.prepare_s
-        first = self.host_clock.at(now) + before * noise
+        before = noise * (self.truth.profile.regroup_s if view.steps_done else times.prepare_s)
         live.segment = _Segment(
             workers=workers,
             began_s=now,
-            first_s=first,
+            first_s=self.host_clock.at(now) + before,
+            prepare_s=None if view.steps_done else before,
             slow=slow,
             sync_step_s=times.sync_step_s * noise,
             step_s=times.step_s * noise,
@@ -190,11 +192,13 @@ class SimulatedHost:
 
     def _end_of_steps(self, live: _Live, segment: _Segment) -> None:
         view = live.view
+        finished = view.steps_done + segment.ends >= view.steps_total
+        decode = self.truth.times(len(segment.workers), *view.shape).decode_s
         if self.model is not self.truth:
-            workers = len(segment.workers)
-            case = workers, view.height, view.width, view.batch
-            self.model.observe(*case, segment.step_s, view.guided, view.besides)
-        if view.steps_done + segment.ends < view.steps_total:
+            case = len(segment.workers), view.height, view.width, view.batch
+            prepare_s, decode_s = segment.prepare_s, decode if finished else None
+            self.model.observe(*case, segment.step_s, view.guided, view.besides, prepare_s, decode_s)
+        if not finished:
             self._let_go(live, segment)
             live.view = _with(view, view.steps_done + segment.ends, None, False)
             self.decide()
@@ -202,7 +206,6 @@ class SimulatedHost:
         before = self._busy_in(segment)
         segment.decoding = True
         self._keep_pace(self._busy_in(segment) - before)
-        decode = self.truth.times(len(segment.workers), *view.shape).decode_s
         if decode > 0:
             end = self.host_clock.at(self.events.now_s) + decode
             self._schedule(live, segment, end, lambda: self._finish(live, segment))

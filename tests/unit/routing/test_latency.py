@@ -232,3 +232,45 @@ def test_a_guess_learns_of_steps_with_something_besides_until_it_has_seen_some_w
     for _ in range(3):
         model.observe(1, 1024, 1024, 1, 0.8)
     assert model.step_s(4, 1024, 1024, 1) == pytest.approx(0.2), "plain steps count where there are enough"
+
+
+def test_what_comes_before_and_behind_the_steps_is_observed_too():
+    model = LatencyModel(profile(entry(1, 512, 0.2, prepare_s=0.1, decode_s=0.4), entry(2, 512, 0.1)))
+    guessed = model.times(1, 512, 512, 1)
+    for _ in range(20):
+        model.observe(1, 512, 512, 1, 0.2, prepare_s=0.3, decode_s=1.6)
+    learnt = model.times(1, 512, 512, 1)
+    assert learnt.step_s == pytest.approx(guessed.step_s)
+    assert (learnt.prepare_s, learnt.decode_s) == pytest.approx((0.3, 1.6))
+    assert model.times(1, 512, 512, 1, guided=False).decode_s == pytest.approx(1.6), (
+        "with or without guidance"
+    )
+    assert model.times(1, 512, 1024, 1).decode_s == pytest.approx(3.2), "of others by what these were"
+    seldom = model.times(2, 512, 512, 1)
+    assert seldom.prepare_s + seldom.decode_s < 1e-4, "a profile that has none"
+    for _ in range(20):
+        model.observe(2, 512, 512, 1, prepare_s=0.25, decode_s=0.9)
+    learnt = model.times(2, 512, 512, 1)
+    assert (learnt.prepare_s, learnt.decode_s) == pytest.approx((0.25, 0.9))
+    assert learnt.step_s == pytest.approx(0.1), "nothing was said of steps"
+
+
+def test_until_it_is_observed_what_is_not_a_step_is_slower_as_steps_are():
+    model = LatencyModel(profile(entry(1, 512, 0.2, prepare_s=0.1, decode_s=0.4)))
+    for _ in range(20):
+        model.observe(1, 512, 512, 1, 0.4)
+    times = model.times(1, 512, 512, 1)
+    assert (times.prepare_s, times.decode_s) == pytest.approx((0.2, 0.8), rel=0.01)
+    for _ in range(3):
+        model.observe(1, 512, 512, 1, 0.4, decode_s=0.4)
+    assert model.times(1, 512, 512, 1).decode_s == pytest.approx(0.4)
+    assert model.times(1, 512, 512, 1).prepare_s == times.prepare_s
+
+
+def test_what_is_prepared_beside_references_teaches_nothing_else():
+    model = LatencyModel(profile(entry(1, 512, 0.2, prepare_s=0.1, decode_s=0.4)))
+    plain, edits = model.times(1, 512, 512, 1), (("references 262144", 1.0),)
+    for _ in range(20):
+        model.observe(1, 512, 512, 1, besides=edits, prepare_s=2.0, decode_s=0.4)
+    assert model.times(1, 512, 512, 1, besides=edits).prepare_s == pytest.approx(2.0)
+    assert model.times(1, 512, 512, 1) == plain

@@ -1,0 +1,88 @@
+"""What a host learns of its speed from segments."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from PIL import Image
+
+from distriray.gang.job import Job
+from distriray.gang.messages import RankResult, SegmentEnd, WorkerId
+from distriray.gang.segment_result import SegmentResult
+from distriray.gang.speed import Moment, Speed
+from distriray.results import Segment
+from distriray.routing.latency import Times
+from distriray.routing.policy import RequestView
+from distriray.routing.profile import Entry, Profile
+
+MEASURED = Entry(gang=2, height=512, width=512, step_s=0.2, prepare_s=0.1, decode_s=0.4)
+STEPS = 20
+
+
+def learnt_of(
+    first_step: int = 0,
+    last_step: int = STEPS,
+    end: SegmentEnd = SegmentEnd.DONE,
+    unguided_steps: int = 0,
+    lost: tuple[WorkerId, ...] = (),
+) -> Times:
+    """What a host knows once it has seen three segments of ten seconds.
+
+    Of these it prepared for 1.5, loaded adapters for 0.5, made steps and previews for 5 and decoded for 2; in
+    what is left, messages went there and back.
+    """
+    segment = Segment(
+        workers=(0, 1), first_step=first_step, last_step=last_step, seconds=10.0, sent_at=99.5,
+        formed_at=100.0, left_at=107.0, fresh_step_s=0.3, stale_step_s=0.25,
+    )  # fmt: skip
+    drawn: dict[str, Any] = {"images": [Image.new("RGB", (8, 8))], "decode_s": 2.0}
+    rank = RankResult(
+        end, last_step, adapters_s=0.5, prepare_s=1.5, formed_at=100.0, left_at=107.0,
+        **drawn if end is SegmentEnd.DONE else {},
+    )  # fmt: skip
+    view = RequestView(
+        "r",
+        512,
+        512,
+        1,
+        steps_total=STEPS,
+        steps_done=last_step,
+        arrival_s=0.0,
+        unguided_steps=unguided_steps,
+    )
+    job = SimpleNamespace(segments=[segment], request=SimpleNamespace(control=()), view=lambda: view)
+    speed = Speed(Profile(model="m", device="d", version="1", entries=(MEASURED,)))
+    for _ in range(3):
+        now = speed.now()
+        began = Moment(now.clock_s - 10.0, now.host_s - 10.0)
+        speed.learn(cast(Job, job), SegmentResult({WorkerId(0, 0): rank}, lost), began)
+    return speed.model.times(2, 512, 512, 1)
+
+
+def test_a_whole_picture_teaches_its_steps_and_what_is_before_and_behind_them() -> None:
+    times = learnt_of()
+    assert times.step_s == pytest.approx(0.25, rel=0.01)
+    assert (times.prepare_s, times.decode_s) == pytest.approx((2.5, 2.0), rel=0.01)
+
+
+def test_a_part_of_a_picture_teaches_what_it_has() -> None:
+    begun = learnt_of(last_step=8, end=SegmentEnd.YIELDED)
+    assert begun.prepare_s == pytest.approx(4.5, rel=0.01), "it sent the state, and decoded nothing"
+    gone_on = learnt_of(first_step=8)
+    assert gone_on.decode_s == pytest.approx(2.0, rel=0.01)
+    assert begun.decode_s == pytest.approx(0.5, rel=0.01), "by how much slower steps were than measured"
+    assert gone_on.prepare_s == pytest.approx(0.125, rel=0.01), "likewise"
+
+
+def test_a_gang_that_broke_teaches_only_the_steps_that_it_made() -> None:
+    times = learnt_of(last_step=8, end=SegmentEnd.BROKEN, lost=(WorkerId(1, 0),))
+    assert times.step_s == pytest.approx(0.25, rel=0.01)
+    assert (times.prepare_s, times.decode_s) == pytest.approx((0.125, 0.5), rel=0.01), "as steps are slower"
+
+
+def test_where_guidance_ends_within_a_segment_its_steps_teach_nothing_and_the_rest_does() -> None:
+    times = learnt_of(unguided_steps=6)
+    assert times.step_s == 0.2
+    assert (times.prepare_s, times.decode_s) == pytest.approx((2.5, 2.0), rel=0.01)
