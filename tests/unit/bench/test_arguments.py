@@ -45,6 +45,7 @@ from bench.routing import decision_times
         ("bench.quality.__main__", "--size 100"),
         ("bench.speed", "--sizes 250"),
         ("bench.state", "--sizes 250"),
+        ("bench.predictions", "--requests 5"),
         ("bench.collective", "--backends nccl"),
         ("bench.collective", "--ranks 1"),
     ],
