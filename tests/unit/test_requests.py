@@ -26,6 +26,7 @@ from distriray.steps import StepCount
         ({"prompt": "x", "num_images": 0}, "num_images", "greater than or equal to 1"),
         ({"prompt": "x", "gang_size": "two"}, "gang_size", "'two'"),
         ({"prompt": "x", "guidance_scale": float("nan")}, "guidance_scale", "finite"),
+        ({"prompt": "x", "deadline_s": 1e30}, "deadline_s", "less than or equal to 1000000000"),
         ({"prompt": "x", "steps": 3}, "steps", "there is no field 'steps'"),
         ({"prompt": "x", "scheduler": "eulr"}, "scheduler", "scheduler 'eulr': input should be 'ddim', "),
         ({"prompt": "x", "exchange": "fast"}, "exchange", "exchange 'fast': input should be 'auto', "),

@@ -90,7 +90,7 @@ _WRONG: dict[str, list[Any]] = {
     ],
     "gang_size": [0, -1, "two", 1.5, 10**6 + 1, False],
     "exchange": ["", "fast", 1, {}],
-    "deadline_s": [0, -1, "1", [1]],
+    "deadline_s": [0, -1, "1", [1], 1e30],
 }
 
 
