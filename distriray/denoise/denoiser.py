@@ -111,7 +111,7 @@ class Denoiser:
         commission = self._commission(params, seeds)
         control = self.controls.prepare(params.control, commission)
         image_prompts = self.ip_adapters.prepare(params.ip_adapters)
-        adapters = self.adapters.choose(params.loras)
+        adapters = self._steps.kept_texts.adapters = self.adapters.choose(params.loras)
         try:
             values = self._steps.prepare(commission)
         except InvalidRequest:

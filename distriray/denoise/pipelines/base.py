@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from distriray.denoise.pipelines.image_prompts import ImagePrompt
+from distriray.denoise.pipelines.kept_texts import KeptTexts
 from distriray.denoise.pipelines.prompted import Prompted
 from distriray.denoise.schedulers import follows_flow
 from distriray.denoise.state import DenoiseState
@@ -158,6 +159,7 @@ class PipelineSteps(ABC):
         control_range: black and white, as its ControlNets are shown them unless their makers say otherwise.
         controls: the ControlNets of the next step.
         image_prompts: what the IP-Adapters in the network are to attend to, in their order.
+        kept_texts: what text encoders made of the texts that were read last.
 
     Raises:
         UnsupportedModel: as `check`.
@@ -173,6 +175,7 @@ class PipelineSteps(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        self.kept_texts = KeptTexts()
         self.check()
 
     @abstractmethod

@@ -113,6 +113,10 @@ class FlowMatching(PipelineSteps):
         """Rows and columns of the tokens of a picture of that size."""
         return height // self.token_side, width // self.token_side
 
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """What its pipeline's `encode_prompt` makes of these arguments."""
+        return self.kept_texts.of(self._plain.encode_prompt, *args, **kwargs)
+
     @abstractmethod
     def encode(self, commission: Commission) -> dict[str, Any]:
         """The prompt as the network takes it: `prompt_embeds` and others."""

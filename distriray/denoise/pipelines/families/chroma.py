@@ -27,7 +27,7 @@ class Chroma(PackedFlowMatching):
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         images = len(commission.generators)
-        embeds, ids, mask, negative_embeds, _, negative_mask = self._plain.encode_prompt(
+        embeds, ids, mask, negative_embeds, _, negative_mask = self.encode_prompt(
             prompt=commission.params.prompt,
             negative_prompt=commission.params.negative_prompt,
             do_classifier_free_guidance=self.is_guided(commission.guidance_scale),

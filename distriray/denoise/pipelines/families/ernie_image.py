@@ -46,7 +46,7 @@ class ErnieImage(GuidedInOneCall, TokensInRows):
     def encode(self, commission: Commission) -> dict[str, Any]:
         device, texts = self._transformer.device, []
         for prompt in reversed(self.prompts(commission).values()):
-            texts += self._plain.encode_prompt(prompt, device, len(commission.generators))
+            texts += self.encode_prompt(prompt, device, len(commission.generators))
         width = self._transformer.config.text_in_dim
         embeds, lengths = self._plain._pad_text(texts, device, self._transformer.dtype, width)
         return {"prompt_embeds": embeds, "text_lens": lengths}

@@ -57,7 +57,7 @@ class Flux(PackedFlowMatching):
     def encode(self, commission: Commission) -> dict[str, Any]:
         images, device = len(commission.generators), self._transformer.device
         takes_scale = self._transformer.config.guidance_embeds
-        embeds, pooled, ids = self._plain.encode_prompt(
+        embeds, pooled, ids = self.encode_prompt(
             prompt=commission.params.prompt,
             prompt_2=commission.params.prompt_2,
             device=device,

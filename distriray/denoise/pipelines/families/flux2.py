@@ -73,7 +73,7 @@ class _Flux2(TokensInRows):
 
     def embedded(self, prompt: str, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A prompt's embeddings, (images, tokens, channels), and the tokens' positions."""
-        embeds, ids = self._plain.encode_prompt(
+        embeds, ids = self.encode_prompt(
             prompt=prompt,
             device=self._transformer.device,
             num_images_per_prompt=images,

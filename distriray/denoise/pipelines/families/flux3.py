@@ -93,14 +93,16 @@ class Flux3(TokensInRows):
     def encode(self, commission: Commission) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for branch, prompt in self.prompts(commission).items():
-            read = self._run(
-                *self._read,
-                prompt=prompt,
-                max_sequence_length=TEXT_TOKENS,
-                num_images_per_prompt=len(commission.generators),
-            )
-            values |= {f"{branch}{name}": read.get(name) for name in ("prompt_embeds", "txt_ids")}
+            read = self.kept_texts.of(self._embedded, prompt, len(commission.generators))
+            values |= {f"{branch}{name}": value for name, value in read.items()}
         return values
+
+    def _embedded(self, prompt: str, images: int) -> dict[str, torch.Tensor]:
+        """A prompt's embeddings, and the positions of its tokens."""
+        read = self._run(
+            *self._read, prompt=prompt, max_sequence_length=TEXT_TOKENS, num_images_per_prompt=images
+        )
+        return {name: read.get(name) for name in ("prompt_embeds", "txt_ids")}
 
     def noise(self, commission: Commission, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         drawn = self._run(

@@ -90,7 +90,7 @@ class HunyuanImage(FlowMatching):
     def encode(self, commission: Commission) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for branch, prompt in self.prompts(commission).items():
-            read = self._plain.encode_prompt(
+            read = self.encode_prompt(
                 prompt=prompt,
                 device=self._transformer.device,
                 num_images_per_prompt=len(commission.generators),

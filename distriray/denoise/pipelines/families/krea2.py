@@ -58,7 +58,7 @@ class Krea2(QwenImage):
     def encode(self, commission: Commission) -> dict[str, Any]:
         values = {}
         for branch, prompt in self.prompts(commission).items():
-            embeds, mask = self._plain.encode_prompt(
+            embeds, mask = self.encode_prompt(
                 prompt,
                 device=self._transformer.device,
                 num_images_per_prompt=len(commission.generators),

@@ -72,7 +72,7 @@ class LongCatImage(_LongCat):
         return _Reading(**parts, scheduler=None)
 
     def embedded(self, prompt: str, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        embeds, ids = self._plain.encode_prompt(prompt, images)
+        embeds, ids = self.encode_prompt(prompt, images)
         return embeds, ids
 
     def guided(self, outputs: list[torch.Tensor], scale: float) -> torch.Tensor:
@@ -112,7 +112,7 @@ class LongCatImageEdit(_LongCat):
             if given > taken:  # of which the pipeline means to warn, and fails
                 count = f"{branch}prompt has {given} tokens, and this model reads {taken}"
                 raise InvalidRequest(f"{count}; make it shorter", f"{branch}prompt")
-            values[f"{branch}prompt_embeds"], values["txt_ids"] = self._plain.encode_prompt(
+            values[f"{branch}prompt_embeds"], values["txt_ids"] = self.encode_prompt(
                 prompt, read, len(commission.generators)
             )
         return values

@@ -35,7 +35,7 @@ class OvisImage(PackedFlowMatching):
 
     def embedded(self, prompt: str, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A prompt's embeddings, (images, tokens, channels), and the positions of any prompt's tokens."""
-        embeds, _, ids, _ = self._plain.encode_prompt(
+        embeds, _, ids, _ = self.encode_prompt(
             prompt=prompt,
             do_classifier_free_guidance=False,
             device=self._transformer.device,

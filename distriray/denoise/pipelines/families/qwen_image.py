@@ -62,7 +62,7 @@ class QwenImage(PackedFlowMatching):
             **self.reading(commission),
         }
         return {  # one prompt for all images has no padding, so there is no mask
-            f"{branch}prompt_embeds": self._plain.encode_prompt(prompt=prompt, **options)[0]
+            f"{branch}prompt_embeds": self.encode_prompt(prompt=prompt, **options)[0]
             for branch, prompt in self.prompts(commission).items()
         }
 

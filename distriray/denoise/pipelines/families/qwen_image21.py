@@ -75,7 +75,7 @@ class QwenImage21(ShowsMegapixels):
         values: dict[str, Any] = {}
         for branch, prompt in self.prompts(commission).items():
             # One prompt has no padding: no mask.
-            embeds, _, slots = self._plain.encode_prompt(prompt, **options)
+            embeds, _, slots = self.encode_prompt(prompt, **options)
             taken = embeds.shape[1] - int(slots.sum())
             taken += sum(max(picture.size) // self.token_side for picture in shown)
             if taken > TEXT_TOKENS:

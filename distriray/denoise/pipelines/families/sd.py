@@ -88,7 +88,8 @@ class StableDiffusion(UNetSteps):
         prompt: dict[str, Any] = {"prompt": params.prompt}
         if params.clip_skip:
             prompt = {"prompt": None, "prompt_embeds": self._skip_layers(params.prompt, params.clip_skip)}
-        embeds, negative_embeds = pipeline.encode_prompt(
+        embeds, negative_embeds = self.kept_texts.of(
+            pipeline.encode_prompt,
             **prompt,
             device=device,
             num_images_per_prompt=images,

@@ -58,7 +58,7 @@ class StableDiffusion3(GuidedInOneCall):
 
     def encode(self, commission: Commission) -> dict[str, Any]:
         params, is_guided = commission.params, self.is_guided(commission.guidance_scale)
-        embeds, negative_embeds, pooled, negative_pooled = self._plain.encode_prompt(
+        embeds, negative_embeds, pooled, negative_pooled = self.encode_prompt(
             prompt=params.prompt,
             prompt_2=params.prompt_2,
             prompt_3=params.prompt_3,

@@ -32,7 +32,7 @@ class StableDiffusionXL(UNetSteps):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         self.components = make_components(pipeline)
-        self._tasks = make_tasks()
+        self._tasks = make_tasks(self.kept_texts)
         self._decode = StableDiffusionXLDecodeStep()
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -32,7 +33,19 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from distriray.denoise.pipelines.control import controlled
 from distriray.denoise.pipelines.image_prompts import ImagePrompt
+from distriray.denoise.pipelines.kept_texts import KeptTexts
 from distriray.parallel.networks.controls import UsedControl
+
+
+class TextEncoder(StableDiffusionXLTextEncoderStep):
+    """Reads texts that are not in `texts`."""
+
+    def __init__(self, texts: KeptTexts) -> None:
+        super().__init__()
+        self._texts = texts
+
+    def encode_prompt(self, components: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._texts.of(functools.partial(super().encode_prompt, components), *args, **kwargs)
 
 
 class BatchedDenoiser(StableDiffusionXLLoopDenoiser):
@@ -195,11 +208,11 @@ class Task:
         return block_state
 
 
-def make_tasks() -> dict[str, Task]:
-    """Text to image, image to image and inpainting."""
+def make_tasks(texts: KeptTexts) -> dict[str, Task]:
+    """Text to image, image to image and inpainting, which keep what they read in `texts`."""
 
     def before(encode: list[Any], *prepare: Any) -> list[Any]:
-        return [StableDiffusionXLTextEncoderStep(), *encode, StableDiffusionXLInputStep(), *prepare]
+        return [TextEncoder(texts), *encode, StableDiffusionXLInputStep(), *prepare]
 
     return {
         "text-to-image": Task(

@@ -50,7 +50,7 @@ class ZImage(FlowMatching):
         return get_default_z_image_sigmas(steps)
 
     def encode(self, commission: Commission) -> dict[str, Any]:
-        embeds, negative_embeds = self._plain.encode_prompt(
+        embeds, negative_embeds = self.encode_prompt(
             prompt=commission.params.prompt,
             negative_prompt=commission.params.negative_prompt,
             do_classifier_free_guidance=self.is_guided(commission.guidance_scale),
