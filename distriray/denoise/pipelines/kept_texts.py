@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 MOST_BYTES = 256 * 2**20
-"""Of the host's memory, for one model: sixteen prompts of FLUX.2 dev, whose embeddings are the largest."""
+"""Of the host's memory, for one model: sixteen prompts of FLUX.2 dev."""
 
 _PLAIN = str, int, float, type(None), torch.device, torch.dtype
 
