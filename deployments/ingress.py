@@ -14,7 +14,8 @@ from deployments.callers import Callers, dead_drivers
 from deployments.config import AppConfig
 from deployments.http import build_http
 from deployments.logs import shorten_refusals
-from deployments.pool_client import ANSWER_S, UNANSWERED
+from deployments.others import answers_of_others
+from deployments.pool_client import ANSWER_S
 from deployments.router import Router
 from distriray.events import Event
 from distriray.requests import GenerationRequest
@@ -57,9 +58,9 @@ class Ingress:
                     yield event
 
     async def cancel(self, request_id: str) -> bool:
-        """Stop a request, whichever router has it; whether there was one.
+        """Stop a request, whichever router has it, also one that drains; whether there was one.
 
-        Hosts are asked for what no router has that can be asked: it may drain with its last requests.
+        Hosts are asked for what no router has that answers.
         """
         return (
             await self._front.call_off(request_id)
@@ -68,15 +69,12 @@ class Ingress:
         )
 
     async def _called_off_elsewhere(self, request_id: str) -> bool:
-        context = serve.get_replica_context()
-        routers = serve.get_deployment_handle(context.deployment, context.app_name)
-        try:
-            answers = await routers.broadcast("call_off", request_id).results_async(
-                timeout_s=2 * ANSWER_S, return_exceptions=True
-            )
-        except UNANSWERED:
-            return False
-        return True in answers
+        answers = answers_of_others("call_off", request_id, timeout_s=2 * ANSWER_S)
+        async with aclosing(answers):
+            async for called_off in answers:
+                if called_off:
+                    return True
+        return False
 
     async def call_off(self, request_id: str) -> bool:
         """Stop a request of this replica's; whether there was one."""

@@ -122,7 +122,7 @@ class Router:
         attempts.unwanted = True
         if attempts.host is not None:
             client, host = attempts.host
-            if any(await client.answers([host], "cancel", request_id)):
+            if host in await client.members() and any(await client.answers([host], "cancel", request_id)):
                 return True
         attempts.call_off()
         return self._under_way.get(request_id) is attempts

@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from distriray.handle import HandleClient
 from distriray.requests import GenerationRequest
-from distriray.service import PoolReport
+from distriray.service import ROUTERS, PoolReport
 from tests.adapters import write
 from tests.distributed.ranks import free_address
 from tests.models import tiny_sdxl
@@ -64,17 +64,25 @@ class Service:
             "router": {"min_replicas": 2, "max_replicas": 2},
         }
 
-    def deploy(self, *others: dict[str, Any], **user_configs: dict[str, Any]) -> None:
-        """Apply the configuration, with these `user_config`s of pools, and these other applications."""
+    def deploy(
+        self, *others: dict[str, Any], routers: int | None = None, **user_configs: dict[str, Any]
+    ) -> None:
+        """Apply the configuration, with these `user_config`s of pools, and these other applications.
+
+        Args:
+            routers: if not as many as configured; no other replica is replaced for that.
+        """
         deployments = [{"name": name, "user_config": live} for name, live in user_configs.items()]
+        if routers is not None:
+            deployments.append({"name": ROUTERS, "num_replicas": routers, "autoscaling_config": None})
         own = {"name": APP, "route_prefix": "/", "args": self.args, "deployments": deployments}
         applications = [{"import_path": "deployments.app:build_app", **app} for app in (own, *others)]
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": applications}))
 
-    def running(self, deployment: str) -> int:
-        """How many replicas of a deployment run."""
+    def running(self, deployment: str, state: str = "RUNNING") -> int:
+        """How many replicas of a deployment run, or are in another state."""
         states = serve.status().applications[APP].deployments[deployment].replica_states
-        return int(states.get("RUNNING", 0))
+        return int(states.get(state, 0))
 
     def is_up(self, application: str = APP) -> bool:
         status = serve.status().applications[application]

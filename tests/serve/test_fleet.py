@@ -16,6 +16,7 @@ import ray
 from ray import serve
 from ray._private.state import actors
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from distriray.errors import DeadlineUnmet, GenerationCancelled, InvalidRequest
 from distriray.handle import HandleClient
@@ -140,6 +141,38 @@ def test_what_waits_for_a_first_host_keeps_its_deadline_and_can_be_cancelled_at_
         assert isinstance(error.value.cause, GenerationCancelled)
     assert client.generate(ask("elastic")).images
     until(lambda: service.running("elastic") == 0, 90)
+
+
+def test_what_a_router_has_that_drains_is_cancelled_by_its_id(
+    service: Service, client: HandleClient, ask: Ask
+) -> None:
+    until(lambda: service.running("elastic") == 0)
+    handle = serve.get_app_handle(APP)
+    with no_host_starts():
+        responses = {
+            f"drained-{n}": handle.generate.remote(ask("elastic", id=f"drained-{n}")) for n in range(8)
+        }
+        time.sleep(1)  # each is at a router by now, where it waits for a host
+        service.deploy(routers=1)
+        until(lambda: service.running("Ingress", "STOPPING") == 1)
+        for name, response in responses.items():
+            assert client.cancel(name)
+            with pytest.raises(RayTaskError) as error:
+                response.result(timeout_s=20)
+            assert isinstance(error.value.cause, GenerationCancelled)
+    service.deploy()
+    until(lambda: service.running("Ingress") == 2)
+
+
+@contextmanager
+def no_host_starts() -> Iterator[None]:
+    """Nothing is left to start one on, while the block runs."""
+    taken = placement_group([{"CPU": ray.available_resources()["CPU"]}])
+    try:
+        assert taken.wait(30)
+        yield
+    finally:
+        remove_placement_group(taken)
 
 
 def test_user_config_changes_running_hosts_and_no_request_fails(
