@@ -352,4 +352,6 @@ class PoolClient:
             await asyncio.sleep(CALL_OFF_S)
 
     def _unavailable(self) -> NotEnoughDevices:
-        return NotEnoughDevices(f"pool {self.config.name} cannot be run; `serve status` says why")
+        return NotEnoughDevices(
+            f"pool {self.config.name} is deleted, or could not be started; `serve status` says which"
+        )

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import RayServeException, RequestCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 
 from distriray.cluster import join
 from distriray.errors import DistrirayError, GenerationCancelled
-from distriray.events import Event
+from distriray.events import Event, Finished
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.service import ROUTERS, Fleet, ModelCard
+
+LOOK_S = 5.0  # between two looks, for a call that waits for a router, at whether there still is a service
 
 
 class HandleClient:
@@ -70,14 +73,25 @@ class HandleClient:
 
     def stream(self, request: GenerationRequest | str, **fields: Any) -> Generator[Event, None, None]:
         """The events of a request, ending with `Finished`. Closing the generator cancels it."""
-        with self._asked("stream", GenerationRequest.of(request, fields), _driver(), stream=True) as events:
-            yield from events
+        asked, finished = GenerationRequest.of(request, fields), False
+        with self._asked("stream", asked, _driver(), stream=True) as events:
+            self._wait_for_router(events)
+            for event in events:
+                finished |= isinstance(event, Finished)
+                yield event
+        if not finished:
+            raise _broken_off(asked)
 
     async def astream(self, request: GenerationRequest | str, **fields: Any) -> AsyncGenerator[Event, None]:
         """As `stream`."""
-        with self._asked("stream", GenerationRequest.of(request, fields), _driver(), stream=True) as events:
+        asked, finished = GenerationRequest.of(request, fields), False
+        with self._asked("stream", asked, _driver(), stream=True) as events:
+            await self._await_router(events)
             async for event in events:
+                finished |= isinstance(event, Finished)
                 yield event
+        if not finished:
+            raise _broken_off(asked)
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request after the step it is in, whoever sent it; whether there was one."""
@@ -109,11 +123,35 @@ class HandleClient:
 
     def _call(self, method: str, *args: Any) -> Any:
         with self._asked(method, *args) as response:
+            self._wait_for_router(response)
             return response.result()
 
     async def _acall(self, method: str, *args: Any) -> Any:
         with self._asked(method, *args) as response:
+            await self._await_router(response)
             return await response
+
+    def _wait_for_router(self, response: Any) -> None:
+        """Wait until a router has the call.
+
+        Serve itself leaves it waiting for ever, if all routers have left since the application is deleted.
+        """
+        while not wait([response._replica_result_future], LOOK_S).done:
+            self._check()
+
+    async def _await_router(self, response: Any) -> None:
+        """As `_wait_for_router`."""
+        taken = asyncio.wrap_future(response._replica_result_future)
+        while not (await asyncio.wait([taken], timeout=LOOK_S))[0]:
+            await asyncio.to_thread(self._check)
+        await taken
+
+    def _check(self) -> None:
+        """Raise ConnectionError if the application is deleted."""
+        name = self._handle.app_name
+        application = serve.status().applications.get(name)
+        if application is None or application.status == "DELETING":
+            raise ConnectionError(f"Serve application {name!r} is not on this cluster any more")
 
     @contextmanager
     def _asked(self, method: str, *args: Any, stream: bool = False) -> Iterator[Any]:
@@ -132,6 +170,9 @@ class HandleClient:
             raise own_error(error) from None
         except (RequestCancelledError, TaskCancelledError):
             raise GenerationCancelled("the request was cancelled") from None
+        except DeploymentUnavailableError as error:  # whose own words say only the second
+            message = f"Serve application {self._handle.app_name!r} is deleted, or could not be started"
+            raise ConnectionError(f"{message}; `serve status` says which") from error
         except (RayError, RayServeException) as error:
             raise ConnectionError(f"the service cannot be reached, or broke off: {error}") from error
         except BaseException as error:
@@ -151,6 +192,10 @@ def is_cancelled() -> bool:
     """Whether this task is being cancelled: awaiting a call that was cancelled elsewhere raises the same."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _broken_off(request: GenerationRequest) -> ConnectionError:
+    return ConnectionError(f"the service broke off before request {request.id} was finished")
 
 
 def _driver() -> str | None:

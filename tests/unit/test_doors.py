@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, UnionType
@@ -201,11 +202,17 @@ def test_every_field_arrives_by_the_clients(url: str, service: FakeService, fiel
     assert at_the_denoiser(service.asked[-1]) == fields
 
 
+def answer_of_a_handle(result: GenerationResult) -> Any:
+    taken = Future[None]()
+    taken.set_result(None)
+    return SimpleNamespace(result=lambda: result, _replica_result_future=taken)
+
+
 @given(fields=every_field)
 def test_every_field_arrives_by_a_handle(fields: Fields) -> None:
     def remote(request: GenerationRequest, driver: str | None = None) -> Any:
         asked.append(request)
-        return SimpleNamespace(result=lambda: result_of(request.model_copy(update={"model": "m"})))
+        return answer_of_a_handle(result_of(request.model_copy(update={"model": "m"})))
 
     asked: list[GenerationRequest] = []
     client = HandleClient(SimpleNamespace(generate=SimpleNamespace(remote=remote)))
@@ -315,8 +322,7 @@ def test_what_is_left_open_at_a_door_is_drawn_by_the_pools_defaults_and_what_is_
 
     def remote(request: GenerationRequest, driver: str | None = None) -> Any:
         asked.append(request)
-        drawn = result_of(request.settled(64, 96).model_copy(update={"model": "m"}))
-        return SimpleNamespace(result=lambda: drawn)
+        return answer_of_a_handle(result_of(request.settled(64, 96).model_copy(update={"model": "m"})))
 
     asked: list[GenerationRequest] = []
     httpx.post(f"{url}/v1/images/generations", json={"prompt": "a lake", **given}).raise_for_status()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve
 from ray.exceptions import RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from distriray.errors import GenerationCancelled, QueueFull
 from distriray.events import Event, Finished, Queued
@@ -23,10 +27,14 @@ ANSWERS: dict[str, Any] = {"generate": RESULT, "cancel": True, "models": ["m"], 
 
 
 class Response:
-    """What a handle's call returns: an answer, events, or an error; without one it never ends."""
+    """What a handle's call returns: an answer, events, or an error; without one it never ends.
 
-    def __init__(self, answer: Any) -> None:
+    It ends no sooner than `taken` by a replica.
+    """
+
+    def __init__(self, answer: Any, taken: Future[None]) -> None:
         self.answer, self.cancelled = answer, False
+        self._replica_result_future = taken
 
     def result(self) -> Any:
         if isinstance(self.answer, BaseException):
@@ -52,8 +60,15 @@ class Response:
 class Handle:
     """Answers every method, and keeps what it was asked."""
 
-    def __init__(self, answers: dict[str, Any], gone: Exception | None = None) -> None:
+    app_name = "distriray"
+
+    def __init__(
+        self, answers: dict[str, Any], gone: Exception | None = None, taken: Future[None] | None = None
+    ) -> None:
         self.answers, self.gone = {**ANSWERS, "stream": EVENTS, **answers}, gone
+        self.taken = Future[None]() if taken is None else taken
+        if taken is None:
+            self.taken.set_result(None)
         self.asked: list[tuple[Any, ...]] = []
         self.responses: list[Response] = []
 
@@ -68,7 +83,7 @@ class Handle:
                 if self.gone is not None:
                     raise self.gone
                 self.asked.append((method, *args))
-                self.responses.append(Response(self.answers[method]))
+                self.responses.append(Response(self.answers[method], self.taken))
                 return self.responses[-1]
 
         return Method
@@ -165,3 +180,56 @@ def test_whoever_closes_a_stream_cancels_its_call() -> None:
     events.close()
     asyncio.run(close(other))
     assert one.responses[0].cancelled and other.responses[0].cancelled
+
+
+def test_a_stream_that_ends_without_a_picture_broke_off() -> None:
+    blocks, awaits = CALLS["stream"]
+    for call in (blocks, lambda client: asyncio.run(awaits(client))):
+        with pytest.raises(ConnectionError, match=f"broke off before request {REQUEST.id}"):
+            call(HandleClient(Handle({"stream": EVENTS[:1]})))
+
+
+class Applications:
+    """Serve's applications by its status: `states` are those of the client's, one a look; None is gone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: str | None) -> None:
+        self.states, self.last = list(states), Future[None]()
+        monkeypatch.setattr("distriray.handle.LOOK_S", 0.001)
+        monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=self.look()))
+
+    def look(self) -> dict[str, Any]:
+        state = self.states.pop(0)
+        if not self.states:
+            self.last.set_result(None)
+        return {} if state is None else {"distriray": SimpleNamespace(status=state)}
+
+
+@every_call
+@pytest.mark.parametrize("end", ["DELETING", None])
+def test_what_no_router_takes_ends_where_the_application_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, blocks: Call, awaits: Call, end: str | None
+) -> None:
+    for call in (blocks, lambda client: asyncio.run(awaits(client))):
+        Applications(monkeypatch, "RUNNING", "DEPLOYING", end)
+        handle = Handle({}, taken=Future())
+        with pytest.raises(ConnectionError, match="'distriray' is not on this cluster any more"):
+            call(HandleClient(handle))
+        assert handle.responses[0].cancelled
+
+
+@every_call
+def test_a_call_waits_for_a_router_while_there_is_an_application(
+    monkeypatch: pytest.MonkeyPatch, blocks: Call, awaits: Call
+) -> None:
+    for call in (blocks, lambda client: asyncio.run(awaits(client))):
+        applications = Applications(monkeypatch, "DEPLOYING", "UNHEALTHY", "RUNNING")
+        assert call(HandleClient(Handle({}, taken=applications.last)))
+        assert not applications.states
+
+
+@every_call
+def test_an_application_that_is_no_more_is_named(blocks: Call, awaits: Call) -> None:
+    gone = DeploymentUnavailableError(DeploymentID("Ingress", "distriray"))
+    for call in (blocks, lambda client: asyncio.run(awaits(client))):
+        with pytest.raises(ConnectionError, match="application 'distriray' is deleted, or could not be"):
+            call(HandleClient(Handle(dict.fromkeys(CALLS, gone))))

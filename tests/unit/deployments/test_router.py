@@ -1193,11 +1193,11 @@ def test_what_serve_cannot_run_is_unavailable() -> None:
 
     handle = FakeHandle("a")
     handle.deeds = [undeployed]
-    with pytest.raises(NotEnoughDevices, match="serve status"):
+    with pytest.raises(NotEnoughDevices, match="deleted, or could not be started; `serve status`"):
         generate(front(pool=handle))
     asleep = FakeHandle()
     asleep.undeployed = True
-    with pytest.raises(NotEnoughDevices, match="serve status"):
+    with pytest.raises(NotEnoughDevices, match="deleted, or could not be started; `serve status`"):
         generate(front(pool=asleep))
 
 
