@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -47,6 +49,20 @@ def test_text_encoders_that_stay_on_the_host_draw_the_same_pictures(
                 away = offload_text and part.startswith("text_encoder")
                 assert all(weight.is_meta == away for weight in network.parameters()), part
     assert torch.equal(*latents)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks at Linux's memory maps")
+def test_text_encoders_on_the_host_are_the_pages_of_their_files_which_processes_share(tmp_path: Path) -> None:
+    save(MODELS["sdxl"](), tmp_path)
+    pipeline = load_pipeline(ModelSpec(name=str(tmp_path)), "cpu")
+    mapped = [
+        range(*(int(end, 16) for end in each.addr.split("-")))
+        for each in psutil.Process().memory_maps(grouped=False)
+        if Path(each.path).is_relative_to(tmp_path)
+    ]
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        for name, weight in encoder.named_parameters():
+            assert any(weight.data_ptr() in pages for pages in mapped), name
 
 
 def test_what_does_not_fit_is_refused_with_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
