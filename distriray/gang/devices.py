@@ -112,9 +112,9 @@ class Cuda:
         return int(torch.cuda.memory_reserved(self.device()))
 
     def trim(self) -> None:
-        import torch
+        from distriray.parallel.graphs import give_back_unused
 
-        torch.cuda.empty_cache()
+        give_back_unused()
 
 
 DEVICES: Mapping[str, DeviceKind] = {"cpu": Cpu(), "cuda": Cuda()}

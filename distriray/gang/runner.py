@@ -82,6 +82,7 @@ class SegmentRunner:
         self._communicators: dict[str, Communicator] = {}
         self._names: dict[tuple[int, ...], str] = {}
         self._states: dict[int, DenoiseState] = {}
+        self._dropped: list[DenoiseState] = []  # whose tensors the thread that computes is to let go of
         # First, since its refusal lists what can be served.
         self._denoiser = Denoiser(self.pipeline, lora_cache_bytes)
         self._join(GangMembership((), ALONE, 0, 1))
@@ -124,6 +125,7 @@ class SegmentRunner:
 
         Whatever goes wrong is a result.
         """
+        self._dropped.clear()
         try:
             with self.mailbox.running(order.serial, order.step):
                 segment = RankSegment(
@@ -145,10 +147,14 @@ class SegmentRunner:
         return self._states[job].to_bytes()
 
     def retain(self, jobs: Collection[int], newest: int) -> None:
-        """Drop the states of all jobs up to `newest` but these."""
+        """Drop the states of all jobs up to `newest` but these.
+
+        Their memory is given back when the next segment begins: to ask torch's allocator may stop whoever
+        does, and with it all threads (`Worker.ping`).
+        """
         for job in list(self._states):
-            if job <= newest and job not in jobs:
-                self._states.pop(job, None)
+            if job <= newest and job not in jobs and (state := self._states.pop(job, None)) is not None:
+                self._dropped.append(state)
 
     def compile(self) -> None:
         """Let torch compile the network's blocks for what they meet from now on, as `compile_blocks`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distriray.collective import open_store
 from distriray.gang.config import HostConfig
@@ -46,6 +46,7 @@ class Worker:
         self._linking = self._compute if self._kind.links_at_rest else ThreadPoolExecutor(1, "link")
         self._news = asyncio.Event()
         self._runner: SegmentRunner | None = None
+        self._memory = 0  # when it was last looked up
 
     async def load(self) -> WorkerFacts:
         """Load the weights; raises ModelNotFound, UnsupportedModel, UnusableAdapter,
@@ -84,19 +85,18 @@ class Worker:
 
             took_s = await loop.run_in_executor(self._compute, rehearse, runner, self._config, facts)
             facts = replace(facts, load_s=facts.load_s + took_s, memory=self._kind.memory())
-        self._runner = runner
+        self._runner, self._memory = runner, facts.memory
         return facts
 
     async def link(self, memberships: Sequence[GangMembership]) -> None:
         """Join these gangs, in this order; raises GangBroken."""
-        await asyncio.get_running_loop().run_in_executor(self._linking, self.runner.link, memberships)
+        await self._done_by(self._linking, self.runner.link, memberships)
 
     async def run(
         self, order: SegmentOrder, blob: bytes | None, pictures: Mapping[str, Picture] | None
     ) -> RankResult:
         """One segment, as in `SegmentRunner.run`."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compute, self.runner.run, order, blob, pictures or {})
+        return await self._done_by(self._compute, self.runner.run, order, blob, pictures or {})
 
     async def watch(self, serial: int, seen: int) -> Progress:
         """Wait until segment `serial` is beyond step `seen` or over."""
@@ -128,12 +128,28 @@ class Worker:
         self.runner.retain(jobs, newest)
 
     async def ping(self) -> tuple[int, int]:
-        """Alive: bytes of memory, and how many states are held."""
-        return self._kind.memory(), self.runner.held if self._runner else 0
+        """Alive: bytes of memory after what was done last, and how many states are held.
+
+        Nothing is asked of torch's allocator here. It is locked while a GPU gives memory back, which waits
+        for transfers from peers. Whoever asks it meanwhile waits too, and keeps all Python threads from
+        running, those that abort a transfer among them.
+        """
+        return self._memory, self.runner.held if self._runner else 0
 
     async def until_death(self) -> None:
         """Never returns: whoever waits for it hears at once when this process dies."""
         await asyncio.Event().wait()
+
+    async def _done_by(self, thread: Executor, task: Callable[..., T], *arguments: Any) -> T:
+        """What a task returns; then its thread looks the memory up."""
+
+        def work() -> T:
+            try:
+                return task(*arguments)
+            finally:
+                self._memory = self._kind.memory()
+
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
     @property
     def runner(self) -> SegmentRunner:

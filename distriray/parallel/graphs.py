@@ -68,7 +68,7 @@ class CudaGraphs:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        torch.cuda.empty_cache()  # graphs have memory of their own, and cannot take what is merely kept
+        give_back_unused(self._device)  # graphs have memory of their own, and cannot take what is merely kept
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             if self._keeper is None:
@@ -282,6 +282,17 @@ class StepGraphs:
         """Drop all."""
         self.drop()
         self.failed.clear()
+
+
+def give_back_unused(device: torch.device | None = None) -> None:
+    """Give back what torch keeps of the memory of a GPU, the current one unless given, and does not use.
+
+    To free memory waits for all that the GPU was given, for transfers from peers too, and locks torch's
+    allocator meanwhile, if no more. So what it would wait for is waited for first, in a way that keeps no
+    other thread from aborting a transfer from a peer that is gone.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from distriray.errors import NotEnoughDevices
 from distriray.gang import placement
 from distriray.gang.config import HostConfig
-from distriray.gang.devices import DEVICES, place_of
+from distriray.gang.devices import DEVICES, Cpu, place_of
 from distriray.gang.placement import Placement
 from distriray.gang.worker import Worker
 
@@ -41,6 +42,36 @@ def test_a_worker_computes_on_the_gpu_that_ray_reserved(
 def test_a_worker_forms_gangs_beside_what_it_computes_unless_all_must_rest(device: str, beside: bool) -> None:
     worker = Worker(HostConfig(workers=1), device, "nowhere:1")
     assert (worker._linking is not worker._compute) is beside is not DEVICES[device].links_at_rest
+
+
+def test_a_worker_answers_while_the_memory_of_its_device_cannot_be_looked_up() -> None:
+    """Torch's allocator is locked while memory is given back, until all that the GPU was given is done."""
+    allocator = threading.Lock()
+
+    class Busy(Cpu):
+        def memory(self) -> int:
+            assert allocator.acquire(timeout=5), "it asks for what may be locked as long as a peer hangs"
+            allocator.release()
+            return threading.get_ident()
+
+    def computes(*_: Any) -> int:
+        started.set()
+        with allocator:
+            return threading.get_ident() if asked.wait(10) else 0
+
+    async def scene() -> None:
+        running = asyncio.ensure_future(worker.run(None, None, None))  # type: ignore[arg-type]
+        await asyncio.to_thread(started.wait, 10)
+        assert (await worker.ping())[1] == 3
+        asked.set()
+        computed_by = await running
+        assert (await worker.ping())[0] == computed_by
+
+    started, asked = threading.Event(), threading.Event()
+    worker = Worker(HostConfig(workers=1), "cpu", "nowhere:1")
+    worker._kind = Busy()
+    worker._runner = SimpleNamespace(run=computes, held=3)  # type: ignore[assignment]
+    asyncio.run(scene())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -317,6 +319,18 @@ def test_only_states_of_jobs_that_are_over_are_dropped(gang: Gang) -> None:
     runner = gang.runners[0]
     runner.retain({11}, 12)
     assert {11, 13} <= runner._states.keys() and 12 not in runner._states
+
+
+def test_the_thread_that_computes_lets_go_of_what_another_one_drops(gang: Gang) -> None:
+    gang.run(job=11)
+    runner, let_go = gang.runners[0], list[int]()
+    weakref.finalize(runner._states[11], lambda: let_go.append(threading.get_ident()))
+    runner.retain([], 11)
+    gc.collect()
+    assert not let_go and 11 not in runner._states
+    gang.run(job=12)
+    gc.collect()
+    assert let_go and let_go[0] != threading.get_ident()
 
 
 PICTURE = Image.linear_gradient("L").resize((128, 128)).convert("RGB")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from distriray.gang.devices import DEVICES
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, StepGraphs
 
 CPU = torch.device("cpu", 0)
@@ -28,11 +29,12 @@ class Allocator:
         under_way: the pools that captures are under way in.
         seed: of the device's generator, in memory that every capture writes to, and the first one makes.
         asked: whether the generator takes itself to be in a capture.
+        receiving: whether a transfer is under way, for which whoever frees memory would wait.
         spoilt: whether the next capture cannot be ended.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, ends: bool = True) -> None:
-        self.ends, self.spoilt, self.asked = ends, False, False
+        self.ends, self.spoilt, self.asked, self.receiving = ends, False, False, False
         self.uses: Counter[int] = Counter()
         self.reserved: set[int] = set()
         self.under_way: list[int] = []
@@ -44,6 +46,7 @@ class Allocator:
             "graph_pool_handle": lambda: next(pools),
             "CUDAGraph": lambda: FakeGraph(self),
             "empty_cache": self.empty_cache,
+            "synchronize": self.synchronize,
             "Stream": lambda device: Stream(),
             "current_stream": lambda device: Stream(),
             "stream": lambda stream: nullcontext(),
@@ -70,8 +73,13 @@ class Allocator:
     def draw(self) -> None:
         assert not self.asked, "Offset increment outside graph capture encountered unexpectedly."
 
+    def synchronize(self, device: torch.device | None = None) -> None:
+        assert not self.under_way, "a device is not waited for while a capture is under way"
+        self.receiving = False
+
     def empty_cache(self) -> None:
         assert not self.under_way, "nothing is given back while a capture is under way"
+        assert not self.receiving, "the allocator is locked until the peer has sent"
         self.reserved = {pool for pool in self.reserved if self.uses[pool]}
 
 
@@ -188,6 +196,18 @@ def test_memory_of_graphs_is_kept_for_later_ones_until_it_is_let_go(monkeypatch:
     assert not allocator.reserved
     met_twice(graphs, doubles)
     assert allocator.reserved == {2} and len(graphs) == 1
+
+
+def test_the_allocator_is_not_locked_until_peers_have_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What arrives for a displaced step is under way while it is captured, or where memory runs out."""
+    allocator = Allocator(monkeypatch)
+    graphs = StepGraphs(CudaGraphs(CPU))
+    graphs.run("doubles", doubles, None, (torch.ones(3),), {})
+    allocator.receiving = True
+    graphs.run("doubles", doubles, None, (torch.ones(3),), {})
+    assert len(graphs) == 1
+    allocator.receiving = True
+    DEVICES["cuda"].trim()
 
 
 def test_whether_the_first_capture_is_in_inference_mode_counts_for_no_later_one(
