@@ -54,7 +54,9 @@ class NcclCommunicator(BackendCommunicator):
 
     NCCL reports neither a dead nor a hung peer: its kernels spin forever. So a watchdog thread aborts the
     communicator when a transfer outlasts `timeout_s`, counted from when the stream reaches it, or when NCCL
-    reports an error, and a `Lifeline` aborts it as soon as a peer's process dies.
+    reports an error, and a `Lifeline` aborts it as soon as a peer's process dies. A communicator that breaks
+    with nothing in flight is kept until it is closed: to release one waits for all that the device does, for
+    transfers of other gangs too.
 
     Args:
         control: a gloo communicator of the same ranks, for no other use.
@@ -73,6 +75,8 @@ class NcclCommunicator(BackendCommunicator):
         super().__init__(control.rank, control.world_size, device)
         self._timeout_s = timeout_s
         self._calling = threading.Lock()
+        self._releasing = threading.Lock()
+        self._released = False
         self._called: tuple[float, list[int]] | None = None
         self._pending: deque[NcclWork] = deque()
         self._over: deque[NcclWork] = deque()
@@ -108,10 +112,10 @@ class NcclCommunicator(BackendCommunicator):
                 cause = f"NCCL failed between rank {self.rank} and ranks {work.peers}: {error!r}"
             self._called = None
             work.done.record(stream)
+            self._pending.append(work)
         if cause is not None:
             raise self._fail(cause)
         self._bytes_sent += sum(data.numel() for _, data in outgoing)
-        self._pending.append(work)
         return work
 
     def _enqueue(self, incoming: list[Message], outgoing: list[Message]) -> None:
@@ -133,6 +137,7 @@ class NcclCommunicator(BackendCommunicator):
                 self._await(self._stream.query, self._timeout_s, "finish what is in flight")
                 self._lifeline.part(FAREWELL_S)
         super().close()
+        self._end()
         self._closing.set()
         if threading.current_thread() is not self._watchdog:
             self._watchdog.join()
@@ -199,13 +204,30 @@ class NcclCommunicator(BackendCommunicator):
         # A call that hangs inside NCCL holds the lock, and only the abort frees it.
         locked = self._calling.acquire(timeout=0.5)
         try:
-            with torch.cuda.device(self.device):
-                self._communicator.abort()
+            if not (locked and self._is_idle()):
+                self._end()
         finally:
             if locked:
                 self._calling.release()
-        self._pending.clear()  # nothing is in flight any more
         _give_back(self._stream)
+
+    def _is_idle(self) -> bool:
+        """Whether all that the stream was given is known to be over. In a broken communicator it stays so."""
+        try:
+            with torch.cuda.device(self.device):
+                return bool(self._stream.query())
+        except Exception:  # of a device that does nothing any more
+            return False
+
+    def _end(self) -> None:
+        """End what is in flight, and release all. Once; whoever comes later waits until that is done."""
+        with self._releasing:
+            if self._released:
+                return
+            self._released = True
+            with torch.cuda.device(self.device):
+                self._communicator.abort()
+            self._pending.clear()  # nothing is in flight any more
 
     def _watch(self) -> None:
         # A new thread is on GPU 0, and asking an event there would give this process a context on it.

@@ -110,6 +110,9 @@ class SegmentRunner:
             GangBroken: a member did not come.
         """
         DEVICES[self.device.type].trim()
+        for communicator in self._communicators.values():
+            if communicator.broken:
+                communicator.close()  # which gives its memory back, before another one takes as much
         for membership in memberships:
             self._join(membership)
 

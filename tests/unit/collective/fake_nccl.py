@@ -123,12 +123,16 @@ class FakeNcclCommunicator:
             self._cuda.moved.notify_all()
 
     def abort(self) -> None:
-        """End all kernels, and wait for those that their stream has not reached."""
-        self._cuda.place()
+        """End all kernels, and wait for those that their stream has not reached; then free memory, for which
+        CUDA waits until the device has done all that it was given.
+        """
+        device = self._cuda.place()
         with self._cuda.moved:
             self._aborted = True
             self._cuda.moved.notify_all()
         self._cuda.until(lambda: self.done == self.given)
+        given = [(stream, stream.given) for stream in self._cuda.streams if stream.device == device]
+        self._cuda.until(lambda: all(stream.done >= target for stream, target in given))
 
     def check_async_error(self) -> None:
         if self._aborted:

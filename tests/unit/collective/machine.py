@@ -74,6 +74,7 @@ class Machine:
             gate.set()
         for communicator in self._joined:
             self.on(communicator.rank, communicator.abort)
+        for communicator in self._joined:
             communicator.close()
         self.cuda.close()
         assert not self.cuda.errors

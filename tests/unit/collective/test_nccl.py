@@ -241,6 +241,43 @@ def test_one_gang_hangs_and_the_other_of_the_same_devices_goes_on(machine: Machi
     assert hung[0].broken and not well[0].broken
 
 
+def test_a_gang_that_breaks_at_rest_does_not_wait_for_one_that_runs_until_it_is_closed(
+    machine: Machine,
+) -> None:
+    """A worker that dies breaks gangs of all sizes, of which its peers are at work in one."""
+    running, idle = machine.gang(), machine.gang()
+    never = [torch.zeros(1), torch.zeros(1)]
+    machine.on(0, lambda: running[0].exchange({}, {1: never[0]}))
+    with ThreadPoolExecutor(1) as other:
+        other.submit(machine.on, 0, idle[0].abort).result(5)
+        until(lambda: idle[1].broken)
+        assert failure_of(idle[0].check) and not running[0].broken and running[0]._pending
+        assert not idle[0]._communicator._aborted
+        closing = other.submit(idle[0].close)  # of a worker at rest, which has nothing to wait for
+        machine.on(1, lambda: running[1].exchange({0: never[1]}, {}))
+        closing.result(5)
+    assert idle[0]._communicator._aborted
+
+
+def test_a_communicator_is_released_once(machine: Machine) -> None:
+    first, _ = machine.gang()
+
+    def rank() -> None:
+        gate = machine.block()
+        first.exchange({}, {1: torch.zeros(1)})
+        with ThreadPoolExecutor(2) as others:
+            ends = [others.submit(machine.on, 0, end) for end in (first.abort, first.close)]
+            until(lambda: first._communicator._aborted)
+            gate.set()
+            for end in ends:
+                end.result(5)
+
+    releases, abort = list[None](), first._communicator.abort
+    first._communicator.abort = lambda: (releases.append(None), abort())
+    machine.on(0, rank)
+    assert len(releases) == 1
+
+
 def test_streams_come_back_after_an_abort_and_are_never_shared(machine: Machine) -> None:
     old, other = machine.gang(), machine.gang()
     streams = [c._stream for c in (*old, *other)]

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from distriray.config import ParallelConfig
 from distriray.denoise import DenoiseState
 from distriray.errors import DistrirayError, InvalidRequest, NotFinite, OutOfMemory
 from distriray.gang.devices import DEVICES
-from distriray.gang.messages import RankResult, SegmentEnd
+from distriray.gang.messages import GangMembership, RankResult, SegmentEnd
 from distriray.gang.runner import SegmentRunner
 from distriray.picture import png
 from tests.models import tiny_flux2_klein_distilled, tiny_sdxl
@@ -319,6 +320,24 @@ def test_only_states_of_jobs_that_are_over_are_dropped(gang: Gang) -> None:
     runner = gang.runners[0]
     runner.retain({11}, 12)
     assert {11, 13} <= runner._states.keys() and 12 not in runner._states
+
+
+def test_a_broken_gang_is_released_before_another_takes_its_place(
+    gang: Gang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU both take as much memory."""
+    runner, done = gang.runners[0], list[str]()
+    broken = SimpleNamespace(broken=True, close=lambda: done.append("release"))
+    monkeypatch.setattr(runner, "_communicators", {**runner._communicators, "all": broken})
+    monkeypatch.setattr(runner, "_names", dict(runner._names))
+
+    def connect(**_: Any) -> Any:
+        done.append("connect")
+        return SimpleNamespace(backend="none")
+
+    monkeypatch.setattr("distriray.gang.runner.connect", connect)
+    runner.link([GangMembership((0, 1), "again", 0, 2)])
+    assert done[:2] == ["release", "connect"]
 
 
 def test_the_thread_that_computes_lets_go_of_what_another_one_drops(gang: Gang) -> None:
