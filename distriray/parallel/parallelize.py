@@ -138,6 +138,7 @@ def _share_random_state(communicator: Communicator) -> None:
         return
     communicator.exchange({}, {0: wire}).wait()
     host, *on_device = wire.cpu().split([len(state) for state in states])
+    communicator.check()  # on a GPU a transfer that was aborted ends like any other, and leaves garbage
     torch.set_rng_state(host)
     for state in on_device:
         torch.cuda.set_rng_state(state, device)

@@ -1,4 +1,4 @@
-"""What comes of a gather whose transfer was aborted."""
+"""What comes of a transfer that was aborted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distriray.errors import GangBroken, GangMismatch
 from distriray.parallel.agreement import check_same_latents
 from distriray.parallel.gather import Gather
 from distriray.parallel.layout import GangLayout
+from distriray.parallel.parallelize import _share_random_state
 from distriray.parallel.partition import Partition
 
 
@@ -40,6 +41,15 @@ def test_garbage_of_an_aborted_transfer_is_no_result() -> None:
     gather = Gather(communicator, GangLayout(2), Partition(8, 8, 2, 2), (1, 4, 8, 8), torch.float32)
     with pytest.raises(GangBroken, match="rank 1 died"):
         gather(torch.zeros((1, 4, 4, 8))).header.read()
+
+
+def test_garbage_of_an_aborted_transfer_is_no_random_state() -> None:
+    communicator: Any = Aborted()
+    communicator.rank, communicator.peers = 1, (0,)
+    before = torch.get_rng_state()
+    with pytest.raises(GangBroken, match="rank 1 died"):
+        _share_random_state(communicator)
+    assert torch.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
