@@ -204,20 +204,12 @@ class NcclCommunicator(BackendCommunicator):
         # A call that hangs inside NCCL holds the lock, and only the abort frees it.
         locked = self._calling.acquire(timeout=0.5)
         try:
-            if not (locked and self._is_idle()):
+            if self._pending or not locked:
                 self._end()
         finally:
             if locked:
                 self._calling.release()
         _give_back(self._stream)
-
-    def _is_idle(self) -> bool:
-        """Whether all that the stream was given is known to be over. In a broken communicator it stays so."""
-        try:
-            with torch.cuda.device(self.device):
-                return bool(self._stream.query())
-        except Exception:  # of a device that does nothing any more
-            return False
 
     def _end(self) -> None:
         """End what is in flight, and release all. Once; whoever comes later waits until that is done."""

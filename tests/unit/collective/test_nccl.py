@@ -247,6 +247,7 @@ def test_a_gang_that_breaks_at_rest_does_not_wait_for_one_that_runs_until_it_is_
     """A worker that dies breaks gangs of all sizes, of which its peers are at work in one."""
     running, idle = machine.gang(), machine.gang()
     never = [torch.zeros(1), torch.zeros(1)]
+    until(lambda: not any(communicator._pending for communicator in idle))
     machine.on(0, lambda: running[0].exchange({}, {1: never[0]}))
     with ThreadPoolExecutor(1) as other:
         other.submit(machine.on, 0, idle[0].abort).result(5)
