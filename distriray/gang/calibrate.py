@@ -20,7 +20,8 @@ from distriray.version import __version__
 
 MEASURED_STEPS = 8
 CHOOSING_STEPS = 5
-"""Of a gang's first image, from which `auto` chooses what those that are measured are drawn in."""
+"""Of a gang's first image, from which `auto` chooses what a second one is drawn in: by way of trial, so that
+those that are measured are drawn as later ones are."""
 
 log = logging.getLogger("ray.serve.distriray")
 
@@ -57,10 +58,10 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     guided = admit(example(facts), config, facts, limited=False).guided
     least, interval = config.sizes[0], config.parallel.cache_interval
     steps = max(1, warmup_steps(config)) + math.ceil(MEASURED_STEPS / interval) * interval
-    warming = CHOOSING_STEPS if config.parallel.exchange == "auto" else 1
+    warming = (CHOOSING_STEPS, steps) if config.parallel.exchange == "auto" else (1,)
     most = config.workers // least
-    warm = warming if least > 1 else 1  # a lone worker has nothing to choose
-    await _draw(generate, facts, [least] * most, warm)
+    for warm in warming if least > 1 else (1,):  # a lone worker has nothing to choose
+        await _draw(generate, facts, [least] * most, warm)
     counts = sorted({*(2**i for i in range(most.bit_length())), most})
     alone = {count: await _draw(generate, facts, [least] * count, steps) for count in counts}
     full_s = _step_s(alone[most])
@@ -73,7 +74,8 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
         crowds = [[size] * (config.workers // size)]
         if config.workers - size >= least:
             crowds.append([size] + [least] * ((config.workers - size) // least))
-        await _draw(generate, facts, crowds[0], warming)
+        for warm in warming:
+            await _draw(generate, facts, crowds[0], warm)
         runs = [await _draw(generate, facts, crowd, steps) for crowd in crowds]
         entries.append(_entry(size, guided, [[r for r in run if r.gang_size == size] for run in runs]))
         moves_s += [result.timings.waiting_s for run in runs for result in run]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
@@ -20,7 +20,7 @@ CANDIDATES: tuple[ExchangeMode, ...] = ("sync", "displaced_attention", "displace
 """The freshest first."""
 
 MEASURED_STEPS = 8
-"""Synchronous steps of the first images that are looked at, at most."""
+"""Steps of the first images in a candidate that are looked at, at most."""
 
 LEAST_STEPS = 3
 """Those from which a choice is made, at least: the smallest number whose median one outlier cannot move."""
@@ -30,12 +30,12 @@ MAX_SHAPES = 1024
 
 
 class TimedStep(NamedTuple):
-    """The stopwatches of a synchronous step.
+    """The stopwatches of a step.
 
     Attributes:
         whole: of the step.
-        rows: of swapping statistics and halos.
-        keys_values: of swapping keys and values.
+        rows: of swapping fresh statistics and halos.
+        keys_values: of swapping fresh keys and values.
     """
 
     whole: Stopwatch
@@ -44,8 +44,8 @@ class TimedStep(NamedTuple):
 
 
 @dataclass
-class _Known:
-    """Of a shape: how many steps were timed, the seconds of those that were read, and whether all are."""
+class _Timed:
+    """Steps of a shape in one candidate: how many were timed, seconds of those read, whether all are."""
 
     steps: int = 0
     seconds: list[tuple[float, ...]] = field(default_factory=list)
@@ -56,15 +56,15 @@ class Choices:
     """Measurements of one rank of a gang, and the choices made from them: once for every shape and bound."""
 
     def __init__(self) -> None:
-        self._shapes: OrderedDict[Hashable, _Known] = OrderedDict()
-        self._unread: list[tuple[_Known, TimedStep]] = []  # a step has hundreds of marks of a GPU
+        self._shapes: OrderedDict[Hashable, dict[int, _Timed]] = OrderedDict()
+        self._unread: list[tuple[_Timed, TimedStep]] = []  # a step has hundreds of marks of a GPU
 
-    def note(self, shape: Hashable, step: TimedStep) -> None:
-        """Remember a synchronous step of a shape, unless a choice is made."""
-        known = self._of(shape)
-        if not known.complete and known.steps <= MEASURED_STEPS:
-            known.steps += 1
-            self._unread.append((known, step))
+    def note(self, shape: Hashable, step: TimedStep, place: int = 0) -> None:
+        """Remember a step of a shape, synchronous or displaced in a candidate, unless enough are known."""
+        timed = self._of(shape).setdefault(place, _Timed())
+        if not timed.complete and timed.steps <= MEASURED_STEPS:
+            timed.steps += 1
+            self._unread.append((timed, step))
 
     def place(self, shape: Hashable, max_wait: float) -> int:
         """The place of this rank's choice in `CANDIDATES`; -1 if too little was measured.
@@ -77,13 +77,16 @@ class Choices:
         for timed, step in self._unread:
             timed.seconds.append(tuple(watch.seconds for watch in step))
         self._unread.clear()
-        known = self._of(shape)
-        seconds = known.seconds[1:]  # the first prepares layers and makes buffers
-        known.complete = known.complete or len(seconds) >= LEAST_STEPS
-        return _freshest(seconds, max_wait) if known.complete else -1
+        measured: dict[int, tuple[float, ...]] = {}
+        for place, timed in self._of(shape).items():
+            seconds = timed.seconds[1:]  # the first prepares layers and makes buffers
+            timed.complete = timed.complete or len(seconds) >= LEAST_STEPS
+            if timed.complete:
+                measured[place] = tuple(map(median, zip(*seconds, strict=True)))
+        return _freshest(measured, max_wait) if 0 in measured else -1
 
-    def _of(self, shape: Hashable) -> _Known:
-        known = self._shapes.setdefault(shape, _Known())
+    def _of(self, shape: Hashable) -> dict[int, _Timed]:
+        known = self._shapes.setdefault(shape, {})
         self._shapes.move_to_end(shape)
         if len(self._shapes) > MAX_SHAPES:
             self._shapes.popitem(last=False)
@@ -140,10 +143,15 @@ class Chooser:
         self.exchange = exchange
         return mix
 
-    def note(self, call: Call, share: Share, step: TimedStep) -> None:
-        """Remember how long a call's synchronous step took, if choices depend on it."""
-        if self._measures and self._config.exchange == "auto":
-            self._choices.note(self._shape(call, share), step)
+    def note(self, call: Call, share: Share, step: TimedStep, stale: Mix | None) -> None:
+        """Remember how long a call's step took, if choices depend on it.
+
+        Args:
+            stale: the mix of a displaced one, None of a synchronous one.
+        """
+        place = 0 if stale is None else _place(stale)
+        if self._measures and self._config.exchange == "auto" and place is not None:
+            self._choices.note(self._shape(call, share), step, place)
 
     @property
     def _choices(self) -> Choices:
@@ -186,10 +194,23 @@ def agreed(communicator: Communicator, place: int, has_room: Callable[[Mix], boo
     return "sync"
 
 
-def _freshest(seconds: Sequence[Sequence[float]], max_wait: float) -> int:
-    whole, rows, keys_values = map(median, zip(*seconds, strict=True))
-    costs = rows + keys_values, rows, 0.0
-    steps = expected_step_s(whole, rows, keys_values)
-    return next(
-        place for place, (cost, step) in enumerate(zip(costs, steps, strict=True)) if cost <= max_wait * step
-    )
+def _freshest(measured: Mapping[int, tuple[float, ...]], max_wait: float) -> int:
+    """The first candidate in whose steps messages cost little; if in none, the first that is hardly slower
+    than the fastest.
+
+    Stale values are expected to cost nothing until steps with them were measured: where a link carries one
+    message after the other, fresh values may wait behind them.
+
+    Args:
+        measured: seconds of a step, of it of swapping rows, and keys and values, by the candidate's place.
+    """
+    whole, rows, keys_values = measured[0]
+    costs = [rows + keys_values, rows, 0.0]
+    steps = list(expected_step_s(whole, rows, keys_values))
+    for place in measured.keys() - {0}:
+        costs[place] = measured[place][0] - (whole - rows - keys_values)
+        steps[place] = measured[place][0]
+    for place, (cost, step) in enumerate(zip(costs, steps, strict=True)):
+        if cost <= max_wait * step:
+            return place
+    return next(place for place, step in enumerate(steps) if step <= (1.0 + max_wait) * min(steps))

@@ -330,9 +330,9 @@ class Engine(Uncopied):
             call = replace(call, branch=self._guiders.branch)
         with Stopwatch(call.sample.device) as whole:
             output, step, share, reuse = self._run(call, follows)
-        if step is not None and not step.displaced and not reuse.short:
+        if step is not None and not reuse.short:
             timed = TimedStep(whole, step.waiting.rows, step.waiting.keys_values)
-            self._chooser.note(call, share, timed)
+            self._chooser.note(call, share, timed, step.mix if step.displaced else None)
         sent = self.communicator.bytes_sent - sent
         self.statistics = StepStatistics.of(whole, step, self._collector.waiting, sent, reuse.in_turn)
         return output
@@ -384,11 +384,13 @@ class Engine(Uncopied):
             def collect(part: torch.Tensor) -> torch.Tensor:
                 nonlocal collected
                 collected += 1
-                exchanging.close()  # only now is the drift of the whole step known
+                if step is None or not step.displaced:
+                    exchanging.close()  # only now is the drift of the whole step known
                 drift = float("inf") if step is None else step.drift
                 may_end_warmup = isinstance(drift, torch.Tensor)
                 lags = self.lags and follows and not may_end_warmup
                 whole, largest = self._collector.collect(part, share, drift, place, lags)
+                exchanging.close()  # what the next step reads leaves behind what this one waits for
                 branch.warm |= largest < self.config.auto_warmup_drift
                 return whole
 

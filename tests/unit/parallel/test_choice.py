@@ -69,6 +69,35 @@ def test_the_freshest_mix_within_the_bound_is_chosen(rows: float, keys_values: f
     assert choices.place("shape", max_wait=0.1) == place
 
 
+def choice(stale: Mapping[int, float], rows: float = 0.05, keys_values: float = 0.25) -> int:
+    """The place, by synchronous steps of a second and by the seconds of steps with stale values."""
+    choices = Choices()
+    for _ in range(1 + LEAST_STEPS):
+        choices.note("shape", timed(1.0, rows, keys_values))
+        for place, whole in stale.items():
+            choices.note("shape", timed(whole, 0.0, 0.0), place)
+    return choices.place("shape", max_wait=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stale", "place"),
+    [
+        ({}, 1),  # expected to take 0.75
+        ({1: 0.76}, 1),
+        ({1: 1.0}, 2),  # as keys and values are waited for all the same, and nobody has tried the next
+        ({1: 1.0, 2: 0.76}, 2),
+        ({1: 1.0, 2: 0.88}, 2),  # above the bound, and the fastest by more than that
+        ({1: 1.0, 2: 0.99}, 0),  # nothing is gained
+        ({1: 0.9, 2: 0.88}, 1),  # hardly slower, and fresher
+        ({2: 3.0}, 1),
+    ],
+)
+def test_what_was_expected_of_stale_values_is_believed_until_they_were_tried(
+    stale: dict[int, float], place: int
+) -> None:
+    assert choice(stale) == place
+
+
 def test_the_first_step_does_not_count_and_the_choice_is_kept() -> None:
     choices = Choices()
     choices.note("shape", timed(1.0, 0.9, 0.0))
@@ -159,6 +188,20 @@ class Slow(Subgroup):
         return _Late(super().exchange(sends, receives), self._hours, self._hours.now + taken_s)
 
 
+class InOrder(Slow):
+    """A gang whose messages take turns on one link, as those of a stream do."""
+
+    free_at = 0.0
+
+    def subgroup(self, ranks: Sequence[int]) -> InOrder:
+        return InOrder(self._parent, ranks, self._hours, self._byte_s)
+
+    def exchange(self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]) -> Work:
+        taken_s = self._byte_s * sum(tensor.nbytes for tensor in sends.values())
+        self.free_at = max(self.free_at, self._hours.now) + taken_s
+        return _Late(Subgroup.exchange(self, sends, receives), self._hours, self.free_at)
+
+
 class _Late:
     def __init__(self, work: Work, hours: Hours, at: float) -> None:
         self._work, self._hours, self._at = work, hours, at
@@ -211,6 +254,27 @@ def test_later_images_are_what_the_first_one_showed(
         return [engine.exchange]
 
     run_in_lockstep(2, rank)
+
+
+@pytest.mark.parametrize(("kind", "later"), [(Slow, "displaced_attention"), (InOrder, "displaced")])
+def test_where_fresh_values_wait_behind_stale_ones_that_is_found_by_trial(
+    kind: type[Slow], later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = Hours()
+    monkeypatch.setattr("distriray.parallel.stopwatch.time", hours)
+
+    def rank(communicator: LockstepCommunicator) -> list[Any]:
+        gang = kind(communicator, range(2), hours, 3e-6)
+        config = ParallelConfig(exchange="auto", max_wait=0.1, cfg_parallel=False)
+        unet = tiny_sdxl_unet()
+        unet.conv_in.register_forward_pre_hook(hours.compute)
+        parallelize(unet, gang, config, local=[hours.compute])
+        engine = engine_of(unet)
+        assert engine is not None
+        return [name for name, _ in images(engine, unet, 6, steps=8)]
+
+    for names in run_in_lockstep(2, rank):
+        assert names[:2] == ["sync", "displaced_attention"] and names[-1] == later
 
 
 def test_an_image_whose_guidance_ends_is_of_one_choice_that_makes_it_again(
