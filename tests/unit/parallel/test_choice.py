@@ -211,6 +211,16 @@ class _Late:
         self._work.wait()
 
 
+def in_gang(gang: Communicator, config: ParallelConfig, hours: Hours) -> tuple[Engine, Any]:
+    """A tiny U-Net that takes its time to compute, and its engine."""
+    unet = tiny_sdxl_unet()
+    unet.conv_in.register_forward_pre_hook(hours.compute)
+    parallelize(unet, gang, config, local=[hours.compute])
+    engine = engine_of(unet)
+    assert engine is not None
+    return engine, unet
+
+
 def images(engine: Engine, unet: Any, count: int, steps: int = 6) -> list[tuple[Any, torch.Tensor]]:
     """How each image was shared, and the output of its last step."""
     made = []
@@ -233,11 +243,7 @@ def test_later_images_are_what_the_first_one_showed(
     def rank(communicator: LockstepCommunicator) -> list[Any]:
         gang = Slow(communicator, range(2), hours, byte_s)
         config = ParallelConfig(exchange="auto", max_wait=0.1, cfg_parallel=False)
-        unet = tiny_sdxl_unet()
-        unet.conv_in.register_forward_pre_hook(hours.compute)
-        parallelize(unet, gang, config, local=[hours.compute])
-        engine = engine_of(unet)
-        assert engine is not None
+        engine, unet = in_gang(gang, config, hours)
         first, second, third = images(engine, unet, 3)
         assert (first[0], second[0], third[0]) == ("sync", expected, expected)
         assert torch.equal(second[1], third[1])
@@ -266,11 +272,7 @@ def test_where_fresh_values_wait_behind_stale_ones_that_is_found_by_trial(
     def rank(communicator: LockstepCommunicator) -> list[Any]:
         gang = kind(communicator, range(2), hours, 3e-6)
         config = ParallelConfig(exchange="auto", max_wait=0.1, cfg_parallel=False)
-        unet = tiny_sdxl_unet()
-        unet.conv_in.register_forward_pre_hook(hours.compute)
-        parallelize(unet, gang, config, local=[hours.compute])
-        engine = engine_of(unet)
-        assert engine is not None
+        engine, unet = in_gang(gang, config, hours)
         return [name for name, _ in images(engine, unet, 6, steps=8)]
 
     for names in run_in_lockstep(2, rank):
@@ -295,11 +297,7 @@ def test_an_image_whose_guidance_ends_is_of_one_choice_that_makes_it_again(
     def rank(communicator: LockstepCommunicator) -> list[Any]:
         gang = Slow(communicator, range(3), hours, byte_s=1e-4)
         config = ParallelConfig(exchange="auto", max_wait=0.1)
-        unet = tiny_sdxl_unet()
-        unet.conv_in.register_forward_pre_hook(hours.compute)
-        parallelize(unet, gang, config, local=[hours.compute])
-        engine = engine_of(unet)
-        assert engine is not None
+        engine, unet = in_gang(gang, config, hours)
         assert images(engine, unet, 2)[1][0] == "displaced", "without guidance this link is known"
         exact, displaced = drawn(engine, unet), drawn(engine, unet)
         assert (exact[0], displaced[0]) == ("sync", "displaced")
