@@ -14,7 +14,7 @@ from deployments.callers import Callers, dead_drivers
 from deployments.config import AppConfig
 from deployments.http import build_http
 from deployments.logs import shorten_refusals
-from deployments.others import answers_of_others
+from deployments.others import Others
 from deployments.pool_client import ANSWER_S
 from deployments.router import Router
 from distriray.events import Event
@@ -39,6 +39,7 @@ class Ingress:
         self._config = config
         self._front = Router(config, pools, random.Random(), created)
         self._callers = Callers(self._front.cancel, dead_drivers)
+        self._others = Others()
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_http(self._front, self._config.http, self.cancel)
@@ -69,7 +70,7 @@ class Ingress:
         )
 
     async def _called_off_elsewhere(self, request_id: str) -> bool:
-        answers = answers_of_others("call_off", request_id, timeout_s=2 * ANSWER_S)
+        answers = self._others.answers("call_off", request_id, timeout_s=2 * ANSWER_S)
         async with aclosing(answers):
             async for called_off in answers:
                 if called_off:

@@ -7,6 +7,7 @@ long it goes on with what it has. So they are made as Serve makes them, to the a
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -21,14 +22,27 @@ from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve._private.utils import generate_request_id
 
+from distriray.gang.background import Background
 
-async def answers_of_others(method: str, *args: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
-    """The answers of the others as they come, of those that answer in time."""
-    others = await asyncio.to_thread(_others, serve.get_replica_context().replica_id)
-    calls = [asyncio.ensure_future(_answer(other, method, args, timeout_s)) for other in others]
-    for call in asyncio.as_completed(calls):
-        for answer in await call:
-            yield answer
+log = logging.getLogger("ray.serve.distriray")
+
+
+class Others:
+    """The other replicas of the deployment of the one that this is in."""
+
+    def __init__(self) -> None:
+        self._background = Background(self._log)
+
+    async def answers(self, method: str, *args: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
+        """Their answers as they come, of those that answer in time."""
+        others = await asyncio.to_thread(_others, serve.get_replica_context().replica_id)
+        calls = [self._background.spawn(_answer(other, method, args, timeout_s)) for other in others]
+        for call in asyncio.as_completed(calls):
+            for answer in await call:
+                yield answer
+
+    def _log(self, error: Exception) -> None:
+        log.error("another replica could not be called", exc_info=error)
 
 
 async def _answer(replica: ActorHandle, method: str, args: tuple[Any, ...], timeout_s: float) -> list[Any]:

@@ -24,7 +24,7 @@ GUESSED_ERROR = 0.5  # of the share of a step that is guessed for what nobody ha
 MIN_OBSERVATIONS = 3  # the smallest number whose median one outlier cannot move
 SHARED_WEIGHT = 3  # how many own observations of steps outweigh what the other cases say
 MAX_OBSERVED = 64  # cases that a model keeps observations of; clients choose the shapes, so there is no end
-SHORTEST_S = 1e-6  # that any time is taken for: ratios to nothing would be infinite
+SHORTEST_S = 1e-9  # that any time is taken for: ratios to nothing would be infinite
 MAX_PREDICTED = 1024  # cases whose times are kept so that they need not be predicted again
 WINDOW = 15
 """Observations of one case that count. Their median is the correction, so that fewer than half of them may be

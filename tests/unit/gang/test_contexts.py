@@ -44,6 +44,7 @@ OWN = {
     ("deployments/router.py", "_look"): "waits for reports, which are asked for in the background",
     ("deployments/watch.py", "*"): "waits for news, which are asked for in the background",
     ("deployments/callers.py", "_look"): "awaited within a background task",
+    ("deployments/others.py", "answers"): "waits for answers, which are asked for in the background",
     ("deployments/http/disconnect.py", "cancel_on_disconnect"): "the work of its own request",
     ("deployments/http/routes/images.py", "*"): "encodes the answer to its own request",
 }
