@@ -12,6 +12,7 @@ from PIL import Image
 from distriray.config import ParallelConfig
 from distriray.gang import BlockingHost, HostConfig, open_host
 from distriray.gang.job import Job
+from distriray.gang.segment_result import SegmentResult
 from distriray.gang.speed import Moment, Speed
 from distriray.models import ModelSpec
 from distriray.results import GenerationResult
@@ -36,7 +37,7 @@ def edit(pictures: list[Image.Image], **fields: Any) -> Any:
 class Believing(Speed):
     """What a host believes of its workers, whatever they do: two that share cores are no faster than one."""
 
-    def learn(self, job: Job, began: Moment) -> None:
+    def learn(self, job: Job, result: SegmentResult, began: Moment) -> None:
         pass
 
 
