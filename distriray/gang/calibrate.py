@@ -20,8 +20,8 @@ from distriray.version import __version__
 
 MEASURED_STEPS = 8
 CHOOSING_STEPS = 5
-"""Of a gang's first image, from which `auto` chooses what a second one is drawn in: by way of trial, so that
-those that are measured are drawn as later ones are."""
+"""Of a gang's first image, from which `auto` chooses what a second one is drawn in. That is a trial, which may
+be followed by another: those that are measured are drawn as later ones are."""
 
 log = logging.getLogger("ray.serve.distriray")
 
@@ -58,7 +58,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     guided = admit(example(facts), config, facts, limited=False).guided
     least, interval = config.sizes[0], config.parallel.cache_interval
     steps = max(1, warmup_steps(config)) + math.ceil(MEASURED_STEPS / interval) * interval
-    warming = (CHOOSING_STEPS, steps) if config.parallel.exchange == "auto" else (1,)
+    warming = (CHOOSING_STEPS, steps, steps) if config.parallel.exchange == "auto" else (1,)
     most = config.workers // least
     for warm in warming if least > 1 else (1,):  # a lone worker has nothing to choose
         await _draw(generate, facts, [least] * most, warm)

@@ -63,7 +63,10 @@ def _ends(segment: Segment, result: SegmentResult) -> tuple[float | None, float 
     behind its last step; None where the segment does not have them."""
     if result.interrupted:
         return None, None
-    rank = result.worked[0]
-    besides_s = segment.seconds - (rank.left_at - rank.formed_at) - rank.decode_s  # without adapters
-    prepare_s = besides_s + rank.prepare_s if segment.first_step == 0 else None
-    return prepare_s, None if result.finished is None else rank.decode_s
+    ranks = result.worked
+    first = ranks[0]
+    on_the_way_s = segment.seconds - (first.left_at - first.formed_at) - first.decode_s
+    # All wait for the last one, since who has read a text before does not read it again.
+    ready_s = max(rank.adapters_s + rank.prepare_s for rank in ranks) - max(rank.adapters_s for rank in ranks)
+    prepare_s = on_the_way_s + ready_s if segment.first_step == 0 else None
+    return prepare_s, None if result.finished is None else first.decode_s

@@ -206,7 +206,8 @@ def _freshest(measured: Mapping[int, tuple[float, ...]], max_wait: float) -> int
     """
     whole, rows, keys_values = measured[0]
     costs = [rows + keys_values, rows, 0.0]
-    steps = list(expected_step_s(whole, rows, keys_values))
+    # Medians one by one: those of the waits may be more together than that of the whole.
+    steps = [max(0.0, step) for step in expected_step_s(whole, rows, keys_values)]
     for place in measured.keys() - {0}:
         costs[place] = measured[place][0] - (whole - rows - keys_values)
         steps[place] = measured[place][0]

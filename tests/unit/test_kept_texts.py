@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,8 @@ def test_who_changes_what_was_read_changes_nothing_that_is_kept() -> None:
 
 
 def test_what_was_used_last_is_kept_within_the_bound() -> None:
-    calls, texts = list[str](), KeptTexts(most_bytes=3000)
+    each = 1000 + sys.getsizeof("a")
+    calls, texts = list[str](), KeptTexts(most_bytes=3 * each)
 
     def encode(text: str, rows: int = 1) -> dict[str, Any]:
         calls.append(text)
@@ -82,14 +84,14 @@ def test_what_was_used_last_is_kept_within_the_bound() -> None:
     first = texts.of(encode, "a")  # of a thousand bytes each
     for text in ("b", "c", "a", "d"):
         texts.of(encode, text)
-    assert calls == ["a", "b", "c", "d"] and texts.nbytes == 3000
+    assert calls == ["a", "b", "c", "d"] and texts.nbytes == 3 * each
     again = texts.of(encode, "a")
     assert torch.equal(again["embeds"][0], first["embeds"][0]) and (again["rows"], again["mask"]) == (1, None)
     texts.of(encode, "b")
     assert calls == ["a", "b", "c", "d", "b"], "the one that was not used for longest went"
     texts.of(encode, "e", rows=4)
     texts.of(encode, "e", rows=4)
-    assert calls[-2:] == ["e", "e"] and texts.nbytes == 3000, "nothing goes for what is larger than all"
+    assert calls[-2:] == ["e", "e"] and texts.nbytes == 3 * each, "nothing goes for what is larger than all"
 
 
 def test_texts_are_read_anew_with_other_adapters_other_arguments_and_pictures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -16,15 +17,12 @@ _PLAIN = str, int, float, type(None), torch.device, torch.dtype
 
 
 class _Read(NamedTuple):
-    """A result: its leaves, tensors on the host, where each was, and the structure that they are in."""
+    """A result: its leaves, tensors on the host, where each was, the structure that they are in, and bytes."""
 
     leaves: list[Any]
     devices: list[torch.device | None]
     structure: pytree.TreeSpec
-
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, torch.Tensor))
+    nbytes: int
 
     def there(self) -> Any:
         """A copy, where the original was."""
@@ -44,7 +42,7 @@ class KeptTexts:
 
     Attributes:
         adapters: those in use, which may be in text encoders too.
-        nbytes: of all that is kept.
+        nbytes: of all that is kept, with the texts themselves.
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
@@ -63,16 +61,17 @@ class KeptTexts:
             self._kept.move_to_end(key)
             return self._kept[key].there()
         result = encode(*args, **kwargs)
-        self._keep(key, result)
+        self._keep(key, result, sum(sys.getsizeof(value) for _, value in given))
         return result
 
-    def _keep(self, key: Hashable, result: Any) -> None:
+    def _keep(self, key: Hashable, result: Any, key_bytes: int) -> None:
         leaves, structure = pytree.tree_flatten(result)
         devices = [leaf.device if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
         if any(device is not None and device.type == "meta" for device in devices):
             return  # there is nothing to keep
         on_host = [leaf.to("cpu", copy=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        read = _Read(on_host, devices, structure)
+        nbytes = key_bytes + sum(leaf.nbytes for leaf in on_host if isinstance(leaf, torch.Tensor))
+        read = _Read(on_host, devices, structure, nbytes)
         if read.nbytes > self._most_bytes:
             return
         self._kept[key] = read

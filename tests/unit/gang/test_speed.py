@@ -27,6 +27,7 @@ def learnt_of(
     end: SegmentEnd = SegmentEnd.DONE,
     unguided_steps: int = 0,
     lost: tuple[WorkerId, ...] = (),
+    peer_s: float = 1.5,
 ) -> Times:
     """What a host knows once it has seen three segments of ten seconds.
 
@@ -42,22 +43,14 @@ def learnt_of(
         end, last_step, adapters_s=0.5, prepare_s=1.5, formed_at=100.0, left_at=107.0,
         **drawn if end is SegmentEnd.DONE else {},
     )  # fmt: skip
-    view = RequestView(
-        "r",
-        512,
-        512,
-        1,
-        steps_total=STEPS,
-        steps_done=last_step,
-        arrival_s=0.0,
-        unguided_steps=unguided_steps,
-    )
+    peer = RankResult(end, last_step, prepare_s=peer_s, formed_at=100.0, left_at=107.0)
+    view = RequestView("r", 512, 512, 1, STEPS, last_step, 0.0, unguided_steps=unguided_steps)
     job = SimpleNamespace(segments=[segment], request=SimpleNamespace(control=()), view=lambda: view)
     speed = Speed(Profile(model="m", device="d", version="1", entries=(MEASURED,)))
     for _ in range(3):
         now = speed.now()
         began = Moment(now.clock_s - 10.0, now.host_s - 10.0)
-        speed.learn(cast(Job, job), SegmentResult({WorkerId(0, 0): rank}, lost), began)
+        speed.learn(cast(Job, job), SegmentResult({WorkerId(0, 0): rank, WorkerId(1, 0): peer}, lost), began)
     return speed.model.times(2, 512, 512, 1)
 
 
@@ -65,6 +58,10 @@ def test_a_whole_picture_teaches_its_steps_and_what_is_before_and_behind_them() 
     times = learnt_of()
     assert times.step_s == pytest.approx(0.25, rel=0.01)
     assert (times.prepare_s, times.decode_s) == pytest.approx((2.5, 2.0), rel=0.01)
+
+
+def test_a_gang_prepares_for_as_long_as_its_last_rank() -> None:
+    assert learnt_of(peer_s=4.5).prepare_s == pytest.approx(5.0, rel=0.01)
 
 
 def test_a_part_of_a_picture_teaches_what_it_has() -> None:

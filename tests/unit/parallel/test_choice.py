@@ -69,6 +69,13 @@ def test_the_freshest_mix_within_the_bound_is_chosen(rows: float, keys_values: f
     assert choices.place("shape", max_wait=0.1) == place
 
 
+def test_waits_whose_medians_are_more_than_the_steps_choose_what_waits_least() -> None:
+    choices = Choices()
+    for step in ((9, 9, 9), (11, 10, 0), (21, 10, 10), (11, 0, 10), (11, 10, 0), (11, 10, 10)):
+        choices.note("shape", timed(*step))
+    assert choices.place("shape", 0.1) == 2
+
+
 def choice(stale: Mapping[int, float], rows: float = 0.05, keys_values: float = 0.25) -> int:
     """The place, by synchronous steps of a second and by the seconds of steps with stale values."""
     choices = Choices()
