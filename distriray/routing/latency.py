@@ -288,7 +288,7 @@ class LatencyModel:
     def _of_images(
         self, field: Callable[[Entry], float], gang: int, height: int, width: int, batch: int
     ) -> float:
-        """One field of what is done once an image, before its steps or behind them; one that is 0 is unknown."""
+        """One field of what is done once an image, before its steps or behind them; one of 0 is unknown."""
         images = [(e, e.batch) for e in self.profile.entries if field(e)]
         if not images:
             return SHORTEST_S

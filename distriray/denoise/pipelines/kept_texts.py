@@ -17,7 +17,7 @@ _PLAIN = str, int, float, type(None), torch.device, torch.dtype
 
 
 class _Read(NamedTuple):
-    """A result: its leaves, tensors on the host, where each was, the structure that they are in, and bytes."""
+    """A result: its leaves, tensors on the host, where each was, the structure they are in, and bytes."""
 
     leaves: list[Any]
     devices: list[torch.device | None]
