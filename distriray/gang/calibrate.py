@@ -20,8 +20,8 @@ from distriray.version import __version__
 
 MEASURED_STEPS = 8
 CHOOSING_STEPS = 5
-"""Of a gang's first image, from which `auto` chooses what a second one is drawn in. That is a trial, and maybe a
-third one is: those that are measured are drawn as later ones are."""
+"""Of a gang's first image, from which `auto` chooses what a second one is drawn in. That is a trial, and so
+may a third one be: those that are measured are drawn as later ones are."""
 
 log = logging.getLogger("ray.serve.distriray")
 
