@@ -343,7 +343,7 @@ def _from_profile(
 
 def _logs(values: dict[int, float]) -> list[tuple[float, float]]:
     """As points on logarithmic scales, ascending."""
-    return sorted((math.log(x), math.log(max(y, SHORTEST_S))) for x, y in values.items())
+    return sorted((math.log(x), math.log(y)) for x, y in values.items())
 
 
 def _on_line(
