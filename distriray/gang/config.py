@@ -69,8 +69,9 @@ class HostConfig(BaseModel):
         policy: who decides which request runs where: `elastic` plans ahead and regroups,
             `earliest_deadline` gives each the largest free gang, keeps a place for the first that finds
             none, and leaves alone what runs.
-        profiles: folder of latency profiles; a host that finds none of its model, device, gang sizes and
-            version there measures one at start. None starts from a guess. What is observed corrects either.
+        profiles: folder of latency profiles; a host that finds none of its model, device, gang sizes,
+            version and way to compute there measures one at start. None starts from a guess. What is observed
+            corrects either.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

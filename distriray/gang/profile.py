@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from distriray.config import MIXES
+import json
+from typing import Any
+
+from distriray.config import MIXES, ParallelConfig
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import WorkerFacts
@@ -12,6 +15,13 @@ from distriray.version import __version__
 
 GUESSED_SPEEDUP = 0.8
 GUESSED_AUTO_WARMUP = 4
+_TIMED: Any = {
+    "model": {"dtype", "quantize", "offload_text"},
+    "parallel": set(ParallelConfig.model_fields) - {"max_buffer_bytes"},
+    "compile": True,
+    "nccl_max_ctas": True,
+}
+"""What of a host's configuration the times of its profile depend on."""
 
 
 def guessed_profile(config: HostConfig, facts: WorkerFacts) -> Profile:
@@ -46,14 +56,15 @@ def make_profile(
 
 
 def device_of(config: HostConfig, facts: WorkerFacts) -> str:
-    """What a profile applies to: "N x device", the gangs lent, what that was compiled for, and short steps.
+    """What a profile applies to: "N x device", the gangs lent, and what of the configuration times depend on.
 
     A gang that gains nothing by a profile is never tried: a size that it lacks would never be lent.
     """
-    gangs = f" in gangs of {' '.join(map(str, config.sizes))}"
-    compiled = f" compiled for {' '.join(config.compile)}" if config.compile else ""
-    short = f" with 1 of {interval} steps whole" if (interval := config.parallel.cache_interval) > 1 else ""
-    return f"{config.workers} x {facts.device_name}{gangs}{compiled}{short}"
+    gangs = f"in gangs of {' '.join(map(str, config.sizes))}"
+    timed = config.model_dump(mode="json", include=_TIMED, exclude_defaults=True)
+    settings = {field: value for field, value in timed.items() if value}
+    set_otherwise = f" with {json.dumps(settings)}" if settings else ""
+    return f"{config.workers} x {facts.device_name} {gangs}{set_otherwise}"
 
 
 def warmup_steps(config: HostConfig) -> int:

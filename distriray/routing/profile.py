@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import secrets
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from distriray.quantities import Count, Positive, PositiveSeconds, Seconds
+
+LONGEST_NAME = 220
+"""Characters of a file's name, of the 255 that file systems take; a draft's has a few more."""
 
 
 class Entry(BaseModel):
@@ -56,8 +60,14 @@ class Profile(BaseModel):
 
     @staticmethod
     def path(folder: Path | str, model: str, device: str, version: str) -> Path:
-        """Path of the profile of this model, device and version in `folder`."""
+        """Path of the profile of this model, device and version in `folder`.
+
+        What is too long for the name of a file ends with a digest of the whole.
+        """
         name = "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", part) for part in (model, device, version))
+        if len(name) > LONGEST_NAME:
+            digest = sha256(repr((model, device, version)).encode()).hexdigest()[:16]
+            name = f"{name[: LONGEST_NAME - 17]}-{digest}"
         return Path(folder) / f"{name}.json"
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,13 +60,34 @@ def test_a_host_that_lends_other_gangs_measures_its_own(tmp_path: Path) -> None:
     assert kept(tmp_path, gang_sizes=(1,)) == lone
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": {"exchange": "sync"}},
+        {"parallel": {"exchange": {"statistics": "stale"}, "warmup_steps": 2}},
+        {"model": {"name": "m", "quantize": "int8"}},
+        {"model": {"name": "m", "dtype": "float32"}},
+        {"model": {"name": "m", "offload_text": True}},
+        {"compile": ["64x64"]},
+        {"nccl_max_ctas": 4},
+    ],
+    ids=str,
+)
+def test_a_host_that_computes_otherwise_measures_its_own(tmp_path: Path, settings: dict[str, Any]) -> None:
+    kept(tmp_path)
+    kept(tmp_path, **settings)
+    kept(tmp_path, **settings, timeout_s=5.0)  # nothing that takes time
+    assert len([*tmp_path.iterdir()]) == 2
+
+
 @pytest.mark.parametrize("exchange", ["sync", "displaced"])
 def test_a_host_with_short_steps_measures_its_own_in_whole_turns(tmp_path: Path, exchange: str) -> None:
     """Turns begin behind the first three steps, also where more than these are synchronous."""
     asked: list[GenerationRequest] = []
     kept(tmp_path, parallel={"exchange": exchange})
     profile = kept(tmp_path, asked, parallel={"exchange": exchange, "cache_interval": 3})
-    assert profile.device == "4 x cpu in gangs of 1 2 4 with 1 of 3 steps whole"
+    settings = {"parallel": {"exchange": exchange, "cache_interval": 3}}
+    assert profile.device == f"4 x cpu in gangs of 1 2 4 with {json.dumps(settings)}"
     assert profile.warmup_steps == 3
     assert {request.num_inference_steps for request in asked} == {1, 3 + 9}
 

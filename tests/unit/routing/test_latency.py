@@ -110,6 +110,15 @@ def test_a_profile_comes_back_from_disk_as_it_was(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["builtin-landscapes--NVIDIA-H200--0.1.0.json"]
 
 
+def test_a_profile_whose_name_is_too_long_for_a_file_has_one_of_its_own(tmp_path):
+    models = [f"/{'deep/' * 60}{name}" for name in ("a", "b")]
+    paths = {Profile.path(tmp_path, model, "NVIDIA H200", "0.1.0") for model in models}
+    assert len(paths) == 2
+    for path in paths:
+        FOUR.save(path)
+        assert Profile.load(path) == FOUR
+
+
 def test_a_profile_with_an_impossible_time_is_refused(tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(FOUR.model_dump_json().replace("0.05", "-0.05"))
