@@ -163,6 +163,7 @@ class Network(ABC):
         """
         held = "_old_forward" if "_hf_hook" in vars(self.module) else "forward"
         self.forward = self.replaced = getattr(self.module, held)
+        forward = torch.compiler.disable(forward)  # of a network that torch is to compile as a whole
 
         @functools.wraps(self.forward)  # diffusers' modular blocks pass on the parameters that they find here
         def answer(*args: Any, **kwargs: Any) -> Any:

@@ -123,6 +123,25 @@ def test_captured_steps_with_compiled_blocks_draw_the_same_bit_for_bit(
     assert 5 < replays[0] == replays[-1], "exchanges cut compiled code as they cut what is not compiled"
 
 
+@pytest.mark.parametrize("in_a_wrapper", [False, True])
+def test_a_network_that_is_compiled_as_a_whole_draws_what_it_draws_without(
+    in_a_wrapper: bool, compiler: CountingCompiler
+) -> None:
+    case = Case(steps=2, config=MODES[0])
+
+    def rank(communicator: LockstepCommunicator) -> torch.Tensor:
+        pipeline = parallelize(tiny_sdxl(**SHALLOW), communicator, ParallelConfig(**case.config))
+        if in_a_wrapper:
+            pipeline.unet = torch.compile(pipeline.unet, backend=compiler)
+        else:
+            pipeline.unet.compile(backend=compiler)
+        return call(pipeline, case)
+
+    expected = call(tiny_sdxl(**SHALLOW), case)
+    for drawn in run_in_lockstep(2, rank):
+        torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+
+
 def test_nothing_is_compiled_while_a_step_is_captured(compiler: CountingCompiler) -> None:
     maker, x = CompiledGraphs(compiler), torch.tensor([-1.0, 1.0])
     graphs, compiled = StepGraphs(maker), torch.compile(torch.relu, backend=compiler, fullgraph=True)
