@@ -62,8 +62,8 @@ class PatchDecoder(Uncopied):
     def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """`Decoder.forward`, to be called alike on every rank of the gang: whole latents, whole picture.
 
-        Every rank decodes all of it where there are fewer latent rows than ranks, or where a layer has since
-        been replaced by one that cannot be cut into patches. A gang's picture has no gradient.
+        Every rank decodes all of it where there are fewer latent rows than ranks, where a layer has since
+        been replaced by one that cannot be cut into patches, and where a gradient of the latents is wanted.
 
         Args:
             sample: (batch, latent channels, rows, columns).
@@ -79,7 +79,8 @@ class PatchDecoder(Uncopied):
         if gang is None:
             return self._network(sample, latent_embeds)
         enough = sample.shape[2] >= gang.world_size
-        in_patches = enough and can_be_cut(self._decoder, self.local, self._network)
+        learns = torch.is_grad_enabled() and sample.requires_grad
+        in_patches = enough and not learns and can_be_cut(self._decoder, self.local, self._network)
         check_same_latents(gang, sample, in_patches, weights_of(self._decoder))
         if not in_patches:
             return self._network(sample, latent_embeds)

@@ -14,7 +14,7 @@ import torch
 from distriray.collective.base import Communicator
 from distriray.config import ExchangeMode, Mix, ParallelConfig
 from distriray.errors import DistrirayError, GangMismatch, UnsupportedModel
-from distriray.parallel.agreement import check_same_image
+from distriray.parallel.agreement import check_same_image, tensors_in
 from distriray.parallel.choice import Chooser, TimedStep
 from distriray.parallel.collector import Collector
 from distriray.parallel.context import PatchContext
@@ -251,7 +251,6 @@ class Engine(Uncopied):
 
     # The network's forward pass
 
-    @torch.no_grad()
     def forward(
         self, *args: Any, branches: Mapping[str, Mapping[str, Any]] | None = None, **kwargs: Any
     ) -> Any:
@@ -268,7 +267,7 @@ class Engine(Uncopied):
             is predicted for each of them.
 
         Raises:
-            UnsupportedModel: a layer or an input that patches cannot honour.
+            UnsupportedModel: a layer or an input that patches cannot honour, or one that wants a gradient.
             InvalidRequest: too few rows for the gang, more ranks than heads that they are to deal, or
                 `cfg_parallel=True` with an odd batch or gang.
             OutOfMemory: there is no room for its buffers (`Exchanges.room`).
@@ -278,6 +277,12 @@ class Engine(Uncopied):
             GenerationCancelled: a rank asked for it.
             RuntimeError: another thread is calling the network.
         """
+        given = tensors_in((args, branches, kwargs))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            raise UnsupportedModel(
+                f"a gradient of what a {type(self.network.module).__name__} in a gang computes; without one, "
+                "call it under torch.no_grad()"
+            )
         if not self._calling.acquire(blocking=False):
             raise RuntimeError(
                 f"two threads call one {type(self.network.module).__name__} at a time, whose layers know one "
@@ -285,9 +290,10 @@ class Engine(Uncopied):
             )
         follows, self._more_follow = self._more_follow, False
         try:
-            if branches is None:
-                return self._output(self.network.read(*args, **kwargs), follows)
-            return self._predictions(branches, follows, *args, **kwargs)
+            with torch.no_grad():
+                if branches is None:
+                    return self._output(self.network.read(*args, **kwargs), follows)
+                return self._predictions(branches, follows, *args, **kwargs)
         finally:
             self._calling.release()
 
@@ -413,7 +419,8 @@ class Engine(Uncopied):
         """Whether text keys and values that layers have cached are those of this call."""
         weights, inference = self.network.text_weights(), torch.is_inference_mode_enabled()
         made_by = branch, call.besides, weights, inference
-        self.context.new_text = branch.fresh_start or branch.text_changed or made_by != self._cached_text
+        changed = branch.text_changed or call.text.is_inference()  # torch counts no changes of such tensors
+        self.context.new_text = branch.fresh_start or changed or made_by != self._cached_text
         # Blocks that a short step leaves out still have those of the call before.
         self._cached_text = None if call.short and self.context.new_text else made_by
 

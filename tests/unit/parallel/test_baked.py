@@ -31,10 +31,18 @@ STEPS = 5
 
 
 def noise(
-    unet: UNet2DConditionModel, step: int, *, images: int = 1, seed: int = 0, tokens: int = 9, **besides: Any
+    unet: UNet2DConditionModel,
+    step: int,
+    *,
+    images: int = 1,
+    seed: int = 0,
+    tokens: int = 9,
+    text: torch.Tensor | None = None,
+    **besides: Any,
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * seed + step)
-    text = torch.randn((images, tokens, 32), generator=torch.Generator().manual_seed(seed))
+    if text is None:
+        text = torch.randn((images, tokens, 32), generator=torch.Generator().manual_seed(seed))
     added = {"text_embeds": torch.ones((images, 16)), "time_ids": torch.ones((images, 6))}
     sample = torch.randn((images, 4, 16, 8), generator=generator)
     return unet(sample, 900 - step, text, added_cond_kwargs=added, **besides).sample.clone()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import LockstepCommunicator, connect, run_in_lockstep
@@ -53,3 +55,22 @@ def test_a_text_cached_in_the_other_mode_is_of_another_image() -> None:
     with torch.inference_mode():
         found = noise(unet, 1, seed=2)
         assert torch.equal(found, noise(wanted, 1, seed=2))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_text_that_is_edited_in_place_counts_from_the_next_step(inference: bool) -> None:
+    """torch counts what is written into tensors, but for those that were made in inference mode."""
+
+    def steps(unet: UNet2DConditionModel) -> list[torch.Tensor]:
+        with torch.inference_mode(inference):
+            text = torch.ones((1, 9, 32))
+            first = noise(unet, 0, text=text)
+            return [first, noise(unet, 1, text=text.mul_(0.5))]
+
+    unet = parallelize(tiny_sdxl_unet(), connect("local"), ParallelConfig())
+    engine = engine_of(unet)
+    assert engine is not None
+    with engine.image():
+        found = steps(unet)
+    for here, there in zip(found, steps(tiny_sdxl_unet()), strict=True):
+        assert torch.allclose(here, there, atol=1e-5)

@@ -137,6 +137,21 @@ def test_inference_mode_may_come_and_go_and_nothing_is_logged() -> None:
         assert differentiable
 
 
+def _slope(communicator: Communicator) -> torch.Tensor:
+    """The gradient of a picture's brightness and of the latents' own size, by the latents."""
+    given = latents((1, 4, 8, 8)).requires_grad_()
+    picture = parallelize(tiny_sdxl(), communicator).vae.decode(given).sample
+    (picture.mean() + 1e-3 * given.square().sum()).backward()
+    assert given.grad is not None
+    return given.grad
+
+
+def test_a_gradient_of_the_latents_is_that_of_one_device() -> None:
+    alone = _slope(connect("local"))
+    for slope in run_in_lockstep(2, _slope):
+        assert close(slope, alone)
+
+
 def _tiled(communicator: Communicator) -> torch.Tensor:
     vae = parallelize(tiny_sdxl(), communicator).vae
     vae.enable_tiling()

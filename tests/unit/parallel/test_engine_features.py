@@ -238,6 +238,25 @@ def test_freeu_and_sliced_attention_are_refused_by_name() -> None:
         call(pipeline, CASE)
 
 
+@pytest.mark.parametrize("wanting", ["sample", "class_labels"])
+def test_a_gradient_is_refused_where_one_is_wanted(wanting: str) -> None:
+    """As guidance by what a picture will be asks for it: in part it is that of the latents themselves."""
+    unet = parallelize(tiny_sdxl(class_embed_type="timestep").unet, connect("local"), SYNC)
+    inputs = {"sample": torch.ones((2, 4, 12, 8)), "class_labels": torch.ones(2)}
+    inputs[wanting].requires_grad_()
+    text, added = torch.ones((2, 9, 32)), {"text_embeds": torch.ones((2, 16)), "time_ids": torch.ones((2, 6))}
+
+    def step() -> torch.Tensor:
+        return unet(timestep=500, encoder_hidden_states=text, added_cond_kwargs=added, **inputs).sample
+
+    with pytest.raises(UnsupportedModel, match=r"a gradient of what a UNet2DConditionModel in a gang"):
+        step()
+    with torch.no_grad():
+        assert not step().requires_grad
+    inputs[wanting] = inputs[wanting].detach()
+    assert not step().requires_grad
+
+
 # Errors and flags
 
 
