@@ -7,13 +7,24 @@ from operator import is_
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
+
+_SWITCHES = (
+    "training",
+    "padding_mode",
+    "s1",  # of FreeU
+    "scale",
+    "residual_connection",
+    "rescale_output_factor",
+)
+"""Values of layers that have them which decide whether a layer can be cut."""
 
 
 class Outline:
     """A network as it was when it was looked at, to be compared in every step with what it is.
 
-    Layers, their classes, hooks and attention processors, and what stands in the place of a forward; not the
-    values of anything.
+    Layers, their classes, hooks and attention processors, what stands in the place of a forward, and the
+    switches that decide whether they can be cut; no other values.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -25,6 +36,8 @@ class Outline:
             for layer in self._layers
             for hung in (layer._modules, layer._forward_hooks, layer._forward_pre_hooks)
         ]
+        self._hung += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        self._switches = [(own, name) for own in self._attributes for name in _SWITCHES if name in own]
         self._sizes = self._sizes_now()
         self._contents = self._contents_now()
 
@@ -41,4 +54,5 @@ class Outline:
 
     def _contents_now(self) -> list[Any]:
         own = [attributes.get(name) for attributes in self._attributes for name in ("forward", "processor")]
-        return [*own, *chain.from_iterable(map(dict.values, self._hung))]
+        switches = [attributes.get(name) for attributes, name in self._switches]
+        return [*own, *switches, *chain.from_iterable(map(dict.values, self._hung))]

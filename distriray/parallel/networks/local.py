@@ -152,18 +152,21 @@ class LocalCode:
         """Whether a user says that a function, an object or its class is local."""
         return _identity(code) in self._said or type(code) in self._said
 
-    def obstacle(self, name: str, module: nn.Module, kinds: frozenset[type] = _SPATIAL) -> str | None:
+    def obstacle(self, name: str, module: nn.Module, kinds: frozenset[type] | None = _SPATIAL) -> str | None:
         """The part of a layer that is not known to be local, None if all is; its children are not looked at.
 
         Args:
             kinds: the classes that are known to be local, or are converted; those of networks over feature
-                maps unless given.
+                maps unless given. None is all, of a layer that every rank computes whole, though perhaps for
+                half of the batch.
         """
         if ".parametrizations" in name:
             return None  # computes weights
         layer, kind = f"layer {name}", _kind(module)
         if not self.says(module):
-            if not _is_known(kind, kinds):
+            if module.training and vars(module).get("p"):  # each rank would draw numbers for its own rows
+                return f"layer {name}, a {kind.__name__}, drops numbers at random until eval() is called"
+            if kinds is not None and not _is_known(kind, kinds):
                 return f"{layer} is a {kind.__name__}"
             if kind.forward is not nn.Module.forward and _is_of_another(kind, kind.forward):
                 return f"{kind.__name__}.forward of {layer} was replaced by {_name(kind.forward)}"

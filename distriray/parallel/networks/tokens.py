@@ -417,11 +417,13 @@ class TokenNetwork(Network):
             raise UnsupportedModel(f"{around}: {ADVICE}")
         attentions = {name for name, _, _ in self._attentions()}
         for name, layer in module.named_modules():
-            if layer is module or any(f"{name}.".startswith(f"{whole}.") for whole in self.plan.whole):
-                continue  # hooks on these see the whole picture
-            if hasattr(layer, "processor") and name not in attentions and not self.local.says(layer):
+            if layer is module:
+                continue  # its hooks see the whole picture
+            whole = any(f"{name}.".startswith(f"{each}.") for each in self.plan.whole)
+            is_attention = hasattr(layer, "processor") and not whole
+            if is_attention and name not in attentions and not self.local.says(layer):
                 raise UnsupportedModel(f"layer {name} is attention that {self.kind.__name__} does not have")
-            obstacle = self.local.obstacle(name, layer, kinds)
+            obstacle = self.local.obstacle(name, layer, None if whole else kinds)
             if obstacle is not None:
                 raise UnsupportedModel(f"{obstacle}: {ADVICE}")
 

@@ -32,6 +32,7 @@ from tests.models import randomize, tiny_sd15_unet, tiny_sdxl_unet, tiny_vae
 from tests.parameters import sweep
 
 SYNC = ParallelConfig(exchange="sync", cfg_parallel=False)
+MIDDLE = "mid_block.attentions.0.transformer_blocks.0"
 Change = Callable[[UNet2DConditionModel], Any]
 
 
@@ -88,6 +89,16 @@ class Regional(AttnProcessor2_0):
 
 def recast(unet: UNet2DConditionModel, layer: nn.Module, kind: type[nn.Module]) -> None:
     layer.__class__ = kind
+
+
+def drop(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    transformer(unet).attn1.to_out[1].p = 0.1
+    return unet
+
+
+def adapt_and_drop(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.1))
+    return unet
 
 
 CHANGES: dict[str, tuple[Change, str]] = {
@@ -159,6 +170,14 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "normalized text": (
         lambda unet: setattr(transformer(unet).attn2, "norm_cross", nn.LayerNorm(32)),
         "attn2 has a norm_cross",
+    ),
+    "dropout in training": (
+        lambda unet: drop(unet).train(),
+        "attn1.to_out.1, a Dropout, drops numbers at random until eval",
+    ),
+    "an adapter's dropout in training": (
+        lambda unet: adapt_and_drop(unet).train(),
+        "to_q.lora_dropout.default, a Dropout, drops numbers at random",
     ),
 }
 
@@ -326,9 +345,8 @@ def test_a_vae_with_code_of_others_is_decoded_whole() -> None:
 # In the middle of an image
 
 
-@pytest.mark.parametrize("change", ["hook on a block", "forward of a block", "processor of cross-attention"])
-def test_what_joins_in_the_middle_of_an_image_is_refused_too(change: str) -> None:
-    unet = parallelize(tiny_sdxl_unet(), connect("local"), SYNC)
+def step_through(unet: UNet2DConditionModel, change: Callable[[], Any], refused: str) -> None:
+    """Two steps of an image, a change, and a step that is refused."""
     added = {"text_embeds": torch.ones((1, 16)), "time_ids": torch.ones((1, 6))}
     text = torch.ones((1, 9, 32))
 
@@ -340,9 +358,45 @@ def test_what_joins_in_the_middle_of_an_image_is_refused_too(change: str) -> Non
     with engine.image():
         step(900)
         step(800)
-        CHANGES[change][0](unet)
-        with pytest.raises(UnsupportedModel, match=CHANGES[change][1]):
+        change()
+        with pytest.raises(UnsupportedModel, match=refused):
             step(700)
+
+
+@pytest.mark.parametrize("change", ["hook on a block", "forward of a block", "processor of cross-attention"])
+def test_what_joins_in_the_middle_of_an_image_is_refused_too(change: str) -> None:
+    unet = parallelize(tiny_sdxl_unet(), connect("local"), SYNC)
+    step_through(unet, lambda: CHANGES[change][0](unet), CHANGES[change][1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "switch", "value", "refused"),
+    [
+        ("up_blocks.0", "s1", 0.9, "up block 0 uses FreeU"),
+        ("conv_in", "padding_mode", "circular", "layer conv_in, PatchConv2d.*padding_mode=circular"),
+        (f"{MIDDLE}.attn1", "scale", 0.1, "attn1 has a scale of 0.1"),
+        (f"{MIDDLE}.attn1", "residual_connection", True, "attn1 is not the attention"),
+        (f"{MIDDLE}.attn2", "rescale_output_factor", 2.0, "attn2 is not the attention"),
+        (f"{MIDDLE}.attn1.to_out.1", "training", True, "attn1.to_out.1, a Dropout, drops"),
+    ],
+)
+def test_a_switch_that_is_turned_in_the_middle_of_an_image_is_refused_too(
+    layer: str, switch: str, value: Any, refused: str
+) -> None:
+    unet = drop(parallelize(tiny_sdxl_unet(), connect("local"), SYNC))
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    unet.disable_freeu()  # what it has set stays there
+    step_through(unet, lambda: setattr(unet.get_submodule(layer), switch, value), refused)
+
+
+def test_a_hook_of_all_modules_that_comes_in_the_middle_of_an_image_is_refused_too() -> None:
+    unet, hooks = parallelize(tiny_sdxl_unet(), connect("local"), SYNC), []
+    register = nn.modules.module.register_module_forward_hook
+    try:
+        step_through(unet, lambda: hooks.append(register(less_its_mean)), "forward hook .*less_its_mean")
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # What is known

@@ -608,6 +608,24 @@ def test_what_is_not_known_to_look_at_one_token_is_refused(
         call_flux(change)
 
 
+def test_a_hook_on_what_sees_all_tokens_is_refused_as_it_may_see_half_of_the_batch() -> None:
+    """A layer whose class is of the family alone, as every rank computes it of all tokens."""
+
+    def louder(layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat((output[:1], 2 * output[1:]))
+
+    def rank(communicator: Communicator, local: list[Any]) -> torch.Tensor:
+        network = TRANSFORMERS["sd3"].make()
+        network.pos_embed.register_forward_hook(louder)
+        parallelize(network, communicator, ParallelConfig(exchange="sync"), local=local)
+        return step(network, TRANSFORMERS["sd3"], TRANSFORMERS["sd3"].inputs(WIDE), 1.0)
+
+    with pytest.raises(UnsupportedModel, match=r"layer pos_embed has the forward hook .*louder"):
+        rank(connect("local"), [])
+    (both,) = {len(found) for found in run_in_lockstep(2, lambda each: rank(each, [louder]))}
+    assert both == WIDE.batch
+
+
 def test_what_was_changed_in_the_middle_of_an_image_is_refused() -> None:
     network = parallelize(tiny_flux_transformer(), connect("local"))
     inputs = TRANSFORMERS["flux"].inputs(WIDE)
