@@ -164,7 +164,7 @@ class LocalCode:
             return None  # computes weights
         layer, kind = f"layer {name}", _kind(module)
         if not self.says(module):
-            if module.training and vars(module).get("p"):  # each rank would draw numbers for its own rows
+            if _draws_numbers(module):
                 return f"layer {name}, a {kind.__name__}, drops numbers at random until eval() is called"
             if kinds is not None and not _is_known(kind, kinds):
                 return f"{layer} is a {kind.__name__}"
@@ -242,6 +242,12 @@ def _methods(kind: Any) -> frozenset[str]:
         if isinstance(value, FunctionType | staticmethod | classmethod) and not hasattr(nn.Module, name)
     }
     return frozenset(added | {"_call_impl", "_wrapped_call_impl"})
+
+
+def _draws_numbers(module: nn.Module) -> bool:
+    """Whether it is dropout in training, for which each rank would draw numbers of its own rows."""
+    rate = vars(module).get("p")
+    return module.training and isinstance(rate, float) and 0 < rate < 1
 
 
 def _is_of_another(kind: type, function: Any) -> bool:
