@@ -164,6 +164,8 @@ class LocalCode:
             return None  # computes weights
         layer, kind = f"layer {name}", _kind(module)
         if not self.says(module):
+            if (rounding := _rounding_over_tokens(module)) is not None:
+                return f"{layer} {rounding}"
             if _draws_numbers(module):
                 return f"layer {name}, a {kind.__name__}, drops numbers at random until eval() is called"
             if kinds is not None and not _is_known(kind, kinds):
@@ -242,6 +244,23 @@ def _methods(kind: Any) -> frozenset[str]:
         if isinstance(value, FunctionType | staticmethod | classmethod) and not hasattr(nn.Module, name)
     }
     return frozenset(added | {"_call_impl", "_wrapped_call_impl"})
+
+
+def _rounding_over_tokens(module: nn.Module) -> str | None:
+    """How a quantized layer may round a token's input by what others are; None where it is known not to."""
+    if not isinstance(module, nn.Linear):
+        return None
+    threshold: float = getattr(vars(module).get("state"), "threshold", 0)  # bitsandbytes, LLM.int8()
+    if threshold > 0:
+        return f"finds outliers over all tokens; llm_int8_threshold={threshold:g} is to be 0"
+    weight = module._parameters.get("weight")
+    rounded = getattr(weight, "act_quant_kwargs", None)  # torchao, since 0.13
+    granularity = type(getattr(rounded, "granularity", None)).__name__
+    if rounded is not None and granularity not in ("PerRow", "PerToken"):
+        return f"rounds its input by a {granularity}; only weights, or inputs by the row, are to be rounded"
+    if getattr(weight, "input_quant_func", None) is not None:  # torchao before that
+        return "rounds its input; only weights are to be rounded"
+    return None
 
 
 def _draws_numbers(module: nn.Module) -> bool:

@@ -101,6 +101,32 @@ def adapt_and_drop(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
+class Linear8bitLt(nn.Linear):
+    """A stand-in for that of a package which needs a GPU."""
+
+    __module__ = "bitsandbytes.nn.modules"
+    forward = types.FunctionType(nn.Linear.forward.__code__, {"__name__": __module__, "F": F})
+
+
+class PerTensor:
+    """A stand-in for torchao's."""
+
+
+class PerRow:
+    """Another."""
+
+
+def find_outliers(unet: UNet2DConditionModel, threshold: float = 6.0) -> None:
+    projection = transformer(unet).attn1.to_q
+    recast(unet, projection, Linear8bitLt)
+    projection.state = types.SimpleNamespace(threshold=threshold)
+
+
+def round_inputs(unet: UNet2DConditionModel, **how: Any) -> None:
+    for name, value in how.items():
+        setattr(transformer(unet).attn1.to_q.weight, name, value)
+
+
 CHANGES: dict[str, tuple[Change, str]] = {
     "hook on a block": (
         lambda unet: resnet(unet).register_forward_hook(less_its_mean),
@@ -171,6 +197,18 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda unet: setattr(transformer(unet).attn2, "norm_cross", nn.LayerNorm(32)),
         "attn2 has a norm_cross",
     ),
+    "outliers over all tokens": (
+        find_outliers,
+        "attn1.to_q finds outliers over all tokens; llm_int8_threshold=6 is to be 0",
+    ),
+    "inputs rounded alike": (
+        lambda unet: round_inputs(unet, act_quant_kwargs=types.SimpleNamespace(granularity=PerTensor())),
+        "attn1.to_q rounds its input by a PerTensor",
+    ),
+    "inputs rounded by a function": (
+        lambda unet: round_inputs(unet, input_quant_func=less_its_mean),
+        "attn1.to_q rounds its input; only weights are",
+    ),
     "dropout in training": (
         lambda unet: drop(unet).train(),
         "attn1.to_out.1, a Dropout, drops numbers at random until eval",
@@ -192,6 +230,13 @@ def test_what_is_not_known_to_be_local_is_refused_by_name(change: Change, name: 
     change(between)
     with pytest.raises(UnsupportedModel, match=name):
         noise(between)
+
+
+def test_quantized_layers_that_round_each_token_by_itself_are_known() -> None:
+    unet, row = parallelize(tiny_sdxl_unet(), connect("local"), SYNC), PerRow()
+    find_outliers(unet, threshold=0.0)
+    round_inputs(unet, act_quant_kwargs=types.SimpleNamespace(granularity=row))
+    torch.testing.assert_close(noise(unet), noise(tiny_sdxl_unet()), atol=1e-4, rtol=0)
 
 
 @pytest.fixture
