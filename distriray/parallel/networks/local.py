@@ -207,6 +207,15 @@ class LocalCode:
         return None
 
 
+def replaced_call(kinds: Iterable[type]) -> str | None:
+    """Words of an error for a class of attention processors whose `__call__` others have replaced."""
+    for kind in kinds:
+        call: Any = vars(kind).get("__call__")
+        if call is not None and _is_of_another(kind, call):
+            return f"{kind.__name__}.__call__ was replaced by {_name(call)}"
+    return None
+
+
 def _identity(code: Any) -> Any:
     """The identity of a piece of code: a class, the code of a function, or an object's class."""
     while isinstance(code, functools.partial):

@@ -35,7 +35,7 @@ from distriray.parallel.networks.base import Call, Collect, Network, check_scale
 from distriray.parallel.networks.beside import Beside, CutControl
 from distriray.parallel.networks.controls import Residuals
 from distriray.parallel.networks.likeness import likeness_of
-from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode
+from distriray.parallel.networks.local import ADVICE, TOKENWISE, LocalCode, replaced_call
 from distriray.parallel.networks.plan import Attention, Blocks, Cut, Cutter, Plan, key_mask
 from distriray.parallel.partition import TokenPartition
 from distriray.parallel.share import Share
@@ -147,6 +147,9 @@ class TokenNetwork(Network):
                     f"{name} uses {type(processor).__name__}; known is {known}: undo IP-Adapters, fused "
                     "projections, PAG and the like first"
                 )
+            replaced = replaced_call((planned.replaces, *planned.others))
+            if replaced is not None and planned.processor is not None:
+                raise UnsupportedModel(f"{name}: {replaced}, which ranks would pass by; undo that")
             if getattr(attention, "fused_projections", False):
                 raise UnsupportedModel(f"{name} has fused projections; call unfuse_qkv_projections()")
             _check_backend(processor)

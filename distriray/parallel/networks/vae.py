@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import nn
 
 from distriray.parallel.context import PatchContext
 from distriray.parallel.layers.attention import PatchSpatialAttention, has_own_scale
-from distriray.parallel.networks.local import LocalCode
+from distriray.parallel.networks.local import LocalCode, replaced_call
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
     convert_conv_or_norm,
@@ -43,6 +43,8 @@ def can_be_cut(decoder: Decoder, local: LocalCode | None = None, forward: Any = 
     if {type(block) for block in decoder.up_blocks if not local.says(block)} - {UpDecoderBlock2D}:
         return False
     if local.obstacle_around("the decoder", decoder, forward) is not None:
+        return False
+    if replaced_call((AttnProcessor, AttnProcessor2_0)) is not None:
         return False
     for name, module in decoder.named_modules():
         if module is decoder:

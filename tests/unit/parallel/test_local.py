@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import (
     Attention,
+    AttnProcessor,
     AttnProcessor2_0,
     IPAdapterAttnProcessor2_0,
 )
@@ -256,6 +257,22 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_class_whose_forward_was_replaced_is_refused(patched: None) -> None:
     unet = parallelize(tiny_sdxl_unet(), connect("local"), SYNC)
     with pytest.raises(UnsupportedModel, match="ResnetBlock2D.forward of layer .* was replaced"):
+        noise(unet)
+    assert not can_be_cut(tiny_vae().decoder)
+
+
+@pytest.mark.parametrize("kind", [AttnProcessor, AttnProcessor2_0])
+def test_a_class_of_processors_whose_call_was_replaced_is_refused(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, call = parallelize(tiny_sdxl_unet(), connect("local"), SYNC), kind.__call__
+    noise(unet)
+
+    def half(self: Any, attn: Attention, *args: Any, **kwargs: Any) -> Any:
+        return 0.5 * call(self, attn, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", half)
+    with pytest.raises(UnsupportedModel, match=rf"{kind.__name__}.__call__ was replaced by .*half, which"):
         noise(unet)
     assert not can_be_cut(tiny_vae().decoder)
 

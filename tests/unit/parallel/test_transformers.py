@@ -15,7 +15,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig
 from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention, PAGJointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -624,6 +624,15 @@ def test_a_hook_on_what_sees_all_tokens_is_refused_as_it_may_see_half_of_the_bat
         rank(connect("local"), [])
     (both,) = {len(found) for found in run_in_lockstep(2, lambda each: rank(each, [louder]))}
     assert both == WIDE.batch
+
+
+def test_a_class_of_processors_whose_call_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = parallelize(tiny_flux_transformer(), connect("local"))
+    monkeypatch.setattr(FluxAttnProcessor, "__call__", lambda *args, **others: 0)
+    with pytest.raises(UnsupportedModel, match=r"FluxAttnProcessor.__call__ was replaced by .*lambda"):
+        step(network, TRANSFORMERS["flux"], TRANSFORMERS["flux"].inputs(WIDE), 1.0)
+    with pytest.raises(UnsupportedModel, match=r"FluxAttnProcessor.__call__ was replaced by .*lambda"):
+        parallelize(tiny_flux_transformer(), connect("local"))
 
 
 def test_what_was_changed_in_the_middle_of_an_image_is_refused() -> None:

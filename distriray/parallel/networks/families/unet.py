@@ -35,7 +35,7 @@ from distriray.parallel.networks.base import Call, Collect, Network, check_scale
 from distriray.parallel.networks.controlnet import residuals_of
 from distriray.parallel.networks.controls import UsedControl, check_cut
 from distriray.parallel.networks.likeness import likeness_of, signs_of
-from distriray.parallel.networks.local import ADVICE
+from distriray.parallel.networks.local import ADVICE, replaced_call
 from distriray.parallel.networks.spatial import (
     SELF_ATTENTION,
     adapted_convolutions,
@@ -344,6 +344,9 @@ class UNet(Network):
         processor = attn.processor
         if self.local.says(processor):
             return False
+        replaced = replaced_call((AttnProcessor, AttnProcessor2_0))
+        if replaced is not None:
+            raise UnsupportedModel(f"{name}: {replaced}, which ranks would pass by; undo that")
         check_plain_attention(name, attn)
         if isinstance(processor, CachedCrossAttention | PatchSelfAttention) and processor.context is context:
             return False
