@@ -170,19 +170,21 @@ class LocalCode:
                 return f"layer {name}, a {kind.__name__}, drops numbers at random until eval() is called"
             if kinds is not None and not _is_known(kind, kinds):
                 return f"{layer} is a {kind.__name__}"
-            if kind.forward is not nn.Module.forward and _is_of_another(kind, kind.forward):
-                return f"{kind.__name__}.forward of {layer} was replaced by {_name(kind.forward)}"
             for variant in vars(module).get("lora_variant", {}).values():
                 if type(variant).__name__ not in _LORA_VARIANTS:
                     return f"{layer} has an adapter with a {type(variant).__name__}"
         return self.obstacle_around(layer, module, vars(module).get("forward")) or self._hook(layer, module)
 
     def obstacle_around(self, layer: str, module: nn.Module, forward: Any) -> str | None:
-        """A replacement of a module's forward or other methods, unless it is known to be local.
+        """A replacement of a module's forward, or its class's, or other methods, unless known to be local.
 
         Args:
             forward: what is called; None is that of the class.
         """
+        of_class: Any = _kind(module)
+        said = self.says(module) or of_class.forward is nn.Module.forward
+        if not said and _is_of_another(of_class, of_class.forward):
+            return f"{of_class.__name__}.forward of {layer} was replaced by {_name(of_class.forward)}"
         for code in _around(module, forward):
             if not self.says(code) and _full_name(type(code)) not in _HOOKS:
                 return f"the forward of {layer} was replaced by {_name(code)}"

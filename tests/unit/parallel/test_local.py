@@ -311,6 +311,24 @@ def test_a_forward_of_the_network_that_stood_there_before_sees_rows_and_is_refus
         noise(parallelize(unet, connect("local"), SYNC))
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_forward_of_the_networks_class_is_refused_whenever_it_was_replaced(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As methods that skip some steps are installed: it sees rows, or is passed by."""
+    forward = UNet2DConditionModel.forward
+
+    def dim(unet: UNet2DConditionModel, *args: Any, **others: Any) -> torch.Tensor:
+        return less_its_mean(unet, (), forward(unet, *args, **others)[0])
+
+    unet = tiny_sdxl_unet()
+    if not before:
+        noise(parallelize(unet, connect("local"), SYNC))
+    monkeypatch.setattr(UNet2DConditionModel, "forward", dim)
+    with pytest.raises(UnsupportedModel, match=r"UNet2DConditionModel.forward of .* was replaced by .*dim"):
+        noise(parallelize(unet, connect("local"), SYNC))
+
+
 def test_hooks_on_the_network_itself_see_the_whole_picture() -> None:
     def rank(communicator: Communicator) -> torch.Tensor:
         unet = tiny_sdxl_unet()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, wraps
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FasterCacheConfig, FirstBlockCacheConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, FluxTransformer2DModel
 from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention, PAGJointAttnProcessor2_0
@@ -633,6 +633,25 @@ def test_a_class_of_processors_whose_call_was_replaced_is_refused(monkeypatch: p
         step(network, TRANSFORMERS["flux"], TRANSFORMERS["flux"].inputs(WIDE), 1.0)
     with pytest.raises(UnsupportedModel, match=r"FluxAttnProcessor.__call__ was replaced by .*lambda"):
         parallelize(tiny_flux_transformer(), connect("local"))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_forward_of_the_networks_class_is_refused_whenever_it_was_replaced(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny_flux_transformer()
+    if not before:
+        parallelize(network, connect("local"))
+    forward = FluxTransformer2DModel.forward
+
+    @wraps(forward)  # as methods that skip some steps have its parameters
+    def half(*args: Any, **others: Any) -> Any:
+        return (forward(*args, **others)[0] / 2,)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", half)
+    inputs = TRANSFORMERS["flux"].inputs(WIDE)
+    with pytest.raises(UnsupportedModel, match=r"FluxTransformer2DModel.forward of .* was replaced by"):
+        step(parallelize(network, connect("local")), TRANSFORMERS["flux"], inputs, 1.0)
 
 
 def test_what_was_changed_in_the_middle_of_an_image_is_refused() -> None:
