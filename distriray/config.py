@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ExchangeMode = Literal["auto", "displaced", "displaced_attention", "compressed", "sync", "none"]
 Kind = Literal["statistics", "halos", "keys_values"]
+KINDS: frozenset[Kind] = frozenset(get_args(Kind))
 StatisticsMode = Literal["stale", "corrected", "fresh", "local"]
 Freshness = Literal["stale", "fresh"]
 Width = Literal["whole", "int8", "int4", "int2"]
@@ -192,5 +193,5 @@ class ParallelConfig(BaseModel):
         """Synchronous steps at the start of an image with that mix."""
         measured = mix.is_stale("keys_values") or mix.is_stale("statistics")
         if self.warmup_steps is None or (self.warmup_steps == "auto" and not measured):
-            return 4 if any(map(mix.is_stale, get_args(Kind))) else 1
+            return 4 if any(map(mix.is_stale, KINDS)) else 1
         return self.warmup_steps

@@ -10,7 +10,7 @@ from distriray.collective.base import Communicator
 from distriray.config import MIXES, Mix, ParallelConfig
 from distriray.errors import OutOfMemory
 from distriray.parallel.exchange.cache import ExchangeCache, ExchangeKey
-from distriray.parallel.exchange.exchange import BUCKETS, Exchange
+from distriray.parallel.exchange.exchange import Exchange
 from distriray.parallel.exchange.step import Step
 from distriray.parallel.graphs import StepGraphs
 from distriray.parallel.image import Branch
@@ -30,12 +30,13 @@ class Exchanges:
         graphs: what steps are captured in.
 
     Attributes:
-        bucket_count: buckets of a displaced step; counts for exchanges made afterwards.
+        bucket_count: buckets of a displaced step, None as many as the mix wants; counts for exchanges made
+            afterwards.
         room: for buffers in this device's memory; None where that is not known, and nothing is refused.
     """
 
     def __init__(self, network: Network, images: Images, graphs: NetworkGraphs) -> None:
-        self.bucket_count = BUCKETS
+        self.bucket_count: int | None = None
         self.room: Room | None = None
         self._network, self._images, self._graphs = network, images, graphs
         self._communicator: Communicator
@@ -137,6 +138,7 @@ class Exchanges:
             key.mix,
             key.config.prediction.weights(key.mix),
             key.config.attention,
+            self._network.kinds,
             self.bucket_count,
             None if call.replaces_layers else self._graphs.new(),
         )

@@ -44,7 +44,7 @@ def buffer_bytes(
     patches = share.partition.world_size
     peers = AbsentPeers(share.communicator.rank, patches, META)
     weights = config.prediction.weights(mix)
-    exchange = Exchange(peers, share.partition, mix, weights, config.attention)
+    exchange = Exchange(peers, share.partition, mix, weights, config.attention, network.kinds)
     for displaced in (False, False) if mix.exact else (False, False, True):
         with exchange.step(displaced) as step:
             network.dry_run(call, share, step)

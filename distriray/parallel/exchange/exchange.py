@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from math import prod
 
 from distriray.collective.base import Communicator
-from distriray.config import AttentionMode, Kind, Mix, Weights
+from distriray.config import KINDS, AttentionMode, Kind, Mix, Weights
 from distriray.errors import GangBroken
 from distriray.parallel.exchange.bucket import Buckets
 from distriray.parallel.exchange.carriers import AsChanges, Carrier, WholeAndKept
@@ -24,9 +25,13 @@ from distriray.parallel.exchange.synchronous import SynchronousStep
 from distriray.parallel.graphs import StepGraphs
 from distriray.parallel.partition import Partition
 
-# Messages of a bucket have the time between its last slot and its first one, a step later, to arrive: the
-# more buckets, the nearer to a whole step, and the more messages.
 BUCKETS = 4
+"""Buckets of a step, at least. Messages of one have the time between its last slot and its first one, a step
+later, to arrive: the more buckets, the nearer to a whole step, and the more messages."""
+
+MOST_BUCKETS = 64
+BUCKET_BYTES = 16 * 2**20
+"""Keys and values of all ranks in a bucket, at most, where fresh values wait on the link behind it."""
 
 
 class Exchange:
@@ -38,7 +43,8 @@ class Exchange:
         mix: which values displaced steps read from the step before.
         weights: of their extrapolation.
         attention: how heads are dealt, where keys and values are fresh and whole.
-        bucket_count: buckets a step; fewer where there are fewer slots.
+        kinds: of values that its layers exchange.
+        bucket_count: buckets a step, fewer where there are fewer slots; None is as many as the mix wants.
         graphs: where its steps are captured, if they are.
     """
 
@@ -49,13 +55,15 @@ class Exchange:
         mix: Mix,
         weights: Weights,
         attention: AttentionMode = "gather",
-        bucket_count: int = BUCKETS,
+        kinds: frozenset[Kind] = KINDS,
+        bucket_count: int | None = None,
         graphs: StepGraphs | None = None,
     ) -> None:
         self.graphs = graphs
         self._patch = Patch(communicator, partition, attention)
         self._mix = mix
         self._weights = weights
+        self._waits_between = any(getattr(mix, kind) == "fresh" for kind in kinds)
         self._bucket_count = bucket_count
         self._bits: dict[Kind, int | None] = {
             "halos": mix.bits("halos"),
@@ -140,4 +148,12 @@ class Exchange:
 
     def _lay_out(self, slots: list[Slot], values: list[Values]) -> Buckets:
         bits = self._mix.bits("keys_values")
-        return Buckets(self._patch.communicator, slots, values, self._bucket_count, self._weights, bits)
+        count = self._bucket_count or self._buckets_for(slots)
+        return Buckets(self._patch.communicator, slots, values, count, self._weights, bits)
+
+    def _buckets_for(self, slots: list[Slot]) -> int:
+        """Buckets that these slots are dealt to, as many on all ranks."""
+        if not self._waits_between:
+            return BUCKETS
+        whole = sum(prod(slot.whole) * slot.dtype.itemsize for slot in slots if slot.kind == "keys_values")
+        return max(BUCKETS, min(MOST_BUCKETS, whole // BUCKET_BYTES))

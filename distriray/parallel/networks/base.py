@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distriray.collective.base import Communicator
-from distriray.config import ParallelConfig
+from distriray.config import KINDS, Kind, ParallelConfig
 from distriray.errors import UnsupportedModel
 from distriray.parallel.agreement import Compared
 from distriray.parallel.context import PatchContext
@@ -128,6 +128,7 @@ class Network(ABC):
 
     Attributes:
         kind: the class of the networks.
+        kinds: of values that its layers exchange.
         displacement_measured: whether it is known what old values do to the pictures of a trained network of
             the family; else `auto` keeps to fresh ones.
         repeats: the classes of its blocks that repeat, by name; None are those that diffusers says.
@@ -143,6 +144,7 @@ class Network(ABC):
     """
 
     kind: ClassVar[type[nn.Module]]
+    kinds: ClassVar[frozenset[Kind]] = KINDS
     displacement_measured: ClassVar[bool] = False
     pads_text: ClassVar[bool] = True
     repeats: ClassVar[tuple[str, ...] | None] = None

@@ -85,6 +85,7 @@ class TokenNetwork(Network):
         control: the family's ControlNets; None where it has none that are cut into patches with it.
     """
 
+    kinds = frozenset({"keys_values"})
     plan: Plan
     layers: ClassVar[frozenset[type]]
     names: ClassVar[tuple[str, str, str]] = ("hidden_states", "timestep", "encoder_hidden_states")

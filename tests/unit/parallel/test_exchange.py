@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from distriray import ParallelConfig, parallelize
-from distriray.config import Mix
+from distriray.collective import Communicator, run_in_lockstep
+from distriray.config import ExchangeMode, Mix
 from distriray.parallel import engine_of
-from tests.models import tiny_sdxl_unet
+from distriray.parallel.exchange import exchange as exchanges
+from tests.models import tiny_flux, tiny_sdxl, tiny_sdxl_unet
 from tests.parameters import pairwise, sweep
 
 
@@ -84,3 +86,34 @@ def test_nothing_in_flight_is_read_or_overwritten(
                 noise = unet(sample, 900 - step, **inputs).sample
                 assert noise.isfinite().all(), (buckets, step)
         assert not engine.statistics.synchronous
+
+
+@pytest.mark.parametrize(
+    ("make", "exchange", "parts"),
+    [
+        (tiny_sdxl, "displaced_attention", True),
+        (tiny_sdxl, "displaced", False),
+        (tiny_flux, "displaced_attention", False),
+    ],
+)
+def test_large_old_values_leave_in_more_parts_where_fresh_ones_wait_for_the_link(
+    make: Callable[[], Any], exchange: ExchangeMode, parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the picture is the same, bit for bit."""
+    case = {"height": 128, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
+    config = ParallelConfig(exchange=exchange, warmup_steps=1, cfg_parallel=False)
+
+    def rank(communicator: Communicator) -> tuple[torch.Tensor, int]:
+        pipeline = parallelize(make(), communicator, config)
+        engine = engine_of(pipeline)
+        assert engine is not None
+        latents = pipeline("a lake", generator=torch.Generator().manual_seed(7), **case).images
+        return latents, engine.statistics.waits
+
+    few = run_in_lockstep(2, rank)
+    monkeypatch.setattr(exchanges, "BUCKET_BYTES", 256)
+    many = run_in_lockstep(2, rank)
+    for (latents, _), (expected, _) in zip(many, few, strict=True):
+        assert latents.equal(expected)
+    (of_few,), (of_many,) = ({waits for _, waits in everyone} for everyone in (few, many))
+    assert (of_many > of_few) == parts and of_many >= of_few

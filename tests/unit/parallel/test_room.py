@@ -19,6 +19,8 @@ from distriray.config import MIXES, Mix
 from distriray.denoise import Denoiser
 from distriray.errors import OutOfMemory
 from distriray.parallel import engine_of
+from distriray.parallel.exchange import exchange as exchanges
+from distriray.parallel.exchange.exchange import BUCKET_BYTES
 from distriray.parallel.networks.base import Network
 from distriray.parallel.networks.controlnet import split
 from distriray.parallel.networks.controls import UsedControl
@@ -329,11 +331,18 @@ def test_buffers_of_branches_that_have_calls_of_their_own_count_together() -> No
 
 
 @pytest.mark.parametrize(
-    ("make", "mode", "ranks", "split"), pairwise(U_NETS, MODES, [2, 3, 4], [False, True])
+    ("make", "mode", "ranks", "split", "bucket_bytes"),
+    pairwise(U_NETS, MODES, [2, 3, 4], [False, True], [BUCKET_BYTES, 256]),
 )
 def test_buffers_of_a_unet_are_what_was_estimated(
-    make: Callable[[], Any], mode: dict[str, Any], ranks: int, split: bool
+    make: Callable[[], Any],
+    mode: dict[str, Any],
+    ranks: int,
+    split: bool,
+    bucket_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(exchanges, "BUCKET_BYTES", bucket_bytes)
     config = ParallelConfig(warmup_steps=1, cfg_parallel="auto" if split else False, **mode)
 
     def rank(communicator: Communicator) -> tuple[int, int]:
