@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from bench.overlap import steps_of
+from bench.overlap import BYTES_PER_S, FLOPS, LAUNCH_S, steps_of, timing
 from bench.projection.links import exposed_s, parse_link
+
+
+def test_operations_take_the_longer_time_of_their_bytes_and_their_arithmetic() -> None:
+    large, small = (torch.empty(1, 1, n, n, dtype=torch.float16, device="meta") for n in (4096, 16))
+    attended = [large[..., :64]] * 3
+    seconds = [2 * 4096**3 / FLOPS, 4 * 4096**2 * 64 / FLOPS, 3 * small.nbytes / BYTES_PER_S]
+    with timing() as clock:
+        for operation, expected in zip(
+            (
+                lambda: large @ large,
+                lambda: F.scaled_dot_product_attention(*attended),
+                lambda: small + small,
+            ),
+            seconds,
+            strict=True,
+        ):
+            before = clock.now_s
+            operation()
+            assert clock.now_s - before == pytest.approx(LAUNCH_S + expected)
 
 
 @pytest.mark.sweep
