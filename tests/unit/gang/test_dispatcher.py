@@ -22,6 +22,7 @@ from distriray.errors import (
     GenerationCancelled,
     InvalidRequest,
     NotEnoughDevices,
+    QueueFull,
     UnsupportedModel,
 )
 from distriray.events import Repaired
@@ -58,6 +59,25 @@ from .fleet import CALLER, LONG, FakeHost, FakeWorker, ask, until
 
 def do(scene: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scene, 20))
+
+
+def test_what_waits_beyond_the_bound_is_refused_and_so_is_all_once_the_host_is_closed() -> None:
+    async def scene() -> None:
+        async with FakeHost(1, max_queue=2, **opened()) as host:
+            first, *others = [host.accept(num_inference_steps=LONG) for _ in range(2)]
+            await until(lambda: first.workers)
+            others.append(host.accept(num_inference_steps=LONG))
+            with pytest.raises(QueueFull, match="2 requests wait, which is the limit") as refused:
+                host.accept()
+            assert refused.value.retry_after_s >= 0.1
+            host.dispatcher.cancel(others.pop())
+            others.append(host.accept(num_inference_steps=LONG))
+        with pytest.raises(GenerationCancelled, match="the host is closed"):
+            host.accept()
+        for job in (first, *others):
+            assert isinstance(job.ended.exception(), GenerationCancelled)
+
+    do(scene())
 
 
 async def at(job: Job, step: int) -> None:

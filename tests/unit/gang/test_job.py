@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distriray.errors import GenerationCancelled
 from distriray.events import Regrouped, Started
@@ -70,6 +71,33 @@ def test_a_gang_that_brings_nothing_back_takes_nothing_away() -> None:
         job.break_off()
         back(job, SegmentResult({}, lost=(B,)))
         assert job.step == 4 and job.holders == {A}
+
+    do(scene)
+
+
+def test_the_times_of_a_result_are_those_of_all_its_segments_by_their_first_rank() -> None:
+    def rank(end: SegmentEnd, step: int, **fields: Any) -> RankResult:
+        return RankResult(end, step, formed_at=1.0, left_at=1.0, **fields)
+
+    async def scene(job: Job) -> None:
+        job.start((0, 1), 1)
+        first = rank(SegmentEnd.YIELDED, 2, adapters_s=0.5, prepare_s=1.0, fresh_s=(4.0,), stale_s=(2.0,))
+        second = rank(SegmentEnd.YIELDED, 2, adapters_s=64.0, prepare_s=64.0, fresh_s=(64.0,))
+        back(job, SegmentResult({A: first, B: second}))
+        job.start((0,), 2)
+        job.progress(Progress(6, 6, False))
+        last = rank(
+            SegmentEnd.DONE,
+            6,
+            prepare_s=8.0,
+            fresh_s=(16.0,),
+            decode_s=32.0,
+            images=[Image.new("RGB", (8, 8))],
+        )
+        back(job, SegmentResult({A: last}))
+        times = job.result("m", last).timings
+        assert (times.adapters_s, times.prepare_s, times.denoise_s, times.decode_s) == (0.5, 9.0, 22.0, 32.0)
+        assert 0.0 <= times.queued_s <= times.total_s < 60.0
 
     do(scene)
 
