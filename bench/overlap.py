@@ -23,8 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.arguments import add_json, side
 from bench.launches import Count, Counting, in_gang, standing_in
 from bench.projection import peers as noted
-from bench.projection.__main__ import LINKS
-from bench.projection.links import Link, exposed_s, parse_link
+from bench.projection.links import Link, add_links, exposed_s
 from bench.projection.peers import Step
 from bench.published import PUBLISHED
 from bench.report import Report
@@ -128,14 +127,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=side, nargs="+", default=[1024, 2048, 3840], help="pixels of a side")
     parser.add_argument("--ranks", type=at_least(4), nargs="+", default=[4, 8])
     parser.add_argument("--buckets", type=positive, default=4, help="beside as many as by default")
-    parser.add_argument(
-        "--links",
-        type=parse_link,
-        nargs="+",
-        metavar="NAME:US:GB/S",
-        default=[parse_link(link) for link in LINKS],
-        help="as of bench.projection",
-    )
+    add_links(parser)
     add_json(parser)
     arguments = parser.parse_args()
     logging.set_verbosity_error()

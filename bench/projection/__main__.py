@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.arguments import add_json, side
-from bench.projection.links import Link, parse_link
+from bench.projection.links import Link, add_links
 from bench.projection.rounds import Round, alone, cases, measure, slowest
 from bench.projection.share import Share
 from bench.report import Report
@@ -35,7 +35,6 @@ from distriray.arguments import at_least, positive
 from distriray.collective import launch
 from distriray.config import MIXES
 
-LINKS = ("nvlink4:10:360", "pcie5:20:50", "pcie4:20:25")
 SIZES = {"cpu": [256, 512, 768], "cuda": [1024, 2048, 3840]}
 PAPER = {("sdxl", 3840, 2): "1.8x", ("sdxl", 3840, 4): "3.4x", ("sdxl", 3840, 8): "6.1x"}
 COLUMNS = (
@@ -74,15 +73,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=side, nargs="+", help="pixels of a side")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--exchange", choices=tuple(MIXES), nargs="+", default=["displaced", "sync"])
-    parser.add_argument(
-        "--links",
-        type=parse_link,
-        nargs="+",
-        metavar="NAME:US:GB/S",
-        default=[parse_link(link) for link in LINKS],
-        help=f"latency of a group of messages and bandwidth of a device in one direction; {' '.join(LINKS)} "
-        "(80 %% of what NVLink 4 and PCIe 5 and 4 with 16 lanes carry by name); CPUs: the loopback, measured",
-    )
+    add_links(parser, "; CPUs: the loopback, measured")
     parser.add_argument(
         "--steps", type=positive, default=5, help="steps after the warm-up that count, a turn"
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.projection.peers import Step
+
+LINKS = ("nvlink4:10:360", "pcie5:20:50", "pcie4:20:25")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,19 @@ class Link:
     def seconds(self, sent: dict[int, int]) -> float:
         """Of one group of messages."""
         return self.latency_s + sum(sent.values()) / self.bytes_per_s
+
+
+def add_links(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """Add `--links`, whose help ends with `also`."""
+    parser.add_argument(
+        "--links",
+        type=parse_link,
+        nargs="+",
+        metavar="NAME:US:GB/S",
+        default=[parse_link(link) for link in LINKS],
+        help=f"latency of a group of messages and bandwidth of a device in one direction; {' '.join(LINKS)} "
+        f"(80 %% of what NVLink 4 and PCIe 5 and 4 with 16 lanes carry by name){also}",
+    )
 
 
 def parse_link(text: str) -> Link:
