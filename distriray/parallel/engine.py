@@ -277,8 +277,7 @@ class Engine(Uncopied):
             GenerationCancelled: a rank asked for it.
             RuntimeError: another thread is calling the network.
         """
-        given = tensors_in((args, branches, kwargs))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, branches, kwargs))):
             raise UnsupportedModel(
                 f"a gradient of what a {type(self.network.module).__name__} in a gang computes; without one, "
                 "call it under torch.no_grad()"

@@ -31,7 +31,8 @@ later, to arrive: the more buckets, the nearer to a whole step, and the more mes
 
 MOST_BUCKETS = 64
 BUCKET_BYTES = 16 * 2**20
-"""Keys and values of all ranks in a bucket, at most, where fresh values wait on the link behind it."""
+"""Keys and values of all ranks in a bucket, on average, where fresh values wait on the link behind it; more
+where `MOST_BUCKETS` of them do not hold all."""
 
 
 class Exchange:

@@ -183,7 +183,7 @@ class LocalCode:
         """
         of_class: Any = _kind(module)
         said = self.says(module) or of_class.forward is nn.Module.forward
-        if not said and _is_of_another(of_class, of_class.forward):
+        if not said and _is_of_another(of_class, "forward"):
             return f"{of_class.__name__}.forward of {layer} was replaced by {_name(of_class.forward)}"
         for code in _around(module, forward):
             if not self.says(code) and _full_name(type(code)) not in _HOOKS:
@@ -197,7 +197,7 @@ class LocalCode:
     def attends_locally(self, processor: Any) -> bool:
         """Whether a processor of cross-attention lets each position attend by itself."""
         kind: Any = type(processor)
-        known = _full_name(kind) in _CROSS_ATTENTION and not _is_of_another(kind, kind.__call__)
+        known = _full_name(kind) in _CROSS_ATTENTION and not _is_of_another(kind, "__call__")
         return known or self.says(processor)
 
     def _hook(self, layer: str, module: nn.Module) -> str | None:
@@ -213,7 +213,7 @@ def replaced_call(kinds: Iterable[type]) -> str | None:
     """Words of an error for a class of attention processors whose `__call__` others have replaced."""
     for kind in kinds:
         call: Any = vars(kind).get("__call__")
-        if call is not None and _is_of_another(kind, call):
+        if call is not None and _is_of_another(kind, "__call__"):
             return f"{kind.__name__}.__call__ was replaced by {_name(call)}"
     return None
 
@@ -280,10 +280,11 @@ def _draws_numbers(module: nn.Module) -> bool:
     return module.training and isinstance(rate, float) and 0 < rate < 1
 
 
-def _is_of_another(kind: type, function: Any) -> bool:
-    """Whether a method of a class was written in another package than the class."""
-    origin = _origin(function)
-    return origin is not None and origin.partition(".")[0] != kind.__module__.partition(".")[0]
+def _is_of_another(kind: type, method: str) -> bool:
+    """Whether a method was written in another package than the class that has it, or that inherits it."""
+    owner = next(each for each in kind.__mro__ if method in vars(each))
+    origin = _origin(vars(owner)[method])
+    return origin is not None and origin.partition(".")[0] != owner.__module__.partition(".")[0]
 
 
 def _around(module: nn.Module, forward: Any) -> Iterator[Any]:

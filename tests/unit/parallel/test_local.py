@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     IPAdapterAttnProcessor2_0,
 )
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from torch import nn
@@ -28,6 +29,7 @@ from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
 from distriray.parallel.context import PatchContext
 from distriray.parallel.networks.families.unet import UNet
+from distriray.parallel.networks.local import LocalCode
 from distriray.parallel.networks.vae import can_be_cut
 from tests.models import randomize, tiny_sd15_unet, tiny_sdxl_unet, tiny_vae
 from tests.parameters import sweep
@@ -275,6 +277,18 @@ def test_a_class_of_processors_whose_call_was_replaced_is_refused(
     with pytest.raises(UnsupportedModel, match=rf"{kind.__name__}.__call__ was replaced by .*half, which"):
         noise(unet)
     assert not can_be_cut(tiny_vae().decoder)
+
+
+def test_a_forward_is_its_classs_own_where_it_is_inherited_from_another_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Mine(TimestepEmbedding):
+        """A class of a user's that changes nothing."""
+
+    layer = Mine(4, 8)
+    assert LocalCode().obstacle("time", layer, None) is None
+    monkeypatch.setattr(TimestepEmbedding, "forward", lambda self, sample: sample)
+    assert "Mine.forward of layer time was replaced by" in str(LocalCode().obstacle("time", layer, None))
 
 
 def test_hooks_of_all_modules_are_refused() -> None:
