@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -138,17 +139,19 @@ def main() -> None:
         seed=0,
         settings={**vars(arguments), "links": links},
     )
-    for size in arguments.sizes:
-        for ranks in arguments.ranks:
-            for exchange in NAMES:
-                told = set[int]()
-                for buckets in (arguments.buckets, None) if exchange != "sync" else (None,):
-                    steps = steps_of(size, ranks, exchange, buckets)
-                    exchanges = sum(moment.kind == "launch" for moment in steps[-1].moments)
-                    if exchanges not in told:
-                        tabulate(report, size, ranks, exchange, buckets, steps, arguments.links)
-                    told.add(exchanges)
+    for size, ranks, exchange in product(arguments.sizes, arguments.ranks, NAMES):
+        known = list[Step]()
+        for buckets in (arguments.buckets, None) if exchange != "sync" else (None,):
+            steps = steps_of(size, ranks, exchange, buckets)
+            if exchanges_of(steps[-1]) not in map(exchanges_of, known):  # else by default there are as many
+                tabulate(report, size, ranks, exchange, buckets, steps, arguments.links)
+            known.append(steps[-1])
     report.publish(arguments.json)
+
+
+def exchanges_of(step: Step) -> int:
+    """How often a step exchanges."""
+    return sum(moment.kind == "launch" for moment in step.moments)
 
 
 def tabulate(
@@ -162,7 +165,6 @@ def tabulate(
 ) -> None:
     """A row for each link."""
     step = steps[-1]
-    launched = sum(moment.kind == "launch" for moment in step.moments)
     for link in links:
         exposed = exposed_s(steps, link)[-1]
         report.add(
@@ -170,7 +172,7 @@ def tabulate(
             str(ranks),
             exchange,
             "-" if exchange == "sync" else str(buckets or "default"),
-            str(launched),
+            str(exchanges_of(step)),
             f"{sum(step.sent.values()) / 1e6:.0f}",
             link.name,
             f"{1e3 * step.seconds:.2f}",

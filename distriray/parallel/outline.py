@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 _SWITCHES = (
-    "training",
     "padding_mode",
     "s1",  # of FreeU
     "scale",
@@ -38,6 +37,7 @@ class Outline:
         ]
         self._hung += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self._switches = [(own, name) for own in self._attributes for name in _SWITCHES if name in own]
+        self._switches += [(own, "training") for own in self._attributes if "p" in own]  # of dropout
         self._sizes = self._sizes_now()
         self._contents = self._contents_now()
 

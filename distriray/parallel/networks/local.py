@@ -212,9 +212,8 @@ class LocalCode:
 def replaced_call(kinds: Iterable[type]) -> str | None:
     """Words of an error for a class of attention processors whose `__call__` others have replaced."""
     for kind in kinds:
-        call: Any = vars(kind).get("__call__")
-        if call is not None and _is_of_another(kind, "__call__"):
-            return f"{kind.__name__}.__call__ was replaced by {_name(call)}"
+        if _is_of_another(kind, "__call__"):
+            return f"{kind.__name__}.__call__ was replaced by {_name(kind.__call__)}"
     return None
 
 
