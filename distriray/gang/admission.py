@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from math import log2
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
+from distriray.gang.profile import warmup_steps
 from distriray.names import check_names
 from distriray.requests import GenerationRequest
 from distriray.routing.latency import Besides
@@ -20,6 +22,8 @@ from distriray.steps import guided_steps
 
 ADDED = 0.3
 """Share of a step that a LoRA or a ControlNet is guessed to add: 0.22 to 0.41 where it was measured."""
+_NOT_OF_A_STEP: Any = {"warmup_steps", "auto_warmup_drift", "max_buffer_bytes"}
+"""Settings of `ParallelConfig` that the time of a step does not depend on."""
 
 
 def check_gang_size(request: GenerationRequest, sizes: Collection[int]) -> None:
@@ -86,7 +90,9 @@ class Admitted(NamedTuple):
         guided: each of them is of two branches,
         unguided_steps: but for so many of the last.
         fresh: each of them is synchronous, and none short.
+        warmup_steps: the first of them, which are synchronous.
         shown_pixels: of references, whose tokens go through the network beside the picture's own.
+        otherwise: how gangs share its steps, where that is not the host's way.
     """
 
     request: GenerationRequest
@@ -94,8 +100,10 @@ class Admitted(NamedTuple):
     num_steps: int
     guided: bool
     fresh: bool
+    warmup_steps: int
     unguided_steps: int = 0
     shown_pixels: int = 0
+    otherwise: str = ""
 
     def view(self, arrival_s: float, deadline_s: float | None) -> RequestView:
         """The request as routing sees it before anything of it is done; both times are of one clock."""
@@ -116,13 +124,14 @@ class Admitted(NamedTuple):
             guided=self.guided,
             unguided_steps=self.unguided_steps,
             fresh=self.fresh,
+            warmup_steps=self.warmup_steps,
             adapters=tuple(lora.name for lora in request.loras if lora.scale),
-            besides=_besides(request, self.shown_pixels),
+            besides=_besides(request, self.shown_pixels, self.otherwise),
         )
 
 
-def _besides(request: GenerationRequest, shown_pixels: int) -> Besides:
-    """Additions to the network's own steps, named so that predictions treat like as like."""
+def _besides(request: GenerationRequest, shown_pixels: int, otherwise: str) -> Besides:
+    """What makes a request's steps unlike others, named so that predictions treat like as like."""
     adapted = [(f"lora {lora.name}", ADDED) for lora in request.loras if lora.scale]
     controlled = [
         (f"control {each.name} {each.start:g} {each.end:g}", ADDED * max(0.0, each.end - each.start))
@@ -135,7 +144,15 @@ def _besides(request: GenerationRequest, shown_pixels: int) -> Besides:
         assert request.height is not None and request.width is not None
         pixels = round(2 ** (round(2 * log2(shown_pixels)) / 2))  # few cases, whatever sizes clients send
         shown = [(f"references {pixels}", pixels / (request.height * request.width))]
-    return tuple(sorted(adapted + controlled + alike + shown))
+    shared = [(f"parallel {otherwise}", 0.0)] if otherwise else []
+    return tuple(sorted(adapted + controlled + alike + shown + shared))
+
+
+def _otherwise(shared: ParallelConfig, usual: ParallelConfig) -> str:
+    """The settings of `shared` that are not the `usual` ones, of those that the time of a step depends on."""
+    settings, others = (each.model_dump(mode="json", exclude=_NOT_OF_A_STEP) for each in (shared, usual))
+    differ = {name: value for name, value in settings.items() if value != others[name]}
+    return json.dumps(differ) if differ else ""
 
 
 def admit(
@@ -169,7 +186,17 @@ def admit(
         drawn, masked = request.height * request.width, request.mask_image is not None
         shown_pixels = editing.shown_pixels(request.references, facts.size_unit, drawn, masked)
     max_gang = facts.max_gang(request.height)
-    return Admitted(request, max_gang, num_steps, guided, fresh, unguided_steps, shown_pixels)
+    return Admitted(
+        request,
+        max_gang,
+        num_steps,
+        guided,
+        fresh,
+        warmup_steps(shared),
+        unguided_steps,
+        shown_pixels,
+        _otherwise(shared, config.parallel),
+    )
 
 
 def _gangs_of(request: GenerationRequest, sizes: Collection[int], facts: WorkerFacts) -> list[int]:

@@ -57,7 +57,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     """
     guided = admit(example(facts), config, facts, limited=False).guided
     least, interval = config.sizes[0], config.parallel.cache_interval
-    steps = max(1, warmup_steps(config)) + math.ceil(MEASURED_STEPS / interval) * interval
+    steps = warmup_steps(config.parallel) + math.ceil(MEASURED_STEPS / interval) * interval
     warming = (CHOOSING_STEPS, steps, steps) if config.parallel.exchange == "auto" else (1,)
     most = config.workers // least
     for warm in warming if least > 1 else (1,):  # a lone worker has nothing to choose

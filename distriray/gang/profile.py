@@ -50,7 +50,7 @@ def make_profile(
         version=__version__,
         entries=entries,
         regroup_s=regroup_s,
-        warmup_steps=max(1, warmup_steps(config)),
+        warmup_steps=warmup_steps(config.parallel),
         contention=contention,
     )
 
@@ -67,11 +67,10 @@ def device_of(config: HostConfig, facts: WorkerFacts) -> str:
     return f"{config.workers} x {facts.device_name} {gangs}{set_otherwise}"
 
 
-def warmup_steps(config: HostConfig) -> int:
+def warmup_steps(parallel: ParallelConfig) -> int:
     """Synchronous steps at the beginning of every image, as far as the configuration says; before steps that
     are short and whole in turn, those that are never short, whichever of the others are synchronous."""
-    parallel = config.parallel
     if parallel.cache_interval > 1:
         return WHOLE_AT_FIRST
     steps = parallel.warmup_of(parallel.mix or MIXES["displaced"])
-    return GUESSED_AUTO_WARMUP if steps == "auto" else steps
+    return GUESSED_AUTO_WARMUP if steps == "auto" else max(1, steps)

@@ -14,8 +14,8 @@ from distriray.routing.profile import Entry, Profile
 
 Points = Sequence[tuple[float, float]]
 Besides = tuple[tuple[str, float], ...]
-"""What a step computes beside the network as it is, such as ControlNets: names, and the share of a step that
-each is guessed to add."""
+"""What makes a step unlike the host's others: what it computes beside the network as it is, such as
+ControlNets, and another way to share it. Names, and the share of a step that each is guessed to add."""
 Case = tuple[int, int, int, int, bool, Besides]  # gang, height, width, batch, guided
 
 MEASURED_ERROR = 0.05  # relative, of a case that the profile holds and nobody has observed since
@@ -50,18 +50,24 @@ class Times:
     unguided: float = 1.0
 
     def run_s(
-        self, steps_done: int, steps_total: int, prepared: bool = False, unguided_steps: int = 0
+        self,
+        steps_done: int,
+        steps_total: int,
+        prepared: bool = False,
+        unguided_steps: int = 0,
+        warmup_steps: int | None = None,
     ) -> float:
         """From `steps_done` to the decoded image in this gang, in seconds.
 
         Includes what comes before the first step unless that is `prepared`. The last `unguided_steps` are
-        without guidance.
+        without guidance, and the first `warmup_steps` synchronous; None is the profile's.
         """
+        warmup_steps = self.warmup_steps if warmup_steps is None else warmup_steps
         left = steps_total - steps_done
         seconds = left * self.step_s + self.decode_s
         seconds -= min(unguided_steps, left) * self.step_s * (1.0 - self.unguided)
-        if steps_done < self.warmup_steps:
-            slow = min(self.warmup_steps - steps_done, left)
+        if steps_done < warmup_steps:
+            slow = min(warmup_steps - steps_done, left)
             seconds += slow * (self.sync_step_s - self.step_s)
         return seconds if steps_done or prepared else seconds + self.prepare_s
 

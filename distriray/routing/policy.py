@@ -37,7 +37,8 @@ class RequestView:
         unguided_steps: but for so many of the last.
         fresh: its steps are all synchronous, and none short.
         adapters: the names of those that it is drawn with.
-        besides: what its steps compute beside the network, on the average.
+        warmup_steps: its first steps, which are synchronous; None is as many as the profile says.
+        besides: what makes its steps unlike the host's others, on the average.
     """
 
     id: str
@@ -57,6 +58,7 @@ class RequestView:
     guided: bool = True
     unguided_steps: int = 0
     fresh: bool = False
+    warmup_steps: int | None = None
     adapters: tuple[str, ...] = ()
     besides: Besides = ()
 
@@ -67,7 +69,9 @@ class RequestView:
 
     def left_s(self, times: Times) -> float:
         """Seconds to its end in a gang of these times, which are of its shape."""
-        return times.run_s(self.steps_done, self.steps_total, self.prepared, self.unguided_steps)
+        return times.run_s(
+            self.steps_done, self.steps_total, self.prepared, self.unguided_steps, self.warmup_steps
+        )
 
     def allows(self, size: int) -> bool:
         """True if this request may run on a gang of `size`."""

@@ -44,7 +44,7 @@ class _Segment:
     ends: int
     decoding: bool = False
     next_s: float = 0.0
-    then: Callable[[], None] = lambda: None
+    then: Then | None = None
 
     def boundary_s(self, steps: int) -> float:
         """The end of its step number `steps`."""
@@ -68,6 +68,10 @@ class _Live:
     segment: _Segment | None = None
     version: int = 0
     yielding: bool = False
+
+
+Then = Callable[[_Live, _Segment], None]
+"""What is done next of a request and its segment. It holds neither, so that nothing outlives them."""
 
 
 class SimulatedHost:
@@ -142,7 +146,8 @@ class SimulatedHost:
         times = self.truth.times(len(workers), *view.shape)
         noise = math.exp(self.draw.gauss(0.0, self.fleet.noise)) if self.fleet.noise else 1.0
         left = view.steps_total - view.steps_done
-        warm = self.truth.profile.warmup_steps - view.steps_done
+        warmup = times.warmup_steps if view.warmup_steps is None else view.warmup_steps
+        warm = warmup - view.steps_done
         slow = min(left, max(warm, 1 if view.steps_done else 0))
         before = noise * (self.truth.profile.regroup_s if view.steps_done else times.prepare_s)
         live.segment = _Segment(
@@ -173,21 +178,23 @@ class SimulatedHost:
 
     def _step_on(self, live: _Live, segment: _Segment) -> None:
         end = segment.boundary_s(segment.ends)
-        self._schedule(live, segment, end, lambda: self._end_of_steps(live, segment))
+        self._schedule(live, segment, end, self._end_of_steps)
 
-    def _schedule(self, live: _Live, segment: _Segment, host_s: float, then: Callable[[], None]) -> None:
+    def _schedule(self, live: _Live, segment: _Segment, host_s: float, then: Then) -> None:
         """Do `then` when it is `host_s` for the host, in place of what was scheduled."""
         live.version += 1
         version = live.version
         segment.next_s, segment.then = host_s, then
-        self.events.at(self.host_clock.when(host_s), lambda: then() if version == live.version else None)
+        self.events.at(
+            self.host_clock.when(host_s), lambda: then(live, segment) if version == live.version else None
+        )
 
     def _keep_pace(self, more: int) -> None:
         """Count `more` workers as busy, and let every gang run from now on at the pace that this allows."""
         self._busy += more
         if self.host_clock.change(self.truth.pace(self._busy), self.events.now_s):
             for live in self.live.values():
-                if live.segment is not None:
+                if live.segment is not None and live.segment.then is not None:
                     self._schedule(live, live.segment, live.segment.next_s, live.segment.then)
 
     def _end_of_steps(self, live: _Live, segment: _Segment) -> None:
@@ -208,7 +215,7 @@ class SimulatedHost:
         self._keep_pace(self._busy_in(segment) - before)
         if decode > 0:
             end = self.host_clock.at(self.events.now_s) + decode
-            self._schedule(live, segment, end, lambda: self._finish(live, segment))
+            self._schedule(live, segment, end, self._finish)
         else:
             self._finish(live, segment)
 
@@ -233,10 +240,11 @@ class SimulatedHost:
 
 def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: bool) -> RequestView:
     """`view` with these fields changed; `dataclasses.replace` is too slow here."""
+    # not all by name: CPython keeps tuples of 20 names that are freed, and takes none of them again
     return RequestView(
-        id=view.id,
-        height=view.height,
-        width=view.width,
+        view.id,
+        view.height,
+        view.width,
         batch=view.batch,
         steps_total=view.steps_total,
         steps_done=steps_done,
@@ -251,6 +259,7 @@ def _with(view: RequestView, steps_done: int, workers: Workers | None, pinned: b
         guided=view.guided,
         unguided_steps=view.unguided_steps,
         fresh=view.fresh,
+        warmup_steps=view.warmup_steps,
         adapters=view.adapters,
         besides=view.besides,
     )

@@ -23,7 +23,9 @@ A, B, C = WorkerId(0, 0), WorkerId(1, 1), WorkerId(1, 2)
 
 def do(scene: Callable[[Job], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
-        await scene(Job(Admitted(ask(), max_gang=4, num_steps=6, guided=True, fresh=True), number=1))
+        await scene(
+            Job(Admitted(ask(), max_gang=4, num_steps=6, guided=True, fresh=True, warmup_steps=1), number=1)
+        )
 
     asyncio.run(run())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from PIL import Image
 
+from distriray.config import ParallelConfig
 from distriray.gang.job import Job
 from distriray.gang.messages import RankResult, SegmentEnd, WorkerId
 from distriray.gang.segment_result import SegmentResult
@@ -16,6 +18,9 @@ from distriray.results import Segment
 from distriray.routing.latency import Times
 from distriray.routing.policy import RequestView
 from distriray.routing.profile import Entry, Profile
+
+from .fleet import FakeHost
+from .test_dispatcher import do, opened
 
 MEASURED = Entry(gang=2, height=512, width=512, step_s=0.2, prepare_s=0.1, decode_s=0.4)
 STEPS = 20
@@ -83,3 +88,34 @@ def test_where_guidance_ends_within_a_segment_its_steps_teach_nothing_and_the_re
     times = learnt_of(unguided_steps=6)
     assert times.step_s == 0.2
     assert (times.prepare_s, times.decode_s) == pytest.approx((2.5, 2.0), rel=0.01)
+
+
+def test_another_way_to_share_steps_is_learnt_of_it_alone() -> None:
+    async def scene() -> None:
+        async with FakeHost(1, **opened()) as host:
+            model, plain = host.dispatcher.speed.model, host.accept(num_inference_steps=8)
+            await plain.ended
+            known, learnt = model.times(1, *plain.view().shape), model.observations
+            for other in ({"exchange": "none"}, {"parallel": ParallelConfig(attention="gather")}):
+                asked = host.accept(num_inference_steps=8, **other)
+                ((name, added),) = asked.view().besides
+                assert name.startswith("parallel ") and added == 0.0, "nothing is known of it"
+                await asked.ended
+            assert model.observations == learnt + 2 and model.times(1, *plain.view().shape) == known
+
+    do(scene())
+
+
+def test_warm_up_is_as_long_as_a_request_is_to_have_it_whatever_was_measured() -> None:
+    async def scene() -> None:
+        async with FakeHost(1, **opened(), parallel=ParallelConfig(exchange="displaced")) as host:
+            longer = ParallelConfig(exchange="displaced", warmup_steps=7, max_buffer_bytes=0)
+            asked = host.accept(num_inference_steps=8, parallel=longer).view()
+            assert (asked.warmup_steps, asked.besides) == (7, ()), "its steps are like others"
+            assert host.accept().view().warmup_steps == 4
+            times = replace(host.dispatcher.speed.model.times(1, *asked.shape), sync_step_s=10.0)
+            assert asked.left_s(times) == times.run_s(0, 8, warmup_steps=7)
+            host.dispatcher.config = host.config.model_copy(update={"parallel": longer})
+            assert host.accept().view().warmup_steps == 7, "what a live host is changed to counts"
+
+    do(scene())

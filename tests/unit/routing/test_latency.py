@@ -100,6 +100,7 @@ def test_run_counts_prepare_warmup_and_decode():
     assert times.run_s(0, 10, prepared=True) == pytest.approx(2 * 0.3 + 8 * 0.1 + 0.5)
     assert times.run_s(0, 10) == pytest.approx(1.0 + 2 * 0.3 + 8 * 0.1 + 0.5)
     assert times.run_s(5, 10) == pytest.approx(5 * 0.1 + 0.5)
+    assert times.run_s(5, 10, warmup_steps=7) == pytest.approx(2 * 0.3 + 3 * 0.1 + 0.5)
     assert times.regroup_s == pytest.approx(0.05 + 0.2)
 
 

@@ -262,7 +262,14 @@ def test_what_no_gang_fits_is_refused_and_not_waited_for(hosts):
 
 
 def test_what_runs_is_in_all_else_as_it_came():
-    view = request(fresh=True, adapters=("ink",), besides=(("lora ink", 0.3),), unguided_steps=3, priority=2)
+    view = request(
+        fresh=True,
+        warmup_steps=7,
+        adapters=("ink",),
+        besides=(("lora ink", 0.3),),
+        unguided_steps=3,
+        priority=2,
+    )
     seen = replace(view, steps_done=4, workers=(0, 1), prepared=True, pinned=True)
     assert _with(view, 4, (0, 1), True) == seen
 
