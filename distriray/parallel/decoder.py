@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import Decoder
+from torch import nn
 
 from distriray.collective.base import Communicator
 from distriray.config import Mix, Weights
@@ -39,7 +40,7 @@ class PatchDecoder(Uncopied):
         local: the code in it that works on some rows without the others.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
         self.communicator: Communicator | None = None
         self.local = LocalCode()
         self.context = PatchContext()
@@ -59,17 +60,19 @@ class PatchDecoder(Uncopied):
         finally:
             self.communicator = communicator
 
-    def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """`Decoder.forward`, to be called alike on every rank of the gang: whole latents, whole picture.
+    def forward(self, sample: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        """The decoder's forward, to be called alike on every rank of the gang: whole latents, whole picture.
 
         Every rank decodes all of it where there are fewer latent rows than ranks, where a layer has since
         been replaced by one that cannot be cut into patches, and where a gradient of the latents is wanted.
 
         Args:
-            sample: (batch, latent channels, rows, columns).
+            sample: (batch, latent channels, rows, columns); with frames behind the channels where the VAE
+                was made for videos.
+            others, named: what else the decoder's forward takes, which has no rows.
 
         Returns:
-            (batch, channels, pixel rows, pixel columns).
+            (batch, channels, pixel rows, pixel columns), with frames or without.
 
         Raises:
             GangMismatch: the ranks were called with different latents, or have different layers or weights.
@@ -77,27 +80,33 @@ class PatchDecoder(Uncopied):
         """
         gang = self.communicator
         if gang is None:
-            return self._network(sample, latent_embeds)
-        enough = sample.shape[2] >= gang.world_size
+            return self._network(sample, *others, **named)
+        enough = sample.shape[-2] >= gang.world_size
         learns = torch.is_grad_enabled() and sample.requires_grad
         in_patches = enough and not learns and can_be_cut(self._decoder, self.local, self._network)
-        check_same_latents(gang, sample, in_patches, weights_of(self._decoder))
+        check_same_latents(gang, _as_maps(sample), in_patches, weights_of(self._decoder))
         if not in_patches:
-            return self._network(sample, latent_embeds)
-        return self._decode_rows(gang, sample, latent_embeds)
+            return self._network(sample, *others, **named)
+        return self._decode_rows(gang, sample, *others, **named)
 
     @torch.no_grad()
     def _decode_rows(
-        self, gang: Communicator, sample: torch.Tensor, latent_embeds: torch.Tensor | None
+        self, gang: Communicator, sample: torch.Tensor, *others: Any, **named: Any
     ) -> torch.Tensor:
         convert_decoder(self._decoder, self.context)
         partition = picture_partition(self._decoder, sample, gang.world_size)
         if not takes_whole(self._decoder):
             start, stop = partition.rows(gang.rank, partition.levels)
-            sample = sample[:, :, start:stop].contiguous()
+            sample = sample[..., start:stop, :].contiguous()
         with Exchange(gang, partition, *FRESH).step() as step, self.context.during(step):
-            rows = self._network(sample, latent_embeds)
-        shape = (rows.shape[0], rows.shape[1], partition.height, partition.width)
-        gathered = Gather(gang, GangLayout(gang.world_size), partition, shape, rows.dtype)(rows)
+            rows = self._network(sample, *others, **named)
+        maps = _as_maps(rows)
+        shape = (*maps.shape[:2], partition.height, partition.width)
+        gathered = Gather(gang, GangLayout(gang.world_size), partition, shape, maps.dtype)(maps)
         gathered.header.read()
-        return gathered.whole
+        return gathered.whole.unflatten(1, rows.shape[1:-2])
+
+
+def _as_maps(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures as (batch, channels, rows, columns), with a channel for each of each frame."""
+    return pictures.flatten(1, -3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from distriray.parallel.exchange.own import OwnKeysValues
 from distriray.parallel.exchange.step import Step
@@ -50,6 +51,14 @@ def attend_to_all(
     query, *of_all = step.deal_heads(projections, tokens, heads)
     prefix = [each.split(heads, 2)[step.rank] for each in prefix]
     return step.deal_tokens(attend(query, *_behind(prefix, of_all)), tokens, heads)
+
+
+def attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of queries to keys and values, (batch, tokens, heads, channels of a head) each."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def of_queries(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,12 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from distriray.errors import UnsupportedModel
 from distriray.parallel.context import PatchContext
 from distriray.parallel.exchange.own import Computed, Projected
-from distriray.parallel.layers.attending import attend_to_all
+from distriray.parallel.layers.attending import attend_to_all, attended
 from distriray.parallel.layers.bare import is_bare, without_idle_adapters
 from distriray.parallel.layers.opaque import Opaque
 
@@ -133,8 +132,8 @@ class PatchSelfAttention(_Processor):
         step = self.context.step
         assert step is not None
         own = Computed(*sources) if len(sources) == 2 else Projected(*sources)
-        attended = attend_to_all(step, query, own, step.tokens_like(query.shape[1]), _attended)
-        return attended.to(query.dtype)
+        output = attend_to_all(step, query, own, step.tokens_like(query.shape[1]), attended)
+        return output.to(query.dtype)
 
 
 class PatchSpatialAttention(PatchSelfAttention):
@@ -194,7 +193,7 @@ class CachedCrossAttention(_Processor):
     def exchanged(self, *inputs: Any) -> torch.Tensor:
         query, attention_mask, *sources = inputs
         key, value = (each.unflatten(-1, query.shape[2:]) for each in self._keys_values(*sources))
-        return _attended(query, key, value, attention_mask).to(query.dtype)
+        return attended(query, key, value, attention_mask).to(query.dtype)
 
     def _keys_values(self, *sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, (batch, tokens, channels) each."""
@@ -213,14 +212,6 @@ class CachedCrossAttention(_Processor):
             for kept, now in zip((key, value), sources, strict=True):
                 kept.copy_(now)
         return key, value
-
-
-def _attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention of queries to keys and values, (batch, tokens, heads, channels of a head) each."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def check_plain_attention(name: str, attn: Attention) -> None:

@@ -55,7 +55,7 @@ TOKENWISE = frozenset[type](
     }
 )
 """Classes of layers that look at one position, or at no position, whatever network they are in."""
-_SPATIAL = TOKENWISE | {
+SPATIAL = TOKENWISE | {
     nn.Conv2d,
     PatchConv2d,
     nn.GroupNorm,
@@ -152,7 +152,7 @@ class LocalCode:
         """Whether a user says that a function, an object or its class is local."""
         return _identity(code) in self._said or type(code) in self._said
 
-    def obstacle(self, name: str, module: nn.Module, kinds: frozenset[type] | None = _SPATIAL) -> str | None:
+    def obstacle(self, name: str, module: nn.Module, kinds: frozenset[type] | None = SPATIAL) -> str | None:
         """The part of a layer that is not known to be local, None if all is; its children are not looked at.
 
         Args:

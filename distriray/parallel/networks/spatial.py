@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage import HunyuanImageResnetBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -95,7 +96,7 @@ def _idle_convolutions(network: nn.Module) -> Iterator[nn.Module]:
         yield from (conv for name, conv in layer.lora_A.items() if name not in in_use)
 
 
-def spare_messages(network: Any) -> None:
+def spare_messages(network: Any, whole_input: bool = True) -> None:
     """Let no convolution ask its peers for rows that come without a message of their own.
 
     Those behind a group norm come with its statistics. The first convolution takes its own from the network's
@@ -103,13 +104,15 @@ def spare_messages(network: Any) -> None:
 
     Args:
         network: with diffusers' names of layers; all that can be converted is.
+        whole_input: only the first convolution reads the network's input, and can be given all of it.
     """
     for module in network.modules():
         if isinstance(module, PatchConv2d):
             module.halos_from = None
         elif isinstance(module, PatchGroupNorm):
             module.window = None
-    _give_halos(network.conv_in, "whole")
+    if whole_input:
+        _give_halos(network.conv_in, "whole")
     for norm, conv in _norms_with_convolutions(network):
         norm.window = _give_halos(conv, "norm")
 
@@ -181,15 +184,21 @@ def _give_halos(layer: Any, source: Literal["norm", "whole"]) -> Window | None:
 def _norms_with_convolutions(network: Any) -> Iterator[tuple[PatchGroupNorm, nn.Module]]:
     """Group norms, and the layer that alone reads what they give, but for an activation."""
     for block in network.modules():
-        if type(block) is not ResnetBlock2D or type(block.nonlinearity) not in _ACTIVATIONS:
+        kind = type(block)
+        if (
+            kind not in (ResnetBlock2D, HunyuanImageResnetBlock)
+            or type(block.nonlinearity) not in _ACTIVATIONS
+        ):
             continue
-        if block.upsample is None and block.downsample is None:
+        plain = kind is HunyuanImageResnetBlock
+        if plain or (block.upsample is None and block.downsample is None):
             yield block.norm1, block.conv1
-        if block.time_embedding_norm == "default":
+        if plain or block.time_embedding_norm == "default":
             yield block.norm2, block.conv2
-    last = getattr(network, "conv_norm_out", None)  # ControlNets have none
-    if type(last) is PatchGroupNorm and type(network.conv_act) in _ACTIVATIONS:
-        yield network.conv_norm_out, network.conv_out
+    for norm, activation in (("conv_norm_out", "conv_act"), ("norm_out", "nonlinearity")):
+        last = getattr(network, norm, None)  # ControlNets have none
+        if type(last) is PatchGroupNorm and type(getattr(network, activation)) in _ACTIVATIONS:
+            yield last, network.conv_out
 
 
 def _wide(layer: nn.Module) -> list[PatchConv2d]:

@@ -13,14 +13,23 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
 
 from distriray import Denoiser, ParallelConfig, SamplingParams, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.errors import GangBroken, GangMismatch
-from tests.models import tiny_flux2, tiny_sdxl, tiny_vae
+from distriray.parallel.layers.conv import PatchConv2d
+from tests.models import (
+    tiny_flux2,
+    tiny_hunyuan_image,
+    tiny_qwen_image,
+    tiny_qwen_image21,
+    tiny_sdxl,
+    tiny_vae,
+)
 from tests.parameters import sweep
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, ...]
 CHECK = 1280  # bytes to each peer that say what is to be decoded
 
 
@@ -55,6 +64,88 @@ def test_a_gang_decodes_as_one_device_does(ranks: int, make: Callable[[], Any]) 
         for shape, (picture, sent) in zip(shapes, pictures, strict=True):
             assert close(picture, alone.decode(latents(shape), return_dict=False)[0]), shape
             assert sent > ranks * CHECK
+
+
+FRAMES = [tiny_qwen_image, tiny_qwen_image21]
+"""Those whose latents have frames."""
+
+
+@pytest.mark.parametrize("make", [*FRAMES, tiny_hunyuan_image])
+@pytest.mark.parametrize("ranks", sweep([3, 2, 4]))
+def test_a_gang_decodes_as_one_device_does_with_other_layers(ranks: int, make: Callable[[], Any]) -> None:
+    alone = make().vae
+    channels = alone.config.get("z_dim") or alone.config.latent_channels
+    sides = [(1, (8, 6)), (2, (9, 4)), (1, (ranks, 4))]
+    frame = (1,) if make in FRAMES else ()
+    shapes = [(batch, channels, *frame, *size) for batch, size in sides]
+    for pictures in run_in_lockstep(ranks, functools.partial(_decode, shapes=shapes, make=make)):
+        for shape, (picture, sent) in zip(shapes, pictures, strict=True):
+            assert close(picture, alone.decode(latents(shape), return_dict=False)[0]), shape
+            assert sent > ranks * CHECK
+
+
+def test_frames_of_a_video_are_decoded_as_on_one_device() -> None:
+    """The first frame is a picture; those behind it see what convolutions have kept of frames before."""
+    shape = (1, 4, 3, 7, 4)
+    expected = tiny_qwen_image().vae.decode(latents(shape), return_dict=False)[0]
+    assert expected.shape == (1, 3, 9, 56, 32)
+    for ((picture, sent),) in run_in_lockstep(
+        3, functools.partial(_decode, shapes=[shape], make=tiny_qwen_image)
+    ):
+        assert close(picture, expected) and sent > 3 * CHECK
+
+
+def _changed(communicator: Communicator, make: Callable[[], Any], name: str, change: Any) -> tuple[Any, int]:
+    """A picture by a decoder one of whose layers was changed, and the bytes that its decoding has sent."""
+    pipeline = parallelize(make(), communicator)
+    change(pipeline.vae.decoder.get_submodule(name))
+    sent = communicator.bytes_sent
+    return pipeline.vae.decode(latents((1, 4, 1, 8, 6)), return_dict=False)[0], communicator.bytes_sent - sent
+
+
+def brighten(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + output.mean()
+
+
+def hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(brighten)
+
+
+def replace(layer: nn.Module) -> None:
+    """The forward, by one that an attention block would otherwise lose when it is converted."""
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + x.mean()  # type: ignore[method-assign]
+
+
+def wrap(layer: Any) -> None:
+    layer.padding_mode = "circular"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("mid_block.attentions.0", hook), ("mid_block.attentions.0", replace), ("conv_in", wrap)],
+)
+def test_what_a_changed_layer_does_is_not_lost(name: str, change: Any) -> None:
+    changed = functools.partial(_changed, make=tiny_qwen_image, name=name, change=change)
+    alone, _ = changed(connect("local"))
+    for picture, sent in run_in_lockstep(2, changed):
+        assert sent == CHECK and torch.equal(picture, alone)
+
+
+def _sources(communicator: Communicator) -> list[str | None]:
+    """Where convolutions of HunyuanImage's decoder have their halo rows from, but for those of one pixel."""
+    pipeline = parallelize(tiny_hunyuan_image(), communicator)
+    pipeline.vae.decode(latents((1, 16, 8, 6)))
+    wide = (
+        m for m in pipeline.vae.decoder.modules() if isinstance(m, PatchConv2d) and m.kernel_size != (1, 1)
+    )
+    return [conv.halos_from for conv in wide]
+
+
+def test_rows_come_with_the_statistics_of_the_norm_before_them() -> None:
+    sources = run_in_lockstep(2, _sources)[0]
+    upsampling, first = 4, 1
+    assert sources.count(None) == upsampling + first and set(sources) == {None, "norm"}
 
 
 def test_fewer_rows_than_ranks_are_decoded_by_each_alone() -> None:
