@@ -10,9 +10,13 @@ import torch
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
-from distriray.config import ExchangeMode, Mix
+from distriray.config import MIXES, ExchangeMode, Mix, Weights
 from distriray.parallel import engine_of
 from distriray.parallel.exchange import exchange as exchanges
+from distriray.parallel.exchange.exchange import Exchange
+from distriray.parallel.exchange.slots import LAYERS_CHANGED
+from distriray.parallel.exchange.step import Step
+from distriray.parallel.partition import Partition, Window
 from tests.models import tiny_flux, tiny_sdxl, tiny_sdxl_unet
 from tests.parameters import pairwise, sweep
 
@@ -117,3 +121,27 @@ def test_large_old_values_leave_in_more_parts_where_fresh_ones_wait_for_the_link
         assert latents.equal(expected)
     (of_few,), (of_many,) = ({waits for _, waits in everyone} for everyone in (few, many))
     assert (of_many > of_few) == parts and of_many >= of_few
+
+
+def ask(step: Step, channels: Sequence[int]) -> None:
+    """Layers of so many channels that ask for halo rows."""
+    for count in channels:
+        step.padded(torch.ones(1, count, 8, 4), Window(3, 1, 1, (1, 1)))
+
+
+@pytest.mark.parametrize("displaced", [True, False])
+@pytest.mark.parametrize("changed", [(2,), (2, 3, 4), (2, 4)])
+def test_layers_that_change_in_the_middle_of_an_image_are_an_error_and_between_images_none(
+    changed: tuple[int, ...], displaced: bool
+) -> None:
+    gang: Any = Eager()
+    exchange = Exchange(gang, Partition(16, 4, 0, 2), MIXES["displaced"], Weights())
+    for layers, follows in (((2, 3), False), (changed, True)):
+        exchange.restart()
+        with exchange.step() as step:
+            ask(step, layers)
+        with exchange.step(displaced=True) as step:
+            ask(step, layers)
+        if not follows:
+            with pytest.raises(RuntimeError, match=LAYERS_CHANGED), exchange.step(displaced) as step:
+                ask(step, changed)
