@@ -11,6 +11,7 @@ import torch
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, run_in_lockstep
 from distriray.config import MIXES, ExchangeMode, Mix, Weights
+from distriray.errors import GangBroken
 from distriray.parallel import engine_of
 from distriray.parallel.exchange import exchange as exchanges
 from distriray.parallel.exchange.exchange import Exchange
@@ -127,6 +128,60 @@ def ask(step: Step, channels: Sequence[int]) -> None:
     """Layers of so many channels that ask for halo rows."""
     for count in channels:
         step.padded(torch.ones(1, count, 8, 4), Window(3, 1, 1, (1, 1)))
+
+
+class Counting(Eager):
+    """Also counts how often each transfer was waited for."""
+
+    def __init__(self) -> None:
+        self.waits: list[int] = []
+        self.broken = False
+
+    def exchange(self, sends: Any, receives: Any) -> Any:
+        flight, number, wait = super().exchange(sends, receives), len(self.waits), _Flight.wait
+        self.waits.append(0)
+
+        def counted() -> None:
+            if self.broken:
+                raise GangBroken("a peer died")
+            self.waits[number] += 1
+            wait(flight)
+
+        flight.wait = counted
+        return flight
+
+
+def under_way() -> tuple[Counting, Exchange]:
+    """An exchange with transfers that nobody has waited for yet, behind a displaced step."""
+    gang: Any = Counting()
+    exchange = Exchange(gang, Partition(16, 4, 0, 2), MIXES["displaced"], Weights())
+    for displaced in (False, True, True):
+        with exchange.step(displaced=displaced) as step:
+            ask(step, (2, 3))
+    assert 0 in gang.waits and 1 in gang.waits
+    return gang, exchange
+
+
+@pytest.mark.parametrize("then", ["restart", "abandon", "a synchronous step"])
+def test_transfers_are_waited_for_once_before_what_they_write_is_used_again(then: str) -> None:
+    gang, exchange = under_way()
+    if then == "a synchronous step":
+        with exchange.step() as step:
+            assert set(gang.waits) == {1}
+            ask(step, (2, 3))
+    else:
+        getattr(exchange, then)()
+        assert set(gang.waits) == {1}
+        exchange.drain()
+        assert set(gang.waits) == {1}
+
+
+def test_buffers_of_a_gang_that_is_broken_can_be_let_go() -> None:
+    gang, exchange = under_way()
+    gang.broken = True
+    with pytest.raises(GangBroken):
+        exchange.restart()
+    exchange.abandon()
 
 
 @pytest.mark.parametrize("displaced", [True, False])
