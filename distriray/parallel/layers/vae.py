@@ -63,9 +63,9 @@ class PatchCausalConv3d(QwenImageCausalConv3d, _PatchLayer):
         read = self.context.step.padded(frames.flatten(1, 2), self.window)
         if frames.shape[2] == 1 and before == self.kernel_size[0] - 1:
             weight = self.weight[:, :, -1]
-            return F.conv2d(read, weight, self.bias, padding=(0, columns), groups=self.groups).unsqueeze(2)
+            return F.conv2d(read, weight, self.bias, padding=(0, columns)).unsqueeze(2)
         read = F.pad(read.unflatten(1, frames.shape[1:3]), (columns, columns, 0, 0, before, 0))
-        return F.conv3d(read, self.weight, self.bias, groups=self.groups)
+        return F.conv3d(read, self.weight, self.bias)
 
     def exchanged_shape(self, *inputs: Any) -> tuple[int, ...]:
         batch, _, *rest = inputs[0].shape
@@ -90,7 +90,7 @@ class PatchCausalConv2d(QwenImage21CausalConv3d, _PatchLayer):
         assert self.context is not None and self.context.step is not None
         read = self.context.step.padded(x.squeeze(2), self.window)
         columns = (0, self._padding[0])
-        return F.conv2d(read, self.weight, self.bias, padding=columns, groups=self.groups).unsqueeze(2)
+        return F.conv2d(read, self.weight, self.bias, padding=columns).unsqueeze(2)
 
     def exchanged_shape(self, *inputs: Any) -> tuple[int, ...]:
         batch, _, *rest = inputs[0].shape

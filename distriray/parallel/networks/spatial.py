@@ -33,6 +33,7 @@ _SPATIAL_MODULES = {
 }
 # What may stand between a group norm and its convolution: of each number alone, and 0 stays 0 at the edges.
 _ACTIVATIONS = {nn.SiLU, nn.ReLU, nn.GELU, nn.Mish}
+_RESIDUAL_BLOCKS = {ResnetBlock2D, HunyuanImageResnetBlock}
 # They call the convolution that they adapt, and convolutions of their own.
 _ADAPTERS = ("peft.tuners.lora.", "peft.tuners.ia3.")
 
@@ -184,16 +185,11 @@ def _give_halos(layer: Any, source: Literal["norm", "whole"]) -> Window | None:
 def _norms_with_convolutions(network: Any) -> Iterator[tuple[PatchGroupNorm, nn.Module]]:
     """Group norms, and the layer that alone reads what they give, but for an activation."""
     for block in network.modules():
-        kind = type(block)
-        if (
-            kind not in (ResnetBlock2D, HunyuanImageResnetBlock)
-            or type(block.nonlinearity) not in _ACTIVATIONS
-        ):
+        if type(block) not in _RESIDUAL_BLOCKS or type(block.nonlinearity) not in _ACTIVATIONS:
             continue
-        plain = kind is HunyuanImageResnetBlock
-        if plain or (block.upsample is None and block.downsample is None):
+        if all(getattr(block, resampling, None) is None for resampling in ("upsample", "downsample")):
             yield block.norm1, block.conv1
-        if plain or block.time_embedding_norm == "default":
+        if getattr(block, "time_embedding_norm", "default") == "default":
             yield block.norm2, block.conv2
     for norm, activation in (("conv_norm_out", "conv_act"), ("norm_out", "nonlinearity")):
         last = getattr(network, norm, None)  # ControlNets have none
