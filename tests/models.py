@@ -971,21 +971,10 @@ def tiny_hunyuan_image_distilled(seed: int = 0) -> HunyuanImagePipeline:
 def _tiny_hunyuan_image(
     seed: int, guider: Any = None, ocr_guider: Any = None, **transformer: Any
 ) -> HunyuanImagePipeline:
-    """With a VAE of 16 pixels to a row of latents, where the published one has 32."""
     tokenizer, letters = tiny_qwen_tokenizer(), ByT5Tokenizer()
-    vae = AutoencoderKLHunyuanImage(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=16,
-        block_out_channels=(32, 32, 32, 32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=16,
-        sample_size=64,
-        scaling_factor=0.75,
-    )
     pipeline = HunyuanImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        vae=ready(vae, seed + 1),
+        vae=tiny_hunyuan_image_vae(seed + 1),
         text_encoder=tiny_qwen_vl(seed + 2, tokenizer, layers=2),
         tokenizer=tokenizer,
         text_encoder_2=tiny_t5(seed + 3, letters, TEXT_WIDTH),
@@ -996,6 +985,21 @@ def _tiny_hunyuan_image(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_hunyuan_image_vae(seed: int = 0) -> AutoencoderKLHunyuanImage:
+    """A VAE of 16 pixels to a row of latents, where the published one has 32."""
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=16,
+        block_out_channels=(32, 32, 32, 32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=16,
+        sample_size=64,
+        scaling_factor=0.75,
+    )
+    return ready(vae, seed)
 
 
 def tiny_krea2(seed: int = 0, is_distilled: bool = False) -> Krea2Pipeline:
@@ -1032,7 +1036,7 @@ def tiny_ernie_image(seed: int = 0) -> ErnieImagePipeline:
     return pipeline
 
 
-def tiny_qwen_vae(seed: int) -> AutoencoderKLQwenImage:
+def tiny_qwen_vae(seed: int = 0) -> AutoencoderKLQwenImage:
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
@@ -1091,14 +1095,7 @@ def tiny_qwen_tokenizer(*special: str, **named: str) -> Qwen2Tokenizer:
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=named or list(special))
 
 
-def tiny_qwen_image21(seed: int = 0, sample_sigmas: list[float] | None = None) -> QwenImage21Pipeline:
-    """A whole Qwen-Image 2.1 pipeline, with another processor of the same pictures and texts.
-
-    Its own has one of videos too, which needs torchvision.
-    """
-    tokenizer = tiny_qwen_tokenizer(image_token="<|image_pad|>")
-    pictures = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 32**2, "longest_edge": 2048**2})
-    processor = PaddleOCRVLProcessor(pictures, tokenizer, chat_template=CHAT_OF_SYSTEM)
+def tiny_qwen_image21_vae(seed: int = 0) -> AutoencoderKLQwenImage21:
     vae = AutoencoderKLQwenImage21(
         base_dim=8,
         decoder_base_dim=8,
@@ -1108,9 +1105,20 @@ def tiny_qwen_image21(seed: int = 0, sample_sigmas: list[float] | None = None) -
         latents_mean=[0.1 * channel for channel in range(16)],
         latents_std=[1.0 + 0.1 * channel for channel in range(16)],
     )
+    return ready(vae, seed)
+
+
+def tiny_qwen_image21(seed: int = 0, sample_sigmas: list[float] | None = None) -> QwenImage21Pipeline:
+    """A whole Qwen-Image 2.1 pipeline, with another processor of the same pictures and texts.
+
+    Its own has one of videos too, which needs torchvision.
+    """
+    tokenizer = tiny_qwen_tokenizer(image_token="<|image_pad|>")
+    pictures = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 32**2, "longest_edge": 2048**2})
+    processor = PaddleOCRVLProcessor(pictures, tokenizer, chat_template=CHAT_OF_SYSTEM)
     pipeline = QwenImage21Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=ready(vae, seed + 1),
+        vae=tiny_qwen_image21_vae(seed + 1),
         text_encoder=tiny_qwen3_vl(seed + 2, tokenizer, 2),
         processor=processor,
         transformer=tiny_qwen_image21_transformer(seed),

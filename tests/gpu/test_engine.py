@@ -21,13 +21,21 @@ from distriray.collective import Communicator, connect, run_in_lockstep
 from distriray.config import PAPER, ExchangeMode
 from distriray.denoise import Denoiser, DenoiseState
 from distriray.parallel import compile_blocks, engine_of, many_shapes
+from distriray.parallel.decoder import PatchDecoder
 from distriray.parallel.graphs import CaptureFailed, CudaGraphs, StepGraphs
 from distriray.parallel.networks.families import qwen_image21
 from distriray.requests import SamplingParams
 from tests.cases import PIPELINES, Case, call
 from tests.distributed.gpus import gpu_of
 from tests.distributed.ranks import run_processes
-from tests.models import tiny_qwen_image21_transformer, tiny_sdxl
+from tests.models import (
+    tiny_hunyuan_image_vae,
+    tiny_qwen_image21_transformer,
+    tiny_qwen_image21_vae,
+    tiny_qwen_vae,
+    tiny_sdxl,
+    tiny_vae,
+)
 from tests.regroup import DISPLACED, REQUEST
 from tests.unit import test_control as control
 from tests.unit import test_control_of_transformers as transformers_control
@@ -105,6 +113,19 @@ def test_synchronous_gangs_draw_what_one_device_draws(model: str, dtype: torch.d
     print(f"{model} {dtype} ranks {ranks}: {ours:.1e} from float32 on the CPU, diffusers alone {alone:.1e}")
     assert ours < 2 * alone + 1e-5, alone
     assert alone < 0.1, "then nothing was compared"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [tiny_vae, tiny_qwen_vae, tiny_qwen_image21_vae, tiny_hunyuan_image_vae])
+def test_gangs_decode_what_one_device_decodes(make: Any, dtype: torch.dtype, ranks: int) -> None:
+    """As near to float32 on the CPU as diffusers alone is on this device in this dtype."""
+    wanted, _ = decoded(connect("local"), make, torch.float32)
+    alone, _ = decoded(connect("local", device="cuda"), make, dtype)
+    found = run_in_lockstep(ranks, lambda communicator: decoded(communicator, make, dtype), "cuda")
+    for picture, sent in found:
+        assert sent > 2 * 1280 and torch.equal(picture, found[0][0])
+        assert distance(picture, wanted) < 2 * distance(alone, wanted) + 1e-5
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -296,6 +317,21 @@ def drawn(communicator: Communicator, compiles: bool, graphs: bool) -> list[torc
             engine = engine_of(pipeline)
             assert engine is not None and engine.graphs.obstacle is None
     return found
+
+
+@torch.no_grad()
+def decoded(communicator: Communicator, make: Any, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """A picture of given latents, on the CPU, and the bytes that were sent for it."""
+    vae = make().to(communicator.device, dtype)
+    decoder = PatchDecoder(vae.decoder)
+    decoder.install()
+    decoder.communicator = communicator if communicator.world_size > 1 else None
+    channels, frame = vae.config.get("z_dim"), (1,)
+    if channels is None:
+        channels, frame = vae.config.latent_channels, ()
+    latents = torch.randn((2, channels, *frame, 9, 6), generator=torch.Generator().manual_seed(0))
+    picture = vae.decode(latents.to(communicator.device, dtype), return_dict=False)[0]
+    return picture.cpu(), communicator.bytes_sent
 
 
 def results(communicator: Communicator, dtype: torch.dtype, graphs: bool = True) -> list[torch.Tensor]:

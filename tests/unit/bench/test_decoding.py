@@ -9,12 +9,12 @@ import torch
 
 from bench import decoding
 from distriray.collective import run_in_lockstep
-from tests.models import tiny_hunyuan_image, tiny_qwen_image, tiny_vae
+from tests.models import tiny_hunyuan_image_vae, tiny_qwen_vae, tiny_vae
 
 VAES = {
     "plain": tiny_vae,
-    "of frames": lambda: tiny_qwen_image().vae,
-    "of more pixels": lambda: tiny_hunyuan_image().vae,
+    "of frames": tiny_qwen_vae,
+    "of more pixels": tiny_hunyuan_image_vae,
 }
 
 
