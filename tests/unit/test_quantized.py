@@ -1,4 +1,4 @@
-"""Weights that torchao has rounded are local to tokens: gangs draw what one quantized device draws."""
+"""Weights that were rounded are local to tokens: gangs draw what one quantized device draws."""
 
 from __future__ import annotations
 
@@ -50,6 +50,47 @@ def test_a_gang_in_sync_draws_what_one_quantized_device_draws(
         return drawn(parallelize(load_pipeline(spec, "cpu"), communicator, config))
 
     for latents in run_in_lockstep(2, rank):
+        assert differs(latents, expected) <= 1e-5
+
+
+def by_gguf(transformer: torch.nn.Module) -> None:
+    """Linear layers as diffusers makes them of a GGUF file of the type Q4_0."""
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = gguf.GGMLQuantizationType.Q4_0
+    for module in list(transformer.modules()):
+        for name, linear in list(module.named_children()):
+            if type(linear) is not torch.nn.Linear or linear.in_features % 32:  # numbers that share a scale
+                continue
+            rounded = GGUFLinear(linear.in_features, linear.out_features, compute_dtype=torch.float32)
+            weight = gguf.quants.quantize(linear.weight.detach().numpy(), kind)
+            rounded.weight = GGUFParameter(torch.from_numpy(weight), quant_type=kind)
+            rounded.bias = linear.bias
+            setattr(module, name, rounded)
+
+
+def by_quanto(transformer: torch.nn.Module) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(transformer, weights=quanto.qint8)
+    quanto.freeze(transformer)
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_qwen_image, tiny_sd3])
+@pytest.mark.parametrize("quantize", [by_gguf, by_quanto])
+def test_weights_that_others_have_rounded_are_local_to_tokens_too(
+    make: Callable[[], Any], quantize: Callable[[torch.nn.Module], None]
+) -> None:
+    def quantized() -> Any:
+        pipeline = make()
+        quantize(pipeline.transformer.requires_grad_(False))
+        return pipeline
+
+    expected, config = drawn(quantized()), ParallelConfig(exchange="sync", cfg_parallel=False)
+    assert differs(drawn(make()), expected) > 1e-3, "it is rounded"
+    for latents in run_in_lockstep(
+        2, lambda communicator: drawn(parallelize(quantized(), communicator, config))
+    ):
         assert differs(latents, expected) <= 1e-5
 
 
