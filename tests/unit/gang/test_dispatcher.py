@@ -50,6 +50,7 @@ from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.routing.buddy import WorkersUnavailable
 from distriray.routing.policies.earliest_deadline import EarliestDeadlineFirst
+from distriray.routing.policies.elastic import Elastic, ElasticConfig
 from distriray.routing.profile import Entry
 from distriray.steps import StepCount
 from tests.gang.policies import NewestFirst, Script
@@ -457,6 +458,29 @@ def test_a_policy_that_fails_fails_the_host_and_nobody_waits_for_ever(
             with pytest.raises(told):
                 await host.accept().ended
             assert not host.dispatcher.healthy
+
+    do(scene())
+
+
+def test_of_all_reviews_that_were_planned_none_is_left_but_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each would plan another, and there would be as many as there were decisions."""
+
+    async def scene() -> None:
+        planned: list[asyncio.TimerHandle] = []
+        async with FakeHost(2, Elastic(ElasticConfig(review_s=60.0)), **opened()) as host:
+            background = host.dispatcher._background
+            later = background.later
+
+            def noted(delay_s: float, callback: Any) -> asyncio.TimerHandle:
+                planned.append(later(delay_s, callback))
+                return planned[-1]
+
+            monkeypatch.setattr(background, "later", noted)
+            for decisions in range(1, 4):
+                host.accept(num_inference_steps=LONG)
+                await until(lambda decisions=decisions: len(planned) >= decisions)
+            assert [handle for handle in planned if not handle.cancelled()] == planned[-1:]
+        assert planned[-1].cancelled(), "a closed host decides nothing"
 
     do(scene())
 

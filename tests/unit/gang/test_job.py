@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from distriray.errors import GenerationCancelled
-from distriray.events import Regrouped, Started
+from distriray.events import Preview, Regrouped, Started
 from distriray.gang.admission import Admitted
 from distriray.gang.job import TRANSITIONS, Job, JobState
 from distriray.gang.messages import Progress, RankResult, SegmentEnd, WorkerId
@@ -100,6 +100,33 @@ def test_the_times_of_a_result_are_those_of_all_its_segments_by_their_first_rank
         times = job.result("m", last).timings
         assert (times.adapters_s, times.prepare_s, times.denoise_s, times.decode_s) == (0.5, 9.0, 22.0, 32.0)
         assert 0.0 <= times.queued_s <= times.total_s < 60.0
+
+    do(scene)
+
+
+def test_a_preview_is_told_once_whether_it_came_by_itself_or_with_what_a_gang_brought_back() -> None:
+    async def scene(job: Job) -> None:
+        picture = Image.new("RGB", (8, 8))
+        job.start((0,), 1)
+        job.progress(Progress(2, 6, False, previews=((2, picture),)))
+        result = RankResult(
+            SegmentEnd.YIELDED, 4, formed_at=1.0, left_at=1.0, previews=((2, picture), (4, picture))
+        )
+        back(job, SegmentResult({A: result}))
+        told = [job.events.get_nowait() for _ in range(job.events.qsize())]
+        assert [(each.step, each.index) for each in told if isinstance(each, Preview)] == [(2, 0), (4, 1)]
+
+    do(scene)
+
+
+def test_a_death_elsewhere_does_not_set_a_request_back_that_is_being_drawn() -> None:
+    async def scene(job: Job) -> None:
+        job.start((0, 1), 1)
+        back(job, left(3, A, B))
+        job.start((1,), 2)
+        job.progress(Progress(4, 6, False))
+        job.lose(A)
+        assert job.step == 4 and job.state is JobState.RUNNING
 
     do(scene)
 

@@ -284,3 +284,16 @@ def test_what_is_prepared_beside_references_teaches_nothing_else():
         model.observe(1, 512, 512, 1, besides=edits, prepare_s=2.0, decode_s=0.4)
     assert model.times(1, 512, 512, 1, besides=edits).prepare_s == pytest.approx(2.0)
     assert model.times(1, 512, 512, 1) == plain
+
+
+def test_cases_of_a_profile_count_in_any_order():
+    ahead, behind = (LatencyModel(profile(*entries)) for entries in (FOUR.entries, FOUR.entries[::-1]))
+    cases = [
+        (gang, side, side, batch) for gang in (1, 2, 3, 8) for side in (256, 700, 2048) for batch in (1, 3)
+    ]
+    assert [ahead.step_s(*case) for case in cases] == pytest.approx([behind.step_s(*case) for case in cases])
+
+
+def test_a_batch_that_nobody_measured_costs_at_most_its_size():
+    model = LatencyModel(profile(entry(1, 512, 0.1), entry(1, 512, 0.4, batch=2)))
+    assert model.step_s(1, 512, 512, 8) == pytest.approx(4 * 0.4), "though two cost four times as much as one"

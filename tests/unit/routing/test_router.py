@@ -199,3 +199,13 @@ def test_of_equals_those_that_hold_the_adapters_go_first_and_none_waits_for_them
     assert len(spread) == 3
     late = [replace(busy("b"), adapters=frozenset({"ink"})), state("c")]
     assert route(late, request(adapters=("ink",)), 0.0, MODEL, random.Random(0)).host == "c"
+
+
+def test_what_has_no_deadline_takes_no_room_from_what_has_one():
+    empty, draw = state("a"), random.Random(0)
+    slow = route([empty], request("slow", 2048), 0.0, MODEL, draw).state
+    assert slow.capacity_beside_deadlines == empty.capacity_beside_deadlines
+    assert slow.capacity_beside_all != empty.capacity_beside_all
+    due = route([slow], request("due", 2048, deadline=1e3), 0.0, MODEL, draw).state
+    assert due.capacity_beside_deadlines != slow.capacity_beside_deadlines
+    assert due.capacity_beside_all != slow.capacity_beside_all
