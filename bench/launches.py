@@ -36,12 +36,11 @@ from bench.published import PUBLISHED, Published, random_network
 from bench.report import Report
 from distriray import ParallelConfig, parallelize
 from distriray.arguments import at_least
-from distriray.config import AttentionMode, ExchangeMode
+from distriray.config import WHOLE_AT_FIRST, AttentionMode, ExchangeMode
 from distriray.parallel import engine as engines
 from distriray.parallel import engine_of, gather
 from distriray.parallel.engine import Engine
 from distriray.parallel.exchange import extrapolation, reconstructions
-from distriray.parallel.image import WHOLE_AT_FIRST
 from distriray.parallel.kernels import fused
 from distriray.parallel.layers import group_norm
 from distriray.parallel.partition import dealt_heads

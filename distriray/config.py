@@ -16,6 +16,11 @@ Freshness = Literal["stale", "fresh"]
 Width = Literal["whole", "int8", "int4", "int2"]
 AttentionMode = Literal["auto", "gather", "ulysses"]
 
+WHOLE_AT_FIRST = 3
+"""Steps at the start of an image that are never short: in these it changes most."""
+GUESSED_AUTO_WARMUP = 4
+"""Steps that `warmup_steps="auto"` is taken for before an image has shown how long it warms up."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Fraction | Literal["fitted"]
 
@@ -195,3 +200,14 @@ class ParallelConfig(BaseModel):
         if self.warmup_steps is None or (self.warmup_steps == "auto" and not measured):
             return 4 if any(map(mix.is_stale, KINDS)) else 1
         return self.warmup_steps
+
+    @property
+    def usual_warmup(self) -> int:
+        """Synchronous steps at the start of an image, as far as can be said before it is drawn.
+
+        Where some steps are short, the first ones, which never are, whichever of the others are synchronous.
+        """
+        if self.cache_interval > 1:
+            return WHOLE_AT_FIRST
+        steps = self.warmup_of(self.mix or MIXES["displaced"])
+        return GUESSED_AUTO_WARMUP if steps == "auto" else max(1, steps)

@@ -13,7 +13,6 @@ from distriray.config import ParallelConfig
 from distriray.errors import InvalidRequest
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
-from distriray.gang.profile import warmup_steps
 from distriray.names import check_names
 from distriray.requests import GenerationRequest
 from distriray.routing.latency import Besides
@@ -192,7 +191,7 @@ def admit(
         num_steps,
         guided,
         fresh,
-        warmup_steps(shared),
+        shared.usual_warmup,
         unguided_steps,
         shown_pixels,
         _otherwise(shared, config.parallel),

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from distriray.gang.admission import admit, example
 from distriray.gang.config import HostConfig
 from distriray.gang.messages import WorkerFacts
-from distriray.gang.profile import device_of, make_profile, warmup_steps
+from distriray.gang.profile import device_of, make_profile
 from distriray.requests import GenerationRequest
 from distriray.results import GenerationResult
 from distriray.routing.profile import Entry, Profile
@@ -57,7 +57,7 @@ async def calibrate(config: HostConfig, facts: WorkerFacts, generate: Generate) 
     """
     guided = admit(example(facts), config, facts, limited=False).guided
     least, interval = config.sizes[0], config.parallel.cache_interval
-    steps = warmup_steps(config.parallel) + math.ceil(MEASURED_STEPS / interval) * interval
+    steps = config.parallel.usual_warmup + math.ceil(MEASURED_STEPS / interval) * interval
     warming = (CHOOSING_STEPS, steps, steps) if config.parallel.exchange == "auto" else (1,)
     most = config.workers // least
     for warm in warming if least > 1 else (1,):  # a lone worker has nothing to choose

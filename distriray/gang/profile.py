@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from distriray.config import MIXES, ParallelConfig
+from distriray.config import ParallelConfig
 from distriray.gang.config import HostConfig
 from distriray.gang.devices import DEVICES
 from distriray.gang.messages import WorkerFacts
-from distriray.parallel.image import WHOLE_AT_FIRST
 from distriray.routing.profile import Entry, Profile
 from distriray.version import __version__
 
 GUESSED_SPEEDUP = 0.8
-GUESSED_AUTO_WARMUP = 4
 _TIMED: Any = {
     "model": {"dtype", "quantize", "offload_text"},
     "parallel": set(ParallelConfig.model_fields) - {"max_buffer_bytes"},
@@ -50,7 +48,7 @@ def make_profile(
         version=__version__,
         entries=entries,
         regroup_s=regroup_s,
-        warmup_steps=warmup_steps(config.parallel),
+        warmup_steps=config.parallel.usual_warmup,
         contention=contention,
     )
 
@@ -65,12 +63,3 @@ def device_of(config: HostConfig, facts: WorkerFacts) -> str:
     settings = {field: value for field, value in timed.items() if value}
     set_otherwise = f" with {json.dumps(settings)}" if settings else ""
     return f"{config.workers} x {facts.device_name} {gangs}{set_otherwise}"
-
-
-def warmup_steps(parallel: ParallelConfig) -> int:
-    """Synchronous steps at the beginning of every image, as far as the configuration says; before steps that
-    are short and whole in turn, those that are never short, whichever of the others are synchronous."""
-    if parallel.cache_interval > 1:
-        return WHOLE_AT_FIRST
-    steps = parallel.warmup_of(parallel.mix or MIXES["displaced"])
-    return GUESSED_AUTO_WARMUP if steps == "auto" else max(1, steps)

@@ -10,13 +10,10 @@ from typing import Any
 
 import torch
 
-from distriray.config import Mix
+from distriray.config import WHOLE_AT_FIRST, Mix
 from distriray.parallel.exchange.cache import ExchangeKey
 from distriray.parallel.networks.base import Call, Reuse
 from distriray.parallel.schedules import Element, Moment, Turn
-
-WHOLE_AT_FIRST = 3
-"""Steps at the start of an image that are never short: in these it changes most."""
 
 
 class Text:

@@ -14,9 +14,9 @@ from torch import nn
 
 from distriray import ParallelConfig, parallelize
 from distriray.collective import Communicator, connect, run_in_lockstep
+from distriray.config import WHOLE_AT_FIRST
 from distriray.errors import UnsupportedModel
 from distriray.parallel import engine_of
-from distriray.parallel.image import WHOLE_AT_FIRST
 from tests.models import tiny_sdxl_unet
 from tests.unit.parallel.recorded import RecordedGraphs
 from tests.unit.parallel.test_branches import FAMILIES, arguments

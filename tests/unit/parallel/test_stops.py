@@ -12,11 +12,10 @@ import torch
 import distriray.parallel.gather
 from distriray import ParallelConfig, parallelize
 from distriray.collective.absent import AbsentPeers
-from distriray.config import PAPER
+from distriray.config import PAPER, WHOLE_AT_FIRST
 from distriray.denoise import SCHEDULERS, Denoiser
 from distriray.parallel import engine_of
 from distriray.parallel.gather import HeaderOnItsWay
-from distriray.parallel.image import WHOLE_AT_FIRST
 from distriray.parallel.networks.registry import denoising_module
 from distriray.requests import SamplingParams
 from tests.models import SHALLOW, tiny_flux, tiny_flux2, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
