@@ -39,7 +39,19 @@ class _PatchLayer(Opaque):
         return self.context is not None and self.context.exchanges
 
 
-class PatchCausalConv3d(QwenImageCausalConv3d, _PatchLayer):
+class _PatchCausalConv(_PatchLayer):
+    """A convolution that gives as many frames, rows and columns as it is given."""
+
+    def exchanged_shape(self: Any, *inputs: Any) -> tuple[int, ...]:
+        batch, _, *rest = inputs[0].shape
+        return batch, self.out_channels, *rest
+
+    @cached_property
+    def window(self: Any) -> Window:
+        return Window(self.kernel_size[-2], 1, 1, (self._padding[2],) * 2)
+
+
+class PatchCausalConv3d(QwenImageCausalConv3d, _PatchCausalConv):
     """Qwen-Image's convolution over rows, columns and this and earlier frames, with its peers' halo rows.
 
     Where there is one frame, and so nothing before it, its weights for earlier frames meet zeros: they are
@@ -67,16 +79,8 @@ class PatchCausalConv3d(QwenImageCausalConv3d, _PatchLayer):
         read = F.pad(read.unflatten(1, frames.shape[1:3]), (columns, columns, 0, 0, before, 0))
         return F.conv3d(read, self.weight, self.bias)
 
-    def exchanged_shape(self, *inputs: Any) -> tuple[int, ...]:
-        batch, _, *rest = inputs[0].shape
-        return batch, self.out_channels, *rest
 
-    @cached_property
-    def window(self) -> Window:
-        return Window(self.kernel_size[1], 1, 1, (self._padding[2],) * 2)
-
-
-class PatchCausalConv2d(QwenImage21CausalConv3d, _PatchLayer):
+class PatchCausalConv2d(QwenImage21CausalConv3d, _PatchCausalConv):
     """Qwen-Image 2.1's, which is the former for one frame alone."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,14 +95,6 @@ class PatchCausalConv2d(QwenImage21CausalConv3d, _PatchLayer):
         read = self.context.step.padded(x.squeeze(2), self.window)
         columns = (0, self._padding[0])
         return F.conv2d(read, self.weight, self.bias, padding=columns).unsqueeze(2)
-
-    def exchanged_shape(self, *inputs: Any) -> tuple[int, ...]:
-        batch, _, *rest = inputs[0].shape
-        return batch, self.out_channels, *rest
-
-    @cached_property
-    def window(self) -> Window:
-        return Window(self.kernel_size[0], 1, 1, (self._padding[2],) * 2)
 
 
 class _PatchAttention(_PatchLayer):
