@@ -49,7 +49,9 @@ class PatchDecoder(Uncopied):
 
     def install(self) -> None:
         """Replace the decoder's current forward, hooks included."""
-        self._network, self._decoder.forward = self._decoder.forward, self.forward
+        self._network = self._decoder.forward
+        # a VAE's decode, which calls it, is what users compile
+        self._decoder.forward = torch.compiler.disable(self.forward)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

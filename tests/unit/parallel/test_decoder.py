@@ -228,6 +228,22 @@ def test_inference_mode_may_come_and_go_and_nothing_is_logged() -> None:
         assert differentiable
 
 
+def _compiled(communicator: Communicator, make: Callable[[], Any]) -> tuple[torch.Tensor, int]:
+    vae = parallelize(make(), communicator).vae
+    vae.decode = torch.compile(vae.decode, backend="aot_eager")
+    with torch.no_grad():
+        picture = vae.decode(latents((1, 4, *((1,) if make in FRAMES else ()), 8, 6)), return_dict=False)[0]
+    return picture, communicator.bytes_sent
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_qwen_image])
+@pytest.mark.usefixtures("compiler")
+def test_a_decode_that_users_compile_decodes_as_one_device_does(make: Callable[[], Any]) -> None:
+    expected, _ = _compiled(connect("local"), make)
+    for picture, sent in run_in_lockstep(2, functools.partial(_compiled, make=make)):
+        assert close(picture, expected) and sent > 2 * CHECK
+
+
 def _slope(communicator: Communicator) -> torch.Tensor:
     """The gradient of a picture's brightness and of the latents' own size, by the latents."""
     given = latents((1, 4, 8, 8)).requires_grad_()
